@@ -1,0 +1,37 @@
+# Two commands matter: `make demo` and `make test`. Each sets everything up first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV_VERSION := 0.12.24
+
+.PHONY: setup demo test check lock clean
+setup: $(VENV)/.ready
+
+# uv installs the pinned stack in under a minute; it lives in the environment it fills. Byte-compiling once
+# halves every later start of `detr` (import mlflow: 4.6 s of CPU without .pyc files, 1.8 s with).
+$(VENV)/.ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv==$(UV_VERSION)"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --requirements requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+demo: setup
+	$(BIN)/detr demo
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/pytest
+
+# After changing the dependencies in pyproject.toml. The lock holds exact pins and no addresses.
+lock: setup
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-header --no-annotate \
+		--no-emit-index-url pyproject.toml --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) runs mlflow.db mlartifacts
