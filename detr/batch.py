@@ -1,0 +1,96 @@
+"""What the model and the criterion take: padded images with their targets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from detr.config import TransformConfig
+
+_EMPTY_CANVAS = 64  # side in pixels of a batch without images; large enough for a stride of 32
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """The truth of one image.
+
+    boxes: float32 [N, 4], centre x, centre y, width, height as fractions of the (augmented) image, without its padding.
+    labels: int64 [N], 0 to num_classes - 1. original_size: (height, width) in pixels, before any augmentation.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    image_id: int
+    original_size: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images of different sizes on one canvas, each at the top left.
+
+    images: uint8 0 to 255 (or already normalised float) [B, 3, H, W], 0 where padded.
+    padding: bool [B, H, W], true where there is no image; None when no image is padded, which spares every mask.
+    targets: one per image. They stay on the host: the criterion packs them and moves them with one copy.
+    """
+
+    images: Tensor
+    padding: Tensor | None
+    targets: tuple[Target, ...]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Move images and padding (asynchronously from pinned memory); targets stay where they are."""
+        padding = None if self.padding is None else self.padding.to(device, non_blocking=True)
+        return replace(self, images=self.images.to(device, non_blocking=True), padding=padding)
+
+    def pin_memory(self) -> "Batch":
+        """Copy images and padding to page-locked memory, from which `to` does not block."""
+        padding = None if self.padding is None else self.padding.pin_memory()
+        return replace(self, images=self.images.pin_memory(), padding=padding)
+
+
+def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
+    """Pad (image [3, h, w], target) pairs to the largest height and width among them.
+
+    No samples give a batch of length 0 whose images [0, 3, 64, 64] still run through the model.
+    """
+    if not samples:
+        return Batch(torch.zeros(0, 3, _EMPTY_CANVAS, _EMPTY_CANVAS, dtype=torch.uint8), None, ())
+    images = [image for image, _ in samples]
+    targets = tuple(target for _, target in samples)
+    height = max(image.shape[1] for image in images)
+    width = max(image.shape[2] for image in images)
+    canvas = images[0].new_zeros(len(images), 3, height, width)
+    padding = torch.ones(len(images), height, width, dtype=torch.bool)
+    for row, image in enumerate(images):
+        _, h, w = image.shape
+        canvas[row, :, :h, :w] = image
+        padding[row, :h, :w] = False
+    padded = any(image.shape[1:] != (height, width) for image in images)
+    return Batch(canvas, padding if padded else None, targets)
+
+
+def normalise(batch: Batch, config: TransformConfig) -> Tensor:
+    """Return the images as float32 [B, 3, H, W]: (value / 255 - mean) / std per channel, and 0 where padded.
+
+    It runs where the images are, so that only bytes travel to the device. The original pads normalised images with 0,
+    so the padding is cleared last. Float images are taken as normalised already.
+    """
+    if batch.images.is_floating_point():
+        return batch.images
+    scale, shift = _scale_and_shift(config.mean, config.std, batch.images.device)
+    images = torch.addcmul(shift, batch.images.float(), scale)
+    return images if batch.padding is None else images.masked_fill_(batch.padding[:, None], 0.0)
+
+
+@lru_cache(maxsize=16)
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    # Kept per device: building them for every batch would be two blocking copies to the device.
+    with torch.inference_mode(False):
+        scale = 1 / (255 * torch.tensor(std, device=device))
+        shift = -torch.tensor(mean, device=device) / torch.tensor(std, device=device)
+        return scale.view(3, 1, 1), shift.view(3, 1, 1)
