@@ -1,1 +1,42 @@
-"""shards"""
+"""COCO in, WebDataset shards with a manifest out, and back to samples; scoring against the truth.
+
+Public names are imported on first use, so that ``import shards`` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shards.errors import ShardError as ShardError
+    from shards.manifest import Category as Category
+    from shards.manifest import Index as Index
+    from shards.manifest import Manifest as Manifest
+    from shards.manifest import load_manifest as load_manifest
+    from shards.plan import EpochPlan as EpochPlan
+    from shards.plan import epoch_order as epoch_order
+    from shards.plan import first_step as first_step
+    from shards.plan import plan_epoch as plan_epoch
+    from shards.plan import plan_evaluation as plan_evaluation
+    from shards.score import ClassScore as ClassScore
+    from shards.score import Detections as Detections
+    from shards.score import Score as Score
+    from shards.score import coco_metrics as coco_metrics
+    from shards.score import per_class_ap as per_class_ap
+    from shards.score import score_detections as score_detections
+    from shards.score import to_coco_json as to_coco_json
+
+_HOMES = {
+    "errors": ("ShardError",),
+    "manifest": ("Category", "Index", "Manifest", "load_manifest"),
+    "plan": ("EpochPlan", "epoch_order", "first_step", "plan_epoch", "plan_evaluation"),
+    "score": ("ClassScore", "Detections", "Score", "coco_metrics", "per_class_ap", "score_detections", "to_coco_json"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
