@@ -42,6 +42,10 @@ class ModelConfig:
 
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "tiny"] = "resnet50"
     norm: Literal["frozen_batch", "batch", "group"] = "frozen_batch"
+    backbone_weights: str = "imagenet"
+    """What the backbone starts from: `imagenet` (torchvision's own weights), `random`, or the path of a state dict.
+
+    `build_model` loads nothing; the caller reads this and calls `load_backbone_weights`."""
     dilation: bool = False
     """Dilate the last stage instead of striding it (DC5): stride 16 instead of 32, 4x the encoder's cells."""
     frozen_stages: int = 2
@@ -68,6 +72,7 @@ class ModelConfig:
         _require(self.backbone in backbones, "backbone", self.backbone, f"one of {', '.join(backbones)}")
         norms = ("frozen_batch", "batch", "group")
         _require(self.norm in norms, "norm", self.norm, f"one of {', '.join(norms)}")
+        _require(bool(self.backbone_weights), "backbone_weights", "", "imagenet, random or the path of a state dict")
         _require(self.position in ("sine", "learned"), "position", self.position, "sine or learned")
         _require(self.decoder_input in ("zeros", "queries"), "decoder_input", self.decoder_input, "zeros or queries")
         _require(self.query_init in ("normal", "grid"), "query_init", self.query_init, "normal or grid")
