@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from detr.backbone import load_backbone_weights as load_backbone_weights
     from detr.batch import Batch as Batch
     from detr.batch import Target as Target
     from detr.batch import collate as collate
@@ -24,19 +23,19 @@ if TYPE_CHECKING:
     from detr.model import DETR as DETR
     from detr.model import Outputs as Outputs
     from detr.model import build_model as build_model
+    from detr.original import load_backbone_weights as load_backbone_weights
     from detr.original import load_original_state_dict as load_original_state_dict
     from detr.original import to_original_state_dict as to_original_state_dict
     from detr.postprocess import Detection as Detection
     from detr.postprocess import detect as detect
 
 _MODULES = {
-    "backbone": ("load_backbone_weights",),
     "batch": ("Batch", "Target", "collate", "normalise"),
     "config": ("ConfigError", "LossConfig", "ModelConfig", "TransformConfig"),
     "criterion": ("Losses", "ce_weight_sum", "compute_losses"),
     "matcher": ("NonFiniteError", "match"),
     "model": ("DETR", "Outputs", "build_model"),
-    "original": ("load_original_state_dict", "to_original_state_dict"),
+    "original": ("load_backbone_weights", "load_original_state_dict", "to_original_state_dict"),
     "postprocess": ("Detection", "detect"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

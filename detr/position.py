@@ -1,0 +1,70 @@
+"""Where a cell is, as a vector: fixed sines (the paper's choice, appendix A.4) or learned rows and columns."""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+_LEARNED_CELLS = 50  # rows and columns the original's learned positions have
+
+
+class SinePosition(nn.Module):
+    """Sines and cosines of the row, then of the column, each normalised to the image inside the padding."""
+
+    def __init__(self, channels: int, temperature: float) -> None:
+        super().__init__()
+        self.channels = channels
+        self.temperature = temperature
+
+    def forward(self, features: Tensor, padding: Tensor | None) -> Tensor:
+        """Return float32 [B or 1, h * w, channels] for features [B, C, h, w] and their padding [B, h, w] or None."""
+        if padding is None:
+            height, width = features.shape[-2:]
+            return _sine_grid(height, width, self.channels, self.temperature, features.device)
+        inside = ~padding
+        rows, columns = inside.cumsum(1, dtype=torch.float32), inside.cumsum(2, dtype=torch.float32)
+        rows = rows / (rows[:, -1:, :] + 1e-6)
+        columns = columns / (columns[:, :, -1:] + 1e-6)
+        return sine_vectors(rows, columns, self.channels, self.temperature).flatten(1, 2)
+
+
+class LearnedPosition(nn.Module):
+    """One trained vector per column, then one per row; at most 50 of each, as in the original."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.row_embed = nn.Embedding(_LEARNED_CELLS, channels // 2)
+        self.col_embed = nn.Embedding(_LEARNED_CELLS, channels // 2)
+        nn.init.uniform_(self.row_embed.weight)
+        nn.init.uniform_(self.col_embed.weight)
+
+    def forward(self, features: Tensor, padding: Tensor | None) -> Tensor:
+        """Return [1, h * w, channels] for features [B, C, h, w]; the padding changes nothing."""
+        height, width = features.shape[-2:]
+        if max(height, width) > _LEARNED_CELLS:
+            raise ValueError(
+                f"learned positions: got {height}x{width} cells, expected at most {_LEARNED_CELLS} each way; "
+                "use smaller images or position='sine'"
+            )
+        columns = self.col_embed.weight[:width].expand(height, -1, -1)
+        rows = self.row_embed.weight[:height, None].expand(-1, width, -1)
+        return torch.cat([columns, rows], dim=-1).flatten(0, 1)[None]
+
+
+def sine_vectors(rows: Tensor, columns: Tensor, channels: int, temperature: float) -> Tensor:
+    """Return [..., channels] for rows and columns [...] given as fractions of the image, 0 to 1."""
+    exponents = torch.arange(0, channels // 2, 2, dtype=torch.float32, device=rows.device) / (channels // 2)
+    frequencies = 2 * math.pi / temperature**exponents
+    angles = torch.stack([rows, columns], dim=-1)[..., None] * frequencies
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-3)
+
+
+@lru_cache(maxsize=64)
+def _sine_grid(height: int, width: int, channels: int, temperature: float, device: torch.device) -> Tensor:
+    # Kept per shape: without padding nothing else enters. Not an inference tensor, since training may use it later.
+    with torch.inference_mode(False), torch.no_grad():
+        rows = torch.arange(1, height + 1, device=device) / (height + 1e-6)
+        columns = torch.arange(1, width + 1, device=device) / (width + 1e-6)
+        grid = sine_vectors(rows[:, None].expand(-1, width), columns.expand(height, -1), channels, temperature)
+        return grid.flatten(0, 1)[None]

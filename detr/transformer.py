@@ -1,0 +1,153 @@
+"""The encoder and decoder of section 3.2 and appendix A.3, with positions added to queries and keys in every layer.
+
+Sequences are batch first: [B, cells or queries, channels]. Parameters have the original's names and shapes.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from detr.config import ModelConfig
+
+
+class Attention(nn.Module):
+    """Multi-head attention through `scaled_dot_product_attention`, with `nn.MultiheadAttention`'s parameters."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.dropout = config.dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * config.hidden_dim, config.hidden_dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * config.hidden_dim))
+        self.out_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return [B, Q, C] for a query [B, Q, C], key and value [B, N, C]; the mask [B, 1, 1, N] is true to attend."""
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k, v = (
+            F.linear(x, weight, bias).view(*x.shape[:-1], self.heads, -1).transpose(1, 2)
+            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+        )
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def tie(self) -> None:
+        """Start the key projection equal to the query projection, so that equal positions attend to each other."""
+        query, key, _ = self.in_proj_weight.detach().chunk(3)
+        key.copy_(query)
+
+
+class Layer(nn.Module):
+    """What encoder and decoder layers share: self-attention, feed-forward, and residuals normalised before or after."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.pre_norm = config.pre_norm
+        self.dropout = nn.Dropout(config.dropout)
+        self.self_attn = Attention(config)
+        self.linear1 = nn.Linear(config.hidden_dim, config.feedforward_dim)
+        self.linear2 = nn.Linear(config.feedforward_dim, config.hidden_dim)
+        self.norm1 = nn.LayerNorm(config.hidden_dim)
+        self.norm2 = nn.LayerNorm(config.hidden_dim)
+
+    def residual(self, x: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.pre_norm:
+            return x + self.dropout(sublayer(norm(x)))  # type: ignore[no-any-return]
+        return norm(x + self.dropout(sublayer(x)))  # type: ignore[no-any-return]
+
+    def attend_self(self, x: Tensor, position: Tensor, mask: Tensor | None = None) -> Tensor:
+        placed = x + position
+        return self.self_attn(placed, placed, x, mask)  # type: ignore[no-any-return]
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.linear2(self.dropout(F.relu(self.linear1(x))))  # type: ignore[no-any-return]
+
+
+class EncoderLayer(Layer):
+    """Cells attend to cells."""
+
+    def forward(self, x: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
+        x = self.residual(x, self.norm1, lambda y: self.attend_self(y, position, mask))
+        return self.residual(x, self.norm2, self.feed_forward)
+
+
+class DecoderLayer(Layer):
+    """Queries attend to queries, then to cells."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.multihead_attn = Attention(config)
+        self.norm3 = nn.LayerNorm(config.hidden_dim)
+
+    def forward(self, x: Tensor, queries: Tensor, memory: Tensor, placed_memory: Tensor, mask: Tensor | None) -> Tensor:
+        x = self.residual(x, self.norm1, lambda y: self.attend_self(y, queries))
+        x = self.residual(x, self.norm2, lambda y: self.multihead_attn(y + queries, placed_memory, memory, mask))
+        return self.residual(x, self.norm3, self.feed_forward)
+
+
+class Encoder(nn.Module):
+    """A stack of encoder layers; pre-norm layers leave the last normalisation to it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.norm = nn.LayerNorm(config.hidden_dim) if config.pre_norm else nn.Identity()
+
+    def forward(self, x: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, position, mask)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """A stack of decoder layers, each of whose outputs is normalised and returned."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(config.hidden_dim)
+
+    def forward(self, x: Tensor, queries: Tensor, memory: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
+        """Return [layers, B, Q, C], the last layer's output last."""
+        placed_memory = memory + position
+        outputs = []
+        for layer in self.layers:
+            x = layer(x, queries, memory, placed_memory, mask)
+            outputs.append(self.norm(x))
+        return torch.stack(outputs)
+
+
+class Transformer(nn.Module):
+    """Encoder and decoder, with Xavier-uniform weights as in the original."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        if config.tied_attention_init:
+            for layer in self.encoder.layers:
+                layer.self_attn.tie()  # type: ignore[operator, union-attr]
+            for layer in self.decoder.layers:
+                layer.multihead_attn.tie()  # type: ignore[operator, union-attr]
+
+    def forward(self, cells: Tensor, position: Tensor, queries: Tensor, padding: Tensor | None) -> Tensor:
+        """Return [decoder layers, B, Q, C].
+
+        cells: [B, N, C]. position: [B or 1, N, C]. queries: [Q, C], the embeddings. padding: [B, N], true = ignore.
+        """
+        mask = None if padding is None else ~padding[:, None, None, :]
+        position = position.to(cells.dtype)
+        if self.config.position_at_input:
+            cells = cells + position
+        memory = self.encoder(cells, position, mask)
+        queries = queries.to(cells.dtype).expand(len(cells), -1, -1)
+        start = queries if self.config.decoder_input == "queries" else torch.zeros_like(queries)
+        return self.decoder(start, queries, memory, position, mask)  # type: ignore[no-any-return]
