@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from shards.plan import first_step as first_step
     from shards.plan import plan_epoch as plan_epoch
     from shards.plan import plan_evaluation as plan_evaluation
+    from shards.read import ReadConfig as ReadConfig
+    from shards.read import Sample as Sample
+    from shards.read import open_batches as open_batches
+    from shards.read import open_loader as open_loader
+    from shards.read import read_samples as read_samples
     from shards.score import ClassScore as ClassScore
     from shards.score import Detections as Detections
     from shards.score import Score as Score
@@ -24,12 +29,20 @@ if TYPE_CHECKING:
     from shards.score import per_class_ap as per_class_ap
     from shards.score import score_detections as score_detections
     from shards.score import to_coco_json as to_coco_json
+    from shards.source import SourceError as SourceError
+    from shards.synthetic import write_synthetic as write_synthetic
+    from shards.write import WriteConfig as WriteConfig
+    from shards.write import write_coco as write_coco
 
 _HOMES = {
     "errors": ("ShardError",),
     "manifest": ("Category", "Index", "Manifest", "load_manifest"),
     "plan": ("EpochPlan", "epoch_order", "first_step", "plan_epoch", "plan_evaluation"),
+    "read": ("ReadConfig", "Sample", "open_batches", "open_loader", "read_samples"),
     "score": ("ClassScore", "Detections", "Score", "coco_metrics", "per_class_ap", "score_detections", "to_coco_json"),
+    "source": ("SourceError",),
+    "synthetic": ("write_synthetic",),
+    "write": ("WriteConfig", "write_coco"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -1,0 +1,232 @@
+"""A plan into decoded samples: threads that read by offset, decode, transform and collate, in the plan's order.
+
+Threads and not processes: reading, decoding and resizing release the interpreter's lock, and what holds it is 0.4 ms
+per image. Nothing is torn down between shards, and each step is one task, so at most ``prefetch`` batches exist.
+"""
+
+import io
+import zlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from shards import storage
+from shards.errors import ShardError
+from shards.manifest import Ints, Manifest
+from shards.plan import EpochPlan
+
+T = TypeVar("T")
+B = TypeVar("B")
+_Task = tuple[Ints, Ints]  # rows and their epochs
+
+
+@dataclass(frozen=True)
+class ReadConfig:
+    """How to read.
+
+    Attributes:
+        threads: decoding threads; 0 reads in the calling thread, one batch at a time.
+        prefetch: batches under way or waiting at once: what bounds the memory. Fewer than ``threads`` idles some.
+    """
+
+    threads: int = 2
+    prefetch: int = 4
+
+    def __post_init__(self) -> None:
+        if self.threads < 0 or self.prefetch < 1:
+            raise ShardError(f"got threads {self.threads} and prefetch {self.prefetch}, expected at least 0 and 1")
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One decoded image with its non-crowd annotations.
+
+    Attributes:
+        image: uint8 [height, width, 3], RGB, writable; EXIF rotation ignored.
+        row: its row in the index.
+        image_id: original id.
+        epoch: the epoch it is shown in (0 in evaluation).
+        width, height: pixels.
+        boxes_xyxy: float32 [N, 4], pixels, as the COCO JSON says (not clamped, possibly without area).
+        labels: int64 [N], labels of the manifest.
+        annotations: int64 [N], their rows in the index.
+    """
+
+    image: npt.NDArray[np.uint8]
+    row: int
+    image_id: int
+    epoch: int
+    width: int
+    height: int
+    boxes_xyxy: npt.NDArray[np.float32]
+    labels: Ints
+    annotations: Ints
+
+
+def open_loader(
+    manifest: Manifest,
+    plan: EpochPlan,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int | None = None,
+    transform: Callable[[Sample], T],
+    collate: Callable[[list[T]], B],
+    config: ReadConfig | None = None,
+) -> Generator[B, None, None]:
+    """One item per step of ``plan``, in order: ``collate([transform(sample), ...])`` of this rank's part of the step.
+
+    Args:
+        manifest: the data set that ``plan`` was made for.
+        plan: from ``plan_epoch``.
+        rank, world_size: this rank of how many. A rank without samples in a step gets ``collate([])``.
+        start_step: global step to start with; the plan's first by default. ``plan.end_step`` gives nothing.
+        transform: called in the threads.
+        collate: called in the threads.
+        config: threads and memory.
+
+    Closing the generator (or exhausting it) ends its threads. Raises ShardError at once for an impossible rank or
+    step, and while iterating for bytes that are not the manifest's, naming the image and the shard.
+    """
+    if plan.images != manifest.images:
+        raise ShardError(f"got a plan for {plan.images} images, expected one for this data set's {manifest.images}")
+    start = plan.first_step if start_step is None else start_step
+    if not plan.first_step <= start <= plan.end_step:
+        raise ShardError(
+            f"got start_step {start}, expected {plan.first_step}..{plan.end_step}, the steps of this epoch"
+        )
+    if not 0 <= rank < world_size:
+        raise ShardError(f"got rank {rank} of {world_size}, expected 0 <= rank < world_size")
+    tasks = (plan.step(step, rank, world_size) for step in range(start, plan.end_step))
+    return _stream(SampleReader(manifest), tasks, transform, collate, config or ReadConfig())
+
+
+def open_batches(
+    manifest: Manifest,
+    batches: Iterable[Ints],
+    *,
+    transform: Callable[[Sample], T],
+    collate: Callable[[list[T]], B],
+    config: ReadConfig | None = None,
+) -> Generator[B, None, None]:
+    """One item per array of rows, in order, as ``open_loader``; for evaluation and pictures. The epoch is 0."""
+    tasks = ((rows, np.zeros(len(rows), np.int64)) for rows in batches)
+    return _stream(SampleReader(manifest), tasks, transform, collate, config or ReadConfig())
+
+
+def read_samples(
+    manifest: Manifest, rows: Sequence[int] | Ints, config: ReadConfig | None = None
+) -> Generator[Sample, None, None]:
+    """The samples of ``rows``, in that order."""
+    batches = (np.array([row], np.int64) for row in rows)
+    return open_batches(manifest, batches, transform=_same, collate=_only, config=config)
+
+
+class SampleReader:
+    """Reads and decodes single samples; safe to share between threads."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._index = manifest.index()
+        self._shards = [shard.name for shard in manifest.shards]
+        self._urls = [storage.join(manifest.url, name) for name in self._shards]
+        self._files = storage.RangeReader()
+
+    def read(self, row: int, epoch: int = 0) -> Sample:
+        """The sample of one row; raises ShardError where its bytes are not those that were written."""
+        record = self._index.images[row]
+        annotations = self._index.annotations_of(row)
+        kept = np.flatnonzero(annotations["iscrowd"] == 0)
+        boxes = annotations["bbox"][kept]
+        width, height = int(record["width"]), int(record["height"])
+        image = self._decode(row)
+        if image.shape != (height, width, 3):
+            raise ShardError(f"{self.name(row)}: decodes to {image.shape}, expected {(height, width, 3)}")
+        return Sample(
+            image=image,
+            row=int(row),
+            image_id=int(record["image_id"]),
+            epoch=int(epoch),
+            width=width,
+            height=height,
+            boxes_xyxy=np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).astype(np.float32),
+            labels=annotations["label"][kept].astype(np.int64),
+            annotations=int(record["first"]) + kept,
+        )
+
+    def name(self, row: int) -> str:
+        """How messages call a sample."""
+        record = self._index.images[row]
+        return f"image {int(record['image_id'])} in {self._shards[int(record['shard'])]}"
+
+    def close(self) -> None:
+        """Let go of the shards' files."""
+        self._files.close()
+
+    def _decode(self, row: int) -> npt.NDArray[np.uint8]:
+        record = self._index.images[row]
+        length = int(record["length"])
+        content = self._files.read(self._urls[int(record["shard"])], int(record["offset"]), length)
+        if len(content) != length:
+            raise ShardError(
+                f"{self.name(row)}: got {len(content)} of {length} bytes, the shard is truncated: copy it again"
+            )
+        if zlib.crc32(content) != int(record["crc32"]):
+            raise ShardError(f"{self.name(row)}: its bytes changed since they were written: copy the shard again")
+        with Image.open(io.BytesIO(content)) as image:
+            # A copy, because Pillow's own memory would be read-only.
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _same(sample: Sample) -> Sample:
+    return sample
+
+
+def _only(samples: list[Sample]) -> Sample:
+    return samples[0]
+
+
+def _stream(
+    reader: SampleReader,
+    tasks: Iterable[_Task],
+    transform: Callable[[Sample], T],
+    collate: Callable[[list[T]], B],
+    config: ReadConfig,
+) -> Generator[B, None, None]:
+    """Batches in the order of ``tasks``, at most ``config.prefetch`` of them ahead."""
+
+    def batch(task: _Task) -> B:
+        return collate([_one(reader, row, epoch, transform) for row, epoch in zip(*task, strict=True)])
+
+    if config.threads == 0:
+        try:
+            yield from map(batch, tasks)
+        finally:
+            reader.close()
+        return
+    executor = ThreadPoolExecutor(config.threads, thread_name_prefix="shards")
+    waiting: deque[Future[B]] = deque()
+    try:
+        for task in tasks:
+            waiting.append(executor.submit(batch, task))
+            if len(waiting) == config.prefetch:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+        reader.close()
+
+
+def _one(reader: SampleReader, row: int, epoch: int, transform: Callable[[Sample], T]) -> T:
+    try:
+        return transform(reader.read(row, epoch))
+    except ShardError:
+        raise
+    except Exception as error:
+        raise ShardError(f"{reader.name(row)}: {type(error).__name__}: {error}") from error

@@ -1,0 +1,247 @@
+"""The built-in data set: small pictures of circles, squares, triangles and crosses, as real JPEG files and COCO JSON.
+
+Each image has a background (noise, waves, or a crop of one of scikit-learn's two bundled photographs) and one to five
+objects of 14 to 43 pixels, which may hide up to two fifths of one another. Boxes, areas and segmentations are those of
+what is visible. Every number comes from a hash of (seed, split, image), so equal arguments give equal bytes with the
+same Pillow.
+"""
+
+import colorsys
+import functools
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from shards import storage
+from shards.errors import ShardError
+from shards.plan import hashes
+
+CATEGORIES = ("circle", "square", "triangle", "cross")
+MIN_SIDE, MAX_SIDE = 14, 43  # pixels
+MAX_OBJECTS = 5
+MIN_VISIBLE = 0.6  # of every object's pixels, however many lie above it
+JPEG_QUALITY = 90
+
+Floats = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where one split lies, as ``write_coco`` takes it: image folder, JSON file."""
+
+    images: Path
+    annotations: Path
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Both splits of a generated data set."""
+
+    train: Split
+    val: Split
+
+
+def write_synthetic(
+    out_dir: str | os.PathLike[str],
+    *,
+    train: int = 4000,
+    val: int = 200,
+    size: int = 96,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Synthetic:
+    """Write ``OUT/{train,val}/*.jpg`` and ``OUT/annotations/instances_{train,val}.json``.
+
+    Args:
+        out_dir: a local folder; files of the same names are replaced.
+        train, val: images of each split.
+        size: side of the square images in pixels, at least 64.
+        seed: any integer.
+        progress: called with (images done, images in all).
+
+    Raises:
+        ShardError: ``size`` or a count is too small, or the folder cannot be written.
+    """
+    if size < 64 or train < 1 or val < 1:
+        raise ShardError(
+            f"got size {size}, train {train}, val {val}, expected a size from 64 and at least 1 image each"
+        )
+    folder = Path(out_dir)
+    splits = []
+    try:
+        for number, (name, count) in enumerate((("train", train), ("val", val))):
+            split = Split(folder / name, folder / "annotations" / f"instances_{name}.json")
+            before = number * train
+
+            def done(images: int, before: int = before) -> None:
+                if progress is not None:
+                    progress(before + images, train + val)
+
+            _write_split(split, count, size, (seed, number), first_id=before + 1, done=done)
+            splits.append(split)
+    except OSError as error:
+        raise ShardError(f"{folder}: cannot be written: {error}; make room or choose another folder") from error
+    return Synthetic(*splits)
+
+
+class _Draws:
+    """Numbers in a fixed order from a hash; unlike NumPy's generators the same in every version."""
+
+    def __init__(self, *key: int) -> None:
+        self._key, self._block, self._left = key, 0, list[float]()
+
+    def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
+        if not self._left:
+            self._left = self.array(64).tolist()
+        return low + (high - low) * self._left.pop()
+
+    def integer(self, low: int, high: int) -> int:
+        """low <= result <= high"""
+        return low + int(self.uniform() * (high - low + 1))
+
+    def array(self, *shape: int) -> Floats:
+        """float32 in 0..1"""
+        self._block += 1
+        words = hashes((*self._key, self._block), np.arange(-(-math.prod(shape) // 4)))
+        numbers = words.view(np.uint16)[: math.prod(shape)].astype(np.float32)
+        return np.multiply(numbers, np.float32(1 / 65536)).reshape(shape)
+
+
+def _write_split(
+    split: Split, count: int, size: int, key: tuple[int, int], first_id: int, done: Callable[[int], None]
+) -> None:
+    split.images.mkdir(parents=True, exist_ok=True)
+    split.annotations.parent.mkdir(parents=True, exist_ok=True)
+    images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
+    for number in range(count):
+        image_id = first_id + number
+        pixels, objects = _picture(_Draws(*key, number), size)
+        name = f"{image_id:012d}.jpg"
+        Image.fromarray(pixels).save(split.images / name, quality=JPEG_QUALITY)
+        images.append({"id": image_id, "file_name": name, "width": size, "height": size})
+        for label, visible in objects:
+            annotation = {"id": len(annotations) + 1, "image_id": image_id, "category_id": label + 1}
+            annotations.append(annotation | _describe(visible))
+        done(number + 1)
+    categories = [{"id": label + 1, "name": name, "supercategory": "shape"} for label, name in enumerate(CATEGORIES)]
+    info = {"description": "Synthetic shapes for trying out object detection", "version": "1"}
+    content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
+    storage.write_atomic(split.annotations, msgspec.json.encode(content))
+
+
+def _picture(draws: _Draws, size: int) -> tuple[npt.NDArray[np.uint8], list[tuple[int, Mask]]]:
+    """uint8 [size, size, 3] and each object's label and visible pixels, bool [size, size]."""
+    canvas = _background(draws, size)
+    objects = list[tuple[int, Mask, int]]()  # label, visible pixels, pixels before anything hid it
+    wanted = draws.integer(1, MAX_OBJECTS)
+    for _ in range(4 * wanted):  # some tries hide too much of an earlier object and are dropped
+        if len(objects) == wanted:
+            break
+        label = draws.integer(0, len(CATEGORIES) - 1)
+        top, left, coverage = _place(draws, label, size)
+        patch = (slice(top, top + coverage.shape[0]), slice(left, left + coverage.shape[1]))
+        mask = np.zeros((size, size), bool)
+        mask[patch] = coverage >= 0.5
+        remaining = [visible & ~mask for _, visible, _ in objects]
+        if any(
+            left_over.sum() < MIN_VISIBLE * full for left_over, (_, _, full) in zip(remaining, objects, strict=True)
+        ):
+            continue
+        objects = [(other, left_over, full) for left_over, (other, _, full) in zip(remaining, objects, strict=True)]
+        objects.append((label, mask, int(mask.sum())))
+        colour = _colour(draws, canvas[patch].mean(axis=(0, 1)))
+        grain = (draws.array(*coverage.shape, 1) - 0.5) * 24
+        canvas[patch] += coverage[:, :, None] * (colour + grain - canvas[patch])
+    pixels = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
+    return pixels, [(label, visible) for label, visible, _ in objects]
+
+
+def _background(draws: _Draws, size: int) -> Floats:
+    """float32 [size, size, 3] in 0..255: noise, waves, or part of a photograph."""
+    kind = draws.integer(0, 2)
+    if kind == 0:
+        base, strength = draws.array(3) * 160 + 48, draws.uniform(20, 90)
+        return base + (draws.array(size, size, 3) - 0.5) * strength
+    if kind == 1:
+        first, second = draws.array(3) * 220 + 18, draws.array(3) * 220 + 18
+        angle, period, bend = draws.uniform(0, math.pi), draws.uniform(5, 24), draws.uniform(0, 2)
+        rows, columns = np.mgrid[:size, :size].astype(np.float32)
+        along = rows * math.sin(angle) + columns * math.cos(angle)
+        across = rows * math.cos(angle) - columns * math.sin(angle)
+        wave = np.sin(along * (2 * math.pi / period) + bend * np.sin(across * (2 * math.pi / (3 * period))))
+        mixed = first + (second - first) * ((0.5 + 0.3 * wave)[:, :, None])
+        return np.asarray(mixed + (draws.array(size, size, 1) - 0.5) * 16, np.float32)
+    photograph = _photographs()[draws.integer(0, 1)]
+    side = draws.uniform(size, min(photograph.size))
+    left, top = draws.uniform(0, photograph.width - side), draws.uniform(0, photograph.height - side)
+    box = (left, top, left + side, top + side)
+    part = photograph.resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=1.5)
+    return np.asarray(part, np.float32).copy()
+
+
+@functools.cache
+def _photographs() -> tuple[Image.Image, Image.Image]:
+    from sklearn.datasets import load_sample_image
+
+    return (Image.fromarray(load_sample_image("china.jpg")), Image.fromarray(load_sample_image("flower.jpg")))
+
+
+def _place(draws: _Draws, label: int, size: int) -> tuple[int, int, Floats]:
+    """Top and left in pixels, and how much of each pixel the shape covers, float32 [height, width] in 0..1."""
+    longer = draws.integer(MIN_SIDE, MAX_SIDE)
+    shorter = max(MIN_SIDE, round(longer * draws.uniform(0.75, 1.0)))
+    height, width = (longer, shorter) if draws.uniform() < 0.5 else (shorter, longer)
+    top, left = draws.integer(0, size - height), draws.integer(0, size - width)
+    return top, left, _coverage(label, height, width)
+
+
+@functools.lru_cache(maxsize=4096)
+def _coverage(label: int, height: int, width: int) -> Floats:
+    """A shape that touches all four sides of its box, antialiased from 4x4 points per pixel."""
+    points = 4
+    rows = (np.arange(height * points, dtype=np.float32)[:, None] + 0.5) / (height * points)  # 0 top, 1 bottom
+    columns = (np.arange(width * points, dtype=np.float32)[None, :] + 0.5) / (width * points)
+    x, y = np.abs(2 * columns - 1), np.abs(2 * rows - 1)  # 0 in the middle, 1 at the sides
+    inside = (
+        x**2 + y**2 <= 1,
+        (x <= 1) & (y <= 1),
+        x <= rows,
+        (x <= 1 / 3) | (y <= 1 / 3),
+    )[label]
+    return np.asarray(inside.reshape(height, points, width, points).mean(axis=(1, 3)), np.float32)
+
+
+def _colour(draws: _Draws, behind: Floats) -> Floats:
+    """A strong colour, float32 [3] in 0..255, that stands out from the mean colour behind it."""
+    for _ in range(16):
+        hue, saturation, value = draws.uniform(), draws.uniform(0.5, 1.0), draws.uniform(0.35, 1.0)
+        colour = np.array(colorsys.hsv_to_rgb(hue, saturation, value), np.float32) * 255
+        if float(np.linalg.norm(colour - behind)) > 110:
+            break
+    return colour
+
+
+def _describe(visible: Mask) -> dict[str, Any]:
+    """Box, area and segmentation (COCO's run lengths, column by column, starting with the background)."""
+    rows, columns = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
+    left, top = int(columns[0]), int(rows[0])
+    flat = np.concatenate([[False], visible.ravel(order="F"), [False]])
+    changes = np.flatnonzero(flat[1:] != flat[:-1])
+    counts = np.diff(changes, prepend=0, append=visible.size).tolist()
+    if counts[-1] == 0:
+        counts.pop()
+    return {
+        "bbox": [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1],
+        "area": int(visible.sum()),
+        "iscrowd": 0,
+        "segmentation": {"size": list(visible.shape), "counts": counts},
+    }

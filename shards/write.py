@@ -1,0 +1,386 @@
+"""A COCO data set into reproducible WebDataset tars with an index and a manifest.
+
+Everything is written into ``OUT.partial``, flushed to the disk and renamed to OUT at the end, so a data set is whole or
+absent. The bytes are a function of the input alone: images are ordered by a hash of their id, tar headers are fixed,
+and workers take whole shards. An interrupted run leaves its finished shards in ``OUT.partial``, and the same command
+goes on from there.
+"""
+
+import fcntl
+import hashlib
+import io
+import itertools
+import os
+import shutil
+import tarfile
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from shards import storage
+from shards.errors import ShardError
+from shards.manifest import (
+    ANNOTATION_DTYPE,
+    ANNOTATIONS_NAME,
+    FORMAT,
+    IMAGE_DTYPE,
+    IMAGES_NAME,
+    MANIFEST_NAME,
+    SOURCE_NAME,
+    File,
+    Manifest,
+    Shard,
+    load_manifest,
+)
+from shards.plan import hashes
+from shards.source import Defect, ImageEntry, Source, SourceError, read_image, read_source
+
+# (images done, images in all); called from whichever thread finished one, never from two at once.
+Progress = Callable[[int, int], None]
+
+_KEY_NAME = ".key"
+
+
+@dataclass(frozen=True)
+class WriteConfig:
+    """How to write a data set.
+
+    Attributes:
+        samples_per_shard: images per tar (1,000 of COCO are about 160 MB).
+        workers: threads, each writing whole shards; 0 writes in the calling thread. It never changes the result.
+        name: name of the data set; the annotation file's name without its ending where None.
+    """
+
+    samples_per_shard: int = 1000
+    workers: int = 0
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 1 or self.workers < 0:
+            raise ShardError(
+                f"got samples_per_shard {self.samples_per_shard} and workers {self.workers}, expected at least 1 and 0"
+            )
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """One file in a tar: its name, where its bytes start, how many there are, and their crc32."""
+
+    name: str
+    offset: int
+    length: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class _Written:
+    shard: Shard
+    members: tuple[TarMember, ...]  # the encoded image of each sample
+
+
+def write_coco(
+    images: str | os.PathLike[str],
+    annotations: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    config: WriteConfig | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write the COCO data set (image folder, JSON file) as a data set in the new folder ``out``.
+
+    Where ``out`` already holds exactly this data set, it is left as it is.
+
+    Raises:
+        ShardError: an input is absent or not COCO, or ``out`` is not a free local folder.
+        SourceError: images or annotations are defective (all are collected); nothing is left behind.
+    """
+    config = config or WriteConfig()
+    folder = _local(out)
+    source = read_source(images, annotations)
+    name = config.name or source.path.stem
+    finished = _finished(folder, source, config, name)
+    if finished is not None:
+        return finished
+    try:
+        with _staging(folder, _key(source, config, name)) as staging:
+            written = _write_shards(source, staging, config, progress)
+            _write_rest(source, written, staging, config, name)
+            (staging / _KEY_NAME).unlink()
+            staging.rename(folder)
+            storage.sync_folder(folder.parent)
+    except OSError as error:
+        raise ShardError(f"{folder}: cannot be written: {error}; make room or choose another folder") from error
+    return load_manifest(folder)
+
+
+def scan_tar(path: Path) -> list[TarMember]:
+    """The files of a tar in their order.
+
+    Raises ShardError where the tar is not whole.
+    """
+    members = []
+    try:
+        with tarfile.open(path, "r:") as tar, path.open("rb") as file:
+            for member in tar:
+                file.seek(member.offset_data)
+                crc32 = zlib.crc32(file.read(member.size))
+                members.append(TarMember(member.name, member.offset_data, member.size, crc32))
+    except tarfile.TarError as error:
+        raise ShardError(f"{path}: not a whole tar ({error}); copy it again") from None
+    return members
+
+
+def image_members(members: list[TarMember]) -> tuple[TarMember, ...]:
+    """Those of ``members`` that are the encoded images of samples."""
+    return tuple(member for member in members if not member.name.endswith(".json"))
+
+
+def shard_rows(images: int, samples_per_shard: int) -> list[range]:
+    """The rows of each shard."""
+    starts = range(0, images, samples_per_shard)
+    return [range(start, min(start + samples_per_shard, images)) for start in starts]
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a local file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _local(out: str | os.PathLike[str]) -> Path:
+    path = storage.local_path(os.fspath(out))
+    if path is None:
+        raise ShardError(f"{out}: is a remote URL, expected a local folder: write there and copy the folder as it is")
+    return path.absolute()
+
+
+def _ordered(source: Source) -> list[ImageEntry]:
+    """Images by a hash of their id, so that every shard is a fair sample, whatever the order of the JSON."""
+    ids = np.array([entry.id for entry in source.images], np.int64)
+    order = np.lexsort((ids, hashes((), ids)))
+    return [source.images[position] for position in order]
+
+
+def _key(source: Source, config: WriteConfig, name: str) -> str:
+    parts = (FORMAT, source.digest, config.samples_per_shard, name)
+    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+
+
+def _finished(folder: Path, source: Source, config: WriteConfig, name: str) -> Manifest | None:
+    """The data set in ``folder`` where it is the one asked for; None where the folder is free."""
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        raise ShardError(f"{folder}: is a file, expected a new or empty folder: choose another one")
+    if not (folder / MANIFEST_NAME).exists():
+        if any(folder.iterdir()):
+            raise ShardError(f"{folder}: is not empty and holds no data set, expected a new or empty folder")
+        return None
+    manifest = load_manifest(folder)
+    found = (manifest.source_digest, manifest.samples_per_shard, manifest.name)
+    shards_whole = all(
+        (folder / shard.name).is_file() and (folder / shard.name).stat().st_size == shard.bytes
+        for shard in manifest.shards
+    )
+    lengths = [(source.folder / entry.file_name).stat().st_size for entry in _ordered(source)]
+    same = found == (source.digest, config.samples_per_shard, name) and shards_whole
+    if same and manifest.index().images["length"].tolist() == lengths:
+        return manifest
+    raise ShardError(
+        f"{folder}: already holds another data set ({manifest.name}, {manifest.images} images, digest "
+        f"{manifest.digest[:12]}), expected a new or empty folder: choose another one or delete it first"
+    )
+
+
+@contextmanager
+def _staging(folder: Path, key: str) -> Iterator[Path]:
+    """The folder to write into: locked, holding only finished shards of the same ``key``, removed on defects."""
+    staging = folder.with_name(folder.name + ".partial")
+    staging.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(staging, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ShardError(f"{folder}: another process is writing it right now: wait for it or stop it") from None
+        key_file = staging / _KEY_NAME
+        if not key_file.exists() or key_file.read_text() != key:
+            _empty(staging)
+            storage.write_atomic(key_file, key.encode())
+        try:
+            yield staging
+        except SourceError:
+            shutil.rmtree(staging)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _empty(staging: Path) -> None:
+    for path in staging.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _write_shards(source: Source, staging: Path, config: WriteConfig, progress: Progress | None) -> list[_Written]:
+    entries = _ordered(source)
+    parts = [
+        (staging / f"shard-{number:06d}.tar", entries[rows.start : rows.stop])
+        for number, rows in enumerate(shard_rows(len(entries), config.samples_per_shard))
+    ]
+    count, lock, defects = itertools.count(1), threading.Lock(), list[Defect]()
+
+    def done() -> None:
+        with lock:
+            number = next(count)
+            if progress is not None:
+                progress(number, len(entries))
+
+    def one(part: tuple[Path, list[ImageEntry]]) -> _Written | None:
+        return _write_shard(source, *part, defects, done)
+
+    if config.workers == 0:
+        results = [one(part) for part in parts]
+    else:
+        # Threads: reading, decoding, hashing and writing all release the interpreter's lock.
+        executor = ThreadPoolExecutor(config.workers, thread_name_prefix="write_coco")
+        try:
+            results = list(executor.map(one, parts))
+        finally:
+            executor.shutdown(cancel_futures=True)
+    if defects:
+        raise SourceError(source.path, sorted(defects, key=lambda defect: defect.text))
+    return [result for result in results if result is not None]
+
+
+def _write_shard(
+    source: Source, path: Path, entries: list[ImageEntry], defects: list[Defect], done: Callable[[], None]
+) -> _Written | None:
+    """Write one shard, or take the finished one of an interrupted run; None where the source has defects."""
+    # Imported here because webdataset imports torch, which readers of this module may not need.
+    from webdataset.writer import TarWriter
+
+    written = _reusable(source, path, entries)
+    if written is not None:
+        for _ in entries:
+            done()
+        return written
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("wb") as file:
+        with TarWriter(file, encoder=False, mtime=0, user="root", group="root", mode=0o444) as tar:
+            for entry in entries:
+                image = read_image(source, entry)
+                if isinstance(image, Defect):
+                    defects.append(image)
+                elif not defects:
+                    tar.write(_sample(entry, *image))
+                done()
+        file.flush()
+        os.fsync(file.fileno())
+    if defects:
+        return None
+    aside.rename(path)
+    return _describe(path)
+
+
+def _reusable(source: Source, path: Path, entries: list[ImageEntry]) -> _Written | None:
+    if not path.exists():
+        return None
+    written = _describe(path)
+    found = [(int(member.name.split(".")[0]), member.length) for member in written.members]
+    expected = [(entry.id, (source.folder / entry.file_name).stat().st_size) for entry in entries]
+    return written if found == expected else None
+
+
+def _describe(path: Path) -> _Written:
+    members = image_members(scan_tar(path))
+    return _Written(Shard(path.name, len(members), path.stat().st_size, file_digest(path)), members)
+
+
+def _sample(entry: ImageEntry, content: bytes, extension: str) -> dict[str, Any]:
+    """A WebDataset sample. Segmentations go apart: they are most of the text and detection never reads them."""
+    annotations = [msgspec.json.decode(annotation.raw) for annotation in entry.annotations]
+    segmentations = [annotation.pop("segmentation", None) for annotation in annotations]
+    return {
+        "__key__": f"{entry.id:012d}",
+        extension: content,
+        "json": msgspec.json.encode({"image": entry.raw, "annotations": annotations}),
+        "segmentation.json": msgspec.json.encode(segmentations),
+    }
+
+
+def _write_rest(source: Source, written: list[_Written], staging: Path, config: WriteConfig, name: str) -> None:
+    """The index, and last of all the manifest."""
+    entries = _ordered(source)
+    contents = {
+        SOURCE_NAME: source.rest,
+        IMAGES_NAME: _npy(_image_records(entries, written)),
+        ANNOTATIONS_NAME: _npy(_annotation_records(entries, source)),
+    }
+    (staging / IMAGES_NAME).parent.mkdir(exist_ok=True)
+    for file_name, content in contents.items():
+        storage.write_atomic(staging / file_name, content)
+    storage.sync_folder((staging / IMAGES_NAME).parent)
+    manifest = Manifest(
+        format=FORMAT,
+        name=name,
+        source_digest=source.digest,
+        samples_per_shard=config.samples_per_shard,
+        images=len(entries),
+        annotations=sum(len(entry.annotations) for entry in entries),
+        categories=source.categories,
+        files=tuple(
+            File(file_name, len(content), hashlib.sha256(content).hexdigest())
+            for file_name, content in contents.items()
+        ),
+        shards=tuple(part.shard for part in written),
+    )
+    storage.write_atomic(staging / MANIFEST_NAME, msgspec.json.format(manifest.to_json(), indent=2) + b"\n")
+    storage.sync_folder(staging)
+
+
+def _image_records(entries: list[ImageEntry], written: list[_Written]) -> np.ndarray[Any, Any]:
+    counts = [len(entry.annotations) for entry in entries]
+    firsts = [0, *itertools.accumulate(counts)]
+    places = [(number, member) for number, part in enumerate(written) for member in part.members]
+    return np.array(
+        [
+            (entry.id, shard, member.offset, member.length, entry.width, entry.height, first, count, member.crc32)
+            for entry, (shard, member), first, count in zip(entries, places, firsts, counts, strict=False)
+        ],
+        IMAGE_DTYPE,
+    )
+
+
+def _annotation_records(entries: list[ImageEntry], source: Source) -> np.ndarray[Any, Any]:
+    labels = {category.id: label for label, category in enumerate(source.categories)}
+    return np.array(
+        [
+            (
+                annotation.id,
+                row,
+                annotation.bbox_xywh,
+                annotation.area,
+                labels[annotation.category_id],
+                annotation.iscrowd,
+            )
+            for row, entry in enumerate(entries)
+            for annotation in entry.annotations
+        ],
+        ANNOTATION_DTYPE,
+    )
+
+
+def _npy(records: np.ndarray[Any, Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, records, allow_pickle=False)
+    return buffer.getvalue()
