@@ -32,7 +32,7 @@ def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def hashes(numbers: tuple[int, ...], values: npt.ArrayLike) -> npt.NDArray[np.uint64]:
-    """A 64-bit hash of (*numbers, value) for each value, uint64 of the shape of ``values``."""
+    """A 64-bit hash of (*numbers, value) for each value, uint64 of the shape of ``values``, or [1] for one number."""
     state = np.zeros(1, np.uint64)
     for number in numbers:
         state = splitmix64(state ^ np.array([number & _MASK], np.uint64))

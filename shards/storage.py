@@ -64,6 +64,12 @@ def read(url: str) -> bytes:
     return bytes(filesystem.cat_file(name))
 
 
+def download(url: str, path: Path) -> None:
+    """Copy the file at ``url`` to a local path, piece by piece."""
+    filesystem, name = fsspec.core.url_to_fs(url)
+    filesystem.get_file(name, str(path))
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a local file aside, flush it to the disk and rename it, so that it is whole or absent."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")

@@ -97,7 +97,7 @@ class _Draws:
     """Numbers in a fixed order from a hash; unlike NumPy's generators the same in every version."""
 
     def __init__(self, *key: int) -> None:
-        self._key, self._block, self._left = key, 0, list[float]()
+        self._seed, self._block, self._left = int(hashes(key, 0)[0]), 0, list[float]()
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
         if not self._left:
@@ -111,7 +111,7 @@ class _Draws:
     def array(self, *shape: int) -> Floats:
         """float32 in 0..1"""
         self._block += 1
-        words = hashes((*self._key, self._block), np.arange(-(-math.prod(shape) // 4)))
+        words = hashes((self._seed, self._block), np.arange(-(-math.prod(shape) // 4)))
         numbers = words.view(np.uint16)[: math.prod(shape)].astype(np.float32)
         return np.multiply(numbers, np.float32(1 / 65536)).reshape(shape)
 

@@ -79,6 +79,11 @@ class TarMember:
     length: int
     crc32: int
 
+    @property
+    def key(self) -> str:
+        """What WebDataset groups files into samples by: the name up to the first dot."""
+        return self.name.split(".")[0]
+
 
 @dataclass(frozen=True)
 class _Written:
@@ -126,9 +131,12 @@ def scan_tar(path: Path) -> list[TarMember]:
     Raises ShardError where the tar is not whole.
     """
     members = []
+    end = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar, path.open("rb") as file:
             for member in tar:
+                if member.offset_data + member.size > end:
+                    raise tarfile.ReadError(f"{member.name} ends after the file does")
                 file.seek(member.offset_data)
                 crc32 = zlib.crc32(file.read(member.size))
                 members.append(TarMember(member.name, member.offset_data, member.size, crc32))
@@ -140,6 +148,11 @@ def scan_tar(path: Path) -> list[TarMember]:
 def image_members(members: list[TarMember]) -> tuple[TarMember, ...]:
     """Those of ``members`` that are the encoded images of samples."""
     return tuple(member for member in members if not member.name.endswith(".json"))
+
+
+def sample_key(image_id: int) -> str:
+    """What the names of a sample's files begin with."""
+    return f"{image_id:012d}"
 
 
 def shard_rows(images: int, samples_per_shard: int) -> list[range]:
@@ -296,8 +309,8 @@ def _reusable(source: Source, path: Path, entries: list[ImageEntry]) -> _Written
     if not path.exists():
         return None
     written = _describe(path)
-    found = [(int(member.name.split(".")[0]), member.length) for member in written.members]
-    expected = [(entry.id, (source.folder / entry.file_name).stat().st_size) for entry in entries]
+    found = [(member.key, member.length) for member in written.members]
+    expected = [(sample_key(entry.id), (source.folder / entry.file_name).stat().st_size) for entry in entries]
     return written if found == expected else None
 
 
@@ -311,7 +324,7 @@ def _sample(entry: ImageEntry, content: bytes, extension: str) -> dict[str, Any]
     annotations = [msgspec.json.decode(annotation.raw) for annotation in entry.annotations]
     segmentations = [annotation.pop("segmentation", None) for annotation in annotations]
     return {
-        "__key__": f"{entry.id:012d}",
+        "__key__": sample_key(entry.id),
         extension: content,
         "json": msgspec.json.encode({"image": entry.raw, "annotations": annotations}),
         "segmentation.json": msgspec.json.encode(segmentations),

@@ -1,0 +1,98 @@
+"""Check a data set against its manifest, byte for byte."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from shards import storage
+from shards.errors import ShardError
+from shards.manifest import Manifest, Records, Shard, check_file, load_index, load_manifest
+from shards.write import TarMember, file_digest, image_members, sample_key, scan_tar
+
+# (shards checked, shards in all)
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was checked, and everything that is wrong, each in one line; ``ok`` where nothing is."""
+
+    url: str
+    images: int
+    shards: int
+    bytes: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the data set is exactly what was written."""
+        return not self.problems
+
+
+def verify(url: str | os.PathLike[str], progress: Progress | None = None) -> Report:
+    """Hash every file of a data set again and compare every sample with the index.
+
+    Damage is reported, not raised, and told as closely as possible: which shard is absent, truncated or changed, and
+    which images of it are hit. Raises ShardError only where there is no manifest to check against.
+    """
+    manifest = load_manifest(url)
+    problems = [problem for file in manifest.files if (problem := check_file(manifest, file.name)) is not None]
+    images = None
+    if not problems:
+        try:
+            images = load_index(manifest).images
+        except ShardError as error:
+            problems.append(str(error))
+    for number, shard in enumerate(manifest.shards):
+        records = None if images is None else images[images["shard"] == number]
+        problems += _check_shard(manifest, shard, records)
+        if progress is not None:
+            progress(number + 1, len(manifest.shards))
+    total = sum(shard.bytes for shard in manifest.shards)
+    return Report(manifest.url, manifest.images, len(manifest.shards), total, tuple(problems))
+
+
+def _check_shard(manifest: Manifest, shard: Shard, records: Records | None) -> list[str]:
+    url = storage.join(manifest.url, shard.name)
+    try:
+        length = storage.size(url)
+    except FileNotFoundError:
+        return [f"{url}: no such file; the manifest lists it with {shard.samples} images: copy it back"]
+    path = storage.local_path(url)
+    if path is not None:
+        return _check_tar(url, path, length, shard, records)
+    with tempfile.NamedTemporaryFile() as copy:
+        storage.download(url, Path(copy.name))
+        return _check_tar(url, Path(copy.name), length, shard, records)
+
+
+def _check_tar(url: str, path: Path, length: int, shard: Shard, records: Records | None) -> list[str]:
+    if length != shard.bytes:
+        kind = "truncated" if length < shard.bytes else "too long"
+        lost = 0 if records is None else int((records["offset"] + records["length"] > length).sum())
+        hit = f", {lost} of its {shard.samples} images are lost" if lost else ""
+        return [f"{url}: {kind}: got {length} bytes, expected {shard.bytes}{hit}: copy it again"]
+    changed = file_digest(path) != shard.sha256
+    try:
+        members = image_members(scan_tar(path))
+    except ShardError:
+        members = ()  # the hash says so as well
+    problem = _difference(members, shard, records)
+    if changed:
+        where = problem or "its images are whole, but something beside them changed"
+        return [f"{url}: its sha256 is not the manifest's: {where}: copy it again"]
+    return [f"{url}: {problem}: write the data set again"] if problem else []
+
+
+def _difference(members: tuple[TarMember, ...], shard: Shard, records: Records | None) -> str | None:
+    """What distinguishes a tar's images from the manifest's count and the index's records."""
+    if len(members) != shard.samples:
+        return f"got {len(members)} images, expected {shard.samples}"
+    if records is None:
+        return None
+    found = {member.key: (member.offset, member.length, member.crc32) for member in members}
+    expected = zip(*(records[field].tolist() for field in ("image_id", "offset", "length", "crc32")), strict=True)
+    wrong = [image_id for image_id, *place in expected if found.get(sample_key(image_id)) != tuple(place)]
+    return f"{len(wrong)} images differ from the index, such as image {wrong[0]}" if wrong else None
