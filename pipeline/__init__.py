@@ -1,1 +1,30 @@
-"""pipeline"""
+"""Joins `shards` and `detr` with Ray Train and MLflow: configuration, recipes, training, checkpoints, registry.
+
+The public names are resolved on first use, so that importing `pipeline.config` imports neither torch nor ray nor mlflow.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig as RunConfig
+    from pipeline.recipes import RECIPES as RECIPES
+    from pipeline.registry import register as register
+    from pipeline.registry import resolve as resolve
+    from pipeline.train import resume as resume
+
+_HOME = {
+    "RECIPES": "recipes",
+    "RunConfig": "config",
+    "register": "registry",
+    "resolve": "registry",
+    "resume": "train",
+}
+
+__all__ = ["RECIPES", "RunConfig", "register", "resolve", "resume"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+    return getattr(import_module(f"pipeline.{_HOME[name]}"), name)

@@ -1,0 +1,171 @@
+"""Checkpoints: torch.distributed.checkpoint folders that are whole or absent.
+
+    <run folder>/checkpoints/step-00001000/      *.distcp, .metadata   model and optimizer, by parameter name
+                                                 meta.json             what this is a checkpoint of
+                                                 evaluation.json       its figures, once it has been evaluated
+
+A folder is written as `step-00001000.partial`, `meta.json` last, and renamed: a name without the suffix is a whole
+checkpoint. The state is independent of the number of workers, holds no pickled code, and no random state: dropout is
+seeded by (seed, step, rank) and the schedule and the order of the data are functions of the step.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+
+from pipeline.errors import CheckpointError
+from pipeline.parallel import Ranks, unwrap
+
+FORMAT = 1
+_META = "meta.json"
+_EVALUATION = "evaluation.json"
+_PARTIAL = ".partial"
+
+
+class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a checkpoint is of: enough to refuse the wrong data and to say where it came from."""
+
+    step: int
+    epoch: float
+    samples: int
+    run_id: str
+    seed: int
+    batch_size: int
+    train_digest: str
+    num_classes: int
+    code_commit: str
+    world_size: int
+    versions: dict[str, str]
+    format: int = FORMAT
+
+
+def folder_of(run_folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return run_folder / "checkpoints" / f"step-{step:08d}"
+
+
+def complete(run_folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first. Unfinished ones do not count."""
+    found = (run_folder / "checkpoints").glob("step-*")
+    return sorted(path for path in found if not path.name.endswith(_PARTIAL) and (path / _META).exists())
+
+
+def newest(run_folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    return next(reversed(complete(run_folder)), None)
+
+
+def save(run_folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, meta: Meta, ranks: Ranks) -> Path:
+    """Write the checkpoint of `meta.step`; a collective call. Raises `CheckpointError` when it cannot be written."""
+    target = folder_of(run_folder, meta.step)
+    aside = target.with_name(target.name + _PARTIAL)
+    if ranks.first:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    ranks.barrier()
+    state, optimizer_state = get_state_dict(unwrap(model), optimizer)
+    try:
+        save_distributed(
+            {"model": state, "optimizer": optimizer_state}, checkpoint_id=str(aside), no_dist=ranks.world_size == 1
+        )
+        if ranks.first:
+            _write_synced(aside / _META, msgspec.json.format(msgspec.json.encode(meta), indent=2))
+            shutil.rmtree(target, ignore_errors=True)
+            aside.rename(target)
+    except (OSError, CheckpointException) as error:
+        raise CheckpointError(
+            f"checkpoint {target} could not be written ({_first_line(error)}); earlier checkpoints are intact: "
+            "free disk space or choose another --storage, then `detr resume`"
+        ) from error
+    ranks.barrier()
+    return target
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    """Fill model and optimizer, in place, from a checkpoint of any number of workers; a collective call."""
+    bare = unwrap(model)
+    model_state, optimizer_state = get_state_dict(bare, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    try:
+        load_distributed(state, checkpoint_id=str(path), no_dist=ranks.world_size == 1)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        raise CheckpointError(
+            f"checkpoint {path} does not fit this model or is damaged ({_first_line(error)})"
+        ) from error
+    set_state_dict(bare, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Fill only the model, in place, in this process alone."""
+    state: dict[str, Any] = {"model": model.state_dict()}
+    try:
+        load_distributed(state, checkpoint_id=str(path), no_dist=True)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        raise CheckpointError(
+            f"checkpoint {path} does not fit this model or is damaged ({_first_line(error)})"
+        ) from error
+    weights: Mapping[str, Tensor] = state["model"]
+    model.load_state_dict(weights)
+
+
+def read_meta(path: Path) -> Meta:
+    """The `meta.json` of a checkpoint, read strictly."""
+    try:
+        return msgspec.json.decode((path / _META).read_bytes(), type=Meta)
+    except (OSError, msgspec.DecodeError) as error:
+        raise CheckpointError(f"{path / _META} cannot be read ({error}); expected a whole checkpoint") from None
+
+
+def write_evaluation(path: Path, metrics: Mapping[str, float]) -> None:
+    """Note a checkpoint's figures beside it."""
+    aside = path / (_EVALUATION + _PARTIAL)
+    _write_synced(aside, msgspec.json.format(msgspec.json.encode(dict(metrics)), indent=2))
+    aside.rename(path / _EVALUATION)
+
+
+def read_evaluation(path: Path) -> dict[str, float] | None:
+    """A checkpoint's figures, or None while it has not been evaluated."""
+    try:
+        return msgspec.json.decode((path / _EVALUATION).read_bytes(), type=dict[str, float])
+    except FileNotFoundError:
+        return None
+
+
+def best(run_folder: Path) -> tuple[Path, dict[str, float]] | None:
+    """The evaluated checkpoint of highest AP, the newest of equals, and its figures."""
+    evaluated = [(path, read_evaluation(path)) for path in complete(run_folder)]
+    scored = [(path, metrics) for path, metrics in evaluated if metrics is not None]
+    return max(scored, key=lambda pair: (pair[1]["AP"], pair[0].name), default=None)
+
+
+def prune(run_folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the best. The rename makes each vanish at once."""
+    leading = best(run_folder)
+    kept = {path for path in complete(run_folder)[-keep:]} | ({leading[0]} if leading else set())
+    for path in complete(run_folder):
+        if path not in kept:
+            doomed = path.rename(path.with_name(path.name + ".deleted" + _PARTIAL))
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

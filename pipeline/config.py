@@ -1,0 +1,218 @@
+"""One frozen tree says everything about a run: `RunConfig`.
+
+Every class checks itself when it is built, so that a wrong number fails on the laptop and not on 64 GPUs. Durations are
+in epochs and the batch size is global; `pipeline.optim` converts them to steps once. Fields hold only numbers, strings,
+booleans and tuples, so a configuration survives JSON unchanged (`to_json`, `from_json`). Class counts are absent on
+purpose: they come from the manifest. This module imports neither torch nor ray nor mlflow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+
+from detr.config import LossConfig, ModelConfig, TransformConfig
+from pipeline.errors import RunConfigError
+
+
+def _require(holds: bool, name: str, got: object, expected: str) -> None:
+    if not holds:
+        raise RunConfigError(f"{name} is {got!r}; expected {expected}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the shards are (folders or URLs that hold a `manifest.json`) and how they are read."""
+
+    train: str = "shards/train"
+    val: str = "shards/val"
+    built_in: bool = False
+    """Generate the built-in data set, and pre-train the small backbone on it, where `train` and `val` are absent."""
+    reader_threads: int = 2
+    """Threads per worker that read, decode and resize; each releases the GIL while it does."""
+
+    def __post_init__(self) -> None:
+        _require(self.reader_threads >= 1, "data.reader_threads", self.reader_threads, "at least 1")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with two learning rates, clipping and a schedule (paper, appendix A.4)."""
+
+    batch_size: int = 64
+    """Images per optimizer step over all workers together."""
+    epochs: int = 300
+    lr: float = 1e-4
+    lr_backbone: float = 1e-5
+    """0 freezes the backbone."""
+    weight_decay: float = 1e-4
+    clip_norm: float = 0.1
+    """Largest total norm of the gradient."""
+    decay: Literal["step", "linear"] = "step"
+    """step: both rates times `decay_factor` from `decay_epoch` on. linear: from there down to it at the last step."""
+    decay_epoch: int = 200
+    decay_factor: float = 0.1
+    warmup_epochs: float = 0.0
+    max_steps: int = 0
+    """Stop after so many steps, whatever `epochs` says; 0 for no such bound."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "optim.batch_size", self.batch_size, "at least 1")
+        _require(self.epochs >= 1, "optim.epochs", self.epochs, "at least 1")
+        _require(self.lr > 0, "optim.lr", self.lr, "a positive learning rate")
+        _require(self.lr_backbone >= 0, "optim.lr_backbone", self.lr_backbone, "0 (frozen) or a positive rate")
+        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        _require(self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "a positive norm")
+        _require(self.decay_epoch >= 0, "optim.decay_epoch", self.decay_epoch, "0 or more")
+        _require(0 < self.decay_factor <= 1, "optim.decay_factor", self.decay_factor, "a factor in (0, 1]")
+        _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
+        _require(self.max_steps >= 0, "optim.max_steps", self.max_steps, "0 (no bound) or more")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """The evaluation inside a run: the whole validation set, each image once."""
+
+    every: int = 1
+    """Epochs between evaluations; the last step is always evaluated."""
+    batch_size: int = 2
+    """Images per forward. Fixed batches, so that the figures do not depend on the number of workers."""
+    pictures: int = 4
+    """Validation images drawn with detections next to the truth at each evaluation."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, "evaluate.every", self.every, "at least 1 epoch")
+        _require(self.batch_size >= 1, "evaluate.batch_size", self.batch_size, "at least 1")
+        _require(self.pictures >= 0, "evaluate.pictures", self.pictures, "0 or more")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state is saved, and what stays. The newest and the best are always kept."""
+
+    every_steps: int = 500
+    """Steps between saves inside an epoch; 0 saves at the ends of epochs only."""
+    keep: int = 2
+    """How many of the newest to keep, besides the best."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "0 or more")
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """How many Ray Train workers, and with what. The result does not depend on their number."""
+
+    workers: int = 1
+    gpu: Literal["auto", "yes", "no"] = "auto"
+    """auto: one GPU per worker where the cluster has any."""
+    cpus_per_worker: int = 1
+    max_failures: int = 3
+    """How often a failed worker group is restarted from the last checkpoint before the run gives up."""
+
+    def __post_init__(self) -> None:
+        _require(self.workers >= 1, "cluster.workers", self.workers, "at least 1")
+        _require(self.cpus_per_worker >= 1, "cluster.cpus_per_worker", self.cpus_per_worker, "at least 1")
+        _require(self.max_failures >= 0, "cluster.max_failures", self.max_failures, "0 or more")
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """What MLflow shows of the run."""
+
+    experiment: str = "detr"
+    run_name: str = ""
+    """Empty: the recipe's name."""
+    register_as: str = ""
+    """Registered model that the best checkpoint becomes a version of; empty: `detr-` and the recipe's name."""
+    log_every: int = 50
+    """Steps between points of the training curves."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.experiment), "track.experiment", self.experiment, "a name")
+        _require(self.log_every >= 1, "track.log_every", self.log_every, "at least 1 step")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything about a run. `detr show RECIPE` prints it; MLflow keeps it."""
+
+    recipe: str = ""
+    seed: int = 42
+    storage: str = "runs"
+    """Folder of run folders: checkpoints and the tracking spool. Every worker must see it."""
+    initial: str = ""
+    """Start from these weights: `models:/NAME@ALIAS`, or a state dict with the original's keys (.safetensors)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    transform: TransformConfig = field(default_factory=TransformConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    def __post_init__(self) -> None:
+        if self.cluster.workers > self.optim.batch_size:
+            raise RunConfigError(
+                f"cluster.workers is {self.cluster.workers} but optim.batch_size, which is global, is "
+                f"{self.optim.batch_size}; expected at least one image per worker: raise the batch or lower the workers"
+            )
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run in MLflow and of its folder."""
+        return self.track.run_name or self.recipe or "run"
+
+    @property
+    def model_name(self) -> str:
+        """Name of the registered model that this run's best checkpoint becomes a version of."""
+        return self.track.register_as or (self.recipe if self.recipe.startswith("detr-") else f"detr-{self.recipe}")
+
+
+def to_json(config: RunConfig) -> bytes:
+    """The configuration as indented JSON, fields in order of declaration."""
+    return msgspec.json.format(msgspec.json.encode(config), indent=2)
+
+
+def from_json(text: bytes | str) -> RunConfig:
+    """Read what `to_json` wrote. An unknown or mistyped field is an error that names its path."""
+    try:
+        raw = msgspec.json.decode(text)
+        config = msgspec.convert(raw, RunConfig)
+    except msgspec.DecodeError as error:
+        raise RunConfigError(f"the configuration is not valid: {error}; expected what `detr show` prints") from None
+    unknown = _unknown_fields(raw, msgspec.to_builtins(config), "$")
+    if unknown:
+        raise RunConfigError(f"unknown field {unknown[0]} in the configuration; expected what `detr show` prints")
+    return config
+
+
+def _unknown_fields(got: Any, known: Any, path: str) -> list[str]:
+    if not (isinstance(got, dict) and isinstance(known, dict)):
+        return []
+    found = [f"{path}.{key}" for key in got if key not in known]
+    return found + [
+        name for key in known if key in got for name in _unknown_fields(got[key], known[key], f"{path}.{key}")
+    ]
+
+
+def flatten(config: RunConfig) -> dict[str, str]:
+    """`{"optim.lr": "0.0001", ...}`: the parameters that MLflow lists and compares runs by."""
+
+    def walk(node: Any, prefix: str) -> dict[str, str]:
+        flat: dict[str, str] = {}
+        for item in dataclasses.fields(node):
+            value, name = getattr(node, item.name), f"{prefix}{item.name}"
+            if dataclasses.is_dataclass(value):
+                flat |= walk(value, f"{name}.")
+            else:
+                flat[name] = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return flat
+
+    return walk(config, "")

@@ -1,0 +1,150 @@
+"""Evaluation: every image of a data set scored exactly once, whatever the number of workers.
+
+Batches are fixed by the plan, ranks take whole batches, and rank 0 scores all detections together. Padding changes a
+DETR's answer slightly, so it matters that no batch depends on who computes it: the figures of a run and those of
+`detr evaluate` on the registered version are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from detr.batch import Batch, collate, normalise
+from detr.config import TransformConfig
+from detr.postprocess import detect
+from pipeline.errors import RunConfigError, TrainingError
+from pipeline.parallel import Ranks
+from pipeline.samples import evaluation_transform
+from shards.manifest import Category, Ints, Manifest
+from shards.plan import plan_evaluation
+from shards.read import ReadConfig, open_batches
+from shards.score import Detections, Score, score_detections
+
+# Called after each batch with (images done by this rank, images of this rank).
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of one evaluation, and the detections they were made from."""
+
+    score: Score
+    detections: Detections
+
+
+def evaluate(
+    model: nn.Module,
+    manifest: Manifest,
+    categories: Sequence[Category],
+    *,
+    transform: TransformConfig,
+    batch_size: int,
+    ranks: Ranks | None = None,
+    threads: int = 2,
+    progress: Progress | None = None,
+) -> Evaluation | None:
+    """Score `model` on the whole of `manifest`; a collective call whose answer is on rank 0, None elsewhere.
+
+    model: gives `Outputs`; its labels are positions in `categories`, which are matched to the data set's by id.
+    batch_size: images per forward; part of the experiment, since padding changes answers slightly.
+    """
+    ranks = ranks or Ranks()
+    labels = match_categories(categories, manifest)
+    batches = plan_evaluation(manifest, batch_size=batch_size)[ranks.rank :: ranks.world_size]
+    parts: list[Detections] = []
+    seen: list[int] = []
+    total = sum(map(len, batches))
+    training = model.training
+    model.eval()
+    try:
+        loader = open_batches(
+            manifest,
+            batches,
+            transform=evaluation_transform(transform),
+            collate=collate,
+            config=ReadConfig(threads=threads),
+        )
+        for batch in loader:
+            parts.append(detect_batch(model, batch, labels, transform, ranks.device))
+            seen += [target.image_id for target in batch.targets]
+            if progress:
+                progress(len(seen), total)
+    finally:
+        model.train(training)
+    gathered = ranks.gather((Detections.concatenate(parts), seen))
+    if not ranks.first:
+        return None
+    _check_each_once(manifest, [image_id for _, ids in gathered for image_id in ids])
+    detections = in_image_order(Detections.concatenate([found for found, _ in gathered]))
+    return Evaluation(score_detections(manifest, detections), detections)
+
+
+def match_categories(categories: Sequence[Category], manifest: Manifest) -> Ints:
+    """For each of the model's labels the data set's label of the same category id, or -1 where it has none.
+
+    Raises `RunConfigError` when an id stands for another name, or when nothing is shared: scoring would be nonsense.
+    """
+    own = {category.id: (label, category.name) for label, category in enumerate(manifest.categories)}
+    for category in categories:
+        name = own.get(category.id, (0, category.name))[1]
+        if name != category.name:
+            raise RunConfigError(
+                f"category {category.id} is {category.name!r} to the model and {name!r} in {manifest.url}; "
+                "expected the same categories: evaluate on data of the classes it was trained for, or fine-tune"
+            )
+    labels = np.array([own.get(category.id, (-1, ""))[0] for category in categories], dtype=np.int64)
+    if not (labels >= 0).any():
+        raise RunConfigError(
+            f"the model and {manifest.url} share no category; expected data of the classes the model was trained for"
+        )
+    return labels
+
+
+@torch.inference_mode()
+def detect_batch(
+    model: nn.Module, batch: Batch, labels: Ints, transform: TransformConfig, device: torch.device
+) -> Detections:
+    """Detections of one batch in pixels of the original images; those of classes the data set lacks are left out."""
+    moved = batch.to(device)
+    outputs = model(normalise(moved, transform), moved.padding)
+    found = detect(outputs, [target.original_size for target in batch.targets])
+    parts = []
+    for target, detection in zip(batch.targets, found, strict=True):
+        mapped = labels[detection.labels.cpu().numpy()]
+        known = mapped >= 0
+        boxes = detection.boxes_xyxy.double().cpu().numpy()
+        boxes_xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+        parts.append(
+            Detections(
+                np.full(int(known.sum()), target.image_id, dtype=np.int64),
+                mapped[known],
+                detection.scores.float().cpu().numpy()[known],
+                boxes_xywh[known],
+            )
+        )
+    return Detections.concatenate(parts)
+
+
+def in_image_order(detections: Detections) -> Detections:
+    """Sorted by image, ties as they were, so that no figure depends on which rank delivered first."""
+    order = np.argsort(detections.image_ids, kind="stable")
+    return Detections(
+        detections.image_ids[order],
+        detections.labels[order],
+        detections.scores[order],
+        detections.boxes_xywh[order],
+    )
+
+
+def _check_each_once(manifest: Manifest, image_ids: Sequence[int]) -> None:
+    expected = np.sort(manifest.index().images["image_id"])
+    if not np.array_equal(np.sort(np.asarray(image_ids, dtype=np.int64)), expected):
+        raise TrainingError(
+            f"evaluation delivered {len(image_ids)} images ({len(set(image_ids))} distinct); "
+            f"expected each of the {len(expected)} of {manifest.url} exactly once"
+        )

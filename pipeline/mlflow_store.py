@@ -1,0 +1,256 @@
+"""Everything said to an MLflow server: the run, its parameters and data, and the events of the spool.
+
+The driver creates the run and sets its final status; workers send events to the run by its id (`start_run` would unset
+the id and could mark a shared run as finished). SQLite in the working folder is the default store; a tracking URI in
+`MLFLOW_TRACKING_URI` takes precedence, as everywhere in MLflow.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from pipeline.config import RunConfig, flatten, to_json
+from pipeline.errors import TrackingError
+from pipeline.track import Event
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+CONFIG_ARTIFACT = "config.json"
+TAG_FOLDER = "detr.folder"
+TAG_TOTAL_STEPS = "detr.total_steps"
+TAG_EPOCHS = "detr.epochs"
+TAG_TRAIN_DIGEST = "detr.train_digest"
+TAG_COMMIT = "mlflow.source.git.commit"
+_MAX_PARAMS = 100  # MLflow's largest number of parameters in one request
+
+
+def tracking_uri() -> str:
+    """The store in use, absolute so that workers elsewhere on this machine mean the same one."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+
+
+def connect(uri: str | None = None) -> MlflowClient:
+    """A client of the store. Short retries: the spool is what survives an outage, not a blocked call.
+
+    Raises `TrackingError` when the store does not answer.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import logging
+
+    # Creating the SQLite schema prints a hundred lines of migrations at level INFO.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    uri = uri or tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    try:
+        client.search_experiments(max_results=1)
+    except MlflowException as error:
+        first_line = str(error).splitlines()[0]
+        raise TrackingError(
+            f"the MLflow store {_without_secret(uri)} does not answer ({first_line}); "
+            "expected a running server or a database: check MLFLOW_TRACKING_URI"
+        ) from None
+    return client
+
+
+def _without_secret(uri: str) -> str:
+    head, at, tail = uri.rpartition("@")
+    return f"{head.split('://')[0]}://***@{tail}" if at else uri
+
+
+def code_commit() -> str:
+    """Git commit of this code, with `-dirty` when the tree differs from it; `unknown` outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def experiment_id(client: MlflowClient, name: str) -> str:
+    """The experiment's id, created when new; its artifacts lie beside the database where there is no server."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        if found.lifecycle_stage == "deleted":
+            raise TrackingError(f"the experiment {name!r} is deleted; restore it or choose --track.experiment NAME")
+        return str(found.experiment_id)
+    uri = tracking_uri()
+    beside = None
+    if uri.startswith("sqlite:///"):
+        beside = (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
+    # Without this tag the UI opens the experiment as one of language-model traces.
+    tags = {"mlflow.experimentKind": "custom_model_development"}
+    return str(client.create_experiment(name, artifact_location=beside and f"{beside}/{name}", tags=tags))
+
+
+def create_run(
+    client: MlflowClient, config: RunConfig, datasets: Mapping[str, tuple[str, str, str]], tags: Mapping[str, str]
+) -> str:
+    """Create the run with its configuration, code and data; return its id.
+
+    datasets: context ("training", "validation") -> (name, digest, url).
+    """
+    import getpass
+
+    run = client.create_run(
+        experiment_id(client, config.track.experiment),
+        run_name=config.run_name,
+        tags={
+            "mlflow.source.name": f"detr train {config.recipe}",
+            "mlflow.source.type": "LOCAL",
+            "mlflow.user": os.environ.get("USER") or getpass.getuser(),
+            TAG_COMMIT: code_commit(),
+            **tags,
+        },
+    )
+    run_id = str(run.info.run_id)
+    from mlflow.entities import Param
+
+    parameters = [Param(name, value or "-") for name, value in flatten(config).items()]
+    for start in range(0, len(parameters), _MAX_PARAMS):
+        client.log_batch(run_id, params=parameters[start : start + _MAX_PARAMS])
+    client.log_text(run_id, to_json(config).decode(), CONFIG_ARTIFACT)
+    client.log_inputs(run_id, [_dataset_input(context, *said) for context, said in datasets.items()])
+    return run_id
+
+
+def _dataset_input(context: str, name: str, digest: str, url: str) -> Any:
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.data.source_registry import resolve_dataset_source
+    from mlflow.entities import DatasetInput, InputTag
+
+    source = resolve_dataset_source(url)
+    # MLflow bounds a digest at 36 characters; the tag on the run holds it whole.
+    dataset = MetaDataset(source=source, name=name, digest=digest[:36])
+    return DatasetInput(dataset=dataset._to_mlflow_entity(), tags=[InputTag("mlflow.data.context", context)])
+
+
+def read_config(client: MlflowClient, run_id: str) -> bytes:
+    """The configuration artifact of a run, as `pipeline.config.to_json` wrote it."""
+    import tempfile
+
+    from mlflow.exceptions import MlflowException
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return Path(client.download_artifacts(run_id, CONFIG_ARTIFACT, folder)).read_bytes()
+        except (MlflowException, OSError) as error:
+            first_line = str(error).splitlines()[0]
+            raise TrackingError(
+                f"run {run_id} has no {CONFIG_ARTIFACT} ({first_line}); expected a run of `detr train`"
+            ) from None
+
+
+def find_runs(client: MlflowClient, experiment: str | None = None, limit: int = 50) -> list[Run]:
+    """The newest runs of `detr train`, of one experiment or of all."""
+    experiments = [e for e in client.search_experiments() if experiment is None or e.name == experiment]
+    if not experiments:
+        return []
+    runs = client.search_runs([e.experiment_id for e in experiments], max_results=limit, order_by=["start_time DESC"])
+    return [run for run in runs if TAG_FOLDER in run.data.tags]
+
+
+def find_run(client: MlflowClient, name_or_id: str) -> Run:
+    """The run with this id, the start of an id (4 characters or more), or this name; the newest of several of a name."""
+    runs = find_runs(client, limit=1000)
+    for run in runs:
+        if run.info.run_id == name_or_id:
+            return run
+    for run in runs:
+        if run.info.run_name == name_or_id or (len(name_or_id) >= 4 and run.info.run_id.startswith(name_or_id)):
+            return run
+    known = ", ".join(dict.fromkeys(str(run.info.run_name) for run in runs)) or "none"
+    raise TrackingError(
+        f"there is no run {name_or_id!r}; expected a run's id or name (known: {known}): see `detr runs`"
+    )
+
+
+class EventSender:
+    """Sends spooled events to one run. Sending the same metric twice is one row in MLflow."""
+
+    def __init__(self, uri: str, run_id: str, folder: Path) -> None:
+        self._uri, self._run_id, self._folder = uri, run_id, folder
+        self._client: MlflowClient | None = None
+
+    def __call__(self, events: Sequence[Event]) -> None:
+        """Send all, or raise: the caller then sends all again."""
+        if self._client is None:
+            self._client = connect(self._uri)
+        client = self._client
+        from mlflow.entities import Metric, RunTag
+
+        metrics = [
+            Metric(name, value, event.time_ms, event.step)
+            for event in events
+            if event.kind == "metrics"
+            for name, value in event.values.items()
+        ]
+        for start in range(0, len(metrics), 1000):
+            client.log_batch(self._run_id, metrics=metrics[start : start + 1000])
+        tags = {key: value for event in events if event.kind == "tags" for key, value in event.tags.items()}
+        if tags:
+            client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        for event in events:
+            if event.kind == "picture":
+                self._picture(client, event)
+            elif event.kind == "table":
+                # Written as the UI's table artifact; a second one of a name would be appended to by log_table.
+                content = {
+                    "columns": list(event.columns),
+                    "data": list(map(list, zip(*event.columns.values(), strict=True))),
+                }
+                client.log_dict(self._run_id, content, event.name)
+            elif event.kind == "checkpoint":
+                self._checkpoint(client, event)
+
+    def _picture(self, client: MlflowClient, event: Event) -> None:
+        path = self._folder / event.tags["file"]
+        if not path.exists():
+            return  # sent by an attempt that died before it noted so
+        with Image.open(path) as image:
+            client.log_image(
+                self._run_id, image, key=event.name, step=event.step, timestamp=event.time_ms, synchronous=True
+            )
+        path.unlink()
+
+    def _checkpoint(self, client: MlflowClient, event: Event) -> None:
+        """A checkpoint is a metadata-only logged model: ranked by its figures in the UI, its bytes stay in the store."""
+        from mlflow.entities import LoggedModelOutput, Metric
+
+        run = client.get_run(self._run_id)
+        known = client.search_logged_models([run.info.experiment_id], filter_string=f"source_run_id = '{self._run_id}'")
+        if any(model.tags.get("checkpoint_uri") == event.name for model in known):
+            return
+        model = client.create_logged_model(
+            run.info.experiment_id,
+            name=f"step-{event.step:08d}",
+            source_run_id=self._run_id,
+            tags={"checkpoint_uri": event.name, "step": str(event.step)},
+            model_type="checkpoint",
+        )
+        client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, step=event.step)])
+        linked = [Metric(n, v, event.time_ms, event.step, model_id=model.model_id) for n, v in event.values.items()]
+        client.log_batch(self._run_id, metrics=linked)
+        client.finalize_logged_model(model.model_id, "READY")

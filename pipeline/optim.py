@@ -1,0 +1,77 @@
+"""Parameter groups and the learning-rate schedule (paper, appendix A.4).
+
+The schedule is a pure function of the step, so a resumed run needs no scheduler state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.config import OptimConfig
+from shards.plan import first_step
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over two groups: the backbone at `lr_backbone`, everything else at `lr`.
+
+    With `lr_backbone` 0 the backbone is frozen, as in the original. Parameters that need no gradient are left out.
+    """
+    backbone: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        in_backbone = "backbone" in name
+        if in_backbone and config.lr_backbone == 0:
+            parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            (backbone if in_backbone else others).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": others, "lr": config.lr, "base_lr": config.lr}]
+    if backbone:
+        groups.append({"params": backbone, "lr": config.lr_backbone, "base_lr": config.lr_backbone})
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Durations of a run in steps, converted once from epochs, the number of images and the global batch."""
+
+    config: OptimConfig
+    images: int
+
+    def steps(self, epochs: float) -> int:
+        """The first step that belongs to `epochs` or later; fractions of an epoch are allowed."""
+        if float(epochs).is_integer():
+            return first_step(int(epochs), self.images, self.config.batch_size)
+        return -int(-(epochs * self.images) // self.config.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        steps = self.steps(self.config.epochs)
+        return min(steps, self.config.max_steps) if self.config.max_steps else steps
+
+    def epoch(self, step: int) -> float:
+        """How many epochs the first `step` steps have seen."""
+        return min(step * self.config.batch_size / self.images, float(self.config.epochs))
+
+    def factor(self, step: int) -> float:
+        """What both learning rates are multiplied with at `step` (counted from 0)."""
+        config, start = self.config, self.steps(self.config.decay_epoch)
+        warmup = self.steps(config.warmup_epochs)
+        if step < warmup:
+            return (step + 1) / warmup
+        if step < start:
+            return 1.0
+        if config.decay == "step":
+            return config.decay_factor
+        last = max(self.total_steps - 1, start + 1)
+        return 1.0 + (config.decay_factor - 1.0) * min(step - start, last - start) / (last - start)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's rate to its base rate times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor

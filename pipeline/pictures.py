@@ -1,0 +1,41 @@
+"""Which pictures a run shows: the first validation images by id, detections next to the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+
+from pipeline.figures import Boxes, draw, side_by_side
+from shards.manifest import Manifest
+from shards.read import ReadConfig, read_samples
+from shards.score import Detections
+
+THRESHOLD = 0.5  # a detection below it is not drawn
+
+
+def detection_pictures(manifest: Manifest, detections: Detections, count: int) -> Iterator[Image.Image]:
+    """Side by side, for the `count` images of lowest id: what was found (score 0.5 or more), and the truth.
+
+    The same images each time, so that the series of an image shows how the run learned.
+    """
+    index = manifest.index()
+    rows = np.argsort(index.images["image_id"], kind="stable")[:count].astype(np.int64)
+    names = [category.name for category in manifest.categories]
+    for sample in read_samples(manifest, rows, ReadConfig(threads=0)):
+        image = Image.fromarray(sample.image)
+        chosen = (detections.image_ids == sample.image_id) & (detections.scores >= THRESHOLD)
+        boxes = detections.boxes_xywh[chosen]
+        labels = detections.labels[chosen].tolist()
+        found = Boxes(
+            np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1),
+            labels,
+            [names[label] for label in labels],
+            detections.scores[chosen].tolist(),
+        )
+        truth = Boxes(
+            sample.boxes_xyxy.astype(np.float64), sample.labels.tolist(), [names[label] for label in sample.labels]
+        )
+        captions = (f"found in image {sample.image_id}", "truth")
+        yield side_by_side(draw(image, found), draw(image, truth), captions)

@@ -1,0 +1,141 @@
+"""A registered detector in use: a folder with weights and a card in, detections out.
+
+The card says everything that is needed to use the weights and where they came from. Neither needs code to be unpickled:
+weights are safetensors, the card is JSON that is read strictly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from detr.batch import Target, collate, normalise
+from detr.config import ModelConfig, TransformConfig
+from detr.model import DETR, build_model
+from detr.original import load_original_state_dict, to_original_state_dict
+from detr.postprocess import Detection, detect
+from detr.transforms import apply, eval_geometry
+from pipeline.errors import RegistryError
+from shards.manifest import Category
+
+WEIGHTS_NAME = "model.safetensors"
+CARD_NAME = "card.json"
+FORMAT = 1
+
+
+class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a set of weights is: how to build and feed the model, what its labels mean, where it came from."""
+
+    format: int = FORMAT
+    model: ModelConfig
+    transform: TransformConfig
+    categories: tuple[Category, ...]
+    evaluate_batch_size: int
+    recipe: str
+    run_id: str
+    checkpoint: str
+    step: int
+    epoch: float
+    metrics: dict[str, float]
+    train_digest: str
+    val_digest: str
+    code_commit: str
+
+
+def write_folder(folder: Path, model: DETR, card: Card) -> None:
+    """Write weights, under the original's names, and card."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().cpu().contiguous() for name, value in to_original_state_dict(model).items()}
+    save_file(weights, folder / WEIGHTS_NAME)
+    (folder / CARD_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(card), indent=2))
+
+
+def read_card(folder: Path) -> Card:
+    """Read a card strictly; raises `RegistryError` naming what is wrong."""
+    try:
+        return msgspec.json.decode((folder / CARD_NAME).read_bytes(), type=Card)
+    except (OSError, msgspec.DecodeError) as error:
+        raise RegistryError(
+            f"{folder / CARD_NAME} cannot be used ({error}); expected a model registered by `detr`"
+        ) from None
+
+
+def read_model(folder: Path) -> tuple[DETR, Card]:
+    """The model, in evaluation mode on the CPU, and its card."""
+    card = read_card(folder)
+    model = build_model(card.model, len(card.categories))
+    load_original_state_dict(model, load_file(folder / WEIGHTS_NAME))
+    return model.eval(), card
+
+
+@dataclass(frozen=True)
+class Found:
+    """One detection: its category, score in 0..1, and box in pixels of the image, x and y of the corners."""
+
+    category_id: int
+    name: str
+    label: int
+    score: float
+    box_xyxy: tuple[float, float, float, float]
+
+
+class Detector:
+    """Detects on PIL images. Thread-safe: it holds no state but the model."""
+
+    def __init__(self, folder: Path, device: str | torch.device = "cpu") -> None:
+        model, self.card = read_model(folder)
+        self._device = torch.device(device)
+        self._model = model.to(self._device)
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Image.Image], threshold: float = 0.5) -> list[list[Found]]:
+        """Detections of each image with at least this score, the surest first. Each image runs by itself, unpadded."""
+        return [self._one(image, threshold) for image in images]
+
+    def _one(self, image: Image.Image, threshold: float) -> list[Found]:
+        pixels = np.asarray(image.convert("RGB"))
+        height, width = pixels.shape[:2]
+        geometry = eval_geometry(width, height, self.card.transform)
+        tensor, boxes, labels = apply(pixels, np.zeros((0, 4)), np.zeros(0, dtype=np.int64), geometry)
+        batch = collate([(tensor, Target(boxes, labels, 0, (height, width)))]).to(self._device)
+        outputs = self._model(normalise(batch, self.card.transform), batch.padding)
+        return self._found(detect(outputs, [(height, width)])[0], threshold)
+
+    def _found(self, detection: Detection, threshold: float) -> list[Found]:
+        order = torch.argsort(detection.scores, descending=True, stable=True).tolist()
+        found = []
+        for number in order:
+            score = float(detection.scores[number])
+            if score >= threshold:
+                label = int(detection.labels[number])
+                category = self.card.categories[label]
+                x0, y0, x1, y1 = (float(value) for value in detection.boxes_xyxy[number])
+                found.append(Found(category.id, category.name, label, score, (x0, y0, x1, y1)))
+        return found
+
+
+def coco_results(image_id: int, found: Sequence[Found]) -> list[dict[str, Any]]:
+    """Detections in COCO's result format, with the original category ids, boxes xywh in pixels."""
+    return [
+        {
+            "image_id": image_id,
+            "category_id": one.category_id,
+            "category": one.name,
+            "bbox": [
+                one.box_xyxy[0],
+                one.box_xyxy[1],
+                one.box_xyxy[2] - one.box_xyxy[0],
+                one.box_xyxy[3] - one.box_xyxy[1],
+            ],
+            "score": one.score,
+        }
+        for one in found
+    ]

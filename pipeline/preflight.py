@@ -1,0 +1,99 @@
+"""Everything about a run that can be wrong before a cluster is paid for, checked on the machine that starts it.
+
+Paths become absolute here, so that workers and later resumes mean the same files. `detr submit` runs the same checks
+before it sends anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from detr.model import DETR
+from pipeline.config import RunConfig
+from pipeline.errors import RunConfigError
+from pipeline.optim import Schedule
+from pipeline.weights import initial_model, save_initial, settle
+from shards import storage
+from shards.manifest import Manifest, load_manifest
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A checked run: its data, its length, its first weights and what a person should know about them."""
+
+    train: Manifest
+    val: Manifest
+    schedule: Schedule
+    model: DETR
+    said: tuple[str, ...]
+
+    def place(self, folder: Path) -> None:
+        """Write the first weights into the run's folder, where the workers find them."""
+        save_initial(self.model, folder)
+
+
+def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, Ready]:
+    """Check the run and make ready what it starts from; returns it with absolute paths and, where it starts from a
+    registered model, with that model's shape.
+
+    Raises one of `USER_ERRORS`, each one line.
+    """
+    if config.data.built_in:
+        from pipeline.demo import make_built_in
+
+        make_built_in(config, say)
+    config = _absolute(config)
+    train, val = load_manifest(config.data.train), load_manifest(config.data.val)
+    _check_categories(train, val)
+    resolved = None
+    if config.initial.startswith("models:/"):
+        from pipeline.registry import resolve
+
+        resolved = resolve(config.initial)
+        config = settle(config, resolved)
+    _warn_of_queries(config, train, say)
+    model, said = initial_model(config, train.categories, resolved)
+    for line in said:
+        say(line)
+    return config, Ready(train, val, Schedule(config.optim, train.images), model, said)
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    data = replace(config.data, train=storage.absolute(config.data.train), val=storage.absolute(config.data.val))
+    weights = config.model.backbone_weights
+    if weights not in ("imagenet", "random"):
+        weights = str(Path(weights).absolute())
+    initial = config.initial
+    if initial and not initial.startswith("models:/"):
+        initial = str(Path(initial).absolute())
+    return replace(
+        config,
+        data=data,
+        initial=initial,
+        storage=str(Path(config.storage).absolute()),
+        model=replace(config.model, backbone_weights=weights),
+    )
+
+
+def _check_categories(train: Manifest, val: Manifest) -> None:
+    if train.categories != val.categories:
+        differing = set(train.categories) ^ set(val.categories)
+        first = min(differing, key=lambda category: category.id) if differing else train.categories[0]
+        raise RunConfigError(
+            f"{train.url} and {val.url} differ in {len(differing)} categories, such as {first.id} {first.name!r}; "
+            "expected the same categories in both: shard both from one list"
+        )
+
+
+def _warn_of_queries(config: RunConfig, train: Manifest, say: Callable[[str], None]) -> None:
+    """A query finds at most one object, so boxes beyond `num_queries` in an image can never be matched."""
+    boxes = train.index().boxes_per_image
+    queries = config.model.num_queries
+    lost = int((boxes - queries).clip(min=0).sum())
+    if lost:
+        say(
+            f"warning: {lost} boxes in {int((boxes > queries).sum())} training images cannot be matched: the largest image "
+            f"has {int(boxes.max())} boxes and model.num_queries is {queries}; raise --model.num-queries to learn them all"
+        )

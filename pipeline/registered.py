@@ -1,0 +1,85 @@
+"""What is done with a registered version: evaluate it on a data set, detect on pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.errors import PipelineError
+from pipeline.evaluate import Evaluation, evaluate
+from pipeline.figures import Boxes, contact_sheet, draw
+from pipeline.parallel import Ranks
+from pipeline.pictures import detection_pictures
+from pipeline.predict import Detector, Found, coco_results, read_model
+from pipeline.progress import progress_bar
+from pipeline.registry import resolve
+from shards.manifest import Manifest, load_manifest
+from shards.score import Detections
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def evaluate_registered(uri: str, data: str, *, progress: bool = False) -> Evaluation:
+    """Score a registered version on a data set, in the same batches as its run did, so with the same figures."""
+    manifest = load_manifest(data)
+    model, card = read_model(resolve(uri))
+    device = default_device()
+    with progress_bar("evaluating") if progress else nullcontext() as advance:
+        evaluation = evaluate(
+            model.to(device),
+            manifest,
+            card.categories,
+            transform=card.transform,
+            batch_size=card.evaluate_batch_size,
+            ranks=Ranks(device=device),
+            progress=advance,
+        )
+    assert evaluation is not None  # rank 0 of one
+    return evaluation
+
+
+def picture_sheet(detections: Detections, manifest: Manifest, count: int = 6) -> Image.Image:
+    """Some validation images on one sheet: detections next to the truth."""
+    return contact_sheet(list(detection_pictures(manifest, detections, count)))
+
+
+def predict(uri: str, images: Sequence[Path], out: Path, *, threshold: float = 0.5) -> list[dict[str, Any]]:
+    """Detect on picture files: write annotated copies and `detections.json` (COCO's result format) into `out`.
+
+    Images are numbered from 1 in the order given; each result also names its file.
+    """
+    opened = [_open(path) for path in images]
+    detector = Detector(resolve(uri), default_device())
+    out.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
+    with progress_bar("detecting") as advance:
+        for number, (path, image) in enumerate(zip(images, opened, strict=True), start=1):
+            found = detector([image], threshold)[0]
+            draw(image, _boxes(found)).save(out / f"{number:04d}-{path.stem}.png")
+            results += [{"file_name": str(path), **result} for result in coco_results(number, found)]
+            advance(number, len(images))
+    (out / "detections.json").write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
+    return results
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else "not a picture that can be read"
+        raise PipelineError(f"{path}: {reason}; expected a picture file (JPEG, PNG, ...)") from None
+
+
+def _boxes(found: Sequence[Found]) -> Boxes:
+    boxes = np.array([one.box_xyxy for one in found], dtype=np.float64).reshape(-1, 4)
+    return Boxes(boxes, [one.label for one in found], [one.name for one in found], [one.score for one in found])

@@ -1,0 +1,206 @@
+"""The model registry: publish a checkpoint as a version, and find a version again.
+
+A version is a logged model with the weights (safetensors), the card (JSON), the code that serves it and the packages it
+needs. It is enough to evaluate, to serve, to resume, and to say from which data, code and configuration it came.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import checkpoint
+from pipeline.config import RunConfig
+from pipeline.errors import RegistryError
+from pipeline.mlflow_store import connect, find_run
+from pipeline.predict import CARD_NAME, Card, write_folder
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "scipy",
+    "pillow",
+    "msgspec",
+    "safetensors",
+    "mlflow",
+    "fsspec",
+    "pycocotools",
+)
+
+
+def register(
+    client: MlflowClient,
+    run_id: str,
+    config: RunConfig,
+    path: Path,
+    metrics: Mapping[str, float],
+    *,
+    name: str,
+    alias: str,
+) -> str:
+    """Publish the checkpoint at `path` as a version of `name`, point `alias` at it, and return the version's number."""
+    from detr.model import build_model
+    from shards.manifest import load_manifest
+
+    meta = checkpoint.read_meta(path)
+    train = load_manifest(config.data.train)
+    model = build_model(config.model, train.num_classes)
+    checkpoint.load_weights(path, model)
+    card = Card(
+        model=config.model,
+        transform=config.transform,
+        categories=train.categories,
+        evaluate_batch_size=config.evaluate.batch_size,
+        recipe=config.recipe,
+        run_id=run_id,
+        checkpoint=str(path),
+        step=meta.step,
+        epoch=meta.epoch,
+        metrics=dict(metrics),
+        train_digest=meta.train_digest,
+        val_digest=load_manifest(config.data.val).digest,
+        code_commit=meta.code_commit,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(Path(folder) / "detector", model, card)
+        model_id = _log_model(client, run_id, card, Path(folder))
+    return _publish(client, name, alias, model_id, card)
+
+
+def register_run(name_or_id: str, *, name: str, alias: str) -> str:
+    """Publish the best checkpoint of a run, finished or not."""
+    from pipeline.config import from_json
+    from pipeline.mlflow_store import TAG_FOLDER, read_config
+
+    client = connect()
+    run = find_run(client, name_or_id)
+    run_id = str(run.info.run_id)
+    found = checkpoint.best(Path(run.data.tags[TAG_FOLDER]))
+    if found is None:
+        raise RegistryError(
+            f"run {name_or_id} has no evaluated checkpoint yet; expected one: wait for its first evaluation"
+        )
+    path, metrics = found
+    return register(client, run_id, from_json(read_config(client, run_id)), path, metrics, name=name, alias=alias)
+
+
+def _log_model(client: MlflowClient, run_id: str, card: Card, folder: Path) -> str:
+    """Write the MLflow model (models from code, nothing pickled) and upload it as a logged model of the run."""
+    import mlflow
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models import Model
+    from mlflow.models.signature import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    run = client.get_run(run_id)
+    logged = client.create_logged_model(
+        run.info.experiment_id,
+        name=f"{card.recipe or 'detr'}-step-{card.step:08d}",
+        source_run_id=run_id,
+        tags=_tags(card),
+        params={"recipe": card.recipe, "backbone": card.model.backbone},
+        model_type="detector",
+    )
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(DataType.string, "image")]),
+        outputs=Schema([ColSpec(DataType.string)]),
+        params=ParamSchema([ParamSpec("threshold", DataType.double, 0.5)]),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow advises type hints that would break the string column
+        mlflow.pyfunc.save_model(
+            path=folder / "model",
+            python_model=str(_ROOT / "pipeline" / "serve.py"),
+            artifacts={"detector": str(folder / "detector")},
+            code_paths=[str(_ROOT / package) for package in ("detr", "shards", "pipeline")],
+            signature=signature,
+            pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in _PACKAGES],
+            mlflow_model=Model(run_id=run_id, model_id=logged.model_id),
+        )
+    client.log_model_artifacts(logged.model_id, str(folder / "model"))
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=card.step)])
+    client.finalize_logged_model(logged.model_id, "READY")
+    return str(logged.model_id)
+
+
+def _publish(client: MlflowClient, name: str, alias: str, model_id: str, card: Card) -> str:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    version = client.create_model_version(
+        name, source=f"models:/{model_id}", run_id=card.run_id, model_id=model_id, tags=_tags(card)
+    )
+    client.set_registered_model_alias(name, alias, version.version)
+    return str(version.version)
+
+
+def _tags(card: Card) -> dict[str, str]:
+    figures: dict[str, str] = {key: f"{card.metrics[key]:.6f}" for key in ("AP", "AP50") if key in card.metrics}
+    return {
+        "checkpoint_uri": card.checkpoint,
+        "step": str(card.step),
+        "epoch": f"{card.epoch:g}",
+        "code_commit": card.code_commit,
+        "train_digest": card.train_digest,
+        "val_digest": card.val_digest,
+        **figures,
+    }
+
+
+def find_version(client: MlflowClient, uri: str) -> Any:
+    """The registered version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` names."""
+    from mlflow.exceptions import MlflowException
+
+    if not uri.startswith("models:/"):
+        raise RegistryError(f"{uri!r} is no registered model; expected models:/NAME@ALIAS or models:/NAME/VERSION")
+    rest = uri.removeprefix("models:/")
+    name, at, alias = rest.partition("@")
+    if not at:
+        name, _, version = rest.rpartition("/")
+    try:
+        if at:
+            return client.get_model_version_by_alias(name, alias)
+        if not name or not version.isdigit():
+            raise RegistryError(f"{uri!r} names no version; expected models:/NAME@ALIAS or models:/NAME/VERSION")
+        return client.get_model_version(name, version)
+    except MlflowException:
+        known = [model.name for model in client.search_registered_models(max_results=1000)]
+        if name in known:
+            model = client.get_registered_model(name)
+            aliases = ", ".join(f"@{alias}" for alias in model.aliases) or "no alias"
+            raise RegistryError(
+                f"registered model {name!r} has no {rest.removeprefix(name)}; it has {aliases}"
+            ) from None
+        listed = ", ".join(sorted(known)) or "none yet"
+        raise RegistryError(f"there is no registered model {name!r}; expected one of: {listed}") from None
+
+
+def run_of(client: MlflowClient, uri: str) -> str:
+    """Id of the run that a registered version came from."""
+    return str(find_version(client, uri).run_id)
+
+
+def resolve(uri: str) -> Path:
+    """Folder with the weights and the card of a registered version, fetched where it is not on this machine."""
+    import mlflow
+
+    client = connect()
+    version = find_version(client, uri)
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}"))
+    found = sorted(folder.rglob(CARD_NAME))
+    if not found:
+        raise RegistryError(f"{uri} holds no {CARD_NAME}; expected a model registered by `detr`")
+    return found[0].parent

@@ -1,0 +1,67 @@
+"""Tables that people read in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from pipeline.track import TAG_PHASE
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+_MEANINGS = {
+    "AP": "IoU 0.50:0.95",
+    "AP50": "IoU 0.50",
+    "AP75": "IoU 0.75",
+    "APs": "small, under 32x32 px",
+    "APm": "medium",
+    "APl": "large, over 96x96 px",
+    "AR1": "recall, 1 detection per image",
+    "AR10": "recall, 10 detections",
+    "AR100": "recall, 100 detections",
+    "ARs": "recall, small",
+    "ARm": "recall, medium",
+    "ARl": "recall, large",
+}
+
+
+def metrics_table(metrics: Mapping[str, float]) -> str:
+    """The twelve COCO numbers; `-` where the data set has no such truth."""
+    rows = [
+        (name, "-" if metrics[name] < 0 else f"{metrics[name]:.3f}", meaning) for name, meaning in _MEANINGS.items()
+    ]
+    return table(("metric", "value", "of"), rows)
+
+
+def runs_table(runs: Sequence[Run]) -> str:
+    """Runs, newest first: what they are, how far they are, how good."""
+    rows = []
+    for run in runs:
+        metrics = run.data.metrics
+        phase = run.data.tags.get(TAG_PHASE, "")
+        status = phase if run.info.status == "RUNNING" else str(run.info.status).lower()
+        started = datetime.fromtimestamp(run.info.start_time / 1000).strftime("%Y-%m-%d %H:%M")
+        rows.append(
+            (
+                run.info.run_id[:8],
+                str(run.info.run_name),
+                status,
+                f"{metrics['epoch']:g}" if "epoch" in metrics else "-",
+                f"{metrics['val/AP']:.3f}" if "val/AP" in metrics else "-",
+                f"{metrics['val/AP50']:.3f}" if "val/AP50" in metrics else "-",
+                started,
+            )
+        )
+    return table(("run", "name", "status", "epoch", "AP", "AP50", "started"), rows)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Left-aligned columns under a ruled header."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])

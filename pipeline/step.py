@@ -1,0 +1,85 @@
+"""One optimizer step over the global batch.
+
+The gradient is that of the global batch whatever the number of workers. DDP averages gradients over ranks, so each
+rank's loss is divided by (global sum / world size) for both normalisers:
+
+- boxes: the number of target boxes over all ranks, as in the original, at least 1 over the whole batch (the original
+  clamps the per-rank mean instead; they differ only where a global batch holds fewer boxes than ranks).
+- cross entropy: the sum of the class weights over all queries of all ranks. Departure from the original, which divides
+  by each rank's own sum, so that its result depends on the number of GPUs. On one worker the two are the same.
+
+Both are known from the targets alone, so one small reduction before the forward is all that is added.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from detr.batch import Batch, normalise
+from detr.criterion import Losses, ce_weight_sum, compute_losses
+from detr.matcher import NonFiniteError
+from pipeline.config import RunConfig
+from pipeline.errors import TrainingError
+from pipeline.parallel import Ranks
+
+
+class StepResult(NamedTuple):
+    """A step's figures, on the device: losses of this rank (its share of the global loss), total gradient norm."""
+
+    losses: Losses
+    grad_norm: Tensor
+
+
+def normalisers(batch: Batch, config: RunConfig, ranks: Ranks) -> tuple[float, float]:
+    """(boxes, cross-entropy weight) that this rank's losses are divided by; see the module's text. Collective."""
+    boxes = sum(len(target.labels) for target in batch.targets)
+    weight = ce_weight_sum(batch.targets, config.model.num_queries, config.loss)
+    sums = torch.tensor([float(boxes), weight], dtype=torch.float64)
+    if ranks.world_size > 1:
+        # The backend decides where collectives run: gloo on the host, NCCL on the device.
+        sums = ranks.sum(sums.to(ranks.device)).cpu()
+    total_boxes, total_weight = sums.tolist()
+    return max(total_boxes, 1.0) / ranks.world_size, total_weight / ranks.world_size
+
+
+def train_step(
+    model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, config: RunConfig, ranks: Ranks, step: int
+) -> StepResult:
+    """Forward, losses, backward, clip, update. Learning rates are the caller's.
+
+    Raises `TrainingError` before the update when anything is not finite, naming step, image ids and part. The total
+    norm is the same on every rank, since gradients have been averaged by then, so all ranks stop together.
+    """
+    num_boxes, ce_normalizer = normalisers(batch, config, ranks)
+    # Dropout depends on the step and not on what came before it, so that a resumed run repeats it bit for bit.
+    torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + ranks.rank)
+    batch = batch.to(ranks.device)
+    outputs = model(normalise(batch, config.transform), batch.padding)
+    try:
+        losses = compute_losses(outputs, batch.targets, num_boxes, config.loss, ce_normalizer=ce_normalizer)
+    except NonFiniteError as error:
+        raise TrainingError(
+            f"step {step}, rank {ranks.rank}: {error}; lower --optim.lr or look at these images"
+        ) from None
+    optimizer.zero_grad(set_to_none=True)
+    losses.total.backward()  # type: ignore[no-untyped-call]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    grad_norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
+    if not torch.isfinite(grad_norm):
+        raise TrainingError(_describe_non_finite(losses, batch, ranks, step))
+    optimizer.step()
+    return StepResult(losses, grad_norm.detach())
+
+
+def _describe_non_finite(losses: Losses, batch: Batch, ranks: Ranks, step: int) -> str:
+    parts = [name for name, value in losses.parts.items() if not torch.isfinite(value)]
+    ids = [target.image_id for target in batch.targets]
+    found = ranks.gather((parts, ids))
+    guilty = {rank: said for rank, said in enumerate(found) if said[0]}
+    if not guilty:
+        return f"step {step}: the gradient is not finite though every loss is; images {[i for _, ids in found for i in ids]}"
+    said = "; ".join(f"rank {rank}: {', '.join(parts)} on images {ids}" for rank, (parts, ids) in guilty.items())
+    return f"step {step}: not finite before the update: {said}; lower --optim.lr or look at these images"

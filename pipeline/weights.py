@@ -1,0 +1,135 @@
+"""The weights a run starts from, made once by the driver and written into the run's folder.
+
+Workers only read that file: they need no network, a missing file or an unreachable host shows before the cluster is
+paid for, and what a run started from stays with it. Random weights are never a fallback; they must be asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from detr.config import ModelConfig
+from detr.model import DETR, build_model
+from detr.original import load_backbone_weights, load_original_state_dict, to_original_state_dict
+from pipeline.config import RunConfig
+from pipeline.errors import RunConfigError
+from pipeline.predict import WEIGHTS_NAME, read_card
+from shards.manifest import Category
+
+INITIAL_NAME = "initial.safetensors"
+_CLASS_HEAD = ("class_embed.weight", "class_embed.bias")
+
+
+def settle(config: RunConfig, resolve_folder: Path | None) -> RunConfig:
+    """A run that starts from a registered model takes that model's shape, so that its weights fit."""
+    if resolve_folder is None:
+        return config
+    card = read_card(resolve_folder)
+    return replace(config, model=replace(card.model, dropout=config.model.dropout))
+
+
+def initial_model(
+    config: RunConfig, categories: Sequence[Category], resolved: Path | None
+) -> tuple[DETR, tuple[str, ...]]:
+    """Build the model with the run's first weights; return it and what a person should know about them.
+
+    resolved: the folder of the registered model in `config.initial`, if it names one.
+    """
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, len(categories))
+    if config.initial:
+        return model, _load_initial(model, config.initial, categories, resolved)
+    return model, _load_backbone(model, config.model)
+
+
+def save_initial(model: DETR, folder: Path) -> None:
+    """Write the run's first weights into its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.contiguous() for name, value in to_original_state_dict(model).items()}
+    save_file(weights, folder / INITIAL_NAME)
+
+
+def read_initial(model: DETR, folder: Path) -> None:
+    """Fill a model with the run's first weights."""
+    load_original_state_dict(model, load_file(folder / INITIAL_NAME))
+
+
+def _load_initial(model: DETR, initial: str, categories: Sequence[Category], resolved: Path | None) -> tuple[str, ...]:
+    state = dict(_read_state(resolved / WEIGHTS_NAME if resolved else Path(initial), "initial"))
+    known = read_card(resolved).categories if resolved else None
+    same = known == tuple(categories) if known else state[_CLASS_HEAD[0]].shape[0] == len(categories) + 1
+    if not same:
+        fresh = to_original_state_dict(model)
+        state |= {name: fresh[name] for name in _CLASS_HEAD}
+    try:
+        load_original_state_dict(model, state)
+    except ValueError as error:
+        raise RunConfigError(f"--initial {initial}: {error}") from None
+    if same:
+        return (f"starting from {initial}",)
+    return (f"starting from {initial}; its class head was of other classes and starts afresh for {len(categories)}",)
+
+
+def _load_backbone(model: DETR, config: ModelConfig) -> tuple[str, ...]:
+    if config.backbone_weights == "random":
+        return ("the backbone starts from random weights, as asked",)
+    if config.backbone_weights == "imagenet":
+        load_backbone_weights(model, _imagenet(config.backbone))
+        return (f"the backbone starts from torchvision's ImageNet weights of {config.backbone}",)
+    try:
+        load_backbone_weights(model, _read_state(Path(config.backbone_weights), "model.backbone-weights"))
+    except ValueError as error:
+        raise RunConfigError(f"--model.backbone-weights {config.backbone_weights}: {error}") from None
+    return (f"the backbone starts from {config.backbone_weights}",)
+
+
+def _imagenet(backbone: str) -> Mapping[str, Tensor]:
+    """torchvision's own loader and cache. V1 weights: those the original was trained from."""
+    from torchvision.models import get_weight
+
+    names = {"resnet18": "ResNet18", "resnet34": "ResNet34", "resnet50": "ResNet50", "resnet101": "ResNet101"}
+    if backbone not in names:
+        raise RunConfigError(
+            f"there are no ImageNet weights of backbone {backbone!r}; expected one of {', '.join(names)}: "
+            "give --model.backbone-weights PATH or random"
+        )
+    weights = get_weight(f"{names[backbone]}_Weights.IMAGENET1K_V1")
+    logging.getLogger(__name__).info("loading %s", weights.url)
+    try:
+        state: Mapping[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+        return state
+    except (OSError, RuntimeError) as error:
+        raise RunConfigError(
+            f"torchvision's ImageNet weights of {backbone} could not be fetched ({str(error).splitlines()[0]}); expected "
+            "a network or a file: give --model.backbone-weights PATH, or `random` if that is what you want"
+        ) from None
+
+
+def _read_state(path: Path, option: str) -> Mapping[str, Tensor]:
+    """A state dict from .safetensors, or from torch's format without unpickling anything but tensors."""
+    if not path.is_file():
+        raise RunConfigError(f"--{option} {path}: no such file; expected a state dict (.safetensors or .pth)")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, ValueError, OSError, EOFError, KeyError) as error:
+        raise RunConfigError(f"--{option} {path}: not a state dict ({str(error).splitlines()[0]})") from None
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise RunConfigError(
+            f"--{option} {path}: holds more than tensors, which would have to run as code; expected a plain state dict"
+        ) from None
+    state = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
+    if not (isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())):
+        raise RunConfigError(f"--{option} {path}: holds no state dict; expected tensors by name")
+    return state

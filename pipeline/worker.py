@@ -1,0 +1,324 @@
+"""The training loop of one worker: from the newest checkpoint, or the first weights, to the last step.
+
+It knows neither Ray nor MLflow: ranks, folder and tracker are passed in, so the same loop runs in a unit test, in one
+process, and on a cluster. The run's position is one number, the step; the plan, the schedule and the augmentation are
+functions of it. The loop has one shape for a fresh, an interrupted and a finished run:
+
+    evaluate if due -> stop if done -> train to the next boundary -> save -> (again)
+
+A kill between saving and evaluating therefore costs nothing: the evaluation is still due when the run goes on.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detr.batch import Batch, collate
+from detr.criterion import Losses
+from detr.model import build_model
+from pipeline import checkpoint
+from pipeline.config import RunConfig
+from pipeline.errors import CheckpointError
+from pipeline.evaluate import Evaluation, evaluate
+from pipeline.optim import Schedule, build_optimizer, set_learning_rates
+from pipeline.parallel import Ranks, distribute, unwrap
+from pipeline.pictures import detection_pictures
+from pipeline.samples import sort_by_size, training_transform
+from pipeline.step import StepResult, train_step
+from pipeline.track import TAG_PHASE, Tracker
+from pipeline.weights import read_initial
+from shards.manifest import Manifest, load_manifest
+from shards.plan import plan_epoch
+from shards.read import ReadConfig, open_loader
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which run this is: its id, its folder (seen by every worker) and the commit of the code."""
+
+    run_id: str
+    folder: Path
+    code_commit: str
+
+
+@dataclass
+class State:
+    """The one mutable thing: model, optimizer, and how many optimizer steps they have taken."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker's unchanging surroundings."""
+
+    config: RunConfig
+    place: Place
+    ranks: Ranks
+    tracker: Tracker | None
+    """Only on rank 0."""
+    train: Manifest
+    val: Manifest
+    schedule: Schedule
+
+
+def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) -> None:
+    """Train until the last step, whatever was done before; a collective call."""
+    train = load_manifest(config.data.train)
+    worker = Worker(
+        config, place, ranks, tracker, train, load_manifest(config.data.val), Schedule(config.optim, train.images)
+    )
+    state = _restore(worker)
+    while True:
+        if state.step and _evaluation_due(worker, state.step):
+            _evaluate(worker, state)
+        if state.step >= worker.schedule.total_steps:
+            return
+        _train(worker, state, until=_next_boundary(worker, state.step))
+        _save(worker, state)
+
+
+def _restore(worker: Worker) -> State:
+    config, ranks = worker.config, worker.ranks
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, worker.train.num_classes).to(ranks.device)
+    optimizer = build_optimizer(model, config.optim)
+    # Rank 0 decides for all: another rank could look a moment later, or at a folder that is not yet in sync.
+    path = ranks.gather(checkpoint.newest(worker.place.folder))[0]
+    if path is None:
+        read_initial(model, worker.place.folder)
+        step = 0
+    else:
+        meta = checkpoint.read_meta(path)
+        _check_same_run(worker, meta)
+        checkpoint.load(path, model, optimizer, ranks)
+        step = meta.step
+    wrapped = distribute(model, ranks, batch_norm=config.model.norm == "batch")
+    wrapped.train()
+    return State(wrapped, optimizer, step)
+
+
+def _check_same_run(worker: Worker, meta: checkpoint.Meta) -> None:
+    """The position is a number of steps of a stream: refuse to go on in another stream."""
+    expected = {
+        "training data digest": (meta.train_digest, worker.train.digest),
+        "seed": (meta.seed, worker.config.seed),
+        "optim.batch_size": (meta.batch_size, worker.config.optim.batch_size),
+    }
+    for name, (was, now) in expected.items():
+        if was != now:
+            raise CheckpointError(
+                f"the checkpoint of step {meta.step} was made with {name} {was}, now it is {now}; expected the same, "
+                "or images would be seen twice or never: restore it, or start a new run with --initial"
+            )
+
+
+def _next_evaluation(worker: Worker, step: int) -> int:
+    """The first step after `step` at which an evaluation is due."""
+    schedule, every = worker.schedule, worker.config.evaluate.every
+    epoch = int(schedule.epoch(step)) // every * every
+    while schedule.steps(epoch) <= step:
+        epoch += every
+    return min(schedule.steps(epoch), schedule.total_steps)
+
+
+def _next_boundary(worker: Worker, step: int) -> int:
+    every = worker.config.checkpoint.every_steps
+    nearest = _next_evaluation(worker, step)
+    return min(nearest, (step // every + 1) * every) if every else nearest
+
+
+def _evaluation_due(worker: Worker, step: int) -> bool:
+    """True at the end of every `evaluate.every` epochs and of the run, unless this checkpoint has its figures."""
+    if _next_evaluation(worker, step - 1) != step:
+        return False
+    path = checkpoint.folder_of(worker.place.folder, step)
+    return worker.ranks.gather(checkpoint.read_evaluation(path) is None)[0] is True
+
+
+def _train(worker: Worker, state: State, until: int) -> None:
+    meter = _Meter(worker)
+    for batch in _batches(worker, state.step, until):
+        waited = meter.waited()
+        set_learning_rates(state.optimizer, worker.schedule.factor(state.step))
+        result = train_step(state.model, batch, state.optimizer, worker.config, worker.ranks, state.step)
+        state.step += 1
+        meter.add(result, waited)
+        if state.step % worker.config.track.log_every == 0 or state.step == until:
+            meter.tell(state)
+
+
+def _batches(worker: Worker, step: int, until: int) -> Generator[Batch, None, None]:
+    """This rank's batches of steps `step` to `until` - 1, epoch by epoch."""
+    config, ranks = worker.config, worker.ranks
+    transform = training_transform(config.seed, config.transform)
+    pin = ranks.device.type == "cuda"
+    while step < until:
+        plan = plan_epoch(
+            worker.train,
+            seed=config.seed,
+            epoch=_epoch_of_step(worker, step),
+            batch_size=config.optim.batch_size,
+            epochs=config.optim.epochs,
+            sort_keys=sort_by_size(worker.train.index(), config.seed, config.transform),
+        )
+        loader = open_loader(
+            worker.train,
+            plan,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            start_step=step,
+            transform=transform,
+            collate=(lambda samples: collate(samples).pin_memory()) if pin else collate,
+            config=ReadConfig(threads=config.data.reader_threads, prefetch=2 * config.data.reader_threads),
+        )
+        try:
+            for batch in loader:
+                yield batch
+                step += 1
+                if step == until:
+                    return
+        finally:
+            loader.close()
+
+
+def _epoch_of_step(worker: Worker, step: int) -> int:
+    """The epoch whose plan holds `step`: the last one whose first step is not after it."""
+    epoch = step * worker.config.optim.batch_size // worker.train.images
+    while epoch + 1 < worker.config.optim.epochs and worker.schedule.steps(epoch + 1) <= step:
+        epoch += 1
+    return epoch
+
+
+class _Meter:
+    """Sums losses on the device between log points, so that no step waits for a figure nobody reads yet."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._reset()
+        self._last = time.perf_counter()
+
+    def _reset(self) -> None:
+        self._names: list[str] = []
+        self._sum: Tensor | None = None
+        self._norm: Tensor | None = None
+        self._steps = self._images = 0
+        self._wait_s = 0.0
+        self._start = time.perf_counter()
+
+    def waited(self) -> float:
+        """Seconds since the last step ended: the wait for data."""
+        return time.perf_counter() - self._last
+
+    def add(self, result: StepResult, waited_s: float) -> None:
+        """Take in one step."""
+        names, values = _figures(result.losses)
+        self._names, self._sum = names, values if self._sum is None else self._sum + values
+        self._norm = result.grad_norm
+        self._steps += 1
+        self._images += self._worker.config.optim.batch_size
+        self._wait_s += waited_s
+        self._last = time.perf_counter()
+
+    def tell(self, state: State) -> None:
+        """Average over the interval and over ranks, and give it to the tracker; a collective call."""
+        assert self._sum is not None
+        assert self._norm is not None
+        worker = self._worker
+        # Each rank's loss is its share times the world size, so the mean over ranks is the global batch's loss.
+        means = (worker.ranks.sum(self._sum) / (self._steps * worker.ranks.world_size)).tolist()
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        if worker.tracker:
+            epoch = worker.schedule.epoch(state.step)
+            rates = [group["lr"] for group in state.optimizer.param_groups]
+            values = {f"train/{name}": value for name, value in zip(self._names, means, strict=True)}
+            values |= {"optim/lr": rates[0], "optim/grad_norm": float(self._norm), "epoch": epoch}
+            values |= {"optim/lr_backbone": rates[1]} if len(rates) > 1 else {}
+            values |= {"speed/images_per_s": self._images / seconds, "speed/data_wait": self._wait_s / seconds}
+            worker.tracker.metrics(values, state.step)
+        self._reset()
+
+
+def _figures(losses: Losses) -> tuple[list[str], Tensor]:
+    names = ["loss", *losses.parts]
+    return names, torch.stack([losses.total.detach(), *losses.parts.values()])
+
+
+def _save(worker: Worker, state: State) -> None:
+    config = worker.config
+    meta = checkpoint.Meta(
+        step=state.step,
+        epoch=worker.schedule.epoch(state.step),
+        samples=min(state.step * config.optim.batch_size, config.optim.epochs * worker.train.images),
+        run_id=worker.place.run_id,
+        seed=config.seed,
+        batch_size=config.optim.batch_size,
+        train_digest=worker.train.digest,
+        num_classes=worker.train.num_classes,
+        code_commit=worker.place.code_commit,
+        world_size=worker.ranks.world_size,
+        versions={name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")},
+    )
+    checkpoint.save(worker.place.folder, state.model, state.optimizer, meta, worker.ranks)
+    if worker.ranks.first:
+        checkpoint.prune(worker.place.folder, config.checkpoint.keep)
+
+
+def _evaluate(worker: Worker, state: State) -> None:
+    config, tracker = worker.config, worker.tracker
+    start = time.perf_counter()
+
+    def progress(done: int, total: int) -> None:
+        if tracker:
+            tracker.tags({TAG_PHASE: f"evaluating {done * 100 // max(total, 1)}%"})
+
+    if tracker:
+        tracker.tags({TAG_PHASE: "evaluating"})
+    evaluation = evaluate(
+        unwrap(state.model),
+        worker.val,
+        worker.train.categories,
+        transform=config.transform,
+        batch_size=config.evaluate.batch_size,
+        ranks=worker.ranks,
+        threads=config.data.reader_threads,
+        progress=progress,
+    )
+    if evaluation is not None:
+        _tell_evaluation(worker, state.step, evaluation, time.perf_counter() - start)
+    worker.ranks.barrier()
+
+
+def _tell_evaluation(worker: Worker, step: int, evaluation: Evaluation, seconds: float) -> None:
+    """Tell first, note the figures beside the checkpoint last: a kill between the two repeats what is dropped as told."""
+    tracker, path = worker.tracker, checkpoint.folder_of(worker.place.folder, step)
+    metrics = evaluation.score.metrics
+    if tracker:
+        tracker.metrics({"evaluation/seconds": seconds, "evaluation/epoch": worker.schedule.epoch(step)}, step)
+        tracker.checkpoint(str(path), step, {f"val/{name}": value for name, value in metrics.items()})
+        classes = evaluation.score.classes
+        columns: dict[str, list[Any]] = {
+            "category_id": [one.category_id for one in classes],
+            "name": [one.name for one in classes],
+            "AP": [one.ap for one in classes],
+            "AP50": [one.ap50 for one in classes],
+            "boxes": [one.boxes for one in classes],
+        }
+        tracker.table("per_class_ap.json", columns)
+        for number, picture in enumerate(
+            detection_pictures(worker.val, evaluation.detections, worker.config.evaluate.pictures)
+        ):
+            tracker.picture(f"detections/{number}", picture, step)
+        tracker.tags({TAG_PHASE: "training"})
+    checkpoint.write_evaluation(path, metrics)
+    checkpoint.prune(worker.place.folder, worker.config.checkpoint.keep)
