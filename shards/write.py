@@ -308,9 +308,12 @@ def _write_shard(
 def _reusable(source: Source, path: Path, entries: list[ImageEntry]) -> _Written | None:
     if not path.exists():
         return None
-    written = _describe(path)
-    found = [(member.key, member.length) for member in written.members]
-    expected = [(sample_key(entry.id), (source.folder / entry.file_name).stat().st_size) for entry in entries]
+    try:
+        written = _describe(path)
+    except ShardError:
+        return None
+    found = [(member.key, member.crc32) for member in written.members]
+    expected = [(sample_key(entry.id), zlib.crc32((source.folder / entry.file_name).read_bytes())) for entry in entries]
     return written if found == expected else None
 
 

@@ -1,0 +1,150 @@
+"""Real COCO images: written, read by the stock webdataset library, read by ours, and scored as the JSON is."""
+
+import base64
+import contextlib
+import copy
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards.plan import plan_epoch
+from shards.read import ReadConfig, open_loader
+from shards.score import METRICS, Detections, coco_metrics, to_coco_json
+from shards.verify import verify
+from shards.write import WriteConfig, write_coco
+
+COCO_TINY = Path(os.environ.get("DETR_COCO_TINY", Path(__file__).parents[2] / "../shared/data/coco-tiny"))
+pytestmark = pytest.mark.skipif(
+    not COCO_TINY.is_dir(), reason=f"no COCO images at {COCO_TINY}; set DETR_COCO_TINY to a folder of them"
+)
+
+
+STOCK_READER = """
+import base64, json, sys, webdataset
+samples = webdataset.WebDataset(sys.argv[1:], shardshuffle=False)
+print(json.dumps([
+    {name: base64.b64encode(value.encode() if isinstance(value, str) else value).decode() for name, value in one.items()}
+    for one in samples
+]))
+"""
+
+
+class Split:
+    def __init__(self, name: str, out: Path) -> None:
+        self.images = COCO_TINY / f"{name}2017"
+        self.annotations = COCO_TINY / "annotations" / f"instances_{name}2017.json"
+        self.data = json.loads(self.annotations.read_bytes())
+        self.out = out
+        self.manifest = write_coco(self.images, self.annotations, out, WriteConfig(samples_per_shard=32))
+
+
+@pytest.fixture(scope="module", params=["train", "val"])
+def split(request, tmp_path_factory):
+    return Split(request.param, tmp_path_factory.mktemp("coco") / request.param)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_the_manifest_counts_what_the_json_holds(split):
+    manifest = split.manifest
+    assert (manifest.images, manifest.num_classes) == (80, 80)
+    assert manifest.annotations == len(split.data["annotations"])
+    assert [category.id for category in manifest.categories] == sorted(one["id"] for one in split.data["categories"])
+    assert manifest.categories[-1].id == 90
+    assert manifest.index().annotations["iscrowd"].sum() == sum(one["iscrowd"] for one in split.data["annotations"])
+    assert verify(split.out).ok
+
+
+def test_the_stock_library_alone_reads_every_sample_exactly(split):
+    # In a process of its own: it imports nothing of ours, and webdataset leaves its files open, which warns.
+    urls = sorted(str(path) for path in split.out.glob("*.tar"))
+    done = subprocess.run([sys.executable, "-c", STOCK_READER, *urls], stdout=subprocess.PIPE, check=True)
+    read = [{name: base64.b64decode(value) for name, value in sample.items()} for sample in json.loads(done.stdout)]
+    samples = {sample["__key__"].decode(): sample for sample in read}
+    assert len(read) == len(samples) == 80
+    annotations = []
+    for image in split.data["images"]:
+        sample = samples[f"{image['id']:012d}"]
+        assert sample["jpg"] == (split.images / image["file_name"]).read_bytes()
+        entry = json.loads(sample["json"])
+        assert entry["image"] == image
+        for annotation, segmentation in zip(entry["annotations"], json.loads(sample["segmentation.json"]), strict=True):
+            annotations.append(annotation | {"segmentation": segmentation})
+    by_id = {one["id"]: one for one in annotations}
+    assert by_id == {one["id"]: one for one in split.data["annotations"]}
+    assert len(annotations) == len(by_id)
+    rest = json.loads((split.out / "source.json").read_bytes())
+    assert rest == {key: value for key, value in split.data.items() if key not in ("images", "annotations")}
+
+
+def test_the_bytes_depend_neither_on_the_run_nor_on_the_workers(split, tmp_path):
+    write_coco(split.images, split.annotations, tmp_path / "again", WriteConfig(samples_per_shard=32, workers=3))
+    assert digests(tmp_path / "again") == digests(split.out)
+
+
+def test_an_epoch_over_three_ranks_decodes_every_image_as_pillow_does(split):
+    plan = plan_epoch(split.manifest, seed=9, epoch=0, batch_size=16)
+    samples = [
+        sample
+        for rank in range(3)
+        for batch in open_loader(
+            split.manifest,
+            plan,
+            rank=rank,
+            world_size=3,
+            transform=lambda sample: sample,
+            collate=list,
+            config=ReadConfig(threads=2, prefetch=2),
+        )
+        for sample in batch
+    ]
+    names = {one["id"]: one["file_name"] for one in split.data["images"]}
+    assert sorted(sample.image_id for sample in samples) == sorted(names)
+    labels = {category.id: label for label, category in enumerate(split.manifest.categories)}
+    for sample in samples:
+        with Image.open(split.images / names[sample.image_id]) as image:
+            assert np.array_equal(sample.image, np.asarray(image.convert("RGB")))
+        truth = [one for one in split.data["annotations"] if one["image_id"] == sample.image_id and not one["iscrowd"]]
+        assert sample.labels.tolist() == [labels[one["category_id"]] for one in truth]
+        boxes = np.array([one["bbox"] for one in truth], np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        assert np.array_equal(sample.boxes_xyxy, boxes.astype(np.float32))
+
+
+def test_scores_are_those_of_pycocotools_on_the_original_json(split):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    rng = np.random.default_rng(0)
+    index = split.manifest.index()
+    truth = np.repeat(index.annotations, 4)
+    labels = truth["label"].astype(np.int64)
+    wrong = rng.random(len(truth)) < 0.3
+    labels[wrong] = rng.integers(0, 80, wrong.sum())
+    boxes = np.abs(truth["bbox"] * rng.normal(1, 0.1, (len(truth), 4)))
+    scores = rng.random(len(truth)).astype(np.float32)
+    detections = Detections(index.images["image_id"][truth["image"]], labels, scores, boxes)
+
+    metrics = coco_metrics(split.manifest, detections)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(split.annotations))
+        reference = COCOeval(coco, coco.loadRes(copy.deepcopy(to_coco_json(split.manifest, detections))), "bbox")
+        reference.evaluate()
+        reference.accumulate()
+        reference.summarize()
+    assert metrics == dict(zip(METRICS, reference.stats.tolist(), strict=True))
+    assert min(metrics.values()) > 0

@@ -1,0 +1,84 @@
+"""A small COCO data set that holds what the real one holds, to write and to damage."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards.manifest import Manifest
+from shards.write import WriteConfig, write_coco
+
+
+@dataclass
+class Coco:
+    root: Path
+    data: dict[str, Any]
+
+    @property
+    def images(self) -> Path:
+        return self.root / "images"
+
+    @property
+    def annotations(self) -> Path:
+        return self.root / "instances.json"
+
+    def write(self, out: str = "out", **config: Any) -> Manifest:
+        self.annotations.write_text(json.dumps(self.data))
+        return write_coco(self.images, self.annotations, self.root / out, WriteConfig(**config))
+
+
+def annotation(number: int, image: int, category: int, box: list[float], **more: Any) -> dict[str, Any]:
+    return {
+        "id": number,
+        "image_id": image,
+        "category_id": category,
+        "bbox": box,
+        "area": box[2] * box[3] * 0.75,
+        "iscrowd": 0,
+        "segmentation": [[1.5, 2, 3.25, 4, 5, 6]],
+    } | more
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Coco:
+    """Seven images (RGB, grey and CMYK JPEGs, one PNG; one without annotations), 3 categories with gaps, a crowd."""
+    (tmp_path / "images").mkdir()
+    rng = np.random.default_rng(0)
+    images = []
+    kinds = [
+        ("RGB", "jpg"),
+        ("L", "jpg"),
+        ("CMYK", "jpg"),
+        ("RGB", "png"),
+        ("RGB", "jpg"),
+        ("RGB", "jpg"),
+        ("RGB", "jpg"),
+    ]
+    for number, (mode, ending) in enumerate(kinds):
+        width, height = 40 + 3 * number, 64 - 5 * number
+        name = f"picture {number}.{ending}"
+        pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).convert(mode).save(tmp_path / "images" / name)
+        images.append({"id": 100 + 7 * number, "file_name": name, "width": width, "height": height, "license": number})
+    annotations = [
+        annotation(11, 100, 90, [1.5, 2.25, 20.1, 30.7], attributes={"truncated": True}),
+        annotation(12, 107, 3, [0, 0, 10, 10]),
+        annotation(13, 100, 3, [5, 5, 12.5, 0]),
+        annotation(14, 100, 7, [0, 0, 40, 60], iscrowd=1, segmentation={"counts": [5, 10, 2545], "size": [64, 40]}),
+        annotation(15, 114, 7, [-0.5, 3, 45.25, 8]),
+        annotation(16, 128, 90, [3, 3, 30, 20]),
+        annotation(17, 135, 7, [2, 2, 9, 9]),
+        annotation(18, 142, 7, [10, 10, 15, 15]),
+        annotation(19, 142, 7, [12, 10, 15, 15]),
+    ]
+    categories = [
+        {"id": 90, "name": "toothbrush", "supercategory": "indoor"},
+        {"id": 3, "name": "car", "supercategory": "vehicle"},
+        {"id": 7, "name": "train", "supercategory": "vehicle"},
+    ]
+    data = {"info": {"year": 2017}, "images": images, "annotations": annotations, "categories": categories}
+    return Coco(tmp_path, data)

@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+
+from shards.errors import ShardError
+from shards.plan import epoch_order, first_step, hashes, plan_epoch, plan_evaluation, splitmix64
+
+
+def test_splitmix64_gives_the_published_numbers():
+    # The first outputs of the reference generator seeded with 1234567.
+    states = np.array([1234567], np.uint64) + np.arange(3, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    assert splitmix64(states).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_the_order_never_changes():
+    # Any change here makes resumed runs see other images than they would have.
+    assert epoch_order(0, 0, 10).tolist() == [0, 9, 1, 6, 3, 5, 4, 2, 8, 7]
+    assert epoch_order(42, 7, 10).tolist() == [4, 8, 7, 1, 2, 0, 6, 5, 9, 3]
+
+
+def test_seed_and_epoch_are_not_interchangeable():
+    assert epoch_order(1, 2, 50).tolist() != epoch_order(2, 1, 50).tolist()
+    assert hashes((0, 1), [5])[0] != hashes((1, 0), [5])[0]
+
+
+def test_negative_and_huge_seeds_work():
+    for seed in (-1, 2**63, 2**64 + 3):
+        assert sorted(epoch_order(seed, 0, 20).tolist()) == list(range(20))
+
+
+def test_a_step_may_straddle_epochs_and_the_last_is_cut(coco):
+    manifest = coco.write()  # 7 images
+    plans = [plan_epoch(manifest, seed=0, epoch=epoch, batch_size=4, epochs=3) for epoch in range(3)]
+    assert [(plan.first_step, plan.end_step) for plan in plans] == [(0, 2), (2, 4), (4, 6)]
+    assert plans[0].step(1)[1].tolist() == [0, 0, 0, 1]
+    assert plans[2].samples(5) == 1  # 3 * 7 = 21 = 5 * 4 + 1
+    assert first_step(3, 7, 4) == 6
+
+
+def test_without_a_last_epoch_every_step_is_full(coco):
+    manifest = coco.write()
+    plan = plan_epoch(manifest, seed=0, epoch=2, batch_size=4)
+    assert [plan.samples(step) for step in range(plan.first_step, plan.end_step)] == [4, 4]
+
+
+def test_a_batch_may_be_larger_than_the_data_set(coco):
+    manifest = coco.write()
+    plans = [plan_epoch(manifest, seed=0, epoch=epoch, batch_size=16, epochs=3) for epoch in range(3)]
+    assert [len(plan) for plan in plans] == [1, 0, 1]
+    assert plans[0].step(0)[1].tolist() == [0] * 7 + [1] * 7 + [2] * 2
+    assert plans[2].samples(1) == 5
+
+
+def test_ranks_without_samples_get_an_empty_part(coco):
+    plan = plan_epoch(coco.write(), seed=0, epoch=0, batch_size=3, epochs=1)
+    sizes = [len(plan.step(2, rank, 4)[0]) for rank in range(4)]
+    assert sizes == [0, 0, 0, 1]
+
+
+def test_sort_keys_reorder_within_steps_only(coco):
+    manifest = coco.write()
+    plain = plan_epoch(manifest, seed=3, epoch=0, batch_size=3)
+    ordered = plan_epoch(manifest, seed=3, epoch=0, batch_size=3, sort_keys=lambda rows, epochs: -rows - 100 * epochs)
+    for step in range(3):
+        pairs = sorted(zip(*plain.step(step), strict=True), key=lambda pair: -pair[0] - 100 * pair[1])
+        assert list(zip(*ordered.step(step), strict=True)) == pairs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0, "epoch": 0}, "got batch_size 0"),
+        ({"batch_size": 1, "epoch": -1}, "got epoch -1"),
+        ({"batch_size": 1, "epoch": 3, "epochs": 3}, "got epoch 3, expected 0 <= epoch < 3"),
+    ],
+)
+def test_impossible_plans_are_refused(coco, arguments, message):
+    with pytest.raises(ShardError, match=message):
+        plan_epoch(coco.write(), seed=0, **arguments)
+
+
+def test_steps_and_ranks_outside_the_plan_are_refused(coco):
+    plan = plan_epoch(coco.write(), seed=0, epoch=1, batch_size=4)
+    with pytest.raises(ShardError, match="got step 1, expected a step of epoch 1: 2 <= step < 4"):
+        plan.step(1)
+    with pytest.raises(ShardError, match="got rank 2 of 2"):
+        plan.step(2, 2, 2)
+
+
+def test_evaluation_batches_hold_each_image_once_with_like_shapes_together(coco):
+    manifest = coco.write()
+    batches = plan_evaluation(manifest, batch_size=3)
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    rows = np.concatenate(batches)
+    assert sorted(rows.tolist()) == list(range(7))
+    images = manifest.index().images[rows]
+    assert (np.diff(images["width"] / images["height"]) >= 0).all()
+    with pytest.raises(ShardError, match="got batch_size 0"):
+        plan_evaluation(manifest, batch_size=0)

@@ -1,0 +1,206 @@
+import gc
+import io
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards import storage
+from shards.errors import ShardError
+from shards.plan import plan_epoch
+from shards.read import ReadConfig, open_batches, open_loader, read_samples
+
+
+def ids(sample):
+    return sample.image_id, sample.epoch
+
+
+def load(manifest, plan, **arguments):
+    return open_loader(manifest, plan, **({"transform": ids, "collate": list} | arguments))
+
+
+def planned(manifest, plan, step, rank=0, world_size=1):
+    rows, epochs = plan.step(step, rank, world_size)
+    return list(zip(manifest.index().images["image_id"][rows].tolist(), epochs.tolist(), strict=True))
+
+
+def reading_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("shards")]
+
+
+def flip(coco, row, position=50):
+    manifest = coco.write(samples_per_shard=3)
+    record = manifest.index().images[row]
+    path = coco.root / "out" / manifest.shards[record["shard"]].name
+    damaged = bytearray(path.read_bytes())
+    damaged[record["offset"] + position] ^= 4
+    path.write_bytes(damaged)
+    return manifest, int(record["image_id"]), path
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_batches_come_in_the_plans_order_for_every_rank(coco, threads):
+    manifest = coco.write(samples_per_shard=3)
+    plan = plan_epoch(manifest, seed=1, epoch=1, batch_size=4, epochs=3)
+    for world_size in (1, 2, 3):
+        for rank in range(world_size):
+            loader = load(manifest, plan, rank=rank, world_size=world_size, config=ReadConfig(threads))
+            expected = [
+                planned(manifest, plan, step, rank, world_size) for step in range(plan.first_step, plan.end_step)
+            ]
+            assert list(loader) == expected
+
+
+def test_a_loader_starts_at_any_step(coco):
+    manifest = coco.write()
+    plan = plan_epoch(manifest, seed=1, epoch=0, batch_size=2)
+    whole = list(load(manifest, plan))
+    for step in range(plan.end_step + 1):
+        assert list(load(manifest, plan, start_step=step)) == whole[step:]
+
+
+def test_a_rank_without_samples_gets_an_empty_batch(coco):
+    manifest = coco.write()
+    plan = plan_epoch(manifest, seed=1, epoch=0, batch_size=3, epochs=1)
+    assert list(load(manifest, plan, rank=0, world_size=4))[-1] == []
+
+
+def test_a_sample_is_the_image_and_its_non_crowd_annotations(coco):
+    manifest = coco.write()
+    (sample,) = read_samples(manifest, manifest.index().rows_of([100]))
+    with Image.open(coco.images / "picture 0.jpg") as image:
+        assert np.array_equal(sample.image, np.asarray(image))
+    assert sample.image.dtype == np.uint8
+    assert sample.image.flags.writeable
+    assert (sample.image_id, sample.width, sample.height, sample.epoch) == (100, 40, 64, 0)
+    np.testing.assert_allclose(sample.boxes_xyxy, [[1.5, 2.25, 21.6, 32.95], [5, 5, 17.5, 5]], rtol=1e-6)
+    assert sample.boxes_xyxy.dtype == np.float32
+    assert sample.labels.tolist() == [2, 0]
+    assert sample.labels.dtype == np.int64
+    assert manifest.index().annotations[sample.annotations]["annotation_id"].tolist() == [11, 13]
+
+
+def test_an_image_without_annotations_has_empty_columns(coco):
+    manifest = coco.write()
+    (sample,) = read_samples(manifest, manifest.index().rows_of([121]))
+    assert sample.boxes_xyxy.shape == (0, 4)
+    assert sample.labels.shape == sample.annotations.shape == (0,)
+
+
+def test_grey_and_cmyk_become_rgb_and_exif_does_not_rotate(coco):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to display
+    with Image.open(coco.images / "picture 5.jpg") as image:
+        image.load()
+    image.save(coco.images / "picture 5.jpg", exif=exif)
+    manifest = coco.write()
+    grey, cmyk, rotated = read_samples(manifest, manifest.index().rows_of([107, 114, 135]))
+    assert (grey.image[..., 0] == grey.image[..., 2]).all()
+    for sample in (grey, cmyk, rotated):
+        assert sample.image.shape == (sample.height, sample.width, 3)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_flipped_bit_is_one_clear_line(coco, threads):
+    manifest, image_id, path = flip(coco, 4)
+    with pytest.raises(ShardError, match=rf"image {image_id} in {path.name}: its bytes changed") as caught:
+        list(read_samples(manifest, range(7), ReadConfig(threads)))
+    assert "\n" not in str(caught.value)
+    assert not reading_threads()
+
+
+def test_a_truncated_shard_is_one_clear_line(coco):
+    manifest = coco.write(samples_per_shard=3)
+    last = manifest.index().images[5]
+    path = coco.root / "out" / "shard-000001.tar"
+    path.write_bytes(path.read_bytes()[: last["offset"] + 100])
+    message = (
+        rf"image {last['image_id']} in shard-000001.tar: got 100 of {last['length']} bytes, the shard is truncated"
+    )
+    with pytest.raises(ShardError, match=message):
+        list(read_samples(manifest, range(7)))
+
+
+def test_a_missing_shard_is_one_clear_line(coco):
+    manifest = coco.write(samples_per_shard=3)
+    (coco.root / "out" / "shard-000001.tar").unlink()
+    with pytest.raises(ShardError, match=r"shard-000001.tar: no such file"):
+        list(read_samples(manifest, range(7)))
+
+
+def test_an_error_of_the_transform_names_the_image_and_keeps_its_cause(coco):
+    manifest = coco.write()
+
+    def transform(sample):
+        return {100: 1}[sample.image_id]
+
+    with pytest.raises(ShardError, match=r"image \d+ in shard-000000.tar: KeyError: ") as caught:
+        list(open_batches(manifest, [np.arange(7)], transform=transform, collate=list))
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_no_more_than_prefetch_batches_exist_at_once(coco):
+    manifest = coco.write()
+    made = []
+    batches = [np.array([number % 7]) for number in range(40)]
+    loader = open_batches(
+        manifest, batches, transform=ids, collate=made.append, config=ReadConfig(threads=4, prefetch=3)
+    )
+    for taken, _ in enumerate(loader, start=1):
+        assert len(made) < taken + 3
+    assert len(made) == 40
+
+
+def test_closing_a_loader_early_ends_its_threads_and_lets_go_of_its_files(coco):
+    manifest = coco.write()
+    loader = open_batches(manifest, [np.arange(7)] * 50, transform=ids, collate=list)
+    next(loader)
+    assert reading_threads()
+    loader.close()
+    assert not reading_threads()
+    loader = open_batches(manifest, [np.arange(7)] * 50, transform=ids, collate=list)
+    next(loader)
+    del loader
+    gc.collect()
+    assert not reading_threads()
+
+
+def test_impossible_arguments_are_refused_before_anything_is_read(coco):
+    manifest = coco.write()
+    plan = plan_epoch(manifest, seed=1, epoch=1, batch_size=4)
+    with pytest.raises(ShardError, match="got rank 2 of 2"):
+        load(manifest, plan, rank=2, world_size=2)
+    with pytest.raises(ShardError, match=r"got start_step 1, expected 2..4"):
+        load(manifest, plan, start_step=1)
+    with pytest.raises(ShardError, match="got threads 2 and prefetch 0"):
+        ReadConfig(prefetch=0)
+    coco.data["images"].pop(3)
+    with pytest.raises(ShardError, match="got a plan for 7 images, expected one for this data set's 6"):
+        load(coco.write("other"), plan)
+
+
+def test_few_files_are_open_however_many_shards_there_are(coco, monkeypatch):
+    monkeypatch.setattr(storage, "OPEN_FILES", 2)
+    manifest = coco.write(samples_per_shard=1)
+    order = np.random.default_rng(0).integers(0, 7, 100)
+    found = [sample.row for sample in read_samples(manifest, order, ReadConfig(threads=4, prefetch=8))]
+    assert found == order.tolist()
+
+
+def test_a_data_set_is_read_from_a_remote_url(coco):
+    import fsspec
+
+    from shards.manifest import load_manifest
+    from shards.verify import verify
+
+    local = coco.write(samples_per_shard=3)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(coco.root / "out"), "/sets/coco", recursive=True)
+    remote = load_manifest("memory://sets/coco")
+    assert remote.digest == local.digest
+    for ours, theirs in zip(read_samples(remote, range(7)), read_samples(local, range(7)), strict=True):
+        assert np.array_equal(ours.image, theirs.image)
+    assert verify("memory://sets/coco").ok
+    memory.pipe_file("/sets/coco/shard-000001.tar", io.BytesIO(b"short").getvalue())
+    assert not verify("memory://sets/coco").ok

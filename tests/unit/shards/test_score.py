@@ -1,0 +1,173 @@
+"""Scores against pycocotools fed with the COCO JSON itself, which is the reference."""
+
+import contextlib
+import copy
+import io
+import json
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from shards.errors import ShardError
+from shards.score import METRICS, Detections, coco_metrics, per_class_ap, score_detections, to_coco_json
+
+
+def guesses(data, manifest, seed=0, per_box=3):
+    """Detections near the truth, some of the wrong class."""
+    rng = np.random.default_rng(seed)
+    labels = {category.id: label for label, category in enumerate(manifest.categories)}
+    truth = [one for one in data["annotations"] for _ in range(per_box)]
+    found = np.array([labels[one["category_id"]] for one in truth])
+    wrong = rng.random(len(truth)) < 0.2
+    found[wrong] = rng.integers(0, manifest.num_classes, wrong.sum())
+    boxes = np.array([one["bbox"] for one in truth], np.float64)
+    boxes += rng.normal(0, 0.1, boxes.shape) * boxes[:, [2, 3, 2, 3]]
+    scores = rng.random(len(truth)).astype(np.float32)
+    return Detections(np.array([one["image_id"] for one in truth], np.int64), found, scores, np.abs(boxes))
+
+
+def reference(path, manifest, detections, image_ids=None):
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(path))
+        evaluation = COCOeval(truth, truth.loadRes(copy.deepcopy(to_coco_json(manifest, detections))), "bbox")
+        if image_ids is not None:
+            evaluation.params.imgIds = image_ids
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return dict(zip(METRICS, evaluation.stats.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_are_those_of_pycocotools_on_the_json(coco, seed):
+    manifest = coco.write()
+    detections = guesses(coco.data, manifest, seed)
+    metrics = coco_metrics(manifest, detections)
+    assert metrics == reference(coco.annotations, manifest, detections)
+    assert 0 < metrics["AP50"] < 1
+
+
+@pytest.mark.parametrize("ids", [(0, 1, 2), (1, 2, 3), (3, 7, 90), (90, 0, 5)], ids=str)
+def test_labels_map_back_whatever_the_category_ids(coco, ids):
+    new = dict(zip((3, 7, 90), ids, strict=True))
+    for entry in coco.data["categories"]:
+        entry["id"] = new[entry["id"]]
+    for entry in coco.data["annotations"]:
+        entry["category_id"] = new[entry["category_id"]]
+    manifest = coco.write()
+    detections = guesses(coco.data, manifest)
+    assert coco_metrics(manifest, detections) == reference(coco.annotations, manifest, detections)
+    assert {one["category_id"] for one in to_coco_json(manifest, detections)} == set(ids)
+    names = {entry["id"]: entry["name"] for entry in coco.data["categories"]}
+    assert [(one.category_id, one.name) for one in per_class_ap(manifest, detections)] == sorted(names.items())
+
+
+def truth_itself(manifest):
+    index = manifest.index()
+    kept = index.annotations[(index.annotations["iscrowd"] == 0) & (index.annotations["bbox"].min(axis=1) > 0)]
+    image_ids = index.images["image_id"][kept["image"]]
+    return Detections(image_ids, kept["label"].astype(np.int64), np.ones(len(kept), np.float32), kept["bbox"])
+
+
+def test_an_annotation_with_id_0_counts(coco):
+    # pycocotools itself takes a truth with id 0 for unmatched.
+    coco.data["annotations"] = [one for one in coco.data["annotations"] if min(one["bbox"]) > 0 and not one["iscrowd"]]
+    for number, entry in enumerate(coco.data["annotations"]):
+        entry["id"] = number
+    manifest = coco.write()
+    assert coco_metrics(manifest, truth_itself(manifest))["AP"] == pytest.approx(1)
+
+
+def test_no_detections_score_zero_and_absent_sizes_minus_one(coco):
+    manifest = coco.write()
+    metrics = coco_metrics(manifest, Detections.empty())
+    assert tuple(metrics) == METRICS
+    assert metrics["AP"] == metrics["AR100"] == metrics["APs"] == 0
+    assert metrics["APl"] == -1  # no box of the set is large
+    assert [one.ap for one in per_class_ap(manifest, Detections.empty())] == [0, 0, 0]
+
+
+def test_a_category_without_boxes_scores_minus_one(coco):
+    coco.data["categories"].append({"id": 91, "name": "unicorn"})
+    manifest = coco.write()
+    last = per_class_ap(manifest, guesses(coco.data, manifest))[-1]
+    assert (last.label, last.category_id, last.name, last.ap, last.ap50, last.boxes) == (3, 91, "unicorn", -1, -1, 0)
+
+
+def test_the_mean_over_classes_is_the_ap(coco):
+    manifest = coco.write()
+    scored = score_detections(manifest, guesses(coco.data, manifest))
+    assert np.mean([one.ap for one in scored.classes]) == pytest.approx(scored.metrics["AP"])
+    assert np.mean([one.ap50 for one in scored.classes]) == pytest.approx(scored.metrics["AP50"])
+    assert sum(one.boxes for one in scored.classes) == 8
+
+
+def test_the_order_of_images_does_not_matter(coco):
+    manifest = coco.write()
+    found = guesses(coco.data, manifest)
+    found = Detections(found.image_ids, found.labels, np.full(len(found), 0.5, np.float32), found.boxes_xywh)  # all tie
+    order = np.argsort(-found.image_ids, kind="stable")
+    other = Detections(found.image_ids[order], found.labels[order], found.scores[order], found.boxes_xywh[order])
+    assert coco_metrics(manifest, other) == coco_metrics(manifest, found)
+
+
+def test_a_subset_is_scored_as_if_it_were_the_data_set(coco):
+    manifest = coco.write()
+    wanted = [100, 128, 142]
+    rows = manifest.index().rows_of(wanted)
+    found = guesses(coco.data, manifest)
+    with pytest.raises(ShardError, match="detections of images that are not scored, such as image 107"):
+        coco_metrics(manifest, found, rows=rows)
+    inside = np.isin(found.image_ids, wanted)
+    part = Detections(found.image_ids[inside], found.labels[inside], found.scores[inside], found.boxes_xywh[inside])
+    assert coco_metrics(manifest, part, rows=rows) == reference(coco.annotations, manifest, part, wanted)
+
+
+def test_parts_are_concatenated_in_order(coco):
+    manifest = coco.write()
+    first, second = guesses(coco.data, manifest, 0), guesses(coco.data, manifest, 1)
+    joined = Detections.concatenate([first, second])
+    assert joined.scores.tolist() == first.scores.tolist() + second.scores.tolist()
+    assert len(Detections.concatenate([])) == 0
+
+
+def test_results_in_cocos_format_survive_json(coco):
+    manifest = coco.write()
+    found = guesses(coco.data, manifest)
+    entries = json.loads(json.dumps(to_coco_json(manifest, found)))
+    assert [one["image_id"] for one in entries] == found.image_ids.tolist()
+    assert [one["bbox"] for one in entries] == found.boxes_xywh.tolist()
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("image_ids", 5, "image id 5 is not in this data set"),
+        ("labels", 90, "got label 90, expected 0 <= label < 3"),
+        ("labels", -1, "got label -1"),
+        ("scores", np.nan, "1 detections that are not finite, such as in image 107"),
+        ("boxes_xywh", np.inf, "1 detections that are not finite, such as in image 107"),
+    ],
+)
+def test_impossible_detections_are_refused(coco, column, value, message):
+    manifest = coco.write()
+    found = guesses(coco.data, manifest, per_box=1)
+    getattr(found, column)[1] = value
+    with pytest.raises(ShardError, match=message):
+        coco_metrics(manifest, found)
+    with pytest.raises(ShardError, match=message):
+        to_coco_json(manifest, found)
+
+
+def test_columns_of_different_lengths_are_refused():
+    one = np.zeros(1, np.int64)
+    with pytest.raises(ShardError, match="got detection columns of shapes"):
+        Detections(one, one, np.zeros(2, np.float32), np.zeros((1, 4)))
+
+
+def test_nothing_is_printed(coco, capsys):
+    manifest = coco.write()
+    coco_metrics(manifest, guesses(coco.data, manifest))
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,84 @@
+import pytest
+
+from shards.errors import ShardError
+from shards.verify import verify
+
+
+@pytest.fixture
+def written(coco):
+    return coco.write(samples_per_shard=3)
+
+
+def problems(coco) -> list[str]:
+    report = verify(coco.root / "out")
+    assert report.ok == (not report.problems)
+    assert not any("\n" in problem for problem in report.problems)
+    return list(report.problems)
+
+
+def damage(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 16
+    path.write_bytes(content)
+
+
+def test_what_was_written_is_whole(coco, written):
+    calls = []
+    report = verify(coco.root / "out", lambda *call: calls.append(call))
+    assert report.ok
+    assert (report.images, report.shards, report.bytes) == (7, 3, sum(shard.bytes for shard in written.shards))
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_flipped_bit_of_an_image_names_the_image(coco, written):
+    record = written.index().images[4]
+    damage(coco.root / "out" / "shard-000001.tar", record["offset"] + 30)
+    (problem,) = problems(coco)
+    assert "shard-000001.tar: its sha256 is not the manifest's" in problem
+    assert f"1 images differ from the index, such as image {record['image_id']}" in problem
+
+
+def test_a_flipped_bit_beside_the_images_is_noticed(coco, written):
+    record = written.index().images[3]
+    end = record["offset"] + record["length"]
+    damage(coco.root / "out" / "shard-000001.tar", (end + 511) // 512 * 512 + 512 + 10)  # inside the annotations
+    (problem,) = problems(coco)
+    assert "its images are whole, but something beside them changed" in problem
+
+
+def test_a_flipped_bit_of_a_header_is_noticed(coco, written):
+    damage(coco.root / "out" / "shard-000001.tar", 3)
+    (problem,) = problems(coco)
+    assert "shard-000001.tar: its sha256 is not the manifest's" in problem
+
+
+def test_a_truncated_shard_says_how_much_is_lost(coco, written):
+    path = coco.root / "out" / "shard-000000.tar"
+    path.write_bytes(path.read_bytes()[: written.index().images[1]["offset"]])  # exactly at a member's start
+    (problem,) = problems(coco)
+    assert "shard-000000.tar: truncated: got" in problem
+    assert "2 of its 3 images are lost" in problem
+
+
+def test_every_problem_is_reported(coco, written):
+    (coco.root / "out" / "shard-000000.tar").unlink()
+    path = coco.root / "out" / "shard-000002.tar"
+    path.write_bytes(path.read_bytes() + b"more")
+    damage(coco.root / "out" / "source.json", 0)
+    found = problems(coco)
+    assert len(found) == 3
+    assert "source.json: its sha256" in found[0]
+    assert "shard-000000.tar: no such file; the manifest lists it with 3 images" in found[1]
+    assert "shard-000002.tar: too long" in found[2]
+
+
+def test_a_damaged_index_does_not_hide_damaged_shards(coco, written):
+    damage(coco.root / "out" / "shard-000001.tar", written.index().images[4]["offset"])
+    damage(coco.root / "out" / "index" / "images.npy", 200)
+    found = problems(coco)
+    assert ["index/images.npy" in found[0], "shard-000001.tar" in found[1]] == [True, True]
+
+
+def test_without_a_manifest_there_is_nothing_to_check(tmp_path):
+    with pytest.raises(ShardError, match=r"no manifest\.json here"):
+        verify(tmp_path)

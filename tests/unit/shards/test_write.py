@@ -1,0 +1,227 @@
+import fcntl
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards import write
+from shards.errors import ShardError
+from shards.manifest import IMAGES_NAME
+from shards.write import WriteConfig, scan_tar, write_coco
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def members(folder: Path) -> dict[str, bytes]:
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            found |= {member.name: tar.extractfile(member).read() for member in tar}
+    return found
+
+
+def test_everything_of_the_json_and_the_images_is_in_the_tars(coco):
+    coco.write(samples_per_shard=3)
+    files = members(coco.root / "out")
+    rest = json.loads((coco.root / "out" / "source.json").read_bytes())
+    assert rest == {key: coco.data[key] for key in ("info", "categories")}
+    for image in coco.data["images"]:
+        key = f"{image['id']:012d}"
+        sample = json.loads(files[f"{key}.json"])
+        for annotation, segmentation in zip(
+            sample["annotations"], json.loads(files[f"{key}.segmentation.json"]), strict=True
+        ):
+            annotation["segmentation"] = segmentation
+        assert sample["image"] == image
+        assert sample["annotations"] == [one for one in coco.data["annotations"] if one["image_id"] == image["id"]]
+        encoded = files[key + Path(image["file_name"]).suffix]
+        assert encoded == (coco.images / image["file_name"]).read_bytes()
+    assert len(files) == 3 * len(coco.data["images"])
+
+
+def test_the_bytes_do_not_depend_on_the_workers_or_the_run(coco):
+    coco.write("one", samples_per_shard=2)
+    coco.write("two", samples_per_shard=2, workers=3)
+    assert content(coco.root / "one") == content(coco.root / "two")
+
+
+def test_tar_headers_say_nothing_about_who_wrote_when(coco):
+    coco.write()
+    with tarfile.open(coco.root / "out" / "shard-000000.tar") as tar:
+        heads = {(one.mtime, one.uid, one.gid, one.uname, one.gname, one.mode) for one in tar}
+    assert heads == {(0, 0, 0, "root", "root", 0o444)}
+
+
+def test_images_are_spread_over_shards_of_the_size_asked_for(coco):
+    manifest = coco.write(samples_per_shard=3)
+    assert [shard.samples for shard in manifest.shards] == [3, 3, 1]
+    assert manifest.index().images["image_id"].tolist() != sorted(image["id"] for image in coco.data["images"])
+
+
+def test_the_extension_is_the_contents_not_the_names(coco):
+    Image.new("RGB", (40, 64)).save(coco.images / "picture 0.jpg", format="PNG")
+    coco.write()
+    assert "000000000100.png" in members(coco.root / "out")
+
+
+def test_the_index_points_at_the_images_bytes(coco):
+    manifest = coco.write(samples_per_shard=3)
+    for record in manifest.index().images:
+        path = coco.root / "out" / manifest.shards[record["shard"]].name
+        encoded = path.read_bytes()[record["offset"] :][: record["length"]]
+        with Image.open(io.BytesIO(encoded)) as image:
+            assert image.size == (record["width"], record["height"])
+
+
+def test_images_in_subfolders_work(coco):
+    (coco.images / "a" / "b").mkdir(parents=True)
+    (coco.images / "picture 0.jpg").rename(coco.images / "a" / "b" / "0.jpg")
+    coco.data["images"][0]["file_name"] = "a/b/0.jpg"
+    assert coco.write().images == 7
+
+
+def test_progress_counts_every_image(coco):
+    coco.write("unused")
+    calls = []
+    write_coco(
+        coco.images, coco.annotations, coco.root / "out", WriteConfig(2, workers=2), lambda *call: calls.append(call)
+    )
+    assert calls == [(number, 7) for number in range(1, 8)]
+
+
+def test_a_rerun_leaves_a_finished_data_set_as_it_is(coco):
+    first = coco.write(samples_per_shard=3)
+    before = {path: path.stat().st_mtime_ns for path in (coco.root / "out").rglob("*")}
+    assert coco.write(samples_per_shard=3, workers=2) == first
+    assert {path: path.stat().st_mtime_ns for path in (coco.root / "out").rglob("*")} == before
+
+
+@pytest.mark.parametrize("other", ["annotations", "shard size", "image", "lost shard"])
+def test_another_data_set_is_never_written_over(coco, other):
+    coco.write(samples_per_shard=3)
+    if other == "annotations":
+        coco.data["annotations"].pop()
+    elif other == "image":
+        Image.new("RGB", (40, 64)).save(coco.images / "picture 0.jpg")
+    elif other == "lost shard":
+        (coco.root / "out" / "shard-000001.tar").unlink()
+    before = content(coco.root / "out")
+    with pytest.raises(ShardError, match="already holds another data set") as caught:
+        coco.write(samples_per_shard=2 if other == "shard size" else 3)
+    assert "\n" not in str(caught.value)
+    assert content(coco.root / "out") == before
+
+
+def test_a_folder_with_other_things_and_a_file_are_refused(coco):
+    (coco.root / "out").mkdir()
+    (coco.root / "out" / "thesis.txt").write_text("dear")
+    with pytest.raises(ShardError, match="is not empty and holds no data set"):
+        coco.write()
+    with pytest.raises(ShardError, match="is a file"):
+        coco.write("instances.json")
+    with pytest.raises(ShardError, match="is a remote URL"):
+        write_coco(coco.images, coco.annotations, "s3://bucket/coco")
+
+
+def test_an_empty_folder_may_be_written(coco):
+    (coco.root / "out").mkdir()
+    assert coco.write().images == 7
+
+
+def test_an_interrupted_run_leaves_nothing_under_the_final_name_and_goes_on(coco, monkeypatch):
+    expected = coco.write("expected", samples_per_shard=2)
+    calls = []
+
+    def interrupt(done: int, total: int) -> None:
+        calls.append(done)
+        if done == 5:
+            raise KeyboardInterrupt
+
+    arguments = (coco.images, coco.annotations, coco.root / "out", WriteConfig(2, name="instances"))
+    with pytest.raises(KeyboardInterrupt):
+        write_coco(*arguments, interrupt)
+    assert not (coco.root / "out").exists()
+
+    read = []
+    original = write.read_image
+    monkeypatch.setattr(write, "read_image", lambda source, entry: read.append(entry.id) or original(source, entry))
+    assert write_coco(*arguments).digest == expected.digest
+    assert len(read) == 3  # two shards of two were finished
+    assert content(coco.root / "out") == content(coco.root / "expected")
+    assert not (coco.root / "out.partial").exists()
+
+
+def test_what_another_input_left_behind_is_not_used(coco):
+    (coco.root / "out.partial" / "index").mkdir(parents=True)
+    (coco.root / "out.partial" / "shard-000000.tar").write_bytes(b"of something else")
+    coco.write("expected")
+    coco.write()
+    assert content(coco.root / "out") == content(coco.root / "expected")
+
+
+@pytest.mark.parametrize("change", ["truncated", "image changed since"])
+def test_a_leftover_that_is_not_what_it_should_be_is_written_again(coco, monkeypatch, change):
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "_write_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            coco.write(samples_per_shard=4)
+    leftover = coco.root / "out.partial" / "shard-000000.tar"
+    if change == "truncated":
+        leftover.write_bytes(leftover.read_bytes()[:2000])
+    else:
+        path = coco.images / "picture 0.jpg"
+        damaged = bytearray(path.read_bytes())
+        damaged[-30] ^= 1  # of the same length and still an image
+        path.write_bytes(damaged)
+    coco.write("expected", samples_per_shard=4)
+    coco.write(samples_per_shard=4)
+    assert content(coco.root / "out") == content(coco.root / "expected")
+
+
+def test_two_writers_do_not_mix(coco):
+    staging = coco.root / "out.partial"
+    staging.mkdir()
+    descriptor = os.open(staging, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(ShardError, match="another process is writing it"):
+        coco.write()
+    os.close(descriptor)
+    assert coco.write().images == 7
+
+
+def test_a_place_that_cannot_be_written_gets_one_clear_line(coco):
+    with pytest.raises(ShardError, match="cannot be written") as caught:
+        coco.write("instances.json/below")
+    assert "\n" not in str(caught.value)
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(ShardError, match="got samples_per_shard 0"):
+        WriteConfig(samples_per_shard=0)
+    with pytest.raises(ShardError, match="workers -1"):
+        WriteConfig(workers=-1)
+
+
+def test_scanning_finds_every_file_of_a_tar_and_refuses_a_part_of_one(coco):
+    coco.write()
+    path = coco.root / "out" / "shard-000000.tar"
+    found = scan_tar(path)
+    assert [(one.name, one.length) for one in found] == [
+        (name, len(data)) for name, data in members(path.parent).items()
+    ]
+    half = coco.root / "half.tar"
+    half.write_bytes(path.read_bytes()[: found[-3].offset + 5])
+    with pytest.raises(ShardError, match="not a whole tar"):
+        scan_tar(half)
+
+
+def test_the_index_is_plain_numpy(coco):
+    coco.write()
+    assert np.load(coco.root / "out" / IMAGES_NAME, allow_pickle=False).shape == (7,)
