@@ -183,6 +183,8 @@ def load_manifest(url: str | os.PathLike[str]) -> Manifest:
         raise ShardError(
             f"{url}: no {MANIFEST_NAME} here; expected the folder of a data set: make one with `detr shard coco`"
         ) from None
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read: {error}; check the address and its permissions") from error
     return _parse(content, path, url)
 
 
@@ -206,6 +208,8 @@ def check_file(manifest: Manifest, name: str) -> str | None:
         content = storage.read(path)
     except FileNotFoundError:
         return f"{path}: no such file; the manifest lists it: copy it back or write the data set again"
+    except OSError as error:
+        return f"{path}: cannot be read: {error}; check the address and its permissions"
     if len(content) != expected.bytes:
         return f"{path}: got {len(content)} bytes, expected {expected.bytes}: copy it again"
     if hashlib.sha256(content).hexdigest() != expected.sha256:

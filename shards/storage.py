@@ -9,6 +9,7 @@ import os
 import threading
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import fsspec
 
@@ -24,6 +25,15 @@ def local_path(url: str) -> Path | None:
     if url.startswith("file://"):
         return Path(url[len("file://") :])
     return None if "://" in url else Path(url)
+
+
+def _remote(url: str) -> tuple[Any, str]:
+    """The file system of a remote URL and the name in it; raises ShardError where fsspec has none for it."""
+    try:
+        filesystem, name = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ShardError(f"{url}: cannot be reached: {error}; expected a path or a URL that fsspec can open") from None
+    return filesystem, name
 
 
 def absolute(url: str) -> str:
@@ -42,7 +52,7 @@ def exists(url: str) -> bool:
     path = local_path(url)
     if path is not None:
         return path.exists()
-    filesystem, name = fsspec.core.url_to_fs(url)
+    filesystem, name = _remote(url)
     return bool(filesystem.exists(name))
 
 
@@ -51,7 +61,7 @@ def size(url: str) -> int:
     path = local_path(url)
     if path is not None:
         return path.stat().st_size
-    filesystem, name = fsspec.core.url_to_fs(url)
+    filesystem, name = _remote(url)
     return int(filesystem.size(name))
 
 
@@ -60,13 +70,13 @@ def read(url: str) -> bytes:
     path = local_path(url)
     if path is not None:
         return path.read_bytes()
-    filesystem, name = fsspec.core.url_to_fs(url)
+    filesystem, name = _remote(url)
     return bytes(filesystem.cat_file(name))
 
 
 def download(url: str, path: Path) -> None:
     """Copy the file at ``url`` to a local path, piece by piece."""
-    filesystem, name = fsspec.core.url_to_fs(url)
+    filesystem, name = _remote(url)
     filesystem.get_file(name, str(path))
 
 
@@ -116,7 +126,7 @@ class RangeReader:
         try:
             path = local_path(url)
             if path is None:
-                filesystem, name = fsspec.core.url_to_fs(url)
+                filesystem, name = _remote(url)
                 return bytes(filesystem.cat_file(name, start=offset, end=offset + length))
             file = self._open(url, path)
         except FileNotFoundError:

@@ -9,7 +9,7 @@ from pathlib import Path
 from shards import storage
 from shards.errors import ShardError
 from shards.manifest import Manifest, Records, Shard, check_file, load_index, load_manifest
-from shards.write import TarMember, file_digest, image_members, sample_key, scan_tar
+from shards.tars import TarMember, file_digest, image_members, sample_key, scan_tar
 
 # (shards checked, shards in all)
 Progress = Callable[[int, int], None]

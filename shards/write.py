@@ -6,18 +6,14 @@ and workers take whole shards. An interrupted run leaves its finished shards in 
 goes on from there.
 """
 
-import fcntl
 import hashlib
 import io
 import itertools
 import os
-import shutil
-import tarfile
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,11 +38,11 @@ from shards.manifest import (
 )
 from shards.plan import hashes
 from shards.source import Defect, ImageEntry, Source, SourceError, read_image, read_source
+from shards.staging import publish, staging
+from shards.tars import TarMember, file_digest, image_members, sample_key, scan_tar
 
 # (images done, images in all); called from whichever thread finished one, never from two at once.
 Progress = Callable[[int, int], None]
-
-_KEY_NAME = ".key"
 
 
 @dataclass(frozen=True)
@@ -68,21 +64,6 @@ class WriteConfig:
             raise ShardError(
                 f"got samples_per_shard {self.samples_per_shard} and workers {self.workers}, expected at least 1 and 0"
             )
-
-
-@dataclass(frozen=True)
-class TarMember:
-    """One file in a tar: its name, where its bytes start, how many there are, and their crc32."""
-
-    name: str
-    offset: int
-    length: int
-    crc32: int
-
-    @property
-    def key(self) -> str:
-        """What WebDataset groups files into samples by: the name up to the first dot."""
-        return self.name.split(".")[0]
 
 
 @dataclass(frozen=True)
@@ -114,57 +95,19 @@ def write_coco(
     if finished is not None:
         return finished
     try:
-        with _staging(folder, _key(source, config, name)) as staging:
-            written = _write_shards(source, staging, config, progress)
-            _write_rest(source, written, staging, config, name)
-            (staging / _KEY_NAME).unlink()
-            staging.rename(folder)
-            storage.sync_folder(folder.parent)
+        with staging(folder, _key(source, config, name)) as aside:
+            written = _write_shards(source, aside, config, progress)
+            _write_rest(source, written, aside, config, name)
+            publish(aside, folder)
     except OSError as error:
         raise ShardError(f"{folder}: cannot be written: {error}; make room or choose another folder") from error
     return load_manifest(folder)
-
-
-def scan_tar(path: Path) -> list[TarMember]:
-    """The files of a tar in their order.
-
-    Raises ShardError where the tar is not whole.
-    """
-    members = []
-    end = path.stat().st_size
-    try:
-        with tarfile.open(path, "r:") as tar, path.open("rb") as file:
-            for member in tar:
-                if member.offset_data + member.size > end:
-                    raise tarfile.ReadError(f"{member.name} ends after the file does")
-                file.seek(member.offset_data)
-                crc32 = zlib.crc32(file.read(member.size))
-                members.append(TarMember(member.name, member.offset_data, member.size, crc32))
-    except tarfile.TarError as error:
-        raise ShardError(f"{path}: not a whole tar ({error}); copy it again") from None
-    return members
-
-
-def image_members(members: list[TarMember]) -> tuple[TarMember, ...]:
-    """Those of ``members`` that are the encoded images of samples."""
-    return tuple(member for member in members if not member.name.endswith(".json"))
-
-
-def sample_key(image_id: int) -> str:
-    """What the names of a sample's files begin with."""
-    return f"{image_id:012d}"
 
 
 def shard_rows(images: int, samples_per_shard: int) -> list[range]:
     """The rows of each shard."""
     starts = range(0, images, samples_per_shard)
     return [range(start, min(start + samples_per_shard, images)) for start in starts]
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a local file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _local(out: str | os.PathLike[str]) -> Path:
@@ -212,42 +155,10 @@ def _finished(folder: Path, source: Source, config: WriteConfig, name: str) -> M
     )
 
 
-@contextmanager
-def _staging(folder: Path, key: str) -> Iterator[Path]:
-    """The folder to write into: locked, holding only finished shards of the same ``key``, removed on defects."""
-    staging = folder.with_name(folder.name + ".partial")
-    staging.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(staging, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ShardError(f"{folder}: another process is writing it right now: wait for it or stop it") from None
-        key_file = staging / _KEY_NAME
-        if not key_file.exists() or key_file.read_text() != key:
-            _empty(staging)
-            storage.write_atomic(key_file, key.encode())
-        try:
-            yield staging
-        except SourceError:
-            shutil.rmtree(staging)
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _empty(staging: Path) -> None:
-    for path in staging.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def _write_shards(source: Source, staging: Path, config: WriteConfig, progress: Progress | None) -> list[_Written]:
+def _write_shards(source: Source, folder: Path, config: WriteConfig, progress: Progress | None) -> list[_Written]:
     entries = _ordered(source)
     parts = [
-        (staging / f"shard-{number:06d}.tar", entries[rows.start : rows.stop])
+        (folder / f"shard-{number:06d}.tar", entries[rows.start : rows.stop])
         for number, rows in enumerate(shard_rows(len(entries), config.samples_per_shard))
     ]
     count, lock, defects = itertools.count(1), threading.Lock(), list[Defect]()
@@ -334,7 +245,7 @@ def _sample(entry: ImageEntry, content: bytes, extension: str) -> dict[str, Any]
     }
 
 
-def _write_rest(source: Source, written: list[_Written], staging: Path, config: WriteConfig, name: str) -> None:
+def _write_rest(source: Source, written: list[_Written], folder: Path, config: WriteConfig, name: str) -> None:
     """The index, and last of all the manifest."""
     entries = _ordered(source)
     contents = {
@@ -342,10 +253,10 @@ def _write_rest(source: Source, written: list[_Written], staging: Path, config: 
         IMAGES_NAME: _npy(_image_records(entries, written)),
         ANNOTATIONS_NAME: _npy(_annotation_records(entries, source)),
     }
-    (staging / IMAGES_NAME).parent.mkdir(exist_ok=True)
+    (folder / IMAGES_NAME).parent.mkdir(exist_ok=True)
     for file_name, content in contents.items():
-        storage.write_atomic(staging / file_name, content)
-    storage.sync_folder((staging / IMAGES_NAME).parent)
+        storage.write_atomic(folder / file_name, content)
+    storage.sync_folder((folder / IMAGES_NAME).parent)
     manifest = Manifest(
         format=FORMAT,
         name=name,
@@ -360,8 +271,8 @@ def _write_rest(source: Source, written: list[_Written], staging: Path, config: 
         ),
         shards=tuple(part.shard for part in written),
     )
-    storage.write_atomic(staging / MANIFEST_NAME, msgspec.json.format(manifest.to_json(), indent=2) + b"\n")
-    storage.sync_folder(staging)
+    storage.write_atomic(folder / MANIFEST_NAME, msgspec.json.format(manifest.to_json(), indent=2) + b"\n")
+    storage.sync_folder(folder)
 
 
 def _image_records(entries: list[ImageEntry], written: list[_Written]) -> np.ndarray[Any, Any]:

@@ -94,6 +94,11 @@ def test_a_folder_without_a_manifest_says_how_to_make_one(tmp_path):
         load_manifest(tmp_path / "file")
 
 
+def test_a_url_that_cannot_be_reached_gets_one_clear_line():
+    with pytest.raises(ShardError, match="cannot be reached: Protocol not known: nowhere"):
+        load_manifest("nowhere://bucket/coco")
+
+
 def test_a_changed_index_is_noticed_when_it_is_loaded(coco):
     manifest = coco.write()
     path = coco.root / "out" / "index" / "annotations.npy"

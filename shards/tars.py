@@ -1,0 +1,60 @@
+"""What lies where in a tar: the index of a shard is made by looking, so a foreign tar can be indexed as well."""
+
+import hashlib
+import tarfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from shards.errors import ShardError
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """One file in a tar: its name, where its bytes start, how many there are, and their crc32."""
+
+    name: str
+    offset: int
+    length: int
+    crc32: int
+
+    @property
+    def key(self) -> str:
+        """What WebDataset groups files into samples by: the name up to the first dot."""
+        return self.name.split(".")[0]
+
+
+def scan_tar(path: Path) -> list[TarMember]:
+    """The files of a tar in their order.
+
+    Raises ShardError where the tar is not whole.
+    """
+    members = []
+    end = path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as tar, path.open("rb") as file:
+            for member in tar:
+                if member.offset_data + member.size > end:
+                    raise tarfile.ReadError(f"{member.name} ends after the file does")
+                file.seek(member.offset_data)
+                crc32 = zlib.crc32(file.read(member.size))
+                members.append(TarMember(member.name, member.offset_data, member.size, crc32))
+    except tarfile.TarError as error:
+        raise ShardError(f"{path}: not a whole tar ({error}); copy it again") from None
+    return members
+
+
+def image_members(members: list[TarMember]) -> tuple[TarMember, ...]:
+    """Those of ``members`` that are the encoded images of samples."""
+    return tuple(member for member in members if not member.name.endswith(".json"))
+
+
+def sample_key(image_id: int) -> str:
+    """What the names of a sample's files begin with."""
+    return f"{image_id:012d}"
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a local file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
