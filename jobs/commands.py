@@ -80,8 +80,6 @@ class ShardCoco:
     samples_per_shard: int = 1000
     workers: int = 2
     """Threads, each writing whole shards; the result does not depend on them."""
-    limit: int = 0
-    """Only the first so many images, by id; 0 for all."""
 
 
 def shard(argv: list[str]) -> None:
@@ -177,9 +175,7 @@ def train(argv: list[str]) -> None:
 
     config = smoke(options.config) if options.smoke else options.config
     if options.smoke:
-        print(
-            "smoke: two steps of two images on one worker, random backbone weights, evaluation on the whole of data.val"
-        )
+        print("smoke: two steps of two images on one worker, random backbone weights, evaluation on two images")
     _print_outcome(start_training(config, _launch(options.start)))
 
 
@@ -215,6 +211,7 @@ def smoke(config: RunConfig) -> RunConfig:
         config,
         model=replace(config.model, backbone_weights="random"),
         optim=replace(config.optim, batch_size=2, max_steps=2),
+        evaluate=replace(config.evaluate, limit=2, pictures=1),
         cluster=replace(config.cluster, workers=1, cpus_per_worker=2, max_failures=0),
         track=replace(
             config.track, run_name=f"{config.run_name}-smoke", register_as=f"{config.model_name}-smoke", log_every=1

@@ -80,10 +80,13 @@ class EvaluateConfig:
     """Epochs between evaluations; the last step is always evaluated."""
     batch_size: int = 2
     """Images per forward. Fixed batches, so that the figures do not depend on the number of workers."""
+    limit: int = 0
+    """Score only about so many images, for a smoke test; 0 for all. Such figures are no result."""
     pictures: int = 4
     """Validation images drawn with detections next to the truth at each evaluation."""
 
     def __post_init__(self) -> None:
+        _require(self.limit >= 0, "evaluate.limit", self.limit, "0 (all) or more")
         _require(self.every >= 1, "evaluate.every", self.every, "at least 1 epoch")
         _require(self.batch_size >= 1, "evaluate.batch_size", self.batch_size, "at least 1")
         _require(self.pictures >= 0, "evaluate.pictures", self.pictures, "0 or more")

@@ -46,16 +46,20 @@ def evaluate(
     batch_size: int,
     ranks: Ranks | None = None,
     threads: int = 2,
+    limit: int = 0,
     progress: Progress | None = None,
 ) -> Evaluation | None:
     """Score `model` on the whole of `manifest`; a collective call whose answer is on rank 0, None elsewhere.
 
     model: gives `Outputs`; its labels are positions in `categories`, which are matched to the data set's by id.
     batch_size: images per forward; part of the experiment, since padding changes answers slightly.
+    limit: score only the first batches, of so many images together, for a smoke test; 0 for all.
     """
     ranks = ranks or Ranks()
     labels = match_categories(categories, manifest)
-    batches = plan_evaluation(manifest, batch_size=batch_size)[ranks.rank :: ranks.world_size]
+    planned = plan_evaluation(manifest, batch_size=batch_size)
+    planned = planned[: -(-limit // batch_size)] if limit else planned
+    batches = planned[ranks.rank :: ranks.world_size]
     parts: list[Detections] = []
     seen: list[int] = []
     total = sum(map(len, batches))
@@ -79,9 +83,10 @@ def evaluate(
     gathered = ranks.gather((Detections.concatenate(parts), seen))
     if not ranks.first:
         return None
-    _check_each_once(manifest, [image_id for _, ids in gathered for image_id in ids])
+    rows = np.concatenate(planned)
+    _check_each_once(manifest, rows, [image_id for _, ids in gathered for image_id in ids])
     detections = in_image_order(Detections.concatenate([found for found, _ in gathered]))
-    return Evaluation(score_detections(manifest, detections), detections)
+    return Evaluation(score_detections(manifest, detections, rows=rows), detections)
 
 
 def match_categories(categories: Sequence[Category], manifest: Manifest) -> Ints:
@@ -141,8 +146,8 @@ def in_image_order(detections: Detections) -> Detections:
     )
 
 
-def _check_each_once(manifest: Manifest, image_ids: Sequence[int]) -> None:
-    expected = np.sort(manifest.index().images["image_id"])
+def _check_each_once(manifest: Manifest, rows: Ints, image_ids: Sequence[int]) -> None:
+    expected = np.sort(manifest.index().images["image_id"][rows])
     if not np.array_equal(np.sort(np.asarray(image_ids, dtype=np.int64)), expected):
         raise TrainingError(
             f"evaluation delivered {len(image_ids)} images ({len(set(image_ids))} distinct); "

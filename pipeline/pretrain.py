@@ -29,6 +29,7 @@ from shards.storage import write_atomic
 _BATCH_SIZE = 32
 _LEARNING_RATE = 4e-3
 _WARMUP = 0.1  # of all steps
+_POINTS = 4  # per side of a cell
 
 # (steps done, steps in all, loss of the last one); called after every step.
 Progress = Callable[[int, int, float], None]
@@ -64,7 +65,7 @@ def pretrain_backbone(
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         body = ResNet(replace(model_config, norm=norm))
-        head = nn.Conv2d(body.channels, manifest.num_classes + 1, 1)
+        head = nn.Conv2d(body.channels, (manifest.num_classes + 1) * _POINTS**2, 1)
     model = nn.Sequential(body, head).to(memory_format=torch.channels_last)  # 1.2x as fast on a CPU
     steps = -(-epochs * manifest.images // _BATCH_SIZE)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-4)
@@ -72,7 +73,7 @@ def pretrain_backbone(
     last_epoch: list[tuple[float, float]] = []
     for step, batch in enumerate(_batches(manifest, transform_config, seed, epochs), start=1):
         images = normalise(batch, transform_config).contiguous(memory_format=torch.channels_last)
-        logits = model(images)
+        logits = F.pixel_shuffle(model(images), _POINTS)
         labels = cell_labels(batch.targets, logits.shape[2], logits.shape[3], background=manifest.num_classes)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad(set_to_none=True)

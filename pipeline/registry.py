@@ -96,6 +96,7 @@ def register_run(name_or_id: str, *, name: str, alias: str) -> str:
 def _log_model(client: MlflowClient, run_id: str, card: Card, folder: Path) -> str:
     """Write the MLflow model (models from code, nothing pickled) and upload it as a logged model of the run."""
     import mlflow
+    import mlflow.pyfunc.model
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
     from mlflow.models.signature import ModelSignature

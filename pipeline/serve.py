@@ -29,7 +29,8 @@ class DetrModel(PythonModel):  # type: ignore[misc]  # mlflow is not typed
         """Build the detector once, when the server starts."""
         self._detector = Detector(Path(context.artifacts[ARTIFACT]))
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
+    # Untyped, because MLflow takes type hints here for a schema, and the signature says it better.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """One JSON list per row of `model_input["image"]`."""
         threshold = float((params or {}).get("threshold", 0.5))
         images = [Image.open(io.BytesIO(base64.b64decode(text))) for text in model_input["image"]]

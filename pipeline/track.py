@@ -51,7 +51,7 @@ class Tracker(Protocol):
         """Send what is left, as far as the server answers within a while."""
 
 
-class Event(msgspec.Struct, forbid_unknown_fields=True):
+class Event(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """A line of the spool. `kind` says which of the other fields matter."""
 
     kind: str

@@ -292,6 +292,7 @@ def _evaluate(worker: Worker, state: State) -> None:
         batch_size=config.evaluate.batch_size,
         ranks=worker.ranks,
         threads=config.data.reader_threads,
+        limit=config.evaluate.limit,
         progress=progress,
     )
     if evaluation is not None:
