@@ -142,8 +142,6 @@ class TransformConfig:
             scales = getattr(self, field)
             _require(len(scales) > 0 and min(scales) > 0, field, scales, "one or more positive sizes")
         _require_each(self, "eval_size max_size", 1, "at least 1")
-        largest = max(*self.train_scales, self.eval_size)
-        _require(largest <= self.max_size, "max_size", self.max_size, f"at least the largest size, {largest}")
         _require(0 <= self.flip <= 1, "flip", self.flip, "a probability, 0 to 1")
         low, high = self.crop_range
         _require(0 < low <= high, "crop_range", self.crop_range, "(smallest, largest) with 0 < smallest <= largest")

@@ -21,7 +21,8 @@ class SinePosition(nn.Module):
         """Return float32 [B or 1, h * w, channels] for features [B, C, h, w] and their padding [B, h, w] or None."""
         if padding is None:
             height, width = features.shape[-2:]
-            return _sine_grid(height, width, self.channels, self.temperature, features.device)
+            grid = _sine_grid if torch.compiler.is_compiling() else _kept_sine_grid
+            return grid(height, width, self.channels, self.temperature, features.device)
         inside = ~padding
         rows, columns = inside.cumsum(1, dtype=torch.float32), inside.cumsum(2, dtype=torch.float32)
         rows = rows / (rows[:, -1:, :] + 1e-6)
@@ -60,11 +61,15 @@ def sine_vectors(rows: Tensor, columns: Tensor, channels: int, temperature: floa
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-3)
 
 
-@lru_cache(maxsize=64)
 def _sine_grid(height: int, width: int, channels: int, temperature: float, device: torch.device) -> Tensor:
+    rows = torch.arange(1, height + 1, device=device) / (height + 1e-6)
+    columns = torch.arange(1, width + 1, device=device) / (width + 1e-6)
+    grid = sine_vectors(rows[:, None].expand(-1, width), columns.expand(height, -1), channels, temperature)
+    return grid.flatten(0, 1)[None]
+
+
+@lru_cache(maxsize=64)
+def _kept_sine_grid(height: int, width: int, channels: int, temperature: float, device: torch.device) -> Tensor:
     # Kept per shape: without padding nothing else enters. Not an inference tensor, since training may use it later.
-    with torch.inference_mode(False), torch.no_grad():
-        rows = torch.arange(1, height + 1, device=device) / (height + 1e-6)
-        columns = torch.arange(1, width + 1, device=device) / (width + 1e-6)
-        grid = sine_vectors(rows[:, None].expand(-1, width), columns.expand(height, -1), channels, temperature)
-        return grid.flatten(0, 1)[None]
+    with torch.inference_mode(False):
+        return _sine_grid(height, width, channels, temperature, device)

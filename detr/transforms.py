@@ -42,11 +42,12 @@ class Geometry:
 def resized_size(width: int, height: int, shorter: int, max_size: int | None = None) -> Size:
     """Return the (height, width) of an image whose shorter side becomes `shorter` and its longer at most `max_size`.
 
-    This is the original's rounding, float by float: 640x426 at 800 gives 800x1201, 640x427 with 1333 can give 1334.
+    This is the original's rounding, float by float: at 800 and 1333, 640 x 480 becomes 1066 x 800 and 640 x 200 becomes
+    1334 x 417. No side gets shorter than a pixel.
     """
     low, high = float(min(width, height)), float(max(width, height))
     if max_size is not None and high / low * shorter > max_size:
-        shorter = round(max_size * low / high)
+        shorter = max(1, round(max_size * low / high))
     if min(width, height) == shorter:
         return height, width
     if width < height:

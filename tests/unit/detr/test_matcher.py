@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from detr.batch import Target
+from detr.config import LossConfig
+from detr.matcher import NonFiniteError, generalized_iou, match
+from detr.model import Outputs
+
+torch.manual_seed(0)
+
+
+def target(objects: int, classes: int = 5, image_id: int = 1) -> Target:
+    boxes = torch.rand(objects, 4) * 0.3 + 0.2
+    return Target(boxes, torch.randint(0, classes, (objects,)), image_id, (10, 10))
+
+
+def outputs(images: int, queries: int = 8, classes: int = 5) -> Outputs:
+    return Outputs(torch.randn(images, queries, classes + 1), torch.rand(images, queries, 4) * 0.5 + 0.2)
+
+
+def test_perfect_predictions_are_matched_to_their_objects() -> None:
+    truth = target(4)
+    order = torch.tensor([2, 0, 3, 1])
+    logits = torch.nn.functional.one_hot(truth.labels[order], 6).float() * 10
+    (query, found), *_ = match(Outputs(logits[None], truth.boxes[order][None]), [truth], LossConfig())
+    assert query.tolist() == [0, 1, 2, 3]
+    assert found.tolist() == order.tolist()
+
+
+def test_an_image_without_objects_matches_nothing() -> None:
+    found = match(outputs(3), [target(2), target(0), target(3)], LossConfig())
+    assert [len(query) for query, _ in found] == [2, 0, 3]
+    assert [len(query) for query, _ in match(outputs(1), [target(0)], LossConfig())] == [0]
+
+
+def test_more_objects_than_queries_use_every_query() -> None:
+    ((query, found),) = match(outputs(1, queries=3), [target(7)], LossConfig())
+    assert query.tolist() == [0, 1, 2]
+    assert len(set(found.tolist())) == 3
+
+
+@pytest.mark.parametrize("part", ["logits", "boxes"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_prediction_is_named(part: str, value: float) -> None:
+    predicted = outputs(3)
+    getattr(predicted, part)[1, 2] = value
+    targets = [target(2, image_id=139), target(2, image_id=285), target(1, image_id=632)]
+    with pytest.raises(NonFiniteError, match=f"non-finite values in the {part} of images 285, expected"):
+        match(predicted, targets, LossConfig())
+
+
+def test_non_finite_target_boxes_are_named() -> None:
+    truth = target(2)
+    truth.boxes[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="the target boxes"):
+        match(outputs(1), [truth], LossConfig())
+
+
+@pytest.mark.parametrize("label", [-1, 5])
+def test_a_label_without_a_class_is_refused_before_it_reaches_the_device(label: int) -> None:
+    truth = target(2, image_id=42)
+    truth.labels[1] = label
+    with pytest.raises(ValueError, match=r"image 42: got labels .* expected 0 to 4"):
+        match(outputs(1), [truth], LossConfig())
+
+
+def test_generalised_iou_of_boxes_whose_value_is_known() -> None:
+    a = torch.tensor([0.5, 0.5, 0.2, 0.2])
+    assert generalized_iou(a, a) == pytest.approx(1.0)
+    assert generalized_iou(a, torch.tensor([0.5, 0.5, 0.1, 0.2])).item() == pytest.approx(0.5)
+    # Apart: the hull is 0.6 x 0.2, of which 0.08 is boxes.
+    assert generalized_iou(a, torch.tensor([0.9, 0.5, 0.2, 0.2])).item() == pytest.approx(-1 / 3)
+
+
+def test_boxes_without_area_have_a_finite_iou_and_gradient() -> None:
+    point = torch.tensor([0.5, 0.5, 0.0, 0.0], requires_grad=True)
+    for other in ([0.5, 0.5, 0.0, 0.0], [0.2, 0.5, 0.0, 0.3], [0.5, 0.5, 0.4, 0.4]):
+        value = generalized_iou(point, torch.tensor(other))
+        value.backward()
+        assert -1 <= value <= 1
+    assert point.grad is not None
+    assert point.grad.isfinite().all()

@@ -1,0 +1,138 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detr.config import TransformConfig
+from detr.transforms import Crop, Geometry, apply, draw_geometry, eval_geometry, resized_size
+
+NO_BOXES, NO_LABELS = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+
+
+def photo(height: int, width: int) -> np.ndarray:
+    """Smooth structure with noise on it, so that an interpolation error shows."""
+    y, x = np.mgrid[:height, :width]
+    waves = 127 + 80 * np.sin(x / 7.3 + y / 11.1)[..., None] * np.array([1.0, 0.8, 0.6])
+    noise = np.random.default_rng(0).integers(-40, 40, (height, width, 3))
+    return (waves + noise).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "shorter", "longest", "expected"),
+    [
+        (640, 480, 800, 1333, (800, 1066)),
+        (480, 640, 800, 1333, (1066, 800)),
+        (640, 426, 800, 1333, (800, 1201)),
+        (640, 383, 800, 1333, (798, 1333)),
+        (640, 360, 800, 1333, (750, 1333)),
+        (640, 200, 800, 1333, (417, 1334)),
+        (200, 640, 800, 1333, (1334, 417)),
+        (640, 201, 800, 1333, (419, 1334)),
+        (200, 479, 800, 1333, (1334, 557)),
+        (612, 612, 800, 1333, (800, 800)),
+        (640, 480, 480, 1333, (480, 640)),
+        (333, 500, 600, None, (900, 600)),
+        (500, 375, 400, None, (400, 533)),
+        (9000, 1, 800, 1333, (1, 9000)),
+    ],
+)
+def test_sizes_are_the_originals_to_the_pixel(
+    width: int, height: int, shorter: int, longest: int | None, expected: tuple[int, int]
+) -> None:
+    assert resized_size(width, height, shorter, longest) == expected
+
+
+@pytest.mark.parametrize("size", [(150, 200), (87, 61), (430, 571), (480, 321)])
+def test_resizing_stays_within_two_levels_of_pil(size: tuple[int, int]) -> None:
+    image = photo(240, 320)
+    pixels, _, _ = apply(image, NO_BOXES, NO_LABELS, Geometry(False, None, size))
+    pil = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR), np.int16)
+    assert np.abs(pixels.permute(1, 2, 0).numpy().astype(np.int16) - pil).max() <= 2
+
+
+def test_flip_crop_and_resize_are_the_originals_steps_in_order() -> None:
+    image = photo(60, 80)
+    boxes = np.array([[8, 6, 24, 30], [70, 50, 80, 60]], np.float32)
+    geometry = Geometry(True, Crop((90, 120), top=10, left=30, size=(50, 80)), (100, 160))
+    pixels, got, labels = apply(image, boxes, np.array([3, 5]), geometry)
+
+    pil = Image.fromarray(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pil = pil.resize((120, 90), Image.Resampling.BILINEAR).crop((30, 10, 110, 60))
+    pil = pil.resize((160, 100), Image.Resampling.BILINEAR)
+    assert np.abs(pixels.permute(1, 2, 0).numpy().astype(int) - np.asarray(pil).astype(int)).max() <= 3
+    # Flipped [56, 6, 72, 30], at 1.5x [84, 9, 108, 45], in the crop [54, -1 -> 0, 78, 35] of 80 x 50.
+    expected = [[(54 + 78) / 2 / 80, 35 / 2 / 50, 24 / 80, 35 / 50]]
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-6)
+    assert labels.tolist() == [3]
+
+
+def test_a_box_keeps_hold_of_its_pixels() -> None:
+    image = np.zeros((96, 128, 3), np.uint8)
+    image[32:64, 16:48] = 255
+    config = TransformConfig(train_scales=(192,), max_size=400, crop_scales=(160,), crop_range=(120, 160))
+    for image_id in range(40):
+        geometry = draw_geometry(0, 0, image_id, 128, 96, config)
+        pixels, boxes, _ = apply(image, np.array([[16, 32, 48, 64]], np.float32), np.array([0]), geometry)
+        assert pixels.shape[1:] == geometry.size
+        rows, columns = np.nonzero(pixels[0].numpy() > 127)
+        if len(boxes) == 0:
+            assert len(rows) == 0
+            continue
+        cx, cy, w, h = boxes[0].numpy() * np.array(geometry.size[::-1] * 2)
+        seen = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        np.testing.assert_allclose([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], seen, atol=1.5)
+
+
+def test_boxes_are_clamped_and_those_without_area_dropped() -> None:
+    boxes = np.array([[-5, -5, 10, 10], [4, 4, 4, 9], [20, 2, 30, 8], [3, 9, 8, 3], [0, 0, 20, 10]], np.float32)
+    _, got, labels = apply(photo(10, 20), boxes, np.arange(5), Geometry(False, None, (10, 20)))
+    assert labels.tolist() == [0, 4]
+    np.testing.assert_allclose(got.numpy(), [[0.25, 0.5, 0.5, 1.0], [0.5, 0.5, 1.0, 1.0]])
+
+
+def test_a_read_only_image_is_fine_and_never_written_to() -> None:
+    image = photo(20, 30)
+    image.setflags(write=False)
+    for flip in (False, True):
+        pixels, _, _ = apply(image, NO_BOXES, NO_LABELS, Geometry(flip, None, (20, 30)))
+        pixels.zero_()
+    assert image.any()
+
+
+def test_geometry_depends_on_seed_epoch_and_image_and_on_nothing_else() -> None:
+    config = TransformConfig()
+    drawn = [draw_geometry(seed, epoch, 7, 640, 480, config) for seed in range(5) for epoch in range(20)]
+    assert drawn == [draw_geometry(seed, epoch, 7, 640, 480, config) for seed in range(5) for epoch in range(20)]
+    assert len(set(drawn)) > 60
+    # A value, so that a change of the hash, which would silently change every run, is seen.
+    assert draw_geometry(42, 3, 139, 640, 426, config) == Geometry(
+        False, Crop((400, 600), top=4, left=16, size=(394, 535)), (608, 825)
+    )
+
+
+def test_the_augmentation_has_the_papers_proportions() -> None:
+    config = TransformConfig()
+    drawn = [draw_geometry(1, 0, image_id, 640, 480, config) for image_id in range(4000)]
+    assert abs(sum(geometry.flip for geometry in drawn) / 4000 - 0.5) < 0.03
+    crops = [geometry.crop for geometry in drawn if geometry.crop is not None]
+    assert abs(len(crops) / 4000 - 0.5) < 0.03
+    scales = Counter(min(geometry.size) for geometry in drawn if geometry.crop is None)
+    assert set(scales) == set(config.train_scales)
+    assert min(scales.values()) > 120
+    assert Counter(min(crop.resized) for crop in crops).keys() == {400, 500, 600}
+    for crop in crops:
+        assert 384 <= crop.size[0] <= 600
+        assert 384 <= crop.size[1] <= 600
+        assert 0 <= crop.top <= crop.resized[0] - crop.size[0]
+        assert 0 <= crop.left <= crop.resized[1] - crop.size[1]
+
+
+def test_without_augmentation_every_epoch_sees_the_same() -> None:
+    config = TransformConfig(train_scales=(96,), flip=0.0, crop=False)
+    drawn = {draw_geometry(seed, epoch, 5, 128, 96, config) for seed in range(3) for epoch in range(3)}
+    assert drawn == {Geometry(False, None, (96, 128))}
+
+
+def test_evaluation_only_resizes() -> None:
+    assert eval_geometry(640, 200, TransformConfig()) == Geometry(False, None, (417, 1334))
