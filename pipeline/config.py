@@ -9,6 +9,7 @@ purpose: they come from the manifest. This module imports neither torch nor ray 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,7 +20,8 @@ from pipeline.errors import RunConfigError
 
 
 def _require(holds: bool, name: str, got: object, expected: str) -> None:
-    if not holds:
+    # Infinity would pass a bound and be lost in JSON, which has no word for it.
+    if not holds or got == math.inf:
         raise RunConfigError(f"{name} is {got!r}; expected {expected}")
 
 
@@ -137,6 +139,9 @@ class TrackConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.experiment), "track.experiment", self.experiment, "a name")
+        # The registry refuses them, but only when the run has ended.
+        nameable = not set(self.register_as) & set("/:")
+        _require(nameable, "track.register_as", self.register_as, "a name without / and :")
         _require(self.log_every >= 1, "track.log_every", self.log_every, "at least 1 step")
 
 
@@ -161,6 +166,7 @@ class RunConfig:
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
         if self.cluster.workers > self.optim.batch_size:
             raise RunConfigError(
                 f"cluster.workers is {self.cluster.workers} but optim.batch_size, which is global, is "

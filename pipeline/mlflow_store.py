@@ -54,11 +54,12 @@ def connect(uri: str | None = None) -> MlflowClient:
     uri = uri or tracking_uri()
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(os.environ.get("MLFLOW_REGISTRY_URI") or uri)
-    client = mlflow.MlflowClient(tracking_uri=uri)
     try:
+        client = mlflow.MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
-    except MlflowException as error:
-        first_line = str(error).splitlines()[0]
+    except (MlflowException, ImportError) as error:  # a database's driver may be missing
+        # MLflow repeats the address in its messages.
+        first_line = str(error).strip().splitlines()[0].replace(uri, _without_secret(uri))
         raise TrackingError(
             f"the MLflow store {_without_secret(uri)} does not answer ({first_line}); "
             "expected a running server or a database: check MLFLOW_TRACKING_URI"
