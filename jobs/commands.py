@@ -80,6 +80,8 @@ class ShardCoco:
     samples_per_shard: int = 1000
     workers: int = 2
     """Threads, each writing whole shards; the result does not depend on them."""
+    limit: int = 0
+    """Only so many images, those of lowest id; 0 for all."""
 
 
 def shard(argv: list[str]) -> None:
@@ -92,7 +94,7 @@ def _shard_coco(argv: list[str]) -> None:
     from pipeline.progress import progress_bar
     from shards.write import WriteConfig, write_coco
 
-    config = WriteConfig(samples_per_shard=options.samples_per_shard, workers=options.workers)
+    config = WriteConfig(samples_per_shard=options.samples_per_shard, workers=options.workers, limit=options.limit)
     with progress_bar("sharding") as progress:
         manifest = write_coco(options.images, options.annotations, options.out, config, progress)
     print(_describe(manifest))

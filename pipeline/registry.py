@@ -116,8 +116,9 @@ def _log_model(client: MlflowClient, run_id: str, card: Card, folder: Path) -> s
         outputs=Schema([ColSpec(DataType.string)]),
         params=ParamSchema([ParamSpec("threshold", DataType.double, 0.5)]),
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow advises type hints that would break the string column
+    # Recorded and dropped: MLflow advises type hints, by a filter of its own that overrules `ignore`; the signature
+    # above says it better.
+    with warnings.catch_warnings(record=True):
         mlflow.pyfunc.save_model(
             path=folder / "model",
             python_model=str(_ROOT / "pipeline" / "serve.py"),

@@ -14,7 +14,7 @@ import threading
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +53,19 @@ class WriteConfig:
         samples_per_shard: images per tar (1,000 of COCO are about 160 MB).
         workers: threads, each writing whole shards; 0 writes in the calling thread. It never changes the result.
         name: name of the data set; the annotation file's name without its ending where None.
+        limit: write only so many images, those of lowest id; 0 for all. The data set's name then says so.
     """
 
     samples_per_shard: int = 1000
     workers: int = 0
     name: str | None = None
+    limit: int = 0
 
     def __post_init__(self) -> None:
-        if self.samples_per_shard < 1 or self.workers < 0:
+        if self.samples_per_shard < 1 or self.workers < 0 or self.limit < 0:
             raise ShardError(
-                f"got samples_per_shard {self.samples_per_shard} and workers {self.workers}, expected at least 1 and 0"
+                f"got samples_per_shard {self.samples_per_shard}, workers {self.workers} and limit {self.limit}, "
+                "expected at least 1, 0 and 0"
             )
 
 
@@ -91,6 +94,9 @@ def write_coco(
     folder = _local(out)
     source = read_source(images, annotations)
     name = config.name or source.path.stem
+    if config.limit and config.limit < len(source.images):
+        source = replace(source, images=sorted(source.images, key=lambda entry: entry.id)[: config.limit])
+        name = f"{name}-first-{config.limit}"
     finished = _finished(folder, source, config, name)
     if finished is not None:
         return finished
@@ -125,7 +131,7 @@ def _ordered(source: Source) -> list[ImageEntry]:
 
 
 def _key(source: Source, config: WriteConfig, name: str) -> str:
-    parts = (FORMAT, source.digest, config.samples_per_shard, name)
+    parts = (FORMAT, source.digest, config.samples_per_shard, name)  # the name tells a limit
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 
 
