@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from jobs import commands
+from jobs import cluster_commands, data_commands, model_commands, run_commands
+from jobs.command_line import UsageError
 
 _USAGE = "usage: detr COMMAND ...   (detr COMMAND --help says more)"
 
@@ -29,18 +30,18 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "demo": Command("the whole product on built-in data, in minutes", commands.demo),
-    "shard": Command("COCO folder to WebDataset shards: shard coco|verify|info", commands.shard),
-    "train": Command("train RECIPE [--any.field value ...]", commands.train),
-    "show": Command("print a recipe's resolved configuration", commands.show),
-    "resume": Command("go on with a run, or with the run of a registered version", commands.resume),
-    "runs": Command("list runs; runs RUN --follow watches one", commands.runs),
-    "evaluate": Command("score a registered version on a data set", commands.evaluate),
-    "predict": Command("detect on pictures with a registered version", commands.predict),
-    "register": Command("register the best checkpoint of a run", commands.register),
-    "ui": Command("open the MLflow UI", commands.ui),
-    "submit": Command("submit SPEC -- COMMAND ...: run a command on a Ray cluster", commands.submit),
-    "jobs": Command("jobs list|status|logs|stop", commands.jobs),
+    "demo": Command("the whole product on built-in data, in minutes", run_commands.demo),
+    "shard": Command("COCO folder to WebDataset shards: shard coco|verify|info", data_commands.shard),
+    "train": Command("train RECIPE [--any.field value ...]", run_commands.train),
+    "show": Command("print a recipe's resolved configuration", run_commands.show),
+    "resume": Command("go on with a run, or with the run of a registered version", run_commands.resume),
+    "runs": Command("list runs; runs RUN --follow watches one", run_commands.runs),
+    "evaluate": Command("score a registered version on a data set", model_commands.evaluate),
+    "predict": Command("detect on pictures with a registered version", model_commands.predict),
+    "register": Command("register the best checkpoint of a run", model_commands.register),
+    "ui": Command("open the MLflow UI", run_commands.ui),
+    "submit": Command("submit SPEC -- COMMAND ...: run a command on a Ray cluster", cluster_commands.submit),
+    "jobs": Command("jobs list|status|logs|stop", cluster_commands.jobs),
 }
 
 
@@ -65,7 +66,7 @@ def run(argv: Sequence[str]) -> int:
 
     try:
         COMMANDS[name].act(rest)
-    except commands.UsageError as error:
+    except UsageError as error:
         return _fail(str(error), 2)
     except USER_ERRORS as error:
         return _fail(str(error), 1)

@@ -58,14 +58,14 @@ def submit(spec: Spec, argv: Sequence[str]) -> str:
 
 def check(argv: Sequence[str]) -> None:
     """Refuse here what would fail there: unknown commands, recipes and flags, and data that is not there."""
-    from jobs import commands
     from jobs.cli import COMMANDS, nearest
+    from jobs.run_commands import check_train
 
     if argv[0] not in COMMANDS:
         raise JobError(f"there is no command {argv[0]!r} to submit; did you mean {nearest(argv[0], COMMANDS)}?")
     if argv[0] != "train":
         return
-    config = commands.check_train(list(argv[1:]))
+    config = check_train(list(argv[1:]))
     if config is None:
         raise JobError("`train --help` needs no cluster; expected `train RECIPE ...`")
     if not config.data.built_in:

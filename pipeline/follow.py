@@ -37,9 +37,9 @@ class RunView:
     def show(self, run: Run) -> None:
         """Print what is new in this state of the run."""
         tags, metrics = run.data.tags, run.data.metrics
-        total, epochs = int(tags.get(TAG_TOTAL_STEPS, 0)), int(float(tags.get(TAG_EPOCHS, 1)))
+        total, epochs = int(tags.get(TAG_TOTAL_STEPS, 0)), float(tags.get(TAG_EPOCHS, 1))
         epoch = metrics.get("epoch", 0.0)
-        step = round(epoch / epochs * total) if epochs else 0
+        step = round(epoch / epochs * total)
         phase = tags.get(TAG_PHASE, "starting")
         if self._live:
             self._update_bar(step, total, phase, metrics)
@@ -50,7 +50,7 @@ class RunView:
             self._epoch = int(epoch + 1e-9)
             speed = metrics.get("speed/images_per_s", 0.0)
             self._line(
-                f"epoch {self._epoch:>3}/{epochs}  step {step:>6}/{total}  loss {metrics['train/loss']:8.3f}  {speed:6.1f} images/s"
+                f"epoch {self._epoch:>3}/{epochs:g}  step {step:>6}/{total}  loss {metrics['train/loss']:8.3f}  {speed:6.1f} images/s"
             )
         evaluated = metrics.get("evaluation/epoch", -1.0)
         if evaluated > self._evaluated and "val/AP" in metrics:

@@ -1,0 +1,54 @@
+"""Flags from frozen dataclasses, and a wrong one as one line that names the nearest that exists."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+Options = TypeVar("Options")
+
+
+class UsageError(Exception):
+    """The command line cannot be understood; the message says what was expected."""
+
+
+def parse(kind: type[Options], argv: Sequence[str], prog: str, default: Options | None = None) -> Options:
+    """Build the options from flags. A wrong flag is one line that names the nearest that exists."""
+    given: dict[str, Any] = {} if default is None else {"default": default}
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            options: Options = tyro.cli(
+                kind, args=list(argv), prog=prog, config=(tyro.conf.FlagCreatePairsOff,), **given
+            )
+    except SystemExit as error:
+        if not error.code:
+            raise
+        raise UsageError(f"{_one_line(said.getvalue())}; `{prog} --help` lists what there is") from None
+    return options
+
+
+def _one_line(box: str) -> str:
+    """The first statement of a framed message, and the flag that it takes for the one meant."""
+    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
+    ruled = [position for position, line in enumerate(box.splitlines()) if set(line) <= set("│─ ")]
+    text = " ".join(line for line in lines[1 : ruled[0] if ruled else None] if line)
+    if "Perhaps you meant:" in lines:
+        text += f"; did you mean {lines[lines.index('Perhaps you meant:') + 1].split(' ')[0]}?"
+    return text.rstrip(".")
+
+
+def choose(argv: Sequence[str], words: dict[str, Callable[[list[str]], None]], prog: str) -> None:
+    """Act on the second word of a two-word command."""
+    listed = "|".join(words)
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"usage: {prog} {listed} ...   ({prog} WORD --help says more)")
+        return
+    if not argv or argv[0] not in words:
+        got = argv[0] if argv else "nothing"
+        raise UsageError(f"got {got!r} after `{prog}`; expected one of {listed}")
+    words[argv[0]](list(argv[1:]))

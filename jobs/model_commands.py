@@ -1,0 +1,84 @@
+"""Words about registered models: evaluate, predict, register."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from jobs.command_line import UsageError, parse
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score a registered version on a data set: the twelve COCO numbers."""
+
+    model: tyro.conf.Positional[str]
+    """models:/NAME@ALIAS or models:/NAME/VERSION."""
+    data: str
+    """Folder or URL of the data set's shards."""
+    json: Path | None = None
+    """Also write the numbers here."""
+
+
+def evaluate(argv: list[str]) -> None:
+    """detr evaluate models:/NAME@ALIAS --data URL."""
+    options = parse(Evaluate, argv, "detr evaluate")
+    import msgspec
+
+    from pipeline.registered import evaluate_registered
+    from pipeline.report import metrics_table
+
+    metrics = evaluate_registered(options.model, options.data, progress=True).score.metrics
+    print(metrics_table(metrics))
+    if options.json:
+        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(metrics), indent=2) + b"\n")
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Detect on pictures: annotated copies and a COCO-style detections.json."""
+
+    model: tyro.conf.Positional[str]
+    """models:/NAME@ALIAS or models:/NAME/VERSION."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Picture files."""
+    out: Path
+    """Folder to write into."""
+    threshold: float = 0.5
+    """Leave out detections of a lower score."""
+
+
+def predict(argv: list[str]) -> None:
+    """detr predict models:/NAME@ALIAS IMAGE... --out DIR."""
+    options = parse(Predict, argv, "detr predict")
+    if not options.images:
+        raise UsageError("no picture given; expected `detr predict models:/NAME@ALIAS IMAGE... --out DIR`")
+    from pipeline.registered import predict as detect
+
+    found = detect(options.model, options.images, options.out, threshold=options.threshold)
+    print(
+        f"{len(found)} detections in {len(options.images)} pictures: see {options.out} and {options.out / 'detections.json'}"
+    )
+
+
+@dataclass(frozen=True)
+class Register:
+    """Register the best checkpoint of a run, finished or not."""
+
+    run: tyro.conf.Positional[str]
+    """The run's id, the start of it, or its name."""
+    name: str
+    """Registered model."""
+    alias: str = "best"
+    """Alias that will point at the new version."""
+
+
+def register(argv: list[str]) -> None:
+    """detr register RUN --name NAME --alias ALIAS."""
+    options = parse(Register, argv, "detr register")
+    from pipeline.registry import register_run
+
+    version = register_run(options.run, name=options.name, alias=options.alias)
+    print(f"registered models:/{options.name}@{options.alias} (version {version})")
