@@ -57,6 +57,13 @@ class Schedule:
         """How many epochs the first `step` steps have seen."""
         return min(step * self.config.batch_size / self.images, float(self.config.epochs))
 
+    def epoch_of(self, step: int) -> int:
+        """The epoch whose plan holds `step`: the last one whose first step is not after it."""
+        epoch = step * self.config.batch_size // self.images
+        while epoch + 1 < self.config.epochs and self.steps(epoch + 1) <= step:
+            epoch += 1
+        return epoch
+
     def factor(self, step: int) -> float:
         """What both learning rates are multiplied with at `step` (counted from 0)."""
         config, start = self.config, self.steps(self.config.decay_epoch)

@@ -6,17 +6,21 @@ image and drops those without area, as the original does. Crowds have been left 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from detr.batch import Target
+from detr.batch import Batch, Target, collate
 from detr.config import TransformConfig
 from detr.transforms import Geometry, apply, draw_geometry, eval_geometry
-from shards.manifest import Index, Ints
-from shards.read import Sample
+from pipeline.config import RunConfig
+from pipeline.optim import Schedule
+from pipeline.parallel import Ranks
+from shards.manifest import Index, Ints, Manifest
+from shards.plan import plan_epoch
+from shards.read import ReadConfig, Sample, open_loader
 
 Transform = Callable[[Sample], tuple[Tensor, Target]]
 
@@ -61,3 +65,41 @@ def sort_by_size(index: Index, seed: int, config: TransformConfig) -> Callable[[
 def _apply(sample: Sample, geometry: Geometry) -> tuple[Tensor, Target]:
     image, boxes, labels = apply(sample.image, sample.boxes_xyxy, sample.labels, geometry)
     return image, Target(boxes, labels, sample.image_id, (sample.height, sample.width))
+
+
+def training_batches(
+    manifest: Manifest, config: RunConfig, schedule: Schedule, ranks: Ranks, step: int, until: int
+) -> Generator[Batch, None, None]:
+    """This rank's batches of steps `step` to `until` - 1, epoch by epoch; pinned where they go to a GPU."""
+    threads = config.data.reader_threads
+    while step < until:
+        plan = plan_epoch(
+            manifest,
+            seed=config.seed,
+            epoch=schedule.epoch_of(step),
+            batch_size=config.optim.batch_size,
+            epochs=config.optim.epochs,
+            sort_keys=sort_by_size(manifest.index(), config.seed, config.transform),
+        )
+        loader = open_loader(
+            manifest,
+            plan,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            start_step=step,
+            transform=training_transform(config.seed, config.transform),
+            collate=_collate_pinned if ranks.device.type == "cuda" else collate,
+            config=ReadConfig(threads=threads, prefetch=2 * threads),
+        )
+        try:
+            for batch in loader:
+                yield batch
+                step += 1
+                if step == until:
+                    return
+        finally:
+            loader.close()
+
+
+def _collate_pinned(samples: list[tuple[Tensor, Target]]) -> Batch:
+    return collate(samples).pin_memory()

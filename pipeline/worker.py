@@ -13,31 +13,27 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from detr.batch import Batch, collate
-from detr.criterion import Losses
 from detr.model import build_model
 from pipeline import checkpoint
 from pipeline.config import RunConfig
 from pipeline.errors import CheckpointError
 from pipeline.evaluate import Evaluation, evaluate
+from pipeline.meter import Meter
 from pipeline.optim import Schedule, build_optimizer, set_learning_rates
 from pipeline.parallel import Ranks, distribute, unwrap
 from pipeline.pictures import detection_pictures
-from pipeline.samples import sort_by_size, training_transform
-from pipeline.step import StepResult, train_step
+from pipeline.samples import training_batches
+from pipeline.step import train_step
 from pipeline.track import TAG_PHASE, Tracker
 from pipeline.weights import read_initial
 from shards.manifest import Manifest, load_manifest
-from shards.plan import plan_epoch
-from shards.read import ReadConfig, open_loader
 
 
 @dataclass(frozen=True)
@@ -147,111 +143,16 @@ def _evaluation_due(worker: Worker, step: int) -> bool:
 
 
 def _train(worker: Worker, state: State, until: int) -> None:
-    meter = _Meter(worker)
-    for batch in _batches(worker, state.step, until):
+    meter = Meter(worker.config, worker.schedule, worker.ranks, worker.tracker)
+    batches = training_batches(worker.train, worker.config, worker.schedule, worker.ranks, state.step, until)
+    for batch in batches:
         waited = meter.waited()
         set_learning_rates(state.optimizer, worker.schedule.factor(state.step))
         result = train_step(state.model, batch, state.optimizer, worker.config, worker.ranks, state.step)
         state.step += 1
         meter.add(result, waited)
         if state.step % worker.config.track.log_every == 0 or state.step == until:
-            meter.tell(state)
-
-
-def _batches(worker: Worker, step: int, until: int) -> Generator[Batch, None, None]:
-    """This rank's batches of steps `step` to `until` - 1, epoch by epoch."""
-    config, ranks = worker.config, worker.ranks
-    transform = training_transform(config.seed, config.transform)
-    pin = ranks.device.type == "cuda"
-    while step < until:
-        plan = plan_epoch(
-            worker.train,
-            seed=config.seed,
-            epoch=_epoch_of_step(worker, step),
-            batch_size=config.optim.batch_size,
-            epochs=config.optim.epochs,
-            sort_keys=sort_by_size(worker.train.index(), config.seed, config.transform),
-        )
-        loader = open_loader(
-            worker.train,
-            plan,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            start_step=step,
-            transform=transform,
-            collate=(lambda samples: collate(samples).pin_memory()) if pin else collate,
-            config=ReadConfig(threads=config.data.reader_threads, prefetch=2 * config.data.reader_threads),
-        )
-        try:
-            for batch in loader:
-                yield batch
-                step += 1
-                if step == until:
-                    return
-        finally:
-            loader.close()
-
-
-def _epoch_of_step(worker: Worker, step: int) -> int:
-    """The epoch whose plan holds `step`: the last one whose first step is not after it."""
-    epoch = step * worker.config.optim.batch_size // worker.train.images
-    while epoch + 1 < worker.config.optim.epochs and worker.schedule.steps(epoch + 1) <= step:
-        epoch += 1
-    return epoch
-
-
-class _Meter:
-    """Sums losses on the device between log points, so that no step waits for a figure nobody reads yet."""
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self._reset()
-        self._last = time.perf_counter()
-
-    def _reset(self) -> None:
-        self._names: list[str] = []
-        self._sum: Tensor | None = None
-        self._norm: Tensor | None = None
-        self._steps = self._images = 0
-        self._wait_s = 0.0
-        self._start = time.perf_counter()
-
-    def waited(self) -> float:
-        """Seconds since the last step ended: the wait for data."""
-        return time.perf_counter() - self._last
-
-    def add(self, result: StepResult, waited_s: float) -> None:
-        """Take in one step."""
-        names, values = _figures(result.losses)
-        self._names, self._sum = names, values if self._sum is None else self._sum + values
-        self._norm = result.grad_norm
-        self._steps += 1
-        self._images += self._worker.config.optim.batch_size
-        self._wait_s += waited_s
-        self._last = time.perf_counter()
-
-    def tell(self, state: State) -> None:
-        """Average over the interval and over ranks, and give it to the tracker; a collective call."""
-        assert self._sum is not None
-        assert self._norm is not None
-        worker = self._worker
-        # Each rank's loss is its share times the world size, so the mean over ranks is the global batch's loss.
-        means = (worker.ranks.sum(self._sum) / (self._steps * worker.ranks.world_size)).tolist()
-        seconds = max(time.perf_counter() - self._start, 1e-9)
-        if worker.tracker:
-            epoch = worker.schedule.epoch(state.step)
-            rates = [group["lr"] for group in state.optimizer.param_groups]
-            values = {f"train/{name}": value for name, value in zip(self._names, means, strict=True)}
-            values |= {"optim/lr": rates[0], "optim/grad_norm": float(self._norm), "epoch": epoch}
-            values |= {"optim/lr_backbone": rates[1]} if len(rates) > 1 else {}
-            values |= {"speed/images_per_s": self._images / seconds, "speed/data_wait": self._wait_s / seconds}
-            worker.tracker.metrics(values, state.step)
-        self._reset()
-
-
-def _figures(losses: Losses) -> tuple[list[str], Tensor]:
-    names = ["loss", *losses.parts]
-    return names, torch.stack([losses.total.detach(), *losses.parts.values()])
+            meter.tell(state.step, state.optimizer)
 
 
 def _save(worker: Worker, state: State) -> None:
