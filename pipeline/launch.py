@@ -167,7 +167,7 @@ def _explain(error: Exception) -> str:
         lines = str(cause).strip().splitlines() or [type(failure).__name__]
         return f"worker {rank} failed: {lines[-1]}"
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"training failed: {lines[0]}"
+    return f"training failed: {lines[-1]}"
 
 
 def _ray_worker(job: dict[str, str]) -> None:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline import checkpoint
-from pipeline.config import RunConfig, from_json
+from pipeline.config import RunConfig, from_json, to_json
 from pipeline.errors import CheckpointError, RunConfigError, TrainingError
 from pipeline.launch import Interrupted, run_workers
 from pipeline.mlflow_store import (
+    CONFIG_ARTIFACT,
     TAG_EPOCHS,
     TAG_FOLDER,
     TAG_TOTAL_STEPS,
@@ -28,6 +29,11 @@ from pipeline.track import TAG_PHASE
 Say = Callable[[str], None]
 
 
+def say(text: str) -> None:
+    """A line for the person who waits, at once also where stdout is a file."""
+    print(text, flush=True)
+
+
 @dataclass(frozen=True)
 class Launch:
     """How to start, as opposed to what: none of it changes the result."""
@@ -35,7 +41,7 @@ class Launch:
     address: str | None = None
     """A Ray cluster (`auto`, `HOST:6379` or `ray://...`); by default RAY_ADDRESS, else a local one is started."""
     verbose: bool = False
-    say: Say = print
+    say: Say = say
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,8 @@ def resume(name: str, *, epochs: int | None = None, launch: Launch | None = None
     config = from_json(read_config(client, run_id))
     if epochs is not None:
         config = _lengthen(config, epochs)
+        # Parameters of a run cannot change; the artifact is what the next resume reads.
+        client.log_text(run_id, to_json(config).decode(), CONFIG_ARTIFACT)
     folder = Path(run.data.tags[TAG_FOLDER])
     newest = checkpoint.newest(folder)
     if newest is None and not (folder / "initial.safetensors").exists():
