@@ -1,0 +1,99 @@
+"""What several packages' tests share: a tiny generated data set, a run over it that takes a second, an MLflow store."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+# Before torch is imported: the tests run on few cores, several at a time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+import pytest
+
+from detr.config import ModelConfig, TransformConfig
+from pipeline.config import CheckpointConfig, DataConfig, EvaluateConfig, OptimConfig, RunConfig, TrackConfig
+
+
+@dataclass(frozen=True)
+class TinyData:
+    """Folders of a sharded training and validation set; 12 and 5 images of 64 px, classes 1 to 4."""
+
+    root: Path
+    train: str
+    val: str
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    """Generated and sharded once; tests must not write into it."""
+    from shards.synthetic import write_synthetic
+    from shards.write import WriteConfig, write_coco
+
+    root = tmp_path_factory.mktemp("tiny")
+    made = write_synthetic(root / "coco", train=12, val=5, size=64)
+    for name, split in (("train", made.train), ("val", made.val)):
+        write_coco(split.images, split.annotations, root / name, WriteConfig(samples_per_shard=5))
+    return TinyData(root, str(root / "train"), str(root / "val"))
+
+
+TINY_MODEL = ModelConfig(
+    backbone="tiny",
+    backbone_weights="random",
+    norm="group",
+    hidden_dim=16,
+    heads=2,
+    encoder_layers=1,
+    decoder_layers=2,
+    feedforward_dim=32,
+    dropout=0.1,
+    num_queries=8,
+)
+
+
+@pytest.fixture
+def tiny_config(tiny_data: TinyData, tmp_path: Path) -> RunConfig:
+    """Two epochs of three steps of four images; dropout and flips are on, so that their seeds matter."""
+    return RunConfig(
+        recipe="tiny",
+        storage=str(tmp_path / "runs"),
+        model=TINY_MODEL,
+        transform=TransformConfig(train_scales=(48, 64), max_size=64, eval_size=64, crop=False),
+        data=DataConfig(train=tiny_data.train, val=tiny_data.val, reader_threads=1),
+        optim=OptimConfig(batch_size=4, epochs=2, lr=1e-3, lr_backbone=1e-4, decay_epoch=1),
+        evaluate=EvaluateConfig(batch_size=2, pictures=1),
+        checkpoint=CheckpointConfig(every_steps=0),
+        track=TrackConfig(log_every=1),
+    )
+
+
+@pytest.fixture
+def short_config(tiny_config: RunConfig) -> RunConfig:
+    """One step and one evaluation."""
+    return replace(tiny_config, optim=replace(tiny_config.optim, max_steps=1))
+
+
+@pytest.fixture(scope="session")
+def _empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow store with its schema made: seconds of migrations, so made once and copied."""
+    from pipeline.mlflow_store import connect
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    connect(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def store(_empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URI of an MLflow store of the test's own, which is also the one in use."""
+    import mlflow
+
+    path = tmp_path / "mlflow.db"
+    shutil.copy(_empty_store, path)
+    uri = f"sqlite:///{path}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
+    yield uri
+    mlflow.set_tracking_uri(None)
+    mlflow.set_registry_uri(None)

@@ -1,0 +1,131 @@
+"""The gradient is that of the global batch, however many real processes share it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from detr.batch import Target, collate
+from detr.config import ModelConfig, TransformConfig
+from detr.model import build_model
+from pipeline.config import OptimConfig, RunConfig
+from pipeline.optim import build_optimizer
+from pipeline.parallel import Ranks, distribute, unwrap
+from pipeline.step import train_step
+from tests.ranks import run_ranks
+
+MODEL = ModelConfig(
+    backbone="tiny",
+    backbone_weights="random",
+    norm="group",
+    frozen_stages=0,
+    hidden_dim=16,
+    heads=2,
+    encoder_layers=1,
+    decoder_layers=2,
+    feedforward_dim=32,
+    dropout=0.0,
+    num_queries=6,
+)
+# A clip norm so large that the gradient is left as it is.
+CONFIG = RunConfig(model=MODEL, optim=OptimConfig(batch_size=8, clip_norm=1e9), transform=TransformConfig(crop=False))
+EVEN = (2,) * 8
+UNEVEN = (0, 5, 1, 0, 9, 0, 0, 2)  # one image has more boxes than there are queries
+FEW = (0, 0, 0, 1, 0, 0, 0, 0)  # fewer boxes than ranks
+
+Samples = list[tuple[Tensor, Target]]
+
+
+def samples(boxes: tuple[int, ...]) -> Samples:
+    """Images on equal canvases, so that padding cannot make a difference."""
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for image_id, count in enumerate(boxes):
+        image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=generator)
+        centres = 0.3 + 0.4 * torch.rand(count, 2, generator=generator)
+        sizes = 0.1 + 0.2 * torch.rand(count, 2, generator=generator)
+        labels = torch.randint(0, 4, (count,), generator=generator)
+        made.append((image, Target(torch.cat([centres, sizes], 1), labels, image_id, (64, 64))))
+    return made
+
+
+def gradients(ranks: Ranks, shares: list[tuple[int, ...]], boxes: tuple[int, ...]) -> tuple[dict[str, Tensor], float]:
+    """Every parameter's gradient after a step in which rank r has the images `shares[r]`, and the total loss."""
+    torch.manual_seed(0)
+    model = build_model(MODEL, 4)
+    optimizer = build_optimizer(model, CONFIG.optim)
+    wrapped = distribute(model, ranks, batch_norm=False)
+    made = samples(boxes)
+    result = train_step(wrapped, collate([made[i] for i in shares[ranks.rank]]), optimizer, CONFIG, ranks, step=0)
+    found = {name: p.grad.clone() for name, p in unwrap(wrapped).named_parameters() if p.grad is not None}
+    return found, float(ranks.sum(result.losses.total.detach()) / ranks.world_size)
+
+
+def evenly(world_size: int) -> list[tuple[int, ...]]:
+    each = 8 // world_size
+    return [tuple(range(rank * each, (rank + 1) * each)) for rank in range(world_size)]
+
+
+def assert_equal(found: tuple[dict[str, Tensor], float], expected: tuple[dict[str, Tensor], float]) -> None:
+    assert found[0].keys() == expected[0].keys()
+    for name, gradient in expected[0].items():
+        torch.testing.assert_close(found[0][name], gradient, rtol=1e-5, atol=1e-5, msg=name)
+    assert found[1] == pytest.approx(expected[1], abs=1e-5)
+
+
+CASES = (EVEN, UNEVEN, FEW)
+
+
+def all_gradients(ranks: Ranks, shares: list[tuple[int, ...]]) -> list[tuple[dict[str, Tensor], float]]:
+    return [gradients(ranks, shares, boxes) for boxes in CASES]
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[tuple[dict[str, Tensor], float]]:
+    """What one process with all eight images computes."""
+    return all_gradients(Ranks(), evenly(1))
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [evenly(2), evenly(4), [(0, 1, 2), (), (3, 4, 5, 6, 7)]],
+    ids=["2x4", "4x2", "3, one of them without images"],
+)
+def test_however_many_ranks_share_the_images_the_gradient_is_that_of_one(
+    shares: list[tuple[int, ...]], alone: list[tuple[dict[str, Tensor], float]]
+) -> None:
+    for said in run_ranks(len(shares), all_gradients, shares):
+        for found, expected in zip(said, alone, strict=True):
+            assert_equal(found, expected)
+
+
+def test_the_gradients_that_are_compared_are_not_all_but_zero(alone: list[tuple[dict[str, Tensor], float]]) -> None:
+    for found, _ in alone:
+        assert max(float(gradient.abs().max()) for gradient in found.values()) > 1e-2
+
+
+def failing_step(ranks: Ranks) -> tuple[str, bool]:
+    """A step in which one rank's images alone make the loss infinite: what is raised, and are the weights as before?"""
+    torch.manual_seed(0)
+    model = build_model(MODEL, 4)
+    optimizer = build_optimizer(model, CONFIG.optim)
+    wrapped = distribute(model, ranks, batch_norm=False)
+    made = samples(EVEN)[4 * ranks.rank : 4 * ranks.rank + 4]
+    batch = collate(made)
+    before = {name: value.clone() for name, value in unwrap(wrapped).state_dict().items()}
+    # The loss of rank 1 overflows in the sum, not in a prediction, so no rank sees it before the backward.
+    config = replace(CONFIG, loss=replace(CONFIG.loss, weight_giou=3e38)) if ranks.rank == 1 else CONFIG
+    message = ""
+    try:
+        train_step(wrapped, batch, optimizer, config, ranks, step=7)
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    same = all(torch.equal(value, before[name]) for name, value in unwrap(wrapped).state_dict().items())
+    return message, same
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_every_rank_before_the_update() -> None:
+    for message, unchanged in run_ranks(2, failing_step):
+        assert message.startswith("TrainingError: step 7")
+        assert unchanged

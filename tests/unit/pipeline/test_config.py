@@ -1,0 +1,137 @@
+import math
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+
+from detr.config import ConfigError
+from pipeline.config import (
+    CheckpointConfig,
+    ClusterConfig,
+    DataConfig,
+    EvaluateConfig,
+    OptimConfig,
+    RunConfig,
+    TrackConfig,
+    flatten,
+    from_json,
+    to_json,
+)
+from pipeline.errors import RunConfigError
+from pipeline.recipes import RECIPES
+
+
+def changed(path: str, value: Any) -> str:
+    """The paper's recipe as JSON with one field set."""
+    raw = msgspec.json.decode(to_json(RECIPES["detr-r50"]))
+    *parents, last = path.split(".")
+    node = raw
+    for name in parents:
+        node = node[name]
+    node[last] = value
+    return msgspec.json.encode(raw).decode()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_survives_json_unchanged(name: str) -> None:
+    assert from_json(to_json(RECIPES[name])) == RECIPES[name]
+
+
+def test_fields_that_are_absent_take_their_defaults() -> None:
+    assert from_json("{}") == RunConfig()
+
+
+@pytest.mark.parametrize("path", ["learning_rate", "optim.learning_rate", "model.layers", "transform.scales"])
+def test_an_unknown_field_is_named_with_its_path(path: str) -> None:
+    with pytest.raises(RunConfigError, match=rf"unknown field \$\.{path} "):
+        from_json(changed(path, 1))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("optim.lr", "fast"), ("optim.epochs", 1.5), ("model.backbone", "vgg"), ("cluster.gpu", True), ("seed", None)],
+)
+def test_a_mistyped_field_is_named_with_its_path(path: str, value: Any) -> None:
+    with pytest.raises(RunConfigError, match=rf"`\$\.{path}`"):
+        from_json(changed(path, value))
+
+
+@pytest.mark.parametrize("text", ["", "lr: 1", "[]", '{"seed": 1', b"\xff"])
+def test_what_is_no_configuration_is_one_clear_line(text: str | bytes) -> None:
+    with pytest.raises(RunConfigError, match=r"not valid.*expected what `detr show` prints") as caught:
+        from_json(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_impossible_value_in_json_is_refused_as_in_python() -> None:
+    with pytest.raises(RunConfigError, match=r"optim\.batch_size is 0; expected at least 1"):
+        from_json(changed("optim.batch_size", 0))
+    with pytest.raises((RunConfigError, ConfigError), match="num_queries"):
+        from_json(changed("model.num_queries", 0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (DataConfig, "reader_threads", 0),
+        (OptimConfig, "batch_size", 0),
+        (OptimConfig, "epochs", 0),
+        (OptimConfig, "lr", 0.0),
+        (OptimConfig, "lr", math.nan),
+        (OptimConfig, "lr", math.inf),
+        (OptimConfig, "lr_backbone", -1e-5),
+        (OptimConfig, "weight_decay", -1e-4),
+        (OptimConfig, "weight_decay", math.inf),
+        (OptimConfig, "clip_norm", 0.0),
+        (OptimConfig, "clip_norm", math.inf),
+        (OptimConfig, "decay_epoch", -1),
+        (OptimConfig, "decay_factor", 0.0),
+        (OptimConfig, "decay_factor", 1.5),
+        (OptimConfig, "warmup_epochs", -0.5),
+        (OptimConfig, "warmup_epochs", math.inf),
+        (OptimConfig, "max_steps", -1),
+        (EvaluateConfig, "every", 0),
+        (EvaluateConfig, "batch_size", 0),
+        (EvaluateConfig, "limit", -1),
+        (EvaluateConfig, "pictures", -1),
+        (CheckpointConfig, "every_steps", -1),
+        (CheckpointConfig, "keep", 0),
+        (ClusterConfig, "workers", 0),
+        (ClusterConfig, "cpus_per_worker", 0),
+        (ClusterConfig, "max_failures", -1),
+        (TrackConfig, "experiment", ""),
+        (TrackConfig, "log_every", 0),
+        (TrackConfig, "register_as", "team/detr"),
+        (TrackConfig, "register_as", "detr:best"),
+        (RunConfig, "seed", -1),
+        (RunConfig, "seed", 2**32),
+    ],
+)
+def test_an_impossible_value_is_refused_when_built(kind: type, field: str, value: Any) -> None:
+    with pytest.raises(RunConfigError, match=rf"{field} is .*; expected"):
+        kind(**{field: value})
+
+
+def test_more_workers_than_images_in_a_batch_are_refused() -> None:
+    with pytest.raises(RunConfigError, match=r"cluster\.workers is 8 but optim\.batch_size.*is 4"):
+        RunConfig(optim=OptimConfig(batch_size=4), cluster=ClusterConfig(workers=8))
+    assert RunConfig(optim=OptimConfig(batch_size=8), cluster=ClusterConfig(workers=8)).cluster.workers == 8
+
+
+def test_parameters_are_listed_by_path_with_every_leaf_once() -> None:
+    flat = flatten(RECIPES["detr-r50"])
+    assert flat["optim.lr"] == "0.0001"
+    assert flat["transform.crop_scales"] == "400,500,600"
+    assert flat["seed"] == "42"
+    assert all(isinstance(value, str) for value in flat.values())
+    assert not {"optim", "model", "data"} & flat.keys()
+
+
+def test_a_run_and_its_model_are_named_after_the_recipe_unless_told() -> None:
+    paper = RECIPES["detr-r50"]
+    assert (paper.run_name, paper.model_name) == ("detr-r50", "detr-r50")
+    assert RECIPES["demo"].model_name == "detr-demo"
+    named = replace(paper, track=TrackConfig(run_name="mine", register_as="ours"))
+    assert (named.run_name, named.model_name) == ("mine", "ours")
+    assert RunConfig().run_name == "run"

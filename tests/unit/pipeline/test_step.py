@@ -1,0 +1,112 @@
+import pytest
+import torch
+from torch import nn
+
+from detr.batch import Batch, Target, collate
+from detr.model import DETR, build_model
+from pipeline.config import RunConfig
+from pipeline.errors import TrainingError
+from pipeline.optim import build_optimizer
+from pipeline.parallel import Ranks
+from pipeline.step import normalisers, train_step
+
+
+def target(image_id: int, boxes: int) -> Target:
+    return Target(
+        torch.full((boxes, 4), 0.25) + 0.01 * torch.arange(boxes)[:, None],
+        torch.arange(boxes) % 4,
+        image_id,
+        (64, 64),
+    )
+
+
+@pytest.fixture
+def batch() -> Batch:
+    torch.manual_seed(1)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    return collate([(images[0], target(31, 2)), (images[1], target(57, 0))])
+
+
+@pytest.fixture
+def model(tiny_config: RunConfig) -> DETR:
+    torch.manual_seed(0)
+    return build_model(tiny_config.model, 4).train()
+
+
+def step(model: nn.Module, batch: Batch, config: RunConfig, number: int = 3) -> float:
+    optimizer = build_optimizer(model, config.optim)
+    return float(train_step(model, batch, optimizer, config, Ranks(), number).losses.total.detach())
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_weights_that_are_not_finite_stop_the_run_before_the_update(
+    model: DETR, batch: Batch, tiny_config: RunConfig
+) -> None:
+    with torch.no_grad():
+        model.class_embed.bias[0] = float("nan")
+    before = weights(model)
+    with pytest.raises(TrainingError, match=r"step 12, rank 0: .*31.*lower --optim\.lr") as caught:
+        step(model, batch, tiny_config, 12)
+    assert "\n" not in str(caught.value)
+    after = weights(model)
+    assert all(torch.equal(after[name], value) or torch.isnan(value).any() for name, value in before.items())
+
+
+def test_a_loss_that_is_not_finite_names_step_part_and_images_and_leaves_the_weights(
+    model: DETR, batch: Batch, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import step as module
+
+    compute = module.compute_losses
+
+    def broken(*arguments: object, **more: object) -> object:
+        losses = compute(*arguments, **more)  # type: ignore[arg-type]
+        return losses._replace(
+            total=losses.total * torch.inf, parts=losses.parts | {"loss_giou": torch.tensor(torch.inf)}
+        )
+
+    monkeypatch.setattr(module, "compute_losses", broken)
+    before = weights(model)
+    with pytest.raises(
+        TrainingError, match=r"step 12: not finite before the update: rank 0: loss_giou on images \[31, 57\]"
+    ):
+        step(model, batch, tiny_config, 12)
+    assert all(torch.equal(after, before[name]) for name, after in weights(model).items())
+
+
+def test_dropout_is_a_function_of_the_step_and_not_of_what_came_before(
+    model: DETR, batch: Batch, tiny_config: RunConfig
+) -> None:
+    start = weights(model)
+
+    def loss(number: int, before: int) -> float:
+        model.load_state_dict(start)
+        torch.manual_seed(before)
+        return step(model, batch, tiny_config, number)
+
+    assert loss(3, before=1) == loss(3, before=2)
+    assert loss(3, before=1) != loss(4, before=1)
+
+
+def test_the_gradient_is_clipped_to_the_norm_and_the_norm_before_is_told(
+    model: DETR, batch: Batch, tiny_config: RunConfig
+) -> None:
+    optimizer = build_optimizer(model, tiny_config.optim)
+    result = train_step(model, batch, optimizer, tiny_config, Ranks(), 0)
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    assert float(norm) == pytest.approx(tiny_config.optim.clip_norm, rel=1e-3)
+    assert result.grad_norm > norm
+
+
+def test_losses_are_divided_by_boxes_and_class_weights_of_the_whole_batch(batch: Batch, tiny_config: RunConfig) -> None:
+    # 8 queries in each of 2 images; 2 matched weigh 1, 14 weigh 0.1.
+    assert normalisers(batch, tiny_config, Ranks()) == pytest.approx((2.0, 3.4))
+
+
+def test_a_batch_without_any_box_divides_by_one(tiny_config: RunConfig, model: DETR) -> None:
+    empty = collate([(torch.zeros(3, 64, 64, dtype=torch.uint8), target(5, 0))])
+    assert normalisers(empty, tiny_config, Ranks()) == pytest.approx((1.0, 0.8))
+    assert step(model, empty, tiny_config) > 0
