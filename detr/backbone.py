@@ -41,7 +41,8 @@ class FrozenBatchNorm(nn.Module):
 def _convolve(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """Return norm(conv(x)); frozen batch norm becomes part of the weights.
 
-    The gradients are equal, and no activation is stored twice (22% less memory for a ResNet-50).
+    The gradients are equal, and no scaled copy of the activations is made: 7 to 13% less time and 12% less memory for a
+    ResNet-50's forward and backward pass over 4 images of 640 x 640 on a CPU.
     """
     if not isinstance(norm, FrozenBatchNorm):
         return norm(conv(x))  # type: ignore[no-any-return]

@@ -17,13 +17,17 @@ SETTINGS = settings(max_examples=60, deadline=None)
 
 
 @st.composite
-def problems(draw: st.DrawFn, most_queries: int = 6, most_objects: int = 8) -> tuple[Outputs, list[Target], LossConfig]:
+def problems(
+    draw: st.DrawFn, most_queries: int = 6, most_objects: int = 8, ties: bool = True
+) -> tuple[Outputs, list[Target], LossConfig]:
     torch.manual_seed(draw(st.integers(0, 2**31)))
     counts = draw(st.lists(st.integers(0, most_objects), min_size=1, max_size=4))
     queries = draw(st.integers(1, most_queries))
-    spread = draw(st.sampled_from([0.0, 1.0, 30.0]))  # 0: all alike, nothing but ties; 30: saturated
-    config = LossConfig(draw(st.sampled_from([0.0, 1.0])), draw(st.sampled_from([0.5, 5.0])), draw(st.floats(0, 4)))
-    extent = draw(st.sampled_from([0.0, 0.4]))  # 0: boxes without area
+    spread = draw(st.sampled_from([0.0, 30.0, 1.0])) if ties else 1.0  # 0: all classes alike; 30: saturated
+    config = LossConfig()
+    if ties:
+        config = LossConfig(draw(st.sampled_from([0.0, 1.0])), draw(st.sampled_from([0.5, 5.0])), draw(st.floats(0, 4)))
+    extent = draw(st.sampled_from([0.0, 0.4])) if ties else 0.4  # 0: boxes without area
 
     def boxes(*shape: int) -> torch.Tensor:
         return torch.cat([torch.rand(*shape, 2), extent * torch.rand(*shape, 2)], -1)
@@ -63,8 +67,9 @@ def test_the_matching_is_as_cheap_as_the_best_of_all(problem: tuple[Outputs, lis
 
 
 @SETTINGS
-@given(problems())
+@given(problems(ties=False))
 def test_the_order_of_objects_does_not_matter(problem: tuple[Outputs, list[Target], LossConfig]) -> None:
+    # Without ties: sums of L1 distances alone are often equal, and which of two equal matchings is found is no promise.
     outputs, targets, config = problem
     shuffled = []
     for target in targets:

@@ -122,3 +122,13 @@ def test_half_precision_predictions_are_costed_in_full_precision() -> None:
     outputs, targets = drawn([2, 1], layers=1)
     half = Outputs(outputs.logits.bfloat16(), outputs.boxes)
     assert compute_losses(half, targets, 3.0, LossConfig()).total.dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_device_gives_the_losses_of_the_host() -> None:
+    outputs, targets = drawn([2, 0, 4])
+    layers = [Outputs(layer.logits.cuda(), layer.boxes.cuda()) for layer in (outputs, *outputs.auxiliary)]
+    moved = layers[0]._replace(auxiliary=tuple(layers[1:]))
+    expected = compute_losses(outputs, targets, 6.0, LossConfig())
+    torch.testing.assert_close(compute_losses(moved, targets, 6.0, LossConfig()).total.cpu(), expected.total)
