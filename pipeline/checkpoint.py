@@ -27,11 +27,13 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 
 from pipeline.errors import CheckpointError
 from pipeline.parallel import Ranks, unwrap
+from pipeline.restricted import RestrictedPlanner, RestrictedReader
 
 FORMAT = 1
 _META = "meta.json"
 _EVALUATION = "evaluation.json"
 _PARTIAL = ".partial"
+_DELETED = ".deleted" + _PARTIAL
 
 
 class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -98,26 +100,25 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: 
     bare = unwrap(model)
     model_state, optimizer_state = get_state_dict(bare, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
-    try:
-        load_distributed(state, checkpoint_id=str(path), no_dist=ranks.world_size == 1)
-    except (OSError, RuntimeError, CheckpointException) as error:
-        raise CheckpointError(
-            f"checkpoint {path} does not fit this model or is damaged ({_first_line(error)})"
-        ) from error
+    _read(path, state, alone=ranks.world_size == 1)
     set_state_dict(bare, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
     """Fill only the model, in place, in this process alone."""
     state: dict[str, Any] = {"model": model.state_dict()}
+    _read(path, state, alone=True)
+    weights: Mapping[str, Tensor] = state["model"]
+    model.load_state_dict(weights)
+
+
+def _read(path: Path, state: dict[str, Any], *, alone: bool) -> None:
     try:
-        load_distributed(state, checkpoint_id=str(path), no_dist=True)
+        load_distributed(state, storage_reader=RestrictedReader(path), planner=RestrictedPlanner(), no_dist=alone)
     except (OSError, RuntimeError, CheckpointException) as error:
         raise CheckpointError(
             f"checkpoint {path} does not fit this model or is damaged ({_first_line(error)})"
         ) from error
-    weights: Mapping[str, Tensor] = state["model"]
-    model.load_state_dict(weights)
 
 
 def read_meta(path: Path) -> Meta:
@@ -152,11 +153,13 @@ def best(run_folder: Path) -> tuple[Path, dict[str, float]] | None:
 
 def prune(run_folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints and the best. The rename makes each vanish at once."""
+    for left in (run_folder / "checkpoints").glob(f"*{_DELETED}"):  # by a kill in the middle of this function
+        shutil.rmtree(left, ignore_errors=True)
     leading = best(run_folder)
     kept = {path for path in complete(run_folder)[-keep:]} | ({leading[0]} if leading else set())
     for path in complete(run_folder):
         if path not in kept:
-            doomed = path.rename(path.with_name(path.name + ".deleted" + _PARTIAL))
+            doomed = path.rename(path.with_name(path.name + _DELETED))
             shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -168,4 +171,7 @@ def _write_synced(path: Path, content: bytes) -> None:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, CheckpointException) and error.failures:
+        # Its own text begins with the ranks; what happened to the first of them says more.
+        error = next(iter(error.failures.values()))[0]
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

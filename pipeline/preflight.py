@@ -17,6 +17,7 @@ from pipeline.optim import Schedule
 from pipeline.weights import initial_model, save_initial, settle
 from shards import storage
 from shards.manifest import Manifest, load_manifest
+from shards.verify import check_sizes
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, R
         make_built_in(config, say)
     config = _absolute(config)
     train, val = load_manifest(config.data.train), load_manifest(config.data.val)
+    check_sizes(train)
+    check_sizes(val)
     _check_categories(train, val)
     resolved = None
     if config.initial.startswith("models:/"):

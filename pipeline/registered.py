@@ -22,6 +22,7 @@ from pipeline.progress import progress_bar
 from pipeline.registry import resolve
 from shards.manifest import Manifest, load_manifest
 from shards.score import Detections
+from shards.verify import check_sizes
 
 
 def default_device() -> torch.device:
@@ -32,6 +33,7 @@ def default_device() -> torch.device:
 def evaluate_registered(uri: str, data: str, *, progress: bool = False) -> Evaluation:
     """Score a registered version on a data set, in the same batches as its run did, so with the same figures."""
     manifest = load_manifest(data)
+    check_sizes(manifest)
     model, card = read_model(resolve(uri))
     device = default_device()
     with progress_bar("evaluating") if progress else nullcontext() as advance:

@@ -54,6 +54,25 @@ def verify(url: str | os.PathLike[str], progress: Progress | None = None) -> Rep
     return Report(manifest.url, manifest.images, len(manifest.shards), total, tuple(problems))
 
 
+def check_sizes(manifest: Manifest) -> None:
+    """Look at every shard's size, without reading it: finds absent and truncated shards in moments.
+
+    Raises ShardError naming the first that is not as the manifest says.
+    """
+    for shard in manifest.shards:
+        url = storage.join(manifest.url, shard.name)
+        try:
+            length = storage.size(url)
+        except FileNotFoundError:
+            raise ShardError(
+                f"{url}: no such file; the manifest lists it: copy it back or write the data set again"
+            ) from None
+        if length != shard.bytes:
+            raise ShardError(
+                f"{url}: got {length} bytes, expected {shard.bytes}: it is truncated or of another data set; copy it again"
+            )
+
+
 def _check_shard(manifest: Manifest, shard: Shard, records: Records | None) -> list[str]:
     url = storage.join(manifest.url, shard.name)
     try:

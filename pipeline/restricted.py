@@ -1,0 +1,66 @@
+"""Reads torch.distributed.checkpoint folders without running code that they bring.
+
+torch keeps a checkpoint's `.metadata` and every number in it as pickles, and unpickles them freely: whoever can write to
+the storage could run code on every worker that resumes. Here only the classes that such a checkpoint is made of pass.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_KNOWN = {
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    (_METADATA, "BytesStorageMetadata"),
+    (_METADATA, "ChunkStorageMetadata"),
+    (_METADATA, "Metadata"),
+    (_METADATA, "MetadataIndex"),
+    (_METADATA, "StorageMeta"),
+    (_METADATA, "TensorProperties"),
+    (_METADATA, "TensorStorageMetadata"),
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not dtype and (module, name) not in _KNOWN:
+            raise pickle.UnpicklingError(f"got {module}.{name}, expected only what describes tensors")
+        return super().find_class(module, name)
+
+
+class RestrictedReader(FileSystemReader):
+    """Refuses a `.metadata` that names anything but the description of tensors."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """See `StorageReader.read_metadata`; raises `pickle.UnpicklingError` for foreign classes."""
+        with self.fs.create_stream(self._get_metadata_path(), "rb") as file:
+            metadata = _Unpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"got a {type(metadata).__name__}, expected a checkpoint's metadata")
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class RestrictedPlanner(DefaultLoadPlanner):
+    """Refuses a value, such as a learning rate, that is not made of numbers, text and tensors."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """See `LoadPlanner.load_bytes`; raises `pickle.UnpicklingError` for foreign classes."""
+        torch.load(value, weights_only=True)  # the check: torch itself reads it with weights_only=False
+        value.seek(0)
+        super().load_bytes(read_item, value)

@@ -1,0 +1,114 @@
+"""The command as a user runs it: processes in a folder of its own, with real Ray and a real MLflow store there."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+# A model that learns nothing in no time: what is tested is that everything holds together.
+TINY = [
+    "--model.backbone",
+    "tiny",
+    "--model.hidden-dim",
+    "32",
+    "--model.heads",
+    "2",
+    "--model.encoder-layers",
+    "1",
+    "--model.decoder-layers",
+    "2",
+    "--model.feedforward-dim",
+    "64",
+    "--model.num-queries",
+    "10",
+    "--transform.train-scales",
+    "64",
+    "--transform.eval-size",
+    "64",
+    "--transform.max-size",
+    "64",
+    "--optim.batch-size",
+    "4",
+    "--evaluate.batch-size",
+    "3",
+    "--evaluate.every",
+    "20",
+    "--optim.lr",
+    "1e-3",
+    "--checkpoint.every-steps",
+    "10",
+    "--track.log-every",
+    "5",
+]
+
+
+class Command:
+    """`detr` run in one folder, with its own MLflow store there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.env = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+        }
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        """Start it and return at once."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jobs.cli", *words],
+            cwd=self.folder,
+            env=self.env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self.started.append(process)
+        return process
+
+    def __call__(self, *words: str, status: int = 0) -> str:
+        """Run it to the end; its output. Fails unless it exits with `status`."""
+        process = self.start(*words)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == status, output
+        return output
+
+    def wait_for_checkpoint(self, run: str, step: int, timeout_s: float = 120) -> None:
+        """Until a run of this name has a checkpoint of this step or later."""
+        until = time.monotonic() + timeout_s
+        while time.monotonic() < until:
+            found = [
+                int(path.name.split("-")[1]) for path in self.folder.glob(f"runs/{run}-*/checkpoints/step-????????")
+            ]
+            if max(found, default=0) >= step:
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"no checkpoint of step {step} within {timeout_s} s")
+
+    def points(self, run: str, key: str) -> list[int]:
+        """The steps of a curve, in order, as MLflow's database holds them."""
+        with sqlite3.connect(self.folder / "mlflow.db") as database:
+            query = "select step from metrics join runs using (run_uuid) where name = ? and key = ? order by step"
+            return [step for (step,) in database.execute(query, (run, key))]
+
+    def runs_named(self, run: str) -> list[str]:
+        """The status of every run of this name."""
+        with sqlite3.connect(self.folder / "mlflow.db") as database:
+            return [status for (status,) in database.execute("select status from runs where name = ?", (run,))]
+
+
+def kill(process: psutil.Process) -> None:
+    """SIGKILL: no handler, no farewell."""
+    os.kill(process.pid, signal.SIGKILL)
+
+
+def ray_workers(driver: int) -> list[psutil.Process]:
+    """The training workers below a driver that started its own Ray."""
+    below = psutil.Process(driver).children(recursive=True)
+    return [process for process in below if any("RayTrainWorker" in word for word in process.cmdline())]
