@@ -38,7 +38,7 @@ def test_a_run_goes_on_after_its_driver_is_killed_and_ends_with_the_same_weights
     below = psutil.Process(driver.pid).children(recursive=True)
     kill(psutil.Process(driver.pid))
     driver.wait()
-    gone, alive = psutil.wait_procs(below, timeout=60)
+    _, alive = psutil.wait_procs(below, timeout=60)
     assert not alive, "Ray outlived its driver"
     detr("resume", "driver-killed")
 
