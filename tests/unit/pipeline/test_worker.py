@@ -1,0 +1,226 @@
+"""The whole loop in one process on a tiny data set: when it saves and evaluates, and that a stop costs nothing."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from detr.model import build_model
+from pipeline import checkpoint
+from pipeline import worker as module
+from pipeline.config import RunConfig
+from pipeline.errors import CheckpointError
+from pipeline.parallel import Ranks
+from pipeline.track import MemoryTracker
+from pipeline.weights import save_initial
+from pipeline.worker import Place, run
+
+STEPS = 6  # two epochs of twelve images in batches of four
+
+
+class Kill(BaseException):
+    """Stands for a kill: nothing in the loop may catch it."""
+
+
+class KillingTracker(MemoryTracker):
+    """Dies when a point of the family is told at or after the step."""
+
+    def __init__(self, family: str, step: int) -> None:
+        super().__init__()
+        self._family, self._step = family, step
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        if step >= self._step and any(name.split("/")[0] == self._family for name in values):
+            raise Kill
+        super().metrics(values, step)
+
+
+def start(config: RunConfig, folder: Path) -> Place:
+    torch.manual_seed(config.seed)
+    save_initial(build_model(config.model, 4), folder)
+    return Place("run", folder, "commit")
+
+
+def weights(config: RunConfig, folder: Path) -> dict[str, torch.Tensor]:
+    model = build_model(config.model, 4)
+    path = checkpoint.newest(folder)
+    assert path is not None
+    checkpoint.load_weights(path, model)
+    return model.state_dict()
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def evaluated(folder: Path) -> list[str]:
+    return [path.name[-2:] for path in checkpoint.complete(folder) if checkpoint.read_evaluation(path) is not None]
+
+
+@pytest.fixture
+def config(tiny_config: RunConfig) -> RunConfig:
+    return replace(tiny_config, checkpoint=replace(tiny_config.checkpoint, every_steps=2, keep=9))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first test leaves an uninterrupted run, for the others to compare with."""
+    return tmp_path_factory.mktemp("finished") / "run"
+
+
+@pytest.fixture
+def uninterrupted(config: RunConfig, finished: Path) -> Path:
+    if not finished.exists():
+        run(config, start(config, finished), Ranks(), None)
+    return finished
+
+
+@pytest.fixture
+def place(config: RunConfig, tmp_path: Path) -> Place:
+    return start(config, tmp_path / "run")
+
+
+def test_a_run_saves_evaluates_and_tells_at_the_right_steps(config: RunConfig, place: Place) -> None:
+    tracker = MemoryTracker()
+    run(config, place, Ranks(), tracker)
+    assert [path.name[-1] for path in checkpoint.complete(place.folder)] == ["2", "3", "4", "6"]
+    assert evaluated(place.folder) == ["03", "06"]
+    assert [step for name, _, step in tracker.points if name == "train/loss"] == [1, 2, 3, 4, 5, 6]
+    assert [step for name, _, step in tracker.points if name == "val/AP"] == [3, 6]
+    assert [step for _, step in tracker.checkpoints] == [3, 6]
+    assert tracker.pictures == [("detections/0", 3), ("detections/0", 6)]
+    assert tracker.tables["per_class_ap.json"]["category_id"] == [1, 2, 3, 4]
+    rates = {step: value for name, value, step in tracker.points if name == "optim/lr"}
+    assert rates == pytest.approx({1: 1e-3, 2: 1e-3, 3: 1e-3, 4: 1e-4, 5: 1e-4, 6: 1e-4})
+    assert [value for name, value, _ in tracker.points if name == "epoch"][-1] == 2.0
+
+
+def test_training_changes_what_may_change_and_no_more(config: RunConfig, uninterrupted: Path) -> None:
+    torch.manual_seed(config.seed)
+    before = build_model(config.model, 4).state_dict()
+    after = weights(config, uninterrupted)
+    same = {name for name, value in before.items() if torch.equal(value, after[name])}
+    body = "backbone.0.body."
+    frozen = {name for name in before if name.startswith((body + "conv1", body + "bn1", body + "layer1"))}
+    assert frozen <= same
+    # What is left beside the frozen stages: biases whose gradient is zero by construction.
+    assert not any(name.endswith("weight") for name in same - frozen if "norm" not in name)
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 6])
+def test_an_interrupted_run_ends_with_the_very_weights_of_an_uninterrupted_one(
+    config: RunConfig, place: Place, uninterrupted: Path, step: int
+) -> None:
+    tracker = KillingTracker("train", step)
+    with pytest.raises(Kill):
+        run(config, place, Ranks(), tracker)
+    torch.manual_seed(999)  # a new process has another state of the global generator
+    run(config, place, Ranks(), MemoryTracker())
+    assert_same(weights(config, place.folder), weights(config, uninterrupted))
+    assert evaluated(place.folder) == ["03", "06"]
+
+
+def test_a_run_that_is_lengthened_ends_as_one_that_was_long_from_the_start(
+    config: RunConfig, place: Place, uninterrupted: Path
+) -> None:
+    run(replace(config, optim=replace(config.optim, max_steps=2)), place, Ranks(), None)
+    assert evaluated(place.folder) == ["02"]
+    run(replace(config, optim=replace(config.optim, max_steps=5)), place, Ranks(), None)
+    run(config, place, Ranks(), None)
+    assert_same(weights(config, place.folder), weights(config, uninterrupted))
+
+
+def test_a_checkpoint_that_was_saved_but_not_evaluated_is_evaluated_first(config: RunConfig, place: Place) -> None:
+    with pytest.raises(Kill):
+        run(config, place, Ranks(), KillingTracker("evaluation", 3))
+    assert checkpoint.newest(place.folder) == checkpoint.folder_of(place.folder, 3)
+    assert evaluated(place.folder) == []
+    tracker = MemoryTracker()
+    run(config, place, Ranks(), tracker)
+    assert tracker.points[0][2] == 3
+    assert evaluated(place.folder) == ["03", "06"]
+
+
+def test_a_kill_between_telling_and_noting_an_evaluation_repeats_it(
+    config: RunConfig, place: Place, uninterrupted: Path
+) -> None:
+    def killed(*_: object) -> None:
+        raise Kill
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.checkpoint, "write_evaluation", killed)
+        with pytest.raises(Kill):
+            run(config, place, Ranks(), MemoryTracker())
+    run(config, place, Ranks(), None)
+    figures = [checkpoint.read_evaluation(checkpoint.folder_of(folder, 6)) for folder in (place.folder, uninterrupted)]
+    assert figures[0] == figures[1] is not None
+
+
+def test_a_finished_run_that_is_entered_again_does_nothing(config: RunConfig, uninterrupted: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+    tracker = MemoryTracker()
+    run(config, Place("run", uninterrupted, "commit"), Ranks(), tracker)
+    assert tracker.points == []
+    assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
+
+
+def test_another_seed_batch_size_or_data_set_is_refused(config: RunConfig, uninterrupted: Path) -> None:
+    place = Place("run", uninterrupted, "commit")
+    others = {
+        "seed 42, now it is 43": replace(config, seed=43),
+        "optim.batch_size 4, now it is 6": replace(config, optim=replace(config.optim, batch_size=6)),
+        "training data digest": replace(config, data=replace(config.data, train=config.data.val)),
+    }
+    for said, other in others.items():
+        with pytest.raises(CheckpointError, match=said) as caught:
+            run(other, place, Ranks(), None)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_checkpoint_says_what_it_is_of(config: RunConfig, uninterrupted: Path) -> None:
+    meta = checkpoint.read_meta(checkpoint.folder_of(uninterrupted, 4))
+    assert (meta.step, meta.samples, meta.run_id, meta.seed, meta.batch_size) == (4, 16, "run", 42, 4)
+    assert (meta.num_classes, meta.code_commit, meta.world_size) == (4, "commit", 1)
+    assert meta.epoch == pytest.approx(16 / 12)
+    assert meta.versions.keys() == {"torch", "torchvision", "numpy"}
+
+
+def test_evaluations_come_every_so_many_epochs_and_at_the_end(config: RunConfig, place: Place) -> None:
+    longer = replace(
+        config,
+        optim=replace(config.optim, batch_size=12, epochs=3),
+        evaluate=replace(config.evaluate, every=2),
+        checkpoint=replace(config.checkpoint, every_steps=0),
+    )
+    run(longer, place, Ranks(), None)
+    assert evaluated(place.folder) == ["02", "03"]
+
+
+def test_a_batch_larger_than_the_data_set_still_trains(config: RunConfig, place: Place) -> None:
+    wide = replace(config, optim=replace(config.optim, batch_size=16, epochs=3))
+    tracker = MemoryTracker()
+    run(wide, place, Ranks(), tracker)  # 36 samples: two full steps and one of four
+    meta = checkpoint.read_meta(checkpoint.folder_of(place.folder, 3))
+    assert (meta.samples, meta.epoch) == (36, 3.0)
+
+
+def test_old_checkpoints_go_and_the_best_stays(config: RunConfig, place: Place) -> None:
+    tight = replace(config, checkpoint=replace(config.checkpoint, every_steps=1, keep=1))
+    run(tight, place, Ranks(), None)
+    names = [path.name[-1] for path in checkpoint.complete(place.folder)]
+    best = checkpoint.best(place.folder)
+    assert best is not None
+    assert set(names) == {"6", best[0].name[-1]}
+
+
+def test_the_data_set_may_lie_elsewhere_when_the_run_goes_on(
+    config: RunConfig, place: Place, uninterrupted: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(config.data.train, moved)
+    run(replace(config, optim=replace(config.optim, max_steps=2)), place, Ranks(), None)
+    run(replace(config, data=replace(config.data, train=str(moved))), place, Ranks(), None)
+    assert_same(weights(config, place.folder), weights(config, uninterrupted))
