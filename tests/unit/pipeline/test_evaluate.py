@@ -1,0 +1,196 @@
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from detr.config import TransformConfig
+from detr.model import Outputs
+from pipeline.errors import RunConfigError, TrainingError
+from pipeline.evaluate import Evaluation, evaluate, match_categories
+from pipeline.parallel import Ranks
+from shards.manifest import Category, Manifest, load_manifest
+from shards.score import to_coco_json
+from shards.write import WriteConfig, write_coco
+
+TRANSFORM = TransformConfig(eval_size=64, max_size=64)
+NAMES = ("circle", "square", "triangle", "cross")
+
+
+class Oracle(nn.Module):
+    """Answers with the truth of the images it is given, by recognising their pixels: AP 1 where all goes right."""
+
+    def __init__(self, manifest: Manifest, categories: tuple[Category, ...]) -> None:
+        super().__init__()
+        from shards.read import ReadConfig, read_samples
+
+        labels = {category.id: label for label, category in enumerate(categories)}
+        self._classes, self._truth = len(categories), {}
+        self.calls: list[int] = []
+        self.modes: list[bool] = []
+        for sample in read_samples(manifest, np.arange(manifest.images), ReadConfig(threads=0)):
+            known = [labels.get(manifest.categories[label].id, -1) for label in sample.labels]
+            key = self._key(torch.from_numpy(sample.image.copy()).permute(2, 0, 1).double())
+            self._truth[key] = (torch.tensor(known), torch.from_numpy(sample.boxes_xyxy) / 64)
+
+    @staticmethod
+    def _key(image: Tensor) -> tuple[float, ...]:
+        # Differences do not feel the mean, ratios not the scale, of the normalisation.
+        rows = image[0].mean(1) - image[0].mean()
+        return tuple(torch.round(rows / rows.abs().max() * 1000).long().tolist()[:16])
+
+    def forward(self, images: Tensor, padding: Tensor | None = None) -> Outputs:
+        self.calls.append(len(images))
+        self.modes.append(self.training)
+        logits = torch.full((len(images), 8, self._classes + 1), -9.0)
+        logits[..., -1] = 9.0
+        boxes = torch.full((len(images), 8, 4), 0.5)
+        for row, image in enumerate(images):
+            labels, xyxy = self._truth[self._key(image.double())]
+            for query, (label, box) in enumerate(zip(labels.tolist(), xyxy, strict=True)):
+                if label >= 0:
+                    logits[row, query, label], logits[row, query, -1] = 9.0, -9.0
+                    boxes[row, query] = torch.cat([(box[:2] + box[2:]) / 2, box[2:] - box[:2]])
+        return Outputs(logits, boxes)
+
+
+@dataclass(frozen=True)
+class Renumbered:
+    root: Path
+    make: Callable[[dict[int, tuple[int, str]]], Manifest]
+
+
+@pytest.fixture
+def renumbered(tiny_data: Any, tmp_path: Path) -> Renumbered:
+    """Shards of the validation images whose category ids and names are mapped; other annotations are left out."""
+
+    def make(mapping: dict[int, tuple[int, str]]) -> Manifest:
+        coco = json.loads((tiny_data.root / "coco" / "annotations" / "instances_val.json").read_text())
+        coco["annotations"] = [
+            one | {"category_id": mapping[one["category_id"]][0]}
+            for one in coco["annotations"]
+            if one["category_id"] in mapping
+        ]
+        coco["categories"] = [{"id": number, "name": name} for number, name in mapping.values()]
+        path = tmp_path / "instances.json"
+        path.write_text(json.dumps(coco))
+        out = tmp_path / f"out-{'-'.join(str(number) for number, _ in mapping.values())}"
+        return write_coco(tiny_data.root / "coco" / "val", path, out, WriteConfig())
+
+    return Renumbered(tiny_data.root, make)
+
+
+def score(manifest: Manifest, categories: tuple[Category, ...], **more: Any) -> tuple[Oracle, Evaluation]:
+    oracle = Oracle(manifest, categories)
+    found = evaluate(oracle, manifest, categories, transform=TRANSFORM, batch_size=2, threads=1, **more)
+    assert found is not None
+    return oracle, found
+
+
+def test_a_model_that_knows_the_truth_scores_1_and_sees_each_image_once(tiny_data: Any) -> None:
+    manifest = load_manifest(tiny_data.val)
+    told: list[tuple[int, int]] = []
+    oracle, found = score(manifest, manifest.categories, progress=lambda done, total: told.append((done, total)))
+    assert found.score.metrics["AP"] == pytest.approx(1.0)
+    assert oracle.calls == [2, 2, 1]
+    assert told == [(2, 5), (4, 5), (5, 5)]
+    assert np.unique(found.detections.image_ids).tolist() == sorted(manifest.index().images["image_id"].tolist())
+
+
+def test_the_model_is_evaluated_in_evaluation_mode_and_left_as_it_was(tiny_data: Any) -> None:
+    manifest = load_manifest(tiny_data.val)
+    oracle = Oracle(manifest, manifest.categories)
+    for mode in (True, False):
+        oracle.train(mode)
+        evaluate(oracle, manifest, manifest.categories, transform=TRANSFORM, batch_size=5, threads=1)
+        assert oracle.training is mode
+    assert oracle.modes == [False, False]
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [(0, 1, 2, 3), (1, 2, 3, 4), (7, 13, 21, 90), (90, 21, 13, 7)],
+    ids=["0-based", "1-based", "gaps", "permuted"],
+)
+def test_category_ids_of_any_numbering_come_back_in_the_results(renumbered: Renumbered, ids: tuple[int, ...]) -> None:
+    manifest = renumbered.make({old: (new, NAMES[old - 1]) for old, new in zip((1, 2, 3, 4), ids, strict=True)})
+    _, found = score(manifest, manifest.categories)
+    assert found.score.metrics["AP"] == pytest.approx(1.0)
+    results = to_coco_json(manifest, found.detections)
+    sure = sorted((one["image_id"], one["category_id"]) for one in results if one["score"] > 0.5)
+    index = manifest.index()
+    truth = [
+        (int(index.images["image_id"][one["image"]]), manifest.categories[one["label"]].id) for one in index.annotations
+    ]
+    assert sure == sorted(truth)
+
+
+def test_a_data_set_that_lists_the_categories_in_another_way_is_mapped_by_id(renumbered: Renumbered) -> None:
+    """A model of ids 7 to 90 meets a data set with two of them: its labels 1 and 3 are the data set's 0 and 1."""
+    subset = renumbered.make({2: (13, "square"), 4: (90, "cross")})
+    categories = tuple(Category(number, name) for number, name in zip((7, 13, 21, 90), NAMES, strict=True))
+    assert match_categories(categories, subset).tolist() == [-1, 0, -1, 1]
+    _, found = score(subset, categories)
+    assert found.score.metrics["AP"] == pytest.approx(1.0)
+    assert [one.name for one in found.score.classes] == ["square", "cross"]
+
+
+def test_a_data_set_with_more_classes_than_the_model_scores_the_missing_ones_0(renumbered: Renumbered) -> None:
+    manifest = renumbered.make({number: (number, name) for number, name in enumerate(NAMES, start=1)})
+    _, found = score(manifest, (Category(2, "square"),))
+    aps = {one.name: one.ap for one in found.score.classes}
+    assert aps["square"] == pytest.approx(1.0)
+    assert all(ap <= 0 for name, ap in aps.items() if name != "square")
+
+
+def test_an_id_that_stands_for_another_name_is_refused(tiny_data: Any) -> None:
+    manifest = load_manifest(tiny_data.val)
+    with pytest.raises(RunConfigError, match=r"category 2 is 'bus' to the model and 'square' in .*expected the same"):
+        match_categories((Category(1, "circle"), Category(2, "bus")), manifest)
+
+
+def test_a_data_set_that_shares_no_category_is_refused(tiny_data: Any) -> None:
+    with pytest.raises(RunConfigError, match="share no category"):
+        match_categories((Category(70, "toaster"),), load_manifest(tiny_data.val))
+
+
+def test_a_limit_scores_the_first_batches_alone(tiny_data: Any) -> None:
+    manifest = load_manifest(tiny_data.val)
+    oracle, found = score(manifest, manifest.categories, limit=3)
+    assert oracle.calls == [2, 2]
+    assert len(np.unique(found.detections.image_ids)) == 4
+    assert found.score.metrics["AP"] == pytest.approx(1.0)
+
+
+def test_an_image_that_two_ranks_delivered_is_refused(tiny_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = load_manifest(tiny_data.val)
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, value])
+    with pytest.raises(TrainingError, match=r"delivered 10 images \(5 distinct\); expected each of the 5"):
+        score(manifest, manifest.categories)
+
+
+def test_boxes_come_back_in_pixels_of_the_original_image(tiny_data: Any) -> None:
+    """The model sees 64 px images at 96 px; what it finds is told in the 64 px."""
+    manifest = load_manifest(tiny_data.val)
+
+    class Centre(nn.Module):
+        def forward(self, images: Tensor, padding: Tensor | None) -> Outputs:
+            assert images.shape[-2:] == (96, 96)
+            logits = torch.zeros(len(images), 1, 5)
+            return Outputs(logits, torch.tensor([[[0.5, 0.5, 0.25, 0.5]]]).expand(len(images), 1, 4))
+
+    found = evaluate(
+        Centre(),
+        manifest,
+        manifest.categories,
+        transform=replace(TRANSFORM, eval_size=96, max_size=96),
+        batch_size=2,
+        threads=1,
+    )
+    assert found is not None
+    np.testing.assert_allclose(found.detections.boxes_xywh, np.tile([24.0, 16.0, 16.0, 32.0], (5, 1)), atol=1e-5)
