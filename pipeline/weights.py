@@ -65,8 +65,9 @@ def read_initial(model: DETR, folder: Path) -> None:
 def _load_initial(model: DETR, initial: str, categories: Sequence[Category], resolved: Path | None) -> tuple[str, ...]:
     state = dict(_read_state(resolved / WEIGHTS_NAME if resolved else Path(initial), "initial"))
     known = read_card(resolved).categories if resolved else None
-    same = known == tuple(categories) if known else state[_CLASS_HEAD[0]].shape[0] == len(categories) + 1
-    if not same:
+    head = state.get(_CLASS_HEAD[0])
+    same = known == tuple(categories) if known else head is not None and head.shape[:1] == (len(categories) + 1,)
+    if not same and head is not None:  # what has no class head is no DETR, which the loading below explains
         fresh = to_original_state_dict(model)
         state |= {name: fresh[name] for name in _CLASS_HEAD}
     try:
@@ -108,7 +109,7 @@ def _imagenet(backbone: str) -> Mapping[str, Tensor]:
         return state
     except (OSError, RuntimeError) as error:
         raise RunConfigError(
-            f"torchvision's ImageNet weights of {backbone} could not be fetched ({str(error).splitlines()[0]}); expected "
+            f"torchvision's ImageNet weights of {backbone} could not be fetched ({_first_line(error)}); expected "
             "a network or a file: give --model.backbone-weights PATH, or `random` if that is what you want"
         ) from None
 
@@ -122,7 +123,7 @@ def _read_state(path: Path, option: str) -> Mapping[str, Tensor]:
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, ValueError, OSError, EOFError, KeyError) as error:
-        raise RunConfigError(f"--{option} {path}: not a state dict ({str(error).splitlines()[0]})") from None
+        raise RunConfigError(f"--{option} {path}: not a state dict ({_first_line(error)})") from None
     except Exception as error:
         if type(error).__name__ != "UnpicklingError":
             raise
@@ -133,3 +134,7 @@ def _read_state(path: Path, option: str) -> Mapping[str, Tensor]:
     if not (isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())):
         raise RunConfigError(f"--{option} {path}: holds no state dict; expected tensors by name")
     return state
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
