@@ -1,0 +1,81 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import RunConfig
+from pipeline.errors import RunConfigError
+from pipeline.preflight import prepare
+from shards.errors import ShardError
+from shards.manifest import load_manifest
+from shards.write import WriteConfig, write_coco
+
+
+def relabelled(tiny_data: Any, tmp_path: Path, categories: list[dict[str, object]]) -> str:
+    coco = json.loads((tiny_data.root / "coco" / "annotations" / "instances_val.json").read_text())
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(coco | {"categories": categories}))
+    return write_coco(tiny_data.root / "coco" / "val", path, tmp_path / "val", WriteConfig()).url
+
+
+def test_a_run_that_can_start_is_made_ready_and_says_what_it_starts_from(tiny_config: RunConfig) -> None:
+    said: list[str] = []
+    config, ready = prepare(tiny_config, said.append)
+    assert config == tiny_config
+    assert ready.train == load_manifest(tiny_config.data.train)
+    assert ready.schedule.total_steps == 6
+    assert said == ["the backbone starts from random weights, as asked"] == list(ready.said)
+
+
+def test_paths_become_absolute(tiny_config: RunConfig, tiny_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_data.root)
+    relative = replace(tiny_config, data=replace(tiny_config.data, train="train", val="./val"), storage="runs")
+    config, _ = prepare(relative, lambda line: None)
+    assert (config.data.train, config.data.val) == (tiny_data.train, tiny_data.val)
+    assert config.storage == str(tiny_data.root / "runs")
+
+
+def test_training_and_validation_data_of_other_categories_are_refused(
+    tiny_config: RunConfig, tiny_data: Any, tmp_path: Path
+) -> None:
+    names = ["circle", "square", "hexagon", "cross"]
+    val = relabelled(tiny_data, tmp_path, [{"id": i, "name": name} for i, name in enumerate(names, start=1)])
+    config = replace(tiny_config, data=replace(tiny_config.data, val=val))
+    with pytest.raises(RunConfigError, match=r"differ in 2 categories, such as 3 '(hexagon|triangle)'") as caught:
+        prepare(config, lambda line: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_fewer_queries_than_boxes_warn_with_how_many_cannot_be_matched(tiny_config: RunConfig) -> None:
+    boxes = load_manifest(tiny_config.data.train).index().boxes_per_image
+    queries = int(boxes.max()) - 1
+    lost = int((boxes - queries).clip(min=0).sum())
+    images = int((boxes > queries).sum())
+    assert lost > 0
+    said: list[str] = []
+    prepare(replace(tiny_config, model=replace(tiny_config.model, num_queries=queries)), said.append)
+    warning = said[0]
+    assert warning.startswith(f"warning: {lost} boxes in {images} training images cannot be matched")
+    assert f"model.num_queries is {queries}" in warning
+
+
+def test_as_many_queries_as_boxes_warn_of_nothing(tiny_config: RunConfig) -> None:
+    queries = load_manifest(tiny_config.data.train).index().max_boxes
+    said: list[str] = []
+    prepare(replace(tiny_config, model=replace(tiny_config.model, num_queries=queries)), said.append)
+    assert not any("warning" in line for line in said)
+
+
+def test_data_that_is_not_there_is_one_line(tiny_config: RunConfig, tmp_path: Path) -> None:
+    config = replace(tiny_config, data=replace(tiny_config.data, val=str(tmp_path / "nowhere")))
+    with pytest.raises(ShardError, match=r"nowhere: no manifest\.json here") as caught:
+        prepare(config, lambda line: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_first_weights_are_placed_in_the_run_s_folder(tiny_config: RunConfig, tmp_path: Path) -> None:
+    _, ready = prepare(tiny_config, lambda line: None)
+    ready.place(tmp_path / "runs" / "one")
+    assert [path.name for path in (tmp_path / "runs" / "one").iterdir()] == ["initial.safetensors"]

@@ -1,0 +1,211 @@
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from detr.model import DETR, build_model
+from detr.original import to_original_state_dict
+from pipeline.config import RunConfig
+from pipeline.errors import RunConfigError
+from pipeline.predict import Card, write_folder
+from pipeline.weights import initial_model, read_initial, save_initial, settle
+from shards.manifest import Category
+
+CLASSES = tuple(Category(number, name) for number, name in enumerate("abcd", start=1))
+BACKBONE = "backbone.0.body."
+
+
+def seeded(config: RunConfig, classes: int, seed: int = 7) -> DETR:
+    torch.manual_seed(seed)
+    return build_model(config.model, classes)
+
+
+def backbone_of(model: DETR) -> dict[str, Tensor]:
+    state = to_original_state_dict(model)
+    return {name.removeprefix(BACKBONE): value for name, value in state.items() if name.startswith(BACKBONE)}
+
+
+def with_backbone(config: RunConfig, path: Path | str) -> RunConfig:
+    return replace(config, model=replace(config.model, backbone_weights=str(path)))
+
+
+def registered(folder: Path, config: RunConfig, categories: tuple[Category, ...]) -> DETR:
+    model = seeded(config, len(categories))
+    card = Card(
+        model=config.model,
+        transform=config.transform,
+        categories=categories,
+        evaluate_batch_size=2,
+        recipe="tiny",
+        run_id="r",
+        checkpoint="",
+        step=1,
+        epoch=1.0,
+        metrics={},
+        train_digest="",
+        val_digest="",
+        code_commit="",
+    )
+    write_folder(folder, model, card)
+    return model
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_random_weights_are_a_function_of_the_seed_and_are_said(tiny_config: RunConfig) -> None:
+    one, said = initial_model(tiny_config, CLASSES, None)
+    torch.manual_seed(0)
+    two, _ = initial_model(tiny_config, CLASSES, None)
+    other, _ = initial_model(replace(tiny_config, seed=1), CLASSES, None)
+    assert said == ("the backbone starts from random weights, as asked",)
+    assert_same(to_original_state_dict(one), to_original_state_dict(two))
+    assert not torch.equal(one.class_embed.weight, other.class_embed.weight)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "pth under model"])
+def test_the_backbone_starts_from_a_file(tiny_config: RunConfig, tmp_path: Path, kind: str) -> None:
+    weights = backbone_of(seeded(tiny_config, 4))
+    path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pth")
+    if kind == "safetensors":
+        save_file(weights, path)
+    else:
+        torch.save({"model": weights} if "under" in kind else weights, path)
+    model, said = initial_model(with_backbone(tiny_config, path), CLASSES, None)
+    assert_same(backbone_of(model), weights)
+    assert said == (f"the backbone starts from {path}",)
+
+
+@dataclass
+class Bomb:
+    target: Path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.target,)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tiny_config: RunConfig, tmp_path: Path) -> None:
+    for number, content in enumerate((Bomb(tmp_path / "harm"), {"model": {}, "extra": Bomb(tmp_path / "harm")})):
+        path = tmp_path / f"{number}.pth"
+        torch.save(content, path)
+        with pytest.raises(RunConfigError, match="holds more than tensors, which would have to run as code") as caught:
+            initial_model(with_backbone(tiny_config, path), CLASSES, None)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "harm").exists()
+
+
+def bad_files(folder: Path) -> dict[str, Path]:
+    paths = {name: folder / name for name in ("empty.pth", "text.pth", "list.pth", "text.safetensors", "plain.pth")}
+    paths["empty.pth"].write_bytes(b"")
+    paths["text.pth"].write_text("no weights")
+    paths["text.safetensors"].write_text("no weights")
+    torch.save([torch.zeros(1)], paths["list.pth"])
+    torch.save({"epoch": 3}, paths["plain.pth"])
+    return paths | {"absent": folder / "absent.pth", "folder": folder}
+
+
+@pytest.mark.parametrize(
+    "name", ["empty.pth", "text.pth", "list.pth", "text.safetensors", "plain.pth", "absent", "folder"]
+)
+@pytest.mark.parametrize("option", ["model.backbone-weights", "initial"])
+def test_what_is_no_state_dict_is_one_line_that_names_option_and_file(
+    tiny_config: RunConfig, tmp_path: Path, name: str, option: str
+) -> None:
+    path = bad_files(tmp_path)[name]
+    config = replace(tiny_config, initial=str(path)) if option == "initial" else with_backbone(tiny_config, path)
+    with pytest.raises(RunConfigError) as caught:
+        initial_model(config, CLASSES, None)
+    assert str(caught.value).startswith(f"--{option} {path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_backbone_are_refused(tiny_config: RunConfig, tmp_path: Path) -> None:
+    save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(RunConfigError, match=r"--model\.backbone-weights .*expected the backbone's own keys"):
+        initial_model(with_backbone(tiny_config, tmp_path / "w.safetensors"), CLASSES, None)
+
+
+def test_there_are_no_imagenet_weights_of_the_tiny_backbone(tiny_config: RunConfig) -> None:
+    with pytest.raises(RunConfigError, match="no ImageNet weights of backbone 'tiny'; expected one of resnet18"):
+        initial_model(with_backbone(tiny_config, "imagenet"), CLASSES, None)
+
+
+def test_an_unreachable_host_is_one_line_and_never_random_weights(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision.models import ResNet18_Weights
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("Name or service not known\nmore")
+
+    monkeypatch.setattr(ResNet18_Weights, "get_state_dict", unreachable)
+    config = replace(tiny_config, model=replace(tiny_config.model, backbone="resnet18", backbone_weights="imagenet"))
+    with pytest.raises(RunConfigError, match=r"could not be fetched \(Name or service not known\).*`random`") as caught:
+        initial_model(config, CLASSES, None)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_starts_from_a_state_dict_of_the_same_classes(tiny_config: RunConfig, tmp_path: Path) -> None:
+    before = seeded(tiny_config, 4)
+    torch.save({"model": to_original_state_dict(before)}, tmp_path / "original.pth")
+    model, said = initial_model(replace(tiny_config, initial=str(tmp_path / "original.pth")), CLASSES, None)
+    assert_same(to_original_state_dict(model), to_original_state_dict(before))
+    assert said == (f"starting from {tmp_path / 'original.pth'}",)
+
+
+def test_a_state_dict_that_is_no_detr_is_one_line(tiny_config: RunConfig, tmp_path: Path) -> None:
+    path = tmp_path / "backbone.safetensors"
+    save_file(backbone_of(seeded(tiny_config, 4)), path)
+    with pytest.raises(RunConfigError, match=r"^--initial .*backbone.safetensors: ") as caught:
+        initial_model(replace(tiny_config, initial=str(path)), CLASSES, None)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [CLASSES[:3], (*CLASSES[:3], Category(4, "z")), (*CLASSES[:3], Category(5, "d"))],
+    ids=["fewer", "another name", "another id"],
+)
+def test_a_registered_model_of_other_classes_gives_all_but_its_class_head(
+    tiny_config: RunConfig, tmp_path: Path, classes: tuple[Category, ...]
+) -> None:
+    before = to_original_state_dict(registered(tmp_path, tiny_config, CLASSES))
+    config = replace(tiny_config, initial="models:/tiny@best")
+    model, said = initial_model(config, classes, tmp_path)
+    after = to_original_state_dict(model)
+    replaced = {
+        name for name in before if after[name].shape != before[name].shape or (after[name] != before[name]).any()
+    }
+    assert replaced == {"class_embed.weight", "class_embed.bias"}
+    assert after["class_embed.weight"].shape[0] == len(classes) + 1
+    assert "its class head was of other classes and starts afresh" in said[0]
+    assert f"for {len(classes)}" in said[0]
+
+
+def test_a_registered_model_of_the_same_classes_gives_everything(tiny_config: RunConfig, tmp_path: Path) -> None:
+    before = registered(tmp_path, tiny_config, CLASSES)
+    model, said = initial_model(replace(tiny_config, initial="models:/tiny@best"), CLASSES, tmp_path)
+    assert_same(to_original_state_dict(model), to_original_state_dict(before))
+    assert said == ("starting from models:/tiny@best",)
+
+
+def test_a_run_takes_the_shape_of_the_registered_model_and_keeps_its_own_dropout(
+    tiny_config: RunConfig, tmp_path: Path
+) -> None:
+    registered(tmp_path, tiny_config, CLASSES)
+    other = replace(tiny_config, model=replace(tiny_config.model, hidden_dim=32, num_queries=9, dropout=0.3))
+    assert settle(other, tmp_path).model == replace(tiny_config.model, dropout=0.3)
+    assert settle(other, None) == other
+
+
+def test_the_first_weights_stay_with_the_run(tiny_config: RunConfig, tmp_path: Path) -> None:
+    model = seeded(tiny_config, 4)
+    save_initial(model, tmp_path / "new" / "run")
+    other = seeded(tiny_config, 4, seed=8)
+    read_initial(other, tmp_path / "new" / "run")
+    assert_same(to_original_state_dict(other), to_original_state_dict(model))
