@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from jobs.spec import SPECS, Spec
 from pipeline.errors import PipelineError, RunConfigError
+from pipeline.launch import authenticate
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -78,10 +79,17 @@ def check(argv: Sequence[str]) -> None:
 def connect(spec: Spec) -> JobSubmissionClient:
     """A client of the cluster's job server."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    authenticate()
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(spec.address)
+    except AuthenticationError:
+        raise JobError(
+            f"the Ray cluster at {spec.address} refused this machine's token; expected the cluster's: copy its "
+            "~/.ray/auth_token here, or set RAY_AUTH_TOKEN_PATH"
+        ) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         first_line = str(error).splitlines()[0]
         raise JobError(

@@ -34,6 +34,9 @@ def run_workers(config: RunConfig, run_id: str, folder: Path, *, address: str | 
     """
     (folder / _FATAL).unlink(missing_ok=True)
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        authenticate()
     if not verbose:
         # Ray prints its own account of everything; the follower says what matters.
         os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
@@ -74,8 +77,18 @@ def run_workers(config: RunConfig, run_id: str, folder: Path, *, address: str | 
         ray.shutdown()
 
 
+def authenticate() -> None:
+    """Show this machine's token to a cluster that is about to be contacted; call it before ray is imported.
+
+    `ray start --head` asks for a token by default and writes one, yet clients send it only in mode `token`. A mode
+    that was chosen (`RAY_AUTH_MODE`) is respected; a cluster without authentication ignores the token.
+    """
+    known = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if known or (Path.home() / ".ray" / "auth_token").exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
 def _connect_ray(ray: Any, config: RunConfig, address: str | None, verbose: bool) -> None:
-    address = address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -123,7 +123,9 @@ class SpoolTracker:
         self._folder, self._send, self._interval_s = folder, send, interval_s
         self._path, self._cursor = folder / "events.jsonl", folder / "cursor"
         self._told = self._read_told()
-        self._file = self._path.open("ab")
+        self._file = self._path.open("ab", buffering=0)
+        self._unwritten = b""
+        self._full = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tracker", daemon=True)
         self._thread.start()
@@ -139,9 +141,13 @@ class SpoolTracker:
         family = f"picture:{key}"
         if step <= self._told.get(family, -1):
             return
-        self._told[family] = step
         path = self._folder / f"{key.replace('/', '-')}-{step:08d}.png"
-        image.save(path)
+        try:
+            image.save(path)
+        except OSError as error:
+            LOG.warning("picture %s of step %d is lost (%s)", key, step, error)
+            return
+        self._told[family] = step
         self._append(Event("picture", _now_ms(), step=step, name=key, tags={"file": path.name}))
 
     def table(self, name: str, columns: Mapping[str, list[Any]]) -> None:
@@ -167,8 +173,16 @@ class SpoolTracker:
             LOG.warning("the tracking server did not take everything; the rest is kept in %s", self._path)
 
     def _append(self, event: Event) -> None:
-        self._file.write(msgspec.json.encode(event) + b"\n")
-        self._file.flush()
+        """Write the line; what a full disk refuses waits in memory and is tried again with the next line."""
+        self._unwritten += msgspec.json.encode(event) + b"\n"
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                LOG.warning("%s cannot be written (%s); events wait in memory", self._path, error)
+            self._full = True
 
     def _read_told(self) -> dict[str, int]:
         """Last step per family in the spool of earlier attempts; cuts off a line that a kill left half written."""
