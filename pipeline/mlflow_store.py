@@ -50,6 +50,7 @@ def connect(uri: str | None = None) -> MlflowClient:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     uri = uri or tracking_uri()
     mlflow.set_tracking_uri(uri)
@@ -57,7 +58,7 @@ def connect(uri: str | None = None) -> MlflowClient:
     try:
         client = mlflow.MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
-    except (MlflowException, ImportError) as error:  # a database's driver may be missing
+    except (MlflowException, SQLAlchemyError, ImportError) as error:  # a database's driver may be missing
         # MLflow repeats the address in its messages.
         first_line = str(error).strip().splitlines()[0].replace(uri, _without_secret(uri))
         raise TrackingError(
@@ -240,16 +241,19 @@ class EventSender:
 
         run = client.get_run(self._run_id)
         known = client.search_logged_models([run.info.experiment_id], filter_string=f"source_run_id = '{self._run_id}'")
-        if any(model.tags.get("checkpoint_uri") == event.name for model in known):
+        model = next((model for model in known if model.tags.get("checkpoint_uri") == event.name), None)
+        if model is not None and model.status == "READY":
             return
-        model = client.create_logged_model(
+        # One that is not ready was left halfway by an attempt that died: what follows completes it.
+        model = model or client.create_logged_model(
             run.info.experiment_id,
             name=f"step-{event.step:08d}",
             source_run_id=self._run_id,
             tags={"checkpoint_uri": event.name, "step": str(event.step)},
             model_type="checkpoint",
         )
-        client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, step=event.step)])
+        if model.model_id not in {output.model_id for output in run.outputs.model_outputs}:
+            client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, step=event.step)])
         linked = [Metric(n, v, event.time_ms, event.step, model_id=model.model_id) for n, v in event.values.items()]
         client.log_batch(self._run_id, metrics=linked)
         client.finalize_logged_model(model.model_id, "READY")

@@ -1,0 +1,224 @@
+"""Runs and events in a real MLflow store on SQLite."""
+
+import json
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from PIL import Image
+
+from pipeline.config import RunConfig, flatten, from_json
+from pipeline.errors import TrackingError
+from pipeline.mlflow_store import (
+    CONFIG_ARTIFACT,
+    TAG_COMMIT,
+    TAG_FOLDER,
+    EventSender,
+    code_commit,
+    connect,
+    create_run,
+    find_run,
+    find_runs,
+    read_config,
+)
+from pipeline.track import Event, SpoolTracker
+from shards.manifest import load_manifest
+
+
+@pytest.fixture
+def client(store: str) -> MlflowClient:
+    return connect()
+
+
+def created(client: MlflowClient, config: RunConfig, name: str = "") -> str:
+    train, val = load_manifest(config.data.train), load_manifest(config.data.val)
+    datasets = {"training": (train.name, train.digest, train.url), "validation": (val.name, val.digest, val.url)}
+    named = replace(config, track=replace(config.track, run_name=name))
+    return create_run(client, named, datasets, {TAG_FOLDER: "/runs/one", "detr.train_digest": train.digest})
+
+
+def rows(store: str) -> dict[str, int]:
+    """Rows per table of the store."""
+    with sqlite3.connect(store.removeprefix("sqlite:///")) as database:
+        names = [name for (name,) in database.execute("select name from sqlite_master where type = 'table'")]
+        return {name: database.execute(f"select count(*) from {name}").fetchone()[0] for name in names}
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_run_holds_its_configuration_code_and_data(client: MlflowClient, tiny_config: RunConfig) -> None:
+    run = client.get_run(created(client, tiny_config))
+    assert run.data.params == {name: value or "-" for name, value in flatten(tiny_config).items()}
+    assert run.data.tags[TAG_COMMIT] == code_commit()
+    assert run.data.tags["mlflow.source.name"] == "detr train tiny"
+    assert run.info.run_name == "tiny"
+    assert from_json(read_config(client, run.info.run_id)) == tiny_config
+    digests = {
+        {tag.key: tag.value for tag in entry.tags}["mlflow.data.context"]: entry.dataset.digest
+        for entry in run.inputs.dataset_inputs
+    }
+    assert digests == {
+        "training": load_manifest(tiny_config.data.train).digest[:36],
+        "validation": load_manifest(tiny_config.data.val).digest[:36],
+    }
+    sources = [json.loads(entry.dataset.source)["uri"] for entry in run.inputs.dataset_inputs]
+    assert sorted(sources) == sorted([tiny_config.data.train, tiny_config.data.val])
+
+
+def test_artifacts_lie_beside_the_database(client: MlflowClient, tiny_config: RunConfig, store: str) -> None:
+    run_id = created(client, tiny_config)
+    beside = Path(store.removeprefix("sqlite:///")).parent / "mlartifacts" / "detr"
+    assert (beside / run_id / "artifacts" / CONFIG_ARTIFACT).is_file()
+
+
+def test_a_run_is_found_by_id_by_the_start_of_it_and_by_name(client: MlflowClient, tiny_config: RunConfig) -> None:
+    ids = [created(client, tiny_config, name) for name in ("first", "second", "second")]
+
+    def found(word: str) -> str:
+        run: Run = find_run(client, word)
+        return str(run.info.run_id)
+
+    assert [found(run_id) for run_id in ids] == ids
+    assert [found(run_id[:8]) for run_id in ids] == ids
+    assert found("first") == ids[0]
+    assert found("second") == ids[2]  # the newest
+    assert [run.info.run_id for run in find_runs(client)] == ids[::-1]
+    assert find_runs(client, "another experiment") == []
+
+
+def test_an_unknown_run_is_one_line_that_names_what_there_is(client: MlflowClient, tiny_config: RunConfig) -> None:
+    created(client, tiny_config, "mine")
+    for word in ("yours", "ffff", ""):
+        with pytest.raises(TrackingError, match=r"there is no run .*known: mine") as caught:
+            find_run(client, word)
+        assert "\n" not in str(caught.value)
+
+
+def test_runs_of_other_programs_are_not_listed(client: MlflowClient, tiny_config: RunConfig) -> None:
+    experiment = client.create_experiment("other")
+    foreign = client.create_run(experiment).info.run_id
+    assert find_runs(client) == []
+    with pytest.raises(TrackingError, match=r"has no config\.json .*expected a run of `detr train`"):
+        read_config(client, foreign)
+
+
+def test_a_deleted_experiment_is_one_line(client: MlflowClient, tiny_config: RunConfig) -> None:
+    client.delete_experiment(client.create_experiment("detr"))
+    with pytest.raises(TrackingError, match="the experiment 'detr' is deleted"):
+        created(client, tiny_config)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["http://ada:hunter2@127.0.0.1:9", "https://ada:hunter2@127.0.0.1:9", "postgresql://ada:hunter2@127.0.0.1:9/db"],
+)
+def test_an_error_never_shows_a_password(uri: str, monkeypatch: pytest.MonkeyPatch, store: str) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TrackingError, match=r"does not answer .*check MLFLOW_TRACKING_URI") as caught:
+        connect(uri)
+    assert "hunter2" not in str(caught.value)
+    assert "127.0.0.1:9" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("uri", ["gopher://host", "sqlite:///{junk}"])
+def test_what_is_no_store_is_one_line(uri: str, tmp_path: Path, store: str) -> None:
+    (tmp_path / "junk").write_text("not a database " * 20)
+    with pytest.raises(TrackingError, match=r"does not answer .*check MLFLOW_TRACKING_URI") as caught:
+        connect(uri.format(junk=tmp_path / "junk"))
+    assert "\n" not in str(caught.value)
+
+
+def spooled(folder: Path) -> list[Event]:
+    """One event of every kind, with their pictures in the folder."""
+    taken: list[Event] = []
+    tracker = SpoolTracker(folder, taken.extend, interval_s=0.01)
+    tracker.tags({"detr.phase": "training"})
+    for step in (1, 2, 3):
+        tracker.metrics({"train/loss": 3.0 - step, "optim/lr": 0.1}, step)
+    tracker.picture("detections/0", Image.new("RGB", (8, 6), "red"), 3)
+    tracker.checkpoint("/runs/one/checkpoints/step-00000003", 3, {"val/AP": 0.25, "val/APs": -1.0})
+    tracker.table("per_class_ap.json", {"name": ["cat", "dog"], "AP": [0.5, 0.0]})
+    tracker.tags({"detr.phase": "evaluating"})
+    tracker.close()
+    return taken
+
+
+def test_everything_that_was_told_is_in_the_store(
+    client: MlflowClient, tiny_config: RunConfig, store: str, tmp_path: Path
+) -> None:
+    run_id = created(client, tiny_config)
+    EventSender(store, run_id, tmp_path / "spool")(spooled(tmp_path / "spool"))
+    run = client.get_run(run_id)
+    assert [(point.step, point.value) for point in client.get_metric_history(run_id, "train/loss")] == [
+        (1, 2.0),
+        (2, 1.0),
+        (3, 0.0),
+    ]
+    assert run.data.metrics["val/AP"] == 0.25
+    assert run.data.tags["detr.phase"] == "evaluating"
+    table = json.loads(Path(client.download_artifacts(run_id, "per_class_ap.json", str(tmp_path))).read_text())
+    assert table == {"columns": ["name", "AP"], "data": [["cat", 0.5], ["dog", 0.0]]}
+    (picture,) = [one.path for one in client.list_artifacts(run_id, "images") if one.path.endswith(".png")]
+    with Image.open(client.download_artifacts(run_id, picture, str(tmp_path))) as image:
+        assert (image.size, image.getpixel((0, 0))[:3]) == ((8, 6), (255, 0, 0))
+    (model,) = client.search_logged_models([run.info.experiment_id])
+    assert model.tags["checkpoint_uri"] == "/runs/one/checkpoints/step-00000003"
+    assert {one.key: one.value for one in model.metrics} == {"val/AP": 0.25, "val/APs": -1.0}
+    assert (model.source_run_id, model.status) == (run_id, "READY")
+    assert not list((tmp_path / "spool").glob("*.png"))
+
+
+def test_sending_everything_again_adds_nothing(
+    client: MlflowClient, tiny_config: RunConfig, store: str, tmp_path: Path
+) -> None:
+    run_id = created(client, tiny_config)
+    events = spooled(tmp_path / "spool")
+    EventSender(store, run_id, tmp_path / "spool")(events)
+    before = rows(store), files(tmp_path / "mlartifacts")
+    for _ in range(2):
+        EventSender(store, run_id, tmp_path / "spool")(events)
+    assert (rows(store), files(tmp_path / "mlartifacts")) == before
+
+
+@pytest.mark.parametrize("call", ["log_outputs", "log_batch", "finalize_logged_model", "log_dict", "log_image"])
+def test_a_sender_that_died_halfway_is_completed_by_the_next(
+    client: MlflowClient,
+    tiny_config: RunConfig,
+    store: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+) -> None:
+    run_id = created(client, tiny_config)
+    events = spooled(tmp_path / "spool")
+
+    def dies(*_: object, **__: object) -> None:
+        raise ConnectionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, call, dies)
+        with pytest.raises(ConnectionError):
+            EventSender(store, run_id, tmp_path / "spool")(events)
+    EventSender(store, run_id, tmp_path / "spool")(events)
+    run = client.get_run(run_id)
+    (model,) = client.search_logged_models([run.info.experiment_id])
+    assert {one.key: one.value for one in model.metrics} == {"val/AP": 0.25, "val/APs": -1.0}
+    assert model.status == "READY"
+    assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
+    assert [point.value for point in client.get_metric_history(run_id, "val/AP")] == [0.25]
+    assert client.list_artifacts(run_id, "images")
+
+
+def test_more_points_than_one_request_holds_all_arrive(
+    client: MlflowClient, tiny_config: RunConfig, store: str, tmp_path: Path
+) -> None:
+    run_id = created(client, tiny_config)
+    events = [Event("metrics", 1, step=step, values={"train/a": 1.0, "train/b": 2.0}) for step in range(700)]
+    EventSender(store, run_id, tmp_path)(events)
+    assert len(client.get_metric_history(run_id, "train/b")) == 700
