@@ -79,6 +79,8 @@ def check(argv: Sequence[str]) -> None:
 def connect(spec: Spec) -> JobSubmissionClient:
     """A client of the cluster's job server."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray takes this variable for more than the address it is given; the one that was asked for must win.
+    os.environ["RAY_API_SERVER_ADDRESS"] = spec.address
     authenticate()
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient

@@ -35,12 +35,14 @@ def test_a_run_goes_on_after_its_driver_is_killed_and_ends_with_the_same_weights
     detr = worker_killed
     driver = detr.start(*TRAIN, "--optim.epochs", "40", "--track.run-name", "driver-killed")
     detr.wait_for_checkpoint("driver-killed", 30)
-    below = psutil.Process(driver.pid).children(recursive=True)
+    workers, below = ray_workers(driver.pid), psutil.Process(driver.pid).children(recursive=True)
     kill(psutil.Process(driver.pid))
     driver.wait()
-    _, alive = psutil.wait_procs(below, timeout=60)
-    assert not alive, "Ray outlived its driver"
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive, "the workers outlived their driver"
     detr("resume", "driver-killed")
+    _, alive = psutil.wait_procs(below, timeout=120)
+    assert not alive, "Ray outlived its driver"
 
     assert detr.runs_named("driver-killed") == ["FINISHED"]
     assert detr.points("driver-killed", "train/loss") == detr.points("worker-killed", "train/loss")
