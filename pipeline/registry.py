@@ -7,6 +7,7 @@ needs. It is enough to evaluate, to serve, to resume, and to say from which data
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -51,6 +52,7 @@ def register(
     from detr.model import build_model
     from shards.manifest import load_manifest
 
+    _check_names(name, alias)
     meta = checkpoint.read_meta(path)
     train = load_manifest(config.data.train)
     model = build_model(config.model, train.num_classes)
@@ -93,6 +95,17 @@ def register_run(name_or_id: str, *, name: str, alias: str) -> str:
     return register(client, run_id, from_json(read_config(client, run_id)), path, metrics, name=name, alias=alias)
 
 
+def _check_names(name: str, alias: str) -> None:
+    """Refuse what the registry would refuse, before anything is uploaded."""
+    if not name.strip() or set(name) & set("/:"):
+        raise RegistryError(f"{name!r} cannot name a registered model; expected a name without / and :")
+    reserved = alias.lower() == "latest" or re.fullmatch(r"v\d+", alias, re.IGNORECASE)
+    if reserved or not re.fullmatch(r"[\w-]+", alias, re.ASCII):
+        raise RegistryError(
+            f"{alias!r} cannot be an alias; expected letters, digits, _ and -, and neither `latest` nor a version (v1)"
+        )
+
+
 def _log_model(client: MlflowClient, run_id: str, card: Card, folder: Path) -> str:
     """Write the MLflow model (models from code, nothing pickled) and upload it as a logged model of the run."""
     import mlflow
@@ -119,6 +132,7 @@ def _log_model(client: MlflowClient, run_id: str, card: Card, folder: Path) -> s
     # Recorded and dropped: MLflow advises type hints, by a filter of its own that overrules `ignore`; the signature
     # above says it better.
     with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")  # recorded, too, where a warning is an error
         mlflow.pyfunc.save_model(
             path=folder / "model",
             python_model=str(_ROOT / "pipeline" / "serve.py"),
@@ -198,10 +212,18 @@ def run_of(client: MlflowClient, uri: str) -> str:
 def resolve(uri: str) -> Path:
     """Folder with the weights and the card of a registered version, fetched where it is not on this machine."""
     import mlflow
+    from mlflow.exceptions import MlflowException
 
     client = connect()
     version = find_version(client, uri)
-    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}"))
+    try:
+        folder = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}"))
+    except (MlflowException, OSError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RegistryError(
+            f"the files of {uri} cannot be fetched ({first_line}); expected them in the artifact store: "
+            "is it mounted or reachable from here?"
+        ) from None
     found = sorted(folder.rglob(CARD_NAME))
     if not found:
         raise RegistryError(f"{uri} holds no {CARD_NAME}; expected a model registered by `detr`")
