@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,12 +53,12 @@ TINY_MODEL = ModelConfig(
 )
 
 
-@pytest.fixture
-def tiny_config(tiny_data: TinyData, tmp_path: Path) -> RunConfig:
+@pytest.fixture(scope="session")
+def tiny_config(tiny_data: TinyData) -> RunConfig:
     """Two epochs of three steps of four images; dropout and flips are on, so that their seeds matter."""
     return RunConfig(
         recipe="tiny",
-        storage=str(tmp_path / "runs"),
+        storage=str(tiny_data.root / "runs"),
         model=TINY_MODEL,
         transform=TransformConfig(train_scales=(48, 64), max_size=64, eval_size=64, crop=False),
         data=DataConfig(train=tiny_data.train, val=tiny_data.val, reader_threads=1),
@@ -68,7 +69,7 @@ def tiny_config(tiny_data: TinyData, tmp_path: Path) -> RunConfig:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def short_config(tiny_config: RunConfig) -> RunConfig:
     """One step and one evaluation."""
     return replace(tiny_config, optim=replace(tiny_config.optim, max_steps=1))
@@ -84,16 +85,29 @@ def _empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def store(_empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URI of an MLflow store of the test's own, which is also the one in use."""
+@contextmanager
+def _store_in(folder: Path, empty: Path) -> Iterator[str]:
     import mlflow
 
-    path = tmp_path / "mlflow.db"
-    shutil.copy(_empty_store, path)
-    uri = f"sqlite:///{path}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
-    yield uri
+    shutil.copy(empty, folder / "mlflow.db")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        patch.delenv("MLFLOW_REGISTRY_URI", raising=False)
+        yield uri
     mlflow.set_tracking_uri(None)
     mlflow.set_registry_uri(None)
+
+
+@pytest.fixture
+def store(_empty_store: Path, tmp_path: Path) -> Iterator[str]:
+    """The URI of an MLflow store of the test's own, in `tmp_path`, which is also the one in use."""
+    with _store_in(tmp_path, _empty_store) as uri:
+        yield uri
+
+
+@pytest.fixture(scope="module")
+def shared_store(_empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """As `store`, for a module's tests that only read what they share. A test uses one or the other."""
+    with _store_in(tmp_path_factory.mktemp("shared"), _empty_store) as uri:
+        yield uri

@@ -1,0 +1,265 @@
+"""A registered version, in a real MLflow store, is enough: to find, to evaluate, to serve."""
+
+import base64
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+
+from detr.model import build_model
+from pipeline import checkpoint
+from pipeline.config import RunConfig
+from pipeline.errors import PipelineError, RegistryError
+from pipeline.evaluate import evaluate
+from pipeline.mlflow_store import TAG_FOLDER, connect, create_run
+from pipeline.parallel import Ranks
+from pipeline.predict import read_card
+from pipeline.registered import evaluate_registered, predict
+from pipeline.registry import find_version, register_run, resolve, run_of
+from pipeline.weights import save_initial
+from pipeline.worker import Place, run
+from shards.manifest import load_manifest
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run of one step, evaluated."""
+
+    client: MlflowClient
+    config: RunConfig
+    run_id: str
+    folder: Path
+    artifacts: Path
+
+
+def train_in(root: Path, config: RunConfig) -> Trained:
+    client, folder = connect(), root / "runs" / "tiny"
+    run_id = create_run(client, config, {}, {TAG_FOLDER: str(folder)})
+    torch.manual_seed(0)
+    save_initial(build_model(config.model, 4), folder)
+    run(config, Place(run_id, folder, "abc123"), Ranks(), None)
+    return Trained(client, config, run_id, folder, root / "mlartifacts")
+
+
+@pytest.fixture(scope="module")
+def trained(shared_store: str, short_config: RunConfig) -> Trained:
+    """For tests that leave run and registry as they are."""
+    return train_in(Path(shared_store.removeprefix("sqlite:///")).parent, short_config)
+
+
+@pytest.fixture(scope="module")
+def version(trained: Trained) -> str:
+    return register_run(trained.run_id, name="tiny", alias="best")
+
+
+@pytest.fixture
+def own(store: str, short_config: RunConfig, tmp_path: Path) -> Trained:
+    """For tests that change it."""
+    return train_in(tmp_path, short_config)
+
+
+@pytest.fixture
+def _fresh_modules() -> Iterator[None]:
+    """MLflow puts a model's own code first on the path; the tests that follow want this project's."""
+    import sys
+
+    before, path = dict(sys.modules), list(sys.path)
+    yield
+    sys.path[:] = path
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("detr", "shards", "pipeline"):
+            del sys.modules[name]
+    sys.modules.update({name: module for name, module in before.items() if name not in sys.modules})
+
+
+def test_a_version_says_where_it_came_from(trained: Trained, version: str) -> None:
+    found = find_version(trained.client, "models:/tiny@best")
+    best = checkpoint.best(trained.folder)
+    assert best is not None
+    assert str(found.version) == version == "1"
+    assert found.run_id == trained.run_id == run_of(trained.client, "models:/tiny/1")
+    assert found.tags["checkpoint_uri"] == str(best[0])
+    assert found.tags["code_commit"] == "abc123"
+    assert found.tags["train_digest"] == load_manifest(trained.config.data.train).digest
+    assert found.tags["val_digest"] == load_manifest(trained.config.data.val).digest
+    assert found.tags["AP"] == f"{best[1]['AP']:.6f}"
+    card = read_card(resolve("models:/tiny@best"))
+    assert (card.run_id, card.step, card.recipe, card.metrics) == (trained.run_id, 1, "tiny", best[1])
+    assert [category.id for category in card.categories] == [1, 2, 3, 4]
+
+
+def test_the_alias_moves_to_the_newest_version_and_the_old_one_stays(own: Trained) -> None:
+    assert register_run(own.run_id, name="tiny", alias="best") == "1"
+    assert register_run(own.run_id[:8], name="tiny", alias="best") == "2"
+    assert str(find_version(own.client, "models:/tiny@best").version) == "2"
+    assert read_card(resolve("models:/tiny/1")) == read_card(resolve("models:/tiny@best"))
+
+
+def test_a_registered_version_evaluates_as_the_model_in_memory(trained: Trained, version: str) -> None:
+    best = checkpoint.best(trained.folder)
+    assert best is not None
+    model = build_model(trained.config.model, 4)
+    checkpoint.load_weights(best[0], model)
+    val = load_manifest(trained.config.data.val)
+    expected = evaluate(model, val, val.categories, transform=trained.config.transform, batch_size=2)
+    found = evaluate_registered("models:/tiny@best", trained.config.data.val)
+    assert expected is not None
+    assert found.score.metrics == pytest.approx(expected.score.metrics, abs=1e-6)
+    assert found.score.metrics == pytest.approx(best[1], abs=1e-6)
+    np.testing.assert_allclose(found.detections.scores, expected.detections.scores, atol=1e-6)
+    np.testing.assert_allclose(found.detections.boxes_xywh, expected.detections.boxes_xywh, atol=1e-4)
+
+
+def test_the_run_s_files_may_be_gone_once_it_is_registered(own: Trained) -> None:
+    register_run("tiny", name="tiny", alias="best")
+    shutil.rmtree(own.folder)
+    assert evaluate_registered("models:/tiny@best", own.config.data.val).score.metrics["AP"] >= 0
+
+
+def test_nothing_that_is_stored_is_a_pickle(trained: Trained, version: str) -> None:
+    stored = [path for path in trained.artifacts.rglob("*") if path.is_file()]
+    assert {"model.safetensors", "card.json", "MLmodel"} <= {path.name for path in stored}
+    assert not [path for path in stored if path.suffix in (".pkl", ".pickle", ".pth", ".pt", ".bin", ".ckpt")]
+    assert not [path for path in stored if "__pycache__" in path.parts]
+
+
+@pytest.mark.usefixtures("_fresh_modules")
+def test_mlflow_serves_the_version_from_base64_pictures(trained: Trained, version: str, tiny_data: object) -> None:
+    import mlflow
+    import pandas
+
+    connect()
+    served = mlflow.pyfunc.load_model("models:/tiny@best")
+    picture = next(Path(trained.config.data.val).parent.glob("coco/val/*.jpg"))
+    text = base64.b64encode(picture.read_bytes()).decode()
+    grey = io.BytesIO()
+    Image.new("L", (50, 80), 9).save(grey, "PNG")
+    both = pandas.DataFrame({"image": [text, base64.b64encode(grey.getvalue()).decode()]})
+    answers = [json.loads(answer) for answer in served.predict(both, params={"threshold": 0.0})]
+    assert [len(answer) for answer in answers] == [8, 8]
+    first = answers[0][0]
+    assert first["category_id"] in (1, 2, 3, 4)
+    assert set(first) == {"image_id", "category_id", "category", "bbox", "score"}
+    scores = [one["score"] for one in answers[0]]
+    assert scores == sorted(scores, reverse=True)
+    assert [json.loads(answer) for answer in served.predict(both, params={"threshold": 1.0})] == [[], []]
+
+
+def test_predictions_are_written_with_pictures_and_original_category_ids(
+    trained: Trained, version: str, tmp_path: Path
+) -> None:
+    pictures = sorted(Path(trained.config.data.val).parent.glob("coco/val/*.jpg"))[:2]
+    found = predict("models:/tiny@best", pictures, tmp_path / "out", threshold=0.0)
+    assert json.loads((tmp_path / "out" / "detections.json").read_text()) == found
+    assert len(found) == 16
+    assert {one["file_name"] for one in found} == {str(path) for path in pictures}
+    assert [one["image_id"] for one in found] == [1] * 8 + [2] * 8
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+    for one in found:
+        x, y, width, height = one["bbox"]
+        assert -1e-3 <= x <= x + width <= 64.001
+        assert -1e-3 <= y <= y + height <= 64.001
+
+
+def test_what_is_no_picture_is_one_line_before_anything_is_written(version: str, tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("no picture")
+    for path, said in (("text.jpg", "not a picture that can be read"), ("none.jpg", "no such file")):
+        with pytest.raises(PipelineError, match=said) as caught:
+            predict("models:/tiny@best", [tmp_path / path], tmp_path / "out")
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("models:/big@best", r"there is no registered model 'big'; expected one of: tiny"),
+        ("models:/big/1", r"there is no registered model 'big'; expected one of: tiny"),
+        ("models:/tiny@good", r"registered model 'tiny' has no @good; it has @best"),
+        ("models:/tiny/7", r"registered model 'tiny' has no /7; it has @best"),
+        ("models:/tiny", r"names no version; expected models:/NAME@ALIAS"),
+        ("models:/tiny/newest", r"names no version; expected models:/NAME@ALIAS"),
+        ("models:/", r"names no version; expected models:/NAME@ALIAS"),
+        ("models:/@best", r"expected"),
+        ("models:/tiny@", r"expected|has no"),
+        ("runs/tiny", r"is no registered model; expected models:/NAME@ALIAS"),
+    ],
+)
+def test_an_unknown_version_is_one_line_that_names_what_there_is(version: str, uri: str, said: str) -> None:
+    with pytest.raises(RegistryError, match=said) as caught:
+        resolve(uri)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_registry_says_so(store: str) -> None:
+    with pytest.raises(RegistryError, match="expected one of: none yet"):
+        resolve("models:/tiny@best")
+
+
+def test_a_version_whose_files_are_gone_is_one_line(own: Trained) -> None:
+    register_run("tiny", name="tiny", alias="best")
+    shutil.rmtree(own.artifacts)
+    with pytest.raises(RegistryError, match=r"models:/tiny@best") as caught:
+        resolve("models:/tiny@best")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_version_that_others_registered_is_one_line(store: str, tmp_path: Path) -> None:
+    client = connect()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "weights").write_text("theirs")
+    client.create_registered_model("foreign")
+    client.create_model_version("foreign", source=str(tmp_path / "foreign"))
+    with pytest.raises(RegistryError, match=r"holds no card\.json; expected a model registered by `detr`"):
+        resolve("models:/foreign/1")
+
+
+def test_a_run_without_an_evaluated_checkpoint_cannot_be_registered(
+    store: str, short_config: RunConfig, tmp_path: Path
+) -> None:
+    run_id = create_run(connect(), short_config, {}, {TAG_FOLDER: str(tmp_path / "empty")})
+    with pytest.raises(RegistryError, match="has no evaluated checkpoint yet"):
+        register_run(run_id, name="tiny", alias="best")
+
+
+@pytest.mark.parametrize(("name", "alias"), [("team/tiny", "best"), ("", "best"), ("tiny", "latest"), ("tiny", "v 1")])
+def test_a_name_or_alias_that_the_registry_refuses_is_one_line(own: Trained, name: str, alias: str) -> None:
+    with pytest.raises(RegistryError) as caught:
+        register_run(own.run_id, name=name, alias=alias)
+    assert "\n" not in str(caught.value)
+    assert list(own.client.search_registered_models()) == []
+
+
+def test_evaluating_on_data_of_other_categories_is_refused(trained: Trained, version: str, tmp_path: Path) -> None:
+    manifest = tmp_path / "other"
+    shutil.copytree(trained.config.data.val, manifest)
+    content = json.loads((manifest / "manifest.json").read_text())
+    content["categories"][1]["name"] = "bus"
+    (manifest / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(PipelineError, match="category 2 is 'square' to the model and 'bus'"):
+        evaluate_registered("models:/tiny@best", str(manifest))
+
+
+def test_a_run_starts_from_a_registered_version(trained: Trained, version: str) -> None:
+    from pipeline.preflight import prepare
+
+    said: list[str] = []
+    other = replace(
+        trained.config, initial="models:/tiny@best", model=replace(trained.config.model, hidden_dim=32, num_queries=3)
+    )
+    config, ready = prepare(other, said.append)
+    assert config.model == trained.config.model
+    assert "starting from models:/tiny@best" in said
+    model = build_model(trained.config.model, 4)
+    best = checkpoint.best(trained.folder)
+    assert best is not None
+    checkpoint.load_weights(best[0], model)
+    assert torch.equal(ready.model.class_embed.weight, model.class_embed.weight)
