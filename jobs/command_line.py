@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Sequence
+from itertools import dropwhile, takewhile
 from typing import Any, TypeVar
 
 import tyro
@@ -33,10 +34,17 @@ def parse(kind: type[Options], argv: Sequence[str], prog: str, default: Options 
 
 
 def _one_line(box: str) -> str:
-    """The first statement of a framed message, and the flag that it takes for the one meant."""
-    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
-    ruled = [position for position, line in enumerate(box.splitlines()) if set(line) <= set("│─ ")]
-    text = " ".join(line for line in lines[1 : ruled[0] if ruled else None] if line)
+    """The first statement of a framed message, and the flag that it takes for the one meant.
+
+    The frame is of box-drawing characters or, where the terminal knows none, of blanks and hyphens.
+    """
+    lines = [line.strip("│╰╯ ") for line in box.strip().splitlines()][1:]  # without the title
+
+    def ruled(line: str) -> bool:
+        return bool(line) and set(line) <= {"─", "-"}
+
+    statement = takewhile(lambda line: not ruled(line), dropwhile(ruled, lines))
+    text = " ".join(line for line in statement if line)
     if "Perhaps you meant:" in lines:
         text += f"; did you mean {lines[lines.index('Perhaps you meant:') + 1].split(' ')[0]}?"
     return text.rstrip(".")
