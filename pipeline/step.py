@@ -42,7 +42,8 @@ def normalisers(batch: Batch, config: RunConfig, ranks: Ranks) -> tuple[float, f
         # The backend decides where collectives run: gloo on the host, NCCL on the device.
         sums = ranks.sum(sums.to(ranks.device)).cpu()
     total_boxes, total_weight = sums.tolist()
-    return max(total_boxes, 1.0) / ranks.world_size, total_weight / ranks.world_size
+    # With eos_coef 0 and no box the weights' sum is 0, and so is the loss that it divides.
+    return max(total_boxes, 1.0) / ranks.world_size, (total_weight or 1.0) / ranks.world_size
 
 
 def train_step(

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -110,3 +112,11 @@ def test_a_batch_without_any_box_divides_by_one(tiny_config: RunConfig, model: D
     empty = collate([(torch.zeros(3, 64, 64, dtype=torch.uint8), target(5, 0))])
     assert normalisers(empty, tiny_config, Ranks()) == pytest.approx((1.0, 0.8))
     assert step(model, empty, tiny_config) > 0
+
+
+def test_no_box_at_all_and_a_no_object_weight_of_0_is_a_step_without_a_gradient(
+    tiny_config: RunConfig, model: DETR
+) -> None:
+    config = replace(tiny_config, loss=replace(tiny_config.loss, eos_coef=0.0))
+    empty = collate([(torch.zeros(3, 64, 64, dtype=torch.uint8), target(5, 0))])
+    assert step(model, empty, config) == 0
