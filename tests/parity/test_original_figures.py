@@ -3,14 +3,16 @@
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from detr.backbone import FrozenBatchNorm
 from detr.batch import Target
 from detr.config import LossConfig, ModelConfig
 from detr.criterion import Losses, compute_losses
@@ -150,27 +152,68 @@ STEP_TOLERANCE = [(1e-4, 1e-4), (1e-4, 2e-3), (1e-3, 1e-2)]  # of loss and gradi
 
 def test_gradients_and_steps_are_the_originals(case: Case) -> None:
     """Gradients per parameter, then consecutive AdamW steps with clipping."""
-    model, expected = case.model().train().double(), case.expected
+    expected = case.expected
+    steps = _steps(case, case.model().train().double())
+    for step, ((losses, norms, total_norm), tolerances) in enumerate(zip(steps, STEP_TOLERANCE, strict=False)):
+        if step == 0:
+            assert norms.keys() == expected["grad_norms"].keys()
+            # Gradients that vanish in exact arithmetic (of key biases, say) are rounding noise in the figures.
+            floor = 1e-4 * expected["grad_norm_per_step"][0]
+            for name, value in norms.items():
+                close(value, expected["grad_norms"][name], GRADIENT_TOLERANCE.get(case.name, RELATIVE), floor)
+        close(losses.total.item(), expected["loss_per_step"][step], tolerances[0])
+        close(total_norm, expected["grad_norm_per_step"][step], tolerances[1])
+
+
+def _norm_after_convolution(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    if not isinstance(norm, FrozenBatchNorm):
+        return norm(conv(x))
+    scale, shift = norm.scale_and_shift()
+    return conv(x) * scale[:, None, None] + shift[:, None, None]
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """As many as the figures were measured with: another number sums in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_three_steps_of_r50_in_fp32_have_the_originals_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the original's order of operations, since these weights amplify rounding 1000-fold from step to step.
+
+    Where even the first loss is not the figure's to the last bit, the processor sums in another order than the one the
+    figures were measured on, and the third step compares rounding: the fp64 test above then stands alone.
+    """
+    monkeypatch.setattr("detr.backbone._convolve", _norm_after_convolution)
+    case = Case("r50")
+    for step, (losses, _, _) in enumerate(_steps(case, case.model().train())):
+        loss, expected = losses.total.item(), case.expected["loss_per_step"][step]
+        if step == 0 and loss != expected:
+            close(loss, expected)
+            pytest.skip(
+                f"this processor rounds otherwise than the one of the figures: first loss {loss} for {expected}"
+            )
+        close(loss, expected)
+
+
+def _steps(case: Case, model: DETR) -> Iterator[tuple[Losses, dict[str, float], float]]:
+    """Consecutive AdamW steps with the original's rates and clipping: losses, gradient norms per parameter, and total."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [
         {"params": [p for name, p in trained.items() if not name.startswith("backbone")]},
         {"params": [p for name, p in trained.items() if name.startswith("backbone")], "lr": 1e-5},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=1e-4)
-    for step, tolerances in zip(range(expected["meta"]["steps"]), STEP_TOLERANCE, strict=False):
+    for _ in range(case.expected["meta"]["steps"]):
         optimizer.zero_grad()
         losses = case.losses(model)
         losses.total.backward()
-        if step == 0:
-            norms = {name: p.grad.norm().item() for name, p in trained.items() if p.grad is not None}
-            assert norms.keys() == expected["grad_norms"].keys()
-            # Gradients that vanish in exact arithmetic (of key biases, say) are rounding noise in the figures.
-            floor = 1e-4 * expected["grad_norm_per_step"][0]
-            for name, value in norms.items():
-                close(value, expected["grad_norms"][name], GRADIENT_TOLERANCE.get(case.name, RELATIVE), floor)
-        total_norm = torch.nn.utils.clip_grad_norm_(trained.values(), 0.1)
-        close(losses.total.item(), expected["loss_per_step"][step], tolerances[0])
-        close(total_norm.item(), expected["grad_norm_per_step"][step], tolerances[1])
+        norms = {name: p.grad.norm().item() for name, p in trained.items() if p.grad is not None}
+        yield losses, norms, torch.nn.utils.clip_grad_norm_(trained.values(), 0.1).item()
         optimizer.step()
 
 
