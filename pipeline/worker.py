@@ -34,6 +34,7 @@ from pipeline.step import train_step
 from pipeline.track import TAG_PHASE, Tracker
 from pipeline.weights import read_initial
 from shards.manifest import Manifest, load_manifest
+from shards.score import Detections
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) 
         config, place, ranks, tracker, train, load_manifest(config.data.val), Schedule(config.optim, train.images)
     )
     state = _restore(worker)
+    if state.step == 0:
+        # MLflow's slider opens at step 0: show there what is to be found.
+        _tell_pictures(worker, Detections.empty(), 0)
     while True:
         if state.step and _evaluation_due(worker, state.step):
             _evaluate(worker, state)
@@ -217,10 +221,13 @@ def _tell_evaluation(worker: Worker, step: int, evaluation: Evaluation, seconds:
             "boxes": [one.boxes for one in classes],
         }
         tracker.table("per_class_ap.json", columns)
-        for number, picture in enumerate(
-            detection_pictures(worker.val, evaluation.detections, worker.config.evaluate.pictures)
-        ):
-            tracker.picture(f"detections/{number}", picture, step)
+        _tell_pictures(worker, evaluation.detections, step)
         tracker.tags({TAG_PHASE: "training"})
     checkpoint.write_evaluation(path, metrics)
     checkpoint.prune(worker.place.folder, worker.config.checkpoint.keep)
+
+
+def _tell_pictures(worker: Worker, detections: Detections, step: int) -> None:
+    if worker.tracker:
+        for number, picture in enumerate(detection_pictures(worker.val, detections, worker.config.evaluate.pictures)):
+            worker.tracker.picture(f"detections/{number}", picture, step)

@@ -91,7 +91,8 @@ def test_a_run_saves_evaluates_and_tells_at_the_right_steps(config: RunConfig, p
     assert [step for name, _, step in tracker.points if name == "train/loss"] == [1, 2, 3, 4, 5, 6]
     assert [step for name, _, step in tracker.points if name == "val/AP"] == [3, 6]
     assert [step for _, step in tracker.checkpoints] == [3, 6]
-    assert tracker.pictures == [("detections/0", 3), ("detections/0", 6)]
+    # The first, without detections, shows the truth: the slider of MLflow opens at step 0.
+    assert tracker.pictures == [("detections/0", 0), ("detections/0", 3), ("detections/0", 6)]
     assert tracker.tables["per_class_ap.json"]["category_id"] == [1, 2, 3, 4]
     rates = {step: value for name, value, step in tracker.points if name == "optim/lr"}
     assert rates == pytest.approx({1: 1e-3, 2: 1e-3, 3: 1e-3, 4: 1e-4, 5: 1e-4, 6: 1e-4})
