@@ -5,6 +5,7 @@ A world of one needs no process group, so the same loop runs in a unit test, on 
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,9 +57,11 @@ def distribute(model: nn.Module, ranks: Ranks, *, batch_norm: bool) -> nn.Module
     if ranks.world_size == 1:
         return model
     devices = [ranks.device] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(
-        model, device_ids=devices, broadcast_buffers=batch_norm, gradient_as_bucket_view=True
-    )
+    # torch 2.15 renamed the flag; 2.11 knows only the old name.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: batch_norm}
+    return DistributedDataParallel(model, device_ids=devices, **options)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -204,7 +204,8 @@ class SpoolTracker:
         return told
 
     def _unsent_from(self) -> int:
-        return int(self._cursor.read_text()) if self._cursor.exists() else 0
+        # Empty after a power loss between rename and write-back: sending again does no harm.
+        return int(self._cursor.read_text() or 0) if self._cursor.exists() else 0
 
     def _run(self) -> None:
         wait_s, warned = self._interval_s, False
