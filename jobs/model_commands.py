@@ -80,5 +80,5 @@ def register(argv: list[str]) -> None:
     options = parse(Register, argv, "detr register")
     from pipeline.registry import register_run
 
-    version = register_run(options.run, name=options.name, alias=options.alias)
-    print(f"registered models:/{options.name}@{options.alias} (version {version})")
+    registered = register_run(options.run, name=options.name, alias=options.alias)
+    print(f"registered models:/{options.name}@{options.alias} (version {registered.version})")

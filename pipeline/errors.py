@@ -36,3 +36,8 @@ class TrainingError(PipelineError):
 
 
 USER_ERRORS: tuple[type[Exception], ...] = (PipelineError, ConfigError, ShardError)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, at most 200 characters; the name of its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

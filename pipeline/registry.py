@@ -10,18 +10,20 @@ import importlib.metadata
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline import checkpoint
 from pipeline.config import RunConfig
-from pipeline.errors import RegistryError
+from pipeline.errors import RegistryError, TrackingError, first_line
 from pipeline.mlflow_store import connect, find_run
 from pipeline.predict import CARD_NAME, Card, write_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = (
@@ -38,6 +40,15 @@ _PACKAGES = (
 )
 
 
+class Registered(NamedTuple):
+    """What registering came to."""
+
+    version: str
+    """The version's number."""
+    alias_moved: bool
+    """Whether the alias points at it now; false where it stayed on a better version."""
+
+
 def register(
     client: MlflowClient,
     run_id: str,
@@ -47,8 +58,13 @@ def register(
     *,
     name: str,
     alias: str,
-) -> str:
-    """Publish the checkpoint at `path` as a version of `name`, point `alias` at it, and return the version's number."""
+    only_if_better: bool = False,
+) -> Registered:
+    """Publish the checkpoint at `path` as a version of `name` and point `alias` at it.
+
+    A step of a run is published once: doing it again finds that version. With `only_if_better` the alias stays where
+    it is on a version of higher AP over the same validation data. Raises `TrackingError` when MLflow refuses.
+    """
     from detr.model import build_model
     from shards.manifest import load_manifest
 
@@ -72,14 +88,36 @@ def register(
         val_digest=load_manifest(config.data.val).digest,
         code_commit=meta.code_commit,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        write_folder(Path(folder) / "detector", model, card)
-        model_id = _log_model(client, run_id, card, Path(folder))
-    return _publish(client, name, alias, model_id, card)
+    with _explained(run_id, name, alias):
+        version = _version_of(client, name, card)
+        if version is None:
+            with tempfile.TemporaryDirectory() as folder:
+                write_folder(Path(folder) / "detector", model, card)
+                version = _publish(client, name, _log_model(client, run_id, card, Path(folder)), card)
+        if only_if_better and _is_worse(client, name, alias, version):
+            return Registered(str(version.version), False)
+        client.set_registered_model_alias(name, alias, version.version)
+        return Registered(str(version.version), True)
 
 
-def register_run(name_or_id: str, *, name: str, alias: str) -> str:
-    """Publish the best checkpoint of a run, finished or not."""
+@contextmanager
+def _explained(run_id: str, name: str, alias: str) -> Generator[None, None, None]:
+    """One line instead of MLflow's traceback; the run and its checkpoints are whole, so registering can be repeated."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:  # what `requests` raises is an OSError
+        again = f"detr register {run_id} --name {name}" + (f" --alias {alias}" if alias != "best" else "")
+        raise TrackingError(
+            f"registering {name!r} failed ({first_line(error)}); expected a store that takes the version: "
+            f"`{again}` tries again"
+        ) from None
+
+
+def register_run(name_or_id: str, *, name: str, alias: str) -> Registered:
+    """Publish the best checkpoint of a run, finished or not, and point `alias` at it whatever it pointed at."""
     from pipeline.config import from_json
     from pipeline.mlflow_store import TAG_FOLDER, read_config
 
@@ -148,7 +186,25 @@ def _log_model(client: MlflowClient, run_id: str, card: Card, folder: Path) -> s
     return str(logged.model_id)
 
 
-def _publish(client: MlflowClient, name: str, alias: str, model_id: str, card: Card) -> str:
+def _version_of(client: MlflowClient, name: str, card: Card) -> ModelVersion | None:
+    """The version of `name` that this step of this run already became."""
+    found = client.search_model_versions(f"run_id = '{card.run_id}'")
+    mine = (one for one in found if one.name == name and one.tags.get("step") == str(card.step))
+    return next(mine, None)
+
+
+def _is_worse(client: MlflowClient, name: str, alias: str, version: ModelVersion) -> bool:
+    """Whether `alias` is on a version with a higher AP than this one's, over the same validation data."""
+    number = client.get_registered_model(name).aliases.get(alias)
+    if number is None:
+        return False
+    current = client.get_model_version(name, number).tags
+    if "AP" not in current or current.get("val_digest") != version.tags.get("val_digest"):
+        return False
+    return float(current["AP"]) > float(version.tags.get("AP", "-1"))
+
+
+def _publish(client: MlflowClient, name: str, model_id: str, card: Card) -> ModelVersion:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -156,11 +212,9 @@ def _publish(client: MlflowClient, name: str, alias: str, model_id: str, card: C
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    version = client.create_model_version(
+    return client.create_model_version(
         name, source=f"models:/{model_id}", run_id=card.run_id, model_id=model_id, tags=_tags(card)
     )
-    client.set_registered_model_alias(name, alias, version.version)
-    return str(version.version)
 
 
 def _tags(card: Card) -> dict[str, str]:
@@ -219,9 +273,8 @@ def resolve(uri: str) -> Path:
     try:
         folder = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}"))
     except (MlflowException, OSError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RegistryError(
-            f"the files of {uri} cannot be fetched ({first_line}); expected them in the artifact store: "
+            f"the files of {uri} cannot be fetched ({first_line(error)}); expected them in the artifact store: "
             "is it mounted or reachable from here?"
         ) from None
     found = sorted(folder.rglob(CARD_NAME))

@@ -12,18 +12,19 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from detr.model import build_model
 from pipeline import checkpoint
 from pipeline.config import RunConfig
-from pipeline.errors import PipelineError, RegistryError
+from pipeline.errors import PipelineError, RegistryError, TrackingError
 from pipeline.evaluate import evaluate
 from pipeline.mlflow_store import TAG_FOLDER, connect, create_run
 from pipeline.parallel import Ranks
 from pipeline.predict import read_card
 from pipeline.registered import evaluate_registered, predict
-from pipeline.registry import find_version, register_run, resolve, run_of
+from pipeline.registry import Registered, find_version, register, register_run, resolve, run_of
 from pipeline.weights import save_initial
 from pipeline.worker import Place, run
 from shards.manifest import load_manifest
@@ -57,7 +58,7 @@ def trained(shared_store: str, short_config: RunConfig) -> Trained:
 
 @pytest.fixture(scope="module")
 def version(trained: Trained) -> str:
-    return register_run(trained.run_id, name="tiny", alias="best")
+    return register_run(trained.run_id, name="tiny", alias="best").version
 
 
 @pytest.fixture
@@ -96,11 +97,44 @@ def test_a_version_says_where_it_came_from(trained: Trained, version: str) -> No
     assert [category.id for category in card.categories] == [1, 2, 3, 4]
 
 
-def test_the_alias_moves_to_the_newest_version_and_the_old_one_stays(own: Trained) -> None:
-    assert register_run(own.run_id, name="tiny", alias="best") == "1"
-    assert register_run(own.run_id[:8], name="tiny", alias="best") == "2"
-    assert str(find_version(own.client, "models:/tiny@best").version) == "2"
-    assert read_card(resolve("models:/tiny/1")) == read_card(resolve("models:/tiny@best"))
+def test_a_step_of_a_run_is_registered_once(own: Trained) -> None:
+    assert register_run(own.run_id, name="tiny", alias="best") == Registered("1", True)
+    assert register_run(own.run_id[:8], name="tiny", alias="good") == Registered("1", True)
+    assert register_run(own.run_id, name="other", alias="best") == Registered("1", True)
+    assert [find_version(own.client, f"models:/tiny@{alias}").run_id for alias in ("best", "good")] == [own.run_id] * 2
+
+
+@pytest.mark.parametrize(
+    ("ap", "digest", "only_if_better", "moved"),
+    [("0.9", None, True, False), ("0.9", None, False, True), ("0.9", "other", True, True), ("0.0", None, True, True)],
+)
+def test_the_alias_stays_on_a_better_version_of_the_same_data(
+    own: Trained, ap: str, digest: str | None, only_if_better: bool, moved: bool
+) -> None:
+    val_digest = digest or load_manifest(own.config.data.val).digest
+    own.client.create_registered_model("tiny")
+    own.client.create_model_version("tiny", source=str(own.folder), tags={"AP": ap, "val_digest": val_digest})
+    own.client.set_registered_model_alias("tiny", "best", "1")
+    best = checkpoint.best(own.folder)
+    assert best is not None
+    done = register(own.client, own.run_id, own.config, *best, name="tiny", alias="best", only_if_better=only_if_better)
+    assert done == Registered("2", moved)
+    assert str(find_version(own.client, "models:/tiny@best").version) == ("2" if moved else "1")
+
+
+@pytest.mark.parametrize("error", [MlflowException("no room\nat all"), ConnectionError("no room")])
+def test_a_registry_that_refuses_is_one_line_that_says_how_to_try_again(
+    own: Trained, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "create_model_version", refuses)
+        with pytest.raises(TrackingError, match=rf"no room\).*`detr register {own.run_id} --name tiny`") as caught:
+            register_run(own.run_id, name="tiny", alias="best")
+    assert "\n" not in str(caught.value)
+    assert register_run(own.run_id, name="tiny", alias="best").version == "1"
 
 
 def test_a_registered_version_evaluates_as_the_model_in_memory(trained: Trained, version: str) -> None:
