@@ -39,31 +39,36 @@ FINETUNE = replace(
     optim=replace(DETR_R50.optim, batch_size=16, epochs=50, lr=1e-5, lr_backbone=1e-6, decay_epoch=40),
 )
 
-SMALL_TRANSFORMER = ModelConfig(
-    backbone="resnet18",
-    norm="group",
-    hidden_dim=128,
-    heads=8,
-    encoder_layers=2,
-    decoder_layers=3,
-    feedforward_dim=512,
-    dropout=0.0,
-    num_queries=50,
-    pre_norm=True,
-)
-
-# A sanity check of data and pipeline on a handful of real images: can they be learned by heart? ResNet-18 with
-# trainable GroupNorm from random weights (frozen BatchNorm over random weights cannot work), 256 px, no augmentation,
-# evaluated on the images it was trained on. Point `--data.train` and `--data.val` at the same shards.
+# A sanity check of data and pipeline on a handful of real images: can they be learned by heart? ResNet-18 from random
+# weights, all of it trainable, with GroupNorm (frozen BatchNorm over random weights cannot work), 256 px, no
+# augmentation, evaluated on the images it was trained on: point `--data.train` and `--data.val` at the same shards.
+# The options of the demo make it converge in minutes on two CPU cores.
 OVERFIT = RunConfig(
     recipe="overfit",
-    model=replace(SMALL_TRANSFORMER, backbone_weights="random"),
-    loss=LossConfig(),
+    model=ModelConfig(
+        backbone="resnet18",
+        norm="group",
+        backbone_weights="random",
+        frozen_stages=0,
+        hidden_dim=128,
+        encoder_layers=2,
+        decoder_layers=3,
+        feedforward_dim=512,
+        dropout=0.0,
+        num_queries=49,
+        pre_norm=True,
+        position_temperature=20.0,
+        position_at_input=True,
+        decoder_input="queries",
+        query_init="grid",
+        tied_attention_init=True,
+    ),
+    loss=LossConfig(cost_class=2.0, weight_ce=2.0),
     transform=TransformConfig(train_scales=(256,), max_size=384, eval_size=256, flip=0.0, crop=False),
     optim=OptimConfig(
-        batch_size=8, epochs=350, lr=3e-4, lr_backbone=3e-4, decay="linear", decay_epoch=300, decay_factor=0.1
+        batch_size=8, epochs=260, lr=5e-4, lr_backbone=5e-4, decay="linear", decay_epoch=130, decay_factor=0.05
     ),
-    evaluate=EvaluateConfig(every=50, batch_size=4),
+    evaluate=EvaluateConfig(every=20, batch_size=4),
     checkpoint=CheckpointConfig(every_steps=0),
     cluster=ClusterConfig(workers=2),
     track=TrackConfig(log_every=10),
@@ -92,6 +97,9 @@ DEMO = RunConfig(
         query_init="grid",
         tied_attention_init=True,
     ),
+    # Few queries and short training: no object weighs more, because 13 such queries stand against 3 objects (the paper's
+    # 93 against 7), and classes count twice. After 6 epochs AP is 0.40, with the paper's weights 0.33.
+    loss=LossConfig(cost_class=2.0, weight_ce=2.0, eos_coef=0.4),
     transform=TransformConfig(train_scales=(96,), max_size=96, eval_size=96, crop=False),
     data=DataConfig(train="runs/demo/data/train", val="runs/demo/data/val", built_in=True, reader_threads=1),
     optim=OptimConfig(
@@ -100,7 +108,7 @@ DEMO = RunConfig(
         lr=1e-3,
         lr_backbone=5e-4,
         decay="linear",
-        decay_epoch=8,
+        decay_epoch=2,
         decay_factor=0.01,
         warmup_epochs=0.4,
     ),
