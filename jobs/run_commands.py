@@ -110,7 +110,7 @@ def _print_outcome(outcome: Any) -> None:
 
     print(f"\n{metrics_table(outcome.metrics)}\n")
     print(f"best        {outcome.best}")
-    print(f"registered  models:/{outcome.model_name}@best (version {outcome.version})")
+    print(f"registered  models:/{outcome.model_name}/{outcome.version}{' (@best)' if outcome.is_best else ''}")
     print("in MLflow   detr ui")
 
 

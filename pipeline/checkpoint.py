@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -73,12 +74,12 @@ def save(run_folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, m
     """Write the checkpoint of `meta.step`; a collective call. Raises `CheckpointError` when it cannot be written."""
     target = folder_of(run_folder, meta.step)
     aside = target.with_name(target.name + _PARTIAL)
-    if ranks.first:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    ranks.barrier()
     state, optimizer_state = get_state_dict(unwrap(model), optimizer)
     try:
+        if ranks.first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        ranks.barrier()
         save_distributed(
             {"model": state, "optimizer": optimizer_state}, checkpoint_id=str(aside), no_dist=ranks.world_size == 1
         )
@@ -116,6 +117,8 @@ def _read(path: Path, state: dict[str, Any], *, alone: bool) -> None:
     try:
         load_distributed(state, storage_reader=RestrictedReader(path), planner=RestrictedPlanner(), no_dist=alone)
     except (OSError, RuntimeError, CheckpointException) as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise  # a peer is gone: Ray starts the group again, and nothing is wrong with the checkpoint
         raise CheckpointError(
             f"checkpoint {path} does not fit this model or is damaged ({_first_line(error)})"
         ) from error

@@ -172,6 +172,11 @@ class RunConfig:
                 f"cluster.workers is {self.cluster.workers} but optim.batch_size, which is global, is "
                 f"{self.optim.batch_size}; expected at least one image per worker: raise the batch or lower the workers"
             )
+        if self.cluster.workers > 1 and self.model.norm == "batch":
+            raise RunConfigError(
+                f"model.norm is 'batch' with {self.cluster.workers} workers, each of which would normalise by its own "
+                "images; expected a result that does not depend on the workers: use frozen_batch, group or one worker"
+            )
 
     @property
     def run_name(self) -> str:

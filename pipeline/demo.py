@@ -51,8 +51,8 @@ def demo(launch: Launch | None = None) -> Summary:
     launch.say("A small DETR on built-in synthetic images. Its backbone is pre-trained on the same images,")
     launch.say("which stands where ImageNet weights stand in the paper. Two Ray Train workers on this CPU.\n")
     outcome = train(config, launch)
-    uri = f"models:/{outcome.model_name}@best"
-    launch.say(f"registered {uri} (version {outcome.version}); evaluating it from the registry")
+    uri = f"models:/{outcome.model_name}/{outcome.version}"
+    launch.say(f"registered as {uri}{' (@best)' if outcome.is_best else ''}; evaluating it from the registry")
     evaluation = evaluate_registered(uri, config.data.val, progress=True)
     sheet = folder / "detections.png"
     picture_sheet(evaluation.detections, load_manifest(config.data.val)).save(sheet)

@@ -7,9 +7,11 @@ Ray's after a failure, or of `detr resume`) enters `pipeline.worker.run`, which 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ class Interrupted(TrainingError):
     """Stopped by a person or a scheduler; goes on with `detr resume`."""
 
 
-def run_workers(config: RunConfig, run_id: str, folder: Path, *, address: str | None, verbose: bool) -> None:
+def run_workers(
+    config: RunConfig, run_id: str, folder: Path, *, address: str | None, verbose: bool, say: Callable[[str], None]
+) -> None:
     """Start or join a Ray cluster, run the workers to the last step, and watch them on stderr.
 
     Raises `Interrupted` when a person or a scheduler stopped it, `TrainingError` in the workers' own words otherwise.
@@ -49,6 +53,9 @@ def run_workers(config: RunConfig, run_id: str, folder: Path, *, address: str | 
     _connect_ray(ray, config, address, verbose)
     try:
         gpu = _use_gpu(ray, config)
+        count = config.cluster.workers
+        say(f"{count} worker{'s' * (count > 1)} on {'GPUs, NCCL' if gpu else 'CPUs, gloo'}")
+        _warn_of_sqlite(ray, say)
         scaling = ScalingConfig(
             num_workers=config.cluster.workers,
             use_gpu=gpu,
@@ -98,7 +105,14 @@ def _connect_ray(ray: Any, config: RunConfig, address: str | None, verbose: bool
             else:
                 # A laptop with fewer cores than workers still runs them, more slowly.
                 needed = config.cluster.workers * config.cluster.cpus_per_worker
-                ray.init(address="local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **quiet)
+                # On loopback, since without a token whoever reaches Ray's ports may run code here.
+                ray.init(
+                    address="local",
+                    num_cpus=max(os.cpu_count() or 1, needed),
+                    include_dashboard=False,
+                    _node_ip_address="127.0.0.1",
+                    **quiet,
+                )
         except (ConnectionError, RuntimeError, ValueError) as error:
             first_line = str(error).splitlines()[0]
             raise TrainingError(
@@ -123,9 +137,24 @@ def _check_resources(ray: Any, config: RunConfig) -> None:
 
 def _use_gpu(ray: Any, config: RunConfig) -> bool:
     """Computed here, because Ray takes any non-empty string for true."""
-    if config.cluster.gpu == "auto":
-        return bool(ray.cluster_resources().get("GPU", 0) >= config.cluster.workers)
-    return config.cluster.gpu == "yes"
+    if config.cluster.gpu != "auto":
+        return config.cluster.gpu == "yes"
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if 0 < gpus < config.cluster.workers:
+        raise RunConfigError(
+            f"the cluster has {gpus} GPUs for {config.cluster.workers} workers; expected one each: "
+            f"--cluster.workers {gpus} (the result is the same), or --cluster.gpu no"
+        )
+    return gpus > 0
+
+
+def _warn_of_sqlite(ray: Any, say: Callable[[str], None]) -> None:
+    hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if len(hosts) > 1 and tracking_uri().startswith("sqlite:"):
+        say(
+            f"warning: the tracking store is a file on this machine, but the cluster has {len(hosts)} hosts; workers "
+            "elsewhere cannot write it: set MLFLOW_TRACKING_URI to a server"
+        )
 
 
 def _fit_and_follow(trainer: Any, run_id: str, folder: Path) -> None:
@@ -150,10 +179,12 @@ def _fit_and_follow(trainer: Any, run_id: str, folder: Path) -> None:
         daemon=True,
     )
     watcher.start()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         trainer.fit()
         done.set()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
+        # Ray answers an interrupt during fit by SystemExit.
         _raise_fatal(folder)
         raise Interrupted("interrupted") from None
     except Exception as error:
@@ -164,6 +195,18 @@ def _fit_and_follow(trainer: Any, run_id: str, folder: Path) -> None:
         done.set()
         stop.set()
         watcher.join(10)
+        # Ray leaves its own behind, which would join some other Ray at the next Ctrl-C.
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def _leave_word(folder: Path, message: str, rank: int) -> None:
+    """Whole or absent, and the first rank's word stands."""
+    aside = folder / f"{_FATAL}.{rank}"
+    aside.write_bytes(msgspec.json.encode({"message": message}))
+    if not (folder / _FATAL).exists():
+        aside.rename(folder / _FATAL)
 
 
 def _raise_fatal(folder: Path) -> None:
@@ -206,7 +249,7 @@ def _ray_worker(job: dict[str, str]) -> None:
         run(config, place, ranks, tracker)
     except USER_ERRORS as error:
         # Trying again would fail again: leave word for the driver, which ends the run instead.
-        (folder / _FATAL).write_bytes(msgspec.json.encode({"message": str(error)}))
+        _leave_word(folder, str(error), ranks.rank)
         raise
     finally:
         if tracker:

@@ -48,11 +48,11 @@ class Ranks:
             dist.barrier()
 
 
-def distribute(model: nn.Module, ranks: Ranks, *, batch_norm: bool) -> nn.Module:
+def distribute(model: nn.Module, ranks: Ranks) -> nn.Module:
     """Wrap the model for data-parallel training. DDP starts by copying rank 0's weights to every rank.
 
-    Buffers are sent at every step only where they change, that is with a trainable BatchNorm: those of a frozen one
-    are constants (53,000 floats per step for a ResNet-50).
+    Buffers are not sent again: those of a frozen batch norm are constants (53,000 floats for a ResNet-50), and a
+    trainable one is refused with several workers, since each would normalise by its own images.
     """
     if ranks.world_size == 1:
         return model
@@ -60,7 +60,7 @@ def distribute(model: nn.Module, ranks: Ranks, *, batch_norm: bool) -> nn.Module
     # torch 2.15 renamed the flag; 2.11 knows only the old name.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    options: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: batch_norm}
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: False}
     return DistributedDataParallel(model, device_ids=devices, **options)
 
 

@@ -78,7 +78,8 @@ def training_batches(
             seed=config.seed,
             epoch=schedule.epoch_of(step),
             batch_size=config.optim.batch_size,
-            epochs=config.optim.epochs,
+            # No end: the last step is filled up from the epoch after the last, so that a run can be made longer later
+            # and goes on at the exact next sample.
             sort_keys=sort_by_size(manifest.index(), config.seed, config.transform),
         )
         loader = open_loader(

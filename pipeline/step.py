@@ -33,17 +33,18 @@ class StepResult(NamedTuple):
     grad_norm: Tensor
 
 
-def normalisers(batch: Batch, config: RunConfig, ranks: Ranks) -> tuple[float, float]:
-    """(boxes, cross-entropy weight) that this rank's losses are divided by; see the module's text. Collective."""
+def normalisers(batch: Batch, config: RunConfig, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """(boxes, cross-entropy weight) that this rank's losses are divided by; see the module's text. Collective.
+
+    Scalars on the rank's device: the host does not wait for the sum.
+    """
     boxes = sum(len(target.labels) for target in batch.targets)
     weight = ce_weight_sum(batch.targets, config.model.num_queries, config.loss)
-    sums = torch.tensor([float(boxes), weight], dtype=torch.float64)
-    if ranks.world_size > 1:
-        # The backend decides where collectives run: gloo on the host, NCCL on the device.
-        sums = ranks.sum(sums.to(ranks.device)).cpu()
-    total_boxes, total_weight = sums.tolist()
+    sums = ranks.sum(torch.tensor([float(boxes), weight], dtype=torch.float64).to(ranks.device))
+    total_boxes, total_weight = sums.unbind()
     # With eos_coef 0 and no box the weights' sum is 0, and so is the loss that it divides.
-    return max(total_boxes, 1.0) / ranks.world_size, (total_weight or 1.0) / ranks.world_size
+    total_weight = torch.where(total_weight > 0, total_weight, 1.0)
+    return (total_boxes.clamp(min=1) / ranks.world_size).float(), (total_weight / ranks.world_size).float()
 
 
 def train_step(

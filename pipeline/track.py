@@ -165,12 +165,17 @@ class SpoolTracker:
             self._append(Event("checkpoint", _now_ms(), step=step, name=uri, values=fresh))
 
     def close(self, timeout_s: float = 60.0) -> None:
-        """Flush and stop the thread. What the server did not take stays in the spool for the run's next start."""
+        """Flush and stop the thread. What the server did not take stays in the spool: see `drain`."""
         self._stop.set()
         self._thread.join(timeout_s)
         self._file.close()
-        if self._unsent_from() < self._path.stat().st_size:
+        if not self.empty:
             LOG.warning("the tracking server did not take everything; the rest is kept in %s", self._path)
+
+    @property
+    def empty(self) -> bool:
+        """Whether everything in the file has been sent."""
+        return self._unsent_from() >= self._path.stat().st_size
 
     def _append(self, event: Event) -> None:
         """Write the line; what a full disk refuses waits in memory and is tried again with the next line."""
@@ -237,6 +242,15 @@ class SpoolTracker:
         aside.write_text(str(start + sum(map(len, lines))))
         aside.replace(self._cursor)
         return True
+
+
+def drain(folder: Path, send: Callable[[list[Event]], None]) -> bool:
+    """Send what the spool's writer, which has ended, could not; false when the server does not take it either."""
+    if not folder.exists():
+        return True
+    spool = SpoolTracker(folder, send)
+    spool.close()
+    return spool.empty
 
 
 def _now_ms() -> int:

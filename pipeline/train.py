@@ -5,13 +5,19 @@ A run is created once; every attempt at it (`detr resume` after whatever stopped
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fcntl
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline import checkpoint
 from pipeline.config import RunConfig, from_json, to_json
-from pipeline.errors import CheckpointError, RunConfigError, TrainingError
+from pipeline.errors import CheckpointError, RunConfigError, TrainingError, first_line
 from pipeline.launch import Interrupted, run_workers
 from pipeline.mlflow_store import (
     CONFIG_ARTIFACT,
@@ -19,12 +25,18 @@ from pipeline.mlflow_store import (
     TAG_FOLDER,
     TAG_TOTAL_STEPS,
     TAG_TRAIN_DIGEST,
+    EventSender,
     connect,
     create_run,
     find_run,
     read_config,
+    tracking_uri,
 )
-from pipeline.track import TAG_PHASE
+from pipeline.track import TAG_PHASE, drain
+from pipeline.weights import INITIAL_NAME
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 Say = Callable[[str], None]
 
@@ -44,6 +56,10 @@ class Launch:
     say: Say = say
 
 
+class BusyError(TrainingError):
+    """Another driver is at work on this run."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a finished run left behind."""
@@ -54,6 +70,8 @@ class Outcome:
     metrics: dict[str, float]
     version: str
     model_name: str
+    is_best: bool
+    """Whether `@best` is this version; an earlier one of higher AP on the same data keeps the alias."""
 
 
 def train(config: RunConfig, launch: Launch | None = None) -> Outcome:
@@ -63,6 +81,7 @@ def train(config: RunConfig, launch: Launch | None = None) -> Outcome:
     launch = launch or Launch()
     client = connect()
     config, ready = prepare(config, launch.say)
+    _check_storage(Path(config.storage))
     total = ready.schedule.total_steps
     run_id = create_run(
         client,
@@ -80,41 +99,67 @@ def train(config: RunConfig, launch: Launch | None = None) -> Outcome:
             TAG_PHASE: "starting",
         },
     )
-    folder = Path(config.storage).absolute() / f"{config.run_name}-{run_id[:8]}"
-    ready.place(folder)
+    folder = Path(config.storage) / f"{config.run_name}-{run_id[:8]}"
     client.set_tag(run_id, TAG_FOLDER, str(folder))
-    launch.say(f"run {config.run_name} ({run_id[:8]}): {total} steps, checkpoints in {folder / 'checkpoints'}")
-    return _see_through(config, run_id, folder, launch)
+    with _only_driver(folder, run_id), _recorded(client, run_id):
+        ready.place(folder)
+        launch.say(f"run {config.run_name} ({run_id[:8]}): {total} steps, checkpoints in {folder / 'checkpoints'}")
+        _run(config, run_id, folder, launch)
+        return _conclude(client, config, run_id, folder, launch)
 
 
 def resume(name: str, *, epochs: int | None = None, launch: Launch | None = None) -> Outcome:
-    """Go on with a run, by id, name or registered version, from its newest checkpoint; `epochs` makes it longer."""
+    """Go on with a run, by id, name or registered version, from its newest checkpoint; `epochs` makes it longer.
+
+    A run that was trained to its end but not registered is registered; one that is all done is refused.
+    """
+    from pipeline.optim import Schedule
     from pipeline.registry import run_of
+    from shards.manifest import load_manifest
 
     launch = launch or Launch()
     client = connect()
     run = find_run(client, run_of(client, name) if name.startswith("models:/") else name)
-    run_id = str(run.info.run_id)
+    run_id, folder = str(run.info.run_id), Path(run.data.tags[TAG_FOLDER])
     config = from_json(read_config(client, run_id))
+    newest = checkpoint.newest(folder)
+    if newest is None and not (folder / INITIAL_NAME).exists():
+        raise CheckpointError(f"{folder} holds no checkpoint of run {name}; expected one: is its storage mounted here?")
     if epochs is not None:
         config = _lengthen(config, epochs)
-        # Parameters of a run cannot change; the artifact is what the next resume reads.
-        client.log_text(run_id, to_json(config).decode(), CONFIG_ARTIFACT)
-    folder = Path(run.data.tags[TAG_FOLDER])
-    newest = checkpoint.newest(folder)
-    if newest is None and not (folder / "initial.safetensors").exists():
-        raise CheckpointError(f"{folder} holds no checkpoint of run {name}; expected one: is its storage mounted here?")
-    from pipeline.optim import Schedule
-    from shards.manifest import load_manifest
-
     schedule = Schedule(config.optim, load_manifest(config.data.train).images)
     step = checkpoint.read_meta(newest).step if newest else 0
-    launch.say(f"run {run.info.run_name} ({run_id[:8]}) goes on at step {step} of {schedule.total_steps}")
-    client.set_tag(run_id, TAG_TOTAL_STEPS, str(schedule.total_steps))
-    client.set_tag(run_id, TAG_EPOCHS, str(schedule.epoch(schedule.total_steps)))
-    client.set_tag(run_id, TAG_PHASE, "starting")
-    client.update_run(run_id, status="RUNNING")
-    return _see_through(config, run_id, folder, launch)
+    trained = newest is not None and step >= schedule.total_steps and checkpoint.read_evaluation(newest) is not None
+    if trained and run.info.status == "FINISHED":
+        raise RunConfigError(
+            f"run {run.info.run_name} ({run_id[:8]}) is finished: {step} steps, registered; "
+            "expected one that has steps left: give --epochs N to train it further"
+        )
+    with _only_driver(folder, run_id), _recorded(client, run_id):
+        if epochs is not None:
+            # Parameters of a run cannot change; the artifact is what the next resume reads.
+            client.log_text(run_id, to_json(config).decode(), CONFIG_ARTIFACT)
+        launch.say(f"run {run.info.run_name} ({run_id[:8]}) goes on at step {step} of {schedule.total_steps}")
+        client.set_tag(run_id, TAG_TOTAL_STEPS, str(schedule.total_steps))
+        client.set_tag(run_id, TAG_EPOCHS, str(schedule.epoch(schedule.total_steps)))
+        client.set_tag(run_id, TAG_PHASE, "starting")
+        if not trained:
+            client.update_run(run_id, status="RUNNING")
+            _run(config, run_id, folder, launch)
+        return _conclude(client, config, run_id, folder, launch)
+
+
+def _check_storage(storage: Path) -> None:
+    """Fail before a run exists that could not be saved."""
+    try:
+        storage.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=storage):
+            pass
+    except OSError as error:
+        raise RunConfigError(
+            f"storage {storage} cannot be written ({error.strerror}); expected a folder that every worker may write: "
+            "give another --storage"
+        ) from None
 
 
 def _lengthen(config: RunConfig, epochs: int) -> RunConfig:
@@ -126,29 +171,74 @@ def _lengthen(config: RunConfig, epochs: int) -> RunConfig:
     return replace(config, optim=replace(config.optim, epochs=epochs, max_steps=0))
 
 
-def _see_through(config: RunConfig, run_id: str, folder: Path, launch: Launch) -> Outcome:
-    """Run the workers, set the run's final status, register the best checkpoint."""
-    from pipeline.registry import register
-
-    client = connect()
+@contextmanager
+def _recorded(client: MlflowClient, run_id: str) -> Iterator[None]:
+    """Whatever ends the block, MLflow says so: finished, stopped or failed."""
     try:
-        run_workers(config, run_id, folder, address=launch.address, verbose=launch.verbose)
+        yield
     except (KeyboardInterrupt, SystemExit, Interrupted):
-        client.set_tag(run_id, TAG_PHASE, "stopped")
-        client.set_terminated(run_id, "KILLED")
+        _set_status(client, run_id, "stopped", "KILLED")
         raise TrainingError(
             f"stopped; everything up to the last checkpoint is kept: `detr resume {run_id[:8]}` goes on"
         ) from None
     except BaseException:
-        client.set_tag(run_id, TAG_PHASE, "failed")
-        client.set_terminated(run_id, "FAILED")
+        _set_status(client, run_id, "failed", "FAILED")
         raise
+    _set_status(client, run_id, "finished", "FINISHED")
+
+
+def _set_status(client: MlflowClient, run_id: str, phase: str, status: str) -> None:
+    """Best effort: a store that is away must not hide why the run ended."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.set_tag(run_id, TAG_PHASE, phase)
+        client.set_terminated(run_id, status)
+    except (MlflowException, OSError) as error:
+        say(f"warning: MLflow could not be told that the run is {phase} ({first_line(error)})")
+
+
+def _run(config: RunConfig, run_id: str, folder: Path, launch: Launch) -> None:
+    """Run the workers, then send what they could not."""
+    try:
+        run_workers(config, run_id, folder, address=launch.address, verbose=launch.verbose, say=launch.say)
+    finally:
+        spool = folder / "spool"
+        if not drain(spool, EventSender(tracking_uri(), run_id, spool)):
+            launch.say(f"warning: MLflow did not take all points; the rest is kept in {spool} for the next resume")
+
+
+@contextmanager
+def _only_driver(folder: Path, run_id: str) -> Iterator[None]:
+    """Two drivers would write one spool and delete each other's unfinished checkpoints. A kill lets go of the lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "driver.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise BusyError(
+                f"run {run_id[:8]} is being trained by {file.read().strip() or 'another process'}; expected one driver: "
+                "wait for it, or stop it first"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def _conclude(client: MlflowClient, config: RunConfig, run_id: str, folder: Path, launch: Launch) -> Outcome:
+    """Register the best checkpoint."""
+    from pipeline.registry import register
+
     found = checkpoint.best(folder)
     if found is None:
         raise TrainingError(f"the run ended without an evaluated checkpoint in {folder}; expected one at its last step")
     best, metrics = found
     client.set_tag(run_id, TAG_PHASE, "registering")
-    version = register(client, run_id, config, best, metrics, name=config.model_name, alias="best")
-    client.set_tag(run_id, TAG_PHASE, "finished")
-    client.set_terminated(run_id, "FINISHED")
-    return Outcome(run_id, folder, best, metrics, version, config.model_name)
+    registered = register(
+        client, run_id, config, best, metrics, name=config.model_name, alias="best", only_if_better=True
+    )
+    if not registered.alias_moved:
+        launch.say(f"models:/{config.model_name}@best stays where it was: that version's AP is higher")
+    return Outcome(run_id, folder, best, metrics, registered.version, config.model_name, registered.alias_moved)

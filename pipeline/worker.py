@@ -103,7 +103,7 @@ def _restore(worker: Worker) -> State:
         _check_same_run(worker, meta)
         checkpoint.load(path, model, optimizer, ranks)
         step = meta.step
-    wrapped = distribute(model, ranks, batch_norm=config.model.norm == "batch")
+    wrapped = distribute(model, ranks)
     wrapped.train()
     return State(wrapped, optimizer, step)
 
@@ -164,7 +164,7 @@ def _save(worker: Worker, state: State) -> None:
     meta = checkpoint.Meta(
         step=state.step,
         epoch=worker.schedule.epoch(state.step),
-        samples=min(state.step * config.optim.batch_size, config.optim.epochs * worker.train.images),
+        samples=state.step * config.optim.batch_size,
         run_id=worker.place.run_id,
         seed=config.seed,
         batch_size=config.optim.batch_size,

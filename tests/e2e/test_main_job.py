@@ -115,6 +115,22 @@ def test_a_mistake_is_one_clear_line(detr: Command, words: list[str], status: in
     assert said in output
 
 
+def test_an_image_whose_bytes_changed_ends_the_run_with_its_name(detr: Command) -> None:
+    import shutil
+
+    shutil.copytree(detr.folder / "data/train", detr.folder / "changed")
+    shard = detr.folder / "changed/shard-000000.tar"
+    content = bytearray(shard.read_bytes())
+    start = content.index(b"\xff\xd8\xff") + 200
+    content[start : start + 8] = bytes(byte ^ 0x55 for byte in content[start : start + 8])
+    shard.write_bytes(content)
+    words = ["train", "overfit", "--data.train", "changed", "--data.val", "data/val", *TINY, "--optim.epochs", "3"]
+    output = detr(*words, "--track.run-name", "changed", status=1)
+    assert "bytes changed" in output.splitlines()[-1]
+    assert "Traceback" not in output
+    assert detr.runs_named("changed") == ["FAILED"]
+
+
 def test_a_truncated_shard_is_found_before_anything_starts(detr: Command) -> None:
     import shutil
 

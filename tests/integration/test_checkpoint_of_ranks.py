@@ -15,7 +15,7 @@ State = dict[str, Tensor]
 def wrapped(ranks: Ranks, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A model and its optimizer after a step whose input is every rank's alike."""
     torch.manual_seed(seed)
-    model = distribute(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), ranks, batch_norm=False)
+    model = distribute(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), ranks)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(torch.ones(3, 4)).sum().backward()
     optimizer.step()

@@ -55,7 +55,7 @@ def gradients(ranks: Ranks, shares: list[tuple[int, ...]], boxes: tuple[int, ...
     torch.manual_seed(0)
     model = build_model(MODEL, 4)
     optimizer = build_optimizer(model, CONFIG.optim)
-    wrapped = distribute(model, ranks, batch_norm=False)
+    wrapped = distribute(model, ranks)
     made = samples(boxes)
     result = train_step(wrapped, collate([made[i] for i in shares[ranks.rank]]), optimizer, CONFIG, ranks, step=0)
     found = {name: p.grad.clone() for name, p in unwrap(wrapped).named_parameters() if p.grad is not None}
@@ -110,7 +110,7 @@ def failing_step(ranks: Ranks) -> tuple[str, bool]:
     torch.manual_seed(0)
     model = build_model(MODEL, 4)
     optimizer = build_optimizer(model, CONFIG.optim)
-    wrapped = distribute(model, ranks, batch_norm=False)
+    wrapped = distribute(model, ranks)
     made = samples(EVEN)[4 * ranks.rank : 4 * ranks.rank + 4]
     batch = collate(made)
     before = {name: value.clone() for name, value in unwrap(wrapped).state_dict().items()}

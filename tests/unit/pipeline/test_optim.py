@@ -104,3 +104,11 @@ def test_warm_up_rises_from_the_first_step_to_the_full_rate() -> None:
 def test_the_epoch_of_a_step_counts_images_seen_and_ends_with_the_run() -> None:
     schedule = Schedule(OptimConfig(batch_size=4, epochs=3), 10)
     assert [schedule.epoch(step) for step in (0, 5, 8)] == [0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(("batch_size", "images"), [(4, 10), (5, 10), (64, 10), (3, 7), (1, 1)])
+def test_a_step_belongs_to_the_last_epoch_that_has_begun(batch_size: int, images: int) -> None:
+    schedule = Schedule(OptimConfig(batch_size=batch_size, epochs=7), images)
+    for step in range(schedule.total_steps):
+        begun = [epoch for epoch in range(7) if schedule.steps(epoch) <= step]
+        assert schedule.epoch_of(step) == begun[-1]

@@ -1,0 +1,93 @@
+"""What the driver does around the workers, without Ray: a store, a folder, and workers that do as they are told."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import train as driver
+from pipeline.config import RunConfig
+from pipeline.errors import RunConfigError, TrainingError
+from pipeline.launch import Interrupted
+from pipeline.mlflow_store import connect, find_run
+from pipeline.parallel import Ranks
+from pipeline.train import BusyError, Launch, resume, train
+from pipeline.worker import Place, run
+
+
+@pytest.fixture
+def launch() -> Launch:
+    return Launch(say=lambda text: None)
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | None], None]:
+    """Choose how the workers end: trained in this process, or with an error."""
+
+    def choose(error: BaseException | None) -> None:
+        def run_workers(config: RunConfig, run_id: str, folder: Path, **_: Any) -> None:
+            if error is not None:
+                raise error
+            run(config, Place(run_id, folder, "commit"), Ranks(), None)
+
+        monkeypatch.setattr(driver, "run_workers", run_workers)
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (KeyboardInterrupt(), "KILLED", "detr resume"),
+        (SystemExit(0), "KILLED", "detr resume"),  # what Ray makes of an interrupt
+        (Interrupted("interrupted"), "KILLED", "detr resume"),
+        (TrainingError("step 3: not finite"), "FAILED", "step 3: not finite"),
+    ],
+)
+def test_mlflow_says_how_a_run_ended(
+    short_config: RunConfig,
+    store: str,
+    launch: Launch,
+    workers: Callable[..., None],
+    error: BaseException,
+    status: str,
+    said: str,
+) -> None:
+    workers(error)
+    with pytest.raises(TrainingError, match=said):
+        train(short_config, launch)
+    assert find_run(connect(), "tiny").info.status == status
+
+
+def test_a_run_that_is_done_is_not_trained_again(
+    short_config: RunConfig, store: str, launch: Launch, workers: Callable[..., None]
+) -> None:
+    workers(None)
+    outcome = train(short_config, launch)
+    assert (outcome.version, outcome.is_best) == ("1", True)
+    with pytest.raises(RunConfigError, match="--epochs"):
+        resume("tiny", launch=launch)
+    assert resume("tiny", epochs=2, launch=launch).version == "2"
+
+
+def test_a_run_has_one_driver(
+    short_config: RunConfig, store: str, launch: Launch, workers: Callable[..., None]
+) -> None:
+    workers(TrainingError("stopped on the way"))
+    with pytest.raises(TrainingError, match="on the way"):
+        train(short_config, launch)
+    run_id = find_run(connect(), "tiny").info.run_id
+    (folder,) = Path(short_config.storage).glob(f"tiny-{run_id[:8]}")
+    with driver._only_driver(folder, run_id), pytest.raises(BusyError, match="process"):
+        resume("tiny", launch=launch)
+
+
+def test_storage_that_cannot_be_written_is_found_before_a_run_exists(
+    short_config: RunConfig, store: str, launch: Launch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunConfigError, match="storage"):
+        train(replace(short_config, storage=str(tmp_path / "file" / "runs")), launch)
+    assert not connect().search_experiments(filter_string="name = 'detr'")
