@@ -173,7 +173,8 @@ def load_manifest(url: str | os.PathLike[str]) -> Manifest:
 
     A path is kept as an absolute one, so that the manifest is good in another working directory as well.
 
-    Raises ShardError where there is none, and where a field is unknown, absent or mistyped (naming its path).
+    Raises ShardError where there is none, and where a field is unknown, absent or mistyped (naming its path); OSError,
+    naming the address, where trying again may mend it.
     """
     url = storage.absolute(os.fspath(url)).removesuffix("/" + MANIFEST_NAME)
     path = storage.join(url, MANIFEST_NAME)
@@ -184,14 +185,14 @@ def load_manifest(url: str | os.PathLike[str]) -> Manifest:
             f"{url}: no {MANIFEST_NAME} here; expected the folder of a data set: make one with `detr shard coco`"
         ) from None
     except OSError as error:
-        raise ShardError(f"{path}: cannot be read: {error}; check the address and its permissions") from error
+        raise _unreadable(path, error) from error
     return _parse(content, path, url)
 
 
 def load_index(manifest: Manifest) -> Index:
     """Map the index into memory (a remote one is read whole) and check it against the manifest's digests.
 
-    Raises ShardError naming the file that is absent or differs.
+    Raises ShardError naming the file that is absent or differs, and OSError as ``load_manifest`` does.
     """
     images = _load_records(manifest, IMAGES_NAME, IMAGE_DTYPE, manifest.images)
     annotations = _load_records(manifest, ANNOTATIONS_NAME, ANNOTATION_DTYPE, manifest.annotations)
@@ -200,6 +201,19 @@ def load_index(manifest: Manifest) -> Index:
 
 def check_file(manifest: Manifest, name: str) -> str | None:
     """What is wrong with one of ``manifest.files``, in one line, or None."""
+    try:
+        return _check_file(manifest, name)
+    except OSError as error:
+        return f"{storage.join(manifest.url, name)}: cannot be read: {error}; check the address and its permissions"
+
+
+def _unreadable(path: str, error: OSError) -> Exception:
+    """One line; a ShardError only for what stays as it is, as a shaky network or disk does not."""
+    kind = ShardError if isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError)) else OSError
+    return kind(f"{path}: cannot be read: {error}; check the address and its permissions")
+
+
+def _check_file(manifest: Manifest, name: str) -> str | None:
     expected = next((file for file in manifest.files if file.name == name), None)
     path = storage.join(manifest.url, name)
     if expected is None:
@@ -208,8 +222,6 @@ def check_file(manifest: Manifest, name: str) -> str | None:
         content = storage.read(path)
     except FileNotFoundError:
         return f"{path}: no such file; the manifest lists it: copy it back or write the data set again"
-    except OSError as error:
-        return f"{path}: cannot be read: {error}; check the address and its permissions"
     if len(content) != expected.bytes:
         return f"{path}: got {len(content)} bytes, expected {expected.bytes}: copy it again"
     if hashlib.sha256(content).hexdigest() != expected.sha256:
@@ -218,10 +230,13 @@ def check_file(manifest: Manifest, name: str) -> str | None:
 
 
 def _load_records(manifest: Manifest, name: str, dtype: np.dtype[np.void], count: int) -> Records:
-    problem = check_file(manifest, name)
+    url = storage.join(manifest.url, name)
+    try:
+        problem = _check_file(manifest, name)
+    except OSError as error:
+        raise _unreadable(url, error) from error
     if problem is not None:
         raise ShardError(problem)
-    url = storage.join(manifest.url, name)
     path = storage.local_path(url)
     try:
         if path is None:

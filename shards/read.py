@@ -9,6 +9,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -138,7 +139,10 @@ class SampleReader:
         self._files = storage.RangeReader()
 
     def read(self, row: int, epoch: int = 0) -> Sample:
-        """The sample of one row; raises ShardError where its bytes are not those that were written."""
+        """The sample of one row; raises ShardError where its bytes are not those that were written.
+
+        An OSError while the bytes are fetched passes as it is: trying again may mend it.
+        """
         record = self._index.images[row]
         annotations = self._index.annotations_of(row)
         kept = np.flatnonzero(annotations["iscrowd"] == 0)
@@ -178,7 +182,7 @@ class SampleReader:
             )
         if zlib.crc32(content) != int(record["crc32"]):
             raise ShardError(f"{self.name(row)}: its bytes changed since they were written: copy the shard again")
-        with Image.open(io.BytesIO(content)) as image:
+        with _naming(self, row), Image.open(io.BytesIO(content)) as image:
             # A copy, because Pillow's own memory would be read-only.
             return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
@@ -224,9 +228,20 @@ def _stream(
 
 
 def _one(reader: SampleReader, row: int, epoch: int, transform: Callable[[Sample], T]) -> T:
+    sample = reader.read(row, epoch)
+    with _naming(reader, row):
+        return transform(sample)
+
+
+@contextmanager
+def _naming(reader: SampleReader, row: int) -> Generator[None, None, None]:
+    """What goes wrong with bytes that were read is the sample's fault and happens again, so it names the sample.
+
+    Reading stays outside: a network that is away or a lack of memory passes, and its error must be told apart.
+    """
     try:
-        return transform(reader.read(row, epoch))
-    except ShardError:
+        yield
+    except (ShardError, MemoryError):
         raise
     except Exception as error:
         raise ShardError(f"{reader.name(row)}: {type(error).__name__}: {error}") from error

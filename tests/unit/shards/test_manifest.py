@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from shards import storage
 from shards.errors import ShardError
 from shards.manifest import load_index, load_manifest
 
@@ -147,3 +148,18 @@ def test_every_public_name_exists():
     assert all(getattr(shards, name) is not None for name in shards.__all__)
     with pytest.raises(AttributeError, match="no attribute 'shuffle'"):
         shards.shuffle  # noqa: B018
+
+
+@pytest.mark.parametrize(("error", "kind"), [(OSError("away"), OSError), (PermissionError("no"), ShardError)])
+def test_an_error_that_may_pass_is_not_the_data_sets_fault(coco, monkeypatch, error, kind):
+    manifest = coco.write()
+
+    def fails(url):
+        raise error
+
+    monkeypatch.setattr(storage, "read", fails)
+    for look in (lambda: load_manifest(manifest.url), lambda: load_index(manifest)):
+        with pytest.raises(kind, match="cannot be read") as caught:
+            look()
+        assert manifest.url in str(caught.value)
+        assert isinstance(caught.value, ShardError) == (kind is ShardError)

@@ -29,6 +29,11 @@ def reading_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("shards")]
 
 
+class Equal:
+    def __ne__(self, other):
+        return False
+
+
 def flip(coco, row, position=50):
     manifest = coco.write(samples_per_shard=3)
     record = manifest.index().images[row]
@@ -138,6 +143,28 @@ def test_an_error_of_the_transform_names_the_image_and_keeps_its_cause(coco):
     with pytest.raises(ShardError, match=r"image \d+ in shard-000000.tar: KeyError: ") as caught:
         list(open_batches(manifest, [np.arange(7)], transform=transform, collate=list))
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("error", [OSError("away"), TimeoutError("late"), ConnectionError("gone"), MemoryError()])
+def test_what_may_pass_while_bytes_are_fetched_is_not_the_data_sets_fault(coco, monkeypatch, error):
+    manifest = coco.write()
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(storage.RangeReader, "read", fails)
+    with pytest.raises(type(error)) as caught:
+        list(read_samples(manifest, range(7)))
+    assert caught.value is error
+
+
+def test_bytes_that_are_no_picture_name_the_image(coco, monkeypatch):
+    manifest = coco.write()
+    read = storage.RangeReader.read
+    monkeypatch.setattr(storage.RangeReader, "read", lambda *arguments: bytes(len(read(*arguments))))
+    monkeypatch.setattr("zlib.crc32", lambda content: Equal())
+    with pytest.raises(ShardError, match=r"image \d+ in shard-000000.tar: UnidentifiedImageError: "):
+        list(read_samples(manifest, range(7)))
 
 
 def test_no_more_than_prefetch_batches_exist_at_once(coco):
