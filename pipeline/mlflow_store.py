@@ -8,16 +8,20 @@ the id and could mark a shared run as finished). SQLite in the working folder is
 from __future__ import annotations
 
 import os
+import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pipeline.config import RunConfig, flatten, to_json
-from pipeline.errors import TrackingError
-from pipeline.track import Event
+from pipeline.errors import TrackingError, first_line
+from pipeline.track import LOG, Event
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,6 +34,7 @@ TAG_EPOCHS = "detr.epochs"
 TAG_TRAIN_DIGEST = "detr.train_digest"
 TAG_COMMIT = "mlflow.source.git.commit"
 _MAX_PARAMS = 100  # MLflow's largest number of parameters in one request
+_PAGE = 1000  # runs fetched at once
 
 
 def tracking_uri() -> str:
@@ -59,18 +64,49 @@ def connect(uri: str | None = None) -> MlflowClient:
         client = mlflow.MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError, ImportError) as error:  # a database's driver may be missing
-        # MLflow repeats the address in its messages.
-        first_line = str(error).strip().splitlines()[0].replace(uri, _without_secret(uri))
         raise TrackingError(
-            f"the MLflow store {_without_secret(uri)} does not answer ({first_line}); "
+            f"the MLflow store {without_secret(uri)} does not answer ({_reason(error, uri)}); "
             "expected a running server or a database: check MLFLOW_TRACKING_URI"
         ) from None
     return client
 
 
-def _without_secret(uri: str) -> str:
-    head, at, tail = uri.rpartition("@")
-    return f"{head.split('://')[0]}://***@{tail}" if at else uri
+def without_secret(uri: str) -> str:
+    """The address with user, password and query masked, for people's eyes.
+
+    Not `urllib.parse.urlsplit`: databases take passwords with a slash in, which it counts as the path.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return uri
+    place, mark, query = _split_query(rest)
+    if "@" in query:
+        return f"{scheme}://***"  # a password with a question mark in, or one in the query: nothing here is safe
+    if "@" in place and not place.startswith("/"):
+        place = f"***@{place.rpartition('@')[2]}"
+    return f"{scheme}://{place}{mark}{'***' if query else ''}"
+
+
+def holds_secret(uri: str) -> bool:
+    """Whether the address names a user or a password, before its host or in its query."""
+    place, _, query = _split_query(uri.partition("://")[2])
+    return (
+        "@" in query
+        or ("@" in place and not place.startswith("/"))
+        or bool(re.search(r"pass|pwd|secret|token|key|credential", unquote(query), re.IGNORECASE))
+    )
+
+
+def _split_query(rest: str) -> tuple[str, str, str]:
+    found = re.search("[?#]", rest)
+    return (rest, "", "") if found is None else (rest[: found.start()], found[0], rest[found.end() :])
+
+
+def _reason(error: Exception, uri: str) -> str:
+    """What an error says. MLflow repeats the address in its messages, a driver perhaps a part of it."""
+    said, shown = first_line(error).replace(uri, without_secret(uri)), without_secret(uri)
+    hidden = [part for part in re.split(r"[/:@?&=;#]+", uri) if len(part) > 2 and part not in shown]
+    return type(error).__name__ if any(part in said or unquote(part) in said for part in hidden) else said
 
 
 def code_commit() -> str:
@@ -157,31 +193,50 @@ def read_config(client: MlflowClient, run_id: str) -> bytes:
         try:
             return Path(client.download_artifacts(run_id, CONFIG_ARTIFACT, folder)).read_bytes()
         except (MlflowException, OSError) as error:
-            first_line = str(error).splitlines()[0]
             raise TrackingError(
-                f"run {run_id} has no {CONFIG_ARTIFACT} ({first_line}); expected a run of `detr train`"
+                f"run {run_id} has no {CONFIG_ARTIFACT} ({first_line(error)}); expected a run of `detr train`"
             ) from None
 
 
 def find_runs(client: MlflowClient, experiment: str | None = None, limit: int = 50) -> list[Run]:
     """The newest runs of `detr train`, of one experiment or of all."""
-    experiments = [e for e in client.search_experiments() if experiment is None or e.name == experiment]
-    if not experiments:
-        return []
-    runs = client.search_runs([e.experiment_id for e in experiments], max_results=limit, order_by=["start_time DESC"])
-    return [run for run in runs if TAG_FOLDER in run.data.tags]
+    return list(islice(_runs(client, experiment), limit))
+
+
+def _runs(client: MlflowClient, experiment: str | None = None) -> Iterator[Run]:
+    """All runs of `detr train`, the newest first, fetched page by page. The server filters: there may be many others."""
+    ids = [e.experiment_id for e in client.search_experiments() if experiment is None or e.name == experiment]
+    token: str | None = None
+    while ids:
+        page = client.search_runs(
+            ids,
+            filter_string=f"tags.`{TAG_FOLDER}` != ''",
+            max_results=_PAGE,
+            order_by=["start_time DESC"],
+            page_token=token,
+        )
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def find_run(client: MlflowClient, name_or_id: str) -> Run:
     """The run with this id, the start of an id (4 characters or more), or this name; the newest of several of a name."""
-    runs = find_runs(client, limit=1000)
-    for run in runs:
-        if run.info.run_id == name_or_id:
-            return run
-    for run in runs:
+    from mlflow.exceptions import MlflowException
+
+    if re.fullmatch(r"[0-9a-f]{32}", name_or_id):
+        with suppress(MlflowException):  # it may be a name all the same
+            run = client.get_run(name_or_id)
+            if TAG_FOLDER in run.data.tags:
+                return run
+    names: list[str] = []
+    for run in _runs(client):
         if run.info.run_name == name_or_id or (len(name_or_id) >= 4 and run.info.run_id.startswith(name_or_id)):
             return run
-    known = ", ".join(dict.fromkeys(str(run.info.run_name) for run in runs)) or "none"
+        names.append(str(run.info.run_name))
+    newest = list(dict.fromkeys(names))
+    known = ", ".join(newest[:20]) + (", ..." if len(newest) > 20 else "") or "none"
     raise TrackingError(
         f"there is no run {name_or_id!r}; expected a run's id or name (known: {known}): see `detr runs`"
     )
@@ -229,10 +284,18 @@ class EventSender:
         path = self._folder / event.tags["file"]
         if not path.exists():
             return  # sent by an attempt that died before it noted so
-        with Image.open(path) as image:
-            client.log_image(
-                self._run_id, image, key=event.name, step=event.step, timestamp=event.time_ms, synchronous=True
-            )
+        try:
+            with Image.open(path) as opened:
+                image = opened.copy()
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's, and it may pass; what Pillow says about a picture has no number
+            # Trying again would only keep all later events from being sent.
+            LOG.warning("picture %s is dropped: it cannot be decoded (%s)", path, first_line(error))
+            return
+        client.log_image(
+            self._run_id, image, key=event.name, step=event.step, timestamp=event.time_ms, synchronous=True
+        )
         path.unlink()
 
     def _checkpoint(self, client: MlflowClient, event: Event) -> None:

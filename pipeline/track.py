@@ -16,12 +16,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
 from PIL import Image
+
+from pipeline.errors import first_line
 
 LOG = logging.getLogger(__name__)
 TAG_PHASE = "detr.phase"
@@ -199,8 +201,7 @@ class SpoolTracker:
         if len(whole) < len(text):
             with self._path.open("r+b") as file:
                 file.truncate(len(whole))
-        for line in whole.splitlines():
-            event = msgspec.json.decode(line, type=Event)
+        for event in _decode(whole.splitlines(), self._path):
             families = {name.split("/")[0] for name in event.values}
             if event.kind == "picture":
                 families = {f"picture:{event.name}"}
@@ -224,7 +225,9 @@ class SpoolTracker:
                 # Whatever the server's client raises: training goes on, the lines stay, the next round tries again.
                 wait_s = min(60.0, wait_s * 2)
                 if not warned:
-                    LOG.warning("tracking is behind (%s); events are kept in %s and sent later", error, self._path)
+                    LOG.warning(
+                        "tracking is behind (%s); events are kept in %s and sent later", first_line(error), self._path
+                    )
                 warned = True
             if stopping:
                 return
@@ -237,7 +240,7 @@ class SpoolTracker:
             lines = [line for _, line in zip(range(_BATCH), file, strict=False) if line.endswith(b"\n")]
         if not lines:
             return False
-        self._send([msgspec.json.decode(line, type=Event) for line in lines])
+        self._send(_decode(lines, self._path))
         aside = self._cursor.with_suffix(".partial")
         aside.write_text(str(start + sum(map(len, lines))))
         aside.replace(self._cursor)
@@ -251,6 +254,17 @@ def drain(folder: Path, send: Callable[[list[Event]], None]) -> bool:
     spool = SpoolTracker(folder, send)
     spool.close()
     return spool.empty
+
+
+def _decode(lines: Iterable[bytes], path: Path) -> list[Event]:
+    """The events of a spool's lines. One damaged line must neither stop a run nor hold back the lines after it."""
+    events = []
+    for line in lines:
+        try:
+            events.append(msgspec.json.decode(line, type=Event))
+        except msgspec.DecodeError as error:
+            LOG.warning("a damaged line of %s is left out (%s)", path, error)
+    return events
 
 
 def _now_ms() -> int:

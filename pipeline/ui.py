@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from pipeline.errors import TrackingError
-from pipeline.mlflow_store import connect, tracking_uri
+from pipeline.mlflow_store import connect, tracking_uri, without_secret
 
 # The UI opens as one for language-model traces unless it is told otherwise.
 _VIEW = "#/experiments?workflowType=machine_learning"
@@ -18,7 +18,7 @@ def serve_ui(host: str, port: int) -> None:
     """Serve until interrupted; for a store that is a server already, say where it is."""
     uri = tracking_uri()
     if uri.startswith(("http://", "https://")):
-        print(f"the tracking server shows them: {uri.rstrip('/')}/{_VIEW}")
+        print(f"the tracking server shows them: {without_secret(uri).rstrip('/')}/{_VIEW}")
         return
     connect(uri)
     with socket.socket() as probe:
@@ -26,9 +26,13 @@ def serve_ui(host: str, port: int) -> None:
             raise TrackingError(f"{host}:{port} is in use; expected a free port: give --port N")
     print(f"MLflow UI: http://{host}:{port}/{_VIEW}  (Ctrl-C ends it)", flush=True)
     hosts = f"{host},{host}:{port},localhost,localhost:{port}"
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = os.environ | {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_BACKEND_STORE_URI": uri,  # not among the arguments, which every user of the machine can list
+    }
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", host, "--port", str(port)]
-    command += ["--backend-store-uri", uri, "--allowed-hosts", hosts]
+    command += ["--allowed-hosts", hosts]
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         status = server.wait()
@@ -37,5 +41,5 @@ def serve_ui(host: str, port: int) -> None:
         server.wait()
         return
     raise TrackingError(
-        f"the MLflow server ended with status {status}; `mlflow server --backend-store-uri {uri}` says why"
+        f"the MLflow server ended with status {status}; `mlflow server --backend-store-uri {without_secret(uri)}` says why"
     )

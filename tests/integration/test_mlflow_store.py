@@ -4,12 +4,14 @@ import json
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
+from pipeline import mlflow_store, ui
 from pipeline.config import RunConfig, flatten, from_json
 from pipeline.errors import TrackingError
 from pipeline.mlflow_store import (
@@ -22,7 +24,9 @@ from pipeline.mlflow_store import (
     create_run,
     find_run,
     find_runs,
+    holds_secret,
     read_config,
+    without_secret,
 )
 from pipeline.track import Event, SpoolTracker
 from shards.manifest import load_manifest
@@ -107,6 +111,24 @@ def test_runs_of_other_programs_are_not_listed(client: MlflowClient, tiny_config
         read_config(client, foreign)
 
 
+def test_runs_are_found_behind_many_others(
+    client: MlflowClient, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow_store, "_PAGE", 2)
+    ids = [created(client, tiny_config, name) for name in ("first", "second", "third", "fourth")]
+    experiment = client.get_run(ids[0]).info.experiment_id
+    for _ in range(3):
+        client.create_run(experiment)
+    assert [run.info.run_id for run in find_runs(client, limit=3)] == ids[:0:-1]
+    assert [find_run(client, word).info.run_id for word in ("first", ids[1][:8], ids[2])] == ids[:3]
+
+
+def test_a_foreign_run_is_not_found_by_its_id(client: MlflowClient) -> None:
+    foreign = client.create_run(client.create_experiment("other")).info.run_id
+    with pytest.raises(TrackingError, match="there is no run"):
+        find_run(client, foreign)
+
+
 def test_a_deleted_experiment_is_one_line(client: MlflowClient, tiny_config: RunConfig) -> None:
     client.delete_experiment(client.create_experiment("detr"))
     with pytest.raises(TrackingError, match="the experiment 'detr' is deleted"):
@@ -115,7 +137,13 @@ def test_a_deleted_experiment_is_one_line(client: MlflowClient, tiny_config: Run
 
 @pytest.mark.parametrize(
     "uri",
-    ["http://ada:hunter2@127.0.0.1:9", "https://ada:hunter2@127.0.0.1:9", "postgresql://ada:hunter2@127.0.0.1:9/db"],
+    [
+        "http://ada:hunter2@127.0.0.1:9",
+        "https://ada:hunter2@127.0.0.1:9",
+        "postgresql://ada:hunter2@127.0.0.1:9/db",
+        "postgresql://ada:a/hunter2@127.0.0.1:9/db",
+        "postgresql://127.0.0.1:9/db?user=ada&password=hunter2",
+    ],
 )
 def test_an_error_never_shows_a_password(uri: str, monkeypatch: pytest.MonkeyPatch, store: str) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -124,6 +152,43 @@ def test_an_error_never_shows_a_password(uri: str, monkeypatch: pytest.MonkeyPat
     assert "hunter2" not in str(caught.value)
     assert "127.0.0.1:9" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown", "secret"),
+    [
+        ("sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db", False),
+        ("http://tracking:5000", "http://tracking:5000", False),
+        ("postgresql://u:a/b@db/x", "postgresql://***@db/x", True),
+        ("postgresql://u:a@b@db/x", "postgresql://***@db/x", True),
+        ("postgresql://u:a?b@db/x", "postgresql://***", True),
+        ("postgresql://db/x?user=u&password=p", "postgresql://db/x?***", True),
+        ("postgresql://db/x?sslmode=require", "postgresql://db/x?***", False),
+        ("mssql+pyodbc:///?odbc_connect=PWD%3Dp", "mssql+pyodbc:///?***", True),
+        ("databricks", "databricks", False),
+    ],
+)
+def test_what_an_address_hides(uri: str, shown: str, secret: bool) -> None:
+    assert (without_secret(uri), holds_secret(uri)) == (shown, secret)
+
+
+def test_the_ui_s_server_gets_the_store_where_others_cannot_list_it(
+    monkeypatch: pytest.MonkeyPatch, store: str
+) -> None:
+    started: dict[str, Any] = {}
+
+    class Ended:
+        def __init__(self, command: list[str], *, env: dict[str, str], **_: object) -> None:
+            started.update(command=command, env=env)
+
+        def wait(self) -> int:
+            return 1
+
+    monkeypatch.setattr(ui.subprocess, "Popen", Ended)
+    with pytest.raises(TrackingError, match="ended with status 1"):
+        ui.serve_ui("127.0.0.1", 0)
+    assert not any("sqlite" in word for word in started["command"])
+    assert started["env"]["MLFLOW_BACKEND_STORE_URI"] == store
 
 
 @pytest.mark.parametrize("uri", ["gopher://host", "sqlite:///{junk}"])
@@ -222,3 +287,16 @@ def test_more_points_than_one_request_holds_all_arrive(
     events = [Event("metrics", 1, step=step, values={"train/a": 1.0, "train/b": 2.0}) for step in range(700)]
     EventSender(store, run_id, tmp_path)(events)
     assert len(client.get_metric_history(run_id, "train/b")) == 700
+
+
+def test_a_picture_that_cannot_be_decoded_holds_nothing_back(
+    client: MlflowClient, tiny_config: RunConfig, store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id = created(client, tiny_config)
+    events = spooled(tmp_path / "spool")
+    (picture,) = (tmp_path / "spool").glob("*.png")
+    picture.write_bytes(picture.read_bytes()[:50])
+    EventSender(store, run_id, tmp_path / "spool")(events)
+    assert client.get_run(run_id).data.tags["detr.phase"] == "evaluating"
+    assert client.list_artifacts(run_id, "images") == []
+    assert "is dropped: it cannot be decoded" in caplog.text

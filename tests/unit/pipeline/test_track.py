@@ -264,6 +264,25 @@ def test_a_picture_that_cannot_be_written_takes_nothing_down(open_spool: Open, t
     assert server.taken == []
 
 
+def test_a_damaged_line_is_left_out_and_those_after_it_arrive(
+    open_spool: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = open_spool(Server(up=False))
+    for step in (1, 2, 3):
+        tracker.metrics({"train/loss": float(step)}, step)
+    tracker.close()
+    path = tmp_path / "spool" / "events.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"\x00" * (len(lines[1]) - 1) + b"\n" + lines[2])
+    server = Server()
+    with caplog.at_level(logging.WARNING, track.LOG.name):
+        tracker = open_spool(server)
+        tracker.metrics({"train/loss": 4.0}, 4)
+        tracker.close()
+    assert server.points() == [(1, 1.0), (3, 3.0), (4, 4.0)]
+    assert any("a damaged line of" in record.message for record in caplog.records)
+
+
 def test_the_tracker_in_memory_keeps_the_same_rule() -> None:
     tracker = MemoryTracker()
     tracker.metrics({"train/loss": 1.0}, 10)
