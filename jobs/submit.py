@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, TextIO
 
 from jobs.spec import SPECS, Spec
-from pipeline.errors import PipelineError, RunConfigError
+from pipeline.errors import PipelineError, RunConfigError, first_line
 from pipeline.launch import authenticate
 
 if TYPE_CHECKING:
@@ -38,10 +38,10 @@ def spec_named(name: str, address: str | None = None) -> Spec:
 def submit(spec: Spec, argv: Sequence[str]) -> str:
     """Check `detr ARGV` on this machine, then run it on the cluster; return the job's id."""
     check(argv)
-    from pipeline.mlflow_store import tracking_uri
+    from pipeline.mlflow_store import holds_secret, tracking_uri
 
     uri = tracking_uri()
-    if "@" in uri.split("//")[-1].split("/")[0]:
+    if holds_secret(uri):
         raise RunConfigError(
             "MLFLOW_TRACKING_URI holds a user name or password, which Ray would show with the job; expected none: "
             "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the cluster's nodes"
@@ -69,11 +69,9 @@ def check(argv: Sequence[str]) -> None:
     config = check_train(list(argv[1:]))
     if config is None:
         raise JobError("`train --help` needs no cluster; expected `train RECIPE ...`")
-    if not config.data.built_in:
-        from shards.manifest import load_manifest
+    from pipeline import preflight
 
-        load_manifest(config.data.train)
-        load_manifest(config.data.val)
+    preflight.check(config)
 
 
 def connect(spec: Spec) -> JobSubmissionClient:
@@ -93,9 +91,8 @@ def connect(spec: Spec) -> JobSubmissionClient:
             "~/.ray/auth_token here, or set RAY_AUTH_TOKEN_PATH"
         ) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
-        first_line = str(error).splitlines()[0]
         raise JobError(
-            f"no Ray job server answers at {spec.address} ({first_line}); expected a running cluster: "
+            f"no Ray job server answers at {spec.address} ({first_line(error)}); expected a running cluster: "
             "start one with `ray start --head`, or give --address"
         ) from None
 

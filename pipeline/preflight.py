@@ -1,7 +1,7 @@
 """Everything about a run that can be wrong before a cluster is paid for, checked on the machine that starts it.
 
-Paths become absolute here, so that workers and later resumes mean the same files. `detr submit` runs the same checks
-before it sends anything.
+Paths become absolute here, so that workers and later resumes mean the same files. `detr submit` runs those checks that
+need no model (`check`) before it sends anything.
 """
 
 from __future__ import annotations
@@ -35,21 +35,29 @@ class Ready:
         save_initial(self.model, folder)
 
 
+def check(config: RunConfig) -> None:
+    """The checks that need no model and fetch nothing: where the run starts from, and its data.
+
+    Built-in data is made where the run starts, so it need not be here. Raises one of `USER_ERRORS`, each one line.
+    """
+    _check_initial(config)
+    if not config.data.built_in:
+        _checked_data(config)
+
+
 def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, Ready]:
     """Check the run and make ready what it starts from; returns it with absolute paths and, where it starts from a
     registered model, with that model's shape.
 
     Raises one of `USER_ERRORS`, each one line.
     """
+    _check_initial(config)
     if config.data.built_in:
         from pipeline.demo import make_built_in
 
         make_built_in(config, say)
     config = _absolute(config)
-    train, val = load_manifest(config.data.train), load_manifest(config.data.val)
-    check_sizes(train)
-    check_sizes(val)
-    _check_categories(train, val)
+    train, val = _checked_data(config)
     resolved = None
     if config.initial.startswith("models:/"):
         from pipeline.registry import resolve
@@ -78,6 +86,21 @@ def _absolute(config: RunConfig) -> RunConfig:
         storage=str(Path(config.storage).absolute()),
         model=replace(config.model, backbone_weights=weights),
     )
+
+
+def _check_initial(config: RunConfig) -> None:
+    if config.recipe == "finetune" and not config.initial:
+        raise RunConfigError(
+            "finetune has no weights to start from; finetune needs --initial models:/NAME@ALIAS or FILE"
+        )
+
+
+def _checked_data(config: RunConfig) -> tuple[Manifest, Manifest]:
+    train, val = load_manifest(config.data.train), load_manifest(config.data.val)
+    check_sizes(train)
+    check_sizes(val)
+    _check_categories(train, val)
+    return train, val
 
 
 def _check_categories(train: Manifest, val: Manifest) -> None:

@@ -6,9 +6,11 @@ paid for, and what a run started from stays with it. Random weights are never a 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -20,8 +22,9 @@ from detr.config import ModelConfig
 from detr.model import DETR, build_model
 from detr.original import load_backbone_weights, load_original_state_dict, to_original_state_dict
 from pipeline.config import RunConfig
-from pipeline.errors import RunConfigError
+from pipeline.errors import RunConfigError, first_line
 from pipeline.predict import WEIGHTS_NAME, read_card
+from pipeline.recipes import RECIPES
 from shards.manifest import Category
 
 INITIAL_NAME = "initial.safetensors"
@@ -29,11 +32,28 @@ _CLASS_HEAD = ("class_embed.weight", "class_embed.bias")
 
 
 def settle(config: RunConfig, resolve_folder: Path | None) -> RunConfig:
-    """A run that starts from a registered model takes that model's shape, so that its weights fit."""
+    """A run that starts from a registered model takes that model's shape, so that its weights fit.
+
+    Raises `RunConfigError` naming the fields that were set to another shape than the model's.
+    """
     if resolve_folder is None:
         return config
     card = read_card(resolve_folder)
+    if config.recipe in RECIPES:
+        _refuse_other_shape(config.model, RECIPES[config.recipe].model, card.model)
     return replace(config, model=replace(card.model, dropout=config.model.dropout))
+
+
+def _refuse_other_shape(given: ModelConfig, recipe: ModelConfig, card: ModelConfig) -> None:
+    """What differs from the recipe was asked for; it must not be dropped silently."""
+    free = ("dropout", "backbone_weights")  # the run's own; and the backbone's weights come with the others
+    names = [field.name for field in fields(given) if field.name not in free]
+    asked = [name for name in names if getattr(given, name) not in (getattr(recipe, name), getattr(card, name))]
+    if asked:
+        flags = ", ".join(f"--model.{name.replace('_', '-')}" for name in asked)
+        raise RunConfigError(
+            f"{flags} differs from the model that --initial names; the shape comes from --initial: leave out {flags}"
+        )
 
 
 def initial_model(
@@ -105,11 +125,13 @@ def _imagenet(backbone: str) -> Mapping[str, Tensor]:
     weights = get_weight(f"{names[backbone]}_Weights.IMAGENET1K_V1")
     logging.getLogger(__name__).info("loading %s", weights.url)
     try:
-        state: Mapping[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+        # torch announces a download on stderr; where it fails, the line below must stand alone.
+        with contextlib.redirect_stderr(io.StringIO()):
+            state: Mapping[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
         return state
     except (OSError, RuntimeError) as error:
         raise RunConfigError(
-            f"torchvision's ImageNet weights of {backbone} could not be fetched ({_first_line(error)}); expected "
+            f"torchvision's ImageNet weights of {backbone} could not be fetched ({first_line(error)}); expected "
             "a network or a file: give --model.backbone-weights PATH, or `random` if that is what you want"
         ) from None
 
@@ -123,7 +145,7 @@ def _read_state(path: Path, option: str) -> Mapping[str, Tensor]:
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, ValueError, OSError, EOFError, KeyError) as error:
-        raise RunConfigError(f"--{option} {path}: not a state dict ({_first_line(error)})") from None
+        raise RunConfigError(f"--{option} {path}: not a state dict ({first_line(error)})") from None
     except Exception as error:
         if type(error).__name__ != "UnpicklingError":
             raise
@@ -134,7 +156,3 @@ def _read_state(path: Path, option: str) -> Mapping[str, Tensor]:
     if not (isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())):
         raise RunConfigError(f"--{option} {path}: holds no state dict; expected tensors by name")
     return state
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,3 +1,4 @@
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,15 @@ def test_the_job_is_the_same_command_in_the_spec_s_folder(server: Server) -> Non
     assert variables["RAY_JOB_STOP_SIGNAL"] == "SIGINT"
 
 
-@pytest.mark.parametrize("uri", ["http://ada:hunter2@tracking:5000", "postgresql://ada:hunter2@db/mlflow"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://ada:hunter2@tracking:5000",
+        "postgresql://ada:hunter2@db/mlflow",
+        "postgresql://ada:a/hunter2@db/mlflow",
+        "postgresql://db/mlflow?user=ada&password=hunter2",
+    ],
+)
 def test_a_password_is_never_sent_where_others_can_read_it(
     server: Server, monkeypatch: pytest.MonkeyPatch, uri: str
 ) -> None:
@@ -59,6 +68,8 @@ def test_what_would_fail_there_is_refused_here(server: Server, tmp_path: Path) -
         submit(spec, ["tarin", "demo"])
     with pytest.raises(ShardError, match=r"no manifest\.json here"):
         submit(spec, ["train", "detr-r50", "--data.train", str(tmp_path)])
+    with pytest.raises(PipelineError, match="finetune needs --initial"):
+        submit(spec, ["train", "finetune"])
     with pytest.raises(PipelineError, match=r"optim\.epochs is 0"):
         submit(spec, ["train", "demo", "--optim.epochs", "0"])
     with pytest.raises(JobError, match="needs no cluster"):
@@ -81,3 +92,15 @@ def test_the_local_spec_is_this_interpreter_and_folder(monkeypatch: pytest.Monke
 def test_an_unknown_spec_names_those_there_are() -> None:
     with pytest.raises(JobError, match="there is no spec 'k8s'; expected one of: local"):
         spec_named("k8s")
+
+
+def test_truncated_data_is_refused_here(server: Server, tiny_data: Any, tmp_path: Path) -> None:
+    shutil.copytree(tiny_data.train, tmp_path / "train")
+    shard = next((tmp_path / "train").glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-512])
+    with pytest.raises(ShardError, match="truncated"):
+        submit(
+            spec_named("local"),
+            ["train", "overfit", "--data.train", str(tmp_path / "train"), "--data.val", tiny_data.val],
+        )
+    assert server.asked == {}

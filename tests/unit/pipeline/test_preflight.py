@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from pipeline import preflight
 from pipeline.config import RunConfig
 from pipeline.errors import RunConfigError
-from pipeline.preflight import prepare
+from pipeline.preflight import check, prepare
 from shards.errors import ShardError
 from shards.manifest import load_manifest
 from shards.write import WriteConfig, write_coco
@@ -73,6 +74,17 @@ def test_data_that_is_not_there_is_one_line(tiny_config: RunConfig, tmp_path: Pa
     with pytest.raises(ShardError, match=r"nowhere: no manifest\.json here") as caught:
         prepare(config, lambda line: None)
     assert "\n" not in str(caught.value)
+
+
+def test_finetuning_from_nothing_is_refused_before_anything_is_fetched(tiny_config: RunConfig) -> None:
+    for check_it in (check, lambda config: prepare(config, lambda line: None)):
+        with pytest.raises(RunConfigError, match="finetune needs --initial models:/NAME@ALIAS or FILE"):
+            check_it(replace(tiny_config, recipe="finetune"))
+
+
+def test_the_checks_without_a_model_make_none(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "initial_model", lambda *_: pytest.fail("made a model"))
+    check(tiny_config)
 
 
 def test_the_first_weights_are_placed_in_the_run_s_folder(tiny_config: RunConfig, tmp_path: Path) -> None:

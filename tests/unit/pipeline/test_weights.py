@@ -1,3 +1,4 @@
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from torch import Tensor
 from detr.model import DETR, build_model
 from detr.original import to_original_state_dict
 from pipeline.config import RunConfig
-from pipeline.errors import RunConfigError
+from pipeline.errors import RunConfigError, first_line
 from pipeline.predict import Card, write_folder
+from pipeline.recipes import RECIPES
 from pipeline.weights import initial_model, read_initial, save_initial, settle
 from shards.manifest import Category
 
@@ -136,11 +138,12 @@ def test_there_are_no_imagenet_weights_of_the_tiny_backbone(tiny_config: RunConf
 
 
 def test_an_unreachable_host_is_one_line_and_never_random_weights(
-    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from torchvision.models import ResNet18_Weights
 
     def unreachable(*_: object, **__: object) -> None:
+        print("Downloading: https://...", file=sys.stderr)  # as torch does
         raise OSError("Name or service not known\nmore")
 
     monkeypatch.setattr(ResNet18_Weights, "get_state_dict", unreachable)
@@ -148,6 +151,12 @@ def test_an_unreachable_host_is_one_line_and_never_random_weights(
     with pytest.raises(RunConfigError, match=r"could not be fetched \(Name or service not known\).*`random`") as caught:
         initial_model(config, CLASSES, None)
     assert "\n" not in str(caught.value)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_error_that_says_nothing_is_told_by_its_class() -> None:
+    assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert first_line(OSError("one\ntwo")) == "one"
 
 
 def test_a_run_starts_from_a_state_dict_of_the_same_classes(tiny_config: RunConfig, tmp_path: Path) -> None:
@@ -201,6 +210,18 @@ def test_a_run_takes_the_shape_of_the_registered_model_and_keeps_its_own_dropout
     other = replace(tiny_config, model=replace(tiny_config.model, hidden_dim=32, num_queries=9, dropout=0.3))
     assert settle(other, tmp_path).model == replace(tiny_config.model, dropout=0.3)
     assert settle(other, None) == other
+
+
+def test_a_shape_that_was_asked_for_is_not_dropped_silently(tiny_config: RunConfig, tmp_path: Path) -> None:
+    registered(tmp_path, tiny_config, CLASSES)
+    recipe = RECIPES["finetune"]
+    free = replace(recipe.model, dropout=0.3, backbone_weights="random", num_queries=tiny_config.model.num_queries)
+    assert settle(replace(recipe, model=free), tmp_path).model.hidden_dim == tiny_config.model.hidden_dim
+    asked = replace(recipe, model=replace(recipe.model, num_queries=300, decoder_layers=5))
+    with pytest.raises(
+        RunConfigError, match=r"--model\.decoder-layers, --model\.num-queries.*from --initial: leave out"
+    ):
+        settle(asked, tmp_path)
 
 
 def test_the_first_weights_stay_with_the_run(tiny_config: RunConfig, tmp_path: Path) -> None:
