@@ -62,7 +62,7 @@ def run(argv: Sequence[str]) -> int:
         )
     if "--verbose" not in rest:
         _quiet()
-    from pipeline.errors import USER_ERRORS
+    from pipeline.errors import USER_ERRORS, first_line
 
     try:
         COMMANDS[name].act(rest)
@@ -76,6 +76,10 @@ def run(argv: Sequence[str]) -> int:
         # The reader of our output went away (`detr runs | head`); that is its right.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is None:
+            return _fail(first_line(error), 1)
+        return _fail(f"{error.filename}: {error.strerror}; expected a path that can be used here", 1)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ class Evaluate:
 def evaluate(argv: list[str]) -> None:
     """detr evaluate models:/NAME@ALIAS --data URL."""
     options = parse(Evaluate, argv, "detr evaluate")
+    if options.json is not None:
+        _check_writable(options.json)
     import msgspec
 
     from pipeline.registered import evaluate_registered
@@ -34,6 +37,12 @@ def evaluate(argv: list[str]) -> None:
     print(metrics_table(metrics))
     if options.json:
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(metrics), indent=2) + b"\n")
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse now what would lose the numbers after an hour."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"--json {path} cannot be written; expected a file in a folder that exists: make it first")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pipeline.errors import PipelineError
 from pipeline.evaluate import Evaluation, evaluate
@@ -60,12 +60,14 @@ def predict(uri: str, images: Sequence[Path], out: Path, *, threshold: float = 0
 
     Images are numbered from 1 in the order given; each result also names its file.
     """
-    opened = [_open(path) for path in images]
+    for path in images:
+        _open(path).close()
     detector = Detector(resolve(uri), default_device())
     out.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     with progress_bar("detecting") as advance:
-        for number, (path, image) in enumerate(zip(images, opened, strict=True), start=1):
+        for number, path in enumerate(images, start=1):
+            image = _decode(path)
             found = detector([image], threshold)[0]
             draw(image, _boxes(found)).save(out / f"{number:04d}-{path.stem}.png")
             results += [{"file_name": str(path), **result} for result in coco_results(number, found)]
@@ -75,11 +77,24 @@ def predict(uri: str, images: Sequence[Path], out: Path, *, threshold: float = 0
 
 
 def _open(path: Path) -> Image.Image:
+    """The picture with its header read; its pixels are not in memory yet."""
     try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else "not a picture that can be read"
-        raise PipelineError(f"{path}: {reason}; expected a picture file (JPEG, PNG, ...)") from None
+        return Image.open(path)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise _no_picture(path, error) from None
+
+
+def _decode(path: Path) -> Image.Image:
+    with _open(path) as opened:
+        try:
+            return opened.convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:
+            raise _no_picture(path, error) from None
+
+
+def _no_picture(path: Path, error: Exception) -> PipelineError:
+    reason = "no such file" if isinstance(error, FileNotFoundError) else "not a picture that can be read"
+    return PipelineError(f"{path}: {reason}; expected a picture file (JPEG, PNG, ...)")
 
 
 def _boxes(found: Sequence[Found]) -> Boxes:

@@ -211,6 +211,8 @@ def coco(tmp_path: Path) -> Path:
         ("submit nowhere -- train demo", "there is no spec 'nowhere'"),
         ("submit local -- tarin demo", "did you mean train?"),
         ("submit local -- train detr-r50 --data.train absent", "no manifest.json here"),
+        ("train finetune", "finetune needs --initial models:/NAME@ALIAS or FILE"),
+        ("submit local -- train finetune", "finetune needs --initial models:/NAME@ALIAS or FILE"),
     ],
 )
 def test_a_missing_or_foreign_file_is_one_line_with_status_1(
@@ -254,6 +256,37 @@ def test_a_cluster_that_does_not_answer_is_one_line(detr: Detr, tmp_path: Path) 
     said = detr("jobs", "list", "--address", "http://127.0.0.1:9")
     assert said.status == 1
     assert "no Ray job server answers at http://127.0.0.1:9" in said.line
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/proc/x"), "/proc/x: Permission denied; expected a path"),
+        (OSError("memory://a: cannot be read\nmore"), "memory://a: cannot be read"),
+    ],
+)
+def test_an_error_of_the_system_is_one_line(
+    detr: Detr, monkeypatch: pytest.MonkeyPatch, error: OSError, said: str
+) -> None:
+    def fails(argv: list[str]) -> None:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "ui", cli.Command("", fails))
+    got = detr("ui")
+    assert got.status == 1
+    assert said in got.line
+
+
+@pytest.mark.parametrize("path", ["absent/a.json", "."])
+def test_where_the_numbers_go_is_checked_before_they_are_computed(
+    detr: Detr, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    from pipeline import registered
+
+    monkeypatch.setattr(registered, "evaluate_registered", lambda *_, **__: pytest.fail("evaluated"))
+    said = detr("evaluate", "models:/a@b", "--data", "d", "--json", path)
+    assert said.status == 2
+    assert f"--json {path} cannot be written" in said.line
 
 
 def test_an_interrupt_ends_with_status_130(detr: Detr, monkeypatch: pytest.MonkeyPatch) -> None:
