@@ -59,10 +59,7 @@ class Schedule:
 
     def epoch_of(self, step: int) -> int:
         """The epoch whose plan holds `step`: the last one whose first step is not after it."""
-        epoch = step * self.config.batch_size // self.images
-        while epoch + 1 < self.config.epochs and self.steps(epoch + 1) <= step:
-            epoch += 1
-        return epoch
+        return step * self.config.batch_size // self.images
 
     def factor(self, step: int) -> float:
         """What both learning rates are multiplied with at `step` (counted from 0)."""
