@@ -66,7 +66,7 @@ OVERFIT = RunConfig(
     loss=LossConfig(cost_class=2.0, weight_ce=2.0),
     transform=TransformConfig(train_scales=(256,), max_size=384, eval_size=256, flip=0.0, crop=False),
     optim=OptimConfig(
-        batch_size=8, epochs=340, lr=5e-4, lr_backbone=5e-4, decay="linear", decay_epoch=240, decay_factor=0.1
+        batch_size=8, epochs=300, lr=5e-4, lr_backbone=5e-4, decay="linear", decay_epoch=150, decay_factor=0.05
     ),
     evaluate=EvaluateConfig(every=20, batch_size=4),
     checkpoint=CheckpointConfig(every_steps=0),
