@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, first_line
 from pipeline.parallel import Ranks, unwrap
 from pipeline.restricted import RestrictedPlanner, RestrictedReader
 
@@ -89,7 +89,7 @@ def save(run_folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, m
             aside.rename(target)
     except (OSError, CheckpointException) as error:
         raise CheckpointError(
-            f"checkpoint {target} could not be written ({_first_line(error)}); earlier checkpoints are intact: "
+            f"checkpoint {target} could not be written ({_reason(error)}); earlier checkpoints are intact: "
             "free disk space or choose another --storage, then `detr resume`"
         ) from error
     ranks.barrier()
@@ -120,7 +120,7 @@ def _read(path: Path, state: dict[str, Any], *, alone: bool) -> None:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise  # a peer is gone: Ray starts the group again, and nothing is wrong with the checkpoint
         raise CheckpointError(
-            f"checkpoint {path} does not fit this model or is damaged ({_first_line(error)})"
+            f"checkpoint {path} does not fit this model or is damaged ({_reason(error)})"
         ) from error
 
 
@@ -173,8 +173,8 @@ def _write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         # Its own text begins with the ranks; what happened to the first of them says more.
         error = next(iter(error.failures.values()))[0]
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return first_line(error)

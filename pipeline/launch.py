@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from pipeline.config import RunConfig, from_json, to_json
-from pipeline.errors import USER_ERRORS, RunConfigError, TrainingError
+from pipeline.errors import USER_ERRORS, RunConfigError, TrainingError, first_line
 from pipeline.mlflow_store import EventSender, code_commit, connect, tracking_uri
 from pipeline.track import TAG_PHASE, SpoolTracker
 
@@ -114,9 +114,8 @@ def _connect_ray(ray: Any, config: RunConfig, address: str | None, verbose: bool
                     **quiet,
                 )
         except (ConnectionError, RuntimeError, ValueError) as error:
-            first_line = str(error).splitlines()[0]
             raise TrainingError(
-                f"no Ray cluster answers at {address} ({first_line}); expected a running one: check --address"
+                f"no Ray cluster answers at {address} ({first_line(error)}); expected a running one: check --address"
             ) from None
     if address:
         _check_resources(ray, config)
