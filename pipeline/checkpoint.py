@@ -119,9 +119,7 @@ def _read(path: Path, state: dict[str, Any], *, alone: bool) -> None:
     except (OSError, RuntimeError, CheckpointException) as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise  # a peer is gone: Ray starts the group again, and nothing is wrong with the checkpoint
-        raise CheckpointError(
-            f"checkpoint {path} does not fit this model or is damaged ({_reason(error)})"
-        ) from error
+        raise CheckpointError(f"checkpoint {path} does not fit this model or is damaged ({_reason(error)})") from error
 
 
 def read_meta(path: Path) -> Meta:
