@@ -25,7 +25,7 @@ TINY = [
     "--model.feedforward-dim",
     "64",
     "--model.num-queries",
-    "10",
+    "9",
     "--transform.train-scales",
     "64",
     "--transform.eval-size",
