@@ -22,4 +22,4 @@ def detr(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     for process in command.started:
         if process.poll() is None:
             process.kill()
-            process.wait()
+        process.communicate()  # closes its pipe
