@@ -22,4 +22,5 @@ def detr(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     for process in command.started:
         if process.poll() is None:
             process.kill()
-        process.communicate()  # closes its pipe
+        if process.stdout is not None and not process.stdout.closed:
+            process.communicate()  # closes the pipe
