@@ -76,9 +76,10 @@ class Outcome:
 
 def train(config: RunConfig, launch: Launch | None = None) -> Outcome:
     """Start a new run and see it through. Everything that can be wrong is checked before Ray starts."""
-    from pipeline.preflight import prepare
+    from pipeline.preflight import check, prepare
 
     launch = launch or Launch()
+    check(config)
     client = connect()
     config, ready = prepare(config, launch.say)
     _check_storage(Path(config.storage))
