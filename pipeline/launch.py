@@ -7,6 +7,7 @@ Ray's after a failure, or of `detr resume`) enters `pipeline.worker.run`, which 
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -41,6 +42,8 @@ def run_workers(
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
         authenticate()
+    else:
+        _lock_local_ray()
     if not verbose:
         # Ray prints its own account of everything; the follower says what matters.
         os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
@@ -95,6 +98,12 @@ def authenticate() -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
+def _lock_local_ray() -> None:
+    """Ray's ports are open to the network, and whoever speaks to them may run code: ask for a token of this run's own."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
 def _connect_ray(ray: Any, config: RunConfig, address: str | None, verbose: bool) -> None:
     quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
     with warnings.catch_warnings():
@@ -105,7 +114,7 @@ def _connect_ray(ray: Any, config: RunConfig, address: str | None, verbose: bool
             else:
                 # A laptop with fewer cores than workers still runs them, more slowly.
                 needed = config.cluster.workers * config.cluster.cpus_per_worker
-                # On loopback, since without a token whoever reaches Ray's ports may run code here.
+                # By its loopback address, which a laptop keeps when it changes networks.
                 ray.init(
                     address="local",
                     num_cpus=max(os.cpu_count() or 1, needed),

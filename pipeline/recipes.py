@@ -40,7 +40,7 @@ FINETUNE = replace(
 )
 
 # A sanity check of data and pipeline on a handful of real images: can they be learned by heart? ResNet-18 from random
-# weights, all of it trainable, with GroupNorm (frozen BatchNorm over random weights cannot work), 256 px, no
+# weights, all of it trainable, with GroupNorm (frozen BatchNorm over random weights cannot work), at most 288 px, no
 # augmentation, evaluated on the images it was trained on: point `--data.train` and `--data.val` at the same shards.
 # The options of the demo make it converge in minutes on two CPU cores.
 OVERFIT = RunConfig(
@@ -64,9 +64,9 @@ OVERFIT = RunConfig(
         tied_attention_init=True,
     ),
     loss=LossConfig(cost_class=2.0, weight_ce=2.0),
-    transform=TransformConfig(train_scales=(256,), max_size=384, eval_size=256, flip=0.0, crop=False),
+    transform=TransformConfig(train_scales=(256,), max_size=288, eval_size=256, flip=0.0, crop=False),
     optim=OptimConfig(
-        batch_size=8, epochs=300, lr=5e-4, lr_backbone=5e-4, decay="linear", decay_epoch=150, decay_factor=0.05
+        batch_size=8, epochs=260, lr=5e-4, lr_backbone=5e-4, decay="linear", decay_epoch=130, decay_factor=0.05
     ),
     evaluate=EvaluateConfig(every=20, batch_size=4),
     checkpoint=CheckpointConfig(every_steps=0),
