@@ -39,41 +39,6 @@ FINETUNE = replace(
     optim=replace(DETR_R50.optim, batch_size=16, epochs=50, lr=1e-5, lr_backbone=1e-6, decay_epoch=40),
 )
 
-# A sanity check of data and pipeline on a handful of real images: can they be learned by heart? ResNet-18 from random
-# weights, all of it trainable, with GroupNorm (frozen BatchNorm over random weights cannot work), at most 288 px, no
-# augmentation, evaluated on the images it was trained on: point `--data.train` and `--data.val` at the same shards.
-# The options of the demo make it converge in minutes on two CPU cores.
-OVERFIT = RunConfig(
-    recipe="overfit",
-    model=ModelConfig(
-        backbone="resnet18",
-        norm="group",
-        backbone_weights="random",
-        frozen_stages=0,
-        hidden_dim=128,
-        encoder_layers=2,
-        decoder_layers=3,
-        feedforward_dim=512,
-        dropout=0.0,
-        num_queries=49,
-        pre_norm=True,
-        position_temperature=20.0,
-        position_at_input=True,
-        decoder_input="queries",
-        query_init="grid",
-        tied_attention_init=True,
-    ),
-    loss=LossConfig(cost_class=2.0, weight_ce=2.0),
-    transform=TransformConfig(train_scales=(256,), max_size=288, eval_size=256, flip=0.0, crop=False),
-    optim=OptimConfig(
-        batch_size=8, epochs=260, lr=5e-4, lr_backbone=5e-4, decay="linear", decay_epoch=130, decay_factor=0.05
-    ),
-    evaluate=EvaluateConfig(every=20, batch_size=4),
-    checkpoint=CheckpointConfig(every_steps=0),
-    cluster=ClusterConfig(workers=2),
-    track=TrackConfig(log_every=10),
-)
-
 # The built-in demonstration: 4,000 images of 96 px, four classes, minutes on two CPU cores. The backbone comes from
 # `pipeline.pretrain`, which stands where ImageNet weights stand; as in the paper its batch norm, stem and first stage
 # are frozen. The departures make a DETR converge in 3,000 steps: pre-norm, no dropout, attention and queries that start
@@ -114,6 +79,34 @@ DEMO = RunConfig(
     ),
     evaluate=EvaluateConfig(every=3, batch_size=25),
     cluster=ClusterConfig(workers=2, gpu="no"),
+)
+
+# A sanity check of data and pipeline on a handful of real images: can they be learned by heart? ResNet-18 from random
+# weights, all of it trainable, with GroupNorm (frozen BatchNorm over random weights cannot work), at most 288 px, no
+# augmentation, evaluated on the images it was trained on: point `--data.train` and `--data.val` at the same shards.
+# The options of the demo make it converge in minutes on two CPU cores.
+OVERFIT = RunConfig(
+    recipe="overfit",
+    model=replace(
+        DEMO.model,
+        backbone="resnet18",
+        norm="group",
+        backbone_weights="random",
+        frozen_stages=0,
+        hidden_dim=128,
+        heads=8,
+        feedforward_dim=512,
+        num_queries=49,
+    ),
+    loss=LossConfig(cost_class=2.0, weight_ce=2.0),
+    transform=TransformConfig(train_scales=(256,), max_size=288, eval_size=256, flip=0.0, crop=False),
+    optim=OptimConfig(
+        batch_size=8, epochs=260, lr=5e-4, lr_backbone=5e-4, decay="linear", decay_epoch=130, decay_factor=0.05
+    ),
+    evaluate=EvaluateConfig(every=20, batch_size=4),
+    checkpoint=CheckpointConfig(every_steps=0),
+    cluster=ClusterConfig(workers=2),
+    track=TrackConfig(log_every=10),
 )
 
 RECIPES: dict[str, RunConfig] = {

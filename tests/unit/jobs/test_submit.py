@@ -32,11 +32,11 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
 
 
 def test_the_job_is_the_same_command_in_the_spec_s_folder(server: Server) -> None:
-    spec = Spec("here", "http://127.0.0.1:8265", python="/opt/py thon", directory="/work/my run")
+    spec = Spec("here", "http://127.0.0.1:8265", python="/opt/py thon", directory="/data/my run")
     job_id = submit(spec, ["train", "demo", "--track.run-name", "it's mine"])
     assert job_id.startswith("detr-")
     assert server.asked["entrypoint"] == (
-        "cd '/work/my run' && exec '/opt/py thon' -m jobs.cli train demo --track.run-name 'it'\"'\"'s mine'"
+        "cd '/data/my run' && exec '/opt/py thon' -m jobs.cli train demo --track.run-name 'it'\"'\"'s mine'"
     )
     variables = server.asked["runtime_env"]["env_vars"]
     assert variables["MLFLOW_TRACKING_URI"] == "http://tracking:5000"
