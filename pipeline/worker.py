@@ -210,8 +210,10 @@ def _tell_evaluation(worker: Worker, step: int, evaluation: Evaluation, seconds:
     tracker, path = worker.tracker, checkpoint.folder_of(worker.place.folder, step)
     metrics = evaluation.score.metrics
     if tracker:
-        tracker.metrics({"evaluation/seconds": seconds, "evaluation/epoch": worker.schedule.epoch(step)}, step)
-        tracker.checkpoint(str(path), step, {f"val/{name}": value for name, value in metrics.items()})
+        # In one event, so that who reads the store never sees this epoch beside the figures of the one before.
+        figures = {f"val/{name}": value for name, value in metrics.items()}
+        figures |= {"evaluation/seconds": seconds, "evaluation/epoch": worker.schedule.epoch(step)}
+        tracker.checkpoint(str(path), step, figures)
         classes = evaluation.score.classes
         columns: dict[str, list[Any]] = {
             "category_id": [one.category_id for one in classes],
