@@ -18,12 +18,14 @@ class Target:
 
     boxes: float32 [N, 4], centre x, centre y, width, height as fractions of the (augmented) image, without its padding.
     labels: int64 [N], 0 to num_classes - 1. original_size: (height, width) in pixels, before any augmentation.
+    masks: bool [N, h, w], where each object is in the (augmented) image; None where masks are not trained.
     """
 
     boxes: Tensor
     labels: Tensor
     image_id: int
     original_size: tuple[int, int]
+    masks: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +35,13 @@ class Batch:
     images: uint8 0 to 255 (or already normalised float) [B, 3, H, W], 0 where padded.
     padding: bool [B, H, W], true where there is no image; None when no image is padded, which spares every mask.
     targets: one per image. They stay on the host: the criterion packs them and moves them with one copy.
+    sizes: (height, width) in pixels of each image on the canvas, without its padding.
     """
 
     images: Tensor
     padding: Tensor | None
     targets: tuple[Target, ...]
+    sizes: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -71,7 +75,8 @@ def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
         canvas[row, :, :h, :w] = image
         padding[row, :h, :w] = False
     padded = any(image.shape[1:] != (height, width) for image in images)
-    return Batch(canvas, padding if padded else None, targets)
+    sizes = tuple((image.shape[1], image.shape[2]) for image in images)
+    return Batch(canvas, padding if padded else None, targets, sizes)
 
 
 def normalise(batch: Batch, config: TransformConfig) -> Tensor:

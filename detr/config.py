@@ -61,6 +61,8 @@ class ModelConfig:
     pre_norm: bool = False
     auxiliary: bool = True
     """Return the prediction of every decoder layer, for auxiliary losses."""
+    masks: bool = False
+    """Add the mask head of section 4.4: one mask per query, from the last decoder layer."""
     position_temperature: float = 10000.0
     position_at_input: bool = False
     decoder_input: Literal["zeros", "queries"] = "zeros"
@@ -104,13 +106,15 @@ class LossConfig:
     weight_ce: float = 1.0
     weight_bbox: float = 5.0
     weight_giou: float = 2.0
+    weight_mask: float = 1.0
+    weight_dice: float = 1.0
     eos_coef: float = 0.1
     """Weight of the no-object class in the cross entropy."""
     auxiliary: bool = True
     """Add the losses of the decoder layers before the last, where the model returns them."""
 
     def __post_init__(self) -> None:
-        fields = "cost_class cost_bbox cost_giou weight_ce weight_bbox weight_giou eos_coef"
+        fields = "cost_class cost_bbox cost_giou weight_ce weight_bbox weight_giou weight_mask weight_dice eos_coef"
         _require_each(self, fields, 0, "a finite number, 0 or more")
         costs = self.cost_class + self.cost_bbox + self.cost_giou
         _require(costs > 0, "cost_class, cost_bbox, cost_giou", (0, 0, 0), "at least one above 0")

@@ -18,11 +18,13 @@ class Outputs(NamedTuple):
 
     logits: [B, Q, K + 1], the last class is "no object". boxes: [B, Q, 4] cxcywh in 0 to 1 of the image.
     auxiliary: the predictions of the decoder layers before the last, first to last; empty if not configured.
+    masks: logits [B, Q, h, w] of each query's mask on a coarse grid over the canvas; None without a mask head.
     """
 
     logits: Tensor
     boxes: Tensor
     auxiliary: tuple["Outputs", ...] = ()
+    masks: Tensor | None = None
 
 
 class BoxHead(nn.Module):

@@ -75,6 +75,28 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class ComputeConfig:
+    """How the arithmetic is done: speed and memory, not the experiment. The defaults are the paper's fp32."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: the network under autocast; costs, boxes, losses, weights and optimizer stay fp32."""
+    channels_last: bool = True
+    """Lay images and the backbone's convolutions out as [B, H, W, C]: the same sums, faster kernels."""
+    compile: bool = False
+    """Compile the network, once per canvas shape: round canvases with `canvas_multiple` so that there are few."""
+    canvas_multiple: int = 1
+    """Pad a batch's canvas up to a multiple of so many pixels each way; 1: to the largest image only."""
+    recompute: Literal["none", "encoder", "backbone", "both"] = "none"
+    """Activation checkpointing: forget what the backward pass needs of these parts, and compute it again there."""
+
+    def __post_init__(self) -> None:
+        _require(self.precision in ("fp32", "bf16"), "compute.precision", self.precision, "fp32 or bf16")
+        parts = ("none", "encoder", "backbone", "both")
+        _require(self.recompute in parts, "compute.recompute", self.recompute, f"one of {', '.join(parts)}")
+        _require(self.canvas_multiple >= 1, "compute.canvas_multiple", self.canvas_multiple, "at least 1 pixel")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """The evaluation inside a run: the whole validation set, each image once."""
 
@@ -160,6 +182,7 @@ class RunConfig:
     transform: TransformConfig = field(default_factory=TransformConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
