@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from detr.model import Outputs
-from detr.postprocess import detect
+from detr.postprocess import Detection, detect
 
 
 def test_the_best_class_is_never_no_object_and_boxes_are_pixels() -> None:
@@ -23,3 +23,86 @@ def test_sizes_are_one_per_image() -> None:
 
 def test_no_images_give_no_detections() -> None:
     assert detect(Outputs(torch.zeros(0, 3, 4), torch.zeros(0, 3, 4)), []) == []
+
+
+def drawn(images: int = 2, queries: int = 40, layers: int = 3, classes: int = 3) -> Outputs:
+    """Boxes that overlap a lot and reach past the edges."""
+    torch.manual_seed(0)
+
+    def layer() -> Outputs:
+        boxes = torch.cat([torch.rand(images, queries, 2), 0.6 + 0.3 * torch.rand(images, queries, 2)], -1)
+        return Outputs(torch.randn(images, queries, classes + 1), boxes)
+
+    *auxiliary, last = [layer() for _ in range(layers)]
+    return last._replace(auxiliary=tuple(auxiliary))
+
+
+def suppressed(found: Detection, threshold: float) -> list[int]:
+    """Greedy suppression as it is defined, one pair at a time."""
+    kept: list[int] = []
+    for index in found.scores.argsort(descending=True).tolist():
+        rivals = [other for other in kept if found.labels[other] == found.labels[index]]
+        if all(iou(found.boxes_xyxy[index], found.boxes_xyxy[other]) <= threshold for other in rivals):
+            kept.append(index)
+    return kept[:100]
+
+
+def iou(a: torch.Tensor, b: torch.Tensor) -> float:
+    ax, ay, bx, by = a.tolist()
+    cx, cy, dx, dy = b.tolist()
+    overlap = max(0.0, min(bx, dx) - max(ax, cx)) * max(0.0, min(by, dy) - max(ay, cy))
+    return overlap / ((bx - ax) * (by - ay) + (dx - cx) * (dy - cy) - overlap)
+
+
+SIZES = [(480, 640), (333, 500)]
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.7])
+@pytest.mark.parametrize("merge", [False, True])
+def test_duplicates_of_one_class_are_suppressed_and_the_best_come_first(threshold: float, merge: bool) -> None:
+    outputs = drawn()
+    layers = (*outputs.auxiliary, outputs) if merge else (outputs,)
+    every = [detect(layer._replace(auxiliary=()), SIZES) for layer in layers]
+    for image, found in enumerate(detect(outputs, SIZES, nms=threshold, merge=merge)):
+        parts = [one[image] for one in every]
+        together = Detection(
+            *(torch.cat([getattr(p, name) for p in parts]) for name in ("scores", "labels", "boxes_xyxy"))
+        )
+        kept = suppressed(together, threshold)
+        assert 0 < len(kept) < len(together.scores)
+        assert torch.equal(found.scores, together.scores[kept])
+        assert torch.equal(found.labels, together.labels[kept])
+        assert torch.equal(found.boxes_xyxy, together.boxes_xyxy[kept])
+
+
+def test_boxes_of_other_classes_never_suppress_each_other_though_they_reach_past_the_edges() -> None:
+    """torchvision moves classes apart by the largest coordinate alone: here they would still overlap."""
+    boxes = torch.tensor([[[0.8, 0.8, 0.8, 0.8], [0.1, 0.1, 0.8, 0.8]]])
+    logits = torch.tensor([[[9.0, 0, 0], [0, 8.0, 0]]])
+    (found,) = detect(Outputs(logits, boxes), [(100, 100)], nms=0.01)
+    assert found.labels.tolist() == [0, 1]
+
+
+def test_an_image_keeps_its_hundred_best() -> None:
+    outputs = drawn(images=1, queries=60, layers=3, classes=1)
+    centres = torch.arange(180).view(3, 1, 60, 1) / 180
+    boxes = torch.cat([centres, torch.full((3, 1, 60, 3), 1e-3)], -1)  # none overlaps another
+    apart = [Outputs(one.logits, box) for one, box in zip((*outputs.auxiliary, outputs), boxes, strict=True)]
+    (found,) = detect(apart[2]._replace(auxiliary=tuple(apart[:2])), [(480, 640)], nms=0.7, merge=True)
+    scores = torch.cat([layer.logits.softmax(-1)[0, :, 0] for layer in apart])
+    torch.testing.assert_close(found.scores, scores.sort(descending=True).values[:100])
+
+
+def test_a_merge_needs_suppression_and_a_threshold_is_an_iou() -> None:
+    outputs = drawn()
+    with pytest.raises(ValueError, match="merge: got nms=None, expected an IoU"):
+        detect(outputs, SIZES, merge=True)
+    for threshold in (0.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="nms: got"):
+            detect(outputs, SIZES, nms=threshold)
+
+
+def test_suppression_in_no_images_and_without_queries() -> None:
+    assert detect(Outputs(torch.zeros(0, 3, 4), torch.zeros(0, 3, 4)), [], nms=0.7) == []
+    (found,) = detect(Outputs(torch.zeros(1, 0, 4), torch.zeros(1, 0, 4)), [(5, 5)], nms=0.7)
+    assert len(found.scores) == 0
