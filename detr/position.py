@@ -1,10 +1,15 @@
-"""Where a cell is, as a vector: fixed sines (the paper's choice, appendix A.4) or learned rows and columns."""
+"""Where a cell is, as a vector: fixed sines (the paper's choice, appendix A.4) or learned rows and columns.
+
+Departure from the original: beyond 50 rows or columns (DC5 has 84 at 1333 px), where the original fails, the learned
+vectors are stretched over the image by linear interpolation. Within 50 nothing differs.
+"""
 
 import math
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 _LEARNED_CELLS = 50  # rows and columns the original's learned positions have
 
@@ -31,7 +36,7 @@ class SinePosition(nn.Module):
 
 
 class LearnedPosition(nn.Module):
-    """One trained vector per column, then one per row; at most 50 of each, as in the original."""
+    """One trained vector per column, then one per row: 50 of each, as in the original; more cells share them."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -43,14 +48,16 @@ class LearnedPosition(nn.Module):
     def forward(self, features: Tensor, padding: Tensor | None) -> Tensor:
         """Return [1, h * w, channels] for features [B, C, h, w]; the padding changes nothing."""
         height, width = features.shape[-2:]
-        if max(height, width) > _LEARNED_CELLS:
-            raise ValueError(
-                f"learned positions: got {height}x{width} cells, expected at most {_LEARNED_CELLS} each way; "
-                "use smaller images or position='sine'"
-            )
-        columns = self.col_embed.weight[:width].expand(height, -1, -1)
-        rows = self.row_embed.weight[:height, None].expand(-1, width, -1)
+        columns = _learned(self.col_embed.weight, width).expand(height, -1, -1)
+        rows = _learned(self.row_embed.weight, height)[:, None].expand(-1, width, -1)
         return torch.cat([columns, rows], dim=-1).flatten(0, 1)[None]
+
+
+def _learned(vectors: Tensor, cells: int) -> Tensor:
+    """Return [cells, C]: the first of the vectors, or all of them stretched over more cells, ends on ends."""
+    if cells <= len(vectors):
+        return vectors[:cells]
+    return F.interpolate(vectors.T[None], cells, mode="linear", align_corners=True)[0].T
 
 
 def sine_vectors(rows: Tensor, columns: Tensor, channels: int, temperature: float) -> Tensor:

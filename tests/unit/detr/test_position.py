@@ -3,6 +3,8 @@ import math
 import pytest
 import torch
 
+from detr.config import ModelConfig
+from detr.model import build_model
 from detr.position import LearnedPosition, SinePosition
 
 FEATURES = torch.zeros(2, 8, 5, 7)
@@ -49,8 +51,60 @@ def test_learned_positions_are_column_then_row() -> None:
     assert torch.equal(got[3, 6], expected)
 
 
-def test_learned_positions_end_at_fifty_cells() -> None:
+def learned(height: int, width: int, position: LearnedPosition) -> torch.Tensor:
+    return position(torch.zeros(1, 1, height, width), None).view(height, width, -1)
+
+
+@pytest.mark.parametrize("cells", [1, 49, 50])
+def test_learned_positions_within_fifty_cells_are_the_originals_bit_for_bit(cells: int) -> None:
     position = LearnedPosition(8)
-    assert position(torch.zeros(1, 1, 50, 50), None).shape == (1, 2500, 8)
-    with pytest.raises(ValueError, match="got 50x84 cells, expected at most 50"):
-        position(torch.zeros(1, 1, 50, 84), None)
+    got = learned(cells, cells, position)
+    assert torch.equal(got[0, :, :4], position.col_embed.weight[:cells])
+    assert torch.equal(got[:, 0, 4:], position.row_embed.weight[:cells])
+
+
+@pytest.mark.parametrize("cells", [51, 84, 200])
+def test_learned_positions_stretch_over_more_cells_each_axis_by_itself(cells: int) -> None:
+    position = LearnedPosition(8)
+    table = position.col_embed.weight.detach()
+    wide, high = learned(3, cells, position), learned(cells, 50, position)
+    # Cell i of n lies at vector 49 * i / (n - 1): the first and last vectors stay at the ends.
+    for cell in range(cells):
+        place = 49 * cell / (cells - 1)
+        low = min(int(place), 48)
+        expected = table[low] + (place - low) * (table[low + 1] - table[low])
+        torch.testing.assert_close(wide[1, cell, :4].detach(), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(wide[:, 0, 4:], position.row_embed.weight[:3])
+    assert torch.equal(high[0, :, :4], position.col_embed.weight)
+    torch.testing.assert_close(high[[0, -1], 0, 4:], position.row_embed.weight[[0, 49]])
+
+
+def test_a_ramp_of_learned_vectors_stays_a_ramp() -> None:
+    position = LearnedPosition(8)
+    with torch.no_grad():
+        position.row_embed.weight.copy_(torch.arange(50.0)[:, None].expand(-1, 4))
+    rows = learned(84, 2, position)[:, 0, 4].detach()
+    steps = rows.diff()
+    torch.testing.assert_close(steps, torch.full((83,), 49 / 83), rtol=1e-3, atol=1e-4)
+    assert rows[[0, -1]].tolist() == pytest.approx([0, 49], abs=1e-4)
+
+
+def test_every_learned_vector_gets_a_gradient_from_a_large_image() -> None:
+    position = LearnedPosition(8)
+    learned(50, 84, position).sum().backward()
+    for embedding, total in ((position.row_embed, 84 * 50), (position.col_embed, 50 * 84)):
+        gradient = embedding.weight.grad
+        assert gradient is not None
+        assert (gradient > 0).all()
+        # What every cell takes sums to one vector, so the gradients sum to the number of cells.
+        torch.testing.assert_close(gradient.sum(0), torch.full((4,), float(total)), rtol=1e-4, atol=0)
+
+
+def test_dc5_with_learned_positions_takes_an_image_of_1333_pixels() -> None:
+    config = ModelConfig(
+        backbone="resnet50", dilation=True, position="learned", hidden_dim=16, heads=2, encoder_layers=1,
+        decoder_layers=1, feedforward_dim=16, dropout=0.0, num_queries=3,
+    )  # fmt: skip
+    with torch.inference_mode():
+        outputs = build_model(config, 4).eval()(torch.randn(1, 3, 64, 1333))
+    assert outputs.boxes.isfinite().all()
