@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from detr.model import Outputs as Outputs
     from detr.model import build_model as build_model
     from detr.original import load_backbone_weights as load_backbone_weights
+    from detr.original import load_detector_state_dict as load_detector_state_dict
     from detr.original import load_original_state_dict as load_original_state_dict
     from detr.original import to_original_state_dict as to_original_state_dict
     from detr.postprocess import Detection as Detection
     from detr.postprocess import detect as detect
+    from detr.segmentation import freeze_detector as freeze_detector
 
 _MODULES = {
     "batch": ("Batch", "Target", "collate", "normalise"),
@@ -35,8 +37,14 @@ _MODULES = {
     "criterion": ("Losses", "ce_weight_sum", "compute_losses"),
     "matcher": ("NonFiniteError", "match"),
     "model": ("DETR", "Outputs", "build_model"),
-    "original": ("load_backbone_weights", "load_original_state_dict", "to_original_state_dict"),
+    "original": (
+        "load_backbone_weights",
+        "load_detector_state_dict",
+        "load_original_state_dict",
+        "to_original_state_dict",
+    ),
     "postprocess": ("Detection", "detect"),
+    "segmentation": ("freeze_detector",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -121,6 +121,7 @@ class ResNet(nn.Module):
         self.bn1 = norm(stem)
         self.maxpool = nn.Identity() if tiny else nn.MaxPool2d(3, 2, padding=1)
         self.stages: list[str] = []
+        self.stage_channels: list[int] = []
         inputs, first = stem, 32 if tiny else 256 if block is Bottleneck else 64
         for index, blocks in enumerate((1, 1, 1) if tiny else _BLOCKS[config.backbone]):
             outputs = first * 2**index
@@ -133,16 +134,23 @@ class ResNet(nn.Module):
             self.add_module(f"layer{index + 1}", nn.Sequential(*layers))
             self.stages.append(f"layer{index + 1}")
             inputs = outputs
+            self.stage_channels.append(outputs)
         self.channels = inputs
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.stage_outputs(images)[-1]
+
+    def stage_outputs(self, images: Tensor) -> list[Tensor]:
+        """Return what each of layer1, layer2, ... returns, the finest (stride 4) first."""
         x = self.maxpool(F.relu(_convolve(self.conv1, self.bn1, images), inplace=True))
+        outputs = []
         for name in self.stages:
             x = self.get_submodule(name)(x)
-        return x  # type: ignore[no-any-return]
+            outputs.append(x)
+        return outputs
 
     def freeze(self, stages: int) -> None:
         """Stop the training of the first `stages` of: the stem, layer1, layer2, ...; the others train."""
@@ -159,12 +167,15 @@ class Backbone(nn.Module):
         self.body = ResNet(config)
         self.body.freeze(config.frozen_stages)
 
-    def forward(self, images: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return features [B, channels, h, w] and the padding at their size [B, h, w], or None where it was None."""
-        features = self.body(images)
+    def forward(self, images: Tensor, padding: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+        """Return every stage's output [B, channels, h, w], the features last, and the padding at the features' size.
+
+        The padding becomes [B, h, w], or None where it was None.
+        """
+        stages = self.body.stage_outputs(images)
         if padding is not None:
-            padding = F.interpolate(padding[:, None].float(), features.shape[-2:])[:, 0].bool()
-        return features, padding
+            padding = F.interpolate(padding[:, None].float(), stages[-1].shape[-2:])[:, 0].bool()
+        return stages, padding
 
 
 def _norm(name: str) -> _MakeNorm:

@@ -91,6 +91,10 @@ class ModelConfig:
         _require(
             bottleneck or not self.dilation, "dilation", True, f"False for {self.backbone}", "use resnet50 or resnet101"
         )
+        if self.masks:
+            remedy = "use 256 and 8, the paper's, or masks=False"
+            _require(self.hidden_dim % 128 == 0, "hidden_dim", self.hidden_dim, "a multiple of 128 with masks", remedy)
+            _require(self.heads % 8 == 0, "heads", self.heads, "a multiple of 8 with masks", remedy)
         if self.query_init == "grid":
             square = math.isqrt(self.num_queries) ** 2 == self.num_queries
             _require(square, "num_queries", self.num_queries, "a square number with query_init='grid'")

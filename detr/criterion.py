@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from detr.batch import Target
 from detr.config import LossConfig
+from detr.mask_losses import mask_losses
 from detr.matcher import Assignment, PackedTargets, generalized_iou, match_layers, pack
 from detr.model import Outputs
 
@@ -21,7 +22,8 @@ class Losses(NamedTuple):
     """total: weighted sum, with gradients. parts: unweighted, without gradients, under the original's names.
 
     Parts are `loss_ce`, `loss_bbox`, `loss_giou`, `cardinality_error` (mean over images) and `class_error` (percent)
-    of the last layer, and the first four with a suffix `_0`, `_1`, ... of the layers before it.
+    of the last layer, and the first four with a suffix `_0`, `_1`, ... of the layers before it. A mask head adds
+    `loss_mask` and `loss_dice`, of the last layer alone.
     """
 
     total: Tensor
@@ -34,12 +36,15 @@ def compute_losses(
     num_boxes: float | Tensor,
     config: LossConfig,
     ce_normalizer: float | Tensor | None = None,
+    canvas: tuple[int, int] | None = None,
 ) -> Losses:
     """Match, then compute every loss.
 
     num_boxes: what L1 and GIoU sums are divided by, above 0. The original's is max(boxes over all ranks / ranks, 1).
     ce_normalizer: what cross-entropy sums are divided by; None is the original's, `ce_weight_sum` of this call.
-    Raises NonFiniteError where nothing can be matched, ValueError for labels out of range.
+    canvas: (height, width) in pixels of the padded images, for `mask_losses`.
+    Raises NonFiniteError where nothing can be matched, ValueError for labels out of range, ConfigError where the model
+    has a mask head and an image no masks.
     """
     layers = [outputs, *(outputs.auxiliary if config.auxiliary else ())]
     logits = torch.stack([layer.logits for layer in layers]).float()
@@ -61,6 +66,10 @@ def compute_losses(
     weights = {"loss_ce": config.weight_ce, "loss_bbox": config.weight_bbox, "loss_giou": config.weight_giou}
     total = torch.stack([weight * per_layer[name].sum() for name, weight in weights.items()]).sum()
     parts = {"class_error": _class_error(logits.detach(), matched_labels, found)}
+    if outputs.masks is not None:
+        sums = mask_losses(outputs.masks, targets, found, len(layers), canvas)
+        parts |= {name: value.detach() / num_boxes for name, value in sums.items()}
+        total = total + (config.weight_mask * sums["loss_mask"] + config.weight_dice * sums["loss_dice"]) / num_boxes
     for name, values in per_layer.items():
         for index, value in enumerate(values.detach().unbind()):
             parts[name if index == 0 else f"{name}_{index - 1}"] = value

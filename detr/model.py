@@ -1,4 +1,4 @@
-"""DETR: a backbone, a transformer, and two heads that read a class and a box off each query."""
+"""DETR: a backbone, a transformer, and heads that read a class, a box and, if configured, a mask off each query."""
 
 import math
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from detr.backbone import Backbone
 from detr.config import ConfigError, ModelConfig
 from detr.position import LearnedPosition, SinePosition, sine_vectors
+from detr.segmentation import AttentionMap, MaskHead
 from detr.transformer import Transformer
 
 
@@ -18,7 +19,8 @@ class Outputs(NamedTuple):
 
     logits: [B, Q, K + 1], the last class is "no object". boxes: [B, Q, 4] cxcywh in 0 to 1 of the image.
     auxiliary: the predictions of the decoder layers before the last, first to last; empty if not configured.
-    masks: logits [B, Q, h, w] of each query's mask on a coarse grid over the canvas; None without a mask head.
+    masks: logits [B, Q, h, w] of each query's mask on the backbone's stride-4 grid over the canvas; None without a
+    mask head, and in `auxiliary`.
     """
 
     logits: Tensor
@@ -59,6 +61,10 @@ class DETR(nn.Module):
         self.backbone = nn.ModuleList([backbone, position])
         if config.query_init == "grid":
             self.query_embed.weight.detach().copy_(_grid(config))
+        if config.masks:
+            # Last, so that a seed gives the detector the same first weights with and without them.
+            self.bbox_attention = AttentionMap(channels, config.heads)
+            self.mask_head = MaskHead(channels, config.heads, backbone.body.stage_channels[2::-1])
 
     def forward(self, images: Tensor, padding: Tensor | None = None) -> Outputs:
         """Detect in normalised float images [B, 3, H, W]; padding is bool [B, H, W], true = pad, None = none anywhere.
@@ -66,18 +72,23 @@ class DETR(nn.Module):
         B may be 0.
         """
         backbone, position = self.backbone
-        features, padding = backbone(images, padding)
-        cells = self.input_proj(features).flatten(2).transpose(1, 2)
-        positions = position(features, padding)
+        stages, padding = backbone(images, padding)
+        features = self.input_proj(stages[-1])
+        cells = features.flatten(2).transpose(1, 2)
+        positions = position(stages[-1], padding)
         padding = None if padding is None else padding.flatten(1)
-        decoded = self.transformer(cells, positions, self.query_embed.weight, padding)
+        decoded, memory = self.transformer(cells, positions, self.query_embed.weight, padding)
         if not self.config.auxiliary:
             decoded = decoded[-1:]
         logits = self.class_embed(decoded)
         # Boxes stay in fp32 under autocast: bf16 tells 256 places apart along an image.
         boxes = self.bbox_embed(decoded).float().sigmoid()
         *auxiliary, last = map(Outputs, logits.unbind(), boxes.unbind())
-        return last._replace(auxiliary=tuple(auxiliary))
+        masks = None
+        if self.config.masks:
+            attention = self.bbox_attention(decoded[-1], memory, padding).unflatten(-1, features.shape[-2:])
+            masks = self.mask_head(features, attention, stages[2::-1])
+        return last._replace(auxiliary=tuple(auxiliary), masks=masks)
 
 
 def build_model(config: ModelConfig, num_classes: int) -> DETR:

@@ -1,6 +1,9 @@
 """Weights from elsewhere: the original's state dicts, whose keys this package shares, and torchvision's ResNets.
 
 Every difference is an error that says what it tells about the model; nothing is loaded then.
+
+The original keeps the detector of a model with masks in `detr.`, next to `bbox_attention.` and `mask_head.`; here the
+three stand side by side. The prefix is added and removed at this boundary.
 """
 
 from collections.abc import Mapping
@@ -9,10 +12,12 @@ from torch import Tensor, nn
 
 from detr.backbone import ResNet
 from detr.model import DETR
+from detr.segmentation import MASK_MODULES
 
+_DETECTOR = "detr."
 # The first prefix that fits explains a difference better than the list of its keys does.
 _EXPLANATIONS = {
-    "detr.": "it is a segmentation model, whose detector is under the prefix 'detr.'",
+    _DETECTOR: "one of the two has a mask head (masks), with the detector under the prefix 'detr.'",
     "class_embed.": "it was trained for another number of classes",
     "query_embed.": "it has other num_queries or hidden_dim",
     "backbone.1.": "one of the two has learned positions (position)",
@@ -27,19 +32,32 @@ def load_original_state_dict(model: DETR, state_dict: Mapping[str, Tensor]) -> N
 
     Raises ValueError if a key is missing, unexpected or of another shape.
     """
-    given, expected = _without_counters(state_dict), to_original_state_dict(model)
-    if differing := _differing(given, expected):
-        fitting = (why for prefix, why in _EXPLANATIONS.items() if any(key.startswith(prefix) for key in differing))
-        raise ValueError(
-            f"state dict: got {_summary(differing)}, expected the keys of {model.config} with {model.num_classes} "
-            f"classes; {next(fitting, 'it is not a DETR')}"
-        )
+    given = _without_counters(state_dict)
+    _check(model, given, to_original_state_dict(model))
+    model.load_state_dict({key.removeprefix(_DETECTOR): value for key, value in given.items()}, strict=False)
+
+
+def load_detector_state_dict(model: DETR, state_dict: Mapping[str, Tensor]) -> None:
+    """Load a detector without masks into a model with them, whose mask head keeps its fresh weights.
+
+    This is how masks are trained in two steps (section 4.4): the detector first, then the head alone, after
+    `freeze_detector`. The state dict is an original one as in `load_original_state_dict`, without a mask head. Raises
+    ValueError if a key of the detector is missing, unexpected or of another shape.
+    """
+    given = _without_counters(state_dict)
+    _check(model, given, {key: value for key, value in _own_state(model).items() if not key.startswith(MASK_MODULES)})
     model.load_state_dict(given, strict=False)
 
 
 def to_original_state_dict(model: DETR) -> dict[str, Tensor]:
-    """Return the model's state under the original's keys, which are its own, without batch norm's counters."""
-    return _without_counters(model.state_dict())
+    """Return the model's state under the original's keys, without batch norm's counters.
+
+    They are the model's own keys, behind `detr.` where a mask head stands beside the detector.
+    """
+    state = _own_state(model)
+    if not model.config.masks:
+        return state
+    return {key if key.startswith(MASK_MODULES) else _DETECTOR + key: value for key, value in state.items()}
 
 
 def load_backbone_weights(model: DETR | ResNet, state_dict: Mapping[str, Tensor]) -> None:
@@ -55,6 +73,22 @@ def load_backbone_weights(model: DETR | ResNet, state_dict: Mapping[str, Tensor]
             "choose the ModelConfig.backbone and norm that the weights were trained with"
         )
     body.load_state_dict(given, strict=False)
+
+
+def _own_state(model: DETR) -> dict[str, Tensor]:
+    return _without_counters(model.state_dict())
+
+
+def _check(model: DETR, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    if not (differing := _differing(given, expected)):
+        return
+    masked = any(key.startswith(_DETECTOR) for key in given) != any(key.startswith(_DETECTOR) for key in expected)
+    names = differing if masked else [key.removeprefix(_DETECTOR) for key in differing]
+    fitting = (why for prefix, why in _EXPLANATIONS.items() if any(name.startswith(prefix) for name in names))
+    raise ValueError(
+        f"state dict: got {_summary(differing)}, expected the keys of {model.config} with {model.num_classes} "
+        f"classes; {next(fitting, 'it is not a DETR')}"
+    )
 
 
 def _without_counters(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -152,8 +152,10 @@ class Transformer(nn.Module):
             for layer in self.decoder.layers:
                 layer.multihead_attn.tie()  # type: ignore[operator, union-attr]
 
-    def forward(self, cells: Tensor, position: Tensor, queries: Tensor, padding: Tensor | None) -> Tensor:
-        """Return [decoder layers, B, Q, C].
+    def forward(
+        self, cells: Tensor, position: Tensor, queries: Tensor, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the decoder layers' outputs [decoder layers, B, Q, C] and the encoder's [B, N, C].
 
         cells: [B, N, C]. position: [B or 1, N, C]. queries: [Q, C], the embeddings. padding: [B, N], true = ignore.
         """
@@ -164,4 +166,4 @@ class Transformer(nn.Module):
         memory = self.encoder(cells, position, mask)
         queries = queries.to(cells.dtype).expand(len(cells), -1, -1)
         start = queries if self.config.decoder_input == "queries" else torch.zeros_like(queries)
-        return self.decoder(start, queries, memory, position, mask)  # type: ignore[no-any-return]
+        return self.decoder(start, queries, memory, position, mask), memory

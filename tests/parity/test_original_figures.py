@@ -4,6 +4,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ CASES = {
     "r101": ModelConfig(backbone="resnet101", dropout=0.0),
     "r50_dc5": ModelConfig(dilation=True, dropout=0.0),
     "r50_learned_pos_pre_norm": ModelConfig(position="learned", pre_norm=True, dropout=0.0),
+    "r50_panoptic": ModelConfig(masks=True, dropout=0.0),
 }
+CLASSES = {"r50_panoptic": 250}
 
 
 def rng(name: str) -> np.random.Generator:
@@ -64,6 +67,16 @@ def drawn_target(r: np.random.Generator, objects: int, classes: range, image_id:
     return Target(torch.tensor(np.concatenate([centres, extents], 1), dtype=torch.float32), labels, image_id, size)
 
 
+def box_masks(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Each box filled: bool [N, height, width]."""
+    masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
+    for mask, (cx, cy, w, h) in zip(masks, boxes.tolist(), strict=True):
+        top, bottom = int((cy - h / 2) * height), int((cy + h / 2) * height) + 1
+        left, right = int((cx - w / 2) * width), int((cx + w / 2) * width) + 1
+        mask[max(top, 0) : bottom, max(left, 0) : right] = True
+    return masks
+
+
 def close(got: Any, expected: Any, relative: float = RELATIVE, floor: float = 0.0) -> None:
     """Compare within `relative` of the largest magnitude expected (single values: of themselves), or of `floor`."""
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
@@ -90,11 +103,11 @@ class Case:
             self.images[i, :, :h, :w] = torch.tensor(image, dtype=torch.float32)
             self.padding[i, :h, :w] = False
             target = drawn_target(rng(f"{name}/target{i}"), objects, range(1, 91), i, (2 * h, 2 * w))
-            self.targets.append(target)
+            self.targets.append(replace(target, masks=box_masks(target.boxes, h, w)))
         self.num_boxes = float(max(sum(self.expected["meta"]["targets"]), 1))
 
     def model(self) -> DETR:
-        model = build_model(CASES[self.name], num_classes=91)
+        model = build_model(CASES[self.name], CLASSES.get(self.name, 91))
         state = {key: filled(key, value.shape) for key, value in to_original_state_dict(model).items()}
         load_original_state_dict(model, state)
         return model
@@ -122,6 +135,9 @@ def test_predictions_of_every_layer_are_the_originals(case: Case, outputs: Outpu
     close(outputs.auxiliary[0].logits, case.arrays["aux0_pred_logits"])
     for index, layer in enumerate(outputs.auxiliary):
         close(layer.boxes, case.arrays[f"aux{index}_pred_boxes"])
+    assert (outputs.masks is not None) == ("pred_masks_top4" in case.arrays)
+    if outputs.masks is not None:
+        close(outputs.masks[:, :4], case.arrays["pred_masks_top4"])
 
 
 def test_detections_are_the_originals(case: Case, outputs: Outputs) -> None:
@@ -212,9 +228,14 @@ def _steps(case: Case, model: DETR) -> Iterator[tuple[Losses, dict[str, float], 
         optimizer.zero_grad()
         losses = case.losses(model)
         losses.total.backward()
-        norms = {name: p.grad.norm().item() for name, p in trained.items() if p.grad is not None}
+        norms = {original_name(model, name): p.grad.norm().item() for name, p in trained.items() if p.grad is not None}
         yield losses, norms, torch.nn.utils.clip_grad_norm_(trained.values(), 0.1).item()
         optimizer.step()
+
+
+def original_name(model: DETR, name: str) -> str:
+    masked = model.config.masks and not name.startswith(("bbox_attention.", "mask_head."))
+    return f"detr.{name}" if masked else name
 
 
 def criterion_cases() -> list[dict[str, Any]]:

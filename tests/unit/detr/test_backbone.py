@@ -82,7 +82,7 @@ def test_the_first_stages_do_not_train(stages: int, trained: set[str]) -> None:
 def test_sizes_round_up_and_padding_follows_them(config: ModelConfig, channels: int, size: tuple[int, int]) -> None:
     padding = torch.zeros(1, 70, 100, dtype=torch.bool)
     padding[:, :, 50:] = True
-    features, reduced = Backbone(config)(torch.randn(1, 3, 70, 100), padding)
+    (*_, features), reduced = Backbone(config)(torch.randn(1, 3, 70, 100), padding)
     assert features.shape == (1, channels, *size)
     assert reduced.shape == (1, *size)
     assert reduced[0, 0].tolist() == [column * 100 // size[1] >= 50 for column in range(size[1])]

@@ -34,30 +34,33 @@ def test_what_lies_in_the_padding_changes_nothing(pre_norm: bool) -> None:
     canvas, canvas_position = torch.randn(2, 20, 32) * 100, torch.randn(2, 20, 32)
     canvas[:, :12], canvas_position[:, :12] = cells, position
     padding = (torch.arange(20) >= 12).expand(2, -1)
-    expected = model(cells, position, queries, None)
-    torch.testing.assert_close(model(canvas, canvas_position, queries, padding), expected, rtol=1e-4, atol=1e-5)
+    expected, memory = model(cells, position, queries, None)
+    decoded, canvas_memory = model(canvas, canvas_position, queries, padding)
+    torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(canvas_memory[:, :12], memory, rtol=1e-4, atol=1e-5)
 
 
 def test_every_decoder_layer_is_returned_and_all_weights_get_gradients() -> None:
     model = build()
-    decoded = model(torch.randn(2, 12, 32), torch.randn(1, 12, 32), torch.randn(7, 32), None)
+    decoded, _ = model(torch.randn(2, 12, 32), torch.randn(1, 12, 32), torch.randn(7, 32), None)
     assert decoded.shape == (3, 2, 7, 32)
     decoded.square().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
 def test_no_encoder_layers_leave_the_cells_as_memory() -> None:
-    assert (
-        build(encoder_layers=0)(torch.randn(1, 4, 32), torch.randn(1, 4, 32), torch.randn(3, 32), None).isfinite().all()
-    )
+    cells = torch.randn(1, 4, 32)
+    decoded, memory = build(encoder_layers=0)(cells, torch.randn(1, 4, 32), torch.randn(3, 32), None)
+    assert decoded.isfinite().all()
+    assert torch.equal(memory, cells)
 
 
 def test_departures_change_what_they_say() -> None:
     cells, position, queries = torch.randn(1, 12, 32), torch.randn(1, 12, 32), torch.randn(4, 32)
-    plain = build()(cells, position, queries, None)
-    at_input = build(position_at_input=True)(cells - position, position, queries, None)
+    plain, _ = build()(cells, position, queries, None)
+    at_input, _ = build(position_at_input=True)(cells - position, position, queries, None)
     torch.testing.assert_close(at_input, plain, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(build(decoder_input="queries")(cells, position, queries, None), plain)
+    assert not torch.allclose(build(decoder_input="queries")(cells, position, queries, None)[0], plain)
     tied = build(tied_attention_init=True)
     attention = [layer.self_attn for layer in tied.encoder.layers]
     attention += [layer.multihead_attn for layer in tied.decoder.layers]

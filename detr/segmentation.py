@@ -1,0 +1,120 @@
+"""The mask head of section 4.4: an attention map per query and head, refined to a mask over the backbone's stages.
+
+Two convolutions take what all queries of an image share: the first takes the image's features next to the attention
+maps, and the later ones the finer stages on top of what they refine. The shared part is computed once per image and
+added to every query's, instead of being copied for each query as in the original; parameters and results are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from detr.backbone import FrozenBatchNorm
+from detr.config import ConfigError
+
+if TYPE_CHECKING:
+    from detr.model import DETR
+
+MASK_MODULES = ("bbox_attention", "mask_head")
+"""The modules of a `DETR` that only a model with masks has, under the original's names."""
+_GROUPS = 8  # of every group norm, as in the original; `ModelConfig` checks that the channels are multiples
+
+
+class AttentionMap(nn.Module):
+    """Where each query looks in the encoded image: attention without values."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_linear = nn.Linear(channels, channels)
+        self.k_linear = nn.Linear(channels, channels)
+        for linear in (self.q_linear, self.k_linear):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, queries: Tensor, memory: Tensor, padding: Tensor | None) -> Tensor:
+        """Return [B, Q, heads, N] for queries [B, Q, C], memory [B, N, C] and padding [B, N], true = ignore.
+
+        The maps of all heads of a query sum to 1 together, as in the original, whose weights rely on it.
+        """
+        q = self.q_linear(queries).unflatten(-1, (self.heads, -1))
+        k = self.k_linear(memory).unflatten(-1, (self.heads, -1))
+        scores = torch.einsum("bqhc,bnhc->bqhn", q * q.shape[-1] ** -0.5, k)
+        if padding is not None:
+            scores = scores.masked_fill(padding[:, None, None], float("-inf"))
+        return scores.flatten(2).softmax(-1).view_as(scores)
+
+
+class MaskHead(nn.Module):
+    """Convolutions that refine attention maps to mask logits, each step at the size of a finer stage (FPN)."""
+
+    def __init__(self, channels: int, heads: int, finer: Sequence[int]) -> None:
+        """`finer`: the channels of the three stages that `forward` takes."""
+        super().__init__()
+        both = channels + heads
+        widths = [both, both, channels // 2, channels // 4, channels // 8, channels // 16]
+        for index in range(1, 6):
+            self.add_module(f"lay{index}", nn.Conv2d(widths[index - 1], widths[index], 3, padding=1))
+            self.add_module(f"gn{index}", nn.GroupNorm(_GROUPS, widths[index]))
+        self.out_lay = nn.Conv2d(widths[-1], 1, 3, padding=1)
+        for index, inputs in enumerate(finer, start=1):
+            self.add_module(f"adapter{index}", nn.Conv2d(inputs, widths[index + 1], 1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                assert module.bias is not None
+                nn.init.kaiming_uniform_(module.weight, a=1)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, features: Tensor, attention: Tensor, finer: Sequence[Tensor]) -> Tensor:
+        """Return mask logits [B, Q, H, W] at the size of the last of `finer`.
+
+        features: [B, C, h, w]. attention: [B, Q, heads, h, w]. finer: [B, channels, H, W] each, coarse to fine.
+        """
+        first = self.get_submodule("lay1")
+        assert isinstance(first, nn.Conv2d)
+        channels = features.shape[1]
+        shared = F.conv2d(features, first.weight[:, :channels], first.bias, padding=1)
+        x = _add_to_each(shared, F.conv2d(attention.flatten(0, 1), first.weight[:, channels:], padding=1))
+        x = self._normalise(1, x)
+        x = self._normalise(2, self.get_submodule("lay2")(x))
+        for index, stage in enumerate(finer, start=1):
+            shared = self.get_submodule(f"adapter{index}")(stage)
+            x = _add_to_each(shared, F.interpolate(x, shared.shape[-2:], mode="nearest"))
+            x = self._normalise(index + 2, self.get_submodule(f"lay{index + 2}")(x))
+        return self.out_lay(x).view(*attention.shape[:2], *x.shape[-2:])  # type: ignore[no-any-return]
+
+    def _normalise(self, index: int, x: Tensor) -> Tensor:
+        return F.relu(self.get_submodule(f"gn{index}")(x), inplace=True)
+
+
+def _add_to_each(shared: Tensor, x: Tensor) -> Tensor:
+    """Return x [B * Q, C, h, w] plus what the queries of an image share [B, C, h, w]."""
+    batch = len(shared)
+    queries = x.shape[0] // batch if batch else 0
+    return (x.view(batch, queries, *x.shape[1:]) + shared[:, None]).flatten(0, 1)
+
+
+def freeze_detector(model: DETR) -> None:
+    """Let only the mask head train: the paper's second way, after a detector has been trained (the original's
+    `--frozen_weights`).
+
+    No parameter of the detector gets a gradient, whatever the losses, and trainable batch norm becomes frozen. As in the
+    original, `model.train()` still turns on the detector's dropout: the head learns from what it would see in joint
+    training. Call it before the optimizer is built and before the model is wrapped.
+    """
+    if not model.config.masks:
+        raise ConfigError("masks: got a model without a mask head, expected one to train; build it with masks=True")
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                frozen = FrozenBatchNorm(child.num_features).to(child.weight.device)
+                frozen.load_state_dict({key: child.state_dict()[key] for key in frozen.state_dict()})
+                setattr(module, name, frozen)
+    for name, parameter in model.named_parameters():
+        if not name.startswith(MASK_MODULES):
+            parameter.requires_grad_(False)
