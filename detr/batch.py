@@ -52,9 +52,13 @@ class Batch:
         return replace(self, images=self.images.to(device, non_blocking=True), padding=padding)
 
     def pin_memory(self) -> "Batch":
-        """Copy images and padding to page-locked memory, from which `to` does not block."""
+        """Copy images, padding and masks to page-locked memory, from which copies to the device do not block."""
         padding = None if self.padding is None else self.padding.pin_memory()
-        return replace(self, images=self.images.pin_memory(), padding=padding)
+        targets = tuple(
+            target if target.masks is None else replace(target, masks=target.masks.pin_memory())
+            for target in self.targets
+        )
+        return replace(self, images=self.images.pin_memory(), padding=padding, targets=targets)
 
 
 def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:

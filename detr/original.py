@@ -17,7 +17,6 @@ from detr.segmentation import MASK_MODULES
 _DETECTOR = "detr."
 # The first prefix that fits explains a difference better than the list of its keys does.
 _EXPLANATIONS = {
-    _DETECTOR: "one of the two has a mask head (masks), with the detector under the prefix 'detr.'",
     "class_embed.": "it was trained for another number of classes",
     "query_embed.": "it has other num_queries or hidden_dim",
     "backbone.1.": "one of the two has learned positions (position)",
@@ -82,13 +81,21 @@ def _own_state(model: DETR) -> dict[str, Tensor]:
 def _check(model: DETR, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     if not (differing := _differing(given, expected)):
         return
-    masked = any(key.startswith(_DETECTOR) for key in given) != any(key.startswith(_DETECTOR) for key in expected)
-    names = differing if masked else [key.removeprefix(_DETECTOR) for key in differing]
-    fitting = (why for prefix, why in _EXPLANATIONS.items() if any(name.startswith(prefix) for name in names))
     raise ValueError(
         f"state dict: got {_summary(differing)}, expected the keys of {model.config} with {model.num_classes} "
-        f"classes; {next(fitting, 'it is not a DETR')}"
+        f"classes; {_explain(differing, given, expected)}"
     )
+
+
+def _explain(differing: list[str], given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    masked, masks_expected = (any(key.startswith(_DETECTOR) for key in keys) for keys in (given, expected))
+    if masked and not masks_expected:
+        return "it is a segmentation model, whose detector is under the prefix 'detr.'"
+    if masks_expected and not masked:
+        return "it has no mask head: load_detector_state_dict takes a detector alone"
+    names = [key.removeprefix(_DETECTOR) for key in differing]
+    fitting = (why for prefix, why in _EXPLANATIONS.items() if any(name.startswith(prefix) for name in names))
+    return next(fitting, "it is not a DETR")
 
 
 def _without_counters(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from detr.model import Outputs
 
+Size = tuple[int, int]
 _MOST_DETECTIONS = 100  # per image; COCO's evaluation looks at no more
 
 
@@ -25,23 +27,30 @@ class Detection:
     With suppression of duplicates, D <= 100 entries instead of Q, the best first.
 
     scores: float32 [Q], 0 to 1. labels: int64 [Q]. boxes_xyxy: float32 [Q, 4] in pixels of the original image; they can
-    reach past its edges.
+    reach past its edges. masks: bool [Q, H, W] over the original image, or None.
     """
 
     scores: Tensor
     labels: Tensor
     boxes_xyxy: Tensor
+    masks: Tensor | None = None
 
 
 def detect(
     outputs: Outputs,
-    original_sizes: Sequence[tuple[int, int]] | Tensor,
+    original_sizes: Sequence[Size] | Tensor,
     *,
+    sizes: Sequence[Size] | None = None,
+    canvas: Size | None = None,
     nms: float | None = None,
     merge: bool = False,
 ) -> list[Detection]:
     """Return one Detection per image; `original_sizes` are (height, width) in pixels, [B, 2].
 
+    sizes: those of the images on their canvas, without padding (`Batch.sizes`). Only if they are given, the masks of a
+    model that has them are made; a merge has none, since only the last layer predicts them.
+    canvas: (height, width) of the padded images; None takes the largest height and width of `sizes`, which is the same
+    unless the canvas was made larger than its images.
     nms: of detections of one class whose IoU is above this, only the best is kept (the paper: 0.7), and of an image's
     the 100 best; None keeps every query. merge: start from the queries of all decoder layers instead of the last's;
     those before it are `outputs.auxiliary`. Raises ValueError for a merge without `nms`, which would be duplicates.
@@ -52,14 +61,34 @@ def detect(
         if nms is None:
             raise ValueError("merge: got nms=None, expected an IoU: the layers find the same objects; use nms=0.7")
         outputs = _all_layers(outputs)
-    sizes = torch.as_tensor(original_sizes, dtype=torch.float32).reshape(-1, 2).to(outputs.boxes.device)
-    if len(sizes) != len(outputs.boxes):
-        raise ValueError(f"original_sizes: got {len(sizes)}, expected one per image, {len(outputs.boxes)}")
+    originals = torch.as_tensor(original_sizes, dtype=torch.float32).reshape(-1, 2).to(outputs.boxes.device)
+    for name, given in (("original_sizes", originals), ("sizes", sizes)):
+        if given is not None and len(given) != len(outputs.boxes):
+            raise ValueError(f"{name}: got {len(given)}, expected one per image, {len(outputs.boxes)}")
     scores, labels = outputs.logits.float().softmax(-1)[..., :-1].max(-1)
     centres, extents = outputs.boxes.float().chunk(2, dim=-1)
-    boxes = torch.cat([centres - extents / 2, centres + extents / 2], dim=-1) * sizes.flip(-1).repeat(1, 2)[:, None]
-    found = [Detection(*parts) for parts in zip(scores, labels, boxes, strict=True)]
+    boxes = torch.cat([centres - extents / 2, centres + extents / 2], dim=-1) * originals.flip(-1).repeat(1, 2)[:, None]
+    masks: Sequence[Tensor | None] = [None] * len(boxes)
+    if outputs.masks is not None and sizes is not None:
+        masks = _masks(outputs.masks, [(int(h), int(w)) for h, w in original_sizes], sizes, canvas)
+    found = [Detection(*parts) for parts in zip(scores, labels, boxes, masks, strict=True)]
     return found if nms is None else [_without_duplicates(detection, nms) for detection in found]
+
+
+def _masks(logits: Tensor, originals: Sequence[Size], sizes: Sequence[Size], canvas: Size | None) -> list[Tensor]:
+    """Return where each query's probability is above 0.5, bool [Q, H, W] per image at its original size.
+
+    As in the original: bilinear to the canvas, cut to the image, nearest to the original size. Image by image, since
+    100 masks of one image of 800 x 1333 pixels are 430 MB.
+    """
+    if canvas is None:
+        canvas = (max((h for h, _ in sizes), default=1), max((w for _, w in sizes), default=1))
+    masks = []
+    for of_image, (height, width), original in zip(logits, sizes, originals, strict=True):
+        # A probability above 0.5 is a logit above 0.
+        inside = F.interpolate(of_image[None].float(), canvas, mode="bilinear")[..., :height, :width] > 0
+        masks.append(F.interpolate(inside.byte(), original)[0].bool())
+    return masks
 
 
 def _all_layers(outputs: Outputs) -> Outputs:
@@ -76,4 +105,5 @@ def _without_duplicates(detection: Detection, threshold: float) -> Detection:
     boxes = detection.boxes_xyxy.double()
     boxes = boxes - boxes.min() if len(boxes) else boxes
     kept = batched_nms(boxes, detection.scores.double(), detection.labels, threshold)[:_MOST_DETECTIONS]
-    return Detection(detection.scores[kept], detection.labels[kept], detection.boxes_xyxy[kept])
+    masks = None if detection.masks is None else detection.masks[kept]
+    return Detection(detection.scores[kept], detection.labels[kept], detection.boxes_xyxy[kept], masks)

@@ -6,7 +6,7 @@ exactly, which differs from torchvision's by one pixel in some cases and can exc
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -72,18 +72,36 @@ def eval_geometry(width: int, height: int, config: TransformConfig) -> Geometry:
     return Geometry(False, None, resized_size(width, height, config.eval_size, config.max_size))
 
 
+@overload
 def apply(
-    image: NDArray[np.uint8], boxes_xyxy: NDArray[Any], labels: NDArray[Any], geometry: Geometry
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Apply a geometry to an image and its boxes.
+    image: NDArray[np.uint8], boxes_xyxy: NDArray[Any], labels: NDArray[Any], geometry: Geometry, masks: None = None
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def apply(
+    image: NDArray[np.uint8],
+    boxes_xyxy: NDArray[Any],
+    labels: NDArray[Any],
+    geometry: Geometry,
+    masks: NDArray[np.bool_],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def apply(
+    image: NDArray[np.uint8],
+    boxes_xyxy: NDArray[Any],
+    labels: NDArray[Any],
+    geometry: Geometry,
+    masks: NDArray[np.bool_] | None = None,
+) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Apply a geometry to an image, its boxes and, if they are given, its masks.
 
-    image: uint8 [H, W, 3]. boxes_xyxy: [N, 4] pixels of that image, clamped to it here. labels: [N].
+    image: uint8 [H, W, 3]. boxes_xyxy: [N, 4] pixels of that image, clamped to it here. labels: [N]. masks: bool
+    [N, H, W].
     Returns the image as uint8 [3, h, w], boxes as float32 [M, 4] (cxcywh, fractions of the new image) and labels as
-    int64 [M]. Boxes without area, in the image or in its crop, are dropped, so M <= N. Crowds are the caller's to drop.
+    int64 [M]; with masks also those, bool [M, h, w]. Boxes without area, in the image or in its crop, are dropped with
+    their labels and masks, so M <= N; a mask that is left may be empty. Crowds are the caller's to drop.
     """
     height, width, _ = image.shape
     boxes, kept = _inside(np.asarray(boxes_xyxy, np.float32).reshape(-1, 4), (height, width))
-    labels = np.asarray(labels, np.int64)[kept]
+    which = kept.nonzero()[0]
     pixels = torch.from_numpy(image if image.flags.writeable else image.copy()).permute(2, 0, 1)
     if geometry.flip:
         pixels = pixels.flip(-1)
@@ -94,12 +112,37 @@ def apply(
         pixels = _resize(pixels, crop.resized)[:, crop.top : crop.top + h, crop.left : crop.left + w]
         boxes = _scale(boxes, (height, width), crop.resized)
         boxes, kept = _inside(boxes - np.array([crop.left, crop.top] * 2, np.float32), crop.size)
-        labels, (height, width) = labels[kept], crop.size
+        which, (height, width) = which[kept], crop.size
     pixels = _resize(pixels, geometry.size)
     # Fractions do not change with the last resize, so it is left out of the boxes.
     fractions = torch.from_numpy(_scale(boxes, (height, width), (1, 1)))
     low, high = fractions[:, :2], fractions[:, 2:]
-    return pixels, torch.cat([(low + high) / 2, high - low], dim=1), torch.from_numpy(labels)
+    placed = torch.cat([(low + high) / 2, high - low], dim=1)
+    kept_labels = torch.from_numpy(np.asarray(labels, np.int64)[which])
+    if masks is None:
+        return pixels, placed, kept_labels
+    return pixels, placed, kept_labels, _apply_to_masks(masks, which, geometry)
+
+
+def _apply_to_masks(masks: NDArray[np.bool_], which: NDArray[np.int64], geometry: Geometry) -> Tensor:
+    """Return the masks `which` under the geometry; resizes take the nearest pixel, as in the original.
+
+    Every step picks rows and columns, so together they are one choice of rows and one of columns.
+    """
+    rows, columns = torch.arange(masks.shape[1]), torch.arange(masks.shape[2])
+    if geometry.flip:
+        columns = columns.flip(0)
+    if (crop := geometry.crop) is not None:
+        rows = _nearest(rows, crop.resized[0])[crop.top : crop.top + crop.size[0]]
+        columns = _nearest(columns, crop.resized[1])[crop.left : crop.left + crop.size[1]]
+    rows, columns = _nearest(rows, geometry.size[0]), _nearest(columns, geometry.size[1])
+    # Only the masks that are left are copied; indexing keeps a read-only array from being shared.
+    return torch.from_numpy(masks[which]).index_select(1, rows).index_select(2, columns)
+
+
+def _nearest(places: Tensor, length: int) -> Tensor:
+    """Resize a list of places. In float32, which holds each exactly and rounds between them as the original does."""
+    return F.interpolate(places[None, None].float(), length)[0, 0].long()
 
 
 def _draw_crop(draw: "_Draw", width: int, height: int, config: TransformConfig) -> Crop:

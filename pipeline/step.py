@@ -61,7 +61,8 @@ def train_step(
     batch = batch.to(ranks.device)
     outputs = model(normalise(batch, config.transform), batch.padding)
     try:
-        losses = compute_losses(outputs, batch.targets, num_boxes, config.loss, ce_normalizer=ce_normalizer)
+        canvas = (batch.images.shape[2], batch.images.shape[3])
+        losses = compute_losses(outputs, batch.targets, num_boxes, config.loss, ce_normalizer, canvas)
     except NonFiniteError as error:
         raise TrainingError(
             f"step {step}, rank {ranks.rank}: {error}; lower --optim.lr or look at these images"
