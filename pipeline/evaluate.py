@@ -20,10 +20,11 @@ from detr.postprocess import detect
 from pipeline.errors import RunConfigError, TrainingError
 from pipeline.parallel import Ranks
 from pipeline.samples import evaluation_transform
+from shards.detections import Detections
 from shards.manifest import Category, Ints, Manifest
 from shards.plan import plan_evaluation
 from shards.read import ReadConfig, open_batches
-from shards.score import Detections, Score, score_detections
+from shards.score import Score, score_detections
 
 # Called after each batch with (images done by this rank, images of this rank).
 Progress = Callable[[int, int], None]

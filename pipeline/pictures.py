@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 
 from pipeline.figures import Boxes, draw, side_by_side
+from shards.detections import Detections
 from shards.manifest import Manifest
 from shards.read import ReadConfig, read_samples
-from shards.score import Detections
 
 THRESHOLD = 0.5  # a detection below it is not drawn
 

@@ -20,8 +20,8 @@ from pipeline.pictures import detection_pictures
 from pipeline.predict import Detector, Found, coco_results, read_model
 from pipeline.progress import progress_bar
 from pipeline.registry import resolve
+from shards.detections import Detections
 from shards.manifest import Manifest, load_manifest
-from shards.score import Detections
 from shards.verify import check_sizes
 
 

@@ -33,8 +33,8 @@ from pipeline.samples import training_batches
 from pipeline.step import train_step
 from pipeline.track import TAG_PHASE, Tracker
 from pipeline.weights import read_initial
+from shards.detections import Detections
 from shards.manifest import Manifest, load_manifest
-from shards.score import Detections
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shards.detections import Detections as Detections
     from shards.errors import ShardError as ShardError
     from shards.manifest import Category as Category
     from shards.manifest import Index as Index
@@ -23,23 +24,27 @@ if TYPE_CHECKING:
     from shards.read import open_loader as open_loader
     from shards.read import read_samples as read_samples
     from shards.score import ClassScore as ClassScore
-    from shards.score import Detections as Detections
     from shards.score import Score as Score
     from shards.score import coco_metrics as coco_metrics
     from shards.score import per_class_ap as per_class_ap
     from shards.score import score_detections as score_detections
     from shards.score import to_coco_json as to_coco_json
+    from shards.segmentation import check_segmentations as check_segmentations
+    from shards.segmentation import decode_masks as decode_masks
+    from shards.segmentation import encode_masks as encode_masks
     from shards.source import SourceError as SourceError
     from shards.synthetic import write_synthetic as write_synthetic
     from shards.write import WriteConfig as WriteConfig
     from shards.write import write_coco as write_coco
 
 _HOMES = {
+    "detections": ("Detections",),
     "errors": ("ShardError",),
     "manifest": ("Category", "Index", "Manifest", "load_manifest"),
     "plan": ("EpochPlan", "epoch_order", "first_step", "plan_epoch", "plan_evaluation"),
     "read": ("ReadConfig", "Sample", "open_batches", "open_loader", "read_samples"),
-    "score": ("ClassScore", "Detections", "Score", "coco_metrics", "per_class_ap", "score_detections", "to_coco_json"),
+    "score": ("ClassScore", "Score", "coco_metrics", "per_class_ap", "score_detections", "to_coco_json"),
+    "segmentation": ("check_segmentations", "decode_masks", "encode_masks"),
     "source": ("SourceError",),
     "synthetic": ("write_synthetic",),
     "write": ("WriteConfig", "write_coco"),

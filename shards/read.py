@@ -21,6 +21,7 @@ from shards import storage
 from shards.errors import ShardError
 from shards.manifest import Ints, Manifest
 from shards.plan import EpochPlan
+from shards.segmentation import Masks, SegmentationReader
 
 T = TypeVar("T")
 B = TypeVar("B")
@@ -34,10 +35,12 @@ class ReadConfig:
     Attributes:
         threads: decoding threads; 0 reads in the calling thread, one batch at a time.
         prefetch: batches under way or waiting at once: what bounds the memory. Fewer than ``threads`` idles some.
+        masks: also read where objects are, pixel by pixel; every annotation then needs a segmentation.
     """
 
     threads: int = 2
     prefetch: int = 4
+    masks: bool = False
 
     def __post_init__(self) -> None:
         if self.threads < 0 or self.prefetch < 1:
@@ -57,6 +60,7 @@ class Sample:
         boxes_xyxy: float32 [N, 4], pixels, as the COCO JSON says (not clamped, possibly without area).
         labels: int64 [N], labels of the manifest.
         annotations: int64 [N], their rows in the index.
+        masks: bool [N, height, width], in the order of the boxes; None unless ``ReadConfig.masks`` asks for them.
     """
 
     image: npt.NDArray[np.uint8]
@@ -68,6 +72,7 @@ class Sample:
     boxes_xyxy: npt.NDArray[np.float32]
     labels: Ints
     annotations: Ints
+    masks: Masks | None = None
 
 
 def open_loader(
@@ -105,7 +110,7 @@ def open_loader(
     if not 0 <= rank < world_size:
         raise ShardError(f"got rank {rank} of {world_size}, expected 0 <= rank < world_size")
     tasks = (plan.step(step, rank, world_size) for step in range(start, plan.end_step))
-    return _stream(SampleReader(manifest), tasks, transform, collate, config or ReadConfig())
+    return _stream(manifest, tasks, transform, collate, config or ReadConfig())
 
 
 def open_batches(
@@ -118,7 +123,7 @@ def open_batches(
 ) -> Generator[B, None, None]:
     """One item per array of rows, in order, as ``open_loader``; for evaluation and pictures. The epoch is 0."""
     tasks = ((rows, np.zeros(len(rows), np.int64)) for rows in batches)
-    return _stream(SampleReader(manifest), tasks, transform, collate, config or ReadConfig())
+    return _stream(manifest, tasks, transform, collate, config or ReadConfig())
 
 
 def read_samples(
@@ -130,13 +135,14 @@ def read_samples(
 
 
 class SampleReader:
-    """Reads and decodes single samples; safe to share between threads."""
+    """Reads and decodes single samples, with their masks where asked to; safe to share between threads."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, masks: bool = False) -> None:
         self._index = manifest.index()
         self._shards = [shard.name for shard in manifest.shards]
         self._urls = [storage.join(manifest.url, name) for name in self._shards]
         self._files = storage.RangeReader()
+        self._segmentations = SegmentationReader(manifest, self._files) if masks else None
 
     def read(self, row: int, epoch: int = 0) -> Sample:
         """The sample of one row; raises ShardError where its bytes are not those that were written.
@@ -161,6 +167,7 @@ class SampleReader:
             boxes_xyxy=np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).astype(np.float32),
             labels=annotations["label"][kept].astype(np.int64),
             annotations=int(record["first"]) + kept,
+            masks=None if self._segmentations is None else self._segmentations.masks(row),
         )
 
     def name(self, row: int) -> str:
@@ -196,13 +203,14 @@ def _only(samples: list[Sample]) -> Sample:
 
 
 def _stream(
-    reader: SampleReader,
+    manifest: Manifest,
     tasks: Iterable[_Task],
     transform: Callable[[Sample], T],
     collate: Callable[[list[T]], B],
     config: ReadConfig,
 ) -> Generator[B, None, None]:
     """Batches in the order of ``tasks``, at most ``config.prefetch`` of them ahead."""
+    reader = SampleReader(manifest, config.masks)
 
     def batch(task: _Task) -> B:
         return collate([_one(reader, row, epoch, transform) for row, epoch in zip(*task, strict=True)])

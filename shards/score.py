@@ -1,69 +1,34 @@
 """Detections against the truth: the twelve COCO numbers and per-class AP, by pycocotools.
 
-The truth comes from the data set's index, so that scoring needs no COCO JSON.
+The truth comes from the data set's index, and that of masks from its shards, so that scoring needs no COCO JSON. As
+pycocotools does with results that hold only masks, a true object is small, medium or large by its annotation's area,
+for masks as for boxes, and a detected one by the pixels of its mask.
 """
 
 import contextlib
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from shards.detections import Detections
 from shards.errors import ShardError
 from shards.manifest import Index, Ints, Manifest
+from shards.segmentation import true_runs
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-
-
-@dataclass(frozen=True, eq=False)
-class Detections:
-    """Detections of many images as columns, in any order; equal scores in one image rank in the order given.
-
-    Attributes:
-        image_ids: int64 [M], original image ids.
-        labels: int64 [M], labels of the manifest (0..K-1).
-        scores: float32 [M].
-        boxes_xywh: float64 [M, 4], pixels of the original image.
-    """
-
-    image_ids: Ints
-    labels: Ints
-    scores: npt.NDArray[np.float32]
-    boxes_xywh: npt.NDArray[np.float64]
-
-    def __post_init__(self) -> None:
-        count = len(self.image_ids)
-        shapes = [column.shape for column in (self.image_ids, self.labels, self.scores, self.boxes_xywh)]
-        if shapes != [(count,), (count,), (count,), (count, 4)]:
-            raise ShardError(f"got detection columns of shapes {shapes}, expected [M], [M], [M] and [M, 4]")
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    @classmethod
-    def empty(cls) -> "Detections":
-        """No detections."""
-        nothing = np.zeros(0, np.int64)
-        return cls(nothing, nothing, np.zeros(0, np.float32), np.zeros((0, 4), np.float64))
-
-    @classmethod
-    def concatenate(cls, parts: Sequence["Detections"]) -> "Detections":
-        """All detections of ``parts``, in that order; none where there are no parts."""
-        parts = [cls.empty(), *parts]
-        return cls(
-            np.concatenate([part.image_ids for part in parts]),
-            np.concatenate([part.labels for part in parts]),
-            np.concatenate([part.scores for part in parts]),
-            np.concatenate([part.boxes_xywh for part in parts]),
-        )
+MASK_METRICS = tuple(f"mask_{name}" for name in METRICS)
+Precision = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class ClassScore:
-    """One category's AP (IoU 0.50:0.95) and AP50, -1 where no truth of it is scored, and how many boxes there were."""
+    """One category's AP (IoU 0.50:0.95) and AP50, -1 where no truth of it is scored, and how many boxes there were.
+
+    ``mask_ap`` and ``mask_ap50`` are those of the masks, None where none were predicted.
+    """
 
     label: int
     category_id: int
@@ -71,11 +36,13 @@ class ClassScore:
     ap: float
     ap50: float
     boxes: int
+    mask_ap: float | None = None
+    mask_ap50: float | None = None
 
 
 @dataclass(frozen=True)
 class Score:
-    """The twelve numbers by name (METRICS), and every category's."""
+    """The twelve numbers by name (METRICS; and MASK_METRICS where masks were predicted), and every category's."""
 
     metrics: dict[str, float]
     classes: tuple[ClassScore, ...]
@@ -84,13 +51,16 @@ class Score:
 def coco_metrics(manifest: Manifest, detections: Detections, *, rows: Ints | None = None) -> dict[str, float]:
     """AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl, in 0..1, or -1 where there is no such truth.
 
+    Where the detections have masks, the same of the masks as well: mask_AP, ..., mask_ARl.
+
     Args:
         manifest: the data set that holds the truth.
         detections: at most 100 per image and category count, the best first, as pycocotools has it.
         rows: the images to score, all by default.
 
     Raises:
-        ShardError: a detection is not finite, or of an image or label that is not scored.
+        ShardError: a detection is not finite, or of an image or label that is not scored; masks are to be scored and
+            a true object has no segmentation.
     """
     return score_detections(manifest, detections, rows=rows).metrics
 
@@ -102,34 +72,64 @@ def per_class_ap(manifest: Manifest, detections: Detections, *, rows: Ints | Non
 
 def score_detections(manifest: Manifest, detections: Detections, *, rows: Ints | None = None) -> Score:
     """Both the twelve numbers and per-class AP from one evaluation; arguments and errors as ``coco_metrics``."""
-    from pycocotools.cocoeval import COCOeval
-
     index = manifest.index()
     rows = np.arange(manifest.images) if rows is None else np.unique(np.asarray(rows, np.int64))
     _check(manifest, index, detections, rows)
-    image_ids = index.images["image_id"][rows].tolist()
-    truth = _truth(index, rows)
+    images = index.images[rows]
+    columns = (images["image_id"].tolist(), images["width"].tolist(), images["height"].tolist())
+    dataset = {
+        "images": [{"id": one, "width": width, "height": height} for one, width, height in zip(*columns, strict=True)],
+        "categories": [{"id": label} for label in range(manifest.num_classes)],
+    }
+    truth, found = _truth(index, rows), _found(detections)
+    metrics, precision = _evaluate("bbox", dataset, truth, found)
+    mask_precision = None
+    if detections.masks is not None:
+        sizes = {one["id"]: [one["height"], one["width"]] for one in dataset["images"]}
+        for entry, counts in zip(found, detections.masks, strict=True):
+            entry["segmentation"] = {"size": sizes[entry["image_id"]], "counts": counts}
+        for entry, runs in zip(truth, true_runs(manifest, rows), strict=True):
+            entry["segmentation"] = runs
+        mask_metrics, mask_precision = _evaluate("segm", dataset, truth, _with_pixel_areas(found))
+        metrics |= dict(zip(MASK_METRICS, mask_metrics.values(), strict=True))
+    return Score(metrics, _class_scores(manifest, precision, mask_precision, truth))
+
+
+def _evaluate(
+    kind: str, dataset: dict[str, Any], truth: list[dict[str, Any]], found: list[dict[str, Any]]
+) -> tuple[dict[str, float], Precision]:
+    """The twelve numbers, and precision [IoU thresholds, recalls, categories, area ranges, detections per image]."""
+    from pycocotools.cocoeval import COCOeval
+
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress and its table
-        categories = [{"id": label} for label in range(manifest.num_classes)]
-        images = [{"id": image_id} for image_id in image_ids]
-        evaluation = COCOeval(_coco(images, categories, truth), _coco(images, categories, _found(detections)), "bbox")
+        evaluation = COCOeval(_coco(dataset, truth), _coco(dataset, found), kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    metrics = dict(zip(METRICS, map(float, evaluation.stats), strict=True))
-    return Score(metrics, _class_scores(manifest, evaluation.eval["precision"], truth))
+    return dict(zip(METRICS, map(float, evaluation.stats), strict=True)), evaluation.eval["precision"]
 
 
 def to_coco_json(manifest: Manifest, detections: Detections) -> list[dict[str, Any]]:
-    """The detections in COCO's result format, with original category ids, as its evaluation server takes them."""
+    """The detections in COCO's result format, with original category ids, as its evaluation server takes them.
+
+    Masks, where there are any, come without the boxes: pycocotools would take the objects' areas from those.
+    """
     category_ids = np.array([category.id for category in manifest.categories], np.int64)
     _check(manifest, manifest.index(), detections, np.arange(manifest.images))
+    where: list[dict[str, Any]] = [{"bbox": box} for box in detections.boxes_xywh.tolist()]
+    if detections.masks is not None:
+        images = manifest.index().images[manifest.index().rows_of(detections.image_ids)]
+        sizes = zip(images["height"].tolist(), images["width"].tolist(), strict=True)
+        where = [
+            {"segmentation": {"size": list(size), "counts": counts.decode()}}
+            for size, counts in zip(sizes, detections.masks, strict=True)
+        ]
     return [
-        {"image_id": image_id, "category_id": category_id, "bbox": box, "score": value}
-        for image_id, category_id, box, value in zip(
+        {"image_id": image_id, "category_id": category_id, **place, "score": value}
+        for image_id, category_id, place, value in zip(
             detections.image_ids.tolist(),
             category_ids[detections.labels].tolist(),
-            detections.boxes_xywh.tolist(),
+            where,
             detections.scores.tolist(),
             strict=True,
         )
@@ -192,25 +192,43 @@ def _found(detections: Detections) -> list[dict[str, Any]]:
     ]
 
 
-def _coco(images: list[dict[str, Any]], categories: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> Any:
+def _with_pixel_areas(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    from pycocotools import mask
+
+    # One by one: pycocotools fails on the areas of more than 255.
+    return [entry | {"area": float(mask.area(entry["segmentation"]))} for entry in found]
+
+
+def _coco(dataset: dict[str, Any], annotations: list[dict[str, Any]]) -> Any:
     from pycocotools.coco import COCO
 
     coco = COCO()
-    coco.dataset = {"images": images, "categories": categories, "annotations": annotations}
+    coco.dataset = dataset | {"annotations": annotations}
     coco.createIndex()
     return coco
 
 
 def _class_scores(
-    manifest: Manifest, precision: npt.NDArray[np.float64], truth: list[dict[str, Any]]
+    manifest: Manifest, precision: Precision, mask_precision: Precision | None, truth: list[dict[str, Any]]
 ) -> tuple[ClassScore, ...]:
-    """``precision``: [IoU thresholds, recalls, categories, area ranges (0 = all), detections per image (-1 = 100)]."""
     counts = np.bincount(
         [entry["category_id"] for entry in truth if not entry["iscrowd"]], minlength=manifest.num_classes
     )
-    scores = []
-    for label, category in enumerate(manifest.categories):
-        values = precision[:, :, label, 0, -1]
-        ap, ap50 = (float(part[part > -1].mean()) if (part > -1).any() else -1.0 for part in (values, values[0]))
-        scores.append(ClassScore(label, category.id, category.name, ap, ap50, int(counts[label])))
-    return tuple(scores)
+    return tuple(
+        ClassScore(
+            label,
+            category.id,
+            category.name,
+            *_class_ap(precision, label),
+            int(counts[label]),
+            *(() if mask_precision is None else _class_ap(mask_precision, label)),
+        )
+        for label, category in enumerate(manifest.categories)
+    )
+
+
+def _class_ap(precision: Precision, label: int) -> tuple[float, float]:
+    """AP and AP50 over all areas (0) and up to 100 detections per image (-1); -1 where there is no truth."""
+    values = precision[:, :, label, 0, -1]
+    ap, ap50 = (float(part[part > -1].mean()) if (part > -1).any() else -1.0 for part in (values, values[0]))
+    return ap, ap50

@@ -1,12 +1,15 @@
 """What lies where in a tar: the index of a shard is made by looking, so a foreign tar can be indexed as well."""
 
 import hashlib
+import io
 import tarfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from shards.errors import ShardError
+
+BLOCK = 512  # bytes; a header is one, and contents are padded to whole ones
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,23 @@ def scan_tar(path: Path) -> list[TarMember]:
     except tarfile.TarError as error:
         raise ShardError(f"{path}: not a whole tar ({error}); copy it again") from None
     return members
+
+
+def padded(position: int) -> int:
+    """Where the header after contents that end at ``position`` begins."""
+    return -(-position // BLOCK) * BLOCK
+
+
+def unpack(piece: bytes) -> dict[str, bytes]:
+    """Contents by name of the files in a piece of a tar that begins with a header, up to what is no header."""
+    files: dict[str, bytes] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(piece), mode="r:") as tar:
+            for member in tar:
+                files[member.name] = piece[member.offset_data : member.offset_data + member.size]
+    except tarfile.TarError:
+        pass  # damage shows in what is missing
+    return files
 
 
 def image_members(members: list[TarMember]) -> tuple[TarMember, ...]:

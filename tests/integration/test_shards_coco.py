@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from shards.plan import plan_epoch
-from shards.read import ReadConfig, open_loader
-from shards.score import METRICS, Detections, coco_metrics, to_coco_json
+from shards.read import ReadConfig, open_loader, read_samples
+from shards.score import MASK_METRICS, METRICS, Detections, coco_metrics, to_coco_json
+from shards.segmentation import encode_masks
 from shards.verify import verify
 from shards.write import WriteConfig, write_coco
 
@@ -123,6 +124,55 @@ def test_an_epoch_over_three_ranks_decodes_every_image_as_pillow_does(split):
         boxes = np.array([one["bbox"] for one in truth], np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         assert np.array_equal(sample.boxes_xyxy, boxes.astype(np.float32))
+
+
+def test_masks_are_exactly_those_that_pycocotools_makes_of_the_json(split):
+    from pycocotools.coco import COCO
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(split.annotations))
+    count = 0
+    for sample in read_samples(split.manifest, range(80), ReadConfig(threads=2, masks=True)):
+        truth = [one for one in coco.imgToAnns[sample.image_id] if not one["iscrowd"]]
+        assert sample.masks.shape == (len(truth), sample.height, sample.width)
+        for mask, one in zip(sample.masks, truth, strict=True):
+            assert np.array_equal(mask, coco.annToMask(one).astype(bool)), one["id"]
+        count += len(truth)
+    assert count == sum(not one["iscrowd"] for one in split.data["annotations"]) > 600
+
+
+def test_scores_of_masks_are_those_of_pycocotools_on_the_original_json(split):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(split.annotations))
+    rng = np.random.default_rng(1)
+    ids = {category.id: label for label, category in enumerate(split.manifest.categories)}
+    truth = [one for one in split.data["annotations"] for _ in range(2)]
+    # Truth moved by a twentieth of its size and with its score; one in five of another class, one in ten empty.
+    masks = np.empty(len(truth), object)
+    for number, one in enumerate(truth):
+        shift = np.rint(rng.normal(0, 0.05, 2) * one["bbox"][:1:-1]).astype(int)
+        moved = np.roll(coco.annToMask(one), shift, (0, 1)) * (rng.random() < 0.9)
+        masks[number] = encode_masks(moved.astype(bool)[None])[0]
+    labels = np.array([ids[one["category_id"]] for one in truth])
+    wrong = rng.random(len(truth)) < 0.2
+    labels[wrong] = rng.integers(0, 80, wrong.sum())
+    boxes = np.array([one["bbox"] for one in truth], np.float64)
+    image_ids = np.array([one["image_id"] for one in truth], np.int64)
+    detections = Detections(image_ids, labels, rng.random(len(truth)).astype(np.float32), boxes, masks)
+
+    metrics = coco_metrics(split.manifest, detections)
+    with contextlib.redirect_stdout(io.StringIO()):
+        results = json.loads(json.dumps(to_coco_json(split.manifest, detections)))
+        reference = COCOeval(coco, coco.loadRes(results), "segm")
+        reference.evaluate()
+        reference.accumulate()
+        reference.summarize()
+    found = [metrics[name] for name in MASK_METRICS]
+    assert found == reference.stats.tolist()
+    assert 0 < min(found) < max(found) < 1
 
 
 def test_scores_are_those_of_pycocotools_on_the_original_json(split):

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from shards.errors import ShardError
-from shards.score import METRICS, Detections, coco_metrics, per_class_ap, score_detections, to_coco_json
+from shards.score import MASK_METRICS, METRICS, Detections, coco_metrics, per_class_ap, score_detections, to_coco_json
+from shards.segmentation import encode_masks
 
 
 def guesses(data, manifest, seed=0, per_box=3):
@@ -28,10 +30,24 @@ def guesses(data, manifest, seed=0, per_box=3):
     return Detections(np.array([one["image_id"] for one in truth], np.int64), found, scores, np.abs(boxes))
 
 
-def reference(path, manifest, detections, image_ids=None):
+def with_masks(data, manifest, detections, seed=0):
+    """Each detection gets its truth's mask, moved and with pixels dropped."""
+    rng = np.random.default_rng(seed)
+    truth = COCO()
+    truth.dataset = copy.deepcopy(data)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+    counts = np.empty(len(detections), object)
+    for number, one in enumerate(one for one in truth.dataset["annotations"] for _ in range(3)):
+        mask = np.roll(truth.annToMask(one), rng.integers(0, 3, 2), (0, 1)) * (rng.random() < 0.9)
+        counts[number] = encode_masks(mask.astype(bool)[None])[0]
+    return replace(detections, masks=counts)
+
+
+def reference(path, manifest, detections, image_ids=None, kind="bbox"):
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(path))
-        evaluation = COCOeval(truth, truth.loadRes(copy.deepcopy(to_coco_json(manifest, detections))), "bbox")
+        evaluation = COCOeval(truth, truth.loadRes(copy.deepcopy(to_coco_json(manifest, detections))), kind)
         if image_ids is not None:
             evaluation.params.imgIds = image_ids
         evaluation.evaluate()
@@ -171,3 +187,57 @@ def test_nothing_is_printed(coco, capsys):
     manifest = coco.write()
     coco_metrics(manifest, guesses(coco.data, manifest))
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_of_masks_are_those_of_pycocotools_on_the_json(coco, seed):
+    for number, one in enumerate(coco.data["annotations"]):
+        if not one["iscrowd"]:
+            one["segmentation"] = [[2, 3, 20 + number, 3, 20 + number, 30, 2, 30], [1, 1, 5, 1, 5, 5]]
+    manifest = coco.write()
+    boxes = guesses(coco.data, manifest, seed)
+    detections = with_masks(coco.data, manifest, boxes, seed)
+    score = score_detections(manifest, detections)
+    masks = reference(coco.annotations, manifest, detections, kind="segm")
+    assert {name: score.metrics[name] for name in METRICS} == reference(coco.annotations, manifest, boxes)
+    assert [score.metrics[name] for name in MASK_METRICS] == list(masks.values())
+    assert 0 < score.metrics["mask_AP"] < 1
+    assert score.metrics["mask_AP"] != score.metrics["AP"]
+    scored = [one.mask_ap for one in score.classes if one.mask_ap > -1]
+    assert np.mean(scored) == pytest.approx(score.metrics["mask_AP"])
+
+
+def test_without_masks_no_figures_of_masks_are_given(coco):
+    manifest = coco.write()
+    score = score_detections(manifest, guesses(coco.data, manifest))
+    assert tuple(score.metrics) == METRICS
+    assert {one.mask_ap for one in score.classes} == {None}
+
+
+def test_masks_are_scored_on_the_images_asked_for(coco):
+    manifest = coco.write()
+    detections = with_masks(coco.data, manifest, guesses(coco.data, manifest))
+    rows = manifest.index().rows_of([100, 142])
+    chosen = detections.take(np.isin(detections.image_ids, [100, 142]))
+    masks = reference(coco.annotations, manifest, chosen, [100, 142], kind="segm")
+    found = coco_metrics(manifest, chosen, rows=rows)
+    assert [found[name] for name in MASK_METRICS] == list(masks.values())
+
+
+def test_no_detections_with_masks_score_nothing(coco):
+    manifest = coco.write()
+    none = replace(Detections.empty(), masks=np.empty(0, object))
+    metrics = coco_metrics(manifest, none)
+    assert (metrics["mask_AP"], metrics["mask_AR100"]) == (0, 0)
+
+
+def test_detections_with_and_without_masks_do_not_mix(coco):
+    manifest = coco.write()
+    boxes = guesses(coco.data, manifest)
+    masks = with_masks(coco.data, manifest, boxes)
+    joined = Detections.concatenate([masks, Detections.empty(), masks])
+    assert joined.masks.tolist() == masks.masks.tolist() * 2
+    with pytest.raises(ShardError, match="masks of all or of none"):
+        Detections.concatenate([masks, boxes])
+    with pytest.raises(ShardError, match="one for each of the 27 detections"):
+        replace(boxes, masks=np.empty(3, object))

@@ -1,0 +1,223 @@
+"""Where objects are, pixel by pixel: segmentations found in the shards, checked, and turned into masks.
+
+COCO writes a segmentation as polygons, as run lengths, or as run lengths squeezed into a string. All become pycocotools'
+*runs*, ``{"size": [height, width], "counts": bytes}``, which are small and are what scoring takes. The index knows where
+the image of a sample lies, not its JSON: both are found beside the image, by the names in the tar.
+
+pycocotools reads memory that is not its own when run lengths do not fill the image, so they are checked first.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from shards import storage
+from shards.errors import ShardError
+from shards.manifest import Ints, Manifest
+from shards.tars import BLOCK, padded, sample_key, unpack
+
+Masks = npt.NDArray[np.bool_]
+Runs = dict[str, Any]
+MAX_COORDINATE = 1e5  # pixels; pycocotools' memory grows with the length of an outline
+CHECKED_IMAGES = 32  # of each data set before a run
+
+
+class _RunLengths(msgspec.Struct):
+    size: tuple[int, int]
+    counts: list[int] | str
+
+
+class _Identity(msgspec.Struct):
+    id: int
+
+
+class _Entry(msgspec.Struct):
+    image: _Identity
+    annotations: list[_Identity]
+
+
+_segmentations = msgspec.json.Decoder(list[msgspec.Raw])
+_segmentation = msgspec.json.Decoder(list[list[float]] | _RunLengths | None)
+_entry = msgspec.json.Decoder(_Entry)
+
+
+class SegmentationReader:
+    """Finds and checks the segmentations of single samples; safe to share between threads."""
+
+    def __init__(self, manifest: Manifest, files: storage.RangeReader) -> None:
+        self._index = manifest.index()
+        self._shards = manifest.shards
+        self._urls = [storage.join(manifest.url, shard.name) for shard in manifest.shards]
+        self._files = files
+
+    def runs(self, row: int, *, crowds: bool) -> list[Runs]:
+        """Runs of a sample's annotations in the order of the index, with or without those of crowds.
+
+        Raises ShardError naming the image, and the annotation where one has no segmentation that can be used.
+        """
+        image = self._index.images[row]
+        annotations = self._index.annotations_of(row)
+        size = int(image["height"]), int(image["width"])
+        found = []
+        for annotation, raw in zip(annotations, self._read(row), strict=True):
+            if crowds or not annotation["iscrowd"]:
+                try:
+                    found.append(_to_runs(raw, *size))
+                except ValueError as error:
+                    raise ShardError(
+                        f"{self._name(row)}: annotation {int(annotation['annotation_id'])} {error}; masks need polygons "
+                        "or run lengths of every object: correct it and write the data set again, or go without masks"
+                    ) from None
+        return found
+
+    def masks(self, row: int) -> Masks:
+        """bool [N, height, width] of a sample's non-crowd annotations."""
+        image = self._index.images[row]
+        return decode_masks(self.runs(row, crowds=False), int(image["height"]), int(image["width"]))
+
+    def _name(self, row: int) -> str:
+        image = self._index.images[row]
+        return f"image {int(image['image_id'])} in {self._shards[int(image['shard'])].name}"
+
+    def _read(self, row: int) -> list[msgspec.Raw]:
+        """The JSON of each annotation's segmentation, crowds included, in the order of the index."""
+        image_id = int(self._index.images[row]["image_id"])
+        names = f"{sample_key(image_id)}.json", f"{sample_key(image_id)}.segmentation.json"
+        members: dict[str, bytes] = {}
+        # Members are in order of their endings, so those of a JPEG come behind it and those of a WebP before it.
+        for start, stop in (self._behind(row), self._before(row)):
+            members |= unpack(self._bytes(row, start, stop))
+            if all(name in members for name in names):
+                break
+        try:
+            entry, segmentations = _entry.decode(members[names[0]]), _segmentations.decode(members[names[1]])
+            expected = self._index.annotations_of(row)["annotation_id"].tolist()
+            if entry.image.id != image_id or [one.id for one in entry.annotations] != expected:
+                raise ValueError("they are of other annotations than the index")
+            if len(segmentations) != len(expected):
+                raise ValueError(f"there are {len(segmentations)} for {len(expected)} annotations")
+        except (KeyError, ValueError, msgspec.DecodeError) as error:
+            reason = f"the shard has no {error} there" if isinstance(error, KeyError) else str(error)
+            raise ShardError(
+                f"{self._name(row)}: its segmentations cannot be read ({reason}); expected what `detr shard coco` wrote: "
+                "copy the shard again"
+            ) from None
+        return segmentations
+
+    def _behind(self, row: int) -> tuple[int, int]:
+        """The bytes between a sample's image and the next image's header, or the end of the shard."""
+        images = self._index.images
+        start = padded(int(images[row]["offset"]) + int(images[row]["length"]))
+        if row + 1 < len(images) and images[row + 1]["shard"] == images[row]["shard"]:
+            return start, int(images[row + 1]["offset"]) - BLOCK
+        return start, self._shards[int(images[row]["shard"])].bytes
+
+    def _before(self, row: int) -> tuple[int, int]:
+        """The bytes between the image before, or the start of the shard, and this image's header."""
+        images = self._index.images
+        first = row == 0 or images[row - 1]["shard"] != images[row]["shard"]
+        return 0 if first else self._behind(row - 1)[0], int(images[row]["offset"]) - BLOCK
+
+    def _bytes(self, row: int, start: int, stop: int) -> bytes:
+        content = self._files.read(self._urls[int(self._index.images[row]["shard"])], start, max(0, stop - start))
+        if len(content) < stop - start:
+            raise ShardError(f"{self._name(row)}: the shard is truncated behind it: copy it again")
+        return content
+
+
+def true_runs(manifest: Manifest, rows: Ints) -> list[Runs]:
+    """Runs of every annotation of ``rows``, crowds included, in the order of the rows and of the index."""
+    files = storage.RangeReader()
+    try:
+        reader = SegmentationReader(manifest, files)
+        return [runs for row in rows.tolist() for runs in reader.runs(row, crowds=True)]
+    finally:
+        files.close()
+
+
+def check_segmentations(manifest: Manifest) -> None:
+    """Look at the segmentations of some images, evenly spread over those that have annotations.
+
+    Finds in moments a data set that was made without them. Raises ShardError naming the first that has none.
+    """
+    rows = np.flatnonzero(manifest.index().images["count"] > 0)
+    true_runs(manifest, rows[:: max(1, -(-len(rows) // CHECKED_IMAGES))].astype(np.int64))
+
+
+def encode_masks(masks: Masks) -> npt.NDArray[np.object_]:
+    """The counts of masks' runs, bytes [N]: what ``Detections.masks`` holds.
+
+    masks: bool [N, height, width] in any memory layout; one whose columns are contiguous ([N, width, height]
+    transposed) spares a copy.
+    """
+    from pycocotools import mask
+
+    counts = np.empty(len(masks), np.object_)
+    if len(masks):
+        columns = np.asfortranarray(masks.transpose(1, 2, 0)).view(np.uint8)
+        counts[:] = [runs["counts"] for runs in mask.encode(columns)]
+    return counts
+
+
+def decode_masks(runs: Sequence[Runs], height: int, width: int) -> Masks:
+    """bool [N, height, width] of runs of that size."""
+    from pycocotools import mask
+
+    masks = np.zeros((len(runs), height, width), np.bool_)
+    if runs:
+        columns = mask.decode(list(runs)).view(np.bool_)  # column by column, so copying all of it to rows is slow
+        for number, (x, y, across, down) in enumerate(mask.toBbox(list(runs)).astype(int).tolist()):
+            masks[number, y : y + down, x : x + across] = columns[y : y + down, x : x + across, number]
+    return masks
+
+
+def _to_runs(raw: msgspec.Raw, height: int, width: int) -> Runs:
+    """Raises ValueError saying what is wrong with the segmentation."""
+    from pycocotools import mask
+
+    try:
+        segmentation = _segmentation.decode(raw)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"has a segmentation that is neither polygons nor run lengths ({error})") from None
+    if isinstance(segmentation, _RunLengths):
+        counts = segmentation.counts
+        lengths = _unsqueezed(counts) if isinstance(counts, str) else counts
+        if segmentation.size != (height, width) or sum(lengths) != height * width or min(lengths) < 0:
+            raise ValueError(
+                f"has run lengths that sum to {sum(lengths)} for a size of {segmentation.size}, not to {height}x{width}"
+            )
+        runs: Runs = mask.frPyObjects({"size": [height, width], "counts": lengths}, height, width)
+        return runs
+    # A part of fewer than three points holds no pixel, and pycocotools takes two points for a box.
+    polygons = [part for part in segmentation or () if len(part) >= 6]
+    if not polygons:
+        raise ValueError("has no segmentation")
+    largest = max(max(map(abs, part)) for part in polygons)
+    if any(len(part) % 2 for part in polygons) or not largest <= MAX_COORDINATE:
+        raise ValueError(
+            f"has a polygon of half a point, or one that reaches {largest:g} pixels from the image's corner"
+        )
+    merged: Runs = mask.merge(mask.frPyObjects(polygons, height, width))
+    return merged
+
+
+def _unsqueezed(text: str) -> list[int]:
+    """Run lengths from COCO's string: 5 bits per character, each length from the third on less the one before the last."""
+    lengths: list[int] = []
+    value = shift = 0
+    for character in text.encode():
+        code = character - 48
+        if not 0 <= code < 64:
+            raise ValueError("has run lengths in a string that is not COCO's")
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            value -= (code & 16) << (shift - 4)
+            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError("has run lengths in a string that was cut off")
+    return lengths

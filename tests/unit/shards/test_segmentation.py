@@ -1,0 +1,159 @@
+"""Segmentations out of the shards: equal to pycocotools' own, whatever they are written as, or one clear line."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask
+from pycocotools.coco import COCO
+
+from shards.errors import ShardError
+from shards.read import ReadConfig, read_samples
+from shards.segmentation import check_segmentations, decode_masks, encode_masks, true_runs
+
+BOX = [[10, 10, 30.5, 10, 30.5, 25, 10, 25]]
+
+
+def runs_of(pixels):
+    """Uncompressed run lengths of a bool mask, column by column."""
+    flat = np.concatenate([[False], pixels.ravel(order="F"), [False]])
+    changes = np.flatnonzero(flat[1:] != flat[:-1])
+    return {"size": list(pixels.shape), "counts": np.diff(changes, prepend=0, append=pixels.size).tolist()}
+
+
+def read(manifest, image_id):
+    (sample,) = read_samples(manifest, manifest.index().rows_of([image_id]), ReadConfig(0, masks=True))
+    return sample
+
+
+def expected(coco, image_id):
+    """The masks of an image's non-crowd annotations by pycocotools, from the JSON."""
+    reference = COCO(str(coco.annotations))
+    return [
+        reference.annToMask(one).astype(bool)
+        for one in coco.data["annotations"]
+        if one["image_id"] == image_id and not one["iscrowd"]
+    ]
+
+
+def entry(coco, number):
+    return next(one for one in coco.data["annotations"] if one["id"] == number)
+
+
+def test_masks_are_those_of_pycocotools_in_the_order_of_the_boxes(coco):
+    rng = np.random.default_rng(0)
+    scattered = rng.random((34, 58)) < 0.5
+    entry(coco, 11)["segmentation"] = [*BOX, [1, 1, 9.5, 1, 5, 8.25], [0, 0, 1, 1]]  # the last is no area
+    entry(coco, 18)["segmentation"] = runs_of(scattered)
+    squeezed = mask.encode(np.asfortranarray(scattered[::-1].astype(np.uint8)))
+    entry(coco, 19)["segmentation"] = {"size": [34, 58], "counts": squeezed["counts"].decode()}
+    manifest = coco.write(samples_per_shard=3)
+    for image in coco.data["images"]:
+        sample = read(manifest, image["id"])
+        truth = expected(coco, image["id"])
+        assert sample.masks.shape == (len(sample.labels), image["height"], image["width"])
+        assert sample.masks.dtype == bool
+        assert np.array_equal(sample.masks, np.array(truth).reshape(sample.masks.shape))
+    assert np.array_equal(read(manifest, 142).masks, [scattered, scattered[::-1]])
+    assert read(manifest, 100).masks[0].sum() > 200
+
+
+def test_masks_are_read_only_when_asked_for(coco):
+    manifest = coco.write()
+    assert all(sample.masks is None for sample in read_samples(manifest, range(7)))
+
+
+@pytest.mark.parametrize("ending", ["bmp", "gif", "jpg", "png", "tif", "webp"])
+def test_segmentations_are_found_on_either_side_of_the_image(coco, ending):
+    """Members are in order of their endings: `json` is behind a JPEG and before a WebP."""
+    for number, image in enumerate(coco.data["images"]):
+        with Image.open(coco.images / image["file_name"]) as picture:
+            picture.convert("RGB").save(coco.images / f"other {number}.{ending}")
+        image["file_name"] = f"other {number}.{ending}"
+    for number, annotation in enumerate(coco.data["annotations"]):
+        if not annotation["iscrowd"]:
+            annotation["segmentation"] = [[number, number, number + 9, number, number + 9, number + 7]]
+    manifest = coco.write(samples_per_shard=3)
+    for image in coco.data["images"]:
+        assert np.array_equal(
+            read(manifest, image["id"]).masks,
+            np.array(expected(coco, image["id"])).reshape(-1, image["height"], image["width"]),
+        )
+
+
+WRONG = {
+    "absent": (None, "has no segmentation"),
+    "empty": ([], "has no segmentation"),
+    "of one line": ([[1, 1, 5, 5]], "has no segmentation"),
+    "of half a point": ([[1, 1, 5, 5, 9, 9, 3]], "half a point"),
+    "far away": ([[1, 1, 5, 1, 1e9, 9]], "reaches 1e\\+09 pixels"),
+    "words": ([["a", "b", 3, 4, 5, 6]], "neither polygons nor run lengths"),
+    "runs too short": ({"size": [34, 58], "counts": [5, 5]}, "sum to 10 for a size of \\(34, 58\\), not to 34x58"),
+    "runs of another size": ({"size": [58, 34], "counts": [34 * 58]}, "for a size of \\(58, 34\\)"),
+    "runs that go back": ({"size": [34, 58], "counts": [34 * 58 + 5, -5]}, "run lengths"),
+    "squeezed and cut off": ({"size": [34, 58], "counts": "o"}, "cut off"),
+    "squeezed and foreign": ({"size": [34, 58], "counts": "\u20ac"}, "not COCO's"),
+}
+
+
+@pytest.mark.parametrize(("segmentation", "said"), WRONG.values(), ids=WRONG)
+def test_a_segmentation_that_cannot_be_used_is_one_line_that_names_image_and_annotation(coco, segmentation, said):
+    entry(coco, 19)["segmentation"] = segmentation
+    manifest = coco.write()
+    with pytest.raises(ShardError, match=rf"image 142 in shard-000000.tar: annotation 19 .*{said}") as caught:
+        read(manifest, 142)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ShardError, match="annotation 19"):
+        check_segmentations(manifest)
+    assert len(read(manifest, 100).masks) == 2
+
+
+def test_a_crowd_needs_no_segmentation_to_be_trained_without_but_to_be_scored(coco):
+    del entry(coco, 14)["segmentation"]
+    manifest = coco.write()
+    assert len(read(manifest, 100).masks) == 2
+    with pytest.raises(ShardError, match=r"image 100 .* annotation 14 has no segmentation"):
+        true_runs(manifest, np.arange(7))
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [(b'"id":11,', b'"id":12,'), (b'"id": 100,', b'"id": 101,'), (b"000000000100.segm", b"000000000101.segm")],
+    ids=["annotation", "image", "name"],
+)
+def test_segmentations_of_another_sample_are_refused(coco, was, now):
+    """The images are whole, so only what lies beside them tells."""
+    manifest = coco.write()
+    path = coco.root / "out" / "shard-000000.tar"
+    content = path.read_bytes()
+    assert was in content
+    path.write_bytes(content.replace(was, now))
+    with pytest.raises(
+        ShardError, match=r"image 100 in shard-000000.tar: its segmentations cannot be read \("
+    ) as caught:
+        read(manifest, 100)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shard_that_ends_behind_an_image_is_one_clear_line(coco):
+    manifest = coco.write()
+    record = manifest.index().images[6]
+    path = coco.root / "out" / "shard-000000.tar"
+    path.write_bytes(path.read_bytes()[: int(record["offset"] + record["length"]) + 600])
+    with pytest.raises(ShardError, match="the shard is truncated"):
+        read(manifest, int(record["image_id"]))
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+def test_masks_survive_their_run_lengths_in_any_memory_layout(columns):
+    masks = np.random.default_rng(1).random((4, 9, 13)) < 0.4
+    masks[2] = False
+    masks[3] = True
+    given = np.ascontiguousarray(masks.transpose(0, 2, 1)).transpose(0, 2, 1) if columns else masks
+    counts = encode_masks(given)
+    assert all(isinstance(one, bytes) for one in counts)
+    assert np.array_equal(decode_masks([{"size": [9, 13], "counts": one} for one in counts], 9, 13), masks)
+
+
+def test_no_masks_are_no_run_lengths():
+    assert encode_masks(np.zeros((0, 5, 6), bool)).shape == (0,)
+    assert decode_masks([], 5, 6).shape == (0, 5, 6)
