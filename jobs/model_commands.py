@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -21,6 +22,10 @@ class Evaluate:
     """Folder or URL of the data set's shards."""
     json: Path | None = None
     """Also write the numbers here."""
+    per_layer: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also score every decoder layer, without and with suppression of duplicates, and all of them merged."""
+    nms_iou: float = 0.7
+    """With --per-layer: of two detections of one class that overlap by more than this IoU, the better is kept."""
 
 
 def evaluate(argv: list[str]) -> None:
@@ -28,15 +33,25 @@ def evaluate(argv: list[str]) -> None:
     options = parse(Evaluate, argv, "detr evaluate")
     if options.json is not None:
         _check_writable(options.json)
+    if not 0 < options.nms_iou <= 1:
+        raise UsageError(f"--nms-iou {options.nms_iou:g}: expected an IoU above 0, at most 1; the paper's is 0.7")
     import msgspec
 
-    from pipeline.registered import evaluate_registered
-    from pipeline.report import metrics_table
+    from pipeline.registered import evaluate_registered, evaluate_registered_layers
+    from pipeline.report import layers_table, metrics_table
 
-    metrics = evaluate_registered(options.model, options.data, progress=True).score.metrics
-    print(metrics_table(metrics))
+    numbers: dict[str, object]
+    if options.per_layer:
+        scores = evaluate_registered_layers(options.model, options.data, nms=options.nms_iou, progress=True)
+        metrics = next(score.metrics for score in reversed(scores) if score.nms is None)  # the last layer's
+        numbers = {**metrics, "layers": scores}
+        print(metrics_table(metrics), layers_table(scores), sep="\n\n")
+    else:
+        metrics = evaluate_registered(options.model, options.data, progress=True).score.metrics
+        numbers = {**metrics}
+        print(metrics_table(metrics))
     if options.json:
-        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(metrics), indent=2) + b"\n")
+        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(numbers), indent=2) + b"\n")
 
 
 def _check_writable(path: Path) -> None:

@@ -16,7 +16,8 @@ from torch import nn
 
 from detr.batch import Batch, collate, normalise
 from detr.config import TransformConfig
-from detr.postprocess import detect
+from detr.model import Outputs
+from detr.postprocess import Detection, detect
 from pipeline.errors import RunConfigError, TrainingError
 from pipeline.parallel import Ranks
 from pipeline.samples import evaluation_transform
@@ -28,6 +29,14 @@ from shards.score import Score, score_detections
 
 # Called after each batch with (images done by this rank, images of this rank).
 Progress = Callable[[int, int], None]
+
+# How detections are read off the predictions for a batch: one Detection per image.
+Reading = Callable[[Outputs, Batch], list[Detection]]
+
+
+def read_queries(outputs: Outputs, batch: Batch) -> list[Detection]:
+    """As the paper reads them: one detection per query of the last layer."""
+    return detect(outputs, [target.original_size for target in batch.targets])
 
 
 @dataclass(frozen=True)
@@ -56,12 +65,41 @@ def evaluate(
     batch_size: images per forward; part of the experiment, since padding changes answers slightly.
     limit: score only the first batches, of so many images together, for a smoke test; 0 for all.
     """
+    found = evaluate_readings(
+        model,
+        manifest,
+        categories,
+        (read_queries,),
+        transform=transform,
+        batch_size=batch_size,
+        ranks=ranks,
+        threads=threads,
+        limit=limit,
+        progress=progress,
+    )
+    return found[0] if found else None
+
+
+def evaluate_readings(
+    model: nn.Module,
+    manifest: Manifest,
+    categories: Sequence[Category],
+    readings: Sequence[Reading],
+    *,
+    transform: TransformConfig,
+    batch_size: int,
+    ranks: Ranks | None = None,
+    threads: int = 2,
+    limit: int = 0,
+    progress: Progress | None = None,
+) -> list[Evaluation] | None:
+    """As `evaluate`, one score per reading, all from the same single forward pass over each image."""
     ranks = ranks or Ranks()
     labels = match_categories(categories, manifest)
     planned = plan_evaluation(manifest, batch_size=batch_size)
     planned = planned[: -(-limit // batch_size)] if limit else planned
     batches = planned[ranks.rank :: ranks.world_size]
-    parts: list[Detections] = []
+    parts: list[list[Detections]] = [[] for _ in readings]
     seen: list[int] = []
     total = sum(map(len, batches))
     training = model.training
@@ -75,19 +113,24 @@ def evaluate(
             config=ReadConfig(threads=threads),
         )
         for batch in loader:
-            parts.append(detect_batch(model, batch, labels, transform, ranks.device))
+            found = detect_batch(model, batch, labels, transform, ranks.device, readings)
+            for part, detections in zip(parts, found, strict=True):
+                part.append(detections)
             seen += [target.image_id for target in batch.targets]
             if progress:
                 progress(len(seen), total)
     finally:
         model.train(training)
-    gathered = ranks.gather((Detections.concatenate(parts), seen))
+    gathered = ranks.gather(([Detections.concatenate(part) for part in parts], seen))
     if not ranks.first:
         return None
     rows = np.concatenate(planned)
     _check_each_once(manifest, rows, [image_id for _, ids in gathered for image_id in ids])
-    detections = in_image_order(Detections.concatenate([found for found, _ in gathered]))
-    return Evaluation(score_detections(manifest, detections, rows=rows), detections)
+    evaluations = []
+    for of_ranks in zip(*(found for found, _ in gathered), strict=True):
+        detections = in_image_order(Detections.concatenate(of_ranks))
+        evaluations.append(Evaluation(score_detections(manifest, detections, rows=rows), detections))
+    return evaluations
 
 
 def match_categories(categories: Sequence[Category], manifest: Manifest) -> Ints:
@@ -113,12 +156,23 @@ def match_categories(categories: Sequence[Category], manifest: Manifest) -> Ints
 
 @torch.inference_mode()
 def detect_batch(
-    model: nn.Module, batch: Batch, labels: Ints, transform: TransformConfig, device: torch.device
-) -> Detections:
-    """Detections of one batch in pixels of the original images; those of classes the data set lacks are left out."""
+    model: nn.Module,
+    batch: Batch,
+    labels: Ints,
+    transform: TransformConfig,
+    device: torch.device,
+    readings: Sequence[Reading] = (read_queries,),
+) -> list[Detections]:
+    """Of each reading the detections of one batch in pixels of the original images, from one forward pass.
+
+    Those of classes the data set lacks are left out.
+    """
     moved = batch.to(device)
     outputs = model(normalise(moved, transform), moved.padding)
-    found = detect(outputs, [target.original_size for target in batch.targets])
+    return [_columns(reading(outputs, batch), batch, labels) for reading in readings]
+
+
+def _columns(found: Sequence[Detection], batch: Batch, labels: Ints) -> Detections:
     parts = []
     for target, detection in zip(batch.targets, found, strict=True):
         mapped = labels[detection.labels.cpu().numpy()]

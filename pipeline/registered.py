@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from pipeline.errors import PipelineError
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.figures import Boxes, contact_sheet, draw
+from pipeline.layers import LayerScore, evaluate_layers
 from pipeline.parallel import Ranks
 from pipeline.pictures import detection_pictures
 from pipeline.predict import Detector, Found, coco_results, read_model
@@ -24,6 +26,8 @@ from shards.detections import Detections
 from shards.manifest import Manifest, load_manifest
 from shards.verify import check_sizes
 
+_Scored = TypeVar("_Scored")
+
 
 def default_device() -> torch.device:
     """The GPU where there is one."""
@@ -32,12 +36,21 @@ def default_device() -> torch.device:
 
 def evaluate_registered(uri: str, data: str, *, progress: bool = False) -> Evaluation:
     """Score a registered version on a data set, in the same batches as its run did, so with the same figures."""
+    return _score(evaluate, uri, data, progress)
+
+
+def evaluate_registered_layers(uri: str, data: str, *, nms: float = 0.7, progress: bool = False) -> list[LayerScore]:
+    """Score every decoder layer of a registered version as `evaluate_registered` scores the last."""
+    return _score(partial(evaluate_layers, nms=nms), uri, data, progress)
+
+
+def _score(how: Callable[..., _Scored | None], uri: str, data: str, progress: bool) -> _Scored:
     manifest = load_manifest(data)
     check_sizes(manifest)
     model, card = read_model(resolve(uri))
     device = default_device()
     with progress_bar("evaluating") if progress else nullcontext() as advance:
-        evaluation = evaluate(
+        scored = how(
             model.to(device),
             manifest,
             card.categories,
@@ -46,8 +59,8 @@ def evaluate_registered(uri: str, data: str, *, progress: bool = False) -> Evalu
             ranks=Ranks(device=device),
             progress=advance,
         )
-    assert evaluation is not None  # rank 0 of one
-    return evaluation
+    assert scored is not None  # rank 0 of one
+    return scored
 
 
 def picture_sheet(detections: Detections, manifest: Manifest, count: int = 6) -> Image.Image:

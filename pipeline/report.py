@@ -11,6 +11,8 @@ from pipeline.track import TAG_PHASE
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
+    from pipeline.layers import LayerScore
+
 _MEANINGS = {
     "AP": "IoU 0.50:0.95",
     "AP50": "IoU 0.50",
@@ -33,6 +35,24 @@ def metrics_table(metrics: Mapping[str, float]) -> str:
         (name, "-" if metrics[name] < 0 else f"{metrics[name]:.3f}", meaning) for name, meaning in _MEANINGS.items()
     ]
     return table(("metric", "value", "of"), rows)
+
+
+def layers_table(scores: Sequence[LayerScore]) -> str:
+    """AP and AP50 of each decoder layer without and with suppression of duplicates, then of all of them merged."""
+    cells: dict[int | None, dict[bool, tuple[str, str]]] = {}
+    for score in scores:
+        values = tuple("-" if score.metrics[name] < 0 else f"{score.metrics[name]:.3f}" for name in ("AP", "AP50"))
+        cells.setdefault(score.layer, {})[score.nms is not None] = (values[0], values[1])
+    threshold = next(score.nms for score in scores if score.nms is not None)
+    header = ("decoder layer", "AP", "AP50", f"AP, NMS {threshold:g}", f"AP50, NMS {threshold:g}")
+    absent = ("-", "-")
+    return table(
+        header,
+        [
+            ("all merged" if layer is None else str(layer), *both.get(False, absent), *both.get(True, absent))
+            for layer, both in cells.items()
+        ],
+    )
 
 
 def runs_table(runs: Sequence[Run]) -> str:

@@ -16,6 +16,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from detr.model import build_model
+from jobs.model_commands import evaluate as evaluate_command
 from pipeline import checkpoint
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError, RegistryError, TrackingError
@@ -135,6 +136,24 @@ def test_a_registry_that_refuses_is_one_line_that_says_how_to_try_again(
             register_run(own.run_id, name="tiny", alias="best")
     assert "\n" not in str(caught.value)
     assert register_run(own.run_id, name="tiny", alias="best").version == "1"
+
+
+def test_every_layer_of_a_version_is_scored_and_the_last_as_without_asking(
+    trained: Trained, version: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["models:/tiny@best", "--data", trained.config.data.val, "--json"]
+    evaluate_command([*arguments, str(tmp_path / "plain.json")])
+    plain = capsys.readouterr().out
+    evaluate_command([*arguments, str(tmp_path / "layers.json"), "--per-layer", "--nms-iou", "0.5"])
+    layers = capsys.readouterr().out
+    assert layers.startswith(plain.rstrip("\n"))
+    assert "decoder layer  AP     AP50   AP, NMS 0.5  AP50, NMS 0.5" in layers
+    figures = json.loads((tmp_path / "layers.json").read_text())
+    rows = figures.pop("layers")
+    assert figures == json.loads((tmp_path / "plain.json").read_text()) == rows[2]["metrics"]
+    kinds = [(1, None), (1, 0.5), (2, None), (2, 0.5), (None, 0.5)]
+    assert [(row["layer"], row["nms"]) for row in rows] == kinds
+    assert all(len(row["metrics"]) == 12 for row in rows)
 
 
 def test_a_registered_version_evaluates_as_the_model_in_memory(trained: Trained, version: str) -> None:

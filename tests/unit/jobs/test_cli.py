@@ -289,6 +289,13 @@ def test_where_the_numbers_go_is_checked_before_they_are_computed(
     assert f"--json {path} cannot be written" in said.line
 
 
+@pytest.mark.parametrize("value", ["0", "1.2", "nan"])
+def test_a_threshold_that_is_no_iou_is_refused_before_anything_is_read(detr: Detr, value: str) -> None:
+    said = detr("evaluate", "models:/a@b", "--data", "absent", "--per-layer", "--nms-iou", value)
+    assert said.status == 2
+    assert f"--nms-iou {value}: expected an IoU above 0, at most 1" in said.line
+
+
 def test_an_interrupt_ends_with_status_130(detr: Detr, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(argv: list[str]) -> None:
         raise KeyboardInterrupt
