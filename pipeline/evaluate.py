@@ -173,6 +173,7 @@ def detect_batch(
 
 
 def _columns(found: Sequence[Detection], batch: Batch, labels: Ints) -> Detections:
+    """The detections of a batch's images as columns, with the data set's labels."""
     parts = []
     for target, detection in zip(batch.targets, found, strict=True):
         mapped = labels[detection.labels.cpu().numpy()]
