@@ -5,11 +5,10 @@ matcher. The normalisers depend on the targets alone; summing them over ranks is
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from detr.batch import Target
 from detr.config import LossConfig
@@ -47,29 +46,33 @@ def compute_losses(
     has a mask head and an image no masks.
     """
     layers = [outputs, *(outputs.auxiliary if config.auxiliary else ())]
-    logits = torch.stack([layer.logits for layer in layers]).float()
+    logits = [layer.logits for layer in layers]
     boxes = torch.stack([layer.boxes for layer in layers]).float()
-    packed = pack(targets, logits.shape[-1] - 1, logits.device)
-    found = match_layers(logits.detach(), boxes.detach(), packed, config)
+    packed = pack(targets, outputs.logits.shape[-1] - 1, outputs.logits.device)
+    # Once for all: the matcher's probabilities, the cross entropy and both errors are made of it.
+    log_probabilities = _log_probabilities(logits)
+    found = match_layers(log_probabilities, boxes.detach(), packed, config)
     if ce_normalizer is None:
         # 0 only without images, where the sum is 0 as well.
-        ce_normalizer = ce_weight_sum(targets, logits.shape[2], config) or 1.0
+        ce_normalizer = ce_weight_sum(targets, outputs.logits.shape[1], config) or 1.0
 
-    classes = torch.full(logits.shape[:3], logits.shape[-1] - 1, device=logits.device)
-    matched_labels = packed.labels[found.image, found.target]
-    classes[found.layer, found.image, found.query] = matched_labels
+    labels = packed.labels[found.truth]
     per_layer = {
-        "loss_ce": _cross_entropy(logits, classes, config.eos_coef) / ce_normalizer,
+        "loss_ce": _cross_entropy(logits, log_probabilities, labels, found, config.eos_coef) / ce_normalizer,
         **{name: value / num_boxes for name, value in _box_losses(boxes, packed, found).items()},
-        "cardinality_error": _cardinality_error(logits.detach(), packed),
+        "cardinality_error": _cardinality_error(log_probabilities, packed),
     }
     weights = {"loss_ce": config.weight_ce, "loss_bbox": config.weight_bbox, "loss_giou": config.weight_giou}
-    total = torch.stack([weight * per_layer[name].sum() for name, weight in weights.items()]).sum()
-    parts = {"class_error": _class_error(logits.detach(), matched_labels, found)}
+    # What weighs nothing is left out: 0 times NaN would be NaN.
+    weighted = [weight * per_layer[name].sum() for name, weight in weights.items() if weight]
+    parts = {"class_error": _class_error(log_probabilities, labels, found)}
     if outputs.masks is not None:
-        sums = mask_losses(outputs.masks, targets, found, len(layers), canvas)
-        parts |= {name: value.detach() / num_boxes for name, value in sums.items()}
-        total = total + (config.weight_mask * sums["loss_mask"] + config.weight_dice * sums["loss_dice"]) / num_boxes
+        mask_weights = {"loss_mask": config.weight_mask, "loss_dice": config.weight_dice}
+        for name, value in mask_losses(outputs.masks, targets, found, len(layers), canvas).items():
+            parts[name] = value.detach() / num_boxes
+            if mask_weights[name]:
+                weighted.append(mask_weights[name] * value / num_boxes)
+    total = torch.stack(weighted).sum() if weighted else boxes.new_zeros(())
     for name, values in per_layer.items():
         for index, value in enumerate(values.detach().unbind()):
             parts[name if index == 0 else f"{name}_{index - 1}"] = value
@@ -86,38 +89,78 @@ def ce_weight_sum(targets: Sequence[Target], num_queries: int, config: LossConfi
     return matched + (len(targets) * num_queries - matched) * config.eos_coef
 
 
-def _cross_entropy(logits: Tensor, classes: Tensor, eos_coef: float) -> Tensor:
-    """Return the weighted sums [L] over images and queries; the last class, no object, weighs `eos_coef`."""
-    no_object = logits.shape[-1] - 1
-    losses = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), reduction="none").view_as(classes)
-    return torch.where(classes == no_object, eos_coef * losses, losses).sum((1, 2))
+def _log_probabilities(logits: Sequence[Tensor]) -> Tensor:
+    """Return fp32 [L, B, Q, K + 1], without gradients, of each layer's logits [B, Q, K + 1]."""
+    result = torch.empty(len(logits), *logits[0].shape, device=logits[0].device)
+    for row, layer in zip(result, logits, strict=True):
+        torch.log_softmax(layer.detach().float(), -1, out=row)
+    return result
+
+
+def _cross_entropy(
+    logits: Sequence[Tensor], log_probabilities: Tensor, labels: Tensor, found: Assignment, eos_coef: float
+) -> Tensor:
+    """Return the weighted sums [L] over images and queries; the last class, no object, weighs `eos_coef`.
+
+    labels: those of the matched objects, as in `found`.
+    """
+    shape, device = log_probabilities.shape, log_probabilities.device
+    slots = shape[:3].numel()
+    classes = torch.full((slots,), shape[3] - 1, device=device).index_copy_(0, found.slot, labels)
+    weights = torch.full((slots,), eos_coef, device=device).index_fill_(0, found.slot, 1.0)
+    sums: Tensor = _CrossEntropy.apply(log_probabilities, classes, weights, *logits)
+    return sums
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Weighted cross entropy per layer, from log probabilities [L, B, Q, K + 1] that are there already.
+
+    classes, weights: [L * B * Q]. The gradient is softmax minus one-hot, times the weight. Autograd's own way stacks the
+    layers' logits and fills a gradient of the log probabilities with zeros, two more tensors of the logits' size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_probabilities: Tensor, classes: Tensor, weights: Tensor, *logits: Tensor) -> Tensor:
+        ctx.save_for_backward(log_probabilities, classes, weights)
+        ctx.dtype = logits[0].dtype
+        picked = log_probabilities.flatten(0, 2).gather(1, classes[:, None])[:, 0]
+        return -(weights * picked).view(len(logits), -1).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        log_probabilities, classes, weights = ctx.saved_tensors
+        scale = (gradient[:, None] * weights.view(len(gradient), -1)).view(-1, 1)
+        # In place, since nothing needs them any more; torch refuses a second backward pass over what has changed.
+        rows = log_probabilities.flatten(0, 2).exp_().mul_(scale).scatter_add_(1, classes[:, None], -scale)
+        return None, None, None, *rows.view_as(log_probabilities).to(ctx.dtype).unbind()
 
 
 def _box_losses(boxes: Tensor, targets: PackedTargets, found: Assignment) -> dict[str, Tensor]:
     """Return the sums [L] of L1 and of 1 - GIoU over matched pairs; every layer has the same number of them."""
-    predicted = boxes[found.layer, found.image, found.query]
-    true = targets.boxes[found.image, found.target]
+    predicted = boxes.flatten(0, 2).index_select(0, found.slot)
+    true = targets.boxes.index_select(0, found.truth)
     per_layer = (len(boxes), len(predicted) // len(boxes))
     return {
-        "loss_bbox": (predicted - true).abs().sum(-1).view(per_layer).sum(1),
+        "loss_bbox": (predicted - true).abs().view(*per_layer, 4).sum((1, 2)),
         "loss_giou": (1 - generalized_iou(predicted, true)).view(per_layer).sum(1),
     }
 
 
-def _cardinality_error(logits: Tensor, targets: PackedTargets) -> Tensor:
+def _cardinality_error(log_probabilities: Tensor, targets: PackedTargets) -> Tensor:
     """Return [L]: by how many the queries that say "object" miss the number of objects, averaged over images."""
-    said = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)
-    counts = torch.tensor(targets.counts, dtype=torch.int64).to(logits.device, non_blocking=True)
+    # The best class is an object's exactly when it beats, or equals, no object: argmax takes the first of equals.
+    said = (log_probabilities[..., :-1].amax(-1) >= log_probabilities[..., -1]).sum(-1)
+    counts = torch.tensor(targets.counts, dtype=torch.int64).to(said.device, non_blocking=True)
     return (said - counts).abs().sum(-1) / max(len(targets.counts), 1)
 
 
-def _class_error(logits: Tensor, labels: Tensor, found: Assignment) -> Tensor:
+def _class_error(log_probabilities: Tensor, labels: Tensor, found: Assignment) -> Tensor:
     """Return in percent how many of the last layer's matched queries have a wrong best class; 100 where none matched.
 
-    logits: [L, B, Q, K + 1], the last layer first. labels: those of the matched objects, as in `found`.
+    log_probabilities: [L, B, Q, K + 1], the last layer first. labels: those of the matched objects, as in `found`.
     """
-    matched = len(labels) // len(logits)
+    matched = len(labels) // len(log_probabilities)
     if not matched:
-        return torch.full((), 100.0, device=logits.device)
-    best = logits[0, found.image[:matched], found.query[:matched]].argmax(-1)
+        return torch.full((), 100.0, device=labels.device)
+    best = log_probabilities[0, found.image[:matched], found.query[:matched]].argmax(-1)
     return 100 * (best != labels[:matched]).float().mean()

@@ -1,22 +1,26 @@
 """The optimal assignment of queries to objects, section 3.1 of the paper, for all decoder layers and images at once.
 
-One block of costs is computed on the device, each image only against its own objects, and comes to the host in one
-transfer, where scipy solves each (layer, image) exactly. The original computes every image against the objects of all,
-in one call per layer.
+The objects of a batch lie in one row, and one block of costs [objects, layers, queries] is computed on the device, each
+object only against the queries of its own image. It comes to the host in one transfer, where scipy solves each (image,
+layer) exactly. The original computes every image against the objects of all images, in one call per layer.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from detr.batch import Target
 from detr.config import LossConfig
 from detr.model import Outputs
+
+Ints = NDArray[np.int64]
 
 
 class NonFiniteError(ValueError):
@@ -25,22 +29,36 @@ class NonFiniteError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class PackedTargets:
-    """The targets of a batch as two padded tensors on the device: labels [B, N], boxes [B, N, 4]; N = most objects."""
+    """The objects of a batch in one row, image by image, on the device: labels [T], boxes [T, 4], cxcywh.
+
+    image: [T], the row of the batch that each object is in. counts: objects of each image, on the host.
+    """
 
     labels: Tensor
     boxes: Tensor
+    image: Tensor
     counts: tuple[int, ...]
     image_ids: tuple[int, ...]
+
+    @cached_property
+    def starts(self) -> Ints:
+        """Where each image's objects begin in the row, and where the last one's end: [B + 1]."""
+        return np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """Matched pairs of all layers, as int64 [M] each: layer by layer, in a layer image by image, queries ascending."""
+    """Matched pairs of all layers, as int64 [M] each: layer by layer, in a layer image by image, queries ascending.
 
-    layer: Tensor
+    target is the object's number in its image, truth in the whole batch. slot is the query's place among those of all
+    layers and images: (layer * B + image) * Q + query. Every layer has the same number of pairs.
+    """
+
     image: Tensor
     query: Tensor
     target: Tensor
+    truth: Tensor
+    slot: Tensor
 
 
 def match(outputs: Outputs, targets: Sequence[Target], config: LossConfig) -> list[tuple[Tensor, Tensor]]:
@@ -49,56 +67,81 @@ def match(outputs: Outputs, targets: Sequence[Target], config: LossConfig) -> li
     Each has min(objects, queries) entries, queries ascending. Raises NonFiniteError for costs that are not finite.
     """
     packed = pack(targets, outputs.logits.shape[-1] - 1, outputs.logits.device)
-    found = match_layers(outputs.logits.detach()[None], outputs.boxes.detach()[None], packed, config)
+    log_probabilities = outputs.logits.detach()[None].float().log_softmax(-1)
+    found = match_layers(log_probabilities, outputs.boxes.detach()[None], packed, config)
     return [(found.query[found.image == row], found.target[found.image == row]) for row in range(len(targets))]
 
 
 def pack(targets: Sequence[Target], num_classes: int, device: torch.device) -> PackedTargets:
     """Pack targets and move them with one copy each; ValueError for a label the model has no class for."""
     counts = tuple(len(target.labels) for target in targets)
-    for target in targets:
-        # Only on the host, where it costs no synchronisation; there the labels are, unless someone moved them.
-        if target.labels.device.type == "cpu" and len(target.labels):
-            low, high = target.labels.aminmax()
-            if low < 0 or high >= num_classes:
-                raise ValueError(
-                    f"image {target.image_id}: got labels {int(low)} to {int(high)}, expected 0 to {num_classes - 1}; "
-                    "build the model with the data set's number of classes"
-                )
-    if not targets:
-        labels, boxes = torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0, 4)
-    else:
-        labels = pad_sequence([target.labels for target in targets], batch_first=True)
-        boxes = pad_sequence([target.boxes for target in targets], batch_first=True, padding_value=0.5)
-    image_ids = tuple(target.image_id for target in targets)
-    labels, boxes = labels.to(device, non_blocking=True), boxes.to(device, torch.float32, non_blocking=True)
-    return PackedTargets(labels, boxes, counts, image_ids)
+    labels = torch.cat([target.labels for target in targets]) if targets else torch.zeros(0, dtype=torch.int64)
+    boxes = torch.cat([target.boxes for target in targets]) if targets else torch.zeros(0, 4)
+    # Only on the host, where it costs no synchronisation; there the labels are, unless someone moved them.
+    if labels.device.type == "cpu" and len(labels):
+        low, high = labels.aminmax()
+        if low < 0 or high >= num_classes:
+            raise ValueError(_describe_labels(targets, num_classes))
+    image = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+    return PackedTargets(
+        labels.to(device, non_blocking=True),
+        boxes.to(device, torch.float32, non_blocking=True),
+        image.to(device, non_blocking=True),
+        counts,
+        tuple(target.image_id for target in targets),
+    )
 
 
-def match_layers(logits: Tensor, boxes: Tensor, targets: PackedTargets, config: LossConfig) -> Assignment:
-    """Match every layer: logits [L, B, Q, K + 1] and boxes [L, B, Q, 4], both without gradients."""
-    costs = _costs(logits, boxes, targets, config).cpu().numpy()
-    pairs: list[np.ndarray] = []
-    for layer, image in np.ndindex(costs.shape[:2]):
-        cost = costs[layer, image, :, : targets.counts[image]]
-        if not np.isfinite(cost).all():
-            raise NonFiniteError(_describe(logits, boxes, targets))
-        query, target = linear_sum_assignment(cost)
-        pairs.append(np.stack([np.full_like(query, layer), np.full_like(query, image), query, target]))
-    joined = np.concatenate(pairs, axis=1) if pairs else np.zeros((4, 0), np.int64)
-    return Assignment(*torch.from_numpy(joined.astype(np.int64)).to(logits.device, non_blocking=True))
+def match_layers(log_probabilities: Tensor, boxes: Tensor, targets: PackedTargets, config: LossConfig) -> Assignment:
+    """Match every layer: log probabilities [L, B, Q, K + 1] and boxes [L, B, Q, 4], both fp32 without gradients."""
+    costs = _costs(log_probabilities, boxes, targets, config).cpu().numpy()
+    if not np.isfinite(costs).all():
+        raise NonFiniteError(_describe(log_probabilities, boxes, targets))
+    device = log_probabilities.device
+    return Assignment(*torch.from_numpy(_solve(costs, targets.starts)).to(device, non_blocking=True))
 
 
-def _costs(logits: Tensor, boxes: Tensor, targets: PackedTargets, config: LossConfig) -> Tensor:
-    """Return fp32 costs [L, B, Q, N]: class probability, L1 and GIoU, weighted."""
-    layers, _, queries, _ = logits.shape
-    wanted = targets.labels[None, :, None, :].expand(layers, -1, queries, -1)
-    probability = logits.float().softmax(-1).gather(-1, wanted)
-    predicted, true = boxes.float().unsqueeze(-2), targets.boxes[None, :, None]
-    # A broadcast difference: cdist(p=1) is several times slower on a GPU.
-    distance = (predicted - true).abs().sum(-1)
-    giou = generalized_iou(predicted, true)
-    return config.cost_bbox * distance - config.cost_class * probability - config.cost_giou * giou
+def _solve(costs: NDArray[np.float32], starts: Ints) -> Ints:
+    """Return the five rows of an Assignment for costs [T, L, Q]."""
+    images = len(starts) - 1
+    solved = [
+        linear_sum_assignment(costs[start:end, layer])
+        for layer in range(costs.shape[1])
+        for start, end in pairwise(starts.tolist())
+    ]
+    if not solved:
+        return np.zeros((5, 0), np.int64)
+    target = np.concatenate([rows for rows, _ in solved])
+    query = np.concatenate([columns for _, columns in solved])
+    block = np.repeat(np.arange(len(solved)), [len(rows) for rows, _ in solved])
+    order = np.lexsort((query, block))
+    image = block % images  # the same before and after the sort, as is the block
+    query, target = query[order], target[order]
+    slot = block * costs.shape[2] + query
+    return np.stack([image, query, target, starts[image] + target, slot]).astype(np.int64, copy=False)
+
+
+def _costs(log_probabilities: Tensor, boxes: Tensor, targets: PackedTargets, config: LossConfig) -> Tensor:
+    """Return fp32 costs [T, L, Q]: class probability, L1 and GIoU, weighted. What weighs nothing is not computed.
+
+    The queries are the innermost dimension: long rows, where a row of coordinates or of objects would be short.
+    """
+    # [5, B, L, Q] of the queries and [5, T, 1, 1] of the objects; then each object meets the queries of its image.
+    predicted = boxes.float().permute(3, 1, 0, 2).contiguous()
+    true = targets.boxes.T[:, :, None, None]
+    costs = predicted.new_zeros(true.shape[1], *predicted.shape[2:])
+    if config.cost_bbox:
+        # A broadcast difference: cdist(p=1) is several times slower on a GPU.
+        distance = predicted.index_select(1, targets.image).sub_(true).abs_().sum(0)
+        costs.add_(distance, alpha=config.cost_bbox)
+        del distance  # a large block less, while the next ones are made
+    if config.cost_class:
+        probability = log_probabilities.permute(1, 3, 0, 2)[targets.image, targets.labels].exp_()
+        costs.sub_(probability, alpha=config.cost_class)
+        del probability
+    if config.cost_giou:
+        costs.sub_(_giou(_extents(predicted).index_select(1, targets.image), _extents(true)), alpha=config.cost_giou)
+    return costs
 
 
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -106,22 +149,43 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
 
     Boxes without area count as points and lines: nothing is divided by zero.
     """
-    a_low, a_high = a[..., :2] - a[..., 2:] / 2, a[..., :2] + a[..., 2:] / 2
-    b_low, b_high = b[..., :2] - b[..., 2:] / 2, b[..., :2] + b[..., 2:] / 2
-    overlap = _area((torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0))
-    hull = _area(torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low))
-    union = _area(a[..., 2:]) + _area(b[..., 2:]) - overlap
+    return _giou(_extents(a.movedim(-1, 0)), _extents(b.movedim(-1, 0)))
+
+
+def _extents(boxes: Tensor) -> Tensor:
+    """Return x and y of the low corners, of the high corners, and the areas [5, ...] of cxcywh coordinates [4, ...]."""
+    centres, halves = boxes[:2], boxes[2:] / 2
+    return torch.cat([centres - halves, centres + halves, _area(boxes[2:])[None]])
+
+
+def _giou(a: Tensor, b: Tensor) -> Tensor:
+    """As `generalized_iou`, of what `_extents` returns."""
+    overlap = _area((torch.minimum(a[2:4], b[2:4]) - torch.maximum(a[:2], b[:2])).clamp(min=0))
+    hull = _area(torch.maximum(a[2:4], b[2:4]) - torch.minimum(a[:2], b[:2]))
+    union = a[4] + b[4] - overlap
     tiny = 1e-12  # a millionth of a pixel in a 1000 x 1000 image: real areas are never changed
     return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 
 
 def _area(extents: Tensor) -> Tensor:
-    # Not prod(-1): its gradient asks the device whether there are zeros, and waits for the answer.
-    return extents[..., 0] * extents[..., 1]
+    # Not prod(0): its gradient asks the device whether there are zeros, and waits for the answer.
+    return extents[0] * extents[1]
 
 
-def _describe(logits: Tensor, boxes: Tensor, targets: PackedTargets) -> str:
-    parts = {"logits": logits.isfinite().all(-1), "boxes": boxes.isfinite().all(-1)}
+def _describe_labels(targets: Sequence[Target], num_classes: int) -> str:
+    for target in targets:
+        if len(target.labels) and not (0 <= target.labels.min() and target.labels.max() < num_classes):
+            break
+    low, high = target.labels.aminmax()
+    return (
+        f"image {target.image_id}: got labels {int(low)} to {int(high)}, expected 0 to {num_classes - 1}; "
+        "build the model with the data set's number of classes"
+    )
+
+
+def _describe(log_probabilities: Tensor, boxes: Tensor, targets: PackedTargets) -> str:
+    # A logit that is NaN or +infinity makes NaN of the whole row; one of -infinity is a probability of 0.
+    parts = {"logits": ~log_probabilities.isnan().any(-1), "boxes": boxes.isfinite().all(-1)}
     named = []
     for part, finite in parts.items():
         rows = (~finite.all(-1).all(0)).nonzero().flatten().tolist()

@@ -1,0 +1,73 @@
+"""Time and memory of things side by side: rounds alternate, so that what else the machine does falls on all alike."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: the median of all rounds and the fastest."""
+
+    median_s: float
+    best_s: float
+
+
+def side_by_side(works: Mapping[str, Work], *, rounds: int, calls: int = 1, device: str) -> dict[str, Timing]:
+    """Time each of `works` `rounds` times in turn, `calls` calls at a time, after one call each to warm up."""
+    for work in works.values():
+        work()
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, work in works.items():
+                seconds[name].append(_seconds(work, calls, device))
+    finally:
+        gc.enable()
+    return {name: Timing(statistics.median(found), min(found)) for name, found in seconds.items()}
+
+
+def _seconds(work: Work, calls: int, device: str) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        work()
+    _wait(device)
+    return (time.perf_counter() - start) / calls
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+class PeakMemory:
+    """Bytes at most in use since it was made: of the device, or of the process where the device is the CPU.
+
+    A process's peak can be set back on Linux only; what was freed before may be used again without showing, so a peak
+    on the CPU is measured in a process of its own.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def bytes(self) -> int:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated()
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
