@@ -173,9 +173,10 @@ def _area(extents: Tensor) -> Tensor:
 
 
 def _describe_labels(targets: Sequence[Target], num_classes: int) -> str:
-    for target in targets:
-        if len(target.labels) and not (0 <= target.labels.min() and target.labels.max() < num_classes):
-            break
+    def fits(target: Target) -> bool:
+        return bool(((target.labels >= 0) & (target.labels < num_classes)).all())
+
+    target = next(target for target in targets if not fits(target))
     low, high = target.labels.aminmax()
     return (
         f"image {target.image_id}: got labels {int(low)} to {int(high)}, expected 0 to {num_classes - 1}; "
