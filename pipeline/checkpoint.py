@@ -146,10 +146,10 @@ def read_evaluation(path: Path) -> dict[str, float] | None:
 
 
 def best(run_folder: Path) -> tuple[Path, dict[str, float]] | None:
-    """The evaluated checkpoint of highest AP, the newest of equals, and its figures."""
+    """The evaluated checkpoint of highest AP (of masks where the run predicts them), the newest of equals, and its figures."""
     evaluated = [(path, read_evaluation(path)) for path in complete(run_folder)]
     scored = [(path, metrics) for path, metrics in evaluated if metrics is not None]
-    return max(scored, key=lambda pair: (pair[1]["AP"], pair[0].name), default=None)
+    return max(scored, key=lambda pair: (pair[1].get("mask_AP", pair[1]["AP"]), pair[0].name), default=None)
 
 
 def prune(run_folder: Path, keep: int) -> None:

@@ -60,6 +60,8 @@ class OptimConfig:
     warmup_epochs: float = 0.0
     max_steps: int = 0
     """Stop after so many steps, whatever `epochs` says; 0 for no such bound."""
+    train: Literal["all", "mask_head"] = "all"
+    """mask_head: only the mask head learns, on top of the detector that `initial` names (paper, section 4.4)."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "optim.batch_size", self.batch_size, "at least 1")
@@ -72,6 +74,7 @@ class OptimConfig:
         _require(0 < self.decay_factor <= 1, "optim.decay_factor", self.decay_factor, "a factor in (0, 1]")
         _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
         _require(self.max_steps >= 0, "optim.max_steps", self.max_steps, "0 (no bound) or more")
+        _require(self.train in ("all", "mask_head"), "optim.train", self.train, "all or mask_head")
 
 
 @dataclass(frozen=True)
@@ -194,6 +197,10 @@ class RunConfig:
             raise RunConfigError(
                 f"cluster.workers is {self.cluster.workers} but optim.batch_size, which is global, is "
                 f"{self.optim.batch_size}; expected at least one image per worker: raise the batch or lower the workers"
+            )
+        if self.optim.train == "mask_head" and not self.model.masks:
+            raise RunConfigError(
+                "optim.train is 'mask_head' but the model has none; expected a model with masks: add --model.masks"
             )
         if self.cluster.workers > 1 and self.model.norm == "batch":
             raise RunConfigError(

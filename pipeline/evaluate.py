@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from detr.batch import Batch, collate, normalise
 from detr.config import TransformConfig
@@ -26,6 +27,7 @@ from shards.manifest import Category, Ints, Manifest
 from shards.plan import plan_evaluation
 from shards.read import ReadConfig, open_batches
 from shards.score import Score, score_detections
+from shards.segmentation import encode_masks
 
 # Called after each batch with (images done by this rank, images of this rank).
 Progress = Callable[[int, int], None]
@@ -35,8 +37,10 @@ Reading = Callable[[Outputs, Batch], list[Detection]]
 
 
 def read_queries(outputs: Outputs, batch: Batch) -> list[Detection]:
-    """As the paper reads them: one detection per query of the last layer."""
-    return detect(outputs, [target.original_size for target in batch.targets])
+    """As the paper reads them: one detection per query of the last layer, with its mask where the model has them."""
+    canvas = (batch.images.shape[2], batch.images.shape[3])
+    sizes = [target.original_size for target in batch.targets]
+    return detect(outputs, sizes, sizes=batch.sizes, canvas=canvas)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ def evaluate(
     progress: Progress | None = None,
 ) -> Evaluation | None:
     """Score `model` on the whole of `manifest`; a collective call whose answer is on rank 0, None elsewhere.
+
+    Where the model predicts masks, they are scored as well.
 
     model: gives `Outputs`; its labels are positions in `categories`, which are matched to the data set's by id.
     batch_size: images per forward; part of the experiment, since padding changes answers slightly.
@@ -186,20 +192,22 @@ def _columns(found: Sequence[Detection], batch: Batch, labels: Ints) -> Detectio
                 mapped[known],
                 detection.scores.float().cpu().numpy()[known],
                 boxes_xywh[known],
+                None if detection.masks is None else _encoded(detection.masks, known),
             )
         )
     return Detections.concatenate(parts)
 
 
+def _encoded(masks: Tensor, known: npt.NDArray[np.bool_]) -> npt.NDArray[np.object_]:
+    """Run lengths of the known masks, bool [Q, H, W], made at once: a thousand images' masks would not fit."""
+    # Columns become contiguous where the masks are, which is faster than on the host.
+    columns = masks[torch.from_numpy(known).to(masks.device)].transpose(1, 2).contiguous()
+    return encode_masks(columns.cpu().numpy().transpose(0, 2, 1))
+
+
 def in_image_order(detections: Detections) -> Detections:
     """Sorted by image, ties as they were, so that no figure depends on which rank delivered first."""
-    order = np.argsort(detections.image_ids, kind="stable")
-    return Detections(
-        detections.image_ids[order],
-        detections.labels[order],
-        detections.scores[order],
-        detections.boxes_xywh[order],
-    )
+    return detections.take(np.argsort(detections.image_ids, kind="stable"))
 
 
 def _check_each_once(manifest: Manifest, rows: Ints, image_ids: Sequence[int]) -> None:

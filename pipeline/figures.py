@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 # Distinct under the common colour-vision deficiencies (Okabe and Ito), assigned to labels in turn.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -16,18 +16,23 @@ _MIN_SIDE = 320  # a demo image of 96 px is enlarged before text is written on i
 
 @dataclass(frozen=True)
 class Boxes:
-    """What is drawn on one picture: boxes in pixels of the image, xyxy [N, 4]; names; scores or None for the truth."""
+    """What is drawn on one picture: boxes in pixels of the image, xyxy [N, 4]; names; scores or None for the truth.
+
+    masks: bool [N, height, width] of the image, or None.
+    """
 
     xyxy: npt.NDArray[np.float64]
     labels: Sequence[int]
     names: Sequence[str]
     scores: Sequence[float] | None = None
+    masks: npt.NDArray[np.bool_] | None = None
 
 
 def draw(image: Image.Image, boxes: Boxes) -> Image.Image:
-    """A copy of the image with the boxes and their names; small images are enlarged by a whole factor."""
+    """A copy of the image with the boxes, their names and masks; small images are enlarged by a whole factor."""
     factor = max(1, -(-_MIN_SIDE // max(image.size)))
-    picture = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    picture = _tinted(image.convert("RGB"), boxes)
+    picture = picture.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     canvas = ImageDraw.Draw(picture)
     size = max(12, round(max(picture.size) / 45))
     font = ImageFont.load_default(size)
@@ -45,6 +50,17 @@ def draw(image: Image.Image, boxes: Boxes) -> Image.Image:
         canvas.rectangle((corner[0], corner[1], corner[0] + right - left + 4, corner[1] + bottom + 2), fill=colour)
         canvas.text((corner[0] + 2, corner[1]), text, fill="black", font=font)
     return picture
+
+
+def _tinted(image: Image.Image, boxes: Boxes) -> Image.Image:
+    """The image with every mask half in its object's colour; of masks that overlap, both are seen."""
+    if boxes.masks is None:
+        return image
+    pixels = np.array(image)
+    for label, mask in zip(boxes.labels, boxes.masks, strict=True):
+        colour = np.array(ImageColor.getrgb(COLOURS[label % len(COLOURS)]))
+        pixels[mask] = (pixels[mask] + colour) // 2
+    return Image.fromarray(pixels)
 
 
 def side_by_side(left: Image.Image, right: Image.Image, captions: tuple[str, str]) -> Image.Image:

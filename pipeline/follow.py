@@ -56,6 +56,8 @@ class RunView:
         if evaluated > self._evaluated and "val/AP" in metrics:
             self._evaluated = evaluated
             told = f"AP {metrics['val/AP']:.3f}  AP50 {metrics.get('val/AP50', -1):.3f}  AP75 {metrics.get('val/AP75', -1):.3f}"
+            if "val/mask_AP" in metrics:
+                told += f"  mask AP {metrics['val/mask_AP']:.3f}"
             self._line(f"          evaluated at epoch {evaluated:g}:  {told}")
 
     def close(self) -> None:
@@ -69,6 +71,7 @@ class RunView:
         self._bar.n = max(step, self._bar.n)
         said = {"loss": f"{metrics['train/loss']:.2f}"} if "train/loss" in metrics else {}
         said |= {"AP": f"{metrics['val/AP']:.3f}"} if "val/AP" in metrics else {}
+        said |= {"mask AP": f"{metrics['val/mask_AP']:.3f}"} if "val/mask_AP" in metrics else {}
         self._bar.set_description_str(phase, refresh=False)
         self._bar.set_postfix(said, refresh=True)
 

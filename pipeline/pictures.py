@@ -11,6 +11,7 @@ from pipeline.figures import Boxes, draw, side_by_side
 from shards.detections import Detections
 from shards.manifest import Manifest
 from shards.read import ReadConfig, read_samples
+from shards.segmentation import Masks, decode_masks
 
 THRESHOLD = 0.5  # a detection below it is not drawn
 
@@ -23,19 +24,30 @@ def detection_pictures(manifest: Manifest, detections: Detections, count: int) -
     index = manifest.index()
     rows = np.argsort(index.images["image_id"], kind="stable")[:count].astype(np.int64)
     names = [category.name for category in manifest.categories]
-    for sample in read_samples(manifest, rows, ReadConfig(threads=0)):
+    masks = detections.masks is not None
+    for sample in read_samples(manifest, rows, ReadConfig(threads=0, masks=masks)):
         image = Image.fromarray(sample.image)
-        chosen = (detections.image_ids == sample.image_id) & (detections.scores >= THRESHOLD)
-        boxes = detections.boxes_xywh[chosen]
-        labels = detections.labels[chosen].tolist()
+        chosen = detections.take((detections.image_ids == sample.image_id) & (detections.scores >= THRESHOLD))
+        boxes = chosen.boxes_xywh
+        labels = chosen.labels.tolist()
         found = Boxes(
             np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1),
             labels,
             [names[label] for label in labels],
-            detections.scores[chosen].tolist(),
+            chosen.scores.tolist(),
+            _masks(chosen, sample.height, sample.width),
         )
         truth = Boxes(
-            sample.boxes_xyxy.astype(np.float64), sample.labels.tolist(), [names[label] for label in sample.labels]
+            sample.boxes_xyxy.astype(np.float64),
+            sample.labels.tolist(),
+            [names[label] for label in sample.labels],
+            masks=sample.masks,
         )
         captions = (f"found in image {sample.image_id}", "truth")
         yield side_by_side(draw(image, found), draw(image, truth), captions)
+
+
+def _masks(found: Detections, height: int, width: int) -> Masks | None:
+    if found.masks is None:
+        return None
+    return decode_masks([{"size": [height, width], "counts": counts} for counts in found.masks], height, width)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from detr.batch import Target, collate, normalise
 from detr.config import ModelConfig, TransformConfig
@@ -25,6 +26,7 @@ from detr.postprocess import Detection, detect
 from detr.transforms import apply, eval_geometry
 from pipeline.errors import RegistryError
 from shards.manifest import Category
+from shards.segmentation import encode_masks
 
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "card.json"
@@ -78,13 +80,17 @@ def read_model(folder: Path) -> tuple[DETR, Card]:
 
 @dataclass(frozen=True)
 class Found:
-    """One detection: its category, score in 0..1, and box in pixels of the image, x and y of the corners."""
+    """One detection: its category, score in 0..1, and box in pixels of the image, x and y of the corners.
+
+    segmentation: where a model with masks sees it, in COCO's run lengths, `{"size": [height, width], "counts": str}`.
+    """
 
     category_id: int
     name: str
     label: int
     score: float
     box_xyxy: tuple[float, float, float, float]
+    segmentation: dict[str, Any] | None = None
 
 
 class Detector:
@@ -107,7 +113,7 @@ class Detector:
         tensor, boxes, labels = apply(pixels, np.zeros((0, 4)), np.zeros(0, dtype=np.int64), geometry)
         batch = collate([(tensor, Target(boxes, labels, 0, (height, width)))]).to(self._device)
         outputs = self._model(normalise(batch, self.card.transform), batch.padding)
-        return self._found(detect(outputs, [(height, width)])[0], threshold)
+        return self._found(detect(outputs, [(height, width)], sizes=batch.sizes)[0], threshold)
 
     def _found(self, detection: Detection, threshold: float) -> list[Found]:
         order = torch.argsort(detection.scores, descending=True, stable=True).tolist()
@@ -118,12 +124,17 @@ class Detector:
                 label = int(detection.labels[number])
                 category = self.card.categories[label]
                 x0, y0, x1, y1 = (float(value) for value in detection.boxes_xyxy[number])
-                found.append(Found(category.id, category.name, label, score, (x0, y0, x1, y1)))
+                mask = None if detection.masks is None else _run_lengths(detection.masks[number])
+                found.append(Found(category.id, category.name, label, score, (x0, y0, x1, y1), mask))
         return found
 
 
+def _run_lengths(mask: Tensor) -> dict[str, Any]:
+    return {"size": list(mask.shape), "counts": encode_masks(mask[None].cpu().numpy())[0].decode()}
+
+
 def coco_results(image_id: int, found: Sequence[Found]) -> list[dict[str, Any]]:
-    """Detections in COCO's result format, with the original category ids, boxes xywh in pixels."""
+    """Detections in COCO's result format, with the original category ids, boxes xywh in pixels, masks if there are."""
     return [
         {
             "image_id": image_id,
@@ -136,6 +147,7 @@ def coco_results(image_id: int, found: Sequence[Found]) -> list[dict[str, Any]]:
                 one.box_xyxy[3] - one.box_xyxy[1],
             ],
             "score": one.score,
+            **({} if one.segmentation is None else {"segmentation": one.segmentation}),
         }
         for one in found
     ]

@@ -17,6 +17,7 @@ from pipeline.optim import Schedule
 from pipeline.weights import initial_model, save_initial, settle
 from shards import storage
 from shards.manifest import Manifest, load_manifest
+from shards.segmentation import check_segmentations
 from shards.verify import check_sizes
 
 
@@ -42,7 +43,7 @@ def check(config: RunConfig) -> None:
     """
     _check_initial(config)
     if not config.data.built_in:
-        _checked_data(config)
+        _check_masks(config, *_checked_data(config))
 
 
 def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, Ready]:
@@ -64,6 +65,7 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, R
 
         resolved = resolve(config.initial)
         config = settle(config, resolved)
+    _check_masks(config, train, val)
     _warn_of_queries(config, train, say)
     model, said = initial_model(config, train.categories, resolved)
     for line in said:
@@ -93,6 +95,18 @@ def _check_initial(config: RunConfig) -> None:
         raise RunConfigError(
             "finetune has no weights to start from; finetune needs --initial models:/NAME@ALIAS or FILE"
         )
+    if config.optim.train == "mask_head" and not config.initial:
+        raise RunConfigError(
+            "optim.train is 'mask_head' but there is no detector to put it on; expected one: give --initial "
+            "models:/NAME@ALIAS or FILE, or --optim.train all"
+        )
+
+
+def _check_masks(config: RunConfig, *data: Manifest) -> None:
+    """A run with masks needs them in training and in evaluation."""
+    if config.model.masks:
+        for manifest in data:
+            check_segmentations(manifest)
 
 
 def _checked_data(config: RunConfig) -> tuple[Manifest, Manifest]:

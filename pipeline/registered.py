@@ -24,6 +24,7 @@ from pipeline.progress import progress_bar
 from pipeline.registry import resolve
 from shards.detections import Detections
 from shards.manifest import Manifest, load_manifest
+from shards.segmentation import check_segmentations, decode_masks
 from shards.verify import check_sizes
 
 _Scored = TypeVar("_Scored")
@@ -48,6 +49,8 @@ def _score(how: Callable[..., _Scored | None], uri: str, data: str, progress: bo
     manifest = load_manifest(data)
     check_sizes(manifest)
     model, card = read_model(resolve(uri))
+    if card.model.masks:
+        check_segmentations(manifest)
     device = default_device()
     with progress_bar("evaluating") if progress else nullcontext() as advance:
         scored = how(
@@ -82,7 +85,7 @@ def predict(uri: str, images: Sequence[Path], out: Path, *, threshold: float = 0
         for number, path in enumerate(images, start=1):
             image = _decode(path)
             found = detector([image], threshold)[0]
-            draw(image, _boxes(found)).save(out / f"{number:04d}-{path.stem}.png")
+            draw(image, _boxes(found, image.height, image.width)).save(out / f"{number:04d}-{path.stem}.png")
             results += [{"file_name": str(path), **result} for result in coco_results(number, found)]
             advance(number, len(images))
     (out / "detections.json").write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
@@ -110,6 +113,13 @@ def _no_picture(path: Path, error: Exception) -> PipelineError:
     return PipelineError(f"{path}: {reason}; expected a picture file (JPEG, PNG, ...)")
 
 
-def _boxes(found: Sequence[Found]) -> Boxes:
+def _boxes(found: Sequence[Found], height: int, width: int) -> Boxes:
     boxes = np.array([one.box_xyxy for one in found], dtype=np.float64).reshape(-1, 4)
-    return Boxes(boxes, [one.label for one in found], [one.name for one in found], [one.score for one in found])
+    runs = [one.segmentation for one in found if one.segmentation is not None]
+    return Boxes(
+        boxes,
+        [one.label for one in found],
+        [one.name for one in found],
+        [one.score for one in found],
+        decode_masks(runs, height, width) if runs else None,
+    )

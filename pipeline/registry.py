@@ -65,13 +65,13 @@ def register(
     A step of a run is published once: doing it again finds that version. With `only_if_better` the alias stays where
     it is on a version of higher AP over the same validation data. Raises `TrackingError` when MLflow refuses.
     """
-    from detr.model import build_model
+    from pipeline.weights import build_trained
     from shards.manifest import load_manifest
 
     _check_names(name, alias)
     meta = checkpoint.read_meta(path)
     train = load_manifest(config.data.train)
-    model = build_model(config.model, train.num_classes)
+    model = build_trained(config, train.num_classes)
     checkpoint.load_weights(path, model)
     card = Card(
         model=config.model,
@@ -194,14 +194,18 @@ def _version_of(client: MlflowClient, name: str, card: Card) -> ModelVersion | N
 
 
 def _is_worse(client: MlflowClient, name: str, alias: str, version: ModelVersion) -> bool:
-    """Whether `alias` is on a version with a higher AP than this one's, over the same validation data."""
+    """Whether `alias` is on a version with a higher AP than this one's, over the same validation data.
+
+    The AP is that of masks where both versions have it.
+    """
     number = client.get_registered_model(name).aliases.get(alias)
     if number is None:
         return False
     current = client.get_model_version(name, number).tags
     if "AP" not in current or current.get("val_digest") != version.tags.get("val_digest"):
         return False
-    return float(current["AP"]) > float(version.tags.get("AP", "-1"))
+    name = "mask_AP" if "mask_AP" in current and "mask_AP" in version.tags else "AP"
+    return float(current[name]) > float(version.tags.get(name, "-1"))
 
 
 def _publish(client: MlflowClient, name: str, model_id: str, card: Card) -> ModelVersion:
@@ -218,7 +222,8 @@ def _publish(client: MlflowClient, name: str, model_id: str, card: Card) -> Mode
 
 
 def _tags(card: Card) -> dict[str, str]:
-    figures: dict[str, str] = {key: f"{card.metrics[key]:.6f}" for key in ("AP", "AP50") if key in card.metrics}
+    names = ("AP", "AP50", "mask_AP", "mask_AP50")
+    figures: dict[str, str] = {name: f"{card.metrics[name]:.6f}" for name in names if name in card.metrics}
     return {
         "checkpoint_uri": card.checkpoint,
         "step": str(card.step),

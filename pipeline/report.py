@@ -30,11 +30,17 @@ _MEANINGS = {
 
 
 def metrics_table(metrics: Mapping[str, float]) -> str:
-    """The twelve COCO numbers; `-` where the data set has no such truth."""
+    """The twelve COCO numbers, of masks as well where there are; `-` where the data set has no such truth."""
+    masks = "mask_AP" in metrics
+
+    def shown(name: str) -> str:
+        return "-" if metrics[name] < 0 else f"{metrics[name]:.3f}"
+
     rows = [
-        (name, "-" if metrics[name] < 0 else f"{metrics[name]:.3f}", meaning) for name, meaning in _MEANINGS.items()
+        (name, shown(name), *((shown(f"mask_{name}"),) if masks else ()), meaning)
+        for name, meaning in _MEANINGS.items()
     ]
-    return table(("metric", "value", "of"), rows)
+    return table(("metric", "boxes", "masks", "of") if masks else ("metric", "value", "of"), rows)
 
 
 def layers_table(scores: Sequence[LayerScore]) -> str:

@@ -63,8 +63,12 @@ def sort_by_size(index: Index, seed: int, config: TransformConfig) -> Callable[[
 
 
 def _apply(sample: Sample, geometry: Geometry) -> tuple[Tensor, Target]:
-    image, boxes, labels = apply(sample.image, sample.boxes_xyxy, sample.labels, geometry)
-    return image, Target(boxes, labels, sample.image_id, (sample.height, sample.width))
+    size = (sample.height, sample.width)
+    if sample.masks is None:
+        image, boxes, labels = apply(sample.image, sample.boxes_xyxy, sample.labels, geometry)
+        return image, Target(boxes, labels, sample.image_id, size)
+    image, boxes, labels, masks = apply(sample.image, sample.boxes_xyxy, sample.labels, geometry, sample.masks)
+    return image, Target(boxes, labels, sample.image_id, size, masks)
 
 
 def training_batches(
@@ -90,7 +94,7 @@ def training_batches(
             start_step=step,
             transform=training_transform(config.seed, config.transform),
             collate=_collate_pinned if ranks.device.type == "cuda" else collate,
-            config=ReadConfig(threads=threads, prefetch=2 * threads),
+            config=ReadConfig(threads=threads, prefetch=2 * threads, masks=config.model.masks),
         )
         try:
             for batch in loader:

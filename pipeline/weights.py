@@ -20,7 +20,13 @@ from torch import Tensor
 
 from detr.config import ModelConfig
 from detr.model import DETR, build_model
-from detr.original import load_backbone_weights, load_original_state_dict, to_original_state_dict
+from detr.original import (
+    load_backbone_weights,
+    load_detector_state_dict,
+    load_original_state_dict,
+    to_original_state_dict,
+)
+from detr.segmentation import MASK_MODULES, freeze_detector
 from pipeline.config import RunConfig
 from pipeline.errors import RunConfigError, first_line
 from pipeline.predict import WEIGHTS_NAME, read_card
@@ -31,8 +37,16 @@ INITIAL_NAME = "initial.safetensors"
 _CLASS_HEAD = ("class_embed.weight", "class_embed.bias")
 
 
+def build_trained(config: RunConfig, num_classes: int) -> DETR:
+    """The run's model with random weights; what is not to be trained gets no gradient."""
+    model = build_model(config.model, num_classes)
+    if config.optim.train == "mask_head":
+        freeze_detector(model)
+    return model
+
+
 def settle(config: RunConfig, resolve_folder: Path | None) -> RunConfig:
-    """A run that starts from a registered model takes that model's shape, so that its weights fit.
+    """A run that starts from a registered model takes that model's shape, so that its weights fit; it may add masks.
 
     Raises `RunConfigError` naming the fields that were set to another shape than the model's.
     """
@@ -41,12 +55,14 @@ def settle(config: RunConfig, resolve_folder: Path | None) -> RunConfig:
     card = read_card(resolve_folder)
     if config.recipe in RECIPES:
         _refuse_other_shape(config.model, RECIPES[config.recipe].model, card.model)
-    return replace(config, model=replace(card.model, dropout=config.model.dropout))
+    masks = config.model.masks or card.model.masks
+    return replace(config, model=replace(card.model, dropout=config.model.dropout, masks=masks))
 
 
 def _refuse_other_shape(given: ModelConfig, recipe: ModelConfig, card: ModelConfig) -> None:
     """What differs from the recipe was asked for; it must not be dropped silently."""
-    free = ("dropout", "backbone_weights")  # the run's own; and the backbone's weights come with the others
+    # The run's own; the backbone's weights come with the others; a mask head may be added.
+    free = ("dropout", "backbone_weights", "masks")
     names = [field.name for field in fields(given) if field.name not in free]
     asked = [name for name in names if getattr(given, name) not in (getattr(recipe, name), getattr(card, name))]
     if asked:
@@ -66,7 +82,7 @@ def initial_model(
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(categories))
     if config.initial:
-        return model, _load_initial(model, config.initial, categories, resolved)
+        return model, _load_initial(model, config, categories, resolved)
     return model, _load_backbone(model, config.model)
 
 
@@ -82,21 +98,31 @@ def read_initial(model: DETR, folder: Path) -> None:
     load_original_state_dict(model, load_file(folder / INITIAL_NAME))
 
 
-def _load_initial(model: DETR, initial: str, categories: Sequence[Category], resolved: Path | None) -> tuple[str, ...]:
-    state = dict(_read_state(resolved / WEIGHTS_NAME if resolved else Path(initial), "initial"))
+def _load_initial(
+    model: DETR, config: RunConfig, categories: Sequence[Category], resolved: Path | None
+) -> tuple[str, ...]:
+    state = dict(_read_state(resolved / WEIGHTS_NAME if resolved else Path(config.initial), "initial"))
     known = read_card(resolved).categories if resolved else None
-    head = state.get(_CLASS_HEAD[0])
-    same = known == tuple(categories) if known else head is not None and head.shape[:1] == (len(categories) + 1,)
-    if not same and head is not None:  # what has no class head is no DETR, which the loading below explains
-        fresh = to_original_state_dict(model)
-        state |= {name: fresh[name] for name in _CLASS_HEAD}
+    # The original keeps the detector of a model with masks behind a prefix.
+    heads = {name: key for name in _CLASS_HEAD for key in state if key.endswith(name)}
+    shape = state[heads[_CLASS_HEAD[0]]].shape if len(heads) == len(_CLASS_HEAD) else None
+    same = known == tuple(categories) if known else shape is not None and shape[:1] == (len(categories) + 1,)
+    if not same and shape is not None:  # what has no class head is no DETR, which the loading below explains
+        if config.optim.train == "mask_head":
+            raise RunConfigError(
+                f"--initial {config.initial} knows other classes than the {len(categories)} of the data, but only the mask "
+                "head trains; expected a detector of the same classes: fine-tune one first, or give --optim.train all"
+            )
+        state |= {heads[name]: model.get_parameter(name).detach() for name in _CLASS_HEAD}
+    fresh_masks = model.config.masks and not any(key.startswith(MASK_MODULES) for key in state)
     try:
-        load_original_state_dict(model, state)
+        (load_detector_state_dict if fresh_masks else load_original_state_dict)(model, state)
     except ValueError as error:
-        raise RunConfigError(f"--initial {initial}: {error}") from None
-    if same:
-        return (f"starting from {initial}",)
-    return (f"starting from {initial}; its class head was of other classes and starts afresh for {len(categories)}",)
+        raise RunConfigError(f"--initial {config.initial}: {error}") from None
+    said = f"starting from {config.initial}"
+    if not same:
+        said += f"; its class head was of other classes and starts afresh for {len(categories)}"
+    return (said + ("; its mask head is new and starts from random weights" if fresh_masks else ""),)
 
 
 def _load_backbone(model: DETR, config: ModelConfig) -> tuple[str, ...]:

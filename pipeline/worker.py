@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from detr.model import build_model
 from pipeline import checkpoint
 from pipeline.config import RunConfig
 from pipeline.errors import CheckpointError
@@ -32,7 +31,7 @@ from pipeline.pictures import detection_pictures
 from pipeline.samples import training_batches
 from pipeline.step import train_step
 from pipeline.track import TAG_PHASE, Tracker
-from pipeline.weights import read_initial
+from pipeline.weights import build_trained, read_initial
 from shards.detections import Detections
 from shards.manifest import Manifest, load_manifest
 
@@ -78,7 +77,7 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) 
     state = _restore(worker)
     if state.step == 0:
         # MLflow's slider opens at step 0: show there what is to be found.
-        _tell_pictures(worker, Detections.empty(), 0)
+        _tell_pictures(worker, Detections.empty(config.model.masks), 0)
     while True:
         if state.step and _evaluation_due(worker, state.step):
             _evaluate(worker, state)
@@ -91,7 +90,7 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) 
 def _restore(worker: Worker) -> State:
     config, ranks = worker.config, worker.ranks
     torch.manual_seed(config.seed)
-    model = build_model(config.model, worker.train.num_classes).to(ranks.device)
+    model = build_trained(config, worker.train.num_classes).to(ranks.device)
     optimizer = build_optimizer(model, config.optim)
     # Rank 0 decides for all: another rank could look a moment later, or at a folder that is not yet in sync.
     path = ranks.gather(checkpoint.newest(worker.place.folder))[0]
@@ -222,6 +221,8 @@ def _tell_evaluation(worker: Worker, step: int, evaluation: Evaluation, seconds:
             "AP50": [one.ap50 for one in classes],
             "boxes": [one.boxes for one in classes],
         }
+        if "mask_AP" in metrics:
+            columns |= {"mask_AP": [one.mask_ap for one in classes], "mask_AP50": [one.mask_ap50 for one in classes]}
         tracker.table("per_class_ap.json", columns)
         _tell_pictures(worker, evaluation.detections, step)
         tracker.tags({TAG_PHASE: "training"})

@@ -51,10 +51,10 @@ class Detections:
         )
 
     @classmethod
-    def empty(cls) -> "Detections":
-        """No detections."""
-        nothing = np.zeros(0, np.int64)
-        return cls(nothing, nothing, np.zeros(0, np.float32), np.zeros((0, 4), np.float64))
+    def empty(cls, masks: bool = False) -> "Detections":
+        """No detections, of a model with masks or without."""
+        nothing, runs = np.zeros(0, np.int64), np.empty(0, np.object_) if masks else None
+        return cls(nothing, nothing, np.zeros(0, np.float32), np.zeros((0, 4), np.float64), runs)
 
     @classmethod
     def concatenate(cls, parts: Sequence["Detections"]) -> "Detections":

@@ -75,6 +75,16 @@ def short_config(tiny_config: RunConfig) -> RunConfig:
     return replace(tiny_config, optim=replace(tiny_config.optim, max_steps=1))
 
 
+# A mask head, which needs 128 channels and 8 heads at least.
+TINY_MASKS = replace(TINY_MODEL, masks=True, hidden_dim=128, heads=8)
+
+
+@pytest.fixture(scope="session")
+def masks_config(tiny_config: RunConfig) -> RunConfig:
+    """As `tiny_config`, with masks; one epoch."""
+    return replace(tiny_config, model=TINY_MASKS, optim=replace(tiny_config.optim, epochs=1))
+
+
 @pytest.fixture(scope="session")
 def _empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow store with its schema made: seconds of migrations, so made once and copied."""

@@ -16,17 +16,20 @@ from pipeline.worker import Place, run
 from shards.manifest import load_manifest
 from tests.ranks import run_ranks
 
-Evaluated = tuple[dict[str, float], np.ndarray, np.ndarray] | None
+Evaluated = tuple[dict[str, float], np.ndarray, np.ndarray, np.ndarray | None] | None
 
 
-def evaluated(ranks: Ranks, config: RunConfig) -> Evaluated:
+def evaluated(ranks: Ranks, config: RunConfig, limit: int = 0) -> Evaluated:
     torch.manual_seed(0)
     model = build_model(config.model, 4)
     val = load_manifest(config.data.val)
-    found = evaluate(model, val, val.categories, transform=config.transform, batch_size=2, ranks=ranks, threads=1)
+    found = evaluate(
+        model, val, val.categories, transform=config.transform, batch_size=2, ranks=ranks, threads=1, limit=limit
+    )
     if found is None:
         return None
-    return found.score.metrics, found.detections.image_ids, found.detections.boxes_xywh
+    detections = found.detections
+    return found.score.metrics, detections.image_ids, detections.boxes_xywh, detections.masks
 
 
 def test_the_figures_are_the_same_on_any_number_of_ranks_and_each_image_counts_once(tiny_config: RunConfig) -> None:
@@ -40,6 +43,20 @@ def test_the_figures_are_the_same_on_any_number_of_ranks_and_each_image_counts_o
     images = load_manifest(tiny_config.data.val).index().images["image_id"]
     queries = tiny_config.model.num_queries
     np.testing.assert_array_equal(first[1], np.repeat(np.sort(images), queries))
+
+
+def test_masks_are_gathered_over_the_ranks(masks_config: RunConfig) -> None:
+    expected = evaluated(Ranks(), masks_config)
+    assert expected is not None
+    found = run_ranks(2, evaluated, masks_config)[0]
+    assert len(expected[0]) == 24
+    assert found[0] == expected[0]
+    assert found[3].tolist() == expected[3].tolist()
+    assert len(set(expected[3])) >= 5  # random weights give masks, and each image others
+    # One batch, so that the second rank has neither images nor masks.
+    few = evaluated(Ranks(), masks_config, 2)
+    assert few is not None
+    assert run_ranks(2, evaluated, masks_config, 2)[0][3].tolist() == few[3].tolist()
 
 
 def test_ranks_without_a_batch_take_part(tiny_config: RunConfig) -> None:

@@ -13,6 +13,7 @@ from pipeline.config import OptimConfig, RunConfig
 from pipeline.optim import build_optimizer
 from pipeline.parallel import Ranks, distribute, unwrap
 from pipeline.step import train_step
+from pipeline.weights import build_trained
 from tests.ranks import run_ranks
 
 MODEL = ModelConfig(
@@ -34,6 +35,10 @@ EVEN = (2,) * 8
 UNEVEN = (0, 5, 1, 0, 9, 0, 0, 2)  # one image has more boxes than there are queries
 FEW = (0, 0, 0, 1, 0, 0, 0, 0)  # fewer boxes than ranks
 
+# The same with a mask head, which needs 128 channels and 8 heads; and with that head alone being trained.
+MASKS = replace(CONFIG, model=replace(MODEL, masks=True, hidden_dim=128, heads=8))
+HEAD = replace(MASKS, optim=replace(MASKS.optim, train="mask_head"))
+
 Samples = list[tuple[Tensor, Target]]
 
 
@@ -46,18 +51,21 @@ def samples(boxes: tuple[int, ...]) -> Samples:
         centres = 0.3 + 0.4 * torch.rand(count, 2, generator=generator)
         sizes = 0.1 + 0.2 * torch.rand(count, 2, generator=generator)
         labels = torch.randint(0, 4, (count,), generator=generator)
-        made.append((image, Target(torch.cat([centres, sizes], 1), labels, image_id, (64, 64))))
+        masks = torch.rand(count, 64, 64, generator=generator) < 0.3
+        made.append((image, Target(torch.cat([centres, sizes], 1), labels, image_id, (64, 64), masks)))
     return made
 
 
-def gradients(ranks: Ranks, shares: list[tuple[int, ...]], boxes: tuple[int, ...]) -> tuple[dict[str, Tensor], float]:
+def gradients(
+    ranks: Ranks, shares: list[tuple[int, ...]], boxes: tuple[int, ...], config: RunConfig = CONFIG
+) -> tuple[dict[str, Tensor], float]:
     """Every parameter's gradient after a step in which rank r has the images `shares[r]`, and the total loss."""
     torch.manual_seed(0)
-    model = build_model(MODEL, 4)
-    optimizer = build_optimizer(model, CONFIG.optim)
+    model = build_trained(config, 4)
+    optimizer = build_optimizer(model, config.optim)
     wrapped = distribute(model, ranks)
     made = samples(boxes)
-    result = train_step(wrapped, collate([made[i] for i in shares[ranks.rank]]), optimizer, CONFIG, ranks, step=0)
+    result = train_step(wrapped, collate([made[i] for i in shares[ranks.rank]]), optimizer, config, ranks, step=0)
     found = {name: p.grad.clone() for name, p in unwrap(wrapped).named_parameters() if p.grad is not None}
     return found, float(ranks.sum(result.losses.total.detach()) / ranks.world_size)
 
@@ -67,11 +75,13 @@ def evenly(world_size: int) -> list[tuple[int, ...]]:
     return [tuple(range(rank * each, (rank + 1) * each)) for rank in range(world_size)]
 
 
-def assert_equal(found: tuple[dict[str, Tensor], float], expected: tuple[dict[str, Tensor], float]) -> None:
+def assert_equal(
+    found: tuple[dict[str, Tensor], float], expected: tuple[dict[str, Tensor], float], atol: float = 1e-5
+) -> None:
     assert found[0].keys() == expected[0].keys()
     for name, gradient in expected[0].items():
-        torch.testing.assert_close(found[0][name], gradient, rtol=1e-5, atol=1e-5, msg=name)
-    assert found[1] == pytest.approx(expected[1], abs=1e-5)
+        torch.testing.assert_close(found[0][name], gradient, rtol=1e-5, atol=atol, msg=name)
+    assert found[1] == pytest.approx(expected[1], abs=atol)
 
 
 CASES = (EVEN, UNEVEN, FEW)
@@ -79,6 +89,10 @@ CASES = (EVEN, UNEVEN, FEW)
 
 def all_gradients(ranks: Ranks, shares: list[tuple[int, ...]]) -> list[tuple[dict[str, Tensor], float]]:
     return [gradients(ranks, shares, boxes) for boxes in CASES]
+
+
+def gradients_with_masks(ranks: Ranks, shares: list[tuple[int, ...]]) -> list[tuple[dict[str, Tensor], float]]:
+    return [gradients(ranks, shares, boxes, config) for config in (MASKS, HEAD) for boxes in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +112,18 @@ def test_however_many_ranks_share_the_images_the_gradient_is_that_of_one(
     for said in run_ranks(len(shares), all_gradients, shares):
         for found, expected in zip(said, alone, strict=True):
             assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("shares", [evenly(2), [(0, 1, 2), (), (3, 4, 5, 6, 7)]], ids=["2x4", "3, one without images"])
+def test_the_gradient_of_a_mask_head_is_that_of_one_rank_too(shares: list[tuple[int, ...]]) -> None:
+    """With and without the detector's gradients; ranks without a box have a mask head without a mask."""
+    expected = gradients_with_masks(Ranks(), evenly(1))
+    for found, _ in expected[len(CASES) :]:
+        assert {name.split(".")[0] for name in found} == {"bbox_attention", "mask_head"}
+        assert max(float(gradient.abs().max()) for gradient in found.values()) > 1e-3
+    for said in run_ranks(len(shares), gradients_with_masks, shares):
+        for found, one in zip(said, expected, strict=True):
+            assert_equal(found, one, atol=1e-4)  # of gradients up to 150
 
 
 def test_the_gradients_that_are_compared_are_not_all_but_zero(alone: list[tuple[dict[str, Tensor], float]]) -> None:

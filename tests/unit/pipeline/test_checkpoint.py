@@ -165,6 +165,14 @@ def test_the_best_has_the_highest_ap_and_is_the_newest_of_equals(tmp_path: Path)
     assert (found[0].name, found[1]["AP"]) == ("step-00000003", 0.4)
 
 
+def test_the_best_of_a_run_with_masks_has_the_highest_ap_of_masks(tmp_path: Path) -> None:
+    for step, ap, mask_ap in ((1, 0.4, 0.1), (2, 0.3, 0.2), (3, 0.5, 0.0)):
+        checkpoint.write_evaluation(save(tmp_path, step), {"AP": ap, "mask_AP": mask_ap})
+    found = checkpoint.best(tmp_path)
+    assert found is not None
+    assert found[0].name == "step-00000002"
+
+
 def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in range(1, 7):
         path = save(tmp_path, step)

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from detr.config import ConfigError
+from detr.config import ConfigError, ModelConfig
 from pipeline.config import (
     CheckpointConfig,
     ClusterConfig,
@@ -31,6 +31,17 @@ def changed(path: str, value: Any) -> str:
         node = node[name]
     node[last] = value
     return msgspec.json.encode(raw).decode()
+
+
+def test_a_mask_head_that_the_model_lacks_cannot_be_trained() -> None:
+    with pytest.raises(
+        RunConfigError, match=r"optim.train is 'mask_head' but the model has none.*--model.masks"
+    ) as caught:
+        RunConfig(optim=OptimConfig(train="mask_head"))
+    assert "\n" not in str(caught.value)
+    assert RunConfig(optim=OptimConfig(train="mask_head"), model=ModelConfig(masks=True)).model.masks
+    with pytest.raises(RunConfigError, match=r"optim\.train is 'head'; expected all or mask_head"):
+        OptimConfig(train="head")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", RECIPES)

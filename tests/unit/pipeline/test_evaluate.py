@@ -25,18 +25,18 @@ NAMES = ("circle", "square", "triangle", "cross")
 class Oracle(nn.Module):
     """Answers with the truth of the images it is given, by recognising their pixels: AP 1 where all goes right."""
 
-    def __init__(self, manifest: Manifest, categories: tuple[Category, ...]) -> None:
+    def __init__(self, manifest: Manifest, categories: tuple[Category, ...], masks: bool = False) -> None:
         super().__init__()
         from shards.read import ReadConfig, read_samples
 
         labels = {category.id: label for label, category in enumerate(categories)}
-        self._classes, self._truth = len(categories), {}
+        self._classes, self._truth, self._masks = len(categories), {}, masks
         self.calls: list[int] = []
         self.modes: list[bool] = []
-        for sample in read_samples(manifest, np.arange(manifest.images), ReadConfig(threads=0)):
+        for sample in read_samples(manifest, np.arange(manifest.images), ReadConfig(threads=0, masks=True)):
             known = [labels.get(manifest.categories[label].id, -1) for label in sample.labels]
             key = self._key(torch.from_numpy(sample.image.copy()).permute(2, 0, 1).double())
-            self._truth[key] = (torch.tensor(known), torch.from_numpy(sample.boxes_xyxy) / 64)
+            self._truth[key] = (torch.tensor(known), torch.from_numpy(sample.boxes_xyxy) / 64, sample.masks)
 
     @staticmethod
     def _key(image: Tensor) -> tuple[float, ...]:
@@ -50,13 +50,16 @@ class Oracle(nn.Module):
         logits = torch.full((len(images), 8, self._classes + 1), -9.0)
         logits[..., -1] = 9.0
         boxes = torch.full((len(images), 8, 4), 0.5)
+        masks = torch.full((len(images), 8, *images.shape[2:]), -1.0) if self._masks else None
         for row, image in enumerate(images):
-            labels, xyxy = self._truth[self._key(image.double())]
+            labels, xyxy, true = self._truth[self._key(image.double())]
             for query, (label, box) in enumerate(zip(labels.tolist(), xyxy, strict=True)):
                 if label >= 0:
                     logits[row, query, label], logits[row, query, -1] = 9.0, -9.0
                     boxes[row, query] = torch.cat([(box[:2] + box[2:]) / 2, box[2:] - box[:2]])
-        return Outputs(logits, boxes)
+                    if masks is not None:
+                        masks[row, query][torch.from_numpy(true[query])] = 1.0
+        return Outputs(logits, boxes, masks=masks)
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,10 @@ def renumbered(tiny_data: Any, tmp_path: Path) -> Renumbered:
     return Renumbered(tiny_data.root, make)
 
 
-def score(manifest: Manifest, categories: tuple[Category, ...], **more: Any) -> tuple[Oracle, Evaluation]:
-    oracle = Oracle(manifest, categories)
+def score(
+    manifest: Manifest, categories: tuple[Category, ...], masks: bool = False, **more: Any
+) -> tuple[Oracle, Evaluation]:
+    oracle = Oracle(manifest, categories, masks)
     found = evaluate(oracle, manifest, categories, transform=TRANSFORM, batch_size=2, threads=1, **more)
     assert found is not None
     return oracle, found
@@ -100,6 +105,23 @@ def test_a_model_that_knows_the_truth_scores_1_and_sees_each_image_once(tiny_dat
     assert oracle.calls == [2, 2, 1]
     assert told == [(2, 5), (4, 5), (5, 5)]
     assert np.unique(found.detections.image_ids).tolist() == sorted(manifest.index().images["image_id"].tolist())
+
+
+def test_a_model_that_knows_where_each_object_is_scores_1_in_masks_as_well(tiny_data: Any) -> None:
+    manifest = load_manifest(tiny_data.val)
+    _, found = score(manifest, manifest.categories, masks=True)
+    assert found.score.metrics["AP"] == pytest.approx(1.0)
+    assert found.score.metrics["mask_AP"] == pytest.approx(1.0)
+    assert found.detections.masks is not None
+    assert len(found.detections.masks) == 5 * 8
+
+
+def test_masks_of_classes_that_the_data_set_lacks_are_left_out_with_their_boxes(renumbered: Renumbered) -> None:
+    subset = renumbered.make({2: (13, "square"), 4: (90, "cross")})
+    categories = tuple(Category(number, name) for number, name in zip((7, 13, 21, 90), NAMES, strict=True))
+    _, found = score(subset, categories, masks=True)
+    assert found.score.metrics["mask_AP"] == pytest.approx(1.0)
+    assert [one.mask_ap for one in found.score.classes] == pytest.approx([1.0, 1.0])
 
 
 def test_the_model_is_evaluated_in_evaluation_mode_and_left_as_it_was(tiny_data: Any) -> None:

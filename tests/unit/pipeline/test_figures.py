@@ -28,6 +28,27 @@ def test_a_box_is_marked_along_its_sides_and_left_clear_inside() -> None:
     assert not marked(picture)[:, 210:].any()
 
 
+def test_a_mask_is_half_in_its_object_s_colour_and_its_surroundings_stay() -> None:
+    inside = np.zeros((2, 300, 400), bool)
+    inside[0, 160:240, 110:190] = True
+    inside[1, 200:240, 150:300] = True
+    boxes = Boxes(np.array([[100.0, 150, 200, 250]] * 2), [0, 1], ["", ""], masks=inside)
+    pixels = np.asarray(draw(Image.new("RGB", (400, 300), GREY), boxes))
+    tinted = tuple((grey + orange) // 2 for grey, orange in zip(GREY, ORANGE, strict=True))
+    assert tuple(pixels[170, 120]) == tinted
+    assert tuple(pixels[220, 250]) not in (GREY, tinted)
+    assert tuple(pixels[220, 170]) not in (tinted, tuple(pixels[220, 250]))  # both masks are seen
+    assert tuple(pixels[170, 250]) == GREY
+
+
+def test_the_masks_of_a_small_image_are_enlarged_with_it() -> None:
+    inside = np.zeros((1, 64, 96), bool)
+    inside[0, 40, 30] = True
+    picture = draw(Image.new("RGB", (96, 64), GREY), Boxes(np.array([[4.0, 4, 90, 60]]), [0], [""], masks=inside))
+    assert marked(picture)[160:164, 120:124].all()
+    assert not marked(picture)[164:200, 100:200].any()
+
+
 def test_nothing_is_marked_without_boxes() -> None:
     image = Image.new("RGB", (400, 300), GREY)
     empty = Boxes(np.zeros((0, 4)), [], [], [])

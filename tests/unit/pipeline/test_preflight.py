@@ -82,6 +82,34 @@ def test_finetuning_from_nothing_is_refused_before_anything_is_fetched(tiny_conf
             check_it(replace(tiny_config, recipe="finetune"))
 
 
+def test_a_mask_head_on_no_detector_is_refused_before_anything_is_fetched(masks_config: RunConfig) -> None:
+    config = replace(masks_config, optim=replace(masks_config.optim, train="mask_head"))
+    for check_it in (check, lambda config: prepare(config, lambda line: None)):
+        with pytest.raises(RunConfigError, match=r"no detector to put it on.*--initial models:/NAME@ALIAS") as caught:
+            check_it(config)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("which", ["train", "val"])
+def test_masks_on_data_without_segmentations_are_refused(
+    masks_config: RunConfig, tiny_data: Any, tmp_path: Path, which: str
+) -> None:
+    coco = json.loads((tiny_data.root / "coco" / "annotations" / f"instances_{which}.json").read_text())
+    for annotation in coco["annotations"]:
+        del annotation["segmentation"]
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(coco))
+    url = write_coco(tiny_data.root / "coco" / which, path, tmp_path / "out", WriteConfig()).url
+    config = replace(masks_config, data=replace(masks_config.data, **{which: url}))
+    for check_it in (check, lambda config: prepare(config, lambda line: None)):
+        with pytest.raises(
+            ShardError, match=r"image \d+ in shard-000000.tar: annotation \d+ has no segmentation"
+        ) as caught:
+            check_it(config)
+        assert "\n" not in str(caught.value)
+    check(replace(config, model=replace(config.model, masks=False)))
+
+
 def test_the_checks_without_a_model_make_none(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "initial_model", lambda *_: pytest.fail("made a model"))
     check(tiny_config)

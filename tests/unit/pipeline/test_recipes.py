@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from pipeline.recipes import RECIPES
@@ -36,6 +38,13 @@ def test_backbones_lengths_and_drops_are_those_of_the_names() -> None:
     }
     lengths = {name: (RECIPES[name].optim.epochs, RECIPES[name].optim.decay_epoch) for name in PAPER}
     assert lengths == dict.fromkeys(PAPER, (300, 200)) | {"detr-r50-150ep": (150, 100)}
+
+
+def test_the_mask_head_is_trained_on_the_paper_s_detector() -> None:
+    masks, detector = RECIPES["detr-r50-masks"], RECIPES["detr-r50"]
+    assert replace(masks.model, masks=False) == detector.model
+    assert (masks.model.masks, masks.optim.train) == (True, "mask_head")
+    assert (masks.optim.epochs, masks.optim.decay_epoch, masks.optim.lr) == (25, 15, 1e-4)
 
 
 def test_a_recipe_is_found_under_its_own_name() -> None:

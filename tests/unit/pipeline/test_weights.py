@@ -13,7 +13,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import RunConfigError, first_line
 from pipeline.predict import Card, write_folder
 from pipeline.recipes import RECIPES
-from pipeline.weights import initial_model, read_initial, save_initial, settle
+from pipeline.weights import build_trained, initial_model, read_initial, save_initial, settle
 from shards.manifest import Category
 
 CLASSES = tuple(Category(number, name) for number, name in enumerate("abcd", start=1))
@@ -210,6 +210,69 @@ def test_a_run_takes_the_shape_of_the_registered_model_and_keeps_its_own_dropout
     other = replace(tiny_config, model=replace(tiny_config.model, hidden_dim=32, num_queries=9, dropout=0.3))
     assert settle(other, tmp_path).model == replace(tiny_config.model, dropout=0.3)
     assert settle(other, None) == other
+
+
+def test_a_run_may_add_a_mask_head_to_the_registered_model(
+    tiny_config: RunConfig, masks_config: RunConfig, tmp_path: Path
+) -> None:
+    detector = replace(tiny_config, model=replace(masks_config.model, masks=False))
+    before = registered(tmp_path, detector, CLASSES)
+    config = settle(replace(masks_config, initial="models:/tiny@best"), tmp_path)
+    assert config.model == masks_config.model
+    recipe = RECIPES["detr-r50-masks"]
+    assert settle(replace(recipe, initial="models:/tiny@best"), tmp_path).model.masks
+    model, said = initial_model(config, CLASSES, tmp_path)
+    after, fresh = model.state_dict(), seeded(config, 4, seed=config.seed).state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.state_dict().items())
+    added = after.keys() - before.state_dict().keys()
+    assert {name.split(".")[0] for name in added} == {"bbox_attention", "mask_head"}
+    assert all(torch.equal(after[name], fresh[name]) for name in added)
+    assert said == ("starting from models:/tiny@best; its mask head is new and starts from random weights",)
+
+
+def test_a_registered_mask_head_is_kept(masks_config: RunConfig, tiny_config: RunConfig, tmp_path: Path) -> None:
+    before = registered(tmp_path, masks_config, CLASSES)
+    config = settle(replace(tiny_config, initial="models:/tiny@best"), tmp_path)
+    assert config.model.masks
+    model, said = initial_model(config, CLASSES, tmp_path)
+    assert_same(model.state_dict(), before.state_dict())
+    assert said == ("starting from models:/tiny@best",)
+
+
+@pytest.mark.parametrize("masks", [False, True], ids=["detector", "with masks"])
+def test_a_file_in_either_of_the_original_s_layouts_gives_the_detector(
+    masks_config: RunConfig, tmp_path: Path, masks: bool
+) -> None:
+    before = seeded(replace(masks_config, model=replace(masks_config.model, masks=masks)), 4)
+    save_file(to_original_state_dict(before), tmp_path / "w.safetensors")
+    config = replace(masks_config, initial=str(tmp_path / "w.safetensors"))
+    model, said = initial_model(config, CLASSES, None)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.state_dict().items())
+    assert ("its mask head is new" in said[0]) is not masks
+    other, said = initial_model(config, CLASSES[:3], None)
+    same = {name for name, value in before.state_dict().items() if torch.equal(other.state_dict()[name], value)}
+    assert before.state_dict().keys() - same == {"class_embed.weight", "class_embed.bias"}
+    assert "its class head was of other classes and starts afresh for 3" in said[0]
+
+
+def test_a_mask_head_is_not_trained_on_a_detector_of_other_classes(masks_config: RunConfig, tmp_path: Path) -> None:
+    detector = replace(masks_config, model=replace(masks_config.model, masks=False))
+    registered(tmp_path, detector, CLASSES)
+    config = replace(masks_config, initial="models:/tiny@best", optim=replace(masks_config.optim, train="mask_head"))
+    with pytest.raises(
+        RunConfigError, match="knows other classes than the 3 of the data, but only the mask head"
+    ) as caught:
+        initial_model(config, CLASSES[:3], tmp_path)
+    assert "\n" not in str(caught.value)
+    assert initial_model(config, CLASSES, tmp_path)[0].config.masks
+
+
+def test_what_is_not_trained_gets_no_gradient(masks_config: RunConfig) -> None:
+    head = build_trained(replace(masks_config, optim=replace(masks_config.optim, train="mask_head")), 4)
+    trained = {name.split(".")[0] for name, value in head.named_parameters() if value.requires_grad}
+    assert trained == {"bbox_attention", "mask_head"}
+    assert build_trained(masks_config, 4).class_embed.weight.requires_grad
 
 
 def test_a_shape_that_was_asked_for_is_not_dropped_silently(tiny_config: RunConfig, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from pipeline.config import RunConfig
 from pipeline.errors import CheckpointError
 from pipeline.parallel import Ranks
 from pipeline.track import MemoryTracker
-from pipeline.weights import save_initial
+from pipeline.weights import build_trained, save_initial
 from pipeline.worker import Place, run
+from shards.score import METRICS
 
 STEPS = 6  # two epochs of twelve images in batches of four
 
@@ -46,6 +47,15 @@ def start(config: RunConfig, folder: Path) -> Place:
 
 def weights(config: RunConfig, folder: Path) -> dict[str, torch.Tensor]:
     model = build_model(config.model, 4)
+    path = checkpoint.newest(folder)
+    assert path is not None
+    checkpoint.load_weights(path, model)
+    return model.state_dict()
+
+
+def trained_weights(config: RunConfig, folder: Path) -> dict[str, torch.Tensor]:
+    """As `weights`, of a model of which a part is frozen."""
+    model = build_trained(config, 4)
     path = checkpoint.newest(folder)
     assert path is not None
     checkpoint.load_weights(path, model)
@@ -97,6 +107,49 @@ def test_a_run_saves_evaluates_and_tells_at_the_right_steps(config: RunConfig, p
     rates = {step: value for name, value, step in tracker.points if name == "optim/lr"}
     assert rates == pytest.approx({1: 1e-3, 2: 1e-3, 3: 1e-3, 4: 1e-4, 5: 1e-4, 6: 1e-4})
     assert [value for name, value, _ in tracker.points if name == "epoch"][-1] == 2.0
+
+
+def test_a_run_with_masks_tells_their_losses_and_scores(masks_config: RunConfig, tmp_path: Path) -> None:
+    place, tracker = start(masks_config, tmp_path / "run"), MemoryTracker()
+    run(masks_config, place, Ranks(), tracker)
+    points = {name: value for name, value, step in tracker.points if step == 3}
+    assert {f"val/mask_{name}" for name in METRICS} | {f"val/{name}" for name in METRICS} <= points.keys()
+    assert points["train/loss_mask"] > 0 < points["train/loss_dice"]
+    assert len(tracker.tables["per_class_ap.json"]["mask_AP"]) == 4
+    metrics = checkpoint.read_evaluation(checkpoint.folder_of(place.folder, 3))
+    assert metrics is not None
+    assert metrics["mask_AP"] == points["val/mask_AP"]
+    assert tracker.pictures == [("detections/0", 0), ("detections/0", 3)]
+
+
+def test_training_the_mask_head_changes_it_alone(masks_config: RunConfig, tmp_path: Path) -> None:
+    config = replace(masks_config, optim=replace(masks_config.optim, train="mask_head"))
+    place = start(config, tmp_path / "run")
+    torch.manual_seed(config.seed)
+    before = build_model(config.model, 4).state_dict()
+    run(config, place, Ranks(), None)
+    after = weights(config, place.folder)
+    changed = {name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {"bbox_attention", "mask_head"}
+    untouched = [name for name in after if name.startswith("mask_head") and torch.equal(before[name], after[name])]
+    assert untouched == []
+
+
+def test_an_interrupted_training_of_the_mask_head_ends_with_the_very_weights(
+    masks_config: RunConfig, tmp_path: Path
+) -> None:
+    config = replace(
+        masks_config,
+        model=replace(masks_config.model, norm="batch"),
+        optim=replace(masks_config.optim, train="mask_head"),
+        checkpoint=replace(masks_config.checkpoint, every_steps=1, keep=9),
+    )
+    whole, parts = start(config, tmp_path / "whole"), start(config, tmp_path / "parts")
+    run(config, whole, Ranks(), None)
+    with pytest.raises(Kill):
+        run(config, parts, Ranks(), KillingTracker("train", 2))
+    run(config, parts, Ranks(), None)
+    assert_same(trained_weights(config, whole.folder), trained_weights(config, parts.folder))
 
 
 def test_training_changes_what_may_change_and_no_more(config: RunConfig, uninterrupted: Path) -> None:

@@ -1,0 +1,79 @@
+"""A registered version with a mask head, in a real MLflow store: evaluated, used, and chosen by its masks."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import checkpoint
+from pipeline.config import RunConfig
+from pipeline.registered import evaluate_registered, predict
+from pipeline.registry import find_version, register, register_run
+from shards.errors import ShardError
+from shards.manifest import load_manifest
+from shards.segmentation import decode_masks
+from shards.write import WriteConfig, write_coco
+from tests.integration.test_registry import Trained, train_in
+
+
+@pytest.fixture(scope="module")
+def masked(shared_store: str, masks_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A run with masks, registered as `masked`."""
+    config = replace(masks_config, recipe="masked", optim=replace(masks_config.optim, max_steps=1))
+    trained = train_in(tmp_path_factory.mktemp("masked"), config)
+    register_run(trained.run_id, name="masked", alias="best")
+    return trained
+
+
+def test_a_registered_version_with_masks_evaluates_as_its_run_did(masked: Trained) -> None:
+    best = checkpoint.best(masked.folder)
+    assert best is not None
+    found = evaluate_registered("models:/masked@best", masked.config.data.val)
+    assert found.score.metrics == pytest.approx(best[1], abs=1e-6)
+    assert len(found.score.metrics) == 24
+    assert find_version(masked.client, "models:/masked@best").tags["mask_AP"] == f"{best[1]['mask_AP']:.6f}"
+
+
+def test_predictions_of_a_version_with_masks_say_where_each_object_is(masked: Trained, tmp_path: Path) -> None:
+    pictures = sorted(Path(masked.config.data.val).parent.glob("coco/val/*.jpg"))[:2]
+    found = predict("models:/masked@best", pictures, tmp_path / "out", threshold=0.0)
+    assert json.loads((tmp_path / "out" / "detections.json").read_text()) == found
+    masks = decode_masks([one["segmentation"] for one in found], 64, 64)
+    assert masks.shape == (16, 64, 64)
+    assert masks.any()
+    plain = np.asarray(Image.open(pictures[0]).resize((320, 320), Image.Resampling.NEAREST)).astype(int)
+    drawn = np.asarray(Image.open(tmp_path / "out" / f"0001-{pictures[0].stem}.png")).astype(int)
+    inside = np.any(masks[:8], axis=0).repeat(5, 0).repeat(5, 1)
+    assert (plain != drawn).any(axis=2)[inside].mean() > 0.99
+
+
+def test_masks_are_not_scored_on_data_without_segmentations(masked: Trained, tmp_path: Path) -> None:
+    val = Path(masked.config.data.val)
+    coco = json.loads((val.parent / "coco" / "annotations" / "instances_val.json").read_text())
+    coco["annotations"] = [one | {"segmentation": []} for one in coco["annotations"]]
+    (tmp_path / "instances.json").write_text(json.dumps(coco))
+    write_coco(val.parent / "coco" / "val", tmp_path / "instances.json", tmp_path / "out", WriteConfig())
+    with pytest.raises(ShardError, match="has no segmentation"):
+        evaluate_registered("models:/masked@best", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("current", "moved"),
+    [({"AP": "0.9", "mask_AP": "0.0"}, True), ({"AP": "0.0", "mask_AP": "0.9"}, False), ({"AP": "0.9"}, False)],
+    ids=["better boxes", "better masks", "without masks"],
+)
+def test_the_alias_stays_on_a_version_of_better_masks(
+    masked: Trained, current: dict[str, str], moved: bool, request: pytest.FixtureRequest
+) -> None:
+    name = request.node.callspec.id.replace(" ", "-")
+    val_digest = load_manifest(masked.config.data.val).digest
+    masked.client.create_registered_model(name)
+    masked.client.create_model_version(name, source=str(masked.folder), tags=current | {"val_digest": val_digest})
+    masked.client.set_registered_model_alias(name, "best", "1")
+    best = checkpoint.best(masked.folder)
+    assert best is not None
+    done = register(masked.client, masked.run_id, masked.config, *best, name=name, alias="best", only_if_better=True)
+    assert done.alias_moved is moved
