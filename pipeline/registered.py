@@ -49,7 +49,7 @@ def _score(how: Callable[..., _Scored | None], uri: str, data: str, progress: bo
     manifest = load_manifest(data)
     check_sizes(manifest)
     model, card = read_model(resolve(uri))
-    if card.model.masks:
+    if card.model.masks and how is evaluate:  # layers are scored by their boxes
         check_segmentations(manifest)
     device = default_device()
     with progress_bar("evaluating") if progress else nullcontext() as advance:
