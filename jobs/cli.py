@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from jobs import cluster_commands, data_commands, model_commands, run_commands
+from jobs import cluster_commands, data_commands, exchange_commands, model_commands, run_commands
 from jobs.command_line import UsageError
 
 _USAGE = "usage: detr COMMAND ...   (detr COMMAND --help says more)"
@@ -39,6 +39,8 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command("score a registered version on a data set", model_commands.evaluate),
     "predict": Command("detect on pictures with a registered version", model_commands.predict),
     "register": Command("register the best checkpoint of a run", model_commands.register),
+    "import": Command("register a file of the original's: import FILE.pth --name NAME", exchange_commands.import_file),
+    "export": Command("write a registered version as --original FILE or --onnx FILE", exchange_commands.export),
     "ui": Command("open the MLflow UI", run_commands.ui),
     "submit": Command("submit SPEC -- COMMAND ...: run a command on a Ray cluster", cluster_commands.submit),
     "jobs": Command("jobs list|status|logs|stop", cluster_commands.jobs),

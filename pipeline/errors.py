@@ -31,6 +31,10 @@ class RegistryError(PipelineError):
     """No such registered model, version or alias, or it cannot be used this way."""
 
 
+class ExchangeError(PipelineError):
+    """A file of weights cannot be imported, or a model cannot be exported as asked."""
+
+
 class TrainingError(PipelineError):
     """Training stopped for a reason that the message names."""
 

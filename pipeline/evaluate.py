@@ -21,6 +21,7 @@ from detr.model import Outputs
 from detr.postprocess import Detection, detect
 from pipeline.errors import RunConfigError, TrainingError
 from pipeline.parallel import Ranks
+from pipeline.predict import UNNAMED
 from pipeline.samples import evaluation_transform
 from shards.detections import Detections
 from shards.manifest import Category, Ints, Manifest
@@ -147,12 +148,15 @@ def match_categories(categories: Sequence[Category], manifest: Manifest) -> Ints
     own = {category.id: (label, category.name) for label, category in enumerate(manifest.categories)}
     for category in categories:
         name = own.get(category.id, (0, category.name))[1]
-        if name != category.name:
+        if category.name not in (name, UNNAMED):
             raise RunConfigError(
                 f"category {category.id} is {category.name!r} to the model and {name!r} in {manifest.url}; "
                 "expected the same categories: evaluate on data of the classes it was trained for, or fine-tune"
             )
-    labels = np.array([own.get(category.id, (-1, ""))[0] for category in categories], dtype=np.int64)
+    shared = [own.get(category.id, (-1, "")) for category in categories]
+    # A label without a category is no class of the data set's, whatever that calls the id.
+    known = [label if name == one.name else -1 for (label, name), one in zip(shared, categories, strict=True)]
+    labels = np.array(known, dtype=np.int64)
     if not (labels >= 0).any():
         raise RunConfigError(
             f"the model and {manifest.url} share no category; expected data of the classes the model was trained for"

@@ -32,6 +32,7 @@ TAG_FOLDER = "detr.folder"
 TAG_TOTAL_STEPS = "detr.total_steps"
 TAG_EPOCHS = "detr.epochs"
 TAG_TRAIN_DIGEST = "detr.train_digest"
+TAG_IMPORTED = "detr.imported_from"
 TAG_COMMIT = "mlflow.source.git.commit"
 _MAX_PARAMS = 100  # MLflow's largest number of parameters in one request
 _PAGE = 1000  # runs fetched at once
@@ -148,18 +149,10 @@ def create_run(
 
     datasets: context ("training", "validation") -> (name, digest, url).
     """
-    import getpass
-
     run = client.create_run(
         experiment_id(client, config.track.experiment),
         run_name=config.run_name,
-        tags={
-            "mlflow.source.name": f"detr train {config.recipe}",
-            "mlflow.source.type": "LOCAL",
-            "mlflow.user": os.environ.get("USER") or getpass.getuser(),
-            TAG_COMMIT: code_commit(),
-            **tags,
-        },
+        tags={**origin_tags(f"detr train {config.recipe}"), **tags},
     )
     run_id = str(run.info.run_id)
     from mlflow.entities import Param
@@ -170,6 +163,18 @@ def create_run(
     client.log_text(run_id, to_json(config).decode(), CONFIG_ARTIFACT)
     client.log_inputs(run_id, [_dataset_input(context, *said) for context, said in datasets.items()])
     return run_id
+
+
+def origin_tags(command: str) -> dict[str, str]:
+    """Who and what made a run; MLflow's client does not add them by itself."""
+    import getpass
+
+    return {
+        "mlflow.source.name": command,
+        "mlflow.source.type": "LOCAL",
+        "mlflow.user": os.environ.get("USER") or getpass.getuser(),
+        TAG_COMMIT: code_commit(),
+    }
 
 
 def _dataset_input(context: str, name: str, digest: str, url: str) -> Any:

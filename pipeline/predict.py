@@ -31,10 +31,15 @@ from shards.segmentation import encode_masks
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "card.json"
 FORMAT = 1
+UNNAMED = "N/A"
+"""The name of a label that no category has: the original's labels are category ids, which have gaps."""
 
 
 class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a set of weights is: how to build and feed the model, what its labels mean, where it came from."""
+    """What a set of weights is: how to build and feed the model, what its labels mean, where it came from.
+
+    What was imported from a file has the run that recorded the import, and empty values where training would stand.
+    """
 
     format: int = FORMAT
     model: ModelConfig
@@ -50,6 +55,8 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     train_digest: str
     val_digest: str
     code_commit: str
+    imported_from: str = ""
+    """Name and SHA-256 of the file that the weights were imported from; empty for what was trained here."""
 
 
 def write_folder(folder: Path, model: DETR, card: Card) -> None:

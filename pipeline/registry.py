@@ -1,52 +1,20 @@
-"""The model registry: publish a checkpoint as a version, and find a version again.
-
-A version is a logged model with the weights (safetensors), the card (JSON), the code that serves it and the packages it
-needs. It is enough to evaluate, to serve, to resume, and to say from which data, code and configuration it came.
-"""
+"""The model registry: register a checkpoint as a version, and find a version again."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import re
-import tempfile
-import warnings
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pipeline import checkpoint
 from pipeline.config import RunConfig
-from pipeline.errors import RegistryError, TrackingError, first_line
+from pipeline.errors import RegistryError, first_line
 from pipeline.mlflow_store import connect, find_run
-from pipeline.predict import CARD_NAME, Card, write_folder
+from pipeline.predict import CARD_NAME, Card
+from pipeline.publish import Registered, check_names, publish
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
-
-_ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = (
-    "torch",
-    "torchvision",
-    "numpy",
-    "scipy",
-    "pillow",
-    "msgspec",
-    "safetensors",
-    "mlflow",
-    "fsspec",
-    "pycocotools",
-)
-
-
-class Registered(NamedTuple):
-    """What registering came to."""
-
-    version: str
-    """The version's number."""
-    alias_moved: bool
-    """Whether the alias points at it now; false where it stayed on a better version."""
 
 
 def register(
@@ -68,7 +36,7 @@ def register(
     from pipeline.weights import build_trained
     from shards.manifest import load_manifest
 
-    _check_names(name, alias)
+    check_names(name, alias)
     meta = checkpoint.read_meta(path)
     train = load_manifest(config.data.train)
     model = build_trained(config, train.num_classes)
@@ -88,32 +56,8 @@ def register(
         val_digest=load_manifest(config.data.val).digest,
         code_commit=meta.code_commit,
     )
-    with _explained(run_id, name, alias):
-        version = _version_of(client, name, card)
-        if version is None:
-            with tempfile.TemporaryDirectory() as folder:
-                write_folder(Path(folder) / "detector", model, card)
-                version = _publish(client, name, _log_model(client, run_id, card, Path(folder)), card)
-        if only_if_better and _is_worse(client, name, alias, version):
-            return Registered(str(version.version), False)
-        client.set_registered_model_alias(name, alias, version.version)
-        return Registered(str(version.version), True)
-
-
-@contextmanager
-def _explained(run_id: str, name: str, alias: str) -> Generator[None, None, None]:
-    """One line instead of MLflow's traceback; the run and its checkpoints are whole, so registering can be repeated."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:  # what `requests` raises is an OSError
-        again = f"detr register {run_id} --name {name}" + (f" --alias {alias}" if alias != "best" else "")
-        raise TrackingError(
-            f"registering {name!r} failed ({first_line(error)}); expected a store that takes the version: "
-            f"`{again}` tries again"
-        ) from None
+    again = f"detr register {run_id} --name {name}" + (f" --alias {alias}" if alias != "best" else "")
+    return publish(client, model, card, name=name, alias=alias, again=again, only_if_better=only_if_better)
 
 
 def register_run(name_or_id: str, *, name: str, alias: str) -> Registered:
@@ -131,108 +75,6 @@ def register_run(name_or_id: str, *, name: str, alias: str) -> Registered:
         )
     path, metrics = found
     return register(client, run_id, from_json(read_config(client, run_id)), path, metrics, name=name, alias=alias)
-
-
-def _check_names(name: str, alias: str) -> None:
-    """Refuse what the registry would refuse, before anything is uploaded."""
-    if not name.strip() or set(name) & set("/:"):
-        raise RegistryError(f"{name!r} cannot name a registered model; expected a name without / and :")
-    reserved = alias.lower() == "latest" or re.fullmatch(r"v\d+", alias, re.IGNORECASE)
-    if reserved or not re.fullmatch(r"[\w-]+", alias, re.ASCII):
-        raise RegistryError(
-            f"{alias!r} cannot be an alias; expected letters, digits, _ and -, and neither `latest` nor a version (v1)"
-        )
-
-
-def _log_model(client: MlflowClient, run_id: str, card: Card, folder: Path) -> str:
-    """Write the MLflow model (models from code, nothing pickled) and upload it as a logged model of the run."""
-    import mlflow
-    import mlflow.pyfunc.model
-    from mlflow.entities import LoggedModelOutput
-    from mlflow.models import Model
-    from mlflow.models.signature import ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-
-    run = client.get_run(run_id)
-    logged = client.create_logged_model(
-        run.info.experiment_id,
-        name=f"{card.recipe or 'detr'}-step-{card.step:08d}",
-        source_run_id=run_id,
-        tags=_tags(card),
-        params={"recipe": card.recipe, "backbone": card.model.backbone},
-        model_type="detector",
-    )
-    signature = ModelSignature(
-        inputs=Schema([ColSpec(DataType.string, "image")]),
-        outputs=Schema([ColSpec(DataType.string)]),
-        params=ParamSchema([ParamSpec("threshold", DataType.double, 0.5)]),
-    )
-    # Recorded and dropped: MLflow advises type hints, by a filter of its own that overrules `ignore`; the signature
-    # above says it better.
-    with warnings.catch_warnings(record=True):
-        warnings.simplefilter("always")  # recorded, too, where a warning is an error
-        mlflow.pyfunc.save_model(
-            path=folder / "model",
-            python_model=str(_ROOT / "pipeline" / "serve.py"),
-            artifacts={"detector": str(folder / "detector")},
-            code_paths=[str(_ROOT / package) for package in ("detr", "shards", "pipeline")],
-            signature=signature,
-            pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in _PACKAGES],
-            mlflow_model=Model(run_id=run_id, model_id=logged.model_id),
-        )
-    client.log_model_artifacts(logged.model_id, str(folder / "model"))
-    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=card.step)])
-    client.finalize_logged_model(logged.model_id, "READY")
-    return str(logged.model_id)
-
-
-def _version_of(client: MlflowClient, name: str, card: Card) -> ModelVersion | None:
-    """The version of `name` that this step of this run already became."""
-    found = client.search_model_versions(f"run_id = '{card.run_id}'")
-    mine = (one for one in found if one.name == name and one.tags.get("step") == str(card.step))
-    return next(mine, None)
-
-
-def _is_worse(client: MlflowClient, name: str, alias: str, version: ModelVersion) -> bool:
-    """Whether `alias` is on a version with a higher AP than this one's, over the same validation data.
-
-    The AP is that of masks where both versions have it.
-    """
-    number = client.get_registered_model(name).aliases.get(alias)
-    if number is None:
-        return False
-    current = client.get_model_version(name, number).tags
-    if "AP" not in current or current.get("val_digest") != version.tags.get("val_digest"):
-        return False
-    name = "mask_AP" if "mask_AP" in current and "mask_AP" in version.tags else "AP"
-    return float(current[name]) > float(version.tags.get(name, "-1"))
-
-
-def _publish(client: MlflowClient, name: str, model_id: str, card: Card) -> ModelVersion:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    return client.create_model_version(
-        name, source=f"models:/{model_id}", run_id=card.run_id, model_id=model_id, tags=_tags(card)
-    )
-
-
-def _tags(card: Card) -> dict[str, str]:
-    names = ("AP", "AP50", "mask_AP", "mask_AP50")
-    figures: dict[str, str] = {name: f"{card.metrics[name]:.6f}" for name in names if name in card.metrics}
-    return {
-        "checkpoint_uri": card.checkpoint,
-        "step": str(card.step),
-        "epoch": f"{card.epoch:g}",
-        "code_commit": card.code_commit,
-        "train_digest": card.train_digest,
-        "val_digest": card.val_digest,
-        **figures,
-    }
 
 
 def find_version(client: MlflowClient, uri: str) -> Any:
@@ -264,8 +106,15 @@ def find_version(client: MlflowClient, uri: str) -> Any:
 
 
 def run_of(client: MlflowClient, uri: str) -> str:
-    """Id of the run that a registered version came from."""
-    return str(find_version(client, uri).run_id)
+    """Id of the run of `detr train` that a registered version came from; raises `RegistryError` for an imported one."""
+    version = find_version(client, uri)
+    imported = version.tags.get("imported_from")
+    if imported:
+        raise RegistryError(
+            f"{uri} was imported from {imported.split()[0]}, so it has no run to go on with; expected a version of a run of "
+            f"`detr train`: `detr train finetune --initial {uri}` starts one from it"
+        )
+    return str(version.run_id)
 
 
 def resolve(uri: str) -> Path:

@@ -14,7 +14,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import RunConfigError, first_line
 from pipeline.predict import WEIGHTS_NAME, read_card
 from pipeline.recipes import RECIPES
+from pipeline.state_file import read_state_file
 from shards.manifest import Category
 
 INITIAL_NAME = "initial.safetensors"
@@ -163,22 +163,7 @@ def _imagenet(backbone: str) -> Mapping[str, Tensor]:
 
 
 def _read_state(path: Path, option: str) -> Mapping[str, Tensor]:
-    """A state dict from .safetensors, or from torch's format without unpickling anything but tensors."""
-    if not path.is_file():
-        raise RunConfigError(f"--{option} {path}: no such file; expected a state dict (.safetensors or .pth)")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, ValueError, OSError, EOFError, KeyError) as error:
-        raise RunConfigError(f"--{option} {path}: not a state dict ({first_line(error)})") from None
-    except Exception as error:
-        if type(error).__name__ != "UnpicklingError":
-            raise
-        raise RunConfigError(
-            f"--{option} {path}: holds more than tensors, which would have to run as code; expected a plain state dict"
-        ) from None
-    state = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
-    if not (isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())):
-        raise RunConfigError(f"--{option} {path}: holds no state dict; expected tensors by name")
-    return state
+        return read_state_file(path).state
+    except ValueError as error:
+        raise RunConfigError(f"--{option} {path}: {error}") from None

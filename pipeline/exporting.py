@@ -1,0 +1,111 @@
+"""A registered version becomes a file of the original's: `{"model": state dict}`, tensors only.
+
+The original takes category ids as labels. A model trained here has contiguous labels, so the rows of its class head move
+to their ids, and rows of ids that no category has get a logit that no softmax notices.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from detr.config import ModelConfig
+from detr.original import to_original_state_dict
+from pipeline.errors import ExchangeError
+from pipeline.predict import read_model
+from pipeline.registry import resolve
+from shards.manifest import Category
+
+_MOST_CLASSES = 10_000  # a head of more rows than this is a mistake, not a model
+_NEVER = -100.0  # the logit of an id without a category; its probability is below 1e-40
+# What the original has no option for, and only that shows in its results: how weights began does not.
+_DEPARTURES = ("position_temperature", "position_at_input", "decoder_input")
+
+
+def export_original(uri: str, path: Path) -> tuple[str, ...]:
+    """Write a registered version as the original's loader takes it; returns what a person should know.
+
+    Raises `ExchangeError` naming the fields that the original cannot express.
+    """
+    check_target(path)
+    model, card = read_model(resolve(uri))
+    refuse_departures(uri, card.model)
+    head = "detr.class_embed" if card.model.masks else "class_embed"
+    state = {name: value.detach().cpu().contiguous() for name, value in to_original_state_dict(model).items()}
+    classes = _classes(uri, card.categories)
+    labels = [category.id for category in card.categories]
+    moved = labels != list(range(classes))
+    if moved:
+        state[f"{head}.weight"] = _at_ids(state[f"{head}.weight"], labels, classes, 0.0)
+        state[f"{head}.bias"] = _at_ids(state[f"{head}.bias"], labels, classes, _NEVER)
+    aside = path.with_name(f"{path.name}.partial")
+    torch.save({"model": state}, aside)
+    os.replace(aside, path)
+    options = original_options(card.model)
+    said = [f"the original builds it with {' '.join(options)} and num_classes={classes}"]
+    if moved:
+        said.append(f"its {len(labels)} labels are at their category ids now, in a head of {classes} classes")
+    return tuple(said)
+
+
+def refuse_departures(uri: str, config: ModelConfig) -> None:
+    """Raise `ExchangeError` for a model that the original has no options for."""
+    plain = ModelConfig()
+    wrong = [name for name in _DEPARTURES if getattr(config, name) != getattr(plain, name)]
+    wrong += ["norm"] * (config.norm == "group") + ["backbone"] * (config.backbone == "tiny")
+    if wrong:
+        got = ", ".join(f"{name}={getattr(config, name)!r}" for name in wrong)
+        expected = ", ".join("a ResNet" if name == "backbone" else f"{name}={getattr(plain, name)!r}" for name in wrong)
+        raise ExchangeError(
+            f"{uri} has {got}, which the original cannot express; expected {expected}: --onnx takes any model"
+        )
+
+
+def original_options(config: ModelConfig) -> list[str]:
+    """The original's command-line options that build this model; those that are its defaults are left out."""
+    plain = ModelConfig()
+    valued = {
+        "backbone": "--backbone",
+        "position": "--position_embedding",
+        "encoder_layers": "--enc_layers",
+        "decoder_layers": "--dec_layers",
+        "feedforward_dim": "--dim_feedforward",
+        "hidden_dim": "--hidden_dim",
+        "heads": "--nheads",
+        "num_queries": "--num_queries",
+    }
+    flags = {"dilation": "--dilation", "pre_norm": "--pre_norm", "masks": "--masks"}
+    options = [f"{flag} {getattr(config, name)}" for name, flag in valued.items() if _differs(config, plain, name)]
+    return options + [flag for name, flag in flags.items() if getattr(config, name)] or ["its defaults"]
+
+
+def _differs(config: ModelConfig, plain: ModelConfig, name: str) -> bool:
+    return bool(getattr(config, name) != getattr(plain, name))
+
+
+def check_target(path: Path) -> None:
+    """Refuse now what could not be written after minutes of work."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ExchangeError(f"{path} cannot be written; expected a file in a folder that exists: make it first")
+
+
+def _classes(uri: str, categories: Sequence[Category]) -> int:
+    """The original's number of classes: the largest category id, and one."""
+    ids = [category.id for category in categories]
+    if min(ids) < 0 or max(ids) >= _MOST_CLASSES:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise ExchangeError(
+            f"{uri} has category id {wrong}, and the original takes ids as labels; expected 0 to {_MOST_CLASSES - 1}"
+        )
+    return max(ids) + 1
+
+
+def _at_ids(rows: Tensor, ids: Sequence[int], classes: int, empty: float) -> Tensor:
+    """Rows [K + 1, ...] of labels 0 to K - 1 and "no object" as rows [classes + 1, ...] at their ids, the last last."""
+    placed = rows.new_full((classes + 1, *rows.shape[1:]), empty)
+    placed[torch.tensor([*ids, classes])] = rows
+    return placed

@@ -1,0 +1,190 @@
+"""Publish weights and their card as a version in the model registry.
+
+A version is a logged model with the weights (safetensors), the card (JSON), the code that serves it and the packages it
+needs. It is enough to evaluate, to serve, and to say where it came from: data, code and configuration, or a file.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import tempfile
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from pipeline.errors import RegistryError, TrackingError, first_line
+from pipeline.predict import Card, write_folder
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+    from detr.model import DETR
+
+_ROOT = Path(__file__).resolve().parent.parent
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "scipy",
+    "pillow",
+    "msgspec",
+    "safetensors",
+    "mlflow",
+    "fsspec",
+    "pycocotools",
+)
+
+
+class Registered(NamedTuple):
+    """What registering came to."""
+
+    version: str
+    """The version's number."""
+    alias_moved: bool
+    """Whether the alias points at it now; false where it stayed on a better version."""
+
+
+def publish(
+    client: MlflowClient, model: DETR, card: Card, *, name: str, alias: str, again: str, only_if_better: bool = False
+) -> Registered:
+    """Make a version of `name` from a model and its card, and point `alias` at it.
+
+    A step of a run is published once: doing it again finds that version. With `only_if_better` the alias stays where
+    it is on a version of higher AP over the same validation data. again: the command that tries again. Raises
+    `TrackingError` when MLflow refuses.
+    """
+    check_names(name, alias)
+    with _explained(name, again):
+        version = _version_of(client, name, card)
+        if version is None:
+            with tempfile.TemporaryDirectory() as folder:
+                write_folder(Path(folder) / "detector", model, card)
+                version = _publish(client, name, _log_model(client, card, Path(folder)), card)
+        if only_if_better and _is_worse(client, name, alias, version):
+            return Registered(str(version.version), False)
+        client.set_registered_model_alias(name, alias, version.version)
+        return Registered(str(version.version), True)
+
+
+def check_names(name: str, alias: str) -> None:
+    """Refuse what the registry would refuse, before anything is uploaded."""
+    if not name.strip() or set(name) & set("/:"):
+        raise RegistryError(f"{name!r} cannot name a registered model; expected a name without / and :")
+    reserved = alias.lower() == "latest" or re.fullmatch(r"v\d+", alias, re.IGNORECASE)
+    if reserved or not re.fullmatch(r"[\w-]+", alias, re.ASCII):
+        raise RegistryError(
+            f"{alias!r} cannot be an alias; expected letters, digits, _ and -, and neither `latest` nor a version (v1)"
+        )
+
+
+@contextmanager
+def _explained(name: str, again: str) -> Generator[None, None, None]:
+    """One line instead of MLflow's traceback; run, checkpoints and files are whole, so registering can be repeated."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:  # what `requests` raises is an OSError
+        raise TrackingError(
+            f"registering {name!r} failed ({first_line(error)}); expected a store that takes the version: "
+            f"`{again}` tries again"
+        ) from None
+
+
+def _log_model(client: MlflowClient, card: Card, folder: Path) -> str:
+    """Write the MLflow model (models from code, nothing pickled) and upload it as a logged model of the run."""
+    import mlflow
+    import mlflow.pyfunc.model
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models import Model
+    from mlflow.models.signature import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    run = client.get_run(card.run_id)
+    logged = client.create_logged_model(
+        run.info.experiment_id,
+        name="imported" if card.imported_from else f"{card.recipe or 'detr'}-step-{card.step:08d}",
+        source_run_id=card.run_id,
+        tags=_tags(card),
+        params={"recipe": card.recipe or "-", "backbone": card.model.backbone},
+        model_type="detector",
+    )
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(DataType.string, "image")]),
+        outputs=Schema([ColSpec(DataType.string)]),
+        params=ParamSchema([ParamSpec("threshold", DataType.double, 0.5)]),
+    )
+    # Recorded and dropped: MLflow advises type hints, by a filter of its own that overrules `ignore`; the signature
+    # above says it better.
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")  # recorded, too, where a warning is an error
+        mlflow.pyfunc.save_model(
+            path=folder / "model",
+            python_model=str(_ROOT / "pipeline" / "serve.py"),
+            artifacts={"detector": str(folder / "detector")},
+            code_paths=[str(_ROOT / package) for package in ("detr", "shards", "pipeline")],
+            signature=signature,
+            pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in _PACKAGES],
+            mlflow_model=Model(run_id=card.run_id, model_id=logged.model_id),
+        )
+    client.log_model_artifacts(logged.model_id, str(folder / "model"))
+    client.log_outputs(card.run_id, [LoggedModelOutput(logged.model_id, step=card.step)])
+    client.finalize_logged_model(logged.model_id, "READY")
+    return str(logged.model_id)
+
+
+def _version_of(client: MlflowClient, name: str, card: Card) -> ModelVersion | None:
+    """The version of `name` that this step of this run already became."""
+    found = client.search_model_versions(f"run_id = '{card.run_id}'")
+    mine = (one for one in found if one.name == name and one.tags.get("step") == str(card.step))
+    return next(mine, None)
+
+
+def _is_worse(client: MlflowClient, name: str, alias: str, version: ModelVersion) -> bool:
+    """Whether `alias` is on a version with a higher AP than this one's, over the same validation data.
+
+    The AP is that of masks where both versions have it.
+    """
+    number = client.get_registered_model(name).aliases.get(alias)
+    if number is None:
+        return False
+    current = client.get_model_version(name, number).tags
+    if "AP" not in current or current.get("val_digest") != version.tags.get("val_digest"):
+        return False
+    name = "mask_AP" if "mask_AP" in current and "mask_AP" in version.tags else "AP"
+    return float(current[name]) > float(version.tags.get(name, "-1"))
+
+
+def _publish(client: MlflowClient, name: str, model_id: str, card: Card) -> ModelVersion:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return client.create_model_version(
+        name, source=f"models:/{model_id}", run_id=card.run_id, model_id=model_id, tags=_tags(card)
+    )
+
+
+def _tags(card: Card) -> dict[str, str]:
+    """What a version says of itself; an imported one knows the file that it came from and no training."""
+    if card.imported_from:
+        return {"imported_from": card.imported_from, "code_commit": card.code_commit}
+    names = ("AP", "AP50", "mask_AP", "mask_AP50")
+    figures: dict[str, str] = {name: f"{card.metrics[name]:.6f}" for name in names if name in card.metrics}
+    return {
+        "checkpoint_uri": card.checkpoint,
+        "step": str(card.step),
+        "epoch": f"{card.epoch:g}",
+        "code_commit": card.code_commit,
+        "train_digest": card.train_digest,
+        "val_digest": card.val_digest,
+        **figures,
+    }
