@@ -1,0 +1,160 @@
+"""A registered version becomes an ONNX file, checked in onnxruntime against PyTorch before it gets its name.
+
+Inputs: `images`, float32 [batch, 3, height, width], normalised as the card's transform says; `padding`, bool [batch,
+height, width], true where a canvas has no image. Outputs: `logits` [batch, queries, classes + 1], the last being "no
+object"; `boxes` [batch, queries, 4], centre and extent as fractions of the canvas's image; `masks`, logits [batch,
+queries, h, w], of a model with a mask head. Batch, height and width are free. The file's metadata hold what a caller
+needs besides: the categories by label, and the transform.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from detr.config import TransformConfig
+from detr.model import DETR, build_model
+from detr.position import LearnedPosition
+from pipeline.errors import ExchangeError
+from pipeline.exporting import check_target
+from pipeline.predict import Card, read_model
+from pipeline.registry import resolve
+
+TOLERANCE = 1e-3
+"""Largest difference between onnxruntime and PyTorch, in logits and in fractions of the image, that passes."""
+_SMALLEST = 64  # pixels each way; a stride of 32 leaves two cells
+_BATCHES = (1, 2, 8)
+_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+
+
+class _Flat(nn.Module):
+    """The model as ONNX sees it: a tuple of tensors out, of the last decoder layer."""
+
+    def __init__(self, model: DETR) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, padding: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.model(images, padding)
+        return (outputs.logits, outputs.boxes, *(() if outputs.masks is None else (outputs.masks,)))
+
+
+def export_onnx(uri: str, path: Path) -> tuple[str, ...]:
+    """Write a registered version as ONNX; returns what a person should know, the largest difference included.
+
+    Raises `ExchangeError` if packages are missing, or if onnxruntime and PyTorch differ by more than `TOLERANCE`.
+    """
+    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ExchangeError(
+            f"--onnx needs {', '.join(missing)}; expected the packages of the extra `onnx`: "
+            "pip install 'detr-cluster[onnx]'"
+        )
+    check_target(path)
+    trained, card = read_model(resolve(uri))
+    model = build_model(replace(card.model, auxiliary=False), len(card.categories)).eval()
+    model.load_state_dict(trained.state_dict())
+    aside = path.with_name(f"{path.name}.partial")
+    try:
+        largest = _largest_side(model)
+        _write(_Flat(model), aside, card, largest)
+        difference = difference_in_onnxruntime(_Flat(model), aside, card.transform)
+        if not difference <= TOLERANCE:
+            raise ExchangeError(
+                f"onnxruntime and PyTorch differ by {difference:.1e}; expected at most {TOLERANCE:g}: {path} is not written"
+            )
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    free = f"batch, height and width are free ({_SMALLEST} px or more{f', at most {largest}' if largest else ''})"
+    checked = f"batches of {', '.join(map(str, _BATCHES))}"
+    return (free, f"onnxruntime differs from PyTorch by at most {difference:.1e} in {checked}")
+
+
+def difference_in_onnxruntime(model: nn.Module, path: Path, transform: TransformConfig) -> float:
+    """The largest difference of any output between onnxruntime on `path` and `model`; NaN where one of them has it.
+
+    One image is of evaluation size; the larger batches are small images, half of them padded.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    side = transform.eval_size
+    canvases = ((side, min(side * 4 // 3, transform.max_size)), (side // 4, side // 3), (side // 5, side // 6))
+    differences = []
+    for batch, (height, width) in zip(_BATCHES, canvases, strict=True):
+        images, padding = _sample(batch, max(height, _SMALLEST), max(width, _SMALLEST))
+        with torch.inference_mode():
+            expected = model(images, padding)
+        given = session.run(None, {"images": images.numpy(), "padding": padding.numpy()})
+        differences += [float(np.abs(one - other.numpy()).max()) for one, other in zip(given, expected, strict=True)]
+    return float(np.max(differences))
+
+
+def _write(model: nn.Module, path: Path, card: Card, largest: int | None) -> None:
+    """Trace the model with free sizes and save it, alone in its file, with the card's words in its metadata."""
+    batch = torch.export.Dim("batch", min=1)
+    height = torch.export.Dim("height", min=_SMALLEST, max=largest)
+    width = torch.export.Dim("width", min=_SMALLEST, max=largest)
+    outputs = ["logits", "boxes", *(["masks"] if card.model.masks else [])]
+    with _quiet():
+        traced = torch.export.export(
+            model,
+            _sample(2, 2 * _SMALLEST, 3 * _SMALLEST),
+            dynamic_shapes=({0: batch, 2: height, 3: width}, {0: batch, 1: height, 2: width}),
+            strict=True,  # without it, `len(tensor)` counts as a constant
+            # Pooling and views guard what holds of the traced size only; the check in onnxruntime takes other sizes.
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+        program: Any = torch.onnx.export(
+            traced, dynamo=True, input_names=["images", "padding"], output_names=outputs, verbose=False
+        )
+    words = {"categories": card.categories, "transform": card.transform, "imported_from": card.imported_from}
+    program.model.metadata_props.update({f"detr.{key}": msgspec.json.encode(of).decode() for key, of in words.items()})
+    program.save(str(path), external_data=False)
+
+
+def _sample(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Random images and their padding: every second image leaves a part of the canvas free."""
+    images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+    padding = torch.zeros(batch, height, width, dtype=torch.bool)
+    padding[1::2, height * 3 // 4 :] = True
+    padding[1::2, :, width * 2 // 3 :] = True
+    return images.masked_fill(padding[:, None], 0.0), padding
+
+
+def _largest_side(model: DETR) -> int | None:
+    """Learned positions are traced within the cells that they were learned for."""
+    position = model.backbone[1]
+    stride = 16 if model.config.dilation or model.config.backbone == "tiny" else 32
+    return position.row_embed.num_embeddings * stride if isinstance(position, LearnedPosition) else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter thinks aloud about constants it does not fold and names it does not need."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")  # recorded, too, where a warning is an error
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,338 @@
+"""The original's files, in its own form, give the models that they were written from."""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from detr.config import ConfigError, ModelConfig
+from detr.model import DETR, build_model
+from detr.original import to_original_state_dict
+from pipeline import exporting, importing
+from pipeline.config import RunConfig
+from pipeline.errors import ExchangeError, RegistryError
+from pipeline.evaluate import match_categories
+from pipeline.exporting import export_original
+from pipeline.importing import coco_names, import_file, read_original
+from pipeline.predict import Card, write_folder
+from pipeline.weights import initial_model
+from shards.manifest import Category, load_manifest
+
+# Real backbones under a transformer that is quick to build; a mask head needs a width of 128.
+QUICK: dict[str, Any] = {
+    "hidden_dim": 128,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "feedforward_dim": 16,
+    "num_queries": 5,
+}
+LAYOUTS = {
+    "r50": ({"backbone": "resnet50"}, 91),
+    "r50-dc5": ({"backbone": "resnet50", "dilation": True}, 91),
+    "r101": ({"backbone": "resnet101"}, 91),
+    "r101-dc5": ({"backbone": "resnet101", "dilation": True}, 91),
+    "r50-panoptic": ({"backbone": "resnet50", "masks": True}, 250),
+    "r50-dc5-panoptic": ({"backbone": "resnet50", "dilation": True, "masks": True}, 250),
+    "r101-panoptic": ({"backbone": "resnet101", "masks": True}, 250),
+}
+SMALL = ModelConfig(**(QUICK | {"backbone": "resnet18", "hidden_dim": 32}))
+
+
+def written(path: Path, config: ModelConfig = SMALL, classes: int = 91, **more: Any) -> DETR:
+    """A model with random weights and statistics, whose file is `path`."""
+    torch.manual_seed(3)
+    model = build_model(config, classes).eval()
+    for name, buffer in model.named_buffers():
+        buffer.copy_(torch.rand(buffer.shape) + 0.5)
+        assert "running" in name or "bn" in name or "downsample" in name
+    torch.save({"model": to_original_state_dict(model), **more}, path)
+    return model
+
+
+def options(**more: Any) -> argparse.Namespace:
+    return argparse.Namespace(**({"nheads": 8, "dilation": False, "dropout": 0.1, "aux_loss": True} | more))
+
+
+def assert_same(one: DETR, other: DETR) -> None:
+    state, expected = to_original_state_dict(one), to_original_state_dict(other)
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in state.items())
+
+
+def assert_one_line(caught: pytest.ExceptionInfo[Exception]) -> None:
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_published_layout_comes_back_equal(tmp_path: Path, name: str) -> None:
+    changes, classes = LAYOUTS[name]
+    config = ModelConfig(**(QUICK | changes))
+    model = written(tmp_path / "w.pth", config, classes)
+    assert any(key.startswith("detr.") for key in to_original_state_dict(model)) == config.masks
+    found, epochs, said = read_original(tmp_path / "w.pth", dilation=config.dilation)
+    assert (found.config, found.num_classes, epochs) == (config, classes, 0)
+    assert_same(found, model)
+    assert all(word in said[0] for word in (config.backbone, f"{classes} classes", "width 128"))
+    assumed = " ".join(said[1:])
+    assert ("8 heads" in assumed) == (not config.masks)  # a mask head shows them
+    assert ("no dilation" in assumed) == (not config.dilation)
+
+
+def test_a_training_checkpoint_says_itself_what_tensors_do_not_show(tmp_path: Path) -> None:
+    config = ModelConfig(**(QUICK | {"heads": 4, "dilation": True, "dropout": 0.0, "auxiliary": False}))
+    args = options(nheads=4, dilation=True, dropout=0, aux_loss=False)
+    model = written(tmp_path / "w.pth", config, epoch=149, args=args)
+    found = read_original(tmp_path / "w.pth")
+    assert found.model.config == config
+    assert_same(found.model, model)
+    assert (found.epochs, len(found.said)) == (150, 1)
+    assert "DC5" in found.said[0]
+    assert "trained for 150 epochs" in found.said[0]
+
+
+def test_flags_say_what_neither_tensors_nor_options_do(tmp_path: Path) -> None:
+    written(tmp_path / "w.pth")
+    found = read_original(tmp_path / "w.pth", heads=4)
+    assert found.model.config == replace(SMALL, heads=4)
+    assert len(found.said) == 1
+    assert read_original(tmp_path / "w.pth").said[1] == "assumed, for the file does not say: 8 heads"
+
+
+def test_a_name_with_dc5_is_no_evidence_but_is_mentioned(tmp_path: Path) -> None:
+    written(tmp_path / "detr-r50-dc5.pth", ModelConfig(**QUICK))
+    found = read_original(tmp_path / "detr-r50-dc5.pth")
+    assert not found.model.config.dilation
+    assert "no dilation although the file's name has dc5 in it" in found.said[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "args", "said"),
+    [
+        ({"heads": 4}, options(), "--heads was given, but the file itself says 8; leave out --heads"),
+        ({"dilation": True}, options(), "--dilation was given, but the file itself says False"),
+        ({}, options(nheads="8"), "its args say nheads='8'; expected a int"),
+        ({}, options(dilation="yes"), "its args say dilation='yes'; expected a bool"),
+        ({}, options(nheads=True), "its args say nheads=True"),
+    ],
+)
+def test_a_contradiction_is_one_line(tmp_path: Path, flags: dict[str, Any], args: Any, said: str) -> None:
+    written(tmp_path / "w.pth", args=args)
+    with pytest.raises(ValueError, match=said) as caught:
+        read_original(tmp_path / "w.pth", **flags)
+    assert_one_line(caught)
+
+
+def test_a_mask_head_that_contradicts_the_flag_is_one_line(tmp_path: Path) -> None:
+    written(tmp_path / "w.pth", ModelConfig(**(QUICK | {"backbone": "resnet18", "masks": True})), 250)
+    with pytest.raises(ValueError, match="--heads was given, but the file itself says 8"):
+        read_original(tmp_path / "w.pth", heads=4)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_a_wrong_tensor_is_one_line(tmp_path: Path, change: str, store: str) -> None:
+    state = to_original_state_dict(build_model(SMALL, 91))
+    if change == "missing":
+        del state["transformer.decoder.norm.bias"]
+    elif change == "extra":
+        state["transformer.more"] = torch.zeros(1)
+    else:
+        state["bbox_embed.layers.2.bias"] = torch.zeros(5)
+    torch.save({"model": state}, tmp_path / "w.pth")
+    with pytest.raises(ExchangeError, match=rf"^{tmp_path}/w\.pth: state dict: got 1 keys missing") as caught:
+        import_file(tmp_path / "w.pth", name="a")
+    assert_one_line(caught)
+
+
+@pytest.mark.parametrize("content", ["absent", "text", "cut", "backbone"])
+def test_what_is_no_checkpoint_is_one_line_and_nothing_is_registered(
+    tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importing, "connect", lambda: pytest.fail("MLflow was asked"))
+    path = tmp_path / "w.pth"
+    if content == "text":
+        path.write_text("no weights")
+    elif content == "cut":
+        written(path)
+        path.write_bytes(path.read_bytes()[:-2000])
+    elif content == "backbone":
+        torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, path)
+    with pytest.raises(ExchangeError, match=f"^{path}: ") as caught:
+        import_file(path, name="a")
+    assert_one_line(caught)
+
+
+def test_heads_that_cannot_be_and_names_that_cannot_be_are_one_line(tmp_path: Path) -> None:
+    written(tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match="expected a multiple of heads=5"):
+        import_file(tmp_path / "w.pth", name="a", heads=5)
+    with pytest.raises(RegistryError, match="cannot name a registered model"):
+        import_file(tmp_path / "w.pth", name="a/b")
+
+
+def test_coco_s_labels_are_its_category_ids() -> None:
+    names = coco_names()
+    assert len(names) == 80
+    assert (names[1], names[13], names[18], names[90]) == ("person", "stop sign", "dog", "toothbrush")
+    assert not {0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83} & names.keys()
+    labels, how = importing._categories(91, None)
+    assert [category.id for category in labels] == list(range(91))
+    assert (labels[0].name, labels[12].name, labels[90].name) == ("N/A", "N/A", "toothbrush")
+    assert "COCO" in how
+
+
+def test_panoptic_labels_have_the_names_of_things() -> None:
+    labels, _ = importing._categories(250, None)
+    assert [category.id for category in labels] == list(range(250))
+    assert (labels[0].name, labels[18].name, labels[92].name, labels[249].name) == ("N/A", "dog", "92", "249")
+
+
+@pytest.mark.parametrize("form", ["annotations", "list"])
+def test_other_classes_are_named_by_a_file(tmp_path: Path, form: str) -> None:
+    listed = [{"id": 3, "name": "cat", "supercategory": "animal"}, {"id": 1, "name": "bus"}]
+    content = listed if form == "list" else {"images": [{"id": 1}], "categories": listed}
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    labels, _ = importing._categories(5, tmp_path / "c.json")
+    assert [(one.id, one.name) for one in labels] == [(0, "N/A"), (1, "bus"), (2, "N/A"), (3, "cat"), (4, "N/A")]
+
+
+def test_without_a_file_other_classes_are_named_by_number_and_that_is_said() -> None:
+    labels, how = importing._categories(3, None)
+    assert labels == (Category(0, "0"), Category(1, "1"), Category(2, "2"))
+    assert "give --categories FILE" in how
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([{"id": 3, "name": "cat"}], "has category id 3; expected ids from 0 to 2"),
+        ([{"id": -1, "name": "cat"}], "has category id -1"),
+        ([{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}], "has an id twice"),
+        ({"images": []}, "expected JSON with COCO's `categories`"),
+        ("text", "expected JSON with COCO's `categories`"),
+    ],
+)
+def test_categories_that_do_not_fit_are_one_line(tmp_path: Path, content: object, said: str) -> None:
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    with pytest.raises(ExchangeError, match=said) as caught:
+        importing._categories(3, tmp_path / "c.json")
+    assert_one_line(caught)
+
+
+def test_labels_without_a_category_match_nothing_of_a_data_set(tiny_data: Any) -> None:
+    """The original's labels on data with labels 0 to 3 of ids 1 to 4; ids that it calls N/A may be others' names."""
+    manifest = load_manifest(tiny_data.val)
+    labels = (
+        Category(0, "N/A"),
+        Category(1, "circle"),
+        Category(2, "N/A"),
+        Category(3, "triangle"),
+        Category(9, "N/A"),
+    )
+    assert match_categories(labels, manifest).tolist() == [-1, 0, -1, 2, -1]
+
+
+def registered(folder: Path, model: DETR, categories: tuple[Category, ...]) -> None:
+    card = Card(
+        model=model.config,
+        transform=importing.TransformConfig(),
+        categories=categories,
+        evaluate_batch_size=2,
+        recipe="",
+        run_id="r",
+        checkpoint="",
+        step=0,
+        epoch=0.0,
+        metrics={},
+        train_digest="",
+        val_digest="",
+        code_commit="",
+    )
+    write_folder(folder, model, card)
+
+
+@pytest.fixture
+def _registered_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "resolve", lambda uri: tmp_path / "registered")
+
+
+@pytest.mark.usefixtures("_registered_here")
+@pytest.mark.parametrize("masks", [False, True], ids=["boxes", "masks"])
+def test_what_goes_in_comes_out_byte_for_byte(tmp_path: Path, masks: bool) -> None:
+    config = replace(SMALL, hidden_dim=128, masks=True) if masks else SMALL
+    written(tmp_path / "in.pth", config)
+    model = read_original(tmp_path / "in.pth").model
+    registered(tmp_path / "registered", model, importing._categories(91, None)[0])
+    said = export_original("models:/a/1", tmp_path / "out.pth")
+    before, after = (torch.load(tmp_path / name, weights_only=True) for name in ("in.pth", "out.pth"))
+    assert after.keys() == {"model"}
+    assert list(after["model"]) == list(before["model"])
+    assert all(
+        value.numpy().tobytes() == before["model"][name].numpy().tobytes()
+        and value.dtype == before["model"][name].dtype
+        for name, value in after["model"].items()
+    )
+    assert "num_classes=91" in said[0]
+    assert "--backbone resnet18" in said[0]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.usefixtures("_registered_here")
+def test_labels_of_a_model_trained_here_go_to_their_category_ids(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = build_model(SMALL, 3).eval()
+    registered(tmp_path / "registered", model, (Category(1, "a"), Category(4, "b"), Category(2, "c")))
+    said = export_original("models:/a/1", tmp_path / "out.pth")
+    assert any("3 labels are at their category ids now, in a head of 5 classes" in line for line in said)
+    other = read_original(tmp_path / "out.pth").model
+    images = torch.randn(1, 3, 96, 96)
+    with torch.inference_mode():
+        expected, found = model(images), other(images)
+    probabilities = found.logits.softmax(-1)
+    assert torch.allclose(probabilities[..., [1, 4, 2, 5]], expected.logits.softmax(-1), atol=1e-7)
+    assert probabilities[..., [0, 3]].max() < 1e-30
+    assert torch.equal(found.boxes, expected.boxes)
+
+
+@pytest.mark.usefixtures("_registered_here")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"backbone": "tiny"}, "backbone='tiny', which the original cannot express; expected a ResNet"),
+        ({"norm": "group"}, "norm='group', which the original cannot express; expected norm='frozen_batch'"),
+        ({"decoder_input": "queries"}, "decoder_input='queries'"),
+        ({"position_at_input": True}, "position_at_input=True"),
+        ({"position_temperature": 20.0}, r"position_temperature=20\.0.*expected position_temperature=10000\.0"),
+    ],
+)
+def test_what_the_original_cannot_express_is_refused_by_field(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    registered(tmp_path / "registered", build_model(replace(SMALL, **changes), 2), (Category(0, "a"), Category(1, "b")))
+    with pytest.raises(ExchangeError, match=f"models:/a/1 has {said}") as caught:
+        export_original("models:/a/1", tmp_path / "out.pth")
+    assert_one_line(caught)
+    assert not (tmp_path / "out.pth").exists()
+
+
+@pytest.mark.usefixtures("_registered_here")
+@pytest.mark.parametrize("number", [-1, 10_000])
+def test_ids_that_cannot_be_labels_are_refused(tmp_path: Path, number: int) -> None:
+    registered(tmp_path / "registered", build_model(SMALL, 1), (Category(number, "a"),))
+    with pytest.raises(ExchangeError, match=f"has category id {number}, and the original takes ids as labels"):
+        export_original("models:/a/1", tmp_path / "out.pth")
+
+
+def test_a_run_takes_all_but_the_class_head_of_the_originals_file(tiny_config: RunConfig, tmp_path: Path) -> None:
+    before = to_original_state_dict(written(tmp_path / "w.pth", args=options(), epoch=3, optimizer={"state": {}}))
+    config = replace(tiny_config, model=SMALL, initial=str(tmp_path / "w.pth"))
+    model, said = initial_model(config, tuple(Category(number, str(number)) for number in range(4)), None)
+    after = to_original_state_dict(model)
+    assert after.keys() == before.keys()
+    replaced = {name for name in before if not torch.equal(before[name], after[name])}
+    assert replaced == {"class_embed.weight", "class_embed.bias"}
+    assert after["class_embed.weight"].shape == (5, 32)
+    assert said[0].endswith("its class head was of other classes and starts afresh for 4")
