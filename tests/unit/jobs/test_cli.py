@@ -140,6 +140,10 @@ def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
         ("train detr-r50 --model.backbone vgg", "vgg"),
         ("resume", "RUN"),
         ("predict models:/a@b --out x", "picture"),
+        ("import w.pth", "--name"),
+        ("import --name a", "PATH"),
+        ("export models:/a@b", "expected --original FILE.pth or --onnx FILE.onnx"),
+        ("export models:/a@b --orignal x", "did you mean --original"),
     ],
 )  # fmt: skip
 def test_a_mistyped_command_line_is_one_line_with_status_2(detr: Detr, argv: str, nearest: str) -> None:
@@ -208,6 +212,11 @@ def coco(tmp_path: Path) -> Path:
         ("evaluate models:/none@best --data absent", "no manifest.json here"),
         ("predict models:/none@best absent.jpg --out o", "no such file"),
         ("predict models:/none@best text.json --out o", "not a picture"),
+        ("import absent.pth --name a", "absent.pth: no such file"),
+        ("import text.json --name a", "text.json: not a state dict"),
+        ("export models:/none@best --original o/x.pth", "expected a file in a folder that exists"),
+        ("export models:/none@best --original x.pth", "there is no registered model 'none'"),
+        ("export models:/none@best --onnx x.onnx", "there is no registered model 'none'"),
         ("submit nowhere -- train demo", "there is no spec 'nowhere'"),
         ("submit local -- tarin demo", "did you mean train?"),
         ("submit local -- train detr-r50 --data.train absent", "no manifest.json here"),

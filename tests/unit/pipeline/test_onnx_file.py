@@ -1,0 +1,136 @@
+"""ONNX of a small model says the same as PyTorch, for other batches and sizes than it was traced with."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from detr.config import ModelConfig, TransformConfig
+from detr.model import build_model
+from pipeline import onnx_file
+from pipeline.errors import ExchangeError
+from pipeline.onnx_file import difference_in_onnxruntime, export_onnx
+from pipeline.predict import Card, write_folder
+from shards.manifest import Category
+
+# Every departure that the original's format refuses, and free parts of the graph: group norm, trained positions at 0.
+CONFIG = ModelConfig(
+    backbone="tiny",
+    norm="group",
+    hidden_dim=32,
+    heads=4,
+    encoder_layers=1,
+    decoder_layers=2,
+    feedforward_dim=32,
+    num_queries=9,
+    position_at_input=True,
+    decoder_input="queries",
+)
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("registered")
+    card = Card(
+        model=CONFIG,
+        transform=TransformConfig(eval_size=320, max_size=400),
+        categories=(Category(1, "a"), Category(7, "b")),
+        evaluate_batch_size=2,
+        recipe="",
+        run_id="r",
+        checkpoint="",
+        step=0,
+        epoch=0.0,
+        metrics={},
+        train_digest="",
+        val_digest="",
+        code_commit="",
+    )
+    write_folder(folder, build_model(CONFIG, 2), card)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _resolved(registered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_file, "resolve", lambda uri: registered)
+
+
+@pytest.fixture(scope="module")
+def exported(registered: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...]]:
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_file, "resolve", lambda uri: registered)
+        return path, export_onnx("models:/a/1", path)
+
+
+def test_the_file_takes_any_batch_and_size_and_answers_as_pytorch(exported: tuple[Path, tuple[str, ...]]) -> None:
+    import onnxruntime
+
+    from pipeline.predict import read_model
+
+    path, said = exported
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [(one.name, one.type) for one in session.get_inputs()] == [
+        ("images", "tensor(float)"),
+        ("padding", "tensor(bool)"),
+    ]
+    assert [one.name for one in session.get_outputs()] == ["logits", "boxes"]
+    model, _ = read_model(onnx_file.resolve("models:/a/1"))
+    for batch, height, width in ((1, 64, 64), (2, 65, 300), (8, 127, 90)):
+        images, padding = torch.randn(batch, 3, height, width), torch.zeros(batch, height, width, dtype=torch.bool)
+        padding[-1, :, width // 2 :] = batch > 1  # at 90 px that is the edge of a cell, where rounding would show
+        with torch.inference_mode():
+            expected = model(images, padding)
+        logits, boxes = session.run(None, {"images": images.numpy(), "padding": padding.numpy()})
+        assert logits.shape == (batch, 9, 3)
+        np.testing.assert_allclose(logits, expected.logits, rtol=0, atol=1e-3)
+        np.testing.assert_allclose(boxes, expected.boxes, rtol=0, atol=1e-3)
+    assert said[0] == "batch, height and width are free (64 px or more)"
+    assert "differs from PyTorch by at most" in said[1]
+    assert "batches of 1, 2, 8" in said[1]
+
+
+def test_the_file_says_what_its_labels_and_inputs_are(exported: tuple[Path, tuple[str, ...]]) -> None:
+    import onnxruntime
+
+    words = onnxruntime.InferenceSession(str(exported[0])).get_modelmeta().custom_metadata_map
+    assert json.loads(words["detr.categories"]) == [{"id": 1, "name": "a"}, {"id": 7, "name": "b"}]
+    assert json.loads(words["detr.transform"])["mean"] == [0.485, 0.456, 0.406]
+
+
+def test_another_models_file_is_found_out(exported: tuple[Path, tuple[str, ...]]) -> None:
+    torch.manual_seed(1)
+    other = onnx_file._Flat(build_model(CONFIG, 2).eval())
+    assert difference_in_onnxruntime(other, exported[0], TransformConfig(eval_size=320, max_size=400)) > 1e-2
+
+
+@pytest.mark.parametrize("difference", [2e-3, float("nan")])
+def test_a_file_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, difference: float) -> None:
+    monkeypatch.setattr(onnx_file, "_write", lambda model, path, *_: path.write_text("onnx"))
+    monkeypatch.setattr(onnx_file, "difference_in_onnxruntime", lambda *_: difference)
+    with pytest.raises(ExchangeError, match=r"onnxruntime and PyTorch differ by .*expected at most 0\.001"):
+        export_onnx("models:/a/1", tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_packages_are_named_with_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+
+    def without(name: str, *rest: Any) -> Any:
+        return None if name in ("onnxruntime", "onnxscript") else find(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    with pytest.raises(ExchangeError, match=r"needs onnxruntime, onnxscript; .*pip install 'detr-cluster\[onnx\]'"):
+        export_onnx("models:/a/1", tmp_path / "m.onnx")
+
+
+def test_where_it_goes_is_checked_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_file, "resolve", lambda uri: pytest.fail("fetched"))
+    for path in (tmp_path, tmp_path / "absent" / "m.onnx"):
+        with pytest.raises(ExchangeError, match="cannot be written; expected a file in a folder that exists"):
+            export_onnx("models:/a/1", path)
