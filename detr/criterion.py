@@ -67,12 +67,14 @@ def compute_losses(
     weighted = [weight * per_layer[name].sum() for name, weight in weights.items() if weight]
     parts = {"class_error": _class_error(log_probabilities, labels, found)}
     if outputs.masks is not None:
-        mask_weights = {"loss_mask": config.weight_mask, "loss_dice": config.weight_dice}
+        weights |= {"loss_mask": config.weight_mask, "loss_dice": config.weight_dice}
         for name, value in mask_losses(outputs.masks, targets, found, len(layers), canvas).items():
             parts[name] = value.detach() / num_boxes
-            if mask_weights[name]:
-                weighted.append(mask_weights[name] * value / num_boxes)
-    total = torch.stack(weighted).sum() if weighted else boxes.new_zeros(())
+            if weights[name]:
+                weighted.append(weights[name] * value / num_boxes)
+    if not all(weights.values()):
+        weighted.append(_nothing_of(*logits, boxes, *(() if outputs.masks is None else (outputs.masks,))))
+    total = torch.stack(weighted).sum()
     for name, values in per_layer.items():
         for index, value in enumerate(values.detach().unbind()):
             parts[name if index == 0 else f"{name}_{index - 1}"] = value
@@ -87,6 +89,11 @@ def ce_weight_sum(targets: Sequence[Target], num_queries: int, config: LossConfi
     """
     matched = sum(min(len(target.labels), num_queries) for target in targets)
     return matched + (len(targets) * num_queries - matched) * config.eos_coef
+
+
+def _nothing_of(*predictions: Tensor) -> Tensor:
+    """Return 0 with gradients of zeros, even for NaN: DDP waits for a gradient of heads whose losses are off, too."""
+    return torch.stack([part[:0].sum(dtype=torch.float32) for part in predictions]).sum()
 
 
 def _log_probabilities(logits: Sequence[Tensor]) -> Tensor:

@@ -186,12 +186,16 @@ def _describe_labels(targets: Sequence[Target], num_classes: int) -> str:
 
 def _describe(log_probabilities: Tensor, boxes: Tensor, targets: PackedTargets) -> str:
     # A logit that is NaN or +infinity makes NaN of the whole row; one of -infinity is a probability of 0.
-    parts = {"logits": ~log_probabilities.isnan().any(-1), "boxes": boxes.isfinite().all(-1)}
-    named = []
-    for part, finite in parts.items():
-        rows = (~finite.all(-1).all(0)).nonzero().flatten().tolist()
-        if rows:
-            named.append(f"{part} of images {', '.join(str(targets.image_ids[row]) for row in rows)}")
-    where = " and ".join(named) or "the target boxes"
+    parts = {
+        "logits": log_probabilities.isnan().any(-1).any(-1).any(0).nonzero().flatten(),
+        "boxes": (~boxes.isfinite()).any(-1).any(-1).any(0).nonzero().flatten(),
+        "target boxes": targets.image[(~targets.boxes.isfinite()).any(-1)],
+    }
+    named = [
+        f"{part} of images {', '.join(str(targets.image_ids[row]) for row in sorted({*rows.tolist()}))}"
+        for part, rows in parts.items()
+        if len(rows)
+    ]
+    where = " and ".join(named) or "costs"
     remedy = "lower the learning rate or check the data"
     return f"matching: got non-finite values in the {where}, expected finite ones; {remedy}"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from detr.batch import Batch, normalise
 from detr.criterion import Losses, ce_weight_sum, compute_losses
 from detr.matcher import NonFiniteError
+from detr.model import Outputs
 from pipeline.config import RunConfig
 from pipeline.errors import TrainingError
 from pipeline.parallel import Ranks
@@ -72,14 +73,20 @@ def train_step(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
     if not torch.isfinite(grad_norm):
-        raise TrainingError(_describe_non_finite(losses, batch, ranks, step))
+        raise TrainingError(_describe_non_finite(losses, outputs, batch, ranks, step))
     optimizer.step()
     return StepResult(losses, grad_norm.detach())
 
 
-def _describe_non_finite(losses: Losses, batch: Batch, ranks: Ranks, step: int) -> str:
+def _describe_non_finite(losses: Losses, outputs: Outputs, batch: Batch, ranks: Ranks, step: int) -> str:
     parts = [name for name, value in losses.parts.items() if not torch.isfinite(value)]
-    ids = [target.image_id for target in batch.targets]
+    # The matcher looks only at images with objects, so predictions for the others can be at fault.
+    finite = [
+        torch.stack([part[row].isfinite().all() for layer in (outputs, *outputs.auxiliary) for part in layer[:2]]).all()
+        for row in range(len(batch))
+    ]
+    guilty_ids = [target.image_id for target, fine in zip(batch.targets, finite, strict=True) if not fine]
+    ids = guilty_ids or [target.image_id for target in batch.targets]
     found = ranks.gather((parts, ids))
     guilty = {rank: said for rank, said in enumerate(found) if said[0]}
     if not guilty:

@@ -124,6 +124,63 @@ def test_half_precision_predictions_are_costed_in_full_precision() -> None:
     assert compute_losses(half, targets, 3.0, LossConfig()).total.dtype == torch.float32
 
 
+SWITCHES = {"ce": "loss_ce", "bbox": "loss_bbox", "giou": "loss_giou"}
+
+
+@pytest.mark.parametrize("off", [["ce"], ["bbox"], ["giou"], ["bbox", "giou"], ["ce", "bbox"]])
+def test_a_weight_of_0_takes_its_term_and_its_gradient_out(off: list[str]) -> None:
+    config = LossConfig(**{f"weight_{name}": 0.0 for name in off})
+    outputs, targets = drawn([2, 3])
+    losses = compute_losses(outputs, targets, 5.0, config)
+    losses.total.backward()
+    on = {"ce": 1.0, "bbox": 5.0, "giou": 2.0}
+    expected = sum(
+        weight * losses.parts[SWITCHES[name] + suffix].item()
+        for name, weight in on.items() if name not in off
+        for suffix in ("", "_0", "_1")
+    )  # fmt: skip
+    assert losses.total.item() == pytest.approx(expected, rel=1e-5)
+    for layer in (outputs, *outputs.auxiliary):
+        # Zeros and not nothing: DDP waits for a gradient of every head.
+        assert layer.logits.grad is not None
+        assert layer.boxes.grad is not None
+        assert layer.logits.grad.any() != ("ce" in off)
+        assert layer.boxes.grad.any() != ("bbox" in off and "giou" in off)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nothing_comes_in_through_box_terms_that_are_off(value: float) -> None:
+    """Not the targets' boxes, and not the predicted ones: 0 times NaN would be NaN."""
+    outputs, targets = drawn([2, 3])
+    config = LossConfig(cost_bbox=0, cost_giou=0, weight_bbox=0, weight_giou=0)
+    expected = compute_losses(outputs, targets, 5.0, config).total
+    targets[0].boxes[1, 2] = value
+    with torch.no_grad():
+        outputs.boxes[1, 4] = value
+        outputs.auxiliary[0].boxes[:] = value
+    losses = compute_losses(outputs, targets, 5.0, config)
+    losses.total.backward()
+    assert torch.equal(losses.total, expected)
+    for layer in (outputs, *outputs.auxiliary):
+        assert layer.boxes.grad is not None
+        assert not layer.boxes.grad.any()
+        assert layer.logits.grad is not None
+        assert layer.logits.grad.isfinite().all()
+
+
+def test_nothing_comes_in_through_class_terms_that_are_off() -> None:
+    outputs, targets = drawn([2, 3])
+    config = LossConfig(cost_class=0, weight_ce=0)
+    expected = compute_losses(outputs, targets, 5.0, config).total
+    with torch.no_grad():
+        outputs.logits[1, 4, 2] = torch.nan
+    losses = compute_losses(outputs, targets, 5.0, config)
+    losses.total.backward()
+    assert torch.equal(losses.total, expected)
+    assert outputs.logits.grad is not None
+    assert not outputs.logits.grad.any()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_device_gives_the_losses_of_the_host() -> None:

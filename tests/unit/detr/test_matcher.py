@@ -50,10 +50,33 @@ def test_a_non_finite_prediction_is_named(part: str, value: float) -> None:
 
 
 def test_non_finite_target_boxes_are_named() -> None:
-    truth = target(2)
+    truth = target(2, image_id=285)
     truth.boxes[0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match="the target boxes"):
-        match(outputs(1), [truth], LossConfig())
+    with pytest.raises(NonFiniteError, match="in the target boxes of images 285, expected"):
+        match(outputs(2), [target(1, image_id=139), truth], LossConfig())
+
+
+@pytest.mark.parametrize("off", ["cost_class", "cost_bbox", "cost_giou"])
+def test_a_cost_of_0_has_no_say(off: str) -> None:
+    """Each cost alone would choose another query; with one of them off, the two that agree decide."""
+    truth = Target(torch.tensor([[0.5, 0.5, 0.2, 0.2]]), torch.tensor([1]), 1, (10, 10))
+    near, wrong = torch.tensor([0.5, 0.5, 0.2, 0.2]), torch.tensor([0.9, 0.9, 0.1, 0.1])
+    sure, other = torch.tensor([-9.0, 9, -9, -9, -9, -9]), torch.tensor([9.0, -9, -9, -9, -9, -9])
+    if off == "cost_class":
+        predicted = Outputs(torch.stack([sure, other])[None], torch.stack([wrong, near])[None])
+        best = 1
+    else:
+        # An L1 that is smaller with a GIoU that is worse: a thin box within, against a wide one around.
+        thin, wide = torch.tensor([0.5, 0.5, 0.2, 0.02]), torch.tensor([0.5, 0.5, 0.4, 0.28])
+        predicted = Outputs(torch.stack([sure, sure])[None], torch.stack([thin, wide])[None])
+        best = 1 if off == "cost_bbox" else 0
+    costs = {"cost_class": 1.0, "cost_bbox": 1.0, "cost_giou": 1.0}
+    weights = costs | {off: 0.0}
+    ((query, _),) = match(predicted, [truth], LossConfig(**weights))
+    assert query.tolist() == [best]
+    # Ruled by the cost that is off above, the other query is taken.
+    ((query, _),) = match(predicted, [truth], LossConfig(**(costs | {off: 1000.0})))
+    assert query.tolist() == [1 - best]
 
 
 @pytest.mark.parametrize("label", [-1, 5])

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from torch import nn
 
 from detr.batch import Batch, Target, collate
-from detr.model import DETR, build_model
+from detr.model import DETR, Outputs, build_model
 from pipeline.config import RunConfig
 from pipeline.errors import TrainingError
 from pipeline.optim import build_optimizer
@@ -76,6 +77,53 @@ def test_a_loss_that_is_not_finite_names_step_part_and_images_and_leaves_the_wei
         TrainingError, match=r"step 12: not finite before the update: rank 0: loss_giou on images \[31, 57\]"
     ):
         step(model, batch, tiny_config, 12)
+    assert all(torch.equal(after, before[name]) for name, after in weights(model).items())
+
+
+class Broken(nn.Module):
+    """A model whose predictions for some images are no numbers: (part, layer, row of the batch)."""
+
+    def __init__(self, model: DETR, faults: Sequence[tuple[str, int, int]]) -> None:
+        super().__init__()
+        self.model, self.faults = model, faults
+
+    def forward(self, images: torch.Tensor, padding: torch.Tensor | None) -> Outputs:
+        outputs = self.model(images, padding)
+        layers = [outputs._replace(auxiliary=()), *outputs.auxiliary]
+        for part, layer, row in self.faults:
+            broken = getattr(layers[layer], part).clone()
+            broken[row, 3, 1] = torch.nan
+            layers[layer] = layers[layer]._replace(**{part: broken})
+        return layers[0]._replace(auxiliary=tuple(layers[1:]))
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        ([("logits", 0, 0)], "in the logits of images 31, expected"),
+        ([("boxes", 1, 1)], "in the boxes of images 57, expected"),
+        ([("logits", 0, 0), ("boxes", 0, 1)], "in the logits of images 31 and boxes of images 57, expected"),
+        ([("logits", 1, 2)], "loss_ce_0 on images [90]"),
+        ([("target boxes", 0, 1)], "in the target boxes of images 57, expected"),
+    ],
+    ids=["logits", "boxes of an auxiliary layer", "both", "an image without objects", "target boxes"],
+)
+def test_what_is_not_finite_is_named_by_step_part_and_image_and_leaves_the_weights(
+    model: DETR, tiny_config: RunConfig, faults: list[tuple[str, int, int]], said: str
+) -> None:
+    torch.manual_seed(1)
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    targets = [target(31, 2), target(57, 1), target(90, 0)]
+    predicted = [fault for fault in faults if fault[0] != "target boxes"]
+    for _, _, row in set(faults) - set(predicted):
+        targets[row].boxes[0, 2] = torch.nan
+    before = weights(model)
+    with pytest.raises(TrainingError) as caught:
+        step(Broken(model, predicted), collate(list(zip(images, targets, strict=True))), tiny_config, 12)
+    assert "step 12" in str(caught.value)
+    assert "rank 0" in str(caught.value)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert all(torch.equal(after, before[name]) for name, after in weights(model).items())
 
 
