@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -64,3 +66,15 @@ def test_a_pinned_batch_reaches_the_device() -> None:
     batch = collate([sample(4, 7), sample(6, 5)])
     moved = batch.pin_memory().to("cuda")
     assert torch.equal(moved.images.cpu(), batch.images)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_masks_of_a_pinned_batch_are_pinned() -> None:
+    image, target = sample(4, 7)
+    masks = torch.rand(3, 4, 7) > 0.5
+    batch = collate([(image, replace(target, masks=masks)), sample(6, 5)]).pin_memory()
+    assert batch.targets[0].masks is not None
+    assert batch.targets[0].masks.is_pinned()
+    assert torch.equal(batch.targets[0].masks, masks)
+    assert batch.targets[1].masks is None

@@ -2,7 +2,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from detr.config import TransformConfig
 from detr.transforms import Crop, Geometry, apply, draw_geometry, eval_geometry, resized_size
@@ -98,6 +100,47 @@ def test_a_read_only_image_is_fine_and_never_written_to() -> None:
         pixels, _, _ = apply(image, NO_BOXES, NO_LABELS, Geometry(flip, None, (20, 30)))
         pixels.zero_()
     assert image.any()
+
+
+def chained(masks: np.ndarray, geometry: Geometry) -> torch.Tensor:
+    """The original's steps on masks, one after another."""
+
+    def resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        return F.interpolate(x[:, None].float(), size, mode="nearest")[:, 0] > 0.5
+
+    x = torch.from_numpy(masks.copy())
+    x = x.flip(-1) if geometry.flip else x
+    if (crop := geometry.crop) is not None:
+        x = resize(x, crop.resized)[:, crop.top : crop.top + crop.size[0], crop.left : crop.left + crop.size[1]]
+    return resize(x, geometry.size)
+
+
+def test_masks_take_the_originals_steps() -> None:
+    masks = np.random.default_rng(0).random((3, 97, 141)) > 0.5
+    masks.setflags(write=False)
+    boxes, labels = np.array([[0, 0, 141, 97]] * 3, np.float32), np.arange(3)
+    config = TransformConfig(train_scales=(64, 117, 211), max_size=400, crop_scales=(90, 160), crop_range=(60, 120))
+    for image_id in range(40):
+        geometry = draw_geometry(0, 0, image_id, 141, 97, config)
+        *_, got = apply(photo(97, 141), boxes, labels, geometry, masks)
+        assert got.dtype == torch.bool
+        assert torch.equal(got, chained(masks, geometry))
+
+
+def test_masks_are_dropped_with_their_boxes() -> None:
+    boxes = np.array([[4, 4, 4, 9], [0, 0, 20, 10], [30, 20, 40, 30], [10, 10, 30, 25]], np.float32)
+    masks = np.zeros((4, 30, 40), bool)
+    masks[np.arange(4), [5, 6, 21, 20], [4, 7, 31, 12]] = True
+    geometry = Geometry(False, Crop((30, 40), top=0, left=0, size=(22, 20)), (22, 20))
+    _, got, labels, kept = apply(photo(30, 40), boxes, np.arange(4), geometry, masks)
+    assert labels.tolist() == [1, 3]
+    assert len(got) == 2
+    assert kept.nonzero().tolist() == [[0, 6, 7], [1, 20, 12]]
+
+
+def test_no_objects_have_no_masks() -> None:
+    *_, masks = apply(photo(30, 40), NO_BOXES, NO_LABELS, Geometry(True, None, (60, 80)), np.zeros((0, 30, 40), bool))
+    assert masks.shape == (0, 60, 80)
 
 
 def test_geometry_depends_on_seed_epoch_and_image_and_on_nothing_else() -> None:
