@@ -127,6 +127,13 @@ def test_masks_take_the_originals_steps() -> None:
         assert torch.equal(got, chained(masks, geometry))
 
 
+def test_the_nearest_pixel_is_the_originals_where_rounding_decides() -> None:
+    """At these sizes double precision would choose another pixel than the original's float32."""
+    masks = np.indices((6, 8)).sum(0)[None] % 2 > 0
+    *_, got = apply(photo(6, 8), np.array([[0, 0, 8, 6]]), np.zeros(1), Geometry(False, None, (74, 82)), masks)
+    assert torch.equal(got, chained(masks, Geometry(False, None, (74, 82))))
+
+
 def test_masks_are_dropped_with_their_boxes() -> None:
     boxes = np.array([[4, 4, 4, 9], [0, 0, 20, 10], [30, 20, 40, 30], [10, 10, 30, 25]], np.float32)
     masks = np.zeros((4, 30, 40), bool)
