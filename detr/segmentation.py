@@ -1,8 +1,13 @@
 """The mask head of section 4.4: an attention map per query and head, refined to a mask over the backbone's stages.
 
-Two convolutions take what all queries of an image share: the first takes the image's features next to the attention
-maps, and the later ones the finer stages on top of what they refine. The shared part is computed once per image and
-added to every query's, instead of being copied for each query as in the original; parameters and results are the same.
+Parameters and results are the original's; the arithmetic is not, since convolutions are linear:
+
+- What all queries of an image share, its features beside the attention maps and the finer stages on top of what they
+  refine, is convolved once per image and added to every query's part. The original copies it for each query.
+- A convolution over cells that were each repeated 2 x 2 is one transposed convolution over the cells, with 16 products
+  in place of 36 per cell and pair of channels, and the repeated cells are never stored.
+
+On a CPU, one image of 320 x 448 and 100 queries: FORWARD_RATIO
 """
 
 from __future__ import annotations
@@ -83,13 +88,26 @@ class MaskHead(nn.Module):
         x = self._normalise(1, x)
         x = self._normalise(2, self.get_submodule("lay2")(x))
         for index, stage in enumerate(finer, start=1):
-            shared = self.get_submodule(f"adapter{index}")(stage)
-            x = _add_to_each(shared, F.interpolate(x, shared.shape[-2:], mode="nearest"))
-            x = self._normalise(index + 2, self.get_submodule(f"lay{index + 2}")(x))
+            layer = self.get_submodule(f"lay{index + 2}")
+            assert isinstance(layer, nn.Conv2d)
+            shared = layer(self.get_submodule(f"adapter{index}")(stage))
+            x = self._normalise(index + 2, _add_to_each(shared, _convolve_enlarged(layer.weight, x, stage.shape[-2:])))
         return self.out_lay(x).view(*attention.shape[:2], *x.shape[-2:])  # type: ignore[no-any-return]
 
     def _normalise(self, index: int, x: Tensor) -> Tensor:
         return F.relu(self.get_submodule(f"gn{index}")(x), inplace=True)
+
+
+def _convolve_enlarged(weight: Tensor, x: Tensor, size: Sequence[int]) -> Tensor:
+    """Return a 3x3 convolution, zeros around it, of x [N, C, h, w] brought to `size` by taking the nearest cell."""
+    height, width = x.shape[-2:]
+    if tuple(size) != (2 * height, 2 * width):
+        return F.conv2d(F.interpolate(x, tuple(size), mode="nearest"), weight, padding=1)
+    # The weights that meet the same cell, added up: along each axis w2, w1 + w2, w0 + w1, w0.
+    kernel = weight.flip(2, 3).transpose(0, 1)
+    kernel = F.pad(kernel, (0, 1)) + F.pad(kernel, (1, 0))
+    kernel = F.pad(kernel, (0, 0, 0, 1)) + F.pad(kernel, (0, 0, 1, 0))
+    return F.conv_transpose2d(x, kernel, stride=2, padding=1)
 
 
 def _add_to_each(shared: Tensor, x: Tensor) -> Tensor:

@@ -51,15 +51,18 @@ def test_every_query_has_a_mask_on_the_stride_4_grid(config: ModelConfig) -> Non
     assert all(layer.masks is None for layer in outputs.auxiliary)
 
 
-def test_the_shared_part_of_a_convolution_is_that_of_every_query() -> None:
-    """Against the plain form: every query's copy of the features beside its attention."""
+@pytest.mark.parametrize(
+    "sizes", [((3, 4), (5, 8), (10, 15)), ((6, 8), (12, 16), (24, 32))], ids=["same and odd", "twice each time"]
+)
+def test_the_head_is_the_originals_form_of_it(sizes: tuple[tuple[int, int], ...]) -> None:
+    """Against the plain form: every query's copy of the features beside its attention, and enlarged maps."""
     torch.manual_seed(0)
     head = MaskHead(128, 8, [24, 16, 12])
     for norm in (m for m in head.modules() if isinstance(m, nn.GroupNorm)):
         nn.init.normal_(norm.weight, 1, 0.3)
         nn.init.normal_(norm.bias)
     features, attention = torch.randn(2, 128, 3, 4), torch.randn(2, 5, 8, 3, 4)
-    finer = [torch.randn(2, 24, 3, 4), torch.randn(2, 16, 5, 8), torch.randn(2, 12, 10, 15)]
+    finer = [torch.randn(2, channels, *size) for channels, size in zip((24, 16, 12), sizes, strict=True)]
 
     def per_query(shared: Tensor) -> Tensor:
         return shared.repeat_interleave(5, 0)
@@ -69,8 +72,11 @@ def test_the_shared_part_of_a_convolution_is_that_of_every_query() -> None:
     for i, stage in enumerate(finer, start=1):
         x = per_query(getattr(head, f"adapter{i}")(stage)) + F.interpolate(x, stage.shape[2:], mode="nearest")
         x = F.relu(getattr(head, f"gn{i + 2}")(getattr(head, f"lay{i + 2}")(x)))
-    expected = head.out_lay(x).view(2, 5, 10, 15)
-    torch.testing.assert_close(head(features, attention, finer), expected, rtol=1e-4, atol=1e-4)
+    expected, got = head.out_lay(x).view(2, 5, *sizes[-1]), head(features, attention, finer)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    grads = [torch.autograd.grad(masks.square().mean(), [*head.parameters()]) for masks in (got, expected)]
+    for ours, plain in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
 
 
 def test_attention_is_shared_out_over_heads_and_cells_inside_the_padding() -> None:
