@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detr.config import ModelConfig
+from detr.recompute import call
 
 _BLOCKS = {
     "resnet18": (2, 2, 2, 2),
@@ -121,6 +122,7 @@ class ResNet(nn.Module):
         self.bn1 = norm(stem)
         self.maxpool = nn.Identity() if tiny else nn.MaxPool2d(3, 2, padding=1)
         self.stages: list[str] = []
+        self.recompute = False
         self.stage_channels: list[int] = []
         inputs, first = stem, 32 if tiny else 256 if block is Bottleneck else 64
         for index, blocks in enumerate((1, 1, 1) if tiny else _BLOCKS[config.backbone]):
@@ -141,14 +143,22 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.stage_outputs(images)[-1]
+        return self._stages(images, every=False)[-1]
 
     def stage_outputs(self, images: Tensor) -> list[Tensor]:
         """Return what each of layer1, layer2, ... returns, the finest (stride 4) first."""
+        return self._stages(images, every=True)
+
+    def _stages(self, images: Tensor, every: bool) -> list[Tensor]:
+        if self.conv1.weight.is_contiguous(memory_format=torch.channels_last):
+            images = images.contiguous(memory_format=torch.channels_last)
         x = self.maxpool(F.relu(_convolve(self.conv1, self.bn1, images), inplace=True))
-        outputs = []
+        outputs: list[Tensor] = []
         for name in self.stages:
-            x = self.get_submodule(name)(x)
+            if not every:
+                outputs.clear()  # the finest are the largest; whoever needs only the last lets go of them on the way
+            for block in self.get_submodule(name).children():
+                x = call(block, x, again=self.recompute)
             outputs.append(x)
         return outputs
 
@@ -164,15 +174,16 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.masks = config.masks
         self.body = ResNet(config)
         self.body.freeze(config.frozen_stages)
 
     def forward(self, images: Tensor, padding: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
-        """Return every stage's output [B, channels, h, w], the features last, and the padding at the features' size.
+        """Return the features [B, channels, h, w] and the padding at their size, [B, h, w], or None where it was None.
 
-        The padding becomes [B, h, w], or None where it was None.
+        The features are the last of the list. A mask head needs what every stage returns, the finest first.
         """
-        stages = self.body.stage_outputs(images)
+        stages = self.body.stage_outputs(images) if self.masks else [self.body(images)]
         if padding is not None:
             padding = F.interpolate(padding[:, None].float(), stages[-1].shape[-2:])[:, 0].bool()
         return stages, padding

@@ -61,8 +61,8 @@ class Batch:
         return replace(self, images=self.images.pin_memory(), padding=padding, targets=targets)
 
 
-def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
-    """Pad (image [3, h, w], target) pairs to the largest height and width among them.
+def collate(samples: Sequence[tuple[Tensor, Target]], multiple: int = 1) -> Batch:
+    """Pad (image [3, h, w], target) pairs to the largest height and width among them, up to a multiple of `multiple`.
 
     No samples give a batch of length 0 whose images [0, 3, 64, 64] still run through the model.
     """
@@ -70,8 +70,7 @@ def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
         return Batch(torch.zeros(0, 3, _EMPTY_CANVAS, _EMPTY_CANVAS, dtype=torch.uint8), None, ())
     images = [image for image, _ in samples]
     targets = tuple(target for _, target in samples)
-    height = max(image.shape[1] for image in images)
-    width = max(image.shape[2] for image in images)
+    height, width = (-(-max(image.shape[side] for image in images) // multiple) * multiple for side in (1, 2))
     canvas = images[0].new_zeros(len(images), 3, height, width)
     padding = torch.ones(len(images), height, width, dtype=torch.bool)
     for row, image in enumerate(images):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from detr.config import ModelConfig
+from detr.recompute import call
 
 
 class Attention(nn.Module):
@@ -110,10 +111,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.norm = nn.LayerNorm(config.hidden_dim) if config.pre_norm else nn.Identity()
+        self.recompute = False
 
     def forward(self, x: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
         for layer in self.layers:
-            x = layer(x, position, mask)
+            x = call(layer, x, position, mask, again=self.recompute)
         return self.norm(x)  # type: ignore[no-any-return]
 
 

@@ -31,7 +31,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     groups: list[dict[str, Any]] = [{"params": others, "lr": config.lr, "base_lr": config.lr}]
     if backbone:
         groups.append({"params": backbone, "lr": config.lr_backbone, "base_lr": config.lr_backbone})
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from detr.batch import Target, collate, normalise
 from detr.config import ModelConfig, TransformConfig
+from detr.execution import set_channels_last
 from detr.model import DETR, build_model
 from detr.original import load_original_state_dict, to_original_state_dict
 from detr.postprocess import Detection, detect
@@ -46,6 +47,8 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     transform: TransformConfig
     categories: tuple[Category, ...]
     evaluate_batch_size: int
+    channels_last: bool = False
+    """The memory layout it was evaluated in: another sums in another order."""
     recipe: str
     run_id: str
     checkpoint: str
@@ -82,6 +85,8 @@ def read_model(folder: Path) -> tuple[DETR, Card]:
     card = read_card(folder)
     model = build_model(card.model, len(card.categories))
     load_original_state_dict(model, load_file(folder / WEIGHTS_NAME))
+    if card.channels_last:
+        set_channels_last(model)
     return model.eval(), card
 
 

@@ -46,6 +46,7 @@ def register(
         transform=config.transform,
         categories=train.categories,
         evaluate_batch_size=config.evaluate.batch_size,
+        channels_last=config.compute.channels_last,
         recipe=config.recipe,
         run_id=run_id,
         checkpoint=str(path),

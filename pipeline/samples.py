@@ -93,7 +93,7 @@ def training_batches(
             world_size=ranks.world_size,
             start_step=step,
             transform=training_transform(config.seed, config.transform),
-            collate=_collate_pinned if ranks.device.type == "cuda" else collate,
+            collate=_collate(config, ranks),
             config=ReadConfig(threads=threads, prefetch=2 * threads, masks=config.model.masks),
         )
         try:
@@ -106,5 +106,9 @@ def training_batches(
             loader.close()
 
 
-def _collate_pinned(samples: list[tuple[Tensor, Target]]) -> Batch:
-    return collate(samples).pin_memory()
+def _collate(config: RunConfig, ranks: Ranks) -> Callable[[list[tuple[Tensor, Target]]], Batch]:
+    def batch(samples: list[tuple[Tensor, Target]]) -> Batch:
+        padded = collate(samples, config.compute.canvas_multiple)
+        return padded.pin_memory() if ranks.device.type == "cuda" else padded
+
+    return batch

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from detr.batch import Batch, normalise
 from detr.criterion import Losses, ce_weight_sum, compute_losses
+from detr.execution import autocast
 from detr.matcher import NonFiniteError
 from detr.model import Outputs
 from pipeline.config import RunConfig
@@ -60,7 +61,9 @@ def train_step(
     # Dropout depends on the step and not on what came before it, so that a resumed run repeats it bit for bit.
     torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + ranks.rank)
     batch = batch.to(ranks.device)
-    outputs = model(normalise(batch, config.transform), batch.padding)
+    images = normalise(batch, config.transform)
+    with autocast(ranks.device, config.compute.precision):
+        outputs = model(images, batch.padding)
     try:
         canvas = (batch.images.shape[2], batch.images.shape[3])
         losses = compute_losses(outputs, batch.targets, num_boxes, config.loss, ce_normalizer, canvas)

@@ -20,8 +20,13 @@ from typing import Any
 import torch
 from torch import nn
 
+<<<<<<< HEAD
+=======
+from detr.execution import compile_shapes, set_channels_last, set_recompute, uncompiled
+from detr.model import DETR, build_model
+>>>>>>> c8800be (Compute in bf16, compiled, channels last, or with activations recomputed, as asked)
 from pipeline import checkpoint
-from pipeline.config import RunConfig
+from pipeline.config import ComputeConfig, RunConfig
 from pipeline.errors import CheckpointError
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.meter import Meter
@@ -90,7 +95,12 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) 
 def _restore(worker: Worker) -> State:
     config, ranks = worker.config, worker.ranks
     torch.manual_seed(config.seed)
+<<<<<<< HEAD
     model = build_trained(config, worker.train.num_classes).to(ranks.device)
+=======
+    model = build_model(config.model, worker.train.num_classes).to(ranks.device)
+    _prepare(model, config.compute)
+>>>>>>> c8800be (Compute in bf16, compiled, channels last, or with activations recomputed, as asked)
     optimizer = build_optimizer(model, config.optim)
     # Rank 0 decides for all: another rank could look a moment later, or at a folder that is not yet in sync.
     path = ranks.gather(checkpoint.newest(worker.place.folder))[0]
@@ -102,9 +112,17 @@ def _restore(worker: Worker) -> State:
         _check_same_run(worker, meta)
         checkpoint.load(path, model, optimizer, ranks)
         step = meta.step
+    if config.compute.compile:
+        compile_shapes(model)
     wrapped = distribute(model, ranks)
     wrapped.train()
     return State(wrapped, optimizer, step)
+
+
+def _prepare(model: DETR, config: ComputeConfig) -> None:
+    if config.channels_last:
+        set_channels_last(model)
+    set_recompute(model, config.recompute)
 
 
 def _check_same_run(worker: Worker, meta: checkpoint.Meta) -> None:
@@ -188,17 +206,18 @@ def _evaluate(worker: Worker, state: State) -> None:
 
     if tracker:
         tracker.tags({TAG_PHASE: "evaluating"})
-    evaluation = evaluate(
-        unwrap(state.model),
-        worker.val,
-        worker.train.categories,
-        transform=config.transform,
-        batch_size=config.evaluate.batch_size,
-        ranks=worker.ranks,
-        threads=config.data.reader_threads,
-        limit=config.evaluate.limit,
-        progress=progress,
-    )
+    with uncompiled():  # its canvases have any shape, each of which would be compiled
+        evaluation = evaluate(
+            unwrap(state.model),
+            worker.val,
+            worker.train.categories,
+            transform=config.transform,
+            batch_size=config.evaluate.batch_size,
+            ranks=worker.ranks,
+            threads=config.data.reader_threads,
+            limit=config.evaluate.limit,
+            progress=progress,
+        )
     if evaluation is not None:
         _tell_evaluation(worker, state.step, evaluation, time.perf_counter() - start)
     worker.ranks.barrier()

@@ -1,0 +1,139 @@
+"""Options of arithmetic change speed and memory and nothing else."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from detr.batch import Target
+from detr.config import LossConfig, ModelConfig
+from detr.criterion import compute_losses
+from detr.execution import autocast, compile_shapes, set_channels_last, set_recompute, uncompiled
+from detr.model import DETR, build_model
+
+SMALL = ModelConfig(
+    backbone="resnet18",
+    hidden_dim=32,
+    heads=4,
+    encoder_layers=2,
+    decoder_layers=2,
+    feedforward_dim=64,
+    num_queries=9,
+    dropout=0.1,
+)
+
+
+def model(config: ModelConfig = SMALL) -> DETR:
+    torch.manual_seed(0)
+    return build_model(config, 4).train()
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+
+
+def padding() -> Tensor:
+    mask = torch.zeros(2, 64, 96, dtype=torch.bool)
+    mask[1, :, 64:] = True
+    return mask
+
+
+def step(detector: DETR, precision: str = "fp32") -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of one forward and backward pass, with dropout drawn from a fixed seed."""
+    targets = [Target(torch.tensor([[0.5, 0.5, 0.2, 0.3]]), torch.tensor([label]), label, (64, 96)) for label in (1, 3)]
+    torch.manual_seed(2)
+    with autocast(torch.device("cpu"), precision):
+        outputs = detector(images(), padding())
+    losses = compute_losses(outputs, targets, 2.0, LossConfig())
+    losses.total.backward()
+    return losses.total.item(), {name: p.grad for name, p in detector.named_parameters() if p.grad is not None}
+
+
+def differ(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest difference of a gradient, relative to the largest of its tensor."""
+    assert got.keys() == expected.keys()
+    return max(
+        float((got[name] - value).abs().max() / value.abs().max().clamp(min=1e-6)) for name, value in expected.items()
+    )
+
+
+@pytest.mark.parametrize("parts", ["encoder", "backbone", "both"])
+def test_recomputed_activations_give_the_same_gradients_with_dropout(parts: str) -> None:
+    expected_loss, expected = step(model())
+    detector = model()
+    set_recompute(detector, parts)
+    loss, gradients = step(detector)
+    assert loss == expected_loss
+    assert differ(gradients, expected) == 0.0
+
+
+def saved_bytes(work: Callable[[], object]) -> int:
+    """Bytes that autograd keeps for the backward pass, each storage once."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = work()
+    del result
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("parts", ["encoder", "backbone", "both"])
+def test_recomputing_keeps_less_for_the_backward_pass(parts: str) -> None:
+    detector = model()
+    before = saved_bytes(lambda: detector(images(), padding()).logits)
+    set_recompute(detector, parts)
+    assert saved_bytes(lambda: detector(images(), padding()).logits) < before
+
+
+def test_channels_last_is_the_same_network_under_the_same_names() -> None:
+    expected_loss, expected = step(model())
+    detector = model()
+    set_channels_last(detector)
+    assert detector.backbone[0].body.layer2[0].conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    loss, gradients = step(detector)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert differ(gradients, expected) < 1e-3
+    assert list(detector.state_dict()) == list(model().state_dict())
+
+
+def test_bf16_rounds_the_network_but_not_boxes_or_losses() -> None:
+    detector = model().eval()
+    exact = detector(images(), padding())
+    with autocast(torch.device("cpu"), "bf16"):
+        rounded = detector(images(), padding())
+    assert rounded.logits.dtype == torch.bfloat16
+    assert rounded.boxes.dtype == torch.float32
+    torch.testing.assert_close(rounded.boxes, exact.boxes, atol=0.02, rtol=0)
+    assert not torch.equal(rounded.boxes, exact.boxes)
+    expected, _ = step(model())
+    loss, gradients = step(model(), "bf16")
+    assert loss == pytest.approx(expected, rel=0.02)
+    assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_stem_and_first_stage_leave_nothing_for_the_backward_pass() -> None:
+    body = model().backbone[0].body
+    frozen, *trained = body.stage_outputs(images())
+    assert not frozen.requires_grad
+    assert frozen.grad_fn is None
+    assert all(stage.requires_grad for stage in trained)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_the_step_as_written() -> None:
+    # As few layers as there are kinds of them: compiling for a CPU takes most of a minute.
+    config = replace(SMALL, backbone="tiny", encoder_layers=1, decoder_layers=1)
+    expected_loss, expected = step(model(config).eval())
+    detector = model(config).eval()
+    compile_shapes(detector)
+    loss, gradients = step(detector)
+    assert loss == pytest.approx(expected_loss, rel=1e-4)
+    assert differ(gradients, expected) < 1e-2
+    with uncompiled():
+        torch.testing.assert_close(detector(images()).logits, model(config).eval()(images()).logits)
