@@ -1,14 +1,16 @@
 """What is compared: the same work done by this package and by the original, on the same inputs and weights."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detr.batch import Target
-from detr.config import LossConfig
+from detr.config import LossConfig, ModelConfig
 from detr.criterion import compute_losses
-from detr.model import Outputs
+from detr.execution import Precision, Recompute, autocast, compile_shapes, set_channels_last, set_recompute
+from detr.model import DETR, Outputs, build_model
 from tests.bench import peer
 
 CLASSES = 91
@@ -72,3 +74,111 @@ def _predictions(images: int, device: str) -> list[tuple[Tensor, Tensor]]:
         boxes = torch.randn(images, QUERIES, 4, generator=generator).to(device).requires_grad_()
         found.append((logits, boxes))
     return found
+
+
+@dataclass(frozen=True)
+class Options:
+    """How this package's model is run; the defaults are those of training."""
+
+    channels_last: bool = True
+    precision: Precision = "fp32"
+    compile: bool = False
+    recompute: Recompute = "none"
+
+
+def step_ours(images: Tensor, padding: Tensor | None, boxes: int, options: Options) -> Work:
+    """One training step of R50: forward, losses, backward, clip, AdamW."""
+    device = images.device
+    model = build_model(ModelConfig(), CLASSES).to(device).train()
+    _set(model, options)
+    truth, config = targets(len(images), boxes), LossConfig()
+    optimizer = torch.optim.AdamW(_groups(model), lr=1e-4, weight_decay=1e-4, fused=True)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def work() -> Tensor:
+        with autocast(device, options.precision):
+            outputs = model(images, padding)
+        losses = compute_losses(outputs, truth, float(len(images) * boxes), config)
+        optimizer.zero_grad()
+        losses.total.backward()
+        nn.utils.clip_grad_norm_(parameters, 0.1)
+        optimizer.step()
+        return losses.total.detach()
+
+    return work
+
+
+def step_peer(images: Tensor, padding: Tensor | None, boxes: int, precision: Precision = "fp32") -> Work:
+    """As `step_ours`, as the original's `engine.py` does it, with its look at the loss in every step."""
+    device = images.device
+    model, criterion = peer.build(device=device.type)
+    model.train()
+    criterion.train()
+    truth = peer_targets(targets(len(images), boxes), device.type)
+    optimizer = torch.optim.AdamW(_groups(model), lr=1e-4, weight_decay=1e-4)
+    samples = peer.nested(images, _mask(images, padding))
+
+    def work() -> Tensor:
+        with autocast(device, precision):
+            outputs = model(samples)
+            losses = criterion(outputs, truth)
+        total = sum(losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses)
+        if not torch.isfinite(total).item():
+            raise RuntimeError("the original's loss is not finite")
+        optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        return total.detach()
+
+    return work
+
+
+def inference_ours(images: Tensor, padding: Tensor | None, options: Options) -> Work:
+    """Boxes and scores of R50 in evaluation mode."""
+    model = build_model(ModelConfig(), CLASSES).to(images.device).eval()
+    _set(model, options)
+
+    @torch.inference_mode()
+    def work() -> Tensor:
+        with autocast(images.device, options.precision):
+            boxes: Tensor = model(images, padding).boxes
+        return boxes
+
+    return work
+
+
+def inference_peer(images: Tensor, padding: Tensor | None, precision: Precision = "fp32") -> Work:
+    """As `inference_ours`, by the original; in inference mode too, which its own evaluation is not."""
+    model, _ = peer.build(device=images.device.type)
+    model.eval()
+    samples = peer.nested(images, _mask(images, padding))
+
+    @torch.inference_mode()
+    def work() -> Tensor:
+        with autocast(images.device, precision):
+            boxes: Tensor = model(samples)["pred_boxes"]
+        return boxes
+
+    return work
+
+
+def _set(model: DETR, options: Options) -> None:
+    if options.channels_last:
+        set_channels_last(model)
+    set_recompute(model, options.recompute)
+    if options.compile:
+        compile_shapes(model)
+
+
+def _mask(images: Tensor, padding: Tensor | None) -> Tensor:
+    return torch.zeros_like(images[:, 0], dtype=torch.bool) if padding is None else padding
+
+
+def _groups(model: nn.Module) -> list[dict[str, object]]:
+    """The original's two groups: the backbone learns at a tenth of the rate."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for name, parameter in named if "backbone" not in name]},
+        {"params": [parameter for name, parameter in named if "backbone" in name], "lr": 1e-5},
+    ]
