@@ -20,11 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-<<<<<<< HEAD
-=======
 from detr.execution import compile_shapes, set_channels_last, set_recompute, uncompiled
-from detr.model import DETR, build_model
->>>>>>> c8800be (Compute in bf16, compiled, channels last, or with activations recomputed, as asked)
+from detr.model import DETR
 from pipeline import checkpoint
 from pipeline.config import ComputeConfig, RunConfig
 from pipeline.errors import CheckpointError
@@ -95,12 +92,8 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) 
 def _restore(worker: Worker) -> State:
     config, ranks = worker.config, worker.ranks
     torch.manual_seed(config.seed)
-<<<<<<< HEAD
     model = build_trained(config, worker.train.num_classes).to(ranks.device)
-=======
-    model = build_model(config.model, worker.train.num_classes).to(ranks.device)
     _prepare(model, config.compute)
->>>>>>> c8800be (Compute in bf16, compiled, channels last, or with activations recomputed, as asked)
     optimizer = build_optimizer(model, config.optim)
     # Rank 0 decides for all: another rank could look a moment later, or at a folder that is not yet in sync.
     path = ranks.gather(checkpoint.newest(worker.place.folder))[0]
