@@ -28,7 +28,7 @@ from detr.original import (
 from detr.segmentation import MASK_MODULES, freeze_detector
 from pipeline.config import RunConfig
 from pipeline.errors import RunConfigError, first_line
-from pipeline.predict import WEIGHTS_NAME, read_card
+from pipeline.predict import UNNAMED, WEIGHTS_NAME, read_card
 from pipeline.recipes import RECIPES
 from pipeline.state_file import read_state_file
 from shards.manifest import Category
@@ -106,6 +106,11 @@ def _load_initial(
     # The original keeps the detector of a model with masks behind a prefix.
     heads = {name: key for name in _CLASS_HEAD for key in state if key.endswith(name)}
     shape = state[heads[_CLASS_HEAD[0]]].shape if len(heads) == len(_CLASS_HEAD) else None
+    # A label without a category, as an imported model has some, is no class: the rows of the others are the data's.
+    named = [label for label, category in enumerate(known or ()) if category.name != UNNAMED]
+    if known and len(named) < len(known) and tuple(known[label] for label in named) == tuple(categories):
+        known = tuple(categories)
+        state |= {heads[name]: state[heads[name]][[*named, -1]] for name in _CLASS_HEAD}
     same = known == tuple(categories) if known else shape is not None and shape[:1] == (len(categories) + 1,)
     if not same and shape is not None:  # what has no class head is no DETR, which the loading below explains
         if config.optim.train == "mask_head":

@@ -203,6 +203,21 @@ def test_a_registered_model_of_the_same_classes_gives_everything(tiny_config: Ru
     assert said == ("starting from models:/tiny@best",)
 
 
+def test_labels_without_a_category_are_left_out_of_the_class_head(tiny_config: RunConfig, tmp_path: Path) -> None:
+    """An imported model's labels are category ids: the data's classes have the rows of theirs, and "no object" its own."""
+    labels = (Category(0, "N/A"), *CLASSES[:2], Category(3, "N/A"), Category(4, "d"))
+    before = to_original_state_dict(registered(tmp_path, tiny_config, labels))
+    classes = (*CLASSES[:2], Category(4, "d"))
+    model, said = initial_model(replace(tiny_config, initial="models:/tiny@best"), classes, tmp_path)
+    after = to_original_state_dict(model)
+    for name in ("class_embed.weight", "class_embed.bias"):
+        assert torch.equal(after.pop(name), before.pop(name)[[1, 2, 4, 5]])
+    assert_same(after, before)
+    assert said == ("starting from models:/tiny@best",)
+    _, said = initial_model(replace(tiny_config, initial="models:/tiny@best"), CLASSES, tmp_path)
+    assert "its class head was of other classes and starts afresh for 4" in said[0]
+
+
 def test_a_run_takes_the_shape_of_the_registered_model_and_keeps_its_own_dropout(
     tiny_config: RunConfig, tmp_path: Path
 ) -> None:
