@@ -43,8 +43,11 @@ def export_original(uri: str, path: Path) -> tuple[str, ...]:
         state[f"{head}.weight"] = _at_ids(state[f"{head}.weight"], labels, classes, 0.0)
         state[f"{head}.bias"] = _at_ids(state[f"{head}.bias"], labels, classes, _NEVER)
     aside = path.with_name(f"{path.name}.partial")
-    torch.save({"model": state}, aside)
-    os.replace(aside, path)
+    try:
+        torch.save({"model": state}, aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
     options = original_options(card.model)
     said = [f"the original builds it with {' '.join(options)} and num_classes={classes}"]
     if moved:

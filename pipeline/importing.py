@@ -140,7 +140,7 @@ def _option(options: Mapping[str, Any], name: str, kind: type[_Value]) -> _Value
         return None
     fits = isinstance(value, bool) if kind is bool else isinstance(value, (int, kind)) and not isinstance(value, bool)
     if not fits:
-        raise ValueError(f"its args say {name}={value!r}; expected a {kind.__name__}")
+        raise ValueError(f"its args say {name}={value!r}; expected {kind.__name__}")
     return kind(value)
 
 

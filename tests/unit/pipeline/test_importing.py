@@ -114,8 +114,8 @@ def test_a_name_with_dc5_is_no_evidence_but_is_mentioned(tmp_path: Path) -> None
     [
         ({"heads": 4}, options(), "--heads was given, but the file itself says 8; leave out --heads"),
         ({"dilation": True}, options(), "--dilation was given, but the file itself says False"),
-        ({}, options(nheads="8"), "its args say nheads='8'; expected a int"),
-        ({}, options(dilation="yes"), "its args say dilation='yes'; expected a bool"),
+        ({}, options(nheads="8"), "its args say nheads='8'; expected int"),
+        ({}, options(dilation="yes"), "its args say dilation='yes'; expected bool"),
         ({}, options(nheads=True), "its args say nheads=True"),
     ],
 )
