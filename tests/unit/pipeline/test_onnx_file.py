@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +32,28 @@ CONFIG = ModelConfig(
     decoder_input="queries",
 )
 
+CARD = Card(
+    model=CONFIG,
+    transform=TransformConfig(eval_size=320, max_size=400),
+    categories=(Category(1, "a"), Category(7, "b")),
+    evaluate_batch_size=2,
+    recipe="",
+    run_id="r",
+    checkpoint="",
+    step=0,
+    epoch=0.0,
+    metrics={},
+    train_digest="",
+    val_digest="",
+    code_commit="",
+)
+
 
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("registered")
-    card = Card(
-        model=CONFIG,
-        transform=TransformConfig(eval_size=320, max_size=400),
-        categories=(Category(1, "a"), Category(7, "b")),
-        evaluate_batch_size=2,
-        recipe="",
-        run_id="r",
-        checkpoint="",
-        step=0,
-        epoch=0.0,
-        metrics={},
-        train_digest="",
-        val_digest="",
-        code_commit="",
-    )
-    write_folder(folder, build_model(CONFIG, 2), card)
+    write_folder(folder, build_model(CONFIG, 2), CARD)
     return folder
 
 
@@ -101,6 +103,17 @@ def test_the_file_says_what_its_labels_and_inputs_are(exported: tuple[Path, tupl
     words = onnxruntime.InferenceSession(str(exported[0])).get_modelmeta().custom_metadata_map
     assert json.loads(words["detr.categories"]) == [{"id": 1, "name": "a"}, {"id": 7, "name": "b"}]
     assert json.loads(words["detr.transform"])["mean"] == [0.485, 0.456, 0.406]
+
+
+def test_masks_go_too(tmp_path: Path) -> None:
+    """Sizes in which one stage is exactly twice the next, as 320 px gives, and sizes in which none is."""
+    torch.manual_seed(0)
+    config = replace(CONFIG, backbone="resnet18", norm="frozen_batch", hidden_dim=128, heads=8, masks=True)
+    model, path = onnx_file._Flat(build_model(replace(config, auxiliary=False), 2).eval()), tmp_path / "m.onnx"
+    card = Card(**{field: getattr(CARD, field) for field in CARD.__struct_fields__} | {"model": config})
+    onnx_file._write(model, path, card, None)
+    for side in (320, 200):
+        assert difference_in_onnxruntime(model, path, TransformConfig(eval_size=side, max_size=400)) < 1e-3
 
 
 def test_another_models_file_is_found_out(exported: tuple[Path, tuple[str, ...]]) -> None:
