@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from detr.model import DETR
 from pipeline import checkpoint
 from pipeline.config import RunConfig
 from pipeline.registered import evaluate_registered, predict
@@ -21,8 +22,13 @@ from tests.integration.test_registry import Trained, train_in
 
 @pytest.fixture(scope="module")
 def masked(shared_store: str, masks_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A run with masks, registered as `masked`."""
-    config = replace(masks_config, recipe="masked", optim=replace(masks_config.optim, max_steps=1))
+    """A run of the mask head alone, which freezes the batch norm of the detector; registered as `masked`."""
+    config = replace(
+        masks_config,
+        recipe="masked",
+        model=replace(masks_config.model, norm="batch"),
+        optim=replace(masks_config.optim, max_steps=1, train="mask_head"),
+    )
     trained = train_in(tmp_path_factory.mktemp("masked"), config)
     register_run(trained.run_id, name="masked", alias="best")
     return trained
@@ -50,12 +56,15 @@ def test_predictions_of_a_version_with_masks_say_where_each_object_is(masked: Tr
     assert (plain != drawn).any(axis=2)[inside].mean() > 0.99
 
 
-def test_masks_are_not_scored_on_data_without_segmentations(masked: Trained, tmp_path: Path) -> None:
+def test_data_without_segmentations_is_refused_before_the_model_runs(
+    masked: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     val = Path(masked.config.data.val)
     coco = json.loads((val.parent / "coco" / "annotations" / "instances_val.json").read_text())
     coco["annotations"] = [one | {"segmentation": []} for one in coco["annotations"]]
     (tmp_path / "instances.json").write_text(json.dumps(coco))
     write_coco(val.parent / "coco" / "val", tmp_path / "instances.json", tmp_path / "out", WriteConfig())
+    monkeypatch.setattr(DETR, "forward", lambda *_: pytest.fail("the model ran"))
     with pytest.raises(ShardError, match="has no segmentation"):
         evaluate_registered("models:/masked@best", str(tmp_path / "out"))
 

@@ -234,8 +234,10 @@ def test_a_run_may_add_a_mask_head_to_the_registered_model(
     before = registered(tmp_path, detector, CLASSES)
     config = settle(replace(masks_config, initial="models:/tiny@best"), tmp_path)
     assert config.model == masks_config.model
-    recipe = RECIPES["detr-r50-masks"]
-    assert settle(replace(recipe, initial="models:/tiny@best"), tmp_path).model.masks
+    for name in ("detr-r50-masks", "finetune"):
+        recipe = replace(RECIPES[name], initial="models:/tiny@best")
+        asked = replace(recipe, model=replace(recipe.model, masks=True))
+        assert settle(asked, tmp_path).model == replace(masks_config.model, dropout=recipe.model.dropout)
     model, said = initial_model(config, CLASSES, tmp_path)
     after, fresh = model.state_dict(), seeded(config, 4, seed=config.seed).state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.state_dict().items())
