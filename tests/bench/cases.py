@@ -32,6 +32,7 @@ def targets(images: int, boxes: int, device: str = "cpu") -> list[Target]:
 
 
 def peer_targets(ours: list[Target], device: str) -> list[dict[str, Tensor]]:
+    """Return targets as the original takes them: on the device."""
     return [{"labels": target.labels.to(device), "boxes": target.boxes.to(device)} for target in ours]
 
 
@@ -90,9 +91,9 @@ def step_ours(images: Tensor, padding: Tensor | None, boxes: int, options: Optio
     """One training step of R50: forward, losses, backward, clip, AdamW."""
     device = images.device
     model = build_model(ModelConfig(), CLASSES).to(device).train()
-    _set(model, options)
+    configure(model, options)
     truth, config = targets(len(images), boxes), LossConfig()
-    optimizer = torch.optim.AdamW(_groups(model), lr=1e-4, weight_decay=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(groups(model), lr=1e-4, weight_decay=1e-4, fused=True)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def work() -> Tensor:
@@ -115,8 +116,8 @@ def step_peer(images: Tensor, padding: Tensor | None, boxes: int, precision: Pre
     model.train()
     criterion.train()
     truth = peer_targets(targets(len(images), boxes), device.type)
-    optimizer = torch.optim.AdamW(_groups(model), lr=1e-4, weight_decay=1e-4)
-    samples = peer.nested(images, _mask(images, padding))
+    optimizer = torch.optim.AdamW(groups(model), lr=1e-4, weight_decay=1e-4)
+    samples = peer.nested(images, mask(images, padding))
 
     def work() -> Tensor:
         with autocast(device, precision):
@@ -137,7 +138,7 @@ def step_peer(images: Tensor, padding: Tensor | None, boxes: int, precision: Pre
 def inference_ours(images: Tensor, padding: Tensor | None, options: Options) -> Work:
     """Boxes and scores of R50 in evaluation mode."""
     model = build_model(ModelConfig(), CLASSES).to(images.device).eval()
-    _set(model, options)
+    configure(model, options)
 
     @torch.inference_mode()
     def work() -> Tensor:
@@ -152,7 +153,7 @@ def inference_peer(images: Tensor, padding: Tensor | None, precision: Precision 
     """As `inference_ours`, by the original; in inference mode too, which its own evaluation is not."""
     model, _ = peer.build(device=images.device.type)
     model.eval()
-    samples = peer.nested(images, _mask(images, padding))
+    samples = peer.nested(images, mask(images, padding))
 
     @torch.inference_mode()
     def work() -> Tensor:
@@ -163,7 +164,8 @@ def inference_peer(images: Tensor, padding: Tensor | None, precision: Precision 
     return work
 
 
-def _set(model: DETR, options: Options) -> None:
+def configure(model: DETR, options: Options) -> None:
+    """Prepare a model as a run does."""
     if options.channels_last:
         set_channels_last(model)
     set_recompute(model, options.recompute)
@@ -171,11 +173,11 @@ def _set(model: DETR, options: Options) -> None:
         compile_shapes(model)
 
 
-def _mask(images: Tensor, padding: Tensor | None) -> Tensor:
+def mask(images: Tensor, padding: Tensor | None) -> Tensor:
     return torch.zeros_like(images[:, 0], dtype=torch.bool) if padding is None else padding
 
 
-def _groups(model: nn.Module) -> list[dict[str, object]]:
+def groups(model: nn.Module) -> list[dict[str, object]]:
     """The original's two groups: the backbone learns at a tenth of the rate."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [

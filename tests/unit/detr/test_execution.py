@@ -1,5 +1,6 @@
 """Options of arithmetic change speed and memory and nothing else."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -137,3 +138,51 @@ def test_a_compiled_step_is_the_step_as_written() -> None:
     assert differ(gradients, expected) < 1e-2
     with uncompiled():
         torch.testing.assert_close(detector(images()).logits, model(config).eval()(images()).logits)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_training_step_waits_for_the_device_at_most_twice(precision: str) -> None:
+    """Once for the matcher's costs, once to see that the gradient is finite."""
+    detector = model().cuda()
+    set_channels_last(detector)
+    optimizer = torch.optim.AdamW(detector.parameters(), fused=True)
+    targets = [Target(torch.tensor([[0.5, 0.5, 0.2, 0.3]]), torch.tensor([label]), label, (64, 96)) for label in (1, 3)]
+    inputs, mask = images().cuda(), padding().cuda()
+
+    def train() -> None:
+        with autocast(torch.device("cuda"), precision):
+            outputs = detector(inputs, mask)
+        losses = compute_losses(outputs, targets, 2.0, LossConfig())
+        optimizer.zero_grad()
+        losses.total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(detector.parameters(), 0.1)
+        assert torch.isfinite(norm)
+        optimizer.step()
+
+    train()  # what is made once may wait
+    try:
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    assert len(waits) <= 2, waits
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_a_device_trains_as_the_host_does(layout: str) -> None:
+    detector, twin = model().eval(), model().eval().cuda()
+    if layout == "last":
+        set_channels_last(twin)
+    expected, got = detector(images(), padding()), twin(images().cuda(), padding().cuda())
+    torch.testing.assert_close(got.logits.cpu(), expected.logits, atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(got.boxes.cpu(), expected.boxes, atol=5e-3, rtol=5e-3)

@@ -1,0 +1,195 @@
+"""Training images per second on a GPU, on batches like those of COCO with the paper's augmentation.
+
+Sizes are drawn by the augmentation's own rule from the sizes COCO's images mostly have, boxes per image from a
+distribution with COCO's mean of 7.3. Every side gets the same batches, already on the device.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from detr.batch import Batch, Target, collate, normalise
+from detr.config import LossConfig, ModelConfig, TransformConfig
+from detr.criterion import compute_losses
+from detr.execution import autocast
+from detr.model import build_model
+from detr.transforms import draw_geometry
+from tests.bench import cases, peer
+from tests.bench.cases import Options, Work
+from tests.bench.timing import PeakMemory, side_by_side
+
+IMAGES = 8  # per step: the paper's 64 on one node of eight GPUs
+BATCHES = 8
+# Share of COCO's training images by size, rounded; the rest are like one of these.
+SIZES = {(640, 480): 0.55, (480, 640): 0.18, (640, 427): 0.15, (427, 640): 0.06, (500, 375): 0.06}
+# Dense bf16 peak of the tensor cores, operations per second, from the makers' data sheets.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to train: whose code, and how."""
+
+    name: str
+    options: Options | None
+    """None: the original's code."""
+    precision: str = "fp32"
+    multiple: int = 1
+
+
+SIDES = (
+    Side("ours, fp32", Options()),
+    Side("ours, bf16, channels first", Options(precision="bf16", channels_last=False)),
+    Side("ours, bf16", Options(precision="bf16")),
+    Side("ours, bf16, compiled", Options(precision="bf16", compile=True), multiple=128),
+    Side("original", None),
+    Side("original, bf16", None, precision="bf16"),
+)
+
+
+def train(device: str, rounds: int) -> list[Row]:
+    """Images per second, memory per image and model-FLOPs utilisation of R50, and where the time goes."""
+    sides = [side for side in SIDES if side.options or not peer.missing()]
+    works = {side.name: _work(side, device) for side in sides}
+    timings = side_by_side(works, rounds=rounds, calls=BATCHES, device=device)
+    flops = _flops(device)
+    reference = timings["original" if "original" in timings else sides[0].name].median_s
+    rows = []
+    for side in sides:
+        seconds = timings[side.name].median_s
+        peak = PeakMemory(device)
+        for _ in range(BATCHES):
+            works[side.name]()
+        row: Row = {
+            "case": f"training, R50, {IMAGES} images of the 800 px recipe",
+            "side": side.name,
+            "images_per_s": IMAGES / seconds,
+            "ratio": reference / seconds,
+            "bytes_per_image": peak.bytes() / IMAGES,
+            "model_flops_per_image": flops / IMAGES,
+            "mfu": _utilisation(flops / seconds),
+        }
+        rows.append(row)
+        print(
+            f"{row['case']:45} {side.name:27} {row['images_per_s']:7.1f} images/s x{row['ratio']:.2f}  "
+            f"{row['bytes_per_image'] / 2**30:.2f} GiB/image  MFU {row['mfu']:.1%}",
+            flush=True,
+        )
+    print(profile(works["ours, bf16"], device))
+    return rows
+
+
+def profile(work: Work, device: str) -> str:
+    """Return a table of the ten largest kernels of a few steps."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(BATCHES):
+            work()
+        torch.cuda.synchronize()
+    return profiler.key_averages().table(  # type: ignore[no-any-return]
+        sort_by=f"self_{device}_time_total", row_limit=10, max_name_column_width=60
+    )
+
+
+def _work(side: Side, device: str) -> Work:
+    """Return a function that takes one step, on the next batch each time."""
+    batches = _batches(device, side.multiple)
+    step = _ours(side.options, device) if side.options else _original(side.precision, device)
+    position = 0
+
+    def work() -> object:
+        nonlocal position
+        position += 1
+        return step(*batches[position % BATCHES])
+
+    return work
+
+
+def _ours(options: Options, device: str) -> Callable[[Tensor, Batch], Tensor]:
+    model = build_model(ModelConfig(), cases.CLASSES).to(device).train()
+    cases.configure(model, options)
+    optimizer = torch.optim.AdamW(cases.groups(model), lr=1e-4, weight_decay=1e-4, fused=True)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    config = LossConfig()
+
+    def step(images: Tensor, batch: Batch) -> Tensor:
+        boxes = sum(len(target.labels) for target in batch.targets)
+        with autocast(images.device, options.precision):
+            outputs = model(images, batch.padding)
+        losses = compute_losses(outputs, batch.targets, float(max(boxes, 1)), config)
+        optimizer.zero_grad()
+        losses.total.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(parameters, 0.1)
+        if not torch.isfinite(norm):
+            raise RuntimeError("the gradient is not finite")
+        optimizer.step()
+        return losses.total.detach()
+
+    return step
+
+
+def _original(precision: str, device: str) -> Callable[[Tensor, Batch], Tensor]:
+    model, criterion = peer.build(device=device)
+    model.train()
+    criterion.train()
+    optimizer = torch.optim.AdamW(cases.groups(model), lr=1e-4, weight_decay=1e-4)
+
+    def step(images: Tensor, batch: Batch) -> Tensor:
+        truth = cases.peer_targets(list(batch.targets), device)
+        with autocast(images.device, precision):  # type: ignore[arg-type]
+            outputs = model(peer.nested(images, cases.mask(images, batch.padding)))
+            losses = criterion(outputs, truth)
+        total = sum(losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses)
+        if not torch.isfinite(total).item():
+            raise RuntimeError("the loss is not finite")
+        optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        return total.detach()  # type: ignore[no-any-return]
+
+    return step
+
+
+def _batches(device: str, multiple: int = 1) -> list[tuple[Tensor, Batch]]:
+    """Normalised images on the device with their batch; the same for the same `multiple`."""
+    draw, config, batches = np.random.default_rng(0), TransformConfig(), []
+    for number in range(BATCHES):
+        samples = []
+        for row in range(IMAGES):
+            image_id = number * IMAGES + row
+            width, height = list(SIZES)[draw.choice(len(SIZES), p=list(SIZES.values()))]
+            h, w = draw_geometry(0, 0, image_id, width, height, config).size
+            boxes = int(draw.geometric(1 / 8.3)) - 1
+            target = cases.targets(1, boxes)[0]
+            image = torch.randint(0, 256, (3, h, w), dtype=torch.uint8)
+            samples.append((image, Target(target.boxes, target.labels, image_id, (height, width))))
+        samples.sort(key=lambda sample: sample[0].shape[2] / sample[0].shape[1])
+        batch = collate(samples, multiple).to(device)
+        batches.append((normalise(batch, config), batch))
+    return batches
+
+
+def _flops(device: str) -> float:
+    """Operations of the forward and backward pass of a mean step, on the canvases without rounding."""
+    model = build_model(ModelConfig(dropout=0.0), cases.CLASSES).to(device).train()
+    total = 0
+    for images, batch in _batches(device):
+        with FlopCounterMode(display=False) as counter:
+            outputs = model(images, batch.padding)
+            (outputs.logits.sum() + outputs.boxes.sum()).backward()
+        total += counter.get_total_flops()
+    return total / BATCHES
+
+
+def _utilisation(flops_per_s: float) -> float:
+    """Share of the device's dense bf16 peak; NaN for a device whose peak is not listed."""
+    name = torch.cuda.get_device_name()
+    peak = next((value for known, value in PEAKS.items() if known in name), float("nan"))
+    return flops_per_s / peak
