@@ -88,7 +88,8 @@ class DETR(nn.Module):
         if self.config.masks:
             attention = self.bbox_attention(decoded[-1], memory, padding).unflatten(-1, features.shape[-2:])
             masks = self.mask_head(features, attention, stages[2::-1])
-        return last._replace(auxiliary=tuple(auxiliary), masks=masks)
+        # Not `_replace`, which torch 2.11 cannot compile.
+        return Outputs(last.logits, last.boxes, tuple(auxiliary), masks)
 
 
 def build_model(config: ModelConfig, num_classes: int) -> DETR:

@@ -1,11 +1,14 @@
 """What several packages' tests share: a tiny generated data set, a run over it that takes a second, an MLflow store."""
 
+from __future__ import annotations
+
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch is imported: the tests run on few cores, several at a time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,7 +17,9 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 import pytest
 
 from detr.config import ModelConfig, TransformConfig
-from pipeline.config import CheckpointConfig, DataConfig, EvaluateConfig, OptimConfig, RunConfig, TrackConfig
+
+if TYPE_CHECKING:  # the tests of `detr` also run where only torch, torchvision and scipy are
+    from pipeline.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ TINY_MODEL = ModelConfig(
 @pytest.fixture(scope="session")
 def tiny_config(tiny_data: TinyData) -> RunConfig:
     """Two epochs of three steps of four images; dropout and flips are on, so that their seeds matter."""
+    from pipeline.config import CheckpointConfig, DataConfig, EvaluateConfig, OptimConfig, RunConfig, TrackConfig
+
     return RunConfig(
         recipe="tiny",
         storage=str(tiny_data.root / "runs"),
