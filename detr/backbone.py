@@ -82,7 +82,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
         x = F.relu(_convolve(self.conv1, self.bn1, x), inplace=True)
-        return F.relu(_convolve(self.conv2, self.bn2, x) + identity, inplace=True)
+        return F.relu(_convolve(self.conv2, self.bn2, x).add_(identity), inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -103,7 +103,7 @@ class Bottleneck(nn.Module):
         identity = x if self.downsample is None else self.downsample(x)
         x = F.relu(_convolve(self.conv1, self.bn1, x), inplace=True)
         x = F.relu(_convolve(self.conv2, self.bn2, x), inplace=True)
-        return F.relu(_convolve(self.conv3, self.bn3, x) + identity, inplace=True)
+        return F.relu(_convolve(self.conv3, self.bn3, x).add_(identity), inplace=True)
 
 
 class ResNet(nn.Module):

@@ -4,15 +4,18 @@ Sequences are batch first: [B, cells or queries, channels]. Parameters have the 
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from detr.config import ModelConfig
+from detr.dropout import Dropout, drawn, kept_share
 from detr.recompute import call
+
+_MANY_SCORES = 1 << 20  # 4 MiB; fewer are not worth a second look
 
 
 class Attention(nn.Module):
@@ -36,9 +39,7 @@ class Attention(nn.Module):
             F.linear(x, weight, bias).view(len(x), x.shape[1], self.heads, width).transpose(1, 2)
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
-        dropout = self.dropout if self.training else 0.0
-        with _kernels(query):
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        attended = _attend(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.out_proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def tie(self) -> None:
@@ -47,13 +48,34 @@ class Attention(nn.Module):
         key.copy_(query)
 
 
-def _kernels(query: Tensor) -> AbstractContextManager[None]:
-    # The CPU's flash kernel recomputes the scores in its backward pass, and where attention saturates (scores of
-    # 1e10, as under the random weights of the parity tests) their rounding alone makes gradients NaN. Storing the
-    # softmax costs 9% of a small model's step.
-    if query.device.type == "cpu" and torch.is_grad_enabled():
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Return softmax(q k^T / sqrt(width)) v, [B, heads, Q, width], by the kernel that suits device and size.
+
+    The CPU's flash kernel recomputes the scores in its backward pass, and where attention saturates (scores of 1e10, as
+    under the random weights of the parity tests) their rounding alone makes gradients NaN. So training on a CPU takes
+    the plain kernel, which keeps the scores three times. Many of them are better computed twice: for a ResNet-50's 400
+    cells of 640 x 640 pixels that is an eighth of a step's memory.
+    """
+    if q.device.type != "cpu" or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    if q.shape[:3].numel() * k.shape[2] < _MANY_SCORES:
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    # Drawn once and kept, a byte per score.
+    keep = drawn(torch.Size((*q.shape[:3], k.shape[2])), dropout) if dropout else None
+    return checkpoint(_attend_plainly, q, k, v, mask, keep, dropout, use_reentrant=False, preserve_rng_state=False)
+
+
+def _attend_plainly(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keep: Tensor | None, dropout: float
+) -> Tensor:
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1)
+    if keep is None:
+        return weights @ v
+    return torch.where(keep, weights, 0.0) @ (v / kept_share(dropout))
 
 
 class Layer(nn.Module):
@@ -62,7 +84,7 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.pre_norm = config.pre_norm
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.self_attn = Attention(config)
         self.linear1 = nn.Linear(config.hidden_dim, config.feedforward_dim)
         self.linear2 = nn.Linear(config.feedforward_dim, config.hidden_dim)
@@ -79,7 +101,8 @@ class Layer(nn.Module):
         return self.self_attn(placed, placed, x, mask)  # type: ignore[no-any-return]
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(F.relu(self.linear1(x))))  # type: ignore[no-any-return]
+        # Dropout before ReLU is the same as after it, and leaves one tensor less to keep.
+        return self.linear2(F.relu(self.dropout(self.linear1(x)), inplace=True))  # type: ignore[no-any-return]
 
 
 class EncoderLayer(Layer):

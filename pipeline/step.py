@@ -61,6 +61,8 @@ def train_step(
     # Dropout depends on the step and not on what came before it, so that a resumed run repeats it bit for bit.
     torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + ranks.rank)
     batch = batch.to(ranks.device)
+    # Before the forward pass, so that the last gradients make room for the activations.
+    optimizer.zero_grad(set_to_none=True)
     images = normalise(batch, config.transform)
     with autocast(ranks.device, config.compute.precision):
         outputs = model(images, batch.padding)
@@ -71,7 +73,6 @@ def train_step(
         raise TrainingError(
             f"step {step}, rank {ranks.rank}: {error}; lower --optim.lr or look at these images"
         ) from None
-    optimizer.zero_grad(set_to_none=True)
     losses.total.backward()  # type: ignore[no-untyped-call]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)

@@ -59,10 +59,7 @@ def criterion(device: str, rounds: int) -> list[Row]:
 
 def step(device: str, rounds: int) -> list[Row]:
     """A training step of R50 on 4 images of 640 x 640, and its peak memory."""
-    rows = _compare("training step, R50, 4 x 640 x 640", _steps(device), rounds, device)
-    for row in rows:
-        row["peak_bytes"] = _peak("step", row["side"], device)
-    return _told(rows, "peak_bytes")
+    return _add_peaks(_compare("training step, R50, 4 x 640 x 640", _steps(device), rounds, device), device)
 
 
 def inference(device: str, rounds: int) -> list[Row]:
@@ -81,10 +78,7 @@ def recompute(device: str, rounds: int) -> list[Row]:
     """What activation checkpointing saves and costs in a training step of R50 on 4 images of 640 x 640."""
     images = _images(device)
     works = {f"recompute {parts}": cases.step_ours(images, None, 7, Options(recompute=parts)) for parts in RECOMPUTE}
-    rows = _compare("activation checkpointing, R50, 4 x 640 x 640", works, rounds, device)
-    for row in rows:
-        row["peak_bytes"] = _peak("step", row["side"], device)
-    return _told(rows, "peak_bytes")
+    return _add_peaks(_compare("activation checkpointing, R50, 4 x 640 x 640", works, rounds, device), device)
 
 
 def _steps(device: str) -> dict[str, Work]:
@@ -104,22 +98,28 @@ def _images(device: str) -> torch.Tensor:
 
 def _compare(title: str, works: dict[str, Work], rounds: int, device: str) -> list[Row]:
     timings = side_by_side(works, rounds=rounds, device=device)
-    rows = [
-        {"case": title, "side": side, "median_s": timing.median_s, "best_s": timing.best_s}
-        for side, timing in timings.items()
-    ]
-    return _told(rows, "median_s", "best_s")
+    reference = timings.get(PEER, next(iter(timings.values())))
+    rows = []
+    for side, timing in timings.items():
+        ratio = reference.ratio_to(timing)
+        rows.append(
+            {"case": title, "side": side, "median_s": timing.median_s, "best_s": timing.best_s, "speed_ratio": ratio}
+        )
+        print(
+            f"{title:45} {side:22} median {timing.median_s * 1e3:8.1f} ms, best {timing.best_s * 1e3:8.1f} ms, "
+            f"{ratio:.2f} times as fast",
+            flush=True,
+        )
+    return rows
 
 
-def _told(rows: list[Row], *figures: str) -> list[Row]:
-    """Print the rows, with each figure of the original (or else of the first row) as a multiple of theirs."""
-    reference = next((row for row in rows if row["side"] == PEER), rows[0])
+def _add_peaks(rows: list[Row], device: str) -> list[Row]:
     for row in rows:
-        for figure in figures:
-            ratio = reference[figure] / row[figure]
-            row[f"{figure.removesuffix('_s')}_ratio"] = ratio
-            shown = f"{row[figure] / 2**20:9.0f} MiB" if figure.endswith("bytes") else f"{row[figure] * 1e3:9.1f} ms"
-            print(f"{row['case']:45} {row['side']:22} {figure:10} {shown}   x{ratio:.2f}", flush=True)
+        row["peak_bytes"] = _peak("step", row["side"], device)
+    reference = next((row for row in rows if row["side"] == PEER), rows[0])["peak_bytes"]
+    for row in rows:
+        row["peak_ratio"] = row["peak_bytes"] / reference
+        print(f"{row['case']:45} {row['side']:22} peak {row['peak_bytes'] / 2**20:.0f} MiB, x{row['peak_ratio']:.2f}")
     return rows
 
 

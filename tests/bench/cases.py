@@ -97,10 +97,10 @@ def step_ours(images: Tensor, padding: Tensor | None, boxes: int, options: Optio
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def work() -> Tensor:
+        optimizer.zero_grad()  # where a run does it: the last gradients are gone before the activations come
         with autocast(device, options.precision):
             outputs = model(images, padding)
         losses = compute_losses(outputs, truth, float(len(images) * boxes), config)
-        optimizer.zero_grad()
         losses.total.backward()
         nn.utils.clip_grad_norm_(parameters, 0.1)
         optimizer.step()

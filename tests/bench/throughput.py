@@ -59,7 +59,7 @@ def train(device: str, rounds: int) -> list[Row]:
     works = {side.name: _work(side, device) for side in sides}
     timings = side_by_side(works, rounds=rounds, calls=BATCHES, device=device)
     flops = _flops(device)
-    reference = timings["original" if "original" in timings else sides[0].name].median_s
+    reference = timings["original" if "original" in timings else sides[0].name]
     rows = []
     for side in sides:
         seconds = timings[side.name].median_s
@@ -70,7 +70,7 @@ def train(device: str, rounds: int) -> list[Row]:
             "case": f"training, R50, {IMAGES} images of the 800 px recipe",
             "side": side.name,
             "images_per_s": IMAGES / seconds,
-            "ratio": reference / seconds,
+            "ratio": reference.ratio_to(timings[side.name]),
             "bytes_per_image": peak.bytes() / IMAGES,
             "model_flops_per_image": flops / IMAGES,
             "mfu": _utilisation(flops / seconds),
@@ -120,10 +120,10 @@ def _ours(options: Options, device: str) -> Callable[[Tensor, Batch], Tensor]:
 
     def step(images: Tensor, batch: Batch) -> Tensor:
         boxes = sum(len(target.labels) for target in batch.targets)
+        optimizer.zero_grad()
         with autocast(images.device, options.precision):
             outputs = model(images, batch.padding)
         losses = compute_losses(outputs, batch.targets, float(max(boxes, 1)), config)
-        optimizer.zero_grad()
         losses.total.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(parameters, 0.1)
         if not torch.isfinite(norm):

@@ -14,10 +14,21 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: the median of all rounds and the fastest."""
+    """Seconds per call, of each round in turn."""
 
-    median_s: float
-    best_s: float
+    rounds_s: tuple[float, ...]
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.rounds_s)
+
+    @property
+    def best_s(self) -> float:
+        return min(self.rounds_s)
+
+    def ratio_to(self, other: "Timing") -> float:
+        """How many times the other's time this one's is: the median over the rounds, whose two sides ran in turn."""
+        return statistics.median(mine / its for mine, its in zip(self.rounds_s, other.rounds_s, strict=True))
 
 
 def side_by_side(works: Mapping[str, Work], *, rounds: int, calls: int = 1, device: str) -> dict[str, Timing]:
@@ -33,7 +44,7 @@ def side_by_side(works: Mapping[str, Work], *, rounds: int, calls: int = 1, devi
                 seconds[name].append(_seconds(work, calls, device))
     finally:
         gc.enable()
-    return {name: Timing(statistics.median(found), min(found)) for name, found in seconds.items()}
+    return {name: Timing(tuple(found)) for name, found in seconds.items()}
 
 
 def _seconds(work: Work, calls: int, device: str) -> float:
