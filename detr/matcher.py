@@ -21,6 +21,7 @@ from detr.config import LossConfig
 from detr.model import Outputs
 
 Ints = NDArray[np.int64]
+_Extents = tuple[Tensor, Tensor, Tensor]
 
 
 class NonFiniteError(ValueError):
@@ -103,12 +104,10 @@ def match_layers(log_probabilities: Tensor, boxes: Tensor, targets: PackedTarget
 
 def _solve(costs: NDArray[np.float32], starts: Ints) -> Ints:
     """Return the five rows of an Assignment for costs [T, L, Q]."""
-    images = len(starts) - 1
-    solved = [
-        linear_sum_assignment(costs[start:end, layer])
-        for layer in range(costs.shape[1])
-        for start, end in pairwise(starts.tolist())
-    ]
+    images, blocks = len(starts) - 1, list(pairwise(starts.tolist()))
+    # As scipy wants them, once for all blocks.
+    doubles = np.ascontiguousarray(costs.transpose(1, 0, 2), np.float64)
+    solved = [linear_sum_assignment(layer[start:end]) for layer in doubles for start, end in blocks]
     if not solved:
         return np.zeros((5, 0), np.int64)
     target = np.concatenate([rows for rows, _ in solved])
@@ -126,21 +125,21 @@ def _costs(log_probabilities: Tensor, boxes: Tensor, targets: PackedTargets, con
 
     The queries are the innermost dimension: long rows, where a row of coordinates or of objects would be short.
     """
-    # [5, B, L, Q] of the queries and [5, T, 1, 1] of the objects; then each object meets the queries of its image.
+    # [4, B, L, Q] of the queries and [4, T, 1, 1] of the objects; each object meets the queries of its image.
     predicted = boxes.float().permute(3, 1, 0, 2).contiguous()
     true = targets.boxes.T[:, :, None, None]
     costs = predicted.new_zeros(true.shape[1], *predicted.shape[2:])
     if config.cost_bbox:
         # A broadcast difference: cdist(p=1) is several times slower on a GPU.
-        distance = predicted.index_select(1, targets.image).sub_(true).abs_().sum(0)
-        costs.add_(distance, alpha=config.cost_bbox)
-        del distance  # a large block less, while the next ones are made
+        for own, its in zip(predicted, true, strict=True):
+            costs.add_(own.index_select(0, targets.image).sub_(its).abs_(), alpha=config.cost_bbox)
     if config.cost_class:
         probability = log_probabilities.permute(1, 3, 0, 2)[targets.image, targets.labels].exp_()
         costs.sub_(probability, alpha=config.cost_class)
-        del probability
     if config.cost_giou:
-        costs.sub_(_giou(_extents(predicted).index_select(1, targets.image), _extents(true)), alpha=config.cost_giou)
+        low, high, area = _extents(predicted)
+        own = low.index_select(1, targets.image), high.index_select(1, targets.image), area[targets.image]
+        costs.sub_(_giou(own, _extents(true)), alpha=config.cost_giou)
     return costs
 
 
@@ -152,24 +151,27 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     return _giou(_extents(a.movedim(-1, 0)), _extents(b.movedim(-1, 0)))
 
 
-def _extents(boxes: Tensor) -> Tensor:
-    """Return x and y of the low corners, of the high corners, and the areas [5, ...] of cxcywh coordinates [4, ...]."""
-    centres, halves = boxes[:2], boxes[2:] / 2
-    return torch.cat([centres - halves, centres + halves, _area(boxes[2:])[None]])
+def _extents(boxes: Tensor) -> _Extents:
+    """Return low corners [2, ...], high corners [2, ...] and areas [...] of cxcywh coordinates [4, ...]."""
+    centres, extents = boxes.chunk(2)
+    halves = extents / 2
+    return centres - halves, centres + halves, _area(extents)
 
 
-def _giou(a: Tensor, b: Tensor) -> Tensor:
+def _giou(a: _Extents, b: _Extents) -> Tensor:
     """As `generalized_iou`, of what `_extents` returns."""
-    overlap = _area((torch.minimum(a[2:4], b[2:4]) - torch.maximum(a[:2], b[:2])).clamp(min=0))
-    hull = _area(torch.maximum(a[2:4], b[2:4]) - torch.minimum(a[:2], b[:2]))
-    union = a[4] + b[4] - overlap
+    (a_low, a_high, a_area), (b_low, b_high, b_area) = a, b
+    overlap = _area((torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0))
+    hull = _area(torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low))
+    union = a_area + b_area - overlap
     tiny = 1e-12  # a millionth of a pixel in a 1000 x 1000 image: real areas are never changed
     return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 
 
 def _area(extents: Tensor) -> Tensor:
     # Not prod(0): its gradient asks the device whether there are zeros, and waits for the answer.
-    return extents[0] * extents[1]
+    width, height = extents.unbind()
+    return width * height
 
 
 def _describe_labels(targets: Sequence[Target], num_classes: int) -> str:

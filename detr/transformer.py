@@ -69,13 +69,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 def _attend_plainly(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keep: Tensor | None, dropout: float
 ) -> Tensor:
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    scores: Tensor = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    weights = scores.softmax(-1)
+    weights: Tensor = scores.softmax(-1)
     if keep is None:
         return weights @ v
-    return torch.where(keep, weights, 0.0) @ (v / kept_share(dropout))
+    kept: Tensor = torch.where(keep, weights, 0.0)
+    return kept @ (v / kept_share(dropout))
 
 
 class Layer(nn.Module):

@@ -53,7 +53,7 @@ def criterion(device: str, rounds: int) -> list[Row]:
         works = {OURS: cases.criterion_ours(images, boxes, device)}
         if not peer.missing():
             works[PEER] = cases.criterion_peer(images, boxes, device)
-        rows += _compare(f"criterion, {images} images, {boxes} boxes", works, 8 * rounds, device)
+        rows += _compare(f"criterion, {images} images, {boxes} boxes", works, 2 * rounds, device, calls=10)
     return rows
 
 
@@ -96,8 +96,8 @@ def _images(device: str) -> torch.Tensor:
     return torch.randn(4, 3, 640, 640, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def _compare(title: str, works: dict[str, Work], rounds: int, device: str) -> list[Row]:
-    timings = side_by_side(works, rounds=rounds, device=device)
+def _compare(title: str, works: dict[str, Work], rounds: int, device: str, calls: int = 1) -> list[Row]:
+    timings = side_by_side(works, rounds=rounds, calls=calls, device=device)
     reference = timings.get(PEER, next(iter(timings.values())))
     rows = []
     for side, timing in timings.items():

@@ -38,13 +38,13 @@ def peer_targets(ours: list[Target], device: str) -> list[dict[str, Tensor]]:
 
 def criterion_ours(images: int, boxes: int, device: str) -> Work:
     """Matching, losses of all layers and their gradients with respect to logits and boxes."""
-    layers = _predictions(images, device)
+    *auxiliary, last = layers = [Outputs(*layer) for layer in _predictions(images, device)]
     truth, config = targets(images, boxes), LossConfig()
+    leaves = [leaf for layer in layers for leaf in layer[:2]]
 
     def work() -> Tensor:
-        *auxiliary, last = (Outputs(logits, boxes.sigmoid()) for logits, boxes in layers)
         losses = compute_losses(last._replace(auxiliary=tuple(auxiliary)), truth, float(images * boxes), config)
-        losses.total.backward()
+        torch.autograd.grad(losses.total, leaves)
         return losses.total.detach()
 
     return work
@@ -52,27 +52,29 @@ def criterion_ours(images: int, boxes: int, device: str) -> Work:
 
 def criterion_peer(images: int, boxes: int, device: str) -> Work:
     """As `criterion_ours`, by the original's `SetCriterion`."""
-    layers = _predictions(images, device)
+    *auxiliary, last = layers = [
+        {"pred_logits": logits, "pred_boxes": boxes} for logits, boxes in _predictions(images, device)
+    ]
+    leaves = [leaf for layer in layers for leaf in layer.values()]
     truth = peer_targets(targets(images, boxes), device)
     _, criterion = peer.build(device=device)
 
     def work() -> Tensor:
-        *auxiliary, last = ({"pred_logits": logits, "pred_boxes": boxes.sigmoid()} for logits, boxes in layers)
         losses = criterion({**last, "aux_outputs": auxiliary}, truth)
         total = sum(losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses)
-        total.backward()
+        torch.autograd.grad(total, leaves)
         return total.detach()
 
     return work
 
 
 def _predictions(images: int, device: str) -> list[tuple[Tensor, Tensor]]:
-    """Logits and boxes before the sigmoid of each layer, leaves that take gradients."""
+    """Logits and boxes of each layer, leaves that take gradients."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for _ in range(LAYERS):
         logits = torch.randn(images, QUERIES, CLASSES + 1, generator=generator).to(device).requires_grad_()
-        boxes = torch.randn(images, QUERIES, 4, generator=generator).to(device).requires_grad_()
+        boxes = torch.randn(images, QUERIES, 4, generator=generator).sigmoid().to(device).requires_grad_()
         found.append((logits, boxes))
     return found
 

@@ -33,6 +33,9 @@ class Timing:
 
 def side_by_side(works: Mapping[str, Work], *, rounds: int, calls: int = 1, device: str) -> dict[str, Timing]:
     """Time each of `works` `rounds` times in turn, `calls` calls at a time, after one call each to warm up."""
+    # glibc learns from the first large block that is freed to keep such blocks. Any training process has freed some; a
+    # small bench would give its memory back after each call, and be measuring page faults.
+    torch.empty(30 << 20, dtype=torch.uint8)
     for work in works.values():
         work()
     seconds: dict[str, list[float]] = {name: [] for name in works}
