@@ -114,7 +114,7 @@ def _write(model: nn.Module, path: Path, card: Card, largest: int | None) -> Non
     height = torch.export.Dim("height", min=_SMALLEST, max=largest)
     width = torch.export.Dim("width", min=_SMALLEST, max=largest)
     outputs = ["logits", "boxes", *(["masks"] if card.model.masks else [])]
-    with _quiet():
+    with _quiet(), torch.no_grad():  # as it will run: without what only training does
         traced = torch.export.export(
             model,
             _sample(2, *_TRACED),
