@@ -72,7 +72,7 @@ def export_onnx(uri: str, path: Path) -> tuple[str, ...]:
     try:
         largest = _largest_side(model)
         _write(_Flat(model), aside, card, largest)
-        difference = difference_in_onnxruntime(_Flat(model), aside, card.transform)
+        difference = difference_in_onnxruntime(_Flat(model), aside, card.transform, largest)
         if not difference <= TOLERANCE:
             raise ExchangeError(
                 f"onnxruntime and PyTorch differ by {difference:.1e}; expected at most {TOLERANCE:g}: {path} is not written"
@@ -85,10 +85,12 @@ def export_onnx(uri: str, path: Path) -> tuple[str, ...]:
     return (free, f"onnxruntime differs from PyTorch by at most {difference:.1e} in {checked}")
 
 
-def difference_in_onnxruntime(model: nn.Module, path: Path, transform: TransformConfig) -> float:
+def difference_in_onnxruntime(
+    model: nn.Module, path: Path, transform: TransformConfig, largest: int | None = None
+) -> float:
     """The largest difference of any output between onnxruntime on `path` and `model`; NaN where one of them has it.
 
-    One image is of evaluation size; the larger batches are small images, most of them padded.
+    largest: the longest side that the file takes, None for any.
     """
     import onnxruntime
 
@@ -96,16 +98,22 @@ def difference_in_onnxruntime(model: nn.Module, path: Path, transform: Transform
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    side = transform.eval_size
-    canvases = ((side, min(side * 4 // 3, transform.max_size)), (side // 4, side // 3), _CELLS_OF_15)
     differences = []
-    for batch, (height, width) in zip(_BATCHES, canvases, strict=True):
-        images, padding = _sample(batch, max(height, _SMALLEST), max(width, _SMALLEST))
+    for batch, (height, width) in zip(_BATCHES, _canvases(transform, largest), strict=True):
+        images, padding = _sample(batch, height, width)
         with torch.inference_mode():
             expected = model(images, padding)
         given = session.run(None, {"images": images.numpy(), "padding": padding.numpy()})
         differences += [float(np.abs(one - other.numpy()).max()) for one, other in zip(given, expected, strict=True)]
     return float(np.max(differences))
+
+
+def _canvases(transform: TransformConfig, largest: int | None) -> list[tuple[int, int]]:
+    """Heights and widths to check: one image of evaluation size, then small ones, most of them padded."""
+    side = transform.eval_size
+    canvases = ((side, min(side * 4 // 3, transform.max_size)), (side // 4, side // 3), _CELLS_OF_15)
+    most = largest or max(map(max, canvases))
+    return [(max(_SMALLEST, min(height, most)), max(_SMALLEST, min(width, most))) for height, width in canvases]
 
 
 def _write(model: nn.Module, path: Path, card: Card, largest: int | None) -> None:

@@ -116,6 +116,15 @@ def test_masks_go_too(tmp_path: Path) -> None:
         assert difference_in_onnxruntime(model, path, TransformConfig(eval_size=side, max_size=400)) < 1e-3
 
 
+def test_no_canvas_is_larger_than_the_file_takes() -> None:
+    """Learned positions at a stride of 16 end at 800 pixels, and the paper's images are 1066 wide."""
+    config = replace(CONFIG, position="learned")
+    largest = onnx_file._largest_side(build_model(config, 2))
+    assert largest == 800
+    assert onnx_file._canvases(TransformConfig(), largest)[0] == (800, 800)
+    assert onnx_file._canvases(TransformConfig(), None)[0] == (800, 1066)
+
+
 def test_another_models_file_is_found_out(exported: tuple[Path, tuple[str, ...]]) -> None:
     torch.manual_seed(1)
     other = onnx_file._Flat(build_model(CONFIG, 2).eval())
