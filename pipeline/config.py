@@ -179,7 +179,7 @@ class RunConfig:
     storage: str = "runs"
     """Folder of run folders: checkpoints and the tracking spool. Every worker must see it."""
     initial: str = ""
-    """Start from these weights: `models:/NAME@ALIAS`, or a state dict with the original's keys (.safetensors)."""
+    """Start from these weights: `models:/NAME@ALIAS`, or a state dict with the original's keys (.safetensors, .pth)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     transform: TransformConfig = field(default_factory=TransformConfig)
@@ -206,6 +206,12 @@ class RunConfig:
             raise RunConfigError(
                 f"model.norm is 'batch' with {self.cluster.workers} workers, each of which would normalise by its own "
                 "images; expected a result that does not depend on the workers: use frozen_batch, group or one worker"
+            )
+        if self.compute.recompute in ("backbone", "both") and self.model.norm == "batch":
+            raise RunConfigError(
+                f"compute.recompute is {self.compute.recompute!r} with model.norm 'batch', whose statistics would take in "
+                "every image twice; expected the same model as without it: recompute the encoder only, or use frozen_batch "
+                "or group"
             )
 
     @property

@@ -9,6 +9,7 @@ from detr.config import ConfigError, ModelConfig
 from pipeline.config import (
     CheckpointConfig,
     ClusterConfig,
+    ComputeConfig,
     DataConfig,
     EvaluateConfig,
     OptimConfig,
@@ -146,3 +147,13 @@ def test_a_run_and_its_model_are_named_after_the_recipe_unless_told() -> None:
     named = replace(paper, track=TrackConfig(run_name="mine", register_as="ours"))
     assert (named.run_name, named.model_name) == ("mine", "ours")
     assert RunConfig().run_name == "run"
+
+
+@pytest.mark.parametrize("parts", ["backbone", "both"])
+def test_statistics_that_would_take_in_every_image_twice_are_refused(parts: str) -> None:
+    trained = ModelConfig(norm="batch")
+    RunConfig(model=trained, compute=ComputeConfig(recompute="encoder"))
+    with pytest.raises(
+        RunConfigError, match=r"compute\.recompute is .* every image twice; expected .*use frozen_batch"
+    ):
+        RunConfig(model=trained, compute=ComputeConfig(recompute=parts))
