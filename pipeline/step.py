@@ -38,11 +38,11 @@ class StepResult(NamedTuple):
 def normalisers(batch: Batch, config: RunConfig, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """(boxes, cross-entropy weight) that this rank's losses are divided by; see the module's text. Collective.
 
-    Scalars on the rank's device: the host does not wait for the sum.
+    Scalars on the rank's device: the host waits neither for the copy nor for the sum.
     """
     boxes = sum(len(target.labels) for target in batch.targets)
     weight = ce_weight_sum(batch.targets, config.model.num_queries, config.loss)
-    sums = ranks.sum(torch.tensor([float(boxes), weight], dtype=torch.float64).to(ranks.device))
+    sums = ranks.sum(torch.tensor([float(boxes), weight], dtype=torch.float64).to(ranks.device, non_blocking=True))
     total_boxes, total_weight = sums.unbind()
     # With eos_coef 0 and no box the weights' sum is 0, and so is the loss that it divides.
     total_weight = torch.where(total_weight > 0, total_weight, 1.0)

@@ -1,3 +1,4 @@
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -168,3 +169,21 @@ def test_no_box_at_all_and_a_no_object_weight_of_0_is_a_step_without_a_gradient(
     config = replace(tiny_config, loss=replace(tiny_config.loss, eos_coef=0.0))
     empty = collate([(torch.zeros(3, 64, 64, dtype=torch.uint8), target(5, 0))])
     assert step(model, empty, config) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_step_waits_for_the_device_at_most_twice(model: DETR, batch: Batch, tiny_config: RunConfig) -> None:
+    """Once for the matcher's costs, once to see that the gradient is finite."""
+    optimizer = build_optimizer(model.cuda(), tiny_config.optim)
+    ranks = Ranks(device=torch.device("cuda"))
+    train_step(model, batch, optimizer, tiny_config, ranks, 0)  # what is made once may wait
+    try:
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train_step(model, batch, optimizer, tiny_config, ranks, 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    assert len(waits) <= 2, waits
