@@ -40,4 +40,4 @@ def kept_share(probability: float) -> float:
 
 
 def _dropped(probability: float) -> int:
-    return round(probability * _LEVELS)
+    return min(round(probability * _LEVELS), _LEVELS - 1)  # something is always kept

@@ -18,6 +18,11 @@ def test_the_share_of_zeros_and_the_mean_are_right(probability: float) -> None:
     assert dropped.unique().numel() == 2
 
 
+def test_a_probability_next_to_1_still_keeps_something() -> None:
+    assert kept_share(1 - 1e-9) > 0
+    assert Dropout(1 - 1e-9).train()(torch.ones(64)).isfinite().all()
+
+
 def test_elements_that_share_a_number_are_independent() -> None:
     torch.manual_seed(0)
     quarters = drawn(torch.Size((400_000, 4)), 0.5).float()
