@@ -23,7 +23,7 @@ class Evaluate:
     json: Path | None = None
     """Also write the numbers here."""
     per_layer: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Also score every decoder layer, without and with suppression of duplicates, and all of them merged."""
+    """Also score every decoder layer, without and with suppression of duplicates, and all of them merged: by boxes, not masks."""
     nms_iou: float = 0.7
     """With --per-layer: of two detections of one class that overlap by more than this IoU, the better is kept."""
 
@@ -35,6 +35,10 @@ def evaluate(argv: list[str]) -> None:
         _check_writable(options.json)
     if not 0 < options.nms_iou <= 1:
         raise UsageError(f"--nms-iou {options.nms_iou:g}: expected an IoU above 0, at most 1; the paper's is 0.7")
+    if options.nms_iou != Evaluate.nms_iou and not options.per_layer:
+        raise UsageError(
+            f"--nms-iou {options.nms_iou:g}: expected --per-layer with it, since nothing else is suppressed"
+        )
     import msgspec
 
     from pipeline.registered import evaluate_registered, evaluate_registered_layers

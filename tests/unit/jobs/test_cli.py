@@ -305,6 +305,12 @@ def test_a_threshold_that_is_no_iou_is_refused_before_anything_is_read(detr: Det
     assert f"--nms-iou {value}: expected an IoU above 0, at most 1" in said.line
 
 
+def test_an_overlap_without_layers_to_suppress_in_is_not_ignored(detr: Detr) -> None:
+    said = detr("evaluate", "models:/a@b", "--data", "absent", "--nms-iou", "0.5")
+    assert said.status == 2
+    assert "--nms-iou 0.5: expected --per-layer with it" in said.line
+
+
 def test_an_interrupt_ends_with_status_130(detr: Detr, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(argv: list[str]) -> None:
         raise KeyboardInterrupt
