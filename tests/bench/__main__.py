@@ -30,10 +30,10 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES, action="append", help="only these; all that fit the device by default")
     parser.add_argument("--rounds", type=int, default=5, help="how often each side is timed, in turn")
     parser.add_argument("--json", type=Path, help="also write the rows here")
-    parser.add_argument("--memory", metavar="CASE:SIDE", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", metavar="SIDE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
-        print(_peak_here(*options.memory.split(":")))
+        print(_peak_here(options.memory, options.device))
         return
     if why := peer.missing():
         print(f"without the original: {why}")
@@ -115,7 +115,7 @@ def _compare(title: str, works: dict[str, Work], rounds: int, device: str, calls
 
 def _add_peaks(rows: list[Row], device: str) -> list[Row]:
     for row in rows:
-        row["peak_bytes"] = _peak("step", row["side"], device)
+        row["peak_bytes"] = _peak(row["side"], device)
     reference = next((row for row in rows if row["side"] == PEER), rows[0])["peak_bytes"]
     for row in rows:
         row["peak_ratio"] = row["peak_bytes"] / reference
@@ -123,14 +123,13 @@ def _add_peaks(rows: list[Row], device: str) -> list[Row]:
     return rows
 
 
-def _peak(case: str, side: str, device: str) -> int:
-    """Peak memory of one side in a process of its own, which nothing before it has shaped."""
-    command = [sys.executable, "-m", "tests.bench", "--device", device, "--memory", f"{case}:{side}"]
+def _peak(side: str, device: str) -> int:
+    """Peak memory of one side's training step in a process of its own, which nothing before it has shaped."""
+    command = [sys.executable, "-m", "tests.bench", "--device", device, "--memory", side]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def _peak_here(case: str, side: str) -> int:
-    device = sys.argv[sys.argv.index("--device") + 1]
+def _peak_here(side: str, device: str) -> int:
     images = _images(device)
     if side == PEER:
         work = cases.step_peer(images, None, 7)
