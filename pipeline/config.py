@@ -88,7 +88,8 @@ class ComputeConfig:
     compile: bool = False
     """Compile the network, once per canvas shape: round canvases with `canvas_multiple` so that there are few."""
     canvas_multiple: int = 1
-    """Pad a batch's canvas up to a multiple of so many pixels each way; 1: to the largest image only."""
+    """Pad a batch's canvas up to a multiple of so many pixels each way; 1: to the largest image only. Padding changes
+    answers slightly."""
     recompute: Literal["none", "encoder", "backbone", "both"] = "none"
     """Activation checkpointing: forget what the backward pass needs of these parts, and compute it again there."""
 

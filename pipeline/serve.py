@@ -2,7 +2,7 @@
 
 MLflow stores the file as code ("models from code") and executes it when the model is loaded, so nothing is pickled.
 Input: a column `image` of base64 strings, each an encoded picture. Output: one JSON string per picture, a list of
-detections with category id, name, score and box. A string column serves every form of request.
+detections with category id, name, score, box and, of a model with them, mask. A string column serves every form of request.
 """
 
 from __future__ import annotations
