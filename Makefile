@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.12.24
 
-.PHONY: setup demo test check lock clean
+.PHONY: setup demo test check bench lock clean
 setup: $(VENV)/.ready
 
 # uv installs the pinned stack in under a minute; it lives in the environment it fills. Byte-compiling once
@@ -27,6 +27,10 @@ check: setup
 
 test: check
 	$(BIN)/pytest
+
+# Beside the original's code where PEER_DETR names a checkout of it; BENCHMARKS.md keeps the figures.
+bench: setup
+	$(BIN)/python -m tests.bench
 
 # After changing the dependencies in pyproject.toml. The lock holds exact pins and no addresses.
 lock: setup
