@@ -61,8 +61,7 @@ def export_onnx(uri: str, path: Path) -> tuple[str, ...]:
     """
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise ExchangeError(
-            f"--onnx needs {', '.join(missing)}; expected the packages of the extra `onnx`: "
-            "pip install 'detr-cluster[onnx]'"
+            f"--onnx needs {', '.join(missing)}; expected the packages of the extra `onnx`: `make setup` installs them"
         )
     check_target(path)
     trained, card = read_model(resolve(uri))
