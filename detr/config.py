@@ -105,7 +105,7 @@ class LossConfig:
     """Matching costs and loss weights, section 3.1 and appendix A.4 of the paper.
 
     A cost or weight of 0 switches its term off, as the paper's ablations do (section 4.2: class and L1 alone, class and
-    GIoU alone). A term that is off has no influence whatever its value, NaN included; its loss is still reported.
+    GIoU alone). A term that is off takes no part in the loss whatever its value, NaN included; it is still reported.
     """
 
     cost_class: float = 1.0
