@@ -147,7 +147,7 @@ def test_missing_packages_are_named_with_the_extra(tmp_path: Path, monkeypatch: 
         return None if name in ("onnxruntime", "onnxscript") else find(name, *rest)
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    with pytest.raises(ExchangeError, match=r"needs onnxruntime, onnxscript; .*pip install 'detr-cluster\[onnx\]'"):
+    with pytest.raises(ExchangeError, match=r"needs onnxruntime, onnxscript; .*extra `onnx`: `make setup`"):
         export_onnx("models:/a/1", tmp_path / "m.onnx")
 
 
