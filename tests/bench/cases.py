@@ -1,7 +1,8 @@
 """What is compared: the same work done by this package and by the original, on the same inputs and weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def targets(images: int, boxes: int, device: str = "cpu") -> list[Target]:
     return found
 
 
-def peer_targets(ours: list[Target], device: str) -> list[dict[str, Tensor]]:
+def peer_targets(ours: Sequence[Target], device: str) -> list[dict[str, Tensor]]:
     """Return targets as the original takes them: on the device."""
     return [{"labels": target.labels.to(device), "boxes": target.boxes.to(device)} for target in ours]
 
@@ -89,42 +90,44 @@ class Options:
     recompute: Recompute = "none"
 
 
-def step_ours(images: Tensor, padding: Tensor | None, boxes: int, options: Options) -> Work:
-    """One training step of R50: forward, losses, backward, clip, AdamW."""
-    device = images.device
+Step = Callable[[Tensor, Tensor | None, Sequence[Target]], Tensor]
+
+
+def training_ours(options: Options, device: str) -> Step:
+    """Return one training step of R50: forward, losses, backward, clip, the look at the gradient, AdamW."""
     model = build_model(ModelConfig(), CLASSES).to(device).train()
     configure(model, options)
-    truth, config = targets(len(images), boxes), LossConfig()
     optimizer = torch.optim.AdamW(groups(model), lr=1e-4, weight_decay=1e-4, fused=True)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    config = LossConfig()
 
-    def work() -> Tensor:
+    def step(images: Tensor, padding: Tensor | None, truth: Sequence[Target]) -> Tensor:
         optimizer.zero_grad()  # where a run does it: the last gradients are gone before the activations come
-        with autocast(device, options.precision):
+        with autocast(images.device, options.precision):
             outputs = model(images, padding)
-        losses = compute_losses(outputs, truth, float(len(images) * boxes), config)
+        boxes = sum(len(target.labels) for target in truth)
+        losses = compute_losses(outputs, truth, float(max(boxes, 1)), config)
         losses.total.backward()
-        nn.utils.clip_grad_norm_(parameters, 0.1)
+        if not torch.isfinite(nn.utils.clip_grad_norm_(parameters, 0.1)):
+            raise RuntimeError("the gradient is not finite")
         optimizer.step()
         return losses.total.detach()
 
-    return work
+    return step
 
 
-def step_peer(images: Tensor, padding: Tensor | None, boxes: int, precision: Precision = "fp32") -> Work:
-    """As `step_ours`, as the original's `engine.py` does it, with its look at the loss in every step."""
-    device = images.device
-    model, criterion = peer.build(device=device.type)
+def training_peer(precision: Precision, device: str) -> Step:
+    """As `training_ours`, as the original's `engine.py` does it, with its look at the loss in every step."""
+    model, criterion = peer.build(device=device)
     model.train()
     criterion.train()
-    truth = peer_targets(targets(len(images), boxes), device.type)
     optimizer = torch.optim.AdamW(groups(model), lr=1e-4, weight_decay=1e-4)
-    samples = peer.nested(images, mask(images, padding))
 
-    def work() -> Tensor:
-        with autocast(device, precision):
-            outputs = model(samples)
-            losses = criterion(outputs, truth)
+    def step(images: Tensor, padding: Tensor | None, truth: Sequence[Target]) -> Tensor:
+        moved = peer_targets(truth, device)
+        with autocast(images.device, precision):
+            outputs = model(peer.nested(images, mask(images, padding)))
+            losses = criterion(outputs, moved)
         total = sum(losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses)
         if not torch.isfinite(total).item():
             raise RuntimeError("the original's loss is not finite")
@@ -134,7 +137,17 @@ def step_peer(images: Tensor, padding: Tensor | None, boxes: int, precision: Pre
         optimizer.step()
         return total.detach()
 
-    return work
+    return step
+
+
+def step_ours(images: Tensor, padding: Tensor | None, boxes: int, options: Options) -> Work:
+    """One training step of this package on always the same batch."""
+    return partial(training_ours(options, images.device.type), images, padding, targets(len(images), boxes))
+
+
+def step_peer(images: Tensor, padding: Tensor | None, boxes: int) -> Work:
+    """As `step_ours`, by the original."""
+    return partial(training_peer("fp32", images.device.type), images, padding, targets(len(images), boxes))
 
 
 def inference_ours(images: Tensor, padding: Tensor | None, options: Options) -> Work:

@@ -4,19 +4,17 @@ Sizes are drawn by the augmentation's own rule from the sizes COCO's images most
 distribution with COCO's mean of 7.3. Every side gets the same batches, already on the device.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from detr.batch import Batch, Target, collate, normalise
-from detr.config import LossConfig, ModelConfig, TransformConfig
-from detr.criterion import compute_losses
-from detr.execution import autocast
+from detr.config import ModelConfig, TransformConfig
+from detr.execution import Precision
 from detr.model import build_model
 from detr.transforms import draw_geometry
 from tests.bench import cases, peer
@@ -39,7 +37,7 @@ class Side:
     name: str
     options: Options | None
     """None: the original's code."""
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     multiple: int = 1
 
 
@@ -107,61 +105,17 @@ def profile(work: Work, device: str) -> str:
 def _work(side: Side, device: str) -> Work:
     """Return a function that takes one step, on the next batch each time."""
     batches = _batches(device, side.multiple)
-    step = _ours(side.options, device) if side.options else _original(side.precision, device)
+    options = side.options
+    step = cases.training_ours(options, device) if options else cases.training_peer(side.precision, device)
     position = 0
 
     def work() -> object:
         nonlocal position
         position += 1
-        return step(*batches[position % BATCHES])
+        images, batch = batches[position % BATCHES]
+        return step(images, batch.padding, batch.targets)
 
     return work
-
-
-def _ours(options: Options, device: str) -> Callable[[Tensor, Batch], Tensor]:
-    model = build_model(ModelConfig(), cases.CLASSES).to(device).train()
-    cases.configure(model, options)
-    optimizer = torch.optim.AdamW(cases.groups(model), lr=1e-4, weight_decay=1e-4, fused=True)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    config = LossConfig()
-
-    def step(images: Tensor, batch: Batch) -> Tensor:
-        boxes = sum(len(target.labels) for target in batch.targets)
-        optimizer.zero_grad()
-        with autocast(images.device, options.precision):
-            outputs = model(images, batch.padding)
-        losses = compute_losses(outputs, batch.targets, float(max(boxes, 1)), config)
-        losses.total.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(parameters, 0.1)
-        if not torch.isfinite(norm):
-            raise RuntimeError("the gradient is not finite")
-        optimizer.step()
-        return losses.total.detach()
-
-    return step
-
-
-def _original(precision: str, device: str) -> Callable[[Tensor, Batch], Tensor]:
-    model, criterion = peer.build(device=device)
-    model.train()
-    criterion.train()
-    optimizer = torch.optim.AdamW(cases.groups(model), lr=1e-4, weight_decay=1e-4)
-
-    def step(images: Tensor, batch: Batch) -> Tensor:
-        truth = cases.peer_targets(list(batch.targets), device)
-        with autocast(images.device, precision):  # type: ignore[arg-type]
-            outputs = model(peer.nested(images, cases.mask(images, batch.padding)))
-            losses = criterion(outputs, truth)
-        total = sum(losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses)
-        if not torch.isfinite(total).item():
-            raise RuntimeError("the loss is not finite")
-        optimizer.zero_grad()
-        total.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        optimizer.step()
-        return total.detach()  # type: ignore[no-any-return]
-
-    return step
 
 
 def _batches(device: str, multiple: int = 1) -> list[tuple[Tensor, Batch]]:
