@@ -21,10 +21,11 @@ from torch import Tensor
 from detr.batch import Target, collate, normalise
 from detr.config import ModelConfig, TransformConfig
 from detr.execution import set_channels_last
+from detr.geometry import eval_geometry
 from detr.model import DETR, build_model
 from detr.original import load_original_state_dict, to_original_state_dict
 from detr.postprocess import Detection, detect
-from detr.transforms import apply, eval_geometry
+from detr.transforms import apply
 from pipeline.errors import RegistryError
 from shards.manifest import Category
 from shards.segmentation import encode_masks

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from detr.batch import Batch, Target, collate
 from detr.config import TransformConfig
-from detr.transforms import Geometry, apply, draw_geometry, eval_geometry
+from detr.geometry import Geometry, draw_geometry, eval_geometry
+from detr.transforms import apply
 from pipeline.config import RunConfig
 from pipeline.optim import Schedule
 from pipeline.parallel import Ranks

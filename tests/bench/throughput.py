@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from detr.batch import Batch, Target, collate, normalise
 from detr.config import ModelConfig, TransformConfig
 from detr.execution import Precision
+from detr.geometry import draw_geometry
 from detr.model import build_model
-from detr.transforms import draw_geometry
 from tests.bench import cases, peer
 from tests.bench.cases import Options, Work
 from tests.bench.timing import PeakMemory, side_by_side

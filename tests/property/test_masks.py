@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detr.config import TransformConfig
-from detr.transforms import apply, draw_geometry
+from detr.geometry import draw_geometry
+from detr.transforms import apply
 
 CONFIG = TransformConfig(train_scales=(40, 96, 150), max_size=260, crop_scales=(50, 120), crop_range=(30, 90))
 

@@ -7,7 +7,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from detr.config import TransformConfig
-from detr.transforms import Crop, Geometry, apply, draw_geometry, eval_geometry, resized_size
+from detr.geometry import Crop, Geometry, draw_geometry, eval_geometry, resized_size
+from detr.transforms import apply
 
 NO_BOXES, NO_LABELS = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
 
