@@ -26,7 +26,7 @@ import numpy.typing as npt
 from shards import storage
 from shards.errors import ShardError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST_NAME = "manifest.json"
 SOURCE_NAME = "source.json"
 IMAGES_NAME = "index/images.npy"
@@ -35,7 +35,8 @@ ANNOTATIONS_NAME = "index/annotations.npy"
 Ints = npt.NDArray[np.int64]
 Records = npt.NDArray[np.void]
 
-# `shard`, `offset`, `length`: where the encoded image lies. `first`, `count`: its annotations. Sizes in pixels.
+# `shard`, `offset`, `length`, `crc32`: where the encoded image lies, and its checksum; `text_*`: the same of the sample's
+# segmentation.json (length 0 where it has none). `first`, `count`: its annotations. Sizes in pixels.
 IMAGE_DTYPE = np.dtype(
     [
         ("image_id", "<i8"),
@@ -47,13 +48,16 @@ IMAGE_DTYPE = np.dtype(
         ("first", "<i8"),
         ("count", "<i4"),
         ("crc32", "<u4"),
+        ("text_offset", "<i8"),
+        ("text_length", "<i4"),
+        ("text_crc32", "<u4"),
     ]
 )
 # `image`: row in images.npy. `bbox`: x, y, width, height in pixels as in the COCO JSON (not clamped to the image).
 ANNOTATION_DTYPE = np.dtype(
     [
         ("annotation_id", "<i8"),
-        ("image", "<i8"),
+        ("image", "<i4"),
         ("bbox", "<f8", (4,)),
         ("area", "<f8"),
         ("label", "<i4"),
@@ -70,7 +74,7 @@ class Category(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One tar: file name in the data set's folder, number of samples, bytes and sha256 of the file."""
+    """One tar: its name in the data set's folder (no path), number of samples, bytes and sha256 of the file."""
 
     name: str
     samples: int
@@ -291,4 +295,8 @@ def _inconsistency(manifest: Manifest) -> str | None:
         return f"the shards hold {sum(shard.samples for shard in manifest.shards)} samples, not {manifest.images}"
     # A manifest may come from elsewhere: it must not be able to name files outside its own folder.
     outside = [name for name in names if name.startswith("/") or ".." in name.split("/") or "://" in name]
-    return f"file names leave the data set's folder: {outside[0]!r}" if outside else None
+    if outside:
+        return f"file names leave the data set's folder: {outside[0]!r}"
+    # A cache keeps shards by their names.
+    nested = [shard.name for shard in manifest.shards if "/" in shard.name or not shard.name.strip(".")]
+    return f"shards have names that are no plain file names: {nested[0]!r}" if nested else None

@@ -1,12 +1,13 @@
 """Where objects are, pixel by pixel: segmentations found in the shards, checked, and turned into masks.
 
 COCO writes a segmentation as polygons, as run lengths, or as run lengths squeezed into a string. All become pycocotools'
-*runs*, ``{"size": [height, width], "counts": bytes}``, which are small and are what scoring takes. The index knows where
-the image of a sample lies, not its JSON: both are found beside the image, by the names in the tar.
+*runs*, ``{"size": [height, width], "counts": bytes}``, which are small and are what scoring takes. The index says where
+those of a sample lie, and their checksum.
 
 pycocotools reads memory that is not its own when run lengths do not fill the image, so they are checked first.
 """
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,6 @@ import numpy.typing as npt
 from shards import storage
 from shards.errors import ShardError
 from shards.manifest import Ints, Manifest
-from shards.tars import BLOCK, padded, sample_key, unpack
 
 Masks = npt.NDArray[np.bool_]
 Runs = dict[str, Any]
@@ -30,18 +30,9 @@ class _RunLengths(msgspec.Struct):
     counts: list[int] | str
 
 
-class _Identity(msgspec.Struct):
-    id: int
-
-
-class _Entry(msgspec.Struct):
-    image: _Identity
-    annotations: list[_Identity]
-
-
 _segmentations = msgspec.json.Decoder(list[msgspec.Raw])
 _segmentation = msgspec.json.Decoder(list[list[float]] | _RunLengths | None)
-_entry = msgspec.json.Decoder(_Entry)
+_ABSENT = msgspec.Raw(b"null")
 
 
 class SegmentationReader:
@@ -84,48 +75,31 @@ class SegmentationReader:
 
     def _read(self, row: int) -> list[msgspec.Raw]:
         """The JSON of each annotation's segmentation, crowds included, in the order of the index."""
-        image_id = int(self._index.images[row]["image_id"])
-        names = f"{sample_key(image_id)}.json", f"{sample_key(image_id)}.segmentation.json"
-        members: dict[str, bytes] = {}
-        # Members are in order of their endings, so those of a JPEG come behind it and those of a WebP before it.
-        for start, stop in (self._behind(row), self._before(row)):
-            members |= unpack(self._bytes(row, start, stop))
-            if all(name in members for name in names):
-                break
-        try:
-            entry, segmentations = _entry.decode(members[names[0]]), _segmentations.decode(members[names[1]])
-            expected = self._index.annotations_of(row)["annotation_id"].tolist()
-            if entry.image.id != image_id or [one.id for one in entry.annotations] != expected:
-                raise ValueError("they are of other annotations than the index")
-            if len(segmentations) != len(expected):
-                raise ValueError(f"there are {len(segmentations)} for {len(expected)} annotations")
-        except (KeyError, ValueError, msgspec.DecodeError) as error:
-            reason = f"the shard has no {error} there" if isinstance(error, KeyError) else str(error)
+        image = self._index.images[row]
+        length, count = int(image["text_length"]), int(image["count"])
+        if length == 0:
+            return [_ABSENT] * count
+        url = self._urls[int(image["shard"])]
+        content = self._files.read(url, int(image["text_offset"]), length)
+        if len(content) != length:
             raise ShardError(
-                f"{self._name(row)}: its segmentations cannot be read ({reason}); expected what `detr shard coco` wrote: "
-                "copy the shard again"
+                f"{self._name(row)}: got {len(content)} of {length} bytes of its segmentations, the shard is truncated: "
+                "copy it again"
+            )
+        if zlib.crc32(content) != int(image["text_crc32"]):
+            raise ShardError(
+                f"{self._name(row)}: its segmentations changed since they were written: copy the shard again"
+            )
+        try:
+            segmentations = _segmentations.decode(content)
+            if len(segmentations) != count:
+                raise ValueError(f"there are {len(segmentations)} for {count} annotations")
+        except (ValueError, msgspec.DecodeError) as error:
+            raise ShardError(
+                f"{self._name(row)}: its segmentations cannot be read ({error}); expected a list with one for each "
+                "annotation: write the data set again"
             ) from None
         return segmentations
-
-    def _behind(self, row: int) -> tuple[int, int]:
-        """The bytes between a sample's image and the next image's header, or the end of the shard."""
-        images = self._index.images
-        start = padded(int(images[row]["offset"]) + int(images[row]["length"]))
-        if row + 1 < len(images) and images[row + 1]["shard"] == images[row]["shard"]:
-            return start, int(images[row + 1]["offset"]) - BLOCK
-        return start, self._shards[int(images[row]["shard"])].bytes
-
-    def _before(self, row: int) -> tuple[int, int]:
-        """The bytes between the image before, or the start of the shard, and this image's header."""
-        images = self._index.images
-        first = row == 0 or images[row - 1]["shard"] != images[row]["shard"]
-        return 0 if first else self._behind(row - 1)[0], int(images[row]["offset"]) - BLOCK
-
-    def _bytes(self, row: int, start: int, stop: int) -> bytes:
-        content = self._files.read(self._urls[int(self._index.images[row]["shard"])], start, max(0, stop - start))
-        if len(content) < stop - start:
-            raise ShardError(f"{self._name(row)}: the shard is truncated behind it: copy it again")
-        return content
 
 
 def true_runs(manifest: Manifest, rows: Ints) -> list[Runs]:

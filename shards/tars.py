@@ -1,7 +1,6 @@
 """What lies where in a tar: the index of a shard is made by looking, so a foreign tar can be indexed as well."""
 
 import hashlib
-import io
 import tarfile
 import zlib
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from shards.errors import ShardError
 
-BLOCK = 512  # bytes; a header is one, and contents are padded to whole ones
+SEGMENTATIONS = ".segmentation.json"  # ends the name of the member with the segmentations of a sample
 
 
 @dataclass(frozen=True)
@@ -47,26 +46,14 @@ def scan_tar(path: Path) -> list[TarMember]:
     return members
 
 
-def padded(position: int) -> int:
-    """Where the header after contents that end at ``position`` begins."""
-    return -(-position // BLOCK) * BLOCK
-
-
-def unpack(piece: bytes) -> dict[str, bytes]:
-    """Contents by name of the files in a piece of a tar that begins with a header, up to what is no header."""
-    files: dict[str, bytes] = {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(piece), mode="r:") as tar:
-            for member in tar:
-                files[member.name] = piece[member.offset_data : member.offset_data + member.size]
-    except tarfile.TarError:
-        pass  # damage shows in what is missing
-    return files
-
-
 def image_members(members: list[TarMember]) -> tuple[TarMember, ...]:
     """Those of ``members`` that are the encoded images of samples."""
     return tuple(member for member in members if not member.name.endswith(".json"))
+
+
+def text_members(members: list[TarMember]) -> dict[str, TarMember]:
+    """Those of ``members`` that hold segmentations, by the key of their sample; a sample may have none."""
+    return {member.key: member for member in members if member.name.endswith(SEGMENTATIONS)}
 
 
 def sample_key(image_id: int) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from shards import storage
 from shards.errors import ShardError
 from shards.manifest import Manifest, Records, Shard, check_file, load_index, load_manifest
-from shards.tars import TarMember, file_digest, image_members, sample_key, scan_tar
+from shards.tars import TarMember, file_digest, image_members, sample_key, scan_tar, text_members
 
 # (shards checked, shards in all)
 Progress = Callable[[int, int], None]
@@ -95,9 +95,9 @@ def _check_tar(url: str, path: Path, length: int, shard: Shard, records: Records
         return [f"{url}: {kind}: got {length} bytes, expected {shard.bytes}{hit}: copy it again"]
     changed = file_digest(path) != shard.sha256
     try:
-        members = image_members(scan_tar(path))
+        members = scan_tar(path)
     except ShardError:
-        members = ()  # the hash says so as well
+        members = []  # the hash says so as well
     problem = _difference(members, shard, records)
     if changed:
         where = problem or "its images are whole, but something beside them changed"
@@ -105,13 +105,24 @@ def _check_tar(url: str, path: Path, length: int, shard: Shard, records: Records
     return [f"{url}: {problem}: write the data set again"] if problem else []
 
 
-def _difference(members: tuple[TarMember, ...], shard: Shard, records: Records | None) -> str | None:
-    """What distinguishes a tar's images from the manifest's count and the index's records."""
-    if len(members) != shard.samples:
-        return f"got {len(members)} images, expected {shard.samples}"
+def _difference(members: list[TarMember], shard: Shard, records: Records | None) -> str | None:
+    """What distinguishes a tar's samples from the manifest's count and the index's records."""
+    images = image_members(members)
+    if len(images) != shard.samples:
+        return f"got {len(images)} images, expected {shard.samples}"
     if records is None:
         return None
-    found = {member.key: (member.offset, member.length, member.crc32) for member in members}
-    expected = zip(*(records[field].tolist() for field in ("image_id", "offset", "length", "crc32")), strict=True)
-    wrong = [image_id for image_id, *place in expected if found.get(sample_key(image_id)) != tuple(place)]
-    return f"{len(wrong)} images differ from the index, such as image {wrong[0]}" if wrong else None
+    for what, prefix, found in (
+        ("images", "", {member.key: _place(member) for member in images}),
+        ("segmentations", "text_", {key: _place(member) for key, member in text_members(members).items()}),
+    ):
+        fields = ("image_id", f"{prefix}offset", f"{prefix}length", f"{prefix}crc32")
+        expected = zip(*(records[field].tolist() for field in fields), strict=True)
+        wrong = [one for one, *place in expected if found.get(sample_key(one), (0, 0, 0)) != tuple(place)]
+        if wrong:
+            return f"{what} of {len(wrong)} samples differ from the index, such as image {wrong[0]}"
+    return None
+
+
+def _place(member: TarMember) -> tuple[int, int, int]:
+    return member.offset, member.length, member.crc32

@@ -39,7 +39,7 @@ from shards.manifest import (
 from shards.plan import hashes
 from shards.source import Defect, ImageEntry, Source, SourceError, read_image, read_source
 from shards.staging import publish, staging
-from shards.tars import TarMember, file_digest, image_members, sample_key, scan_tar
+from shards.tars import SEGMENTATIONS, TarMember, file_digest, image_members, sample_key, scan_tar, text_members
 
 # (images done, images in all); called from whichever thread finished one, never from two at once.
 Progress = Callable[[int, int], None]
@@ -73,6 +73,7 @@ class WriteConfig:
 class _Written:
     shard: Shard
     members: tuple[TarMember, ...]  # the encoded image of each sample
+    texts: dict[str, TarMember]  # the segmentations of each sample that has some
 
 
 def write_coco(
@@ -235,20 +236,24 @@ def _reusable(source: Source, path: Path, entries: list[ImageEntry]) -> _Written
 
 
 def _describe(path: Path) -> _Written:
-    members = image_members(scan_tar(path))
-    return _Written(Shard(path.name, len(members), path.stat().st_size, file_digest(path)), members)
+    members = scan_tar(path)
+    images = image_members(members)
+    shard = Shard(path.name, len(images), path.stat().st_size, file_digest(path))
+    return _Written(shard, images, text_members(members))
 
 
 def _sample(entry: ImageEntry, content: bytes, extension: str) -> dict[str, Any]:
     """A WebDataset sample. Segmentations go apart: they are most of the text and detection never reads them."""
     annotations = [msgspec.json.decode(annotation.raw) for annotation in entry.annotations]
     segmentations = [annotation.pop("segmentation", None) for annotation in annotations]
-    return {
+    sample = {
         "__key__": sample_key(entry.id),
         extension: content,
         "json": msgspec.json.encode({"image": entry.raw, "annotations": annotations}),
-        "segmentation.json": msgspec.json.encode(segmentations),
     }
+    if any(segmentation is not None for segmentation in segmentations):
+        sample[SEGMENTATIONS[1:]] = msgspec.json.encode(segmentations)
+    return sample
 
 
 def _write_rest(source: Source, written: list[_Written], folder: Path, config: WriteConfig, name: str) -> None:
@@ -282,16 +287,18 @@ def _write_rest(source: Source, written: list[_Written], folder: Path, config: W
 
 
 def _image_records(entries: list[ImageEntry], written: list[_Written]) -> np.ndarray[Any, Any]:
-    counts = [len(entry.annotations) for entry in entries]
-    firsts = [0, *itertools.accumulate(counts)]
-    places = [(number, member) for number, part in enumerate(written) for member in part.members]
-    return np.array(
-        [
-            (entry.id, shard, member.offset, member.length, entry.width, entry.height, first, count, member.crc32)
-            for entry, (shard, member), first, count in zip(entries, places, firsts, counts, strict=False)
-        ],
-        IMAGE_DTYPE,
-    )
+    records = np.zeros(len(entries), IMAGE_DTYPE)
+    members = [member for part in written for member in part.members]
+    texts = [part.texts.get(member.key) for part in written for member in part.members]
+    records["shard"] = [number for number, part in enumerate(written) for _ in part.members]
+    for ours, theirs in (("image_id", "id"), ("width", "width"), ("height", "height")):
+        records[ours] = [getattr(entry, theirs) for entry in entries]
+    for field in ("offset", "length", "crc32"):
+        records[field] = [getattr(member, field) for member in members]
+        records[f"text_{field}"] = [0 if text is None else getattr(text, field) for text in texts]
+    records["count"] = [len(entry.annotations) for entry in entries]
+    records["first"] = np.cumsum(records["count"]) - records["count"]
+    return records
 
 
 def _annotation_records(entries: list[ImageEntry], source: Source) -> np.ndarray[Any, Any]:

@@ -8,7 +8,7 @@ import pytest
 
 from shards import storage
 from shards.errors import ShardError
-from shards.manifest import load_index, load_manifest
+from shards.manifest import ANNOTATION_DTYPE, IMAGE_DTYPE, load_index, load_manifest
 
 
 def edit(folder: Path, **fields: object) -> None:
@@ -52,6 +52,10 @@ def test_a_relative_path_stays_good_in_another_working_directory(coco, monkeypat
     assert len(load_index(manifest).images) == 7
 
 
+def test_the_index_of_the_largest_coco_stays_small():
+    assert 118_287 * IMAGE_DTYPE.itemsize + 860_001 * ANNOTATION_DTYPE.itemsize < 60e6
+
+
 def test_max_boxes_does_not_count_crowds(coco):
     index = coco.write().index()
     assert index.max_boxes == 2
@@ -71,10 +75,12 @@ def test_a_data_set_without_annotations_is_one(coco):
         ({"colour": "blue"}, "unknown field `colour`"),
         ({"images": "7"}, r"\$.images"),
         ({"shards": [{"name": "a.tar", "samples": 7, "bytes": "many", "sha256": ""}]}, r"\$.shards\[0\].bytes"),
-        ({"format": 2}, "got format 2, expected 1"),
+        ({"format": 1}, "got format 1, expected 2: write the data set again"),
         ({"images": 8}, "the shards hold 7 samples, not 8"),
         ({"categories": [{"id": 2, "name": "a"}, {"id": 1, "name": "b"}]}, "not ascending"),
         ({"shards": [{"name": "../../etc/shadow", "samples": 7, "bytes": 1, "sha256": ""}]}, "leave the data set"),
+        ({"shards": [{"name": "a/b.tar", "samples": 7, "bytes": 1, "sha256": ""}]}, "no plain file names: 'a/b.tar'"),
+        ({"shards": [{"name": ".", "samples": 7, "bytes": 1, "sha256": ""}]}, "no plain file names"),
         ({"url": "s3://elsewhere"}, "own url"),
     ],
 )

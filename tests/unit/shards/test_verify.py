@@ -35,7 +35,7 @@ def test_a_flipped_bit_of_an_image_names_the_image(coco, written):
     damage(coco.root / "out" / "shard-000001.tar", record["offset"] + 30)
     (problem,) = problems(coco)
     assert "shard-000001.tar: its sha256 is not the manifest's" in problem
-    assert f"1 images differ from the index, such as image {record['image_id']}" in problem
+    assert f"images of 1 samples differ from the index, such as image {record['image_id']}" in problem
 
 
 def test_a_flipped_bit_beside_the_images_is_noticed(coco, written):
@@ -44,6 +44,13 @@ def test_a_flipped_bit_beside_the_images_is_noticed(coco, written):
     damage(coco.root / "out" / "shard-000001.tar", (end + 511) // 512 * 512 + 512 + 10)  # inside the annotations
     (problem,) = problems(coco)
     assert "its images are whole, but something beside them changed" in problem
+
+
+def test_a_flipped_bit_of_segmentations_names_the_image(coco, written):
+    record = written.index().images[5]
+    damage(coco.root / "out" / "shard-000001.tar", record["text_offset"] + record["text_length"] // 2)
+    (problem,) = problems(coco)
+    assert f"segmentations of 1 samples differ from the index, such as image {record['image_id']}" in problem
 
 
 def test_a_flipped_bit_of_a_header_is_noticed(coco, written):

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -35,15 +36,14 @@ def test_everything_of_the_json_and_the_images_is_in_the_tars(coco):
     for image in coco.data["images"]:
         key = f"{image['id']:012d}"
         sample = json.loads(files[f"{key}.json"])
-        for annotation, segmentation in zip(
-            sample["annotations"], json.loads(files[f"{key}.segmentation.json"]), strict=True
-        ):
+        segmentations = json.loads(files.get(f"{key}.segmentation.json", b"[]"))
+        for annotation, segmentation in zip(sample["annotations"], segmentations, strict=True):
             annotation["segmentation"] = segmentation
         assert sample["image"] == image
         assert sample["annotations"] == [one for one in coco.data["annotations"] if one["image_id"] == image["id"]]
         encoded = files[key + Path(image["file_name"]).suffix]
         assert encoded == (coco.images / image["file_name"]).read_bytes()
-    assert len(files) == 3 * len(coco.data["images"])
+    assert len(files) == 3 * len(coco.data["images"]) - 1  # image 121 has no annotations
 
 
 def test_the_bytes_do_not_depend_on_the_workers_or_the_run(coco):
@@ -78,6 +78,23 @@ def test_the_index_points_at_the_images_bytes(coco):
         encoded = path.read_bytes()[record["offset"] :][: record["length"]]
         with Image.open(io.BytesIO(encoded)) as image:
             assert image.size == (record["width"], record["height"])
+        assert zlib.crc32(encoded) == record["crc32"]
+
+
+def test_the_index_points_at_the_segmentations_and_says_where_there_are_none(coco):
+    for one in coco.data["annotations"]:
+        if one["image_id"] == 142:
+            del one["segmentation"]
+    manifest = coco.write(samples_per_shard=3)
+    files = members(coco.root / "out")
+    absent = set()
+    for record in manifest.index().images:
+        content = (coco.root / "out" / manifest.shards[record["shard"]].name).read_bytes()
+        text = content[record["text_offset"] :][: record["text_length"]]
+        assert text == files.get(f"{record['image_id']:012d}.segmentation.json", b"")
+        assert zlib.crc32(text) == record["text_crc32"]
+        absent |= {int(record["image_id"])} if not text else set()
+    assert absent == {121, 142}
 
 
 def test_images_in_subfolders_work(coco):
