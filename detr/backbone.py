@@ -150,8 +150,8 @@ class ResNet(nn.Module):
         return self._stages(images, every=True)
 
     def _stages(self, images: Tensor, every: bool) -> list[Tensor]:
-        if self.conv1.weight.is_contiguous(memory_format=torch.channels_last):
-            images = images.contiguous(memory_format=torch.channels_last)
+        planes = self.conv1.weight.is_contiguous()
+        images = images.contiguous(memory_format=torch.contiguous_format if planes else torch.channels_last)
         x = self.maxpool(F.relu(_convolve(self.conv1, self.bn1, images), inplace=True))
         outputs: list[Tensor] = []
         for name in self.stages:

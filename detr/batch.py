@@ -32,7 +32,7 @@ class Target:
 class Batch:
     """Images of different sizes on one canvas, each at the top left.
 
-    images: uint8 0 to 255 (or already normalised float) [B, 3, H, W], 0 where padded.
+    images: uint8 0 to 255 (or already normalised float) [B, 3, H, W] in any memory layout, 0 where padded.
     padding: bool [B, H, W], true where there is no image; None when no image is padded, which spares every mask.
     targets: one per image. They stay on the host: the criterion packs them and moves them with one copy.
     sizes: (height, width) in pixels of each image on the canvas, without its padding.
@@ -71,7 +71,8 @@ def collate(samples: Sequence[tuple[Tensor, Target]], multiple: int = 1) -> Batc
     images = [image for image, _ in samples]
     targets = tuple(target for _, target in samples)
     height, width = (-(-max(image.shape[side] for image in images) // multiple) * multiple for side in (1, 2))
-    canvas = images[0].new_zeros(len(images), 3, height, width)
+    # Pixel by pixel, as images are decoded and resized: a copy to planes would take as long as the resize.
+    canvas = images[0].new_zeros(len(images), height, width, 3).permute(0, 3, 1, 2)
     padding = torch.ones(len(images), height, width, dtype=torch.bool)
     for row, image in enumerate(images):
         _, h, w = image.shape

@@ -8,6 +8,8 @@ The defaults are the paper's. Departures from it, all off by default:
 - `position_temperature` other than 10000: small images have few cells, which 10000 barely tells apart.
 - `position_at_input`: the positions are also added once to the encoder's input.
 - `decoder_input="queries"`: the decoder starts from the query embeddings instead of zeros.
+- `pixels="fast"` (augmentation): crops are cut out before the resize instead of between two, so that images are
+  resized once; sizes are the same, pixels are sharper by one interpolation.
 - `query_init="grid"`: query embeddings start as the positions of a square grid instead of random normal.
 - `tied_attention_init`: query and key projections start equal in the encoder's self-attention and the decoder's
   cross-attention, so that attention starts local.
@@ -146,6 +148,8 @@ class TransformConfig:
     crop_scales: tuple[int, ...] = (400, 500, 600)
     crop_range: tuple[int, int] = (384, 600)
     """Smallest and largest side of the crop, bounded by the image."""
+    pixels: Literal["parity", "fast"] = "parity"
+    """parity: the original's steps one by one. fast: the crop is cut before the one resize, up to half a pixel off."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -157,4 +161,5 @@ class TransformConfig:
         _require(0 <= self.flip <= 1, "flip", self.flip, "a probability, 0 to 1")
         low, high = self.crop_range
         _require(0 < low <= high, "crop_range", self.crop_range, "(smallest, largest) with 0 < smallest <= largest")
+        _require(self.pixels in ("parity", "fast"), "pixels", self.pixels, "'parity' or 'fast'")
         _require(min(self.std) > 0, "std", self.std, "three numbers above 0")

@@ -5,7 +5,7 @@ size of an augmented image is known before a byte of it is read. Sizes follow th
 from torchvision's by one pixel in some cases and can exceed `max_size` by one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from detr.config import TransformConfig
 
@@ -63,6 +63,25 @@ def draw_geometry(seed: int, epoch: int, image_id: int, width: int, height: int,
 def eval_geometry(width: int, height: int, config: TransformConfig) -> Geometry:
     """Return the geometry of evaluation: one resize, nothing random."""
     return Geometry(False, None, resized_size(width, height, config.eval_size, config.max_size))
+
+
+def crop_before_resize(geometry: Geometry, width: int, height: int) -> Geometry:
+    """Return the geometry that cuts the crop out of the image of `width` x `height` first: one resize instead of two.
+
+    The output size is the same. The crop's edges are rounded to whole pixels of the image, so it is up to half a pixel
+    off on each side, and boxes and masks are cut by the crop as it then is.
+    """
+    if (crop := geometry.crop) is None:
+        return geometry
+    top, bottom = _edges(crop.top, crop.size[0], crop.resized[0], height)
+    left, right = _edges(crop.left, crop.size[1], crop.resized[1], width)
+    return replace(geometry, crop=Crop((height, width), top, left, (bottom - top, right - left)))
+
+
+def _edges(start: int, length: int, before: int, after: int) -> tuple[int, int]:
+    """Where a crop of one side of `before` pixels begins and ends on `after` pixels; never empty."""
+    first = min(round(start * after / before), after - 1)
+    return first, max(first + 1, round((start + length) * after / before))
 
 
 def _draw_crop(draw: "_Draw", width: int, height: int, config: TransformConfig) -> Crop:

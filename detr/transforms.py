@@ -41,18 +41,20 @@ def apply(
     height, width, _ = image.shape
     boxes, kept = _inside(np.asarray(boxes_xyxy, np.float32).reshape(-1, 4), (height, width))
     which = kept.nonzero()[0]
-    pixels = torch.from_numpy(image if image.flags.writeable else image.copy()).permute(2, 0, 1)
+    # With its batch dimension from the start, so that torch sees the layout: on [1, H, W, 3] seen as [1, 3, H, W] its
+    # resize is twice as fast as on the same bytes seen as [3, H, W].
+    pixels = torch.from_numpy(image if image.flags.writeable else image.copy())[None].permute(0, 3, 1, 2)
     if geometry.flip:
         pixels = pixels.flip(-1)
         x1, y1, x2, y2 = boxes.T
         boxes = np.stack([width - x2, y1, width - x1, y2], axis=1)
     if (crop := geometry.crop) is not None:
         h, w = crop.size
-        pixels = _resize(pixels, crop.resized)[:, crop.top : crop.top + h, crop.left : crop.left + w]
+        pixels = _resize(pixels, crop.resized)[..., crop.top : crop.top + h, crop.left : crop.left + w]
         boxes = _scale(boxes, (height, width), crop.resized)
         boxes, kept = _inside(boxes - np.array([crop.left, crop.top] * 2, np.float32), crop.size)
         which, (height, width) = which[kept], crop.size
-    pixels = _resize(pixels, geometry.size)
+    pixels = _resize(pixels, geometry.size)[0]
     # Fractions do not change with the last resize, so it is left out of the boxes.
     fractions = torch.from_numpy(_scale(boxes, (height, width), (1, 1)))
     low, high = fractions[:, :2], fractions[:, 2:]
@@ -86,9 +88,9 @@ def _nearest(places: Tensor, length: int) -> Tensor:
 
 def _resize(pixels: Tensor, size: Size) -> Tensor:
     # torch's antialiased bilinear kernel on uint8 stays within 2 levels of PIL and is 3x faster than through float.
-    if pixels.shape[1:] == size:
+    if pixels.shape[2:] == size:
         return pixels
-    return F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
+    return F.interpolate(pixels, size, mode="bilinear", antialias=True)
 
 
 def _inside(boxes: NDArray[np.float32], size: Size) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from detr.batch import Batch, Target, collate
 from detr.config import TransformConfig
-from detr.geometry import Geometry, draw_geometry, eval_geometry
+from detr.geometry import Geometry, crop_before_resize, draw_geometry, eval_geometry
 from detr.transforms import apply
 from pipeline.config import RunConfig
 from pipeline.optim import Schedule
@@ -31,6 +31,8 @@ def training_transform(seed: int, config: TransformConfig) -> Transform:
 
     def transform(sample: Sample) -> tuple[Tensor, Target]:
         geometry = draw_geometry(seed, sample.epoch, sample.image_id, sample.width, sample.height, config)
+        if config.pixels == "fast":
+            geometry = crop_before_resize(geometry, sample.width, sample.height)
         return _apply(sample, geometry)
 
     return transform

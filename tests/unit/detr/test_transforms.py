@@ -7,7 +7,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from detr.config import TransformConfig
-from detr.geometry import Crop, Geometry, draw_geometry, eval_geometry, resized_size
+from detr.geometry import Crop, Geometry, crop_before_resize, draw_geometry, eval_geometry, resized_size
 from detr.transforms import apply
 
 NO_BOXES, NO_LABELS = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
@@ -187,3 +187,37 @@ def test_without_augmentation_every_epoch_sees_the_same() -> None:
 
 def test_evaluation_only_resizes() -> None:
     assert eval_geometry(640, 200, TransformConfig()) == Geometry(False, None, (417, 1334))
+
+
+def test_cropping_first_changes_neither_the_output_size_nor_what_boxes_hold() -> None:
+    """A bright box stays where its pixels are, though the crop's edges are rounded."""
+    image = np.zeros((426, 640, 3), np.uint8)
+    image[100:300, 200:450] = 255
+    config, crops = TransformConfig(pixels="fast"), 0
+    for image_id in range(60):
+        drawn = draw_geometry(0, 0, image_id, 640, 426, config)
+        geometry = crop_before_resize(drawn, 640, 426)
+        assert geometry.size == drawn.size
+        if drawn.crop is None:
+            assert geometry == drawn
+            continue
+        crops += 1
+        pixels, boxes, _ = apply(image, np.array([[200, 100, 450, 300]], np.float32), np.array([0]), geometry)
+        theirs, expected, _ = apply(image, np.array([[200, 100, 450, 300]], np.float32), np.array([0]), drawn)
+        assert pixels.shape == theirs.shape
+        np.testing.assert_allclose(boxes.numpy(), expected.numpy(), atol=1 / 384)
+        rows, columns = np.nonzero(pixels[0].numpy() > 127)
+        cx, cy, w, h = boxes[0].numpy() * np.array(geometry.size[::-1] * 2)
+        seen = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        np.testing.assert_allclose([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], seen, atol=0.51)
+    assert crops > 15
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (3, 900), (640, 480), (20, 17)])
+def test_cropping_first_stays_inside_the_image(width: int, height: int) -> None:
+    for image_id in range(200):
+        geometry = crop_before_resize(draw_geometry(0, 0, image_id, width, height, TransformConfig()), width, height)
+        if (crop := geometry.crop) is not None:
+            assert crop.resized == (height, width)
+            assert 0 <= crop.top < crop.top + crop.size[0] <= height
+            assert 0 <= crop.left < crop.left + crop.size[1] <= width

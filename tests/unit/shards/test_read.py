@@ -9,7 +9,7 @@ from PIL import Image
 from shards import storage
 from shards.errors import ShardError
 from shards.plan import plan_epoch
-from shards.read import ReadConfig, open_batches, open_loader, read_samples
+from shards.read import ReadConfig, decode, open_batches, open_loader, read_samples
 
 
 def ids(sample):
@@ -231,3 +231,15 @@ def test_a_data_set_is_read_from_a_remote_url(coco):
     assert verify("memory://sets/coco").ok
     memory.pipe_file("/sets/coco/shard-000001.tar", io.BytesIO(b"short").getvalue())
     assert not verify("memory://sets/coco").ok
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 2, "progressive": True}])
+def test_jpegs_decode_to_the_pixels_of_pillow(mode, options):
+    y, x = np.mgrid[:57, :83]
+    waves = np.stack([127 + 120 * np.sin(x / 9 + y / 5 + phase) for phase in range(3)], axis=-1).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(waves).convert(mode).save(file, "JPEG", **options)
+    pixels = decode(file.getvalue())
+    assert pixels.flags.writeable
+    np.testing.assert_array_equal(pixels, np.asarray(Image.open(file).convert("RGB")))
