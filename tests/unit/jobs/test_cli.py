@@ -137,7 +137,7 @@ def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
         ("evaluate models:/a@b", "--data"),
         ("shard coco --images a", "--annotations"),
         ("shard voc --root a", "--out"),
-        ("shard yolo --rot a --out b", "did you mean --root"),
+        ("shard yolo --root a --out b --splt c", "did you mean --split"),
         ("train detr-r50 --optim.lr fast", "fast"),
         ("train detr-r50 --optim.epochs 1.5", "1.5"),
         ("train detr-r50 --model.backbone vgg", "vgg"),
