@@ -44,7 +44,9 @@ def loading(device: str, rounds: int) -> list[dict[str, Any]]:
     for side in sides:
         ratio = median(theirs / mine for theirs, mine in zip(reference, found[side], strict=True))
         rows.append({"case": "loader", "side": side, "cpu_ms": median(found[side]), "ratio": ratio})
-        print(f"loader, batch {BATCH:<3} {side:34} {median(found[side]):6.2f} CPU ms per image, {ratio:5.1f}x", flush=True)
+        print(
+            f"loader, batch {BATCH:<3} {side:34} {median(found[side]):6.2f} CPU ms per image, {ratio:5.1f}x", flush=True
+        )
     return rows
 
 
