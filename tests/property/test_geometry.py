@@ -1,0 +1,47 @@
+"""The sizes of many augmented images at once are those of one at a time."""
+
+import numpy as np
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from detr.config import TransformConfig
+from detr.geometry import draw_geometry, output_sizes
+
+sides = st.integers(1, 9000)
+# Mostly the sizes of photographs, whose ratios are where the rounding matters.
+sizes = st.one_of(st.tuples(sides, sides), st.tuples(st.sampled_from([640, 480, 427, 426, 500, 375, 333]), sides))
+scales = st.lists(st.integers(1, 1200), min_size=1, max_size=12).map(tuple)
+ranges = st.tuples(st.integers(1, 1500), st.integers(1, 1500)).map(lambda pair: (min(pair), max(pair)))
+configs = st.one_of(
+    st.just(TransformConfig()),
+    st.builds(
+        TransformConfig,
+        train_scales=scales,
+        crop_scales=scales,
+        crop_range=ranges,
+        max_size=st.integers(1, 2000),
+        flip=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+        crop=st.booleans(),
+    ),
+)
+image_ids = st.one_of(st.integers(0, 600_000), st.integers(-(2**63), 2**63 - 1))
+images = st.lists(st.tuples(st.integers(0, 2**31), image_ids, sizes), min_size=1, max_size=40)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(-(2**65), 2**65), images, configs)
+# One that becomes 1334 pixels long, one pixel more than `max_size`, and one that ends at a half.
+@example(0, [(0, 0, (640, 200)), (0, 1, (2 * 1333, 1))], TransformConfig(train_scales=(800,), flip=0.0, crop=False))
+def test_sizes_of_many_images_at_once_are_those_of_each(seed, images, config):
+    epochs, ids, shapes = zip(*images, strict=True)
+    widths, heights = np.array(shapes).T
+    found = output_sizes(seed, np.array(epochs), np.array(ids), widths, heights, config)
+    expected = [
+        draw_geometry(seed, epoch, image_id, width, height, config).size for epoch, image_id, (width, height) in images
+    ]
+    assert list(zip(*(part.tolist() for part in found), strict=True)) == expected
+
+
+def test_sizes_of_no_image_are_none():
+    nothing = np.zeros(0, np.int64)
+    assert [len(part) for part in output_sizes(0, nothing, nothing, nothing, nothing, TransformConfig())] == [0, 0]
