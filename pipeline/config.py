@@ -35,9 +35,19 @@ class DataConfig:
     """Generate the built-in data set, and pre-train the small backbone on it, where `train` and `val` are absent."""
     reader_threads: int = 2
     """Threads per worker that read, decode and resize; each releases the GIL while it does."""
+    sort_window: int = 1
+    """Global batches whose images are sorted by shape together. 1: inside each, so which images a step sees does not
+    change; more: less padding and steps of like images, but other batches."""
+    shuffle_shards: int = 0
+    """Shuffle in blocks of so many shards, for data that does not fit a node's disk; 0: over the whole epoch."""
+    epoch_tail: Literal["straddle", "short"] = "straddle"
+    """straddle: the step in which an epoch ends begins the next. short: it holds what is left of the epoch."""
 
     def __post_init__(self) -> None:
         _require(self.reader_threads >= 1, "data.reader_threads", self.reader_threads, "at least 1")
+        _require(self.sort_window >= 1, "data.sort_window", self.sort_window, "at least 1 global batch")
+        _require(self.shuffle_shards >= 0, "data.shuffle_shards", self.shuffle_shards, "0 (the whole epoch) or more")
+        _require(self.epoch_tail in ("straddle", "short"), "data.epoch_tail", self.epoch_tail, "straddle or short")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from detr.criterion import Losses
-from pipeline.config import RunConfig
 from pipeline.optim import Schedule
 from pipeline.parallel import Ranks
 from pipeline.step import StepResult
@@ -18,8 +17,8 @@ from pipeline.track import Tracker
 class Meter:
     """Sums losses on the device between log points, so that no step waits for a figure nobody reads yet."""
 
-    def __init__(self, config: RunConfig, schedule: Schedule, ranks: Ranks, tracker: Tracker | None) -> None:
-        self._config, self._schedule, self._ranks, self._tracker = config, schedule, ranks, tracker
+    def __init__(self, schedule: Schedule, ranks: Ranks, tracker: Tracker | None) -> None:
+        self._schedule, self._ranks, self._tracker = schedule, ranks, tracker
         self._reset()
         self._last = time.perf_counter()
 
@@ -35,13 +34,13 @@ class Meter:
         """Seconds since the last step ended: the wait for data."""
         return time.perf_counter() - self._last
 
-    def add(self, result: StepResult, waited_s: float) -> None:
-        """Take in one step."""
+    def add(self, result: StepResult, images: int, waited_s: float) -> None:
+        """Take in one step over so many images of all ranks."""
         names, values = _figures(result.losses)
         self._names, self._sum = names, values if self._sum is None else self._sum + values
         self._norm = result.grad_norm
         self._steps += 1
-        self._images += self._config.optim.batch_size
+        self._images += images
         self._wait_s += waited_s
         self._last = time.perf_counter()
 

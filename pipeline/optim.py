@@ -5,6 +5,7 @@ The schedule is a pure function of the step, so a resumed run needs no scheduler
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from pipeline.config import OptimConfig
-from shards.plan import first_step
+from shards.steps import START, EpochTail, Origin, Steps
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -36,16 +37,24 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Durations of a run in steps, converted once from epochs, the number of images and the global batch."""
+    """Durations of a run in steps, converted once from epochs, the number of images and the global batch.
+
+    `origin` is where the run's cut into steps begins: elsewhere than at 0 after it went on as another stream.
+    """
 
     config: OptimConfig
     images: int
+    tail: EpochTail = "straddle"
+    origin: Origin = START
+
+    @property
+    def cut(self) -> Steps:
+        """Which samples of the stream each step takes."""
+        return Steps(self.images, self.config.batch_size, self.tail, self.origin)
 
     def steps(self, epochs: float) -> int:
         """The first step that belongs to `epochs` or later; fractions of an epoch are allowed."""
-        if float(epochs).is_integer():
-            return first_step(int(epochs), self.images, self.config.batch_size)
-        return -int(-(epochs * self.images) // self.config.batch_size)
+        return self.cut.at(math.ceil(epochs * self.images))
 
     @property
     def total_steps(self) -> int:
@@ -53,13 +62,17 @@ class Schedule:
         steps = self.steps(self.config.epochs)
         return min(steps, self.config.max_steps) if self.config.max_steps else steps
 
+    def samples(self, step: int) -> int:
+        """How many samples the first `step` steps have consumed."""
+        return self.cut.position(step)
+
     def epoch(self, step: int) -> float:
         """How many epochs the first `step` steps have seen."""
-        return min(step * self.config.batch_size / self.images, float(self.config.epochs))
+        return min(self.samples(step) / self.images, float(self.config.epochs))
 
     def epoch_of(self, step: int) -> int:
         """The epoch whose plan holds `step`: the last one whose first step is not after it."""
-        return step * self.config.batch_size // self.images
+        return self.samples(step) // self.images
 
     def factor(self, step: int) -> float:
         """What both learning rates are multiplied with at `step` (counted from 0)."""

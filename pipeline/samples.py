@@ -7,6 +7,8 @@ image and drops those without area, as the original does. Crowds have been left 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +16,14 @@ from torch import Tensor
 
 from detr.batch import Batch, Target, collate
 from detr.config import TransformConfig
-from detr.geometry import Geometry, crop_before_resize, draw_geometry, eval_geometry
+from detr.geometry import Geometry, crop_before_resize, draw_geometry, eval_geometry, output_sizes
 from detr.transforms import apply
-from pipeline.config import RunConfig
+from pipeline.config import DataConfig, RunConfig
 from pipeline.optim import Schedule
 from pipeline.parallel import Ranks
 from shards.manifest import Index, Ints, Manifest
-from shards.plan import plan_epoch
-from shards.read import ReadConfig, Sample, open_loader
+from shards.plan import EpochPlan, PlanConfig, SortKeys, plan_epoch
+from shards.read import ReadConfig, Sample, open_stream
 
 Transform = Callable[[Sample], tuple[Tensor, Target]]
 
@@ -47,20 +49,23 @@ def evaluation_transform(config: TransformConfig) -> Transform:
     return transform
 
 
-def sort_by_size(index: Index, seed: int, config: TransformConfig) -> Callable[[Ints, Ints], npt.NDArray[np.generic]]:
+def plan_config(config: DataConfig) -> PlanConfig:
+    """The options of a run's plan."""
+    return PlanConfig(config.sort_window, config.shuffle_shards, config.epoch_tail)
+
+
+def sort_by_size(index: Index, seed: int, config: TransformConfig) -> SortKeys:
     """Sort keys for `plan_epoch`: the augmented aspect ratio, known before a byte is read.
 
     A rank's slice of a step then holds images of like shape: padding falls from about a third of the pixels to a
-    tenth, and which images a step holds does not change.
+    tenth.
     """
     images = index.images
 
-    def keys(rows: Ints, epochs: Ints) -> npt.NDArray[np.generic]:
-        sizes = [
-            draw_geometry(seed, epoch, int(image["image_id"]), int(image["width"]), int(image["height"]), config).size
-            for epoch, image in zip(epochs.tolist(), images[rows], strict=True)
-        ]
-        return np.array([width / height for height, width in sizes])
+    def keys(rows: Ints, epochs: Ints) -> npt.NDArray[np.float64]:
+        chosen = images[rows]
+        heights, widths = output_sizes(seed, epochs, chosen["image_id"], chosen["width"], chosen["height"], config)
+        return widths / heights
 
     return keys
 
@@ -77,36 +82,51 @@ def _apply(sample: Sample, geometry: Geometry) -> tuple[Tensor, Target]:
 def training_batches(
     manifest: Manifest, config: RunConfig, schedule: Schedule, ranks: Ranks, step: int, until: int
 ) -> Generator[Batch, None, None]:
-    """This rank's batches of steps `step` to `until` - 1, epoch by epoch; pinned where they go to a GPU."""
+    """This rank's batches of steps `step` to `until` - 1 as one stream; pinned where they go to a GPU.
+
+    Its threads live on over epochs, and over whatever the caller does between two batches; closing it ends them.
+    """
     threads = config.data.reader_threads
-    while step < until:
-        plan = plan_epoch(
+    parts = _parts(manifest, config, schedule, ranks, step, until)
+    batches = open_stream(
+        manifest,
+        parts,
+        transform=training_transform(config.seed, config.transform),
+        collate=_collate(config, ranks),
+        config=ReadConfig(threads=threads, prefetch=2 * threads, masks=config.model.masks),
+    )
+    with closing(parts), closing(batches):
+        yield from batches
+
+
+def _parts(
+    manifest: Manifest, config: RunConfig, schedule: Schedule, ranks: Ranks, step: int, until: int
+) -> Generator[tuple[Ints, Ints], None, None]:
+    """This rank's rows, and their epochs, of each step. The next epoch is planned while this one is read."""
+
+    def plan(epoch: int) -> EpochPlan:
+        return plan_epoch(
             manifest,
             seed=config.seed,
-            epoch=schedule.epoch_of(step),
+            epoch=epoch,
             batch_size=config.optim.batch_size,
             # No end: the last step is filled up from the epoch after the last, so that a run can be made longer later
             # and goes on at the exact next sample.
             sort_keys=sort_by_size(manifest.index(), config.seed, config.transform),
+            config=plan_config(config.data),
+            origin=schedule.origin,
         )
-        loader = open_loader(
-            manifest,
-            plan,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            start_step=step,
-            transform=training_transform(config.seed, config.transform),
-            collate=_collate(config, ranks),
-            config=ReadConfig(threads=threads, prefetch=2 * threads, masks=config.model.masks),
-        )
-        try:
-            for batch in loader:
-                yield batch
-                step += 1
-                if step == until:
-                    return
-        finally:
-            loader.close()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="plan") as planner:
+        coming = planner.submit(plan, schedule.epoch_of(step))
+        while step < until:
+            current = coming.result()
+            if current.end_step < until:
+                coming = planner.submit(plan, current.epoch + 1)
+            end = min(current.end_step, until)
+            for number in range(step, end):
+                yield current.step(number, ranks.rank, ranks.world_size)
+            step = end
 
 
 def _collate(config: RunConfig, ranks: Ranks) -> Callable[[list[tuple[Tensor, Target]]], Batch]:

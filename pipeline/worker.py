@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from detr.batch import Batch
 from detr.execution import compile_shapes, set_channels_last, set_recompute, uncompiled
 from detr.model import DETR
 from pipeline import checkpoint
@@ -73,20 +77,21 @@ class Worker:
 def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) -> None:
     """Train until the last step, whatever was done before; a collective call."""
     train = load_manifest(config.data.train)
-    worker = Worker(
-        config, place, ranks, tracker, train, load_manifest(config.data.val), Schedule(config.optim, train.images)
-    )
+    schedule = Schedule(config.optim, train.images, config.data.epoch_tail)
+    worker = Worker(config, place, ranks, tracker, train, load_manifest(config.data.val), schedule)
     state = _restore(worker)
     if state.step == 0:
         # MLflow's slider opens at step 0: show there what is to be found.
         _tell_pictures(worker, Detections.empty(config.model.masks), 0)
-    while True:
-        if state.step and _evaluation_due(worker, state.step):
-            _evaluate(worker, state)
-        if state.step >= worker.schedule.total_steps:
-            return
-        _train(worker, state, until=_next_boundary(worker, state.step))
-        _save(worker, state)
+    # One stream to the end: neither checkpoints nor evaluations nor ends of epochs stop its threads.
+    with closing(training_batches(train, config, schedule, ranks, state.step, schedule.total_steps)) as batches:
+        while True:
+            if state.step and _evaluation_due(worker, state.step):
+                _evaluate(worker, state)
+            if state.step >= schedule.total_steps:
+                return
+            _train(worker, state, batches, until=_next_boundary(worker, state.step))
+            _save(worker, state)
 
 
 def _restore(worker: Worker) -> State:
@@ -156,15 +161,15 @@ def _evaluation_due(worker: Worker, step: int) -> bool:
     return worker.ranks.gather(checkpoint.read_evaluation(path) is None)[0] is True
 
 
-def _train(worker: Worker, state: State, until: int) -> None:
-    meter = Meter(worker.config, worker.schedule, worker.ranks, worker.tracker)
-    batches = training_batches(worker.train, worker.config, worker.schedule, worker.ranks, state.step, until)
-    for batch in batches:
+def _train(worker: Worker, state: State, batches: Iterator[Batch], until: int) -> None:
+    schedule = worker.schedule
+    meter = Meter(schedule, worker.ranks, worker.tracker)
+    for batch in islice(batches, until - state.step):
         waited = meter.waited()
-        set_learning_rates(state.optimizer, worker.schedule.factor(state.step))
+        set_learning_rates(state.optimizer, schedule.factor(state.step))
         result = train_step(state.model, batch, state.optimizer, worker.config, worker.ranks, state.step)
         state.step += 1
-        meter.add(result, waited)
+        meter.add(result, schedule.samples(state.step) - schedule.samples(state.step - 1), waited)
         if state.step % worker.config.track.log_every == 0 or state.step == until:
             meter.tell(state.step, state.optimizer)
 
@@ -174,7 +179,7 @@ def _save(worker: Worker, state: State) -> None:
     meta = checkpoint.Meta(
         step=state.step,
         epoch=worker.schedule.epoch(state.step),
-        samples=state.step * config.optim.batch_size,
+        samples=worker.schedule.samples(state.step),
         run_id=worker.place.run_id,
         seed=config.seed,
         batch_size=config.optim.batch_size,

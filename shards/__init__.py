@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from shards.manifest import Manifest as Manifest
     from shards.manifest import load_manifest as load_manifest
     from shards.plan import EpochPlan as EpochPlan
+    from shards.plan import PlanConfig as PlanConfig
     from shards.plan import epoch_order as epoch_order
-    from shards.plan import first_step as first_step
     from shards.plan import plan_epoch as plan_epoch
     from shards.plan import plan_evaluation as plan_evaluation
     from shards.read import ReadConfig as ReadConfig
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from shards.segmentation import decode_masks as decode_masks
     from shards.segmentation import encode_masks as encode_masks
     from shards.source import SourceError as SourceError
+    from shards.steps import Origin as Origin
+    from shards.steps import Steps as Steps
+    from shards.steps import first_step as first_step
     from shards.synthetic import write_synthetic as write_synthetic
     from shards.write import WriteConfig as WriteConfig
     from shards.write import write_coco as write_coco
@@ -41,11 +44,12 @@ _HOMES = {
     "detections": ("Detections",),
     "errors": ("ShardError",),
     "manifest": ("Category", "Index", "Manifest", "load_manifest"),
-    "plan": ("EpochPlan", "epoch_order", "first_step", "plan_epoch", "plan_evaluation"),
+    "plan": ("EpochPlan", "PlanConfig", "epoch_order", "plan_epoch", "plan_evaluation"),
     "read": ("ReadConfig", "Sample", "open_batches", "open_loader", "read_samples"),
     "score": ("ClassScore", "Score", "coco_metrics", "per_class_ap", "score_detections", "to_coco_json"),
     "segmentation": ("check_segmentations", "decode_masks", "encode_masks"),
     "source": ("SourceError",),
+    "steps": ("Origin", "Steps", "first_step"),
     "synthetic": ("write_synthetic",),
     "write": ("WriteConfig", "write_coco"),
 }

@@ -1,9 +1,9 @@
 """Which sample goes in which step, and on which rank: pure arithmetic, the same on every machine.
 
 The images of an epoch come in the order of a hash of (seed, epoch, row). The *stream* is the concatenation of all
-epochs, and step t takes its positions [t * batch_size, (t + 1) * batch_size); a rank takes a contiguous slice of the
-step. So every epoch holds each image exactly once, nothing depends on the number of ranks, and the step number alone
-says where a resumed run goes on, on any number of ranks. The price is that a step may straddle two epochs.
+epochs, and ``shards.steps`` cuts it into steps; a rank takes a contiguous slice of the step. So every epoch holds each
+image exactly once, nothing depends on the number of ranks, and the step number alone says where a resumed run goes on,
+on any number of ranks.
 
 splitmix64 (Steele, Lea and Flood 2014) because its values are fixed for ever; NumPy does not promise that for its
 Generators. Ordering 118,287 images takes about 10 ms.
@@ -17,10 +17,40 @@ import numpy.typing as npt
 
 from shards.errors import ShardError
 from shards.manifest import Ints, Manifest
+from shards.steps import START, EpochTail, Origin, Steps
 
 _MASK = (1 << 64) - 1
+# What else is hashed beside samples. Kept for ever, as any other number would give another order.
+_SHARDS, _STEPS = 1, 2
+_SORTED_AT_ONCE = 1 << 18
 # (rows int64 [n], epochs int64 [n]) -> sort keys [n]; see plan_epoch.
 SortKeys = Callable[[Ints, Ints], npt.NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """The order of the samples and how it is cut into steps: part of a run's identity, the same on every rank.
+
+    Attributes:
+        sort_window: global batches whose samples are sorted together by ``sort_keys``. 1 sorts inside each, which moves
+            no sample to another step; more make the images of a step alike, so that ranks wait less for each other.
+        shuffle_shards: 0 shuffles the whole epoch. N shows the shards in blocks of N, whose order and whose samples'
+            order are new in each epoch: for data sets that do not fit into a node's cache.
+        epoch_tail: straddle cuts the concatenation of the epochs, so every step is full; short ends each epoch with a
+            step of what is left.
+    """
+
+    sort_window: int = 1
+    shuffle_shards: int = 0
+    epoch_tail: EpochTail = "straddle"
+
+    def __post_init__(self) -> None:
+        if self.sort_window < 1 or self.shuffle_shards < 0:
+            raise ShardError(
+                f"got sort_window {self.sort_window} and shuffle_shards {self.shuffle_shards}, expected at least 1 and 0"
+            )
+        if self.epoch_tail not in ("straddle", "short"):
+            raise ShardError(f"got epoch_tail {self.epoch_tail!r}, expected straddle or short")
 
 
 def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -45,12 +75,14 @@ def epoch_order(seed: int, epoch: int, count: int) -> Ints:
     return np.argsort(hashes((seed, epoch), np.arange(count)), kind="stable").astype(np.int64)
 
 
-def first_step(epoch: int, images: int, batch_size: int) -> int:
-    """The first step that starts inside ``epoch`` or later: ceil(epoch * images / batch_size).
+def shard_blocks(seed: int, epoch: int, shards: int, per_block: int) -> Ints:
+    """The block, from 0, in which each shard is shown in ``epoch`` where ``shuffle_shards`` is ``per_block``, int64.
 
-    ``first_step(epochs, ...)`` is also the number of steps of a run of that many epochs.
+    A loader then reads from the shards of one block at a time, or two at the seam, and may forget those before.
     """
-    return -(-epoch * images // batch_size)
+    places = np.empty(shards, np.int64)
+    places[np.argsort(hashes((seed, epoch, _SHARDS), np.arange(shards)), kind="stable")] = np.arange(shards)
+    return places // per_block
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +112,7 @@ class EpochPlan:
         return self.end_step - self.first_step
 
     def samples(self, step: int) -> int:
-        """Samples of a step over all ranks: ``batch_size``, or fewer in the very last step of a run."""
+        """Samples of a step over all ranks: ``batch_size``, or fewer where an epoch or the run ends in it."""
         start, stop = self._bounds(step)
         return stop - start
 
@@ -115,37 +147,48 @@ def plan_epoch(
     batch_size: int,
     epochs: int | None = None,
     sort_keys: SortKeys | None = None,
+    config: PlanConfig | None = None,
+    origin: Origin = START,
 ) -> EpochPlan:
     """Plan the steps that start inside ``epoch``.
 
     Args:
-        manifest: the data set; only its number of images matters.
+        manifest: the data set; only its number of images matters and, for ``shuffle_shards``, those of its shards.
         seed: any integer; the order is a function of (seed, epoch, row).
         epoch: from 0.
         batch_size: samples per step over all ranks.
         epochs: length of the run. Its very last step is cut there; without it that step would run on into the epoch
             after the last.
-        sort_keys: where given, the samples *inside* each step are sorted by these keys (for example their augmented
-            aspect ratio), so that a rank's slice holds images of like shape and pads less. Which samples a step holds
-            does not change.
+        sort_keys: where given, the samples of each window of steps are sorted by these keys (for example their
+            augmented aspect ratio), so that a rank's slice holds images of like shape and pads less. With the default
+            window of one step, which samples a step holds does not change.
+        config: the options of the order and of the cut.
+        origin: where the cut begins; see ``shards.steps``.
 
     Raises:
         ShardError: ``batch_size`` or ``epoch`` is out of range.
     """
-    if batch_size < 1:
-        raise ShardError(f"got batch_size {batch_size}, expected at least 1 sample per step over all ranks")
+    config = config or PlanConfig()
+    images = manifest.images
+    steps = Steps(images, batch_size, config.epoch_tail, origin)
     if epoch < 0 or (epochs is not None and epoch >= epochs):
         raise ShardError(f"got epoch {epoch}, expected 0 <= epoch < {'any' if epochs is None else epochs}")
-    images = manifest.images
-    start_step, end_step = (first_step(number, images, batch_size) for number in (epoch, epoch + 1))
-    start, stop = start_step * batch_size, end_step * batch_size
+    start_step, end_step = (max(steps.at(number * images), origin.step) for number in (epoch, epoch + 1))
+    start, stop = steps.position(start_step), steps.position(end_step)
     if epochs is not None:
         start, stop = (min(position, epochs * images) for position in (start, stop))
-    rows, sample_epochs = _stream(seed, images, start, stop)
-    if sort_keys is not None and len(rows):
-        steps = np.arange(len(rows)) // batch_size
-        order = np.lexsort((sort_keys(rows, sample_epochs), steps))  # stable: ties keep the order of the stream
-        rows, sample_epochs = rows[order], sample_epochs[order]
+    rows, sample_epochs = _stream(manifest, seed, start, stop, config.shuffle_shards)
+    if sort_keys is not None:
+        # A window at a time, or many small ones: the keys of a large epoch need not be in memory all at once.
+        window = config.sort_window * batch_size
+        block = window * max(1, _SORTED_AT_ONCE // window)
+        for begin in range(0, len(rows), block):
+            part = slice(begin, begin + block)
+            first = start_step + begin // batch_size
+            order = _sorted(
+                sort_keys(rows[part], sample_epochs[part]), batch_size, config.sort_window, (seed, epoch), first
+            )
+            rows[part], sample_epochs[part] = rows[part][order], sample_epochs[part][order]
     return EpochPlan(epoch, batch_size, images, start_step, end_step, rows, sample_epochs)
 
 
@@ -163,12 +206,38 @@ def plan_evaluation(manifest: Manifest, *, batch_size: int) -> tuple[Ints, ...]:
     return tuple(rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
 
 
-def _stream(seed: int, images: int, start: int, stop: int) -> tuple[Ints, Ints]:
+def _stream(manifest: Manifest, seed: int, start: int, stop: int, shuffle_shards: int) -> tuple[Ints, Ints]:
     """Positions [start, stop) of the concatenated epochs: rows and their epochs."""
-    positions = np.arange(start, stop, dtype=np.int64)
-    epochs = positions // images
-    rows = np.empty_like(positions)
-    for epoch in np.unique(epochs).tolist():
-        inside = epochs == epoch
-        rows[inside] = epoch_order(seed, epoch, images)[positions[inside] - epoch * images]
+    images = manifest.images
+    rows, epochs = np.empty(stop - start, np.int64), np.empty(stop - start, np.int64)
+    for epoch in range(start // images, -(-stop // images)):
+        low, high = max(start, epoch * images), min(stop, (epoch + 1) * images)
+        order = (
+            _block_order(manifest, seed, epoch, shuffle_shards) if shuffle_shards else epoch_order(seed, epoch, images)
+        )
+        rows[low - start : high - start] = order[low - epoch * images : high - epoch * images]
+        epochs[low - start : high - start] = epoch
     return rows, epochs
+
+
+def _block_order(manifest: Manifest, seed: int, epoch: int, per_block: int) -> Ints:
+    """The order of an epoch whose shards come in blocks. Rows lie in the order of the shards."""
+    blocks = shard_blocks(seed, epoch, len(manifest.shards), per_block)
+    of_rows = np.repeat(blocks, [shard.samples for shard in manifest.shards])
+    return np.lexsort((hashes((seed, epoch), np.arange(manifest.images)), of_rows)).astype(np.int64)
+
+
+def _sorted(keys: npt.NDArray[np.generic], batch_size: int, window: int, key: tuple[int, int], first: int) -> Ints:
+    """The order that sorts the samples of whole windows, whose first step is ``first``, by ``keys`` window by window.
+
+    The steps of a window take consecutive parts of its sorted samples, in an order that is hashed again, so that small
+    images do not come first; a step keeps its size.
+    """
+    places = np.arange(len(keys)) // batch_size
+    order = np.lexsort((keys, places // window))  # stable: ties keep the order of the stream
+    if window == 1 or not len(keys):
+        return order.astype(np.int64)
+    steps = np.arange(int(places[-1]) + 1)
+    shuffled = np.lexsort((hashes((*key, _STEPS), first + steps), steps // window))
+    to_step = np.repeat(shuffled, np.bincount(places)[shuffled])
+    return order[np.argsort(to_step, kind="stable")].astype(np.int64)

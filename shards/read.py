@@ -114,6 +114,21 @@ def open_loader(
     return _stream(manifest, tasks, transform, collate, config or ReadConfig())
 
 
+def open_stream(
+    manifest: Manifest,
+    parts: Iterable[tuple[Ints, Ints]],
+    *,
+    transform: Callable[[Sample], T],
+    collate: Callable[[list[T]], B],
+    config: ReadConfig | None = None,
+) -> Generator[B, None, None]:
+    """One item per part (rows, their epochs), in order, as ``open_loader``; the parts may be of any number of plans.
+
+    ``parts`` is asked for the next one in the calling thread, when there is room for it.
+    """
+    return _stream(manifest, parts, transform, collate, config or ReadConfig())
+
+
 def open_batches(
     manifest: Manifest,
     batches: Iterable[Ints],
@@ -123,8 +138,8 @@ def open_batches(
     config: ReadConfig | None = None,
 ) -> Generator[B, None, None]:
     """One item per array of rows, in order, as ``open_loader``; for evaluation and pictures. The epoch is 0."""
-    tasks = ((rows, np.zeros(len(rows), np.int64)) for rows in batches)
-    return _stream(manifest, tasks, transform, collate, config or ReadConfig())
+    parts = ((rows, np.zeros(len(rows), np.int64)) for rows in batches)
+    return open_stream(manifest, parts, transform=transform, collate=collate, config=config)
 
 
 def read_samples(

@@ -1,5 +1,7 @@
-"""The plan's promises, for any data set, batch size, seed and number of ranks."""
+"""The plan's promises, for any data set, batch size, seed, options and number of ranks."""
 
+from collections import Counter
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import cast
 
@@ -8,76 +10,159 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.manifest import Manifest
-from shards.plan import EpochPlan, first_step, plan_epoch
+from shards.plan import EpochPlan, PlanConfig, plan_epoch, shard_blocks
+from shards.steps import START, Origin, Steps, first_step
 
 images = st.integers(1, 60)
 batch_sizes = st.integers(1, 80)
 seeds = st.integers(-(2**63), 2**63)
 epochs_of_a_run = st.integers(1, 5)
 world_sizes = st.integers(1, 64)
+tails = st.sampled_from(["straddle", "short"])
+configs = st.builds(PlanConfig, st.integers(1, 6), st.integers(0, 5), tails)
+unsorted = st.builds(PlanConfig, st.just(1), st.integers(0, 5), tails)
+PLAIN = PlanConfig()
+
+Sample = tuple[int, int]  # row, epoch
 
 
-def plans_of_a_run(count: int, batch_size: int, seed: int, epochs: int) -> list[EpochPlan]:
-    manifest = cast(Manifest, SimpleNamespace(images=count))  # the plan depends on nothing else
+def manifest_of(count: int) -> Manifest:
+    """The plan depends on nothing else. Shards of 7 images and the rest."""
+    shards = [SimpleNamespace(samples=min(7, count - start)) for start in range(0, count, 7)]
+    return cast(Manifest, SimpleNamespace(images=count, shards=shards))
+
+
+def sizes(rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+    return np.asarray((rows * 31 + epochs * 17) % 11)
+
+
+def plans_of_a_run(
+    count: int, batch_size: int, seed: int, epochs: int, config: PlanConfig = PLAIN, origin: Origin = START
+) -> list[EpochPlan]:
     return [
-        plan_epoch(manifest, seed=seed, epoch=epoch, batch_size=batch_size, epochs=epochs) for epoch in range(epochs)
+        plan_epoch(
+            manifest_of(count),
+            seed=seed,
+            epoch=epoch,
+            batch_size=batch_size,
+            epochs=epochs,
+            sort_keys=sizes,
+            config=config,
+            origin=origin,
+        )
+        for epoch in range(epochs)
     ]
 
 
-def stream(plans: list[EpochPlan], world_size: int, from_step: int = 0) -> list[tuple[int, int]]:
-    """(row, epoch) of all samples in order, put together from the ranks' parts of each step."""
-    samples = []
-    for plan in plans:
-        for step in range(max(plan.first_step, from_step), plan.end_step):
-            for rank in range(world_size):
-                samples += list(zip(*(part.tolist() for part in plan.step(step, rank, world_size)), strict=True))
-    return samples
+def steps_of(plans: list[EpochPlan], world_size: int = 1) -> dict[int, list[Sample]]:
+    """(row, epoch) of each step's samples in order, put together from the ranks' parts of it."""
+    return {
+        step: [
+            sample
+            for rank in range(world_size)
+            for sample in zip(*(part.tolist() for part in plan.step(step, rank, world_size)), strict=True)
+        ]
+        for plan in plans
+        for step in range(plan.first_step, plan.end_step)
+    }
+
+
+def stream(plans: list[EpochPlan], world_size: int = 1, from_step: int = 0) -> list[Sample]:
+    steps = steps_of(plans, world_size)
+    assert list(steps) == sorted(steps)
+    return [sample for step, samples in steps.items() if step >= from_step for sample in samples]
+
+
+def every(count: int, epochs: int) -> list[Sample]:
+    return [(row, epoch) for epoch in range(epochs) for row in range(count)]
 
 
 @settings(deadline=None)
-@given(images, batch_sizes, seeds, epochs_of_a_run)
-def test_every_epoch_shows_each_image_exactly_once(count, batch_size, seed, epochs):
-    samples = stream(plans_of_a_run(count, batch_size, seed, epochs), 1)
-    for epoch in range(epochs):
-        assert sorted(row for row, of in samples if of == epoch) == list(range(count))
-    assert len(samples) == epochs * count
-    assert [epoch for _, epoch in samples] == sorted(epoch for _, epoch in samples)
+@given(images, batch_sizes, seeds, epochs_of_a_run, configs, world_sizes)
+def test_every_epoch_shows_each_image_exactly_once(count, batch_size, seed, epochs, config, world_size):
+    samples = stream(plans_of_a_run(count, batch_size, seed, epochs, config), world_size)
+    assert sorted(samples, key=lambda sample: (sample[1], sample[0])) == every(count, epochs)
 
 
 @settings(deadline=None)
-@given(images, batch_sizes, batch_sizes, seeds, epochs_of_a_run, world_sizes, world_sizes)
-def test_the_stream_is_the_same_for_any_ranks_and_batch_size(count, batch, other, seed, epochs, world, other_world):
-    first = stream(plans_of_a_run(count, batch, seed, epochs), world)
-    assert first == stream(plans_of_a_run(count, other, seed, epochs), other_world)
+@given(images, batch_sizes, batch_sizes, seeds, epochs_of_a_run, unsorted, world_sizes, world_sizes)
+def test_the_stream_is_the_same_for_any_ranks_and_batch_size(
+    count, batch, other, seed, epochs, config, world, other_world
+):
+    def unordered(size: int, ranks: int) -> list[Sample]:
+        manifest = manifest_of(count)
+        plans = [
+            plan_epoch(manifest, seed=seed, epoch=epoch, batch_size=size, epochs=epochs, config=config)
+            for epoch in range(epochs)
+        ]
+        return stream(plans, ranks)
+
+    assert unordered(batch, world) == unordered(other, other_world)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 40), batch_sizes, seeds)
-def test_the_stream_is_the_same_for_every_number_of_ranks_up_to_64(count, batch_size, seed):
-    plans = plans_of_a_run(count, batch_size, seed, 2)
-    expected = stream(plans, 1)
-    assert all(stream(plans, world_size) == expected for world_size in range(2, 65))
+@given(st.integers(1, 40), batch_sizes, seeds, configs)
+def test_the_stream_is_the_same_for_every_number_of_ranks_up_to_64(count, batch_size, seed, config):
+    plans = plans_of_a_run(count, batch_size, seed, 2, config)
+    expected = steps_of(plans)
+    assert all(steps_of(plans, world_size) == expected for world_size in range(2, 65))
 
 
 @settings(deadline=None)
-@given(images, batch_sizes, seeds, epochs_of_a_run, world_sizes, st.data())
-def test_a_run_goes_on_at_any_step_on_any_number_of_ranks(count, batch_size, seed, epochs, world_size, data):
-    total = first_step(epochs, count, batch_size)
+@given(images, batch_sizes, seeds, epochs_of_a_run, configs, world_sizes, st.data())
+def test_a_run_goes_on_at_any_step_on_any_number_of_ranks(count, batch_size, seed, epochs, config, world_size, data):
+    total = Steps(count, batch_size, config.epoch_tail).at(epochs * count)
     stop = data.draw(st.integers(0, total))
-    whole = stream(plans_of_a_run(count, batch_size, seed, epochs), 1)
-    resumed = stream(plans_of_a_run(count, batch_size, seed, epochs), world_size, from_step=stop)
-    assert resumed == whole[stop * batch_size :]
+    whole = steps_of(plans_of_a_run(count, batch_size, seed, epochs, config))
+    resumed = stream(plans_of_a_run(count, batch_size, seed, epochs, config), world_size, from_step=stop)
+    assert resumed == [sample for step, samples in whole.items() if step >= stop for sample in samples]
+
+
+@settings(deadline=None)
+@given(images, batch_sizes, batch_sizes, seeds, epochs_of_a_run, unsorted, st.data())
+def test_a_run_that_goes_on_with_another_batch_size_shows_the_rest_of_its_epoch(
+    count, batch_size, other, seed, epochs, config, data
+):
+    cut = Steps(count, batch_size, config.epoch_tail)
+    stop = data.draw(st.integers(0, cut.at(epochs * count)))
+    whole = steps_of(plans_of_a_run(count, batch_size, seed, epochs, config))
+    origin = Origin(stop, min(cut.position(stop), epochs * count))
+    after = steps_of(plans_of_a_run(count, other, seed, epochs, config, origin))
+    assert list(after) == list(range(stop, stop + len(after)))
+    shown = Counter(sample for step, samples in whole.items() if step < stop for sample in samples)
+    shown.update(sample for samples in after.values() for sample in samples)
+    assert shown == Counter(every(count, epochs))
 
 
 @settings(deadline=None)
 @given(images, batch_sizes, epochs_of_a_run)
 def test_steps_are_numbered_without_gaps_and_all_full_but_the_last(count, batch_size, epochs):
-    plans = plans_of_a_run(count, batch_size, 0, epochs)
-    steps = [step for plan in plans for step in range(plan.first_step, plan.end_step)]
-    assert steps == list(range(first_step(epochs, count, batch_size)))
-    sizes = [plan.samples(step) for plan in plans for step in range(plan.first_step, plan.end_step)]
-    assert sizes[:-1] == [batch_size] * (len(sizes) - 1)
-    assert 1 <= sizes[-1] <= batch_size
+    steps = steps_of(plans_of_a_run(count, batch_size, 0, epochs))
+    assert list(steps) == list(range(first_step(epochs, count, batch_size)))
+    lengths = [len(samples) for samples in steps.values()]
+    assert lengths[:-1] == [batch_size] * (len(lengths) - 1)
+    assert 1 <= lengths[-1] <= batch_size
+
+
+@settings(deadline=None)
+@given(images, batch_sizes, epochs_of_a_run, st.integers(1, 6))
+def test_with_short_tails_no_step_shows_two_epochs_and_only_the_last_of_one_is_short(count, batch_size, epochs, window):
+    steps = steps_of(plans_of_a_run(count, batch_size, 0, epochs, PlanConfig(window, epoch_tail="short")))
+    assert list(steps) == list(range(epochs * -(-count // batch_size)))
+    for epoch in range(epochs):
+        lengths = [len(samples) for samples in steps.values() if {of for _, of in samples} == {epoch}]
+        assert lengths == [batch_size] * (count // batch_size) + ([count % batch_size] if count % batch_size else [])
+
+
+@settings(deadline=None)
+@given(images, batch_sizes, tails, st.integers(0, 50), st.integers(0, 200), st.integers(0, 100))
+def test_the_step_of_a_position_is_the_first_that_starts_there_or_later(count, batch_size, tail, first, ahead, step):
+    cut = Steps(count, batch_size, tail, Origin(first, ahead))
+    starts = [cut.position(first + number) for number in range(step + 2)]
+    assert starts[0] == ahead
+    assert all(0 < later - start <= batch_size for start, later in pairwise(starts))
+    for position in range(starts[-2] + 1, starts[-1] + 1):
+        assert cut.at(position) == first + step + 1
 
 
 @settings(deadline=None)
@@ -85,19 +170,39 @@ def test_steps_are_numbered_without_gaps_and_all_full_but_the_last(count, batch_
 def test_ranks_share_a_step_evenly(count, batch_size, world_size):
     (plan,) = plans_of_a_run(count, batch_size, 0, 1)
     for step in range(plan.first_step, plan.end_step):
-        sizes = [len(plan.step(step, rank, world_size)[0]) for rank in range(world_size)]
-        assert max(sizes) - min(sizes) <= 1
+        lengths = [len(plan.step(step, rank, world_size)[0]) for rank in range(world_size)]
+        assert max(lengths) - min(lengths) <= 1
 
 
 @settings(deadline=None)
-@given(images, batch_sizes, seeds)
-def test_sorting_within_steps_moves_no_sample_to_another_step(count, batch_size, seed):
-    manifest = cast(Manifest, SimpleNamespace(images=count))
-    plain = plan_epoch(manifest, seed=seed, epoch=0, batch_size=batch_size)
-    ordered = plan_epoch(
-        manifest, seed=seed, epoch=0, batch_size=batch_size, sort_keys=lambda rows, epochs: np.asarray(rows % 3)
+@given(images, batch_sizes, seeds, st.integers(1, 6), tails)
+def test_sorting_moves_no_sample_out_of_its_window_of_steps(count, batch_size, seed, window, tail):
+    manifest, config = manifest_of(count), PlanConfig(window, epoch_tail=tail)
+    plain = plan_epoch(manifest, seed=seed, epoch=1, batch_size=batch_size, config=config)
+    ordered = plan_epoch(manifest, seed=seed, epoch=1, batch_size=batch_size, config=config, sort_keys=sizes)
+    before, after = steps_of([plain]), steps_of([ordered])
+    assert {step: len(samples) for step, samples in before.items()} == {step: len(s) for step, s in after.items()}
+    for start in range(plain.first_step, plain.end_step, window):
+        members = range(start, min(start + window, plain.end_step))
+        assert Counter(s for m in members for s in before[m]) == Counter(s for m in members for s in after[m])
+        ranges = []
+        for member in members:
+            keys = [int(sizes(*(np.array(part) for part in sample))) for sample in after[member]]
+            assert keys == sorted(keys)
+            ranges.append((keys[0], keys[-1]))
+        # Steps of a window share no more than their ends: each holds images of like size.
+        ranges.sort()
+        assert all(one[1] <= other[0] for one, other in pairwise(ranges))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 120), seeds, st.integers(0, 9), st.integers(1, 6))
+def test_shards_come_in_blocks_and_every_epoch_has_others(count, seed, epoch, per_block):
+    manifest = manifest_of(count)
+    blocks = shard_blocks(seed, epoch, len(manifest.shards), per_block)
+    assert sorted(blocks.tolist()) == [place // per_block for place in range(len(manifest.shards))]
+    plan = plan_epoch(
+        manifest, seed=seed, epoch=epoch, batch_size=1, config=PlanConfig(shuffle_shards=per_block, epoch_tail="short")
     )
-    for step in range(plain.first_step, plain.end_step):
-        members = [sorted(zip(*plan.step(step), strict=True)) for plan in (plain, ordered)]
-        assert members[0] == members[1]
-        assert (np.diff(ordered.step(step)[0] % 3) >= 0).all()
+    shown = blocks[plan.rows // 7]
+    assert shown.tolist() == sorted(shown.tolist())

@@ -7,6 +7,7 @@ from detr.config import ModelConfig
 from detr.model import DETR, build_model
 from pipeline.config import OptimConfig
 from pipeline.optim import Schedule, build_optimizer, set_learning_rates
+from shards.steps import Origin
 
 COCO = 118_287
 
@@ -104,6 +105,21 @@ def test_warm_up_rises_from_the_first_step_to_the_full_rate() -> None:
 def test_the_epoch_of_a_step_counts_images_seen_and_ends_with_the_run() -> None:
     schedule = Schedule(OptimConfig(batch_size=4, epochs=3), 10)
     assert [schedule.epoch(step) for step in (0, 5, 8)] == [0, 2.0, 3.0]
+
+
+def test_with_short_tails_durations_count_whole_steps_of_each_epoch() -> None:
+    schedule = Schedule(OptimConfig(batch_size=4, epochs=3, decay_epoch=2), 10, "short")
+    assert schedule.total_steps == 9
+    assert [schedule.steps(epochs) for epochs in (0, 0.4, 1, 1.5, 2)] == [0, 1, 3, 5, 6]
+    assert [schedule.epoch(step) for step in (0, 2, 3, 5, 9)] == [0, 0.8, 1.0, 1.8, 3.0]
+    assert [schedule.factor(step) for step in (5, 6)] == [1.0, 0.1]
+
+
+def test_a_run_that_goes_on_in_smaller_batches_has_more_steps_left() -> None:
+    schedule = Schedule(OptimConfig(batch_size=3, epochs=3, decay_epoch=2), 10, origin=Origin(step=4, samples=16))
+    assert schedule.total_steps == 9  # 14 samples are left: five steps, the last of them filled up
+    assert [schedule.samples(step) for step in (4, 5, 9)] == [16, 19, 31]
+    assert [schedule.factor(step) for step in (5, 6)] == [1.0, 0.1]
 
 
 @pytest.mark.parametrize(("batch_size", "images"), [(4, 10), (5, 10), (64, 10), (3, 7), (1, 1)])

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from shards.errors import ShardError
-from shards.plan import epoch_order, first_step, hashes, plan_epoch, plan_evaluation, splitmix64
+from shards.plan import PlanConfig, epoch_order, hashes, plan_epoch, plan_evaluation, shard_blocks, splitmix64
+from shards.steps import first_step
 
 
 def test_splitmix64_gives_the_published_numbers():
@@ -15,6 +16,19 @@ def test_the_order_never_changes():
     # Any change here makes resumed runs see other images than they would have.
     assert epoch_order(0, 0, 10).tolist() == [0, 9, 1, 6, 3, 5, 4, 2, 8, 7]
     assert epoch_order(42, 7, 10).tolist() == [4, 8, 7, 1, 2, 0, 6, 5, 9, 3]
+
+
+def test_the_order_of_blocks_and_of_steps_in_a_window_never_changes(coco):
+    assert shard_blocks(42, 3, 10, 4).tolist() == [1, 2, 1, 0, 0, 2, 1, 1, 0, 0]
+    manifest = coco.write(samples_per_shard=2)
+    config = PlanConfig(sort_window=2, shuffle_shards=2, epoch_tail="short")
+    plan = plan_epoch(manifest, seed=42, epoch=3, batch_size=2, config=config, sort_keys=lambda rows, epochs: -rows)
+    assert [plan.step(step)[0].tolist() for step in range(plan.first_step, plan.end_step)] == [
+        [1, 0],
+        [6, 5],
+        [3, 2],
+        [4],
+    ]
 
 
 def test_seed_and_epoch_are_not_interchangeable():
@@ -63,6 +77,19 @@ def test_sort_keys_reorder_within_steps_only(coco):
     for step in range(3):
         pairs = sorted(zip(*plain.step(step), strict=True), key=lambda pair: -pair[0] - 100 * pair[1])
         assert list(zip(*ordered.step(step), strict=True)) == pairs
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sort_window": 0}, "got sort_window 0"),
+        ({"shuffle_shards": -1}, "shuffle_shards -1"),
+        ({"epoch_tail": "drop"}, "got epoch_tail 'drop', expected straddle or short"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(ShardError, match=message):
+        PlanConfig(**options)
 
 
 @pytest.mark.parametrize(
