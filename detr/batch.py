@@ -71,16 +71,21 @@ def collate(samples: Sequence[tuple[Tensor, Target]], multiple: int = 1) -> Batc
     images = [image for image, _ in samples]
     targets = tuple(target for _, target in samples)
     height, width = (-(-max(image.shape[side] for image in images) // multiple) * multiple for side in (1, 2))
-    # Pixel by pixel, as images are decoded and resized: a copy to planes would take as long as the resize.
-    canvas = images[0].new_zeros(len(images), height, width, 3).permute(0, 3, 1, 2)
-    padding = torch.ones(len(images), height, width, dtype=torch.bool)
+    padded = any(image.shape[1:] != (height, width) for image in images)
+    # Pixel by pixel, as images are decoded and resized: a copy to planes would take as long as the resize. Only what
+    # no image covers is cleared.
+    canvas = images[0].new_empty(len(images), height, width, 3).permute(0, 3, 1, 2)
+    padding = torch.zeros(len(images), height, width, dtype=torch.bool) if padded else None
     for row, image in enumerate(images):
         _, h, w = image.shape
         canvas[row, :, :h, :w] = image
-        padding[row, :h, :w] = False
-    padded = any(image.shape[1:] != (height, width) for image in images)
+        canvas[row, :, h:] = 0
+        canvas[row, :, :h, w:] = 0
+        if padding is not None:
+            padding[row, h:] = True
+            padding[row, :h, w:] = True
     sizes = tuple((image.shape[1], image.shape[2]) for image in images)
-    return Batch(canvas, padding if padded else None, targets, sizes)
+    return Batch(canvas, padding, targets, sizes)
 
 
 def normalise(batch: Batch, config: TransformConfig) -> Tensor:

@@ -1,8 +1,9 @@
-"""detr shard coco|verify|info."""
+"""detr shard coco|voc|yolo|verify|info."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,10 @@ import tyro
 from jobs.command_line import choose, parse
 
 
-@dataclass(frozen=True)
-class ShardCoco:
-    """Turn a COCO folder and its annotation file into WebDataset shards with a manifest."""
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """What every `detr shard FORMAT` takes."""
 
-    images: Path
-    """Folder of the image files."""
-    annotations: Path
-    """COCO instances JSON."""
     out: str
     """Folder to write."""
     samples_per_shard: int = 1000
@@ -29,19 +26,99 @@ class ShardCoco:
     """Only so many images, those of lowest id; 0 for all."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShardCoco(Writing):
+    """Turn a COCO folder and its annotation file into WebDataset shards with a manifest."""
+
+    images: Path
+    """Folder of the image files."""
+    annotations: Path
+    """COCO instances JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardVoc(Writing):
+    """Turn a Pascal VOC folder into WebDataset shards with a manifest."""
+
+    root: Path
+    """Folder with JPEGImages, Annotations and ImageSets, or with images and an XML file beside each."""
+    split: str | None = None
+    """A list in ImageSets/Main, such as trainval; every image by default."""
+    categories: Path | None = None
+    """COCO JSON, JSON list or text with the names of categories; by default VOC's twenty, or those found."""
+    keep_difficult: bool = False
+    """Objects marked difficult are ordinary ones; by default crowd regions, which training and scoring leave out."""
+    zero_based: bool = False
+    """Coordinates count from 0 and xmax, ymax are edges; by default pixels from 1, both ends included, as in VOC."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardYolo(Writing):
+    """Turn a folder of images and YOLO labels into WebDataset shards with a manifest."""
+
+    root: Path
+    """Folder with images and labels."""
+    split: str | None = None
+    """Subfolder to take, such as train (images/train or train/images); all of images by default."""
+    categories: Path | None = None
+    """Names of classes: data.yaml, COCO JSON, JSON list or text; by default data.yaml or classes.txt of the folder."""
+
+
 def shard(argv: list[str]) -> None:
-    """detr shard coco|verify|info."""
-    choose(argv, {"coco": _shard_coco, "verify": _shard_verify, "info": _shard_info}, "detr shard")
+    """detr shard coco|voc|yolo|verify|info."""
+    words: dict[str, Callable[[list[str]], None]] = {
+        "coco": _shard_coco,
+        "voc": _shard_voc,
+        "yolo": _shard_yolo,
+        "verify": _shard_verify,
+        "info": _shard_info,
+    }
+    choose(argv, words, "detr shard")
+
+
+def _write_config(options: Writing) -> Any:
+    from shards.write import WriteConfig
+
+    return WriteConfig(samples_per_shard=options.samples_per_shard, workers=options.workers, limit=options.limit)
 
 
 def _shard_coco(argv: list[str]) -> None:
     options = parse(ShardCoco, argv, "detr shard coco")
     from pipeline.progress import progress_bar
-    from shards.write import WriteConfig, write_coco
+    from shards.write import write_coco
 
-    config = WriteConfig(samples_per_shard=options.samples_per_shard, workers=options.workers, limit=options.limit)
     with progress_bar("sharding") as progress:
-        manifest = write_coco(options.images, options.annotations, options.out, config, progress)
+        manifest = write_coco(options.images, options.annotations, options.out, _write_config(options), progress)
+    print(_describe(manifest))
+
+
+def _shard_voc(argv: list[str]) -> None:
+    options = parse(ShardVoc, argv, "detr shard voc")
+    from shards.voc import VocConfig, voc_document
+
+    config = VocConfig(
+        options.split, options.categories, options.keep_difficult, options.zero_based, workers=options.workers
+    )
+    _shard_document(lambda progress: voc_document(options.root, config, progress), options)
+
+
+def _shard_yolo(argv: list[str]) -> None:
+    options = parse(ShardYolo, argv, "detr shard yolo")
+    from shards.yolo import YoloConfig, yolo_document
+
+    config = YoloConfig(options.split, options.categories, workers=options.workers)
+    _shard_document(lambda progress: yolo_document(options.root, config, progress), options)
+
+
+def _shard_document(convert: Callable[[Callable[[int, int], None]], Any], options: Writing) -> None:
+    """Both steps of every format that becomes a COCO document first."""
+    from pipeline.progress import progress_bar
+    from shards.document import write_document
+
+    with progress_bar("reading labels", "file") as progress:
+        document = convert(progress)
+    with progress_bar("sharding") as progress:
+        manifest = write_document(document, options.out, _write_config(options), progress)
     print(_describe(manifest))
 
 

@@ -65,6 +65,17 @@ def nested(images: Any, padding: Any) -> Any:
     return _import("util.misc").NestedTensor(images, padding)
 
 
+def training_loader(coco: Path, batch_size: int, workers: int) -> Any:
+    """The original's training set and loader over a COCO folder, as its main.py makes them."""
+    from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+
+    options = Namespace(coco_path=str(coco), masks=False, dataset_file="coco")
+    dataset = _import("datasets.coco").build("train", options)
+    sampler = BatchSampler(RandomSampler(dataset), batch_size, drop_last=True)
+    collate = _import("util.misc").collate_fn
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
+
+
 def _models() -> Any:
     models = _import("models")
     # It would download ImageNet weights on the main process; the bench needs none.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from jobs import cli, run_commands
 from jobs.cli import COMMANDS, run
@@ -59,7 +60,7 @@ HELPS: list[list[str]] = [
     ["show", "--help"],
     ["shard", "--help"],
     *([command, word, "--help"] for command, words in {
-        "shard": ("coco", "verify", "info"), "jobs": ("list", "status", "logs", "stop")
+        "shard": ("coco", "voc", "yolo", "verify", "info"), "jobs": ("list", "status", "logs", "stop")
     }.items() for word in words),
     ["jobs", "--help"],
     *([name, "--help"] for name in COMMANDS if name not in ("train", "show", "shard", "jobs")),
@@ -128,13 +129,15 @@ def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
         ("train detr-r50 --optim.lrr 1", "did you mean --optim.lr"),
         ("train detr-r50 --model.num_querys 1", "did you mean --model.num-queries"),
         ("show demo --sed 1", "did you mean --seed"),
-        ("shard coc", "expected one of coco|verify|info"),
-        ("shard", "expected one of coco|verify|info"),
+        ("shard coc", "expected one of coco|voc|yolo|verify|info"),
+        ("shard", "expected one of coco|voc|yolo|verify|info"),
         ("jobs lst", "expected one of list|status|logs|stop"),
         ("train", "which recipe?"),
         ("submit local", "nothing to run"),
         ("evaluate models:/a@b", "--data"),
         ("shard coco --images a", "--annotations"),
+        ("shard voc --root a", "--out"),
+        ("shard yolo --root a --out b --splt c", "did you mean --split"),
         ("train detr-r50 --optim.lr fast", "fast"),
         ("train detr-r50 --optim.epochs 1.5", "1.5"),
         ("train detr-r50 --model.backbone vgg", "vgg"),
@@ -205,6 +208,10 @@ def coco(tmp_path: Path) -> Path:
         ("shard coco --images images --annotations text.json --out o", "not valid JSON|not JSON|JSON"),
         ("shard coco --images images --annotations empty.json --out o", "images"),
         ("shard coco --images text.json --annotations empty.json --out o", "text.json"),
+        ("shard voc --root absent --out o", "absent: no such folder"),
+        ("shard voc --root images --out o", "images: has no XML files"),
+        ("shard yolo --root absent --out o", "absent: no such folder"),
+        ("shard yolo --root . --out o", "has images but no labels"),
         ("shard info absent", "no manifest.json here"),
         ("shard verify absent", "no manifest.json here"),
         ("train detr-r50 --data.train absent --data.val absent", "no manifest.json here"),
@@ -384,3 +391,23 @@ def test_a_data_set_is_written_described_and_verified(detr: Detr, tiny_data: obj
     damaged = detr("shard", "verify", tmp_path / "out")
     assert damaged.status == 1
     assert "shard-000000.tar" in damaged.err
+
+
+def test_labels_of_other_formats_become_a_data_set(detr: Detr, tmp_path: Path) -> None:
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    (tmp_path / "labels" / "train").mkdir(parents=True)
+    Image.new("RGB", (40, 30)).save(tmp_path / "images" / "train" / "12.jpg")
+    (tmp_path / "labels" / "train" / "12.txt").write_text("1 0.5 0.5 0.5 0.5\n")
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    said = detr("shard", "yolo", "--root", ".", "--split", "train", "--out", "yolo", "--workers", "0")
+    assert (said.status, said.err) == (0, "")
+    assert f"data set    {tmp_path.name}-train in {tmp_path}/yolo" in said.out
+    xml = "<annotation><object><name>dog</name><difficult>1</difficult><bndbox><xmin>11</xmin><ymin>8</ymin>"
+    xml += "<xmax>30</xmax><ymax>23</ymax></bndbox></object></annotation>"
+    (tmp_path / "images" / "train" / "12.xml").write_text(xml)
+    said = detr("shard", "voc", "--root", "images/train", "--out", "voc", "--limit", "1", "--zero-based")
+    assert (said.status, said.err) == (0, "")
+    assert "annotations 1 (1 crowd regions)" in said.out
+    said = detr("shard", "info", "voc")
+    assert "classes     20" in said.out
+    assert "categories  1 aeroplane, 2 bicycle" in said.out

@@ -1,0 +1,209 @@
+"""Other formats through the writer's one door: a COCO document made in memory, beside its folder of images.
+
+A converter lists images, objects and categories; ``write_coco`` then checks, shards and reports as it does for a file
+that was COCO from the start.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import msgspec
+from PIL import Image
+
+from shards.errors import ShardError
+from shards.manifest import Category, Manifest
+from shards.source import Defect, SourceError
+from shards.write import Progress, WriteConfig, write_coco
+
+# Endings by which a file in a folder is taken for an image; what it truly is, its content says.
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+MAX_ID = 10**12 - 1
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class ImageRecord(msgspec.Struct, gc=False):
+    """One of the document's ``images``; sizes in pixels."""
+
+    id: int
+    file_name: str
+    width: int
+    height: int
+
+
+class ObjectRecord(msgspec.Struct, gc=False, omit_defaults=True):
+    """One of the document's ``annotations``; the box is x, y, width, height in pixels from the image's corner."""
+
+    id: int
+    image_id: int
+    category_id: int
+    bbox: tuple[float, float, float, float]
+    area: float
+    iscrowd: int
+    segmentation: list[list[float]] | None = None
+    attributes: dict[str, str] | None = None
+
+
+class _Content(msgspec.Struct):
+    info: dict[str, str]
+    images: list[ImageRecord]
+    annotations: list[ObjectRecord]
+    categories: Sequence[Category]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A data set on its way to the writer.
+
+    Attributes:
+        name: what the data set is called.
+        images: the folder that file names are relative to.
+        content: COCO's instances JSON; the same for the same input.
+    """
+
+    name: str
+    images: Path
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What a converter found out about one image: its size, its objects (ids yet to be given) and what is wrong."""
+
+    width: int
+    height: int
+    objects: list[ObjectRecord]
+    defects: list[Defect]
+
+
+def make_document(
+    name: str,
+    root: Path,
+    images: Path,
+    file_names: Sequence[str],
+    labelled: Sequence[Labelled],
+    categories: Sequence[Category],
+    description: str,
+    defects: Iterable[Defect] = (),
+) -> Document:
+    """Join what was found into a document; ids of objects count from 1 in the order of images and objects.
+
+    ``file_names`` are relative to ``images``, sorted, one for each of ``labelled``. Raises SourceError naming ``root``
+    with ``defects`` and those of all images.
+    """
+    found = [*defects, *(defect for one in labelled for defect in one.defects)]
+    if found:
+        raise SourceError(root, found)
+    content = _Content({"description": description}, [], [], categories)
+    for number, file_name, one in zip(image_ids(file_names), file_names, labelled, strict=True):
+        content.images.append(ImageRecord(number, file_name, one.width, one.height))
+        for record in one.objects:
+            record.id, record.image_id = len(content.annotations) + 1, number
+            content.annotations.append(record)
+    return Document(name, images, msgspec.json.encode(content))
+
+
+def write_document(
+    document: Document, out: str | os.PathLike[str], config: WriteConfig, progress: Progress | None = None
+) -> Manifest:
+    """Write the document's data set to ``out``, as ``write_coco`` does and with its errors."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{document.name}.json"
+        path.write_bytes(document.content)
+        return write_coco(document.images, path, out, config, progress)
+
+
+def image_ids(file_names: Sequence[str]) -> list[int]:
+    """An id for each image: the number that its name is, or its position.
+
+    ``2007_000027.jpg`` is 2007000027 and ``000000008193.jpg`` is 8193, where every name is such a number of at most 12
+    digits and no two are the same. Otherwise all ids are positions in ``file_names``, from 1.
+    """
+    digits = [re.sub("[_-]", "", PurePosixPath(name).stem) for name in file_names]
+    if all(text.isascii() and text.isdecimal() and int(text) <= MAX_ID for text in digits):
+        numbers = [int(text) for text in digits]
+        if len(set(numbers)) == len(numbers):
+            return numbers
+    return list(range(1, len(file_names) + 1))
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels from an image's header, before any EXIF rotation; raises ValueError saying why not."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception as error:  # Pillow's plugins raise nearly anything for damaged bytes
+        raise ValueError(f"its size cannot be read: {str(error).replace(str(path), path.name)}") from None
+
+
+def read_names(path: Path) -> tuple[str, ...]:
+    """Names of categories from a text file, one a line (blank lines count only between names)."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ShardError(f"{path}: cannot be read ({error}); expected names of categories, one a line") from None
+    return _checked_names(path, [line.strip() for line in lines])
+
+
+def read_categories(path: Path, first_id: int) -> tuple[Category, ...]:
+    """Categories from a file that a user names: a COCO JSON, a JSON list of names, or a text of one name a line.
+
+    Names without ids get ids from ``first_id``. Raises ShardError where the file is none of these.
+    """
+    if path.suffix.lower() != ".json":
+        return numbered(read_names(path), first_id)
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=list[str] | _Categories)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ShardError(f"{path}: {error}; expected a COCO JSON with 'categories', or a list of names") from None
+    if isinstance(found, list):
+        return numbered(_checked_names(path, found), first_id)
+    ids = [category.id for category in found.categories]
+    _checked_names(path, [category.name for category in found.categories])
+    if len(set(ids)) < len(ids):
+        raise ShardError(f"{path}: gives a category id twice; expected ids that differ")
+    return tuple(Category(one.id, one.name) for one in sorted(found.categories, key=lambda one: one.id))
+
+
+class _Category(msgspec.Struct):
+    id: int
+    name: str
+
+
+class _Categories(msgspec.Struct):
+    categories: list[_Category]
+
+
+def numbered(names: Iterable[str], first_id: int) -> tuple[Category, ...]:
+    """Categories of these names with ids from ``first_id``."""
+    return tuple(Category(number, name) for number, name in enumerate(names, first_id))
+
+
+def _checked_names(path: Path, names: list[str]) -> tuple[str, ...]:
+    if not names or not all(names) or len(set(names)) < len(names):
+        wrong = "no names" if not names else "an empty name" if not all(names) else "a name twice"
+        raise ShardError(f"{path}: has {wrong}; expected names of categories that differ")
+    return tuple(names)
+
+
+def each(
+    function: Callable[[T], R], items: Sequence[T], workers: int, progress: Callable[[int, int], Any] | None
+) -> list[R]:
+    """``function`` of every item, in order, in ``workers`` threads (0: here): reading many small files takes waiting."""
+    executor = ThreadPoolExecutor(max(1, workers), thread_name_prefix="convert")
+    results: list[R] = []
+    try:
+        for result in executor.map(function, items) if workers else map(function, items):
+            results.append(result)
+            if progress is not None:
+                progress(len(results), len(items))
+    finally:
+        executor.shutdown(cancel_futures=True)
+    return results

@@ -1,0 +1,245 @@
+"""Pascal VOC into a COCO document.
+
+A folder of the devkit, ``JPEGImages``, ``Annotations`` and ``ImageSets/Main``; a ``VOCdevkit`` that holds one such
+folder; or one folder of images with an XML file beside each, as labelling tools write.
+
+Boxes: the devkit's documentation says that "the top-left pixel in the image has coordinates (1,1)", and its evaluation
+code counts ``xmax - xmin + 1`` pixels, so a box is ``xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1`` here and one
+from 1 to the image's width covers all of it. Tools that count from 0 and mean edges need ``zero_based``.
+
+Objects marked ``difficult`` become crowd regions by default, which training leaves out and scoring neither asks for nor
+counts as false: the devkit ignores them in its evaluation as well (though it takes a detection's overlap with them over
+the union and COCO over the detection). ``keep_difficult`` makes ordinary objects of them.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import Element, ParseError
+
+from shards.document import (
+    IMAGE_SUFFIXES,
+    Document,
+    Labelled,
+    ObjectRecord,
+    each,
+    image_size,
+    make_document,
+    numbered,
+    read_categories,
+)
+from shards.errors import ShardError
+from shards.manifest import Category
+from shards.source import Defect
+from shards.write import Progress
+
+# In the order of the devkit (VOCinit.m), which is that of their labels everywhere.
+NAMES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
+    *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+_KEPT = ("pose", "truncated", "occluded", "difficult")  # what else is said of an object
+
+
+@dataclass(frozen=True)
+class VocConfig:
+    """How to read a VOC folder.
+
+    Attributes:
+        split: name of a list in ``ImageSets/Main``, such as trainval; every image where None.
+        categories: a file of categories (``shards.document.read_categories``); by default VOC's twenty where all names
+            are among them, else the names found in all of ``Annotations``, in alphabetical order.
+        keep_difficult: objects marked difficult are ordinary ones.
+        zero_based: coordinates count from 0, and xmax and ymax are edges.
+        workers: threads that read.
+    """
+
+    split: str | None = None
+    categories: Path | None = None
+    keep_difficult: bool = False
+    zero_based: bool = False
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class _Folder:
+    root: Path
+    images: Path
+    annotations: Path
+    image_of: dict[str, list[str]]  # file names of images by stem
+
+
+@dataclass(frozen=True)
+class _Object:
+    name: str
+    bbox: tuple[float, float, float, float]
+    difficult: bool
+    attributes: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _File:
+    """One XML file read: the image's size (0 where it does not say), and what is wrong with it."""
+
+    width: int
+    height: int
+    objects: list[_Object]
+    problems: list[str]
+
+
+def voc_document(
+    root: str | os.PathLike[str], config: VocConfig | None = None, progress: Progress | None = None
+) -> Document:
+    """Read a VOC folder; ``progress`` counts XML files.
+
+    Raises ShardError where the folder is not VOC's, and SourceError with what is wrong with all its files.
+    """
+    config = config or VocConfig()
+    folder = _folder(Path(root))
+    xml = {path.stem for path in folder.annotations.glob("*.xml")}
+    if not xml:
+        raise ShardError(f"{folder.annotations}: has no XML files; expected Pascal VOC's, one for each image")
+    stems, defects = _stems(folder, config.split, xml)
+    # Names of other splits count too, so that all splits have the same categories.
+    others = [] if config.categories else sorted(xml.difference(stems))
+    paths = [folder.annotations / f"{stem}.xml" for stem in [*stems, *others]]
+    files = each(lambda path: _read(path, config.zero_based), paths, config.workers, progress)
+    categories = (
+        read_categories(config.categories, 1)
+        if config.categories
+        else _categories({one.name for file in files for one in file.objects})
+    )
+    chosen = list(zip(stems, files, strict=False))
+    labelled = each(lambda pair: _labelled(folder, *pair, categories, config), chosen, config.workers, None)
+    name = f"{folder.root.name}-{config.split}" if config.split else folder.root.name
+    file_names = [folder.image_of[stem][0] for stem in stems]
+    return make_document(
+        name, folder.root, folder.images, file_names, labelled, categories, f"Pascal VOC, {name}", defects
+    )
+
+
+def _folder(root: Path) -> _Folder:
+    if not root.is_dir():
+        raise ShardError(f"{root}: no such folder; expected one with JPEGImages and Annotations: check it for a typo")
+    inner = [path.parent for pattern in ("*/Annotations", "VOCdevkit/*/Annotations") for path in root.glob(pattern)]
+    if not (root / "Annotations").is_dir() and inner:
+        if len(inner) > 1:
+            listed = ", ".join(sorted(str(path) for path in inner))
+            raise ShardError(f"{root}: holds {len(inner)} VOC folders; expected one: name one of {listed}")
+        root = inner[0]
+    images, annotations = root / "JPEGImages", root / "Annotations"
+    if not annotations.is_dir():
+        images = annotations = root  # as labelling tools write
+    elif not images.is_dir():
+        raise ShardError(f"{root}: has Annotations but no JPEGImages; expected Pascal VOC's folders: copy the images")
+    image_of: dict[str, list[str]] = {}
+    for name in sorted(os.listdir(images)):
+        path = Path(name)
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            image_of.setdefault(path.stem, []).append(name)
+    return _Folder(root.absolute(), images, annotations, image_of)
+
+
+def _stems(folder: _Folder, split: str | None, xml: set[str]) -> tuple[list[str], list[Defect]]:
+    """The images asked for that have both files, sorted, and what is wrong with the others."""
+    asked = sorted(xml.union(folder.image_of)) if split is None else _listed(folder.root, split)
+    defects = []
+    for stem in asked:
+        if stem not in folder.image_of:
+            defects.append(Defect(f"{stem}: no image of that name in {folder.images.name}"))
+        elif stem not in xml:
+            defects.append(Defect(f"{folder.image_of[stem][0]}: no {stem}.xml in {folder.annotations.name}"))
+        elif len(folder.image_of[stem]) > 1:
+            defects.append(Defect(f"{stem}: several images of that name: {', '.join(folder.image_of[stem])}"))
+    sound = {stem for stem in asked if stem in xml and len(folder.image_of.get(stem, ())) == 1}
+    defects += [Defect(f"{stem}: is listed twice in {split}.txt") for stem in sorted(sound) if asked.count(stem) > 1]
+    return sorted(sound), defects
+
+
+def _listed(root: Path, split: str) -> list[str]:
+    lists = root / "ImageSets" / "Main"
+    try:
+        lines = (lists / f"{split}.txt").read_text().splitlines()
+    except OSError:
+        # Lists of single classes, such as dog_train, have an underscore.
+        there = sorted(path.stem for path in lists.glob("*.txt") if "_" not in path.stem)
+        raise ShardError(
+            f"{lists}: has no {split}.txt; expected one of {', '.join(there) or 'no lists at all'}"
+        ) from None
+    words = [line.split() for line in lines if line.strip()]
+    if any(len(one) > 1 for one in words):
+        raise ShardError(f"{lists / split}.txt: is a list of one class; expected one name a line, as in trainval.txt")
+    return [one[0] for one in words]
+
+
+def _categories(found: set[str]) -> tuple[Category, ...]:
+    return numbered(NAMES if found <= set(NAMES) else sorted(found), 1)
+
+
+def _read(path: Path, zero_based: bool) -> _File:
+    from defusedxml.common import DefusedXmlException
+    from defusedxml.ElementTree import fromstring
+
+    try:
+        top = fromstring(path.read_bytes())
+    except (OSError, ParseError, ValueError, LookupError, DefusedXmlException) as error:
+        return _File(0, 0, [], [f"cannot be read as XML: {type(error).__name__}: {error}".replace("\n", " ")])
+    objects, problems = [], []
+    for number, element in enumerate(top.findall("object"), 1):
+        try:
+            objects.append(_object(element, zero_based))
+        except ValueError as error:
+            problems.append(f"object {number} ({element.findtext('name', '?').strip()}): {error}")
+    try:
+        width, height = (int(_number(top.find("size"), side, "0")) for side in ("width", "height"))
+    except ValueError as error:
+        return _File(0, 0, objects, [*problems, f"size: {error}"])
+    return _File(width, height, objects, problems)
+
+
+def _object(element: Element, zero_based: bool) -> _Object:
+    name = element.findtext("name", "").strip()
+    if not name:
+        raise ValueError("it has no name")
+    left, top, right, bottom = (_number(element.find("bndbox"), side) for side in ("xmin", "ymin", "xmax", "ymax"))
+    first = 0 if zero_based else 1
+    bbox = left - first, top - first, right - left + first, bottom - top + first
+    if min(bbox[2:]) < 0:
+        raise ValueError(f"its box ends before it begins: {left:g}, {top:g} to {right:g}, {bottom:g}")
+    kept = {key: text.strip() for key in _KEPT if (text := element.findtext(key))}
+    return _Object(name, bbox, kept.get("difficult", "0") == "1", kept)
+
+
+def _number(element: Any, side: str, absent: str | None = None) -> float:
+    text = absent if element is None else element.findtext(side, absent)
+    if text is None:
+        raise ValueError(f"it has no {side}")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"its {side} is {text.strip()!r}, not a number")
+    return value
+
+
+def _labelled(folder: _Folder, stem: str, file: _File, categories: tuple[Category, ...], config: VocConfig) -> Labelled:
+    ids = {category.name: category.id for category in categories}
+    defects = [Defect(f"{stem}.xml: {problem}") for problem in file.problems]
+    width, height = file.width, file.height
+    if width < 1 or height < 1:  # some tools write 0, or nothing
+        try:
+            width, height = image_size(folder.images / folder.image_of[stem][0])
+        except ValueError as error:
+            defects.append(Defect(f"{folder.image_of[stem][0]}: {error}"))
+    objects = []
+    for one in file.objects:
+        if one.name not in ids:
+            defects.append(Defect(f"{stem}.xml: {one.name!r} is not among the categories of {config.categories}"))
+            continue
+        crowd = int(one.difficult and not config.keep_difficult)
+        area = one.bbox[2] * one.bbox[3]
+        objects.append(ObjectRecord(0, 0, ids[one.name], one.bbox, area, crowd, None, one.attributes or None))
+    return Labelled(width, height, objects, defects)

@@ -1,0 +1,203 @@
+"""A folder of YOLO labels into a COCO document.
+
+A label file holds a line for each object, ``class x y width height``: the class counts from 0, and the box's centre and
+size are parts of the image's width and height. A line of a class and three or more points is a polygon; it is kept as
+the segmentation, with the box around it. An image without a label file has no objects.
+
+Label files lie where image files do, under ``labels`` instead of ``images``::
+
+    ROOT/images/a.jpg        ROOT/labels/a.txt
+    ROOT/images/train/a.jpg  ROOT/labels/train/a.txt     (split train)
+    ROOT/train/images/a.jpg  ROOT/train/labels/a.txt     (split train)
+
+Names of classes: ``names`` of ``data.yaml`` (or of the only YAML file there), ``classes.txt`` or ``obj.names``.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from shards.document import (
+    IMAGE_SUFFIXES,
+    Document,
+    Labelled,
+    ObjectRecord,
+    each,
+    image_size,
+    make_document,
+    numbered,
+    read_categories,
+    read_names,
+)
+from shards.errors import ShardError
+from shards.manifest import Category
+from shards.source import Defect
+from shards.write import Progress
+
+_NAME_FILES = ("classes.txt", "labels/classes.txt", "obj.names")
+_DECIMALS = 4  # of a pixel: labels have six of an image's side
+
+
+@dataclass(frozen=True)
+class YoloConfig:
+    """How to read a folder of YOLO labels.
+
+    Attributes:
+        split: the subfolder to take, such as train; all of ``images`` where None.
+        categories: a file with the names of classes, YAML as well as what ``shards.document.read_categories`` takes; the
+            folder's own by default.
+        workers: threads that read.
+    """
+
+    split: str | None = None
+    categories: Path | None = None
+    workers: int = 0
+
+
+class _DataYaml(msgspec.Struct):
+    names: list[str] | dict[int, str]
+    kpt_shape: list[int] | None = None
+
+
+def yolo_document(
+    root: str | os.PathLike[str], config: YoloConfig | None = None, progress: Progress | None = None
+) -> Document:
+    """Read a folder of YOLO labels; ``progress`` counts images.
+
+    Raises ShardError where the folder is not laid out as above, and SourceError with what is wrong with all its files.
+    """
+    config = config or YoloConfig()
+    top = Path(root)
+    images, labels = _folders(top, config.split)
+    categories = _categories(top, config.categories)
+    known = {category.id for category in categories}
+    file_names = sorted(_files(images, IMAGE_SUFFIXES))
+    if not file_names:
+        raise ShardError(f"{images}: has no images; expected a folder of images: check --root and --split")
+    defects = _orphans(labels, file_names)
+    labelled = each(lambda name: _labelled(images, labels, name, known), file_names, config.workers, progress)
+    if not any(one.objects or one.defects for one in labelled):
+        raise ShardError(
+            f"{labels}: none of the {len(file_names)} images has an object; expected a label file for some"
+        )
+    name = f"{top.absolute().name}-{config.split}" if config.split else top.absolute().name
+    return make_document(name, top, images, file_names, labelled, categories, f"YOLO labels, {name}", defects)
+
+
+def _folders(root: Path, split: str | None) -> tuple[Path, Path]:
+    """The folders of images and of labels."""
+    if not root.is_dir():
+        raise ShardError(f"{root}: no such folder; expected one with images and labels: check it for a typo")
+    choices = [("images", "labels")]
+    if split is not None:
+        choices = [(f"images/{split}", f"labels/{split}"), (f"{split}/images", f"{split}/labels")]
+    for images, labels in choices:
+        if (root / images).is_dir():
+            if not (root / labels).is_dir():
+                raise ShardError(f"{root}: has {images} but no {labels}; expected a folder of label files")
+            return root / images, root / labels
+    splits = sorted({path.parent.name if path.name == "images" else path.name for path in _split_folders(root)})
+    hint = f"the splits here are {', '.join(splits)}" if splits else "see `detr shard yolo --help`"
+    raise ShardError(f"{root}: has no folder {' or '.join(images for images, _ in choices)}; {hint}")
+
+
+def _split_folders(root: Path) -> list[Path]:
+    return [path for pattern in ("images/*", "*/images") for path in root.glob(pattern) if path.is_dir()]
+
+
+def _files(folder: Path, suffixes: frozenset[str]) -> Iterator[str]:
+    """Names relative to ``folder``, of files at any depth."""
+    for path, _, names in os.walk(folder):
+        inside = Path(path).relative_to(folder)
+        yield from ((inside / name).as_posix() for name in names if Path(name).suffix.lower() in suffixes)
+
+
+def _orphans(labels: Path, file_names: list[str]) -> list[Defect]:
+    stems = {os.path.splitext(name)[0] for name in file_names}
+    found = sorted(_files(labels, frozenset({".txt"})))
+    lost = [name for name in found if os.path.splitext(name)[0] not in stems and Path(name).name != "classes.txt"]
+    return [Defect(f"{labels.name}/{name}: no image of that name") for name in lost]
+
+
+def _categories(root: Path, chosen: Path | None) -> tuple[Category, ...]:
+    if chosen is not None:
+        return _from_yaml(chosen) if chosen.suffix.lower() in (".yaml", ".yml") else read_categories(chosen, 0)
+    found = sorted([*root.glob("*.yaml"), *root.glob("*.yml")])
+    named = [path for path in found if path.stem == "data"]
+    if named or len(found) == 1:
+        return _from_yaml((named or found)[0])
+    for name in _NAME_FILES:
+        if (root / name).is_file():
+            return numbered(read_names(root / name), 0)
+    several = f"{len(found)} YAML files, none called data.yaml" if found else f"no data.yaml and no {_NAME_FILES[0]}"
+    raise ShardError(f"{root}: has {several}, so the names of its classes are unknown: give them by --categories FILE")
+
+
+def _from_yaml(path: Path) -> tuple[Category, ...]:
+    try:
+        data = msgspec.yaml.decode(path.read_bytes(), type=_DataYaml)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ShardError(f"{path}: {error}; expected YOLO's data.yaml with 'names'".replace("\n", " ")) from None
+    if data.kpt_shape is not None:
+        raise ShardError(
+            f"{path}: describes key points (kpt_shape), which the labels then hold; expected boxes or outlines"
+        )
+    names = dict(enumerate(data.names)) if isinstance(data.names, list) else data.names
+    if not names or min(names) < 0:
+        raise ShardError(f"{path}: names no classes, or one below 0; expected names of classes from 0")
+    return tuple(Category(number, names[number]) for number in sorted(names))
+
+
+def _labelled(images: Path, labels: Path, name: str, known: set[int]) -> Labelled:
+    label = os.path.splitext(name)[0] + ".txt"
+    try:
+        width, height = image_size(images / name)
+        lines = (labels / label).read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        lines = []
+    except ValueError as error:  # UnicodeDecodeError is one as well
+        return Labelled(0, 0, [], [Defect(f"{images.name}/{name}: {error}")])
+    objects, defects = [], []
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        try:
+            if words:
+                objects.append(_object(words, known, width, height))
+        except ValueError as error:
+            defects.append(Defect(f"{labels.name}/{label} line {number}: {error}"))
+    return Labelled(width, height, objects, defects)
+
+
+def _object(words: list[str], known: set[int], width: int, height: int) -> ObjectRecord:
+    """Raises ValueError saying what is wrong with the line."""
+    try:
+        numbers = [float(word) for word in words]
+    except ValueError:
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"got {' '.join(words)[:60]!r}, expected numbers")
+    kind, places = numbers[0], numbers[1:]
+    if len(places) != 4 and (len(places) < 6 or len(places) % 2):
+        raise ValueError(
+            f"got {len(numbers)} numbers, expected a class and x, y, width, height, or three points or more"
+        )
+    if kind not in known:
+        raise ValueError(f"got class {words[0]}, expected one of the {len(known)} that have names")
+    if min(places) < 0 or max(places) > 1:
+        raise ValueError(f"got {min(places):g}..{max(places):g}, expected parts of the image's sides, 0 to 1")
+    segmentation = None
+    if len(places) == 4:
+        x, y, across, down = places
+        left, top, area = (x - across / 2) * width, (y - down / 2) * height, across * width * down * height
+        box = left, top, across * width, down * height
+    else:
+        xs, ys = [x * width for x in places[::2]], [y * height for y in places[1::2]]
+        box = min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
+        area = abs(sum(xs[i - 1] * ys[i] - xs[i] * ys[i - 1] for i in range(len(xs)))) / 2
+        segmentation = [[round(value, _DECIMALS) for point in zip(xs, ys, strict=True) for value in point]]
+    left, top, across, down = (round(value, _DECIMALS) for value in box)
+    return ObjectRecord(0, 0, int(kind), (left, top, across, down), round(area, _DECIMALS), 0, segmentation)

@@ -1,0 +1,113 @@
+"""Real COCO images as Pascal VOC, as YOLO labels and as foreign tars: the same boxes come back."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import numpy as np
+import pytest
+
+from shards.document import Document, write_document
+from shards.manifest import Manifest
+from shards.verify import verify
+from shards.voc import VocConfig, voc_document
+from shards.write import WriteConfig
+from shards.yolo import YoloConfig, yolo_document
+
+COCO_TINY = Path(os.environ.get("DETR_COCO_TINY", Path(__file__).parents[2] / "../shared/data/coco-tiny"))
+pytestmark = pytest.mark.skipif(
+    not COCO_TINY.is_dir(), reason=f"no COCO images at {COCO_TINY}; set DETR_COCO_TINY to a folder of them"
+)
+IMAGES = COCO_TINY / "val2017"
+
+
+class Truth:
+    """The validation images: names of categories, sizes and objects by image id."""
+
+    def __init__(self) -> None:
+        self.data = json.loads((COCO_TINY / "annotations" / "instances_val2017.json").read_bytes())
+        self.names = {one["id"]: one["name"] for one in self.data["categories"]}
+        self.boxes: dict[int, list[tuple[str, list[float]]]] = {one["id"]: [] for one in self.data["images"]}
+        for one in self.data["annotations"]:
+            self.boxes[one["image_id"]].append((self.names[one["category_id"]], one["bbox"]))
+
+
+@pytest.fixture(scope="module")
+def truth() -> Truth:
+    return Truth()
+
+
+def link(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for path in IMAGES.iterdir():
+        os.link(path, folder / path.name) if path.stat().st_dev == folder.stat().st_dev else shutil.copy(path, folder)
+
+
+def boxes_of(manifest: Manifest) -> dict[int, list[tuple[str, list[float]]]]:
+    index = manifest.index()
+    return {
+        int(record["image_id"]): [
+            (manifest.categories[one["label"]].name, one["bbox"].tolist()) for one in index.annotations_of(row)
+        ]
+        for row, record in enumerate(index.images)
+    }
+
+
+def check(document: Document, out: Path, truth: Truth, pixels: float) -> Manifest:
+    """Every box in its place and order; the shards whole."""
+    manifest = write_document(document, out, WriteConfig(samples_per_shard=32))
+    found = boxes_of(manifest)
+    assert found.keys() == truth.boxes.keys()
+    for image_id, expected in truth.boxes.items():
+        assert [name for name, _ in found[image_id]] == [name for name, _ in expected]
+        got = np.array([box for _, box in found[image_id]]).reshape(-1, 4)
+        want = np.array([box for _, box in expected]).reshape(-1, 4)
+        np.testing.assert_allclose(got[:, :2], want[:, :2], atol=pixels)
+        np.testing.assert_allclose(got[:, :2] + got[:, 2:], want[:, :2] + want[:, 2:], atol=pixels)
+    assert verify(out).ok
+    return manifest
+
+
+def test_boxes_come_back_from_pascal_voc_within_half_a_pixel(truth: Truth, tmp_path: Path) -> None:
+    root = tmp_path / "VOCdevkit" / "VOC2017"
+    link(root / "JPEGImages")
+    (root / "Annotations").mkdir()
+    for image in truth.data["images"]:
+        objects = "".join(
+            f"<object><name>{escape(name)}</name><difficult>0</difficult><bndbox><xmin>{round(x) + 1}</xmin>"
+            f"<ymin>{round(y) + 1}</ymin><xmax>{round(x + w)}</xmax><ymax>{round(y + h)}</ymax></bndbox></object>"
+            for name, (x, y, w, h) in truth.boxes[image["id"]]
+        )
+        size = f"<size><width>{image['width']}</width><height>{image['height']}</height><depth>3</depth></size>"
+        path = root / "Annotations" / f"{Path(image['file_name']).stem}.xml"
+        path.write_text(f"<annotation>{size}{objects}</annotation>")
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    (root / "ImageSets" / "Main" / "val.txt").write_text(
+        "\n".join(Path(image["file_name"]).stem for image in truth.data["images"])
+    )
+    document = voc_document(tmp_path, VocConfig("val", workers=2))
+    manifest = check(document, tmp_path / "out", truth, 0.5 + 1e-9)
+    used = Counter(name for boxes in truth.boxes.values() for name, _ in boxes)
+    assert [category.name for category in manifest.categories] == sorted(used)
+
+
+def test_boxes_come_back_from_yolo_labels_within_rounding(truth: Truth, tmp_path: Path) -> None:
+    link(tmp_path / "images" / "val")
+    (tmp_path / "labels" / "val").mkdir(parents=True)
+    numbers = {name: number for number, name in enumerate(truth.names.values())}
+    for image in truth.data["images"]:
+        boxes, width, height = truth.boxes[image["id"]], image["width"], image["height"]
+        lines = [
+            f"{numbers[name]} {(x + w / 2) / width:.6f} {(y + h / 2) / height:.6f} {w / width:.6f} {h / height:.6f}\n"
+            for name, (x, y, w, h) in boxes
+        ]
+        if lines:
+            (tmp_path / "labels" / "val" / f"{Path(image['file_name']).stem}.txt").write_text("".join(lines))
+    listed = "".join(f"  {number}: {name}\n" for name, number in numbers.items())
+    (tmp_path / "data.yaml").write_text(f"path: ../datasets\ntrain: images/train\nval: images/val\nnames:\n{listed}")
+    document = yolo_document(tmp_path, YoloConfig("val", workers=2))
+    manifest = check(document, tmp_path / "out", truth, 1e-3)
+    assert [(category.id, category.name) for category in manifest.categories] == list(enumerate(truth.names.values()))
