@@ -140,14 +140,23 @@ class Resume:
     start: Annotated[Start, tyro.conf.arg(name="")]
     epochs: int | None = None
     """Train to this many epochs instead of those it was started with."""
+    batch_size: int | None = None
+    """Take so many images per step from here on; needs --accept-change."""
+    data: str | None = None
+    """Folder or URL of other training shards, of the same categories; needs --accept-change."""
+    accept_change: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on although the training data or the batch size are not those of the checkpoint: at the same number of samples,
+    in the stream as it now is."""
 
 
 def resume(argv: list[str]) -> None:
     """detr resume RUN."""
     options = parse(Resume, argv, "detr resume")
+    from pipeline.identity import Changes
     from pipeline.train import resume as go_on
 
-    _print_outcome(go_on(options.run, epochs=options.epochs, launch=_launch(options.start)))
+    changes = Changes(options.epochs, options.batch_size, options.data, options.accept_change)
+    _print_outcome(go_on(options.run, changes, _launch(options.start)))
 
 
 @dataclass(frozen=True)

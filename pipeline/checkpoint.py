@@ -52,6 +52,12 @@ class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     world_size: int
     versions: dict[str, str]
     format: int = FORMAT
+    # Options of the plan, and where its cut into steps begins: absent, and as here, before there were any.
+    sort_window: int = 1
+    shuffle_shards: int = 0
+    epoch_tail: str = "straddle"
+    origin_step: int = 0
+    origin_samples: int = 0
 
 
 def folder_of(run_folder: Path, step: int) -> Path:

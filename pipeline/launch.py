@@ -31,10 +31,18 @@ class Interrupted(TrainingError):
 
 
 def run_workers(
-    config: RunConfig, run_id: str, folder: Path, *, address: str | None, verbose: bool, say: Callable[[str], None]
+    config: RunConfig,
+    run_id: str,
+    folder: Path,
+    *,
+    address: str | None,
+    verbose: bool,
+    say: Callable[[str], None],
+    accept_change: bool = False,
 ) -> None:
     """Start or join a Ray cluster, run the workers to the last step, and watch them on stderr.
 
+    With `accept_change` the workers go on from a checkpoint of another stream of samples (`pipeline/identity.py`).
     Raises `Interrupted` when a person or a scheduler stopped it, `TrainingError` in the workers' own words otherwise.
     """
     (folder / _FATAL).unlink(missing_ok=True)
@@ -72,6 +80,7 @@ def run_workers(
                 "folder": str(folder),
                 "tracking_uri": tracking_uri(),
                 "code_commit": code_commit(),
+                "accept_change": accept_change,
             },
             scaling_config=scaling,
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
@@ -234,7 +243,7 @@ def _explain(error: Exception) -> str:
     return f"training failed: {lines[-1]}"
 
 
-def _ray_worker(job: dict[str, str]) -> None:
+def _ray_worker(job: dict[str, Any]) -> None:
     """What Ray Train runs in every worker process."""
     import ray.train
     import torch
@@ -247,7 +256,7 @@ def _ray_worker(job: dict[str, str]) -> None:
     folder = Path(job["folder"])
     torch.set_num_threads(config.cluster.cpus_per_worker)
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    place = Place(job["run_id"], folder, job["code_commit"])
+    place = Place(job["run_id"], folder, job["code_commit"], job["accept_change"])
     tracker = None
     if ranks.first:
         spool = folder / "spool"

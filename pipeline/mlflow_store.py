@@ -32,6 +32,7 @@ TAG_FOLDER = "detr.folder"
 TAG_TOTAL_STEPS = "detr.total_steps"
 TAG_EPOCHS = "detr.epochs"
 TAG_TRAIN_DIGEST = "detr.train_digest"
+TAG_STREAM = "detr.stream_changes"
 TAG_IMPORTED = "detr.imported_from"
 TAG_COMMIT = "mlflow.source.git.commit"
 _MAX_PARAMS = 100  # MLflow's largest number of parameters in one request

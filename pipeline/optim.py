@@ -58,8 +58,8 @@ class Schedule:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        steps = self.steps(self.config.epochs)
+        """Optimizer steps of the whole run, and no fewer than those it had taken when its cut into steps changed."""
+        steps = max(self.steps(self.config.epochs), self.origin.step)
         return min(steps, self.config.max_steps) if self.config.max_steps else steps
 
     def samples(self, step: int) -> int:

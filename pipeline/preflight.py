@@ -43,7 +43,12 @@ def check(config: RunConfig) -> None:
     """
     _check_initial(config)
     if not config.data.built_in:
-        _check_masks(config, *_checked_data(config))
+        check_data(config)
+
+
+def check_data(config: RunConfig) -> None:
+    """Is the data there and whole, are its categories the same in both sets, and are there masks where they are needed?"""
+    _check_masks(config, *_checked_data(config))
 
 
 def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, Ready]:

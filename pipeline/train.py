@@ -11,18 +11,20 @@ import platform
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import checkpoint
 from pipeline.config import RunConfig, from_json, to_json
 from pipeline.errors import CheckpointError, RunConfigError, TrainingError, first_line
+from pipeline.identity import Changes, continuation
 from pipeline.launch import Interrupted, run_workers
 from pipeline.mlflow_store import (
     CONFIG_ARTIFACT,
     TAG_EPOCHS,
     TAG_FOLDER,
+    TAG_STREAM,
     TAG_TOTAL_STEPS,
     TAG_TRAIN_DIGEST,
     EventSender,
@@ -109,8 +111,8 @@ def train(config: RunConfig, launch: Launch | None = None) -> Outcome:
         return _conclude(client, config, run_id, folder, launch)
 
 
-def resume(name: str, *, epochs: int | None = None, launch: Launch | None = None) -> Outcome:
-    """Go on with a run, by id, name or registered version, from its newest checkpoint; `epochs` makes it longer.
+def resume(name: str, changes: Changes | None = None, launch: Launch | None = None) -> Outcome:
+    """Go on with a run, by id, name or registered version, from its newest checkpoint.
 
     A run that was trained to its end but not registered is registered; one that is all done is refused.
     """
@@ -118,18 +120,20 @@ def resume(name: str, *, epochs: int | None = None, launch: Launch | None = None
     from pipeline.registry import run_of
     from shards.manifest import load_manifest
 
-    launch = launch or Launch()
+    launch, changes = launch or Launch(), changes or Changes()
     client = connect()
     run = find_run(client, run_of(client, name) if name.startswith("models:/") else name)
     run_id, folder = str(run.info.run_id), Path(run.data.tags[TAG_FOLDER])
-    config = from_json(read_config(client, run_id))
+    original = from_json(read_config(client, run_id))
     newest = checkpoint.newest(folder)
     if newest is None and not (folder / INITIAL_NAME).exists():
         raise CheckpointError(f"{folder} holds no checkpoint of run {name}; expected one: is its storage mounted here?")
-    if epochs is not None:
-        config = _lengthen(config, epochs)
-    schedule = Schedule(config.optim, load_manifest(config.data.train).images)
-    step = checkpoint.read_meta(newest).step if newest else 0
+    config = changes.of(original)
+    train = load_manifest(config.data.train)
+    meta = checkpoint.read_meta(newest) if newest else None
+    way = continuation(meta, config, train, changes.accept)
+    schedule = Schedule(config.optim, train.images, config.data.epoch_tail, way.origin)
+    step = meta.step if meta else 0
     trained = newest is not None and step >= schedule.total_steps and checkpoint.read_evaluation(newest) is not None
     if trained and run.info.status == "FINISHED":
         raise RunConfigError(
@@ -137,16 +141,20 @@ def resume(name: str, *, epochs: int | None = None, launch: Launch | None = None
             "expected one that has steps left: give --epochs N to train it further"
         )
     with _only_driver(folder, run_id), _recorded(client, run_id):
-        if epochs is not None:
+        if config != original:
             # Parameters of a run cannot change; the artifact is what the next resume reads.
             client.log_text(run_id, to_json(config).decode(), CONFIG_ARTIFACT)
         launch.say(f"run {run.info.run_name} ({run_id[:8]}) goes on at step {step} of {schedule.total_steps}")
+        if way.changes:
+            launch.say(f"warning: {way.told(train.images)}")
+            client.set_tag(run_id, TAG_STREAM, way.appended_to(run.data.tags.get(TAG_STREAM, "")))
+            client.set_tag(run_id, TAG_TRAIN_DIGEST, train.digest)
         client.set_tag(run_id, TAG_TOTAL_STEPS, str(schedule.total_steps))
         client.set_tag(run_id, TAG_EPOCHS, str(schedule.epoch(schedule.total_steps)))
         client.set_tag(run_id, TAG_PHASE, "starting")
         if not trained:
             client.update_run(run_id, status="RUNNING")
-            _run(config, run_id, folder, launch)
+            _run(config, run_id, folder, launch, accept_change=bool(way.changes))
         return _conclude(client, config, run_id, folder, launch)
 
 
@@ -161,15 +169,6 @@ def _check_storage(storage: Path) -> None:
             f"storage {storage} cannot be written ({error.strerror}); expected a folder that every worker may write: "
             "give another --storage"
         ) from None
-
-
-def _lengthen(config: RunConfig, epochs: int) -> RunConfig:
-    if epochs < config.optim.epochs:
-        raise RunConfigError(
-            f"--epochs {epochs} is less than the run's {config.optim.epochs}; expected as many or more: "
-            "start a new run for a shorter schedule"
-        )
-    return replace(config, optim=replace(config.optim, epochs=epochs, max_steps=0))
 
 
 @contextmanager
@@ -199,10 +198,18 @@ def _set_status(client: MlflowClient, run_id: str, phase: str, status: str) -> N
         say(f"warning: MLflow could not be told that the run is {phase} ({first_line(error)})")
 
 
-def _run(config: RunConfig, run_id: str, folder: Path, launch: Launch) -> None:
+def _run(config: RunConfig, run_id: str, folder: Path, launch: Launch, accept_change: bool = False) -> None:
     """Run the workers, then send what they could not."""
     try:
-        run_workers(config, run_id, folder, address=launch.address, verbose=launch.verbose, say=launch.say)
+        run_workers(
+            config,
+            run_id,
+            folder,
+            address=launch.address,
+            verbose=launch.verbose,
+            say=launch.say,
+            accept_change=accept_change,
+        )
     finally:
         spool = folder / "spool"
         if not drain(spool, EventSender(tracking_uri(), run_id, spool)):

@@ -28,8 +28,8 @@ from detr.execution import compile_shapes, set_channels_last, set_recompute, unc
 from detr.model import DETR
 from pipeline import checkpoint
 from pipeline.config import ComputeConfig, RunConfig
-from pipeline.errors import CheckpointError
 from pipeline.evaluate import Evaluation, evaluate
+from pipeline.identity import continuation
 from pipeline.meter import Meter
 from pipeline.optim import Schedule, build_optimizer, set_learning_rates
 from pipeline.parallel import Ranks, distribute, unwrap
@@ -49,6 +49,8 @@ class Place:
     run_id: str
     folder: Path
     code_commit: str
+    accept_change: bool = False
+    """Go on from a checkpoint of another stream of samples; see `pipeline/identity.py`."""
 
 
 @dataclass
@@ -77,9 +79,13 @@ class Worker:
 def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) -> None:
     """Train until the last step, whatever was done before; a collective call."""
     train = load_manifest(config.data.train)
-    schedule = Schedule(config.optim, train.images, config.data.epoch_tail)
+    # Rank 0 decides for all: another rank could look a moment later, or at a folder that is not yet in sync.
+    newest = ranks.gather(checkpoint.newest(place.folder))[0]
+    meta = None if newest is None else checkpoint.read_meta(newest)
+    origin = continuation(meta, config, train, place.accept_change).origin
+    schedule = Schedule(config.optim, train.images, config.data.epoch_tail, origin)
     worker = Worker(config, place, ranks, tracker, train, load_manifest(config.data.val), schedule)
-    state = _restore(worker)
+    state = _restore(worker, newest, 0 if meta is None else meta.step)
     if state.step == 0:
         # MLflow's slider opens at step 0: show there what is to be found.
         _tell_pictures(worker, Detections.empty(config.model.masks), 0)
@@ -94,22 +100,16 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) 
             _save(worker, state)
 
 
-def _restore(worker: Worker) -> State:
+def _restore(worker: Worker, newest: Path | None, step: int) -> State:
     config, ranks = worker.config, worker.ranks
     torch.manual_seed(config.seed)
     model = build_trained(config, worker.train.num_classes).to(ranks.device)
     _prepare(model, config.compute)
     optimizer = build_optimizer(model, config.optim)
-    # Rank 0 decides for all: another rank could look a moment later, or at a folder that is not yet in sync.
-    path = ranks.gather(checkpoint.newest(worker.place.folder))[0]
-    if path is None:
+    if newest is None:
         read_initial(model, worker.place.folder)
-        step = 0
     else:
-        meta = checkpoint.read_meta(path)
-        _check_same_run(worker, meta)
-        checkpoint.load(path, model, optimizer, ranks)
-        step = meta.step
+        checkpoint.load(newest, model, optimizer, ranks)
     if config.compute.compile:
         compile_shapes(model)
     wrapped = distribute(model, ranks)
@@ -121,21 +121,6 @@ def _prepare(model: DETR, config: ComputeConfig) -> None:
     if config.channels_last:
         set_channels_last(model)
     set_recompute(model, config.recompute)
-
-
-def _check_same_run(worker: Worker, meta: checkpoint.Meta) -> None:
-    """The position is a number of steps of a stream: refuse to go on in another stream."""
-    expected = {
-        "training data digest": (meta.train_digest, worker.train.digest),
-        "seed": (meta.seed, worker.config.seed),
-        "optim.batch_size": (meta.batch_size, worker.config.optim.batch_size),
-    }
-    for name, (was, now) in expected.items():
-        if was != now:
-            raise CheckpointError(
-                f"the checkpoint of step {meta.step} was made with {name} {was}, now it is {now}; expected the same, "
-                "or images would be seen twice or never: restore it, or start a new run with --initial"
-            )
 
 
 def _next_evaluation(worker: Worker, step: int) -> int:
@@ -188,6 +173,11 @@ def _save(worker: Worker, state: State) -> None:
         code_commit=worker.place.code_commit,
         world_size=worker.ranks.world_size,
         versions={name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")},
+        sort_window=config.data.sort_window,
+        shuffle_shards=config.data.shuffle_shards,
+        epoch_tail=config.data.epoch_tail,
+        origin_step=worker.schedule.origin.step,
+        origin_samples=worker.schedule.origin.samples,
     )
     checkpoint.save(worker.place.folder, state.model, state.optimizer, meta, worker.ranks)
     if worker.ranks.first:

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from pipeline import checkpoint
 from pipeline import train as driver
 from pipeline.config import RunConfig
-from pipeline.errors import RunConfigError, TrainingError
+from pipeline.errors import CheckpointError, RunConfigError, TrainingError
+from pipeline.identity import Changes
 from pipeline.launch import Interrupted
-from pipeline.mlflow_store import connect, find_run
+from pipeline.mlflow_store import TAG_STREAM, TAG_TOTAL_STEPS, connect, find_run
 from pipeline.parallel import Ranks
 from pipeline.train import BusyError, Launch, resume, train
 from pipeline.worker import Place, run
@@ -27,10 +29,10 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | None],
     """Choose how the workers end: trained in this process, or with an error."""
 
     def choose(error: BaseException | None) -> None:
-        def run_workers(config: RunConfig, run_id: str, folder: Path, **_: Any) -> None:
+        def run_workers(config: RunConfig, run_id: str, folder: Path, *, accept_change: bool = False, **_: Any) -> None:
             if error is not None:
                 raise error
-            run(config, Place(run_id, folder, "commit"), Ranks(), None)
+            run(config, Place(run_id, folder, "commit", accept_change), Ranks(), None)
 
         monkeypatch.setattr(driver, "run_workers", run_workers)
 
@@ -69,7 +71,7 @@ def test_a_run_that_is_done_is_not_trained_again(
     assert (outcome.version, outcome.is_best) == ("1", True)
     with pytest.raises(RunConfigError, match="--epochs"):
         resume("tiny", launch=launch)
-    assert resume("tiny", epochs=2, launch=launch).version == "2"
+    assert resume("tiny", Changes(epochs=2), launch).version == "2"
 
 
 def test_a_run_has_one_driver(
@@ -82,6 +84,32 @@ def test_a_run_has_one_driver(
     (folder,) = Path(short_config.storage).glob(f"tiny-{run_id[:8]}")
     with driver._only_driver(folder, run_id), pytest.raises(BusyError, match="process"):
         resume("tiny", launch=launch)
+
+
+def test_another_batch_size_is_refused_until_it_is_accepted_and_then_noted(
+    tiny_config: RunConfig, store: str, workers: Callable[..., None], tmp_path: Path
+) -> None:
+    config = replace(tiny_config, storage=str(tmp_path / "runs"), optim=replace(tiny_config.optim, max_steps=2))
+    workers(None)
+    train(config, Launch(say=lambda text: None))
+    said: list[str] = []
+    launch = Launch(say=said.append)
+    with pytest.raises(CheckpointError, match=r"optim.batch_size 4, now it is 5; .* `detr resume --accept-change`"):
+        resume("tiny", Changes(epochs=2, batch_size=5), launch)
+    assert said == []
+    resume("tiny", Changes(epochs=2, batch_size=5, accept=True), launch)
+    change = "from step 2 (8 samples) on: optim.batch_size 4 -> 5"
+    assert said[1] == (
+        f"warning: another stream of samples {change}; it is entered at epoch 0.67 and shows the rest of that epoch"
+    )
+    tags = find_run(connect(), "tiny").data.tags
+    assert tags[TAG_STREAM] == change
+    assert tags[TAG_TOTAL_STEPS] == "6"  # 16 samples are left: four steps, the last of them filled up
+    (folder,) = (tmp_path / "runs").iterdir()
+    newest = checkpoint.newest(folder)
+    assert newest == checkpoint.folder_of(folder, 6)
+    resume("tiny", Changes(epochs=3), launch)  # and is the run's own from then on
+    assert checkpoint.read_meta(checkpoint.folder_of(folder, 8)).samples == 38
 
 
 def test_storage_that_cannot_be_written_is_found_before_a_run_exists(
