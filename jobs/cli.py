@@ -31,7 +31,9 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "demo": Command("the whole product on built-in data, in minutes", run_commands.demo),
-    "shard": Command("images and labels to WebDataset shards: shard coco|voc|yolo|verify|info", data_commands.shard),
+    "shard": Command(
+        "images and labels to WebDataset shards: shard coco|voc|yolo|index|verify|info", data_commands.shard
+    ),
     "train": Command("train RECIPE [--any.field value ...]", run_commands.train),
     "show": Command("print a recipe's resolved configuration", run_commands.show),
     "resume": Command("go on with a run, or with the run of a registered version", run_commands.resume),

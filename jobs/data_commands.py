@@ -1,4 +1,4 @@
-"""detr shard coco|voc|yolo|verify|info."""
+"""detr shard coco|voc|yolo|index|verify|info."""
 
 from __future__ import annotations
 
@@ -65,11 +65,12 @@ class ShardYolo(Writing):
 
 
 def shard(argv: list[str]) -> None:
-    """detr shard coco|voc|yolo|verify|info."""
+    """detr shard coco|voc|yolo|index|verify|info."""
     words: dict[str, Callable[[list[str]], None]] = {
         "coco": _shard_coco,
         "voc": _shard_voc,
         "yolo": _shard_yolo,
+        "index": _shard_index,
         "verify": _shard_verify,
         "info": _shard_info,
     }
@@ -119,6 +120,33 @@ def _shard_document(convert: Callable[[Callable[[int, int], None]], Any], option
         document = convert(progress)
     with progress_bar("sharding") as progress:
         manifest = write_document(document, options.out, _write_config(options), progress)
+    print(_describe(manifest))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardIndex:
+    """Make a data set of WebDataset tars where they lie: index and manifest are written beside them."""
+
+    url: tyro.conf.Positional[str]
+    """Folder of the tars."""
+    categories: Path | None = None
+    """COCO JSON, JSON list or text with the names of categories; by default source.json beside the tars, or those found."""
+    name: str | None = None
+    """Name of the data set; the folder's by default."""
+    without_annotations: bool = False
+    """Samples without annotations are images without objects."""
+    workers: int = 2
+    """Threads, each reading whole tars."""
+
+
+def _shard_index(argv: list[str]) -> None:
+    options = parse(ShardIndex, argv, "detr shard index")
+    from pipeline.progress import progress_bar
+    from shards.adopt import IndexConfig, index_tars
+
+    config = IndexConfig(options.categories, options.name, options.without_annotations, options.workers)
+    with progress_bar("indexing", "tar") as progress:
+        manifest = index_tars(options.url, config, progress)
     print(_describe(manifest))
 
 

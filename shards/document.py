@@ -19,10 +19,11 @@ from PIL import Image
 from shards.errors import ShardError
 from shards.manifest import Category, Manifest
 from shards.source import Defect, SourceError
+from shards.tars import IMAGE_ENDINGS
 from shards.write import Progress, WriteConfig, write_coco
 
 # Endings by which a file in a folder is taken for an image; what it truly is, its content says.
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset("." + ending for ending in IMAGE_ENDINGS)
 MAX_ID = 10**12 - 1
 
 T = TypeVar("T")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shards.errors import ShardError
 
+IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff"})  # what images are called
 SEGMENTATIONS = ".segmentation.json"  # ends the name of the member with the segmentations of a sample
 
 
@@ -22,8 +23,13 @@ class TarMember:
 
     @property
     def key(self) -> str:
-        """What WebDataset groups files into samples by: the name up to the first dot."""
-        return self.name.split(".")[0]
+        """What WebDataset groups files into samples by: the name up to the first dot behind its folders."""
+        return self.name.removesuffix("." + self.ending)
+
+    @property
+    def ending(self) -> str:
+        """The rest of the name, which says what a file is to its sample; empty where there is no dot."""
+        return self.name.rpartition("/")[2].partition(".")[2]
 
 
 def scan_tar(path: Path) -> list[TarMember]:
@@ -36,6 +42,8 @@ def scan_tar(path: Path) -> list[TarMember]:
     try:
         with tarfile.open(path, "r:") as tar, path.open("rb") as file:
             for member in tar:
+                if not member.isfile() or member.issparse():
+                    continue  # folders and links, which foreign tars have
                 if member.offset_data + member.size > end:
                     raise tarfile.ReadError(f"{member.name} ends after the file does")
                 file.seek(member.offset_data)
@@ -48,7 +56,7 @@ def scan_tar(path: Path) -> list[TarMember]:
 
 def image_members(members: list[TarMember]) -> tuple[TarMember, ...]:
     """Those of ``members`` that are the encoded images of samples."""
-    return tuple(member for member in members if not member.name.endswith(".json"))
+    return tuple(member for member in members if member.ending.rpartition(".")[2].lower() in IMAGE_ENDINGS)
 
 
 def text_members(members: list[TarMember]) -> dict[str, TarMember]:

@@ -5,16 +5,21 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from shards.adopt import IndexConfig, index_tars
 from shards.document import Document, write_document
 from shards.manifest import Manifest
+from shards.plan import plan_epoch
+from shards.read import open_loader, read_samples
 from shards.verify import verify
 from shards.voc import VocConfig, voc_document
-from shards.write import WriteConfig
+from shards.write import WriteConfig, write_coco
 from shards.yolo import YoloConfig, yolo_document
 
 COCO_TINY = Path(os.environ.get("DETR_COCO_TINY", Path(__file__).parents[2] / "../shared/data/coco-tiny"))
@@ -111,3 +116,62 @@ def test_boxes_come_back_from_yolo_labels_within_rounding(truth: Truth, tmp_path
     document = yolo_document(tmp_path, YoloConfig("val", workers=2))
     manifest = check(document, tmp_path / "out", truth, 1e-3)
     assert [(category.id, category.name) for category in manifest.categories] == list(enumerate(truth.names.values()))
+
+
+@pytest.fixture
+def stock(truth: Truth, tmp_path: Path) -> Path:
+    """Tars of the stock library's own writer, with keys that are no ids."""
+    from webdataset.writer import TarWriter
+
+    annotations: dict[int, list[dict[str, Any]]] = {one["id"]: [] for one in truth.data["images"]}
+    for one in truth.data["annotations"]:
+        annotations[one["image_id"]].append(one)
+    (tmp_path / "tars").mkdir()
+    for number in range(2):
+        with TarWriter(str(tmp_path / "tars" / f"street-{number}.tar")) as tar:
+            for image in truth.data["images"][number::2]:
+                sample = {
+                    "__key__": f"street/{Path(image['file_name']).stem}-left",
+                    "jpg": (IMAGES / image["file_name"]).read_bytes(),
+                    "json": {"image_id": image["id"], "objects": annotations[image["id"]]},
+                    "txt": "a street",
+                }
+                tar.write(sample)
+    return tmp_path / "tars"
+
+
+def test_tars_of_the_stock_writer_are_indexed_verified_and_read(truth: Truth, stock: Path, tmp_path: Path) -> None:
+    categories = COCO_TINY / "annotations" / "instances_train2017.json"
+    before = {path.name: path.read_bytes() for path in stock.iterdir()}
+    manifest = index_tars(stock, IndexConfig(categories))
+    assert {path.name: path.read_bytes() for path in stock.glob("*.tar")} == before
+    assert manifest.name == "tars"  # not the name of the file of another data set
+    assert verify(stock).ok
+    assert boxes_of(manifest) == truth.boxes
+    ours = write_coco(IMAGES, COCO_TINY / "annotations" / "instances_val2017.json", tmp_path / "ours")
+    fields = ["annotation_id", "bbox", "area", "label", "iscrowd"]
+    for row, image_id in enumerate(manifest.index().images["image_id"]):
+        expected = ours.index().annotations_of(int(ours.index().rows_of(image_id)))
+        found = manifest.index().annotations_of(row)
+        assert all(np.array_equal(found[field], expected[field]) for field in fields)
+    plan = plan_epoch(manifest, seed=3, epoch=0, batch_size=8)
+    names = {image["id"]: image["file_name"] for image in truth.data["images"]}
+    seen = Counter[int]()
+    for sample in read_samples(manifest, range(0, manifest.images, 9)):
+        with Image.open(IMAGES / names[sample.image_id]) as image:
+            assert np.abs(sample.image.astype(int) - np.asarray(image.convert("RGB")).astype(int)).max() <= 2
+    for batch in open_loader(manifest, plan, transform=lambda sample: sample.image_id, collate=list):
+        seen.update(batch)
+    assert seen.keys() == names.keys()
+
+
+def test_tars_of_this_projects_writer_get_their_digest_back(tmp_path: Path) -> None:
+    annotations = COCO_TINY / "annotations" / "instances_train2017.json"
+    manifest = write_coco(COCO_TINY / "train2017", annotations, tmp_path / "out", WriteConfig(samples_per_shard=50))
+    index = {path.name: path.read_bytes() for path in (tmp_path / "out" / "index").iterdir()}
+    shutil.rmtree(tmp_path / "out" / "index")
+    (tmp_path / "out" / "manifest.json").unlink()
+    (tmp_path / "out" / "source.json").unlink()
+    again = index_tars(tmp_path / "out", IndexConfig(annotations, workers=2))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "index").iterdir()} == index
+    assert again.digest == manifest.digest

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,7 +61,7 @@ HELPS: list[list[str]] = [
     ["show", "--help"],
     ["shard", "--help"],
     *([command, word, "--help"] for command, words in {
-        "shard": ("coco", "voc", "yolo", "verify", "info"), "jobs": ("list", "status", "logs", "stop")
+        "shard": ("coco", "voc", "yolo", "index", "verify", "info"), "jobs": ("list", "status", "logs", "stop")
     }.items() for word in words),
     ["jobs", "--help"],
     *([name, "--help"] for name in COMMANDS if name not in ("train", "show", "shard", "jobs")),
@@ -129,8 +130,8 @@ def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
         ("train detr-r50 --optim.lrr 1", "did you mean --optim.lr"),
         ("train detr-r50 --model.num_querys 1", "did you mean --model.num-queries"),
         ("show demo --sed 1", "did you mean --seed"),
-        ("shard coc", "expected one of coco|voc|yolo|verify|info"),
-        ("shard", "expected one of coco|voc|yolo|verify|info"),
+        ("shard coc", "expected one of coco|voc|yolo|index|verify|info"),
+        ("shard", "expected one of coco|voc|yolo|index|verify|info"),
         ("jobs lst", "expected one of list|status|logs|stop"),
         ("train", "which recipe?"),
         ("submit local", "nothing to run"),
@@ -212,6 +213,8 @@ def coco(tmp_path: Path) -> Path:
         ("shard voc --root images --out o", "images: has no XML files"),
         ("shard yolo --root absent --out o", "absent: no such folder"),
         ("shard yolo --root . --out o", "has images but no labels"),
+        ("shard index absent", "absent: no such folder"),
+        ("shard index images", "expected WebDataset tars (*.tar), found none"),
         ("shard info absent", "no manifest.json here"),
         ("shard verify absent", "no manifest.json here"),
         ("train detr-r50 --data.train absent --data.val absent", "no manifest.json here"),
@@ -411,3 +414,16 @@ def test_labels_of_other_formats_become_a_data_set(detr: Detr, tmp_path: Path) -
     said = detr("shard", "info", "voc")
     assert "classes     20" in said.out
     assert "categories  1 aeroplane, 2 bicycle" in said.out
+
+
+def test_tars_become_a_data_set_where_they_lie(detr: Detr, tiny_data: object, tmp_path: Path) -> None:
+    shutil.copytree(tiny_data.val, tmp_path / "tars")  # type: ignore[attr-defined]
+    before = detr("shard", "info", "tars")
+    (tmp_path / "tars" / "manifest.json").unlink()
+    said = detr("shard", "index", "tars", "--name", "val", "--workers", "0")
+    assert (said.status, said.err) == (0, "")
+    assert "data set    val in" in said.out
+    counts = [line for line in before.out.splitlines() if line.startswith(("images", "annotations", "classes"))]
+    assert set(counts) <= set(said.out.splitlines())
+    assert detr("shard", "verify", "tars").status == 0
+    assert "is a data set already" in detr("shard", "index", "tars").line

@@ -1,0 +1,331 @@
+import io
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards.adopt import IndexConfig, index_tars
+from shards.errors import ShardError
+from shards.manifest import Manifest
+from shards.plan import plan_epoch
+from shards.read import open_loader, read_samples
+from shards.segmentation import true_runs
+from shards.source import SourceError
+from shards.verify import verify
+
+
+def picture(width: int = 40, height: int = 30, kind: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), (200, 10, 30)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def thing(*box: float, **more: Any) -> dict[str, Any]:
+    return {"bbox": list(box), "category_id": 3} | more
+
+
+def tar(path: Path, *files: tuple[str, Any], end: bool = True) -> None:
+    """A tar of these files; what is not bytes becomes JSON."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as out:
+        for name, content in files:
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            out.addfile(info, io.BytesIO(data))
+        length = out.offset
+    if not end:
+        path.write_bytes(path.read_bytes()[:length])
+
+
+def index(folder: Path, **config: Any) -> Manifest:
+    return index_tars(folder, IndexConfig(**config))
+
+
+@pytest.fixture
+def names(tmp_path: Path) -> Path:
+    path = tmp_path / "names.json"
+    path.write_text('{"categories": [{"id": 3, "name": "cat", "supercategory": "animal"}, {"id": 7, "name": "dog"}]}')
+    return path
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    """Three samples in two tars, with keys of words, in three forms of annotations."""
+    folder = tmp_path / "tars"
+    tar(
+        folder / "b.tar",
+        ("./deep/three.json", []),
+        ("./deep/three.img.png", picture(20, 10, "PNG")),
+    )
+    tar(
+        folder / "a.tar",
+        ("one.jpg", picture()),
+        ("one.json", {"image": {"id": 5, "width": 40, "height": 30}, "annotations": [thing(1, 2, 3, 4, id=8, area=9)]}),
+        ("two.cls", b"7"),
+        ("two.jpeg", picture(30, 30)),
+        ("two.json", {"objects": [thing(5, 6, 7, 8, category_id=None, category="dog", iscrowd=1), thing(0, 0, 2, 2)]}),
+        ("two.mask.png", picture()),
+    )
+    return folder
+
+
+def test_tars_become_a_data_set_where_they_lie(tars, names):
+    before = {path.name: path.read_bytes() for path in tars.iterdir()}
+    manifest = index(tars, categories=names, workers=2)
+    assert {path.name: path.read_bytes() for path in tars.glob("*.tar")} == before
+    assert (manifest.name, manifest.images, manifest.annotations) == ("tars", 3, 3)
+    assert [(shard.name, shard.samples) for shard in manifest.shards] == [("a.tar", 2), ("b.tar", 1)]
+    assert [(one.id, one.name) for one in manifest.categories] == [(3, "cat"), (7, "dog")]
+    images = manifest.index().images
+    assert images["image_id"].tolist() == [1, 2, 3]  # not all have one, and keys are no numbers
+    assert [(one["width"], one["height"], one["count"]) for one in images] == [(40, 30, 1), (30, 30, 2), (20, 10, 0)]
+    assert manifest.index().annotations.tolist() == [
+        (1, 0, pytest.approx([1, 2, 3, 4]), 9, 0, 0),
+        (2, 1, pytest.approx([5, 6, 7, 8]), 56, 1, 1),
+        (3, 1, pytest.approx([0, 0, 2, 2]), 4, 0, 0),
+    ]
+    assert json.loads((tars / "source.json").read_bytes())["categories"][0]["supercategory"] == "animal"
+    assert verify(tars).problems == ()
+
+
+def test_samples_of_tars_are_read_and_loaded(tars, names):
+    manifest = index(tars, categories=names)
+    one, two, three = read_samples(manifest, [0, 1, 2])
+    assert (one.image.shape, two.image.shape, three.image.shape) == ((30, 40, 3), (30, 30, 3), (10, 20, 3))
+    assert one.boxes_xyxy.tolist() == [[1, 2, 4, 6]]
+    assert two.labels.tolist() == [0]  # the dog is a crowd
+    plan = plan_epoch(manifest, seed=1, epoch=0, batch_size=3)
+    loader = open_loader(manifest, plan, transform=lambda sample: sample.image_id, collate=sorted)
+    assert next(loader) == [1, 2, 3]
+
+
+def test_a_damaged_foreign_tar_is_told_as_ours_is(tars, names):
+    record = index(tars, categories=names).index().images[1]
+    content = bytearray((tars / "a.tar").read_bytes())
+    content[record["offset"] + 40] ^= 1
+    (tars / "a.tar").write_bytes(content)
+    (problem,) = verify(tars).problems
+    assert (
+        "a.tar: its sha256 is not the manifest's: images of 1 samples differ from the index, such as image 2" in problem
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "ids", "expected"),
+    [
+        (["a", "b"], [9, 4], [9, 4]),
+        (["7", "8"], [9, None], [7, 8]),
+        (["x/007", "x/008"], [None, None], [7, 8]),
+        (["x/7", "y/7"], [None, None], [1, 2]),
+        (["7", "8b"], [None, None], [1, 2]),
+        (["7", "1234567890123"], [None, None], [1, 2]),
+    ],
+)
+def test_ids_are_those_of_all_json_or_all_keys_or_positions(tmp_path, names, keys, ids, expected):
+    files = []
+    for key, number in zip(keys, ids, strict=True):
+        files += [(f"{key}.jpg", picture()), (f"{key}.json", {"image_id": number, "annotations": []})]
+    tar(tmp_path / "tars" / "a.tar", *files)
+    assert index(tmp_path / "tars", categories=names).index().images["image_id"].tolist() == expected
+
+
+def test_annotation_ids_are_kept_where_all_differ(tmp_path, names):
+    for number, ids in enumerate([(5, 4), (5, 5), (5, "4")]):
+        tar(
+            tmp_path / f"{number}" / "a.tar",
+            ("a.jpg", picture()),
+            ("a.json", [thing(1, 1, 1, 1, id=one) for one in ids]),
+        )
+        found = index(tmp_path / f"{number}", categories=names).index().annotations["annotation_id"].tolist()
+        assert found == ([5, 4] if number == 0 else [1, 2])
+
+
+def test_categories_are_the_names_in_the_tars_where_nothing_else_says_them(tmp_path):
+    boxes = [thing(1, 1, 1, 1, category_id=None, label=name) for name in ("dog", "cat", "dog")]
+    tar(tmp_path / "tars" / "a.tar", ("a.jpg", picture()), ("a.json", boxes))
+    manifest = index(tmp_path / "tars", name="pets")
+    assert [(one.id, one.name) for one in manifest.categories] == [(1, "cat"), (2, "dog")]
+    assert manifest.index().annotations["label"].tolist() == [1, 0, 1]
+    assert manifest.name == "pets"
+
+
+def test_ids_of_categories_without_names_are_refused(tars):
+    with pytest.raises(ShardError, match=r"do not name their categories; expected --categories FILE") as caught:
+        index(tars)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tars.iterdir()) == ["a.tar", "b.tar"]
+
+
+def test_images_without_annotations_are_a_data_set_only_when_told_so(tmp_path, names):
+    tar(tmp_path / "tars" / "a.tar", ("a.jpg", picture()), ("b.jpg", picture()), ("b.json", {"caption": "a cat"}))
+    with pytest.raises(
+        SourceError, match=r"2 defects: a.tar: sample a: has no JSON; got jpg; .* neither 'annotations'"
+    ):
+        index(tmp_path / "tars", categories=names)
+    assert index(tmp_path / "tars", categories=names, unannotated=True).annotations == 0
+
+
+def test_every_defect_is_named_with_its_sample(tmp_path, names):
+    good = picture()
+    tar(
+        tmp_path / "tars" / "a.tar",
+        *[("a.json", [])],
+        *[("b.jpg", b"no image"), ("b.json", [])],
+        *[("c.jpg", good[:-100]), ("c.json", [])],
+        *[("d.jpg", good), ("d.png", good), ("d.json", [])],
+        *[("e.jpg", good), ("e.json", {"annotations": [], "image": {"width": 30, "height": 40}})],
+        *[("f.jpg", good), ("f.json", b"{")],
+        *[("g.jpg", good), ("g.json", [{"bbox": [1, 2, 3]}])],
+        *[("h.jpg", good), ("h.pyd", b"\x80\x04N.")],
+        *[("i.jpg", picture(kind="PPM")), ("i.json", [])],
+        *[("j.jpg", good), ("j.json", []), ("j.jpg", good)],
+        *[("k.jpg", good), ("k.json", [thing(1, 1, 1, 1)]), ("k.segmentation.json", [])],
+        *[("l.jpg", good), ("l.a.json", []), ("l.b.json", [])],
+    )
+    with pytest.raises(SourceError, match="12 defects") as caught:
+        index(tmp_path / "tars", categories=names)
+    expected = [
+        "a: has no image; got only json",
+        "b: its image is none that Pillow can read",
+        "c: its image cannot be decoded: ",
+        "d: has 2 images: d.jpg, d.png; expected one",
+        "e: is 40x30 pixels (before any EXIF rotation), but its JSON says 30x40",
+        "f: its JSON: Input data was truncated",
+        "g: its JSON: Expected array of length 4 - at $[0].bbox",
+        "h: has no JSON; got jpg, pyd",
+        "i: its image's format PPM is none of",
+        "j: holds j.jpg twice",
+        "k: k.segmentation.json is no list with one segmentation for each of its 1 annotations",
+        "l: has 2 JSON files: l.a.json, l.b.json; expected one",
+    ]
+    for defect, words in zip(caught.value.defects, expected, strict=True):
+        assert defect.text.startswith(f"a.tar: sample {words}")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in (tmp_path / "tars").iterdir()] == ["a.tar"]
+
+
+def test_every_bad_annotation_is_named_with_its_sample(tmp_path, names):
+    boxes = [
+        (thing(1, 1, -1, 1), "its box [1.0, 1.0, -1.0, 1.0] or area 0.0 is negative or not finite"),
+        (thing(1, 1, 1, 1, area=-2), "its box [1.0, 1.0, 1.0, 1.0] or area -2.0 is negative"),
+        (thing(1e308, 1e308, 1, 1), "its box [1e+308, 1e+308, 1.0, 1.0]"),
+        (thing(1, 1, 1, 1, category_id=4), "its category 4 is not among the categories"),
+        (thing(1, 1, 1, 1, category_id=None), "has no category_id and no category"),
+        (thing(1, 1, 1, 1, iscrowd=2), "its iscrowd is 2, not 0 or 1"),
+    ]
+    tar(tmp_path / "tars" / "a.tar", ("a.jpg", picture()), ("a.json", [box for box, _ in boxes]))
+    with pytest.raises(SourceError) as caught:
+        index(tmp_path / "tars", categories=names)
+    for number, (defect, (_, words)) in enumerate(zip(caught.value.defects, boxes, strict=True), 1):
+        assert defect.text.startswith(f"sample a: annotation {number}: {words}")
+
+
+@pytest.mark.parametrize("same", ["key", "id"])
+def test_samples_that_cannot_be_told_apart_are_refused(tmp_path, names, same):
+    for number in (1, 2):
+        key = "a" if same == "key" else f"a{number}"
+        content = {"image_id": 7 if same == "id" else number, "annotations": []}
+        tar(tmp_path / "tars" / f"{number}.tar", (f"{key}.jpg", picture()), (f"{key}.json", content))
+    expected = "key a is of 2 samples" if same == "key" else "image id 7 is of 2 samples: a1, a2"
+    with pytest.raises(SourceError, match=expected):
+        index(tmp_path / "tars", categories=names)
+
+
+def test_segmentations_of_tars_become_masks(tmp_path, names):
+    for number, segmentation in enumerate([[[[1, 1, 9, 1, 9, 9]]], None]):
+        files = [("a.jpg", picture()), ("a.json", [thing(1, 1, 8, 8)])]
+        files += [("a.segmentation.json", segmentation)] if segmentation else []
+        tar(tmp_path / f"{number}" / "a.tar", *files)
+        manifest = index(tmp_path / f"{number}", categories=names)
+        if segmentation:
+            assert true_runs(manifest, np.array([0]))[0]["size"] == [30, 40]
+        else:
+            with pytest.raises(ShardError, match=r"image 1 in a\.tar: annotation 1 has no segmentation"):
+                true_runs(manifest, np.array([0]))
+
+
+@pytest.mark.parametrize("damage", ["cut", "cut between files", "joined", "empty", "packed", "no tar"])
+def test_a_tar_that_is_not_whole_is_one_line(tars, names, damage):
+    path = tars / "a.tar"
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[:900])
+    elif damage == "cut between files":
+        tar(path, ("one.jpg", picture()), ("one.json", []), end=False)
+    elif damage == "joined":
+        path.write_bytes(content + (tars / "b.tar").read_bytes())
+    elif damage == "empty":
+        tar(path)
+    elif damage == "packed":
+        for one in tars.iterdir():
+            one.rename(tars / f"{one.name}.gz")
+    else:
+        path.write_bytes(picture() * 20)
+    expected = {
+        "cut between files": "does not end as a tar does, so it may have been cut off",
+        "joined": "something follows its end, such as another tar",
+        "empty": "holds no files",
+        "packed": r"found only compressed ones, such as a.tar.gz",
+    }
+    with pytest.raises(ShardError, match=expected.get(damage, "a.tar: not a whole tar")) as caught:
+        index(tars, categories=names)
+    assert "\n" not in str(caught.value)
+    assert not (tars / "manifest.json").exists()
+
+
+def test_folders_and_links_in_a_tar_are_passed_over(tars, names):
+    with tarfile.open(tars / "b.tar", "a") as out:
+        for name, kind in (("deep", tarfile.DIRTYPE), ("four.jpg", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            out.addfile(info)
+    assert index(tars, categories=names).images == 3
+    assert verify(tars).ok
+
+
+def test_a_data_set_is_not_indexed_again(tars, names):
+    index(tars, categories=names)
+    with pytest.raises(ShardError, match=r"is a data set already; delete its manifest\.json"):
+        index(tars, categories=names)
+
+
+def test_places_that_cannot_be_indexed_are_one_line(tars, names, tmp_path):
+    with pytest.raises(ShardError, match="is a remote URL"):
+        index_tars("memory://tars")
+    with pytest.raises(ShardError, match="no such folder"):
+        index(tmp_path / "gone")
+    (tars / "index").write_text("in the way")
+    with pytest.raises(ShardError, match="cannot be written") as caught:
+        index(tars, categories=names)
+    assert "\n" not in str(caught.value)
+    assert not (tars / "manifest.json").exists()
+
+
+def test_our_own_tars_get_back_the_index_and_the_digest_they_had(coco):
+    manifest = coco.write(samples_per_shard=3)
+    out = coco.root / "out"
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    shutil.rmtree(out / "index")
+    for name in ("manifest.json", "source.json"):
+        (out / name).unlink()
+    again = index(out, categories=coco.annotations)
+    assert again.digest == manifest.digest
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    shutil.rmtree(out / "index")
+    (out / "manifest.json").unlink()
+    alone = index(out)  # with nothing but source.json
+    assert alone.files == manifest.files
+    assert alone.categories == manifest.categories
+
+
+def test_a_place_without_leave_to_write_is_one_line(tars, names, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ShardError, match="cannot be written, expected a place for an index beside the tars"):
+        index(tars, categories=names)
