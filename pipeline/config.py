@@ -42,8 +42,17 @@ class DataConfig:
     """Shuffle in blocks of so many shards, for data that does not fit a node's disk; 0: over the whole epoch."""
     epoch_tail: Literal["straddle", "short"] = "straddle"
     """straddle: the step in which an epoch ends begins the next. short: it holds what is left of the epoch."""
+    cache: str = ""
+    """Folder on each node that keeps what was fetched, each shard once; `off` asks the store for every sample. Empty: for
+    remote data the folder that DETR_CACHE names, or ~/.cache/detr-cluster/shards; local data is read where it lies."""
+    cache_gib: float = 0.0
+    """At most so many GiB in that folder; 0 for as much as its disk has room for."""
+    max_bad_samples: int = 0
+    """So many training images whose bytes are bad are left out by each worker, with a warning; one more ends the run."""
 
     def __post_init__(self) -> None:
+        _require(self.cache_gib >= 0, "data.cache_gib", self.cache_gib, "0 (no limit) or more")
+        _require(self.max_bad_samples >= 0, "data.max_bad_samples", self.max_bad_samples, "0 or more")
         _require(self.reader_threads >= 1, "data.reader_threads", self.reader_threads, "at least 1")
         _require(self.sort_window >= 1, "data.sort_window", self.sort_window, "at least 1 global batch")
         _require(self.shuffle_shards >= 0, "data.shuffle_shards", self.shuffle_shards, "0 (the whole epoch) or more")

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from detr.model import DETR
 from pipeline.config import RunConfig
+from pipeline.data import check_cache_limit, open_data
 from pipeline.errors import RunConfigError
 from pipeline.optim import Schedule
 from pipeline.weights import initial_model, save_initial, settle
 from shards import storage
-from shards.manifest import Manifest, load_manifest
+from shards.manifest import Manifest
 from shards.segmentation import check_segmentations
 from shards.verify import check_sizes
 
@@ -79,7 +80,12 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, R
 
 
 def _absolute(config: RunConfig) -> RunConfig:
-    data = replace(config.data, train=storage.absolute(config.data.train), val=storage.absolute(config.data.val))
+    data = replace(
+        config.data,
+        train=storage.absolute(config.data.train),
+        val=storage.absolute(config.data.val),
+        cache=config.data.cache if config.data.cache in ("", "off") else str(Path(config.data.cache).absolute()),
+    )
     weights = config.model.backbone_weights
     if weights not in ("imagenet", "random"):
         weights = str(Path(weights).absolute())
@@ -115,10 +121,11 @@ def _check_masks(config: RunConfig, *data: Manifest) -> None:
 
 
 def _checked_data(config: RunConfig) -> tuple[Manifest, Manifest]:
-    train, val = load_manifest(config.data.train), load_manifest(config.data.val)
+    train, val = open_data(config.data)
     check_sizes(train)
     check_sizes(val)
     _check_categories(train, val)
+    check_cache_limit(config.data, train, val)
     return train, val
 
 

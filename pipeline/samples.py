@@ -93,7 +93,7 @@ def training_batches(
         parts,
         transform=training_transform(config.seed, config.transform),
         collate=_collate(config, ranks),
-        config=ReadConfig(threads=threads, prefetch=2 * threads, masks=config.model.masks),
+        config=ReadConfig(threads, 2 * threads, config.model.masks, config.data.max_bad_samples),
     )
     with closing(parts), closing(batches):
         yield from batches

@@ -116,9 +116,9 @@ def resume(name: str, changes: Changes | None = None, launch: Launch | None = No
 
     A run that was trained to its end but not registered is registered; one that is all done is refused.
     """
+    from pipeline.data import open_data
     from pipeline.optim import Schedule
     from pipeline.registry import run_of
-    from shards.manifest import load_manifest
 
     launch, changes = launch or Launch(), changes or Changes()
     client = connect()
@@ -129,7 +129,7 @@ def resume(name: str, changes: Changes | None = None, launch: Launch | None = No
     if newest is None and not (folder / INITIAL_NAME).exists():
         raise CheckpointError(f"{folder} holds no checkpoint of run {name}; expected one: is its storage mounted here?")
     config = changes.of(original)
-    train = load_manifest(config.data.train)
+    train, _ = open_data(config.data)
     meta = checkpoint.read_meta(newest) if newest else None
     way = continuation(meta, config, train, changes.accept)
     schedule = Schedule(config.optim, train.images, config.data.epoch_tail, way.origin)

@@ -28,6 +28,7 @@ from detr.execution import compile_shapes, set_channels_last, set_recompute, unc
 from detr.model import DETR
 from pipeline import checkpoint
 from pipeline.config import ComputeConfig, RunConfig
+from pipeline.data import check_cache, open_data
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.identity import continuation
 from pipeline.meter import Meter
@@ -39,7 +40,7 @@ from pipeline.step import train_step
 from pipeline.track import TAG_PHASE, Tracker
 from pipeline.weights import build_trained, read_initial
 from shards.detections import Detections
-from shards.manifest import Manifest, load_manifest
+from shards.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,14 @@ class Worker:
 
 def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) -> None:
     """Train until the last step, whatever was done before; a collective call."""
-    train = load_manifest(config.data.train)
+    train, val = open_data(config.data)
+    check_cache(config.data, train, val)
     # Rank 0 decides for all: another rank could look a moment later, or at a folder that is not yet in sync.
     newest = ranks.gather(checkpoint.newest(place.folder))[0]
     meta = None if newest is None else checkpoint.read_meta(newest)
     origin = continuation(meta, config, train, place.accept_change).origin
     schedule = Schedule(config.optim, train.images, config.data.epoch_tail, origin)
-    worker = Worker(config, place, ranks, tracker, train, load_manifest(config.data.val), schedule)
+    worker = Worker(config, place, ranks, tracker, train, val, schedule)
     state = _restore(worker, newest, 0 if meta is None else meta.step)
     if state.step == 0:
         # MLflow's slider opens at step 0: show there what is to be found.

@@ -1,4 +1,4 @@
-"""The one error of this package."""
+"""The errors of this package."""
 
 
 class ShardError(Exception):
@@ -6,3 +6,7 @@ class ShardError(Exception):
 
     The message is one line: what was got, what was expected and what to do.
     """
+
+
+class BadSampleError(ShardError):
+    """The bytes of one sample are not those that were written, or are no picture; the message names it."""

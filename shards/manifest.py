@@ -24,7 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from shards import storage
+from shards.cache import CacheConfig, cache_for
 from shards.errors import ShardError
+from shards.fetch import Item
+from shards.retry import StoreError
 
 FORMAT = 2
 MANIFEST_NAME = "manifest.json"
@@ -91,7 +94,8 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """A data set. ``url`` says where it was found and belongs neither to the file nor to the digest."""
+    """A data set. ``url`` says where it was found, ``cache`` where what was fetched from there is kept: both belong
+    neither to the file nor to the digest."""
 
     format: int
     name: str
@@ -103,6 +107,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     files: tuple[File, ...]
     shards: tuple[Shard, ...]
     url: str = ""
+    cache: CacheConfig = CacheConfig()
 
     @property
     def digest(self) -> str:
@@ -115,8 +120,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return len(self.categories)
 
     def to_json(self) -> bytes:
-        """The canonical JSON, without ``url``."""
-        return msgspec.json.encode(msgspec.structs.replace(self, url=""))
+        """The canonical JSON, without ``url`` and ``cache``."""
+        return msgspec.json.encode(msgspec.structs.replace(self, url="", cache=CacheConfig()))
 
     def index(self) -> "Index":
         """The index of this data set, loaded (and checked against its digests) once per process."""
@@ -172,10 +177,11 @@ class Index:
         return order, ids[order]
 
 
-def load_manifest(url: str | os.PathLike[str]) -> Manifest:
+def load_manifest(url: str | os.PathLike[str], cache: CacheConfig | None = None) -> Manifest:
     """Read the manifest of the data set in the folder ``url`` (a path, or a URL that fsspec knows).
 
-    A path is kept as an absolute one, so that the manifest is good in another working directory as well.
+    A path is kept as an absolute one, so that the manifest is good in another working directory as well. Index and
+    shards are then read through ``cache``; by default, remote ones are kept in a folder of this node.
 
     Raises ShardError where there is none, and where a field is unknown, absent or mistyped (naming its path); OSError,
     naming the address, where trying again may mend it.
@@ -190,7 +196,7 @@ def load_manifest(url: str | os.PathLike[str]) -> Manifest:
         ) from None
     except OSError as error:
         raise _unreadable(path, error) from error
-    return _parse(content, path, url)
+    return msgspec.structs.replace(_parse(content, path), url=url, cache=cache or CacheConfig())
 
 
 def load_index(manifest: Manifest) -> Index:
@@ -213,6 +219,8 @@ def check_file(manifest: Manifest, name: str) -> str | None:
 
 def _unreadable(path: str, error: OSError) -> Exception:
     """One line; a ShardError only for what stays as it is, as a shaky network or disk does not."""
+    if isinstance(error, StoreError):
+        return error
     kind = ShardError if isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError)) else OSError
     return kind(f"{path}: cannot be read: {error}; check the address and its permissions")
 
@@ -236,17 +244,9 @@ def _check_file(manifest: Manifest, name: str) -> str | None:
 def _load_records(manifest: Manifest, name: str, dtype: np.dtype[np.void], count: int) -> Records:
     url = storage.join(manifest.url, name)
     try:
-        problem = _check_file(manifest, name)
+        records = _load_array(manifest, name, url)
     except OSError as error:
         raise _unreadable(url, error) from error
-    if problem is not None:
-        raise ShardError(problem)
-    path = storage.local_path(url)
-    try:
-        if path is None:
-            records = np.load(io.BytesIO(storage.read(url)), allow_pickle=False)
-        else:
-            records = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
         raise ShardError(f"{url}: not a NumPy array ({error}); write the data set again") from error
     if records.dtype != dtype or records.shape != (count,):
@@ -255,6 +255,27 @@ def _load_records(manifest: Manifest, name: str, dtype: np.dtype[np.void], count
             "write the data set again with this version"
         )
     return cast(Records, records)
+
+
+def _load_array(manifest: Manifest, name: str, url: str) -> npt.NDArray[np.generic]:
+    """One of ``manifest.files``, checked; mapped into memory where it lies on this machine or is kept here."""
+    cache = cache_for(manifest.url, manifest.cache)
+    listed = next((file for file in manifest.files if file.name == name), None)
+    if cache is not None and listed is not None:
+        item = Item(url, listed.bytes, listed.sha256)
+        cache.check(item)
+        descriptor = cache.open(item)
+        try:
+            return cast(npt.NDArray[np.generic], np.load(cache.path(item), mmap_mode="r", allow_pickle=False))
+        finally:
+            os.close(descriptor)
+    problem = _check_file(manifest, name)
+    if problem is not None:
+        raise ShardError(problem)
+    path = storage.local_path(url)
+    if path is None:
+        return cast(npt.NDArray[np.generic], np.load(io.BytesIO(storage.read(url)), allow_pickle=False))
+    return cast(npt.NDArray[np.generic], np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 @functools.lru_cache(maxsize=16)
@@ -266,7 +287,7 @@ class _Version(msgspec.Struct):
     format: int
 
 
-def _parse(content: bytes, path: str, url: str) -> Manifest:
+def _parse(content: bytes, path: str) -> Manifest:
     try:
         version = msgspec.json.decode(content, type=_Version).format
         if version != FORMAT:
@@ -279,14 +300,14 @@ def _parse(content: bytes, path: str, url: str) -> Manifest:
     problem = _inconsistency(manifest)
     if problem is not None:
         raise ShardError(f"{path}: {problem}; expected a manifest as written by `detr shard coco`")
-    return msgspec.structs.replace(manifest, url=url)
+    return manifest
 
 
 def _inconsistency(manifest: Manifest) -> str | None:
     ids = [category.id for category in manifest.categories]
     names = [shard.name for shard in manifest.shards] + [file.name for file in manifest.files]
-    if manifest.url:
-        return "the file may not say its own url"
+    if manifest.url or manifest.cache != CacheConfig():
+        return "the file may not say its own url or cache"
     if ids != sorted(set(ids)) or not ids:
         return f"category ids are not ascending and distinct: {ids[:8]}"
     if manifest.images < 1 or manifest.annotations < 0 or manifest.samples_per_shard < 1:

@@ -4,8 +4,10 @@ Threads and not processes: reading, decoding and resizing release the interprete
 per image. Nothing is torn down between shards, and each step is one task, so at most ``prefetch`` batches exist.
 """
 
+import functools
 import io
-import zlib
+import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,11 +20,13 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-from shards import storage
-from shards.errors import ShardError
+from shards.errors import BadSampleError, ShardError
 from shards.manifest import Ints, Manifest
+from shards.members import Members
 from shards.plan import EpochPlan
 from shards.segmentation import Masks, SegmentationReader
+
+LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 B = TypeVar("B")
@@ -37,13 +41,18 @@ class ReadConfig:
         threads: decoding threads; 0 reads in the calling thread, one batch at a time.
         prefetch: batches under way or waiting at once: what bounds the memory. Fewer than ``threads`` idles some.
         masks: also read where objects are, pixel by pixel; every annotation then needs a segmentation.
+        max_bad_samples: so many samples of a data set whose bytes are bad are left out of their batches in this process,
+            each with a warning; one more is an error.
     """
 
     threads: int = 2
     prefetch: int = 4
     masks: bool = False
+    max_bad_samples: int = 0
 
     def __post_init__(self) -> None:
+        if self.max_bad_samples < 0:
+            raise ShardError(f"got max_bad_samples {self.max_bad_samples}, expected 0 or more")
         if self.threads < 0 or self.prefetch < 1:
             raise ShardError(f"got threads {self.threads} and prefetch {self.prefetch}, expected at least 0 and 1")
 
@@ -147,21 +156,20 @@ def read_samples(
 ) -> Generator[Sample, None, None]:
     """The samples of ``rows``, in that order."""
     batches = (np.array([row], np.int64) for row in rows)
-    return open_batches(manifest, batches, transform=_same, collate=_only, config=config)
+    found = open_batches(manifest, batches, transform=_same, collate=list[Sample], config=config)
+    return (sample for samples in found for sample in samples)
 
 
 class SampleReader:
     """Reads and decodes single samples, with their masks where asked to; safe to share between threads."""
 
-    def __init__(self, manifest: Manifest, masks: bool = False) -> None:
+    def __init__(self, manifest: Manifest, config: ReadConfig) -> None:
         self._index = manifest.index()
-        self._shards = [shard.name for shard in manifest.shards]
-        self._urls = [storage.join(manifest.url, name) for name in self._shards]
-        self._files = storage.RangeReader()
-        self._segmentations = SegmentationReader(manifest, self._files) if masks else None
+        self._members = Members(manifest, lenient=config.max_bad_samples > 0)
+        self._segmentations = SegmentationReader(manifest, self._members) if config.masks else None
 
     def read(self, row: int, epoch: int = 0) -> Sample:
-        """The sample of one row; raises ShardError where its bytes are not those that were written.
+        """The sample of one row; raises BadSampleError where its bytes are not those that were written.
 
         An OSError while the bytes are fetched passes as it is: trying again may mend it.
         """
@@ -170,9 +178,10 @@ class SampleReader:
         kept = np.flatnonzero(annotations["iscrowd"] == 0)
         boxes = annotations["bbox"][kept]
         width, height = int(record["width"]), int(record["height"])
-        image = self._decode(row)
+        content, text = (self._members.image(row), b"") if self._segmentations is None else self._members.both(row)
+        image = self._decode(row, content)
         if image.shape != (height, width, 3):
-            raise ShardError(f"{self.name(row)}: decodes to {image.shape}, expected {(height, width, 3)}")
+            raise BadSampleError(f"{self.name(row)}: decodes to {image.shape}, expected {(height, width, 3)}")
         return Sample(
             image=image,
             row=int(row),
@@ -183,29 +192,19 @@ class SampleReader:
             boxes_xyxy=np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).astype(np.float32),
             labels=annotations["label"][kept].astype(np.int64),
             annotations=int(record["first"]) + kept,
-            masks=None if self._segmentations is None else self._segmentations.masks(row),
+            masks=None if self._segmentations is None else self._segmentations.masks(row, text),
         )
 
     def name(self, row: int) -> str:
         """How messages call a sample."""
-        record = self._index.images[row]
-        return f"image {int(record['image_id'])} in {self._shards[int(record['shard'])]}"
+        return self._members.name(row)
 
     def close(self) -> None:
         """Let go of the shards' files."""
-        self._files.close()
+        self._members.close()
 
-    def _decode(self, row: int) -> npt.NDArray[np.uint8]:
-        record = self._index.images[row]
-        length = int(record["length"])
-        content = self._files.read(self._urls[int(record["shard"])], int(record["offset"]), length)
-        if len(content) != length:
-            raise ShardError(
-                f"{self.name(row)}: got {len(content)} of {length} bytes, the shard is truncated: copy it again"
-            )
-        if zlib.crc32(content) != int(record["crc32"]):
-            raise ShardError(f"{self.name(row)}: its bytes changed since they were written: copy the shard again")
-        with _naming(self, row):
+    def _decode(self, row: int, content: bytes) -> npt.NDArray[np.uint8]:
+        with _naming(self, row, BadSampleError):
             return decode(content)
 
 
@@ -229,12 +228,36 @@ def _colours(content: bytes) -> str:
         return ""
 
 
+class _BadSamples:
+    """Which samples of a data set this process found bad."""
+
+    def __init__(self) -> None:
+        self._said: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    def add(self, row: int, error: BadSampleError, most: int) -> None:
+        """Count a sample once, however often it is met; raises ShardError where it is one too many."""
+        with self._lock:
+            known = row in self._said
+            self._said[row] = str(error)
+            count, last = len(self._said), list(self._said.values())[-3:]
+        if count > most:
+            if most == 0:
+                raise error
+            raise ShardError(
+                f"{count} bad samples, expected at most {most} (max_bad_samples); the last ones: {'; '.join(last)}"
+            ) from error
+        if not known:
+            LOG.warning("left out, %d of at most %d bad samples: %s", count, most, error)
+
+
+@functools.lru_cache(maxsize=16)
+def _bad_samples(manifest: Manifest) -> _BadSamples:
+    return _BadSamples()
+
+
 def _same(sample: Sample) -> Sample:
     return sample
-
-
-def _only(samples: list[Sample]) -> Sample:
-    return samples[0]
 
 
 def _stream(
@@ -245,10 +268,17 @@ def _stream(
     config: ReadConfig,
 ) -> Generator[B, None, None]:
     """Batches in the order of ``tasks``, at most ``config.prefetch`` of them ahead."""
-    reader = SampleReader(manifest, config.masks)
+    reader = SampleReader(manifest, config)
+    bad = _bad_samples(manifest)
 
     def batch(task: _Task) -> B:
-        return collate([_one(reader, row, epoch, transform) for row, epoch in zip(*task, strict=True)])
+        made = []
+        for row, epoch in zip(*task, strict=True):
+            try:
+                made.append(_one(reader, row, epoch, transform))
+            except BadSampleError as error:
+                bad.add(int(row), error, config.max_bad_samples)
+        return collate(made)
 
     if config.threads == 0:
         try:
@@ -277,7 +307,7 @@ def _one(reader: SampleReader, row: int, epoch: int, transform: Callable[[Sample
 
 
 @contextmanager
-def _naming(reader: SampleReader, row: int) -> Generator[None, None, None]:
+def _naming(reader: SampleReader, row: int, kind: type[ShardError] = ShardError) -> Generator[None, None, None]:
     """What goes wrong with bytes that were read is the sample's fault and happens again, so it names the sample.
 
     Reading stays outside: a network that is away or a lack of memory passes, and its error must be told apart.
@@ -287,4 +317,4 @@ def _naming(reader: SampleReader, row: int) -> Generator[None, None, None]:
     except (ShardError, MemoryError):
         raise
     except Exception as error:
-        raise ShardError(f"{reader.name(row)}: {type(error).__name__}: {error}") from error
+        raise kind(f"{reader.name(row)}: {type(error).__name__}: {error}") from error

@@ -7,17 +7,17 @@ those of a sample lie, and their checksum.
 pycocotools reads memory that is not its own when run lengths do not fill the image, so they are checked first.
 """
 
-import zlib
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from shards import storage
 from shards.errors import ShardError
 from shards.manifest import Ints, Manifest
+from shards.members import Members
 
 Masks = npt.NDArray[np.bool_]
 Runs = dict[str, Any]
@@ -36,16 +36,16 @@ _ABSENT = msgspec.Raw(b"null")
 
 
 class SegmentationReader:
-    """Finds and checks the segmentations of single samples; safe to share between threads."""
+    """Turns the segmentations of single samples into runs and masks; safe to share between threads."""
 
-    def __init__(self, manifest: Manifest, files: storage.RangeReader) -> None:
+    def __init__(self, manifest: Manifest, members: Members) -> None:
         self._index = manifest.index()
-        self._shards = manifest.shards
-        self._urls = [storage.join(manifest.url, shard.name) for shard in manifest.shards]
-        self._files = files
+        self._members = members
 
-    def runs(self, row: int, *, crowds: bool) -> list[Runs]:
+    def runs(self, row: int, text: bytes, *, crowds: bool) -> list[Runs]:
         """Runs of a sample's annotations in the order of the index, with or without those of crowds.
+
+        text: what ``Members`` gives for the sample.
 
         Raises ShardError naming the image, and the annotation where one has no segmentation that can be used.
         """
@@ -53,63 +53,47 @@ class SegmentationReader:
         annotations = self._index.annotations_of(row)
         size = int(image["height"]), int(image["width"])
         found = []
-        for annotation, raw in zip(annotations, self._read(row), strict=True):
+        for annotation, raw in zip(annotations, self._parse(row, text), strict=True):
             if crowds or not annotation["iscrowd"]:
                 try:
                     found.append(_to_runs(raw, *size))
                 except ValueError as error:
                     raise ShardError(
-                        f"{self._name(row)}: annotation {int(annotation['annotation_id'])} {error}; masks need polygons "
+                        f"{self._members.name(row)}: annotation {int(annotation['annotation_id'])} {error}; masks need polygons "
                         "or run lengths of every object: correct it and write the data set again, or go without masks"
                     ) from None
         return found
 
-    def masks(self, row: int) -> Masks:
+    def masks(self, row: int, text: bytes) -> Masks:
         """bool [N, height, width] of a sample's non-crowd annotations."""
         image = self._index.images[row]
-        return decode_masks(self.runs(row, crowds=False), int(image["height"]), int(image["width"]))
+        return decode_masks(self.runs(row, text, crowds=False), int(image["height"]), int(image["width"]))
 
-    def _name(self, row: int) -> str:
-        image = self._index.images[row]
-        return f"image {int(image['image_id'])} in {self._shards[int(image['shard'])].name}"
-
-    def _read(self, row: int) -> list[msgspec.Raw]:
+    def _parse(self, row: int, text: bytes) -> list[msgspec.Raw]:
         """The JSON of each annotation's segmentation, crowds included, in the order of the index."""
-        image = self._index.images[row]
-        length, count = int(image["text_length"]), int(image["count"])
-        if length == 0:
+        count = int(self._index.images[row]["count"])
+        if not text:
             return [_ABSENT] * count
-        url = self._urls[int(image["shard"])]
-        content = self._files.read(url, int(image["text_offset"]), length)
-        if len(content) != length:
-            raise ShardError(
-                f"{self._name(row)}: got {len(content)} of {length} bytes of its segmentations, the shard is truncated: "
-                "copy it again"
-            )
-        if zlib.crc32(content) != int(image["text_crc32"]):
-            raise ShardError(
-                f"{self._name(row)}: its segmentations changed since they were written: copy the shard again"
-            )
         try:
-            segmentations = _segmentations.decode(content)
+            segmentations = _segmentations.decode(text)
             if len(segmentations) != count:
                 raise ValueError(f"there are {len(segmentations)} for {count} annotations")
         except (ValueError, msgspec.DecodeError) as error:
             raise ShardError(
-                f"{self._name(row)}: its segmentations cannot be read ({error}); expected a list with one for each "
+                f"{self._members.name(row)}: its segmentations cannot be read ({error}); expected a list with one for each "
                 "annotation: write the data set again"
             ) from None
         return segmentations
 
 
-def true_runs(manifest: Manifest, rows: Ints) -> list[Runs]:
-    """Runs of every annotation of ``rows``, crowds included, in the order of the rows and of the index."""
-    files = storage.RangeReader()
-    try:
-        reader = SegmentationReader(manifest, files)
-        return [runs for row in rows.tolist() for runs in reader.runs(row, crowds=True)]
-    finally:
-        files.close()
+def true_runs(manifest: Manifest, rows: Ints, *, cached: bool = True) -> list[Runs]:
+    """Runs of every annotation of ``rows``, crowds included, in the order of the rows and of the index.
+
+    cached: read through the data set's cache, which fetches whole shards.
+    """
+    with closing(Members(manifest, cached=cached)) as members:
+        reader = SegmentationReader(manifest, members)
+        return [runs for row in rows.tolist() for runs in reader.runs(row, members.segmentations(row), crowds=True)]
 
 
 def check_segmentations(manifest: Manifest) -> None:
@@ -118,7 +102,7 @@ def check_segmentations(manifest: Manifest) -> None:
     Finds in moments a data set that was made without them. Raises ShardError naming the first that has none.
     """
     rows = np.flatnonzero(manifest.index().images["count"] > 0)
-    true_runs(manifest, rows[:: max(1, -(-len(rows) // CHECKED_IMAGES))].astype(np.int64))
+    true_runs(manifest, rows[:: max(1, -(-len(rows) // CHECKED_IMAGES))].astype(np.int64), cached=False)
 
 
 def encode_masks(masks: Masks) -> npt.NDArray[np.object_]:

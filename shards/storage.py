@@ -1,19 +1,24 @@
 """Local paths and remote URLs behind the same few functions.
 
 Local files go straight through the operating system (a ranged read is one ``pread``); everything with another
-``scheme://`` goes through fsspec. Writing is local only: a data set is published by renaming a folder, which object
+``scheme://`` goes through fsspec, patiently (``shards.retry``). fsspec keeps one file system per store and process,
+whose event loop has a thread of its own: any thread may read, and no process may fork afterwards. Credentials come from
+the environment and never stand in an address, which logs, job specs and MLflow show. Writing is local only: a data set is published by renaming a folder, which object
 stores do not have.
 """
 
+import errno
 import os
+import re
 import threading
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import fsspec
 
 from shards.errors import ShardError
+from shards.retry import patiently
 
 # Enough for every shard of COCO (120) and far below the usual limit of 1,024 open files, of which several loaders
 # in one process take their share.
@@ -29,15 +34,32 @@ def local_path(url: str) -> Path | None:
 
 def _remote(url: str) -> tuple[Any, str]:
     """The file system of a remote URL and the name in it; raises ShardError where fsspec has none for it."""
+    options: dict[str, Any] = {}
+    if url.startswith(("s3://", "s3a://")):
+        known = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+        options["config_kwargs"] = {**known, "retries": {"total_max_attempts": 1}}
     try:
-        filesystem, name = fsspec.core.url_to_fs(url)
+        filesystem, name = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
         raise ShardError(f"{url}: cannot be reached: {error}; expected a path or a URL that fsspec can open") from None
+    if hasattr(filesystem, "retries"):
+        filesystem.retries = 1  # s3fs and gcsfs would try again on their own, for minutes
     return filesystem, name
 
 
 def absolute(url: str) -> str:
-    """A local path made absolute; a remote URL without its last slashes."""
+    """A local path made absolute; a remote URL without its last slashes.
+
+    Raises ShardError where the address holds a password or a signature, without repeating it.
+    """
+    scheme, separator, rest = url.partition("://")
+    # A password may hold slashes, so it is looked for up to the last @; a port is digits up to the first slash.
+    if separator and (re.match(r"[^/@]*:(?!\d*(/|$)).*@", rest) or re.search(r"\?.*=", rest)):
+        raise ShardError(
+            f"the {scheme}:// address holds a password or a signature, which logs and MLflow would show; expected none: "
+            "give credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for S3) or in fsspec's "
+            "configuration (FSSPEC_... variables)"
+        )
     path = local_path(url)
     return url.rstrip("/") if path is None else str(path.absolute())
 
@@ -53,7 +75,7 @@ def exists(url: str) -> bool:
     if path is not None:
         return path.exists()
     filesystem, name = _remote(url)
-    return bool(filesystem.exists(name))
+    return bool(patiently(lambda: filesystem.exists(name), url))
 
 
 def size(url: str) -> int:
@@ -62,7 +84,7 @@ def size(url: str) -> int:
     if path is not None:
         return path.stat().st_size
     filesystem, name = _remote(url)
-    return int(filesystem.size(name))
+    return int(patiently(lambda: filesystem.size(name), url))
 
 
 def read(url: str) -> bytes:
@@ -71,13 +93,37 @@ def read(url: str) -> bytes:
     if path is not None:
         return path.read_bytes()
     filesystem, name = _remote(url)
-    return bytes(filesystem.cat_file(name))
+    return bytes(patiently(lambda: filesystem.cat_file(name), url))
+
+
+def read_range(url: str, offset: int, length: int) -> bytes:
+    """``length`` bytes from ``offset``, fewer only where the file ends before; FileNotFoundError where there is none."""
+    path = local_path(url)
+    if path is not None:
+        return patiently(lambda: _local_range(path, offset, length), url)
+    filesystem, name = _remote(url)
+
+    def ask() -> bytes:
+        try:
+            return bytes(filesystem.cat_file(name, start=offset, end=offset + length))
+        except OSError as error:
+            # S3's answer to a range that begins behind the end.
+            if error.errno == errno.EINVAL and offset >= int(filesystem.size(name)):
+                return b""
+            raise
+
+    return patiently(ask, url)
+
+
+def _local_range(path: Path, offset: int, length: int) -> bytes:
+    with path.open("rb", buffering=0) as file:
+        return os.pread(file.fileno(), length, offset)
 
 
 def download(url: str, path: Path) -> None:
     """Copy the file at ``url`` to a local path, piece by piece."""
     filesystem, name = _remote(url)
-    filesystem.get_file(name, str(path))
+    patiently(lambda: filesystem.get_file(name, str(path)), url)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -97,6 +143,24 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def absent(url: str) -> ShardError:
+    """What to say of a file that the manifest lists and that is not there."""
+    return ShardError(f"{url}: no such file; the manifest lists it: copy it back or write the data set again")
+
+
+class Files(Protocol):
+    """What reads byte ranges of a data set's files, from many threads."""
+
+    def read(self, url: str, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset``; fewer only where the file ends before. Raises ShardError where it is absent."""
+
+    def forget(self, url: str) -> None:
+        """What came from ``url`` is not what was written: take no copy of it for good that has changed."""
+
+    def close(self) -> None:
+        """Let go of every open file."""
 
 
 class _OpenFile:
@@ -126,15 +190,17 @@ class RangeReader:
         try:
             path = local_path(url)
             if path is None:
-                filesystem, name = _remote(url)
-                return bytes(filesystem.cat_file(name, start=offset, end=offset + length))
+                return read_range(url, offset, length)
             file = self._open(url, path)
         except FileNotFoundError:
-            raise ShardError(
-                f"{url}: no such file; the manifest lists it: copy it back or write the data set again"
-            ) from None
+            raise absent(url) from None
         # `file` keeps the descriptor alive here, also when another thread evicts it meanwhile.
         return os.pread(file.descriptor, length, offset)
+
+    def forget(self, url: str) -> None:
+        """Open the file anew when it is next read: another may have taken its place."""
+        with self._lock:
+            self._files.pop(url, None)
 
     def close(self) -> None:
         """Let go of every open file."""

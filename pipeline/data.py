@@ -1,0 +1,63 @@
+"""A run's data sets, and whether what a node keeps of them fits its cache."""
+
+from __future__ import annotations
+
+from pipeline.config import DataConfig
+from pipeline.errors import RunConfigError
+from shards.cache import GIB, CacheConfig, cache_for
+from shards.manifest import Manifest, load_manifest
+
+
+def open_data(config: DataConfig) -> tuple[Manifest, Manifest]:
+    """The manifests of training and validation, read through the cache that the run asks for."""
+    cache = CacheConfig(config.cache, config.cache_gib)
+    return load_manifest(config.train, cache), load_manifest(config.val, cache)
+
+
+def check_cache(config: DataConfig, train: Manifest, val: Manifest) -> None:
+    """Refuse an order that would fetch the same shards again and again, for lack of room on this node.
+
+    Raises `RunConfigError` saying what is needed, what there is, and what to set.
+    """
+    for manifest in (train, val):
+        cache = cache_for(manifest.url, manifest.cache)
+        if cache is not None:
+            _check(config, train, val, cache.room(), str(cache))
+            return
+
+
+def check_cache_limit(config: DataConfig, train: Manifest, val: Manifest) -> None:
+    """As `check_cache`, of the limit alone, on a machine that need not be one of the nodes."""
+    if config.cache_gib and any(cache_for(manifest.url, manifest.cache) for manifest in (train, val)):
+        _check(config, train, val, int(config.cache_gib * GIB), "the cache")
+
+
+def _check(config: DataConfig, train: Manifest, val: Manifest, room: int, where: str) -> None:
+    needed, largest = (sum(sizes) for sizes in (_sizes(train, val), _sizes(train, val, config.shuffle_shards)))
+    if config.shuffle_shards == 0 and needed > room:
+        raise RunConfigError(
+            f"the shards take {_gib(needed)} but {where} may hold {_gib(room)}, and an epoch that is shuffled as a whole "
+            "would fetch them again and again; expected room for all: raise --data.cache_gib or free some disk, or set "
+            "--data.shuffle_shards N to shuffle in blocks, or --data.cache off"
+        )
+    if largest > room:
+        raise RunConfigError(
+            f"two blocks of data.shuffle_shards {config.shuffle_shards} and the validation shards take {_gib(largest)} but "
+            f"{where} may hold {_gib(room)}; expected room for them: lower --data.shuffle_shards, raise --data.cache_gib or "
+            "free some disk, or set --data.cache off"
+        )
+
+
+def _sizes(train: Manifest, val: Manifest, block: int = 0) -> list[int]:
+    """Bytes of the cached shards that are wanted at a time: of two blocks, where one ends and the next begins."""
+    of_train, of_val = (
+        {shard.sha256: shard.bytes for shard in manifest.shards} if cache_for(manifest.url, manifest.cache) else {}
+        for manifest in (train, val)
+    )
+    if block == 0:
+        return list((of_train | of_val).values())
+    return [*sorted(of_train.values())[-2 * block :], *of_val.values()]
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"

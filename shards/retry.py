@@ -1,0 +1,77 @@
+"""Patience with stores, in one place: what may pass is tried again, what stays as it is becomes one clear line.
+
+The stores' own clients would each try again in their own way, so they are told not to (see ``shards.storage``).
+"""
+
+import errno
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from shards.errors import ShardError
+
+LOG = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Waits of 0.5, 1, 2, 4, 8, 15 and 15 s, each shortened by chance so that a cluster's workers do not return together:
+# about half a minute, which a restart of a store takes; Ray's restarts of the workers come on top.
+ATTEMPTS = 8
+FIRST_WAIT_S = 0.5
+LONGEST_WAIT_S = 15.0
+
+# What a store says of a request that is wrong in itself (s3fs gives its answers such numbers).
+_REFUSED = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG}
+# Mistakes in this code, and lack of memory: neither is the store's.
+_NOT_OURS = (TypeError, ValueError, AttributeError, LookupError, AssertionError, NotImplementedError, MemoryError)
+
+
+class StoreError(OSError):
+    """A store that gave no good answer, however often it was asked; asking later may mend it."""
+
+
+def patiently(ask: Callable[[], T], url: str) -> T:
+    """What ``ask`` returns, asked again while the store's error may pass.
+
+    Raises ShardError at once where access is denied or the request refused, StoreError after ``ATTEMPTS`` attempts,
+    each naming the url in one line; FileNotFoundError passes, because what an absent file means only the caller knows.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return ask()
+        except (FileNotFoundError, ShardError, *_NOT_OURS):
+            raise
+        except Exception as error:
+            said = one_line(error)
+            if _denied(error):
+                raise ShardError(
+                    f"{url}: access denied ({said}); expected credentials that may read it: give them in the environment "
+                    "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for S3), on every node"
+                ) from error
+            if _refused(error):
+                raise ShardError(f"{url}: cannot be read ({said}); check the address") from error
+            if attempt == ATTEMPTS:
+                raise StoreError(
+                    f"{url}: no good answer in {ATTEMPTS} attempts ({said}); expected a store that answers: check the "
+                    "address (for S3 also AWS_ENDPOINT_URL_S3) and the network, then try again"
+                ) from error
+            wait_s = min(FIRST_WAIT_S * 2 ** (attempt - 1), LONGEST_WAIT_S) * random.uniform(0.5, 1)
+            LOG.warning("%s: %s; attempt %d of %d in %.1f s", url, said, attempt + 1, ATTEMPTS, wait_s)
+            time.sleep(wait_s)
+    raise AssertionError("unreachable")
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says, at most 200 characters; the name of its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _denied(error: Exception) -> bool:
+    # By its name, because only some stores' clients are installed: botocore's NoCredentialsError and its like.
+    return isinstance(error, PermissionError) or type(error).__name__.endswith("CredentialsError")
+
+
+def _refused(error: Exception) -> bool:
+    final = isinstance(error, (IsADirectoryError, NotADirectoryError)) or type(error).__name__ == "ParamValidationError"
+    return final or (isinstance(error, OSError) and error.errno in _REFUSED)
