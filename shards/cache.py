@@ -147,7 +147,7 @@ class Cache:
         except BaseException as error:
             os.close(descriptor)
             part.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
                 raise _unusable(self._folder, error) from error
             raise
         LOG.info("fetched %s: %d bytes in %.1f s", item.url, item.bytes, time.monotonic() - start)

@@ -22,6 +22,14 @@ if TYPE_CHECKING:  # the tests of `detr` also run where only torch, torchvision 
     from pipeline.config import RunConfig
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing that a test reads from a store may stay below the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @dataclass(frozen=True)
 class TinyData:
     """Folders of a sharded training and validation set; 12 and 5 images of 64 px, classes 1 to 4."""

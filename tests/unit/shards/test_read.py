@@ -243,3 +243,61 @@ def test_jpegs_decode_to_the_pixels_of_pillow(mode, options):
     pixels = decode(file.getvalue())
     assert pixels.flags.writeable
     np.testing.assert_array_equal(pixels, np.asarray(Image.open(file).convert("RGB")))
+
+
+def spoil(coco, rows):
+    """The data set with a bit of each of these rows' images flipped."""
+    manifest = coco.write(samples_per_shard=3)
+    for record in manifest.index().images[rows]:
+        path = coco.root / "out" / manifest.shards[record["shard"]].name
+        damaged = bytearray(path.read_bytes())
+        damaged[record["offset"] + 50] ^= 4
+        path.write_bytes(damaged)
+    return manifest
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_as_many_bad_samples_as_allowed_are_left_out_with_a_warning_each(coco, caplog, threads):
+    manifest = spoil(coco, [1, 4])
+    config = ReadConfig(threads, max_bad_samples=2)
+    batches = [np.array([0, 1]), np.array([4]), np.array([5, 6])]
+    for _ in range(2):  # a sample counts once, however often it comes
+        found = list(open_batches(manifest, batches, transform=lambda sample: sample.row, collate=list, config=config))
+        assert found == [[0], [], [5, 6]]
+    assert len(caplog.messages) == 2
+    for row in (1, 4):
+        assert f"image {manifest.index().images['image_id'][row]} in shard-" in caplog.text
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_one_bad_sample_too_many_names_their_count_and_the_last_ones(coco, threads):
+    manifest = spoil(coco, [1, 4, 5])
+    ids = manifest.index().images["image_id"]
+    with pytest.raises(
+        ShardError, match=r"^3 bad samples, expected at most 2 \(max_bad_samples\); the last ones: "
+    ) as caught:
+        list(read_samples(manifest, range(7), ReadConfig(threads, max_bad_samples=2)))
+    assert all(f"image {ids[row]} in shard-" in str(caught.value) for row in (1, 4, 5))
+    assert "\n" not in str(caught.value)
+
+
+def test_neither_an_absent_shard_nor_a_fault_of_the_transform_is_a_bad_sample(coco):
+    manifest = coco.write(samples_per_shard=3)
+    config = ReadConfig(max_bad_samples=7)
+    with pytest.raises(ShardError, match="ZeroDivisionError"):
+        list(open_batches(manifest, [np.arange(7)], transform=lambda sample: 1 / 0, collate=list, config=config))
+    (coco.root / "out" / "shard-000001.tar").unlink()
+    with pytest.raises(ShardError, match="no such file"):
+        list(read_samples(manifest, range(7), config))
+
+
+def test_a_sample_and_its_masks_are_read_at_once(coco, monkeypatch):
+    for one in coco.data["annotations"]:
+        one["segmentation"] = [[2, 2, 20, 2, 20, 20, 2, 20]]
+    manifest = coco.write()
+    asked = []
+    read = storage.RangeReader.read
+    monkeypatch.setattr(storage.RangeReader, "read", lambda *place: asked.append(place) or read(*place))
+    found = list(read_samples(manifest, range(7), ReadConfig(0, masks=True)))
+    assert sum(int(sample.masks.sum()) for sample in found) > 300
+    assert len(asked) == 7

@@ -1,0 +1,126 @@
+import errno
+import threading
+
+import fsspec
+import pytest
+
+from shards import retry, storage
+from shards.errors import ShardError
+from shards.manifest import load_manifest
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The waits between attempts, which take no time."""
+    waited = []
+    monkeypatch.setattr(retry.time, "sleep", waited.append)
+    return waited
+
+
+class NoCredentialsError(Exception):
+    """As botocore calls its own."""
+
+
+def failing(*errors):
+    left = list(errors)
+
+    def ask():
+        if left:
+            raise left.pop(0)
+        return b"at last"
+
+    return ask
+
+
+def test_what_may_pass_is_tried_again_with_growing_waits(waits, caplog):
+    away = (ConnectionError("gone"), TimeoutError(), OSError(errno.EBUSY, "SlowDown"), RuntimeError("client"))
+    assert retry.patiently(failing(*away), "s3://b/x") == b"at last"
+    bounds = [0.5, 1, 2, 4]
+    assert len(waits) == 4
+    assert all(bound / 2 <= wait <= bound for wait, bound in zip(waits, bounds, strict=True))
+    assert "s3://b/x: gone; attempt 2 of 8" in caplog.messages[0]
+
+
+def test_a_store_that_stays_away_is_one_clear_line_after_a_bounded_time(waits):
+    with pytest.raises(retry.StoreError, match=r"^s3://b/x: no good answer in 8 attempts \(gone\); ") as caught:
+        retry.patiently(failing(*[ConnectionError("gone\nfar away")] * 99), "s3://b/x")
+    assert "\n" not in str(caught.value)
+    assert not isinstance(caught.value, ShardError)  # asking again later may mend it
+    assert len(waits) == 7
+    assert sum(waits) < 46
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError("SignatureDoesNotMatch"),
+        NoCredentialsError("Unable to locate credentials"),
+        OSError(errno.EINVAL, "InvalidBucketName"),
+        IsADirectoryError("a folder"),
+    ],
+)
+def test_what_stays_as_it_is_is_not_tried_again(waits, error):
+    with pytest.raises(ShardError, match=r"^s3://b/x: ") as caught:
+        retry.patiently(failing(error), "s3://b/x")
+    assert "\n" not in str(caught.value)
+    assert not waits
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("x"), TypeError("a mistake of ours"), MemoryError(), ShardError("y")]
+)
+def test_errors_that_are_not_the_stores_pass_as_they_are(waits, error):
+    with pytest.raises(type(error)) as caught:
+        retry.patiently(failing(error), "s3://b/x")
+    assert caught.value is error
+    assert not waits
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://KEY:hunter@bucket/set",
+        "s3://KEY:hun/ter@bucket/set",
+        "sftp://someone:hunter@host:22/set",
+        "simplecache::ftp://someone:hunter@host/set",
+        "https://host/set?X-Amz-Signature=hunter",
+    ],
+)
+def test_an_address_with_a_secret_is_refused_without_repeating_it(url):
+    with pytest.raises(ShardError, match="holds a password or a signature") as caught:
+        load_manifest(url)
+    assert "hun" not in str(caught.value)
+    assert "ter@" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a:b@c", "sftp://host:22/x@y", "abfs://container@account/x", "/a:b@c/d"])
+def test_an_address_without_a_secret_is_taken(url):
+    assert storage.absolute(url) == url
+
+
+def test_ranges_of_remote_files_end_where_the_file_does():
+    fsspec.filesystem("memory").pipe_file("/ranges/x", bytes(range(100)))
+    assert storage.read_range("memory://ranges/x", 10, 3) == bytes([10, 11, 12])
+    assert storage.read_range("memory://ranges/x", 98, 10) == bytes([98, 99])
+    assert storage.read_range("memory://ranges/x", 100, 10) == b""
+    with pytest.raises(FileNotFoundError):
+        storage.read_range("memory://ranges/none", 0, 1)
+
+
+def test_a_remote_file_is_read_from_many_threads():
+    content = bytes(range(256)) * 40
+    fsspec.filesystem("memory").pipe_file("/threads/x", content)
+    files = storage.RangeReader()
+    wrong = []
+
+    def read(start):
+        for offset in range(start, start + 200):
+            if files.read("memory://threads/x", offset, 50) != content[offset : offset + 50]:
+                wrong.append(offset)
+
+    threads = [threading.Thread(target=read, args=(100 * number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
