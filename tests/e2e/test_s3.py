@@ -1,0 +1,38 @@
+"""A run whose shards lie on an S3 server: trained, evaluated and registered from there, without its secrets anywhere."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+from tests.conftest import TinyData
+from tests.e2e_command import TINY, Command
+from tests.s3_server import SECRET, S3Server
+
+
+def test_a_run_of_two_workers_trains_from_s3_and_fetches_each_shard_once(
+    tiny_data: TinyData, _empty_store: Path, tmp_path: Path
+) -> None:
+    server = S3Server(tmp_path)
+    try:
+        urls = [server.put(Path(folder), Path(folder).name) for folder in (tiny_data.train, tiny_data.val)]
+        detr = Command(tmp_path / "work")
+        detr.folder.mkdir()
+        shutil.copy(_empty_store, detr.folder / "mlflow.db")
+        detr.env |= server.environment | {"DETR_CACHE": str(tmp_path / "kept")}
+        data = ["--data.train", urls[0], "--data.val", urls[1]]
+        output = detr("train", "overfit", *data, *TINY, "--optim.max-steps", "6", "--track.run-name", "from-s3")
+    finally:
+        server.stop()
+    assert detr.runs_named("from-s3") == ["FINISHED"]
+    assert detr.points("from-s3", "train/loss")[-1] == 6
+    assert len(detr.points("from-s3", "val/AP")) == 1
+    shards = Counter(server.gets(".tar"))
+    assert {name.split("/")[0] for name in shards} == {"train", "val"}
+    assert set(shards.values()) == {1}
+    assert Counter(server.gets(".npy")).most_common(1)[0][1] == 1
+    files = [path for path in detr.folder.rglob("*") if path.is_file()]
+    assert any(path.name == "mlflow.db" for path in files)
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+    assert SECRET not in output
