@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from pathlib import Path
+
+import pytest
 
 from tests.conftest import TinyData
 from tests.e2e_command import TINY, Command
 from tests.s3_server import SECRET, S3Server
 
 
+@pytest.mark.usefixtures("store")  # with its schema made, in `tmp_path`
 def test_a_run_of_two_workers_trains_from_s3_and_fetches_each_shard_once(
-    tiny_data: TinyData, _empty_store: Path, tmp_path: Path
+    tiny_data: TinyData, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    server = S3Server(tmp_path)
+    detr = Command(tmp_path)
+    server = S3Server(tmp_path_factory.mktemp("s3"))
     try:
         urls = [server.put(Path(folder), Path(folder).name) for folder in (tiny_data.train, tiny_data.val)]
-        detr = Command(tmp_path / "work")
-        detr.folder.mkdir()
-        shutil.copy(_empty_store, detr.folder / "mlflow.db")
-        detr.env |= server.environment | {"DETR_CACHE": str(tmp_path / "kept")}
+        detr.env |= server.environment | {"DETR_CACHE": str(tmp_path_factory.mktemp("kept"))}
         data = ["--data.train", urls[0], "--data.val", urls[1]]
         output = detr("train", "overfit", *data, *TINY, "--optim.max-steps", "6", "--track.run-name", "from-s3")
     finally:

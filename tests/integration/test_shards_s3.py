@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 
-from shards import retry
+from shards import retry, storage
 from shards.cache import CacheConfig
 from shards.errors import ShardError
 from shards.manifest import Manifest, load_manifest
@@ -184,6 +186,29 @@ def test_a_store_that_stays_away_is_one_clear_line(
     ) as caught:
         list(samples)
     assert "\n" not in str(caught.value)
+
+
+def test_nobody_but_us_tries_again(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """botocore and s3fs would, five times each, for minutes."""
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
+    s3.stop()
+    connections = []
+    with socket.create_server(("127.0.0.1", s3.port)) as server:
+
+        def hang_up() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    connections.append(1)
+                    connection.close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        with pytest.raises(retry.StoreError):
+            storage.read_range("s3://sets/coco/shard-000000.tar", 0, 10)
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert len(connections) <= 2 * retry.ATTEMPTS  # aiohttp asks anew at once where a connection was closed
 
 
 def test_damage_on_the_store_is_one_clear_line(s3: S3Server, local: Manifest, tmp_path: Path) -> None:

@@ -307,6 +307,21 @@ def test_a_disk_that_is_full_all_the_same_is_one_clear_line_and_nothing_is_left(
     assert names(tmp_path / "kept") == []
 
 
+def test_room_on_the_disk_is_taken_before_the_first_byte_is_asked_for(store, tmp_path, monkeypatch):
+    item = store("x", 1 << 20)
+    taken = []
+    read = storage.read_range
+
+    def reading(*place):
+        (part,) = (tmp_path / "kept").glob("*.part")
+        taken.append(part.stat().st_blocks * 512)
+        return read(*place)
+
+    monkeypatch.setattr(storage, "read_range", reading)
+    content(Cache(tmp_path / "kept"), item)
+    assert taken[0] >= item.bytes
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 def test_a_write_that_fails_is_one_clear_line(store, tmp_path, monkeypatch, number):
     def fails(*_):

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pipeline.config import DataConfig
+from pipeline.data import check_cache, check_cache_limit, open_data
+from pipeline.errors import RunConfigError
+from shards import cache as caching
+from shards.cache import GIB
+from shards.manifest import Manifest, Shard
+from tests.conftest import TinyData
+
+Usage = namedtuple("Usage", "free")
+
+
+@pytest.fixture
+def config(tiny_data: TinyData, tmp_path: Path) -> DataConfig:
+    return DataConfig(train=tiny_data.train, val=tiny_data.val, cache=str(tmp_path / "kept"))
+
+
+def of_size(manifest: Manifest, name: str, *gib: float) -> Manifest:
+    """The data set with shards of these sizes."""
+    shards = [Shard(f"{name}-{n}.tar", 1, int(size * GIB), f"{name}{n:060}") for n, size in enumerate(gib)]
+    return msgspec.structs.replace(manifest, shards=tuple(shards))
+
+
+def sets(config: DataConfig) -> tuple[Manifest, Manifest]:
+    """Training shards of 10 x 1 GiB, validation shards of 2 GiB together."""
+    train, val = open_data(config)
+    return of_size(train, "train", *[1.0] * 10), of_size(val, "val", 0.5, 1.5)
+
+
+def test_both_data_sets_are_read_through_the_cache_of_the_run(config: DataConfig, tmp_path: Path) -> None:
+    train, val = open_data(replace(config, cache_gib=3))
+    assert train.cache == val.cache == caching.CacheConfig(str(tmp_path / "kept"), 3)
+    assert train.url == config.train
+
+
+@pytest.mark.parametrize("check", [check_cache, check_cache_limit])
+def test_a_limit_below_the_data_says_what_is_needed_and_what_to_set(config: DataConfig, check) -> None:
+    config = replace(config, cache_gib=11.9)
+    with pytest.raises(
+        RunConfigError,
+        match=r"shards take 12.00 GiB but .* may hold 11.90 GiB.*--data.cache_gib .*--data.shuffle_shards N .*cache off",
+    ) as caught:
+        check(config, *sets(config))
+    assert "\n" not in str(caught.value)
+    config = replace(config, cache_gib=12)
+    check(config, *sets(config))
+
+
+@pytest.mark.parametrize("check", [check_cache, check_cache_limit])
+def test_blocks_need_room_for_two_of_them_and_for_validation(config: DataConfig, check) -> None:
+    config = replace(config, cache_gib=5.9, shuffle_shards=2)
+    with pytest.raises(
+        RunConfigError, match=r"data.shuffle_shards 2 .* 6.00 GiB but .* 5.90 GiB.*lower --data.shuffle"
+    ):
+        check(config, *sets(config))
+    config = replace(config, cache_gib=6)
+    check(config, *sets(config))
+
+
+def test_a_node_without_the_disk_space_says_so_before_anything_is_fetched(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caching.shutil, "disk_usage", lambda _: Usage(caching.SPARE + 7 * GIB))
+    with pytest.raises(RunConfigError, match=rf"12.00 GiB but {config.cache} may hold 7.00 GiB"):
+        check_cache(config, *sets(config))
+    check_cache(replace(config, shuffle_shards=2), *sets(config))
+
+
+@pytest.mark.parametrize("folder", ["", "off"])
+def test_data_that_is_read_where_it_lies_needs_no_room(config: DataConfig, folder: str) -> None:
+    config = replace(config, cache=folder, cache_gib=0.001)
+    for check in (check_cache, check_cache_limit):
+        check(config, *sets(config))
