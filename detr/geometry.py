@@ -141,6 +141,12 @@ def _resized_sizes(widths: Ints, heights: Ints, shorter: Ints, max_size: int | N
     return np.where(upright, longer, shorter), np.where(upright, shorter, longer)
 
 
+def upper_bits(numbers: NDArray[np.uint64], counts: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return the upper 64 of the 128 bits of each product, by halves; counts below 2**32, so that nothing overflows."""
+    half, lower = np.uint64(32), np.uint64(0xFFFFFFFF)
+    return ((numbers >> half) * counts + ((numbers & lower) * counts >> half)) >> half
+
+
 class _Draw:
     """Numbers drawn one after another from splitmix64 (Steele et al., 2014), keyed by integers."""
 
@@ -178,10 +184,7 @@ class _Draws(_Draw):
             self._state = self._next() ^ part.astype(np.uint64)
 
     def integer(self, low: Any, high: Any) -> Any:
-        drawn, count = self._next(), np.asarray(high - low + 1, np.uint64)
-        # The upper 64 of the product's 128 bits, by halves; counts are below 2**32, so nothing overflows.
-        product = (drawn >> 32) * count + ((drawn & 0xFFFFFFFF) * count >> 32)
-        return low + (product >> 32).astype(np.int64)
+        return low + upper_bits(self._next(), np.asarray(high - low + 1, np.uint64)).astype(np.int64)
 
     def choice(self, options: tuple[int, ...]) -> Any:
         return np.array(options, np.int64)[self.integer(0, len(options) - 1)]

@@ -87,7 +87,7 @@ def training_batches(
     Its threads live on over epochs, and over whatever the caller does between two batches; closing it ends them.
     """
     threads = config.data.reader_threads
-    parts = _parts(manifest, config, schedule, ranks, step, until)
+    parts = rank_parts(manifest, config, schedule, ranks, step, until)
     batches = open_stream(
         manifest,
         parts,
@@ -99,7 +99,7 @@ def training_batches(
         yield from batches
 
 
-def _parts(
+def rank_parts(
     manifest: Manifest, config: RunConfig, schedule: Schedule, ranks: Ranks, step: int, until: int
 ) -> Generator[tuple[Ints, Ints], None, None]:
     """This rank's rows, and their epochs, of each step. The next epoch is planned while this one is read."""

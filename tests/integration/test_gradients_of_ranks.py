@@ -1,6 +1,8 @@
 """The gradient is that of the global batch, however many real processes share it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from pipeline.optim import build_optimizer
 from pipeline.parallel import Ranks, distribute, unwrap
 from pipeline.step import train_step
 from pipeline.weights import build_trained
+from shards.manifest import Manifest
+from shards.plan import PlanConfig, plan_epoch
 from tests.ranks import run_ranks
 
 MODEL = ModelConfig(
@@ -33,6 +37,7 @@ MODEL = ModelConfig(
 CONFIG = RunConfig(model=MODEL, optim=OptimConfig(batch_size=8, clip_norm=1e9), transform=TransformConfig(crop=False))
 EVEN = (2,) * 8
 UNEVEN = (0, 5, 1, 0, 9, 0, 0, 2)  # one image has more boxes than there are queries
+SHORT = (1, 2, 0, 3, 1, 0, 4, 2, 1, 1, 0, 5, 2)
 FEW = (0, 0, 0, 1, 0, 0, 0, 0)  # fewer boxes than ranks
 
 # The same with a mask head, which needs 128 channels and 8 heads; and with that head alone being trained.
@@ -124,6 +129,19 @@ def test_the_gradient_of_a_mask_head_is_that_of_one_rank_too(shares: list[tuple[
     for said in run_ranks(len(shares), gradients_with_masks, shares):
         for found, one in zip(said, expected, strict=True):
             assert_equal(found, one, atol=1e-4)  # of gradients up to 150
+
+
+def test_the_short_step_at_the_end_of_an_epoch_has_the_gradient_of_one_rank_too() -> None:
+    """Of 13 images the second step of eight has five, so two of seven ranks have none."""
+    world_size = 7
+    manifest = cast(Manifest, SimpleNamespace(images=len(SHORT)))
+    plan = plan_epoch(manifest, seed=0, epoch=0, batch_size=8, config=PlanConfig(epoch_tail="short"))
+    whole = [tuple(plan.step(1)[0].tolist())]
+    shares = [tuple(plan.step(1, rank, world_size)[0].tolist()) for rank in range(world_size)]
+    assert sorted(map(len, shares)) == [0, 0, 1, 1, 1, 1, 1]
+    expected = gradients(Ranks(), whole, SHORT)
+    for found in run_ranks(world_size, gradients, shares, SHORT):
+        assert_equal(found, expected)
 
 
 def test_the_gradients_that_are_compared_are_not_all_but_zero(alone: list[tuple[dict[str, Tensor], float]]) -> None:

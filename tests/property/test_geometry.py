@@ -5,7 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from detr.config import TransformConfig
-from detr.geometry import draw_geometry, output_sizes
+from detr.geometry import draw_geometry, output_sizes, upper_bits
 
 sides = st.integers(1, 9000)
 # Mostly the sizes of photographs, whose ratios are where the rounding matters.
@@ -30,8 +30,12 @@ images = st.lists(st.tuples(st.integers(0, 2**31), image_ids, sizes), min_size=1
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(-(2**65), 2**65), images, configs)
-# One that becomes 1334 pixels long, one pixel more than `max_size`, and one that ends at a half.
-@example(0, [(0, 0, (640, 200)), (0, 1, (2 * 1333, 1))], TransformConfig(train_scales=(800,), flip=0.0, crop=False))
+# One that becomes 1334 pixels long, one more than `max_size`; two whose shorter side is rounded from a half.
+@example(
+    0,
+    [(0, 0, (640, 200)), (0, 1, (640, 320)), (0, 2, (2 * 1333, 1))],
+    TransformConfig(train_scales=(800,), flip=0.0, crop=False),
+)
 def test_sizes_of_many_images_at_once_are_those_of_each(seed, images, config):
     epochs, ids, shapes = zip(*images, strict=True)
     widths, heights = np.array(shapes).T
@@ -40,6 +44,15 @@ def test_sizes_of_many_images_at_once_are_those_of_each(seed, images, config):
         draw_geometry(seed, epoch, image_id, width, height, config).size for epoch, image_id, (width, height) in images
     ]
     assert list(zip(*(part.tolist() for part in found), strict=True)) == expected
+
+
+@given(st.integers(1, 2**32 - 1), st.data())
+def test_a_draw_is_scaled_to_its_range_exactly(count, data):
+    # At the seams between one number of the range and the next.
+    seam = -(-data.draw(st.integers(0, count)) * 2**64 // count)
+    drawn = min(max(seam + data.draw(st.integers(-1, 1)), 0), 2**64 - 1)
+    found = upper_bits(np.array([drawn], np.uint64), np.array([count], np.uint64))
+    assert int(found[0]) == drawn * count >> 64
 
 
 def test_sizes_of_no_image_are_none():
