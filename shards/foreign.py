@@ -25,7 +25,8 @@ from PIL import Image, UnidentifiedImageError
 
 from shards.errors import ShardError
 from shards.manifest import Shard
-from shards.source import EXTENSIONS, Defect
+from shards.images import EXTENSIONS
+from shards.source import Defect
 from shards.tars import SEGMENTATIONS, TarMember, file_digest, image_members, scan_tar
 
 BLOCK = 512  # bytes; a tar is made of these, and ends with two of zeros

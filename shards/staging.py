@@ -1,24 +1,110 @@
-"""The folder beside a data set in which it is written before it gets its name."""
+"""Where a data set is written before it is one, and how it becomes one.
+
+A local one is written into ``OUT.partial`` and renamed. A remote one is written where it will lie, each file from a
+local copy that is whole, and its manifest last. Either way a *note* about every finished shard, which tells its digest,
+lets a run that was stopped go on behind the last of them; the notes go when the data set is whole.
+"""
 
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from shards import storage
+from shards.defects import REPORT_NAME, SourceError
 from shards.errors import ShardError
+from shards.manifest import ANNOTATIONS_NAME, IMAGES_NAME, MANIFEST_NAME, SOURCE_NAME
 
-_KEY_NAME = ".key"
+_NOTES = ".partial"
+_KEY = f"{_NOTES}/key"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The folder or URL that is written into; ``key`` tells one data set from another. Goes to other processes."""
+
+    url: str
+    key: str
+
+    def check_visible(self) -> None:
+        """Raises ShardError where this process, on whatever machine, does not see the same folder."""
+        try:
+            found = storage.read(storage.join(self.url, _KEY)) == self.key.encode()
+        except OSError:
+            found = False
+        if not found:
+            raise ShardError(
+                f"{self.url}: is not what it should be, seen from a worker on {socket.gethostname()}; expected images and "
+                "--out to be visible from every process and node: give a shared folder or a URL"
+            )
+
+    def read_note(self, name: str) -> bytes | None:
+        """The note about a finished shard; None where it is not finished."""
+        try:
+            return storage.read(storage.join(self.url, _NOTES, f"{name}.json"))
+        except FileNotFoundError:
+            return None
+
+    def write_note(self, name: str, content: bytes) -> None:
+        """Mark a shard as finished, after everything of it is there."""
+        storage.write(storage.join(self.url, _NOTES, f"{name}.json"), content)
+
+    @contextmanager
+    def draft(self, name: str) -> Iterator["Draft"]:
+        """A file to write into. It appears under ``name``, whole and flushed, if it was finished when the block ends."""
+        with ExitStack() as stack:
+            local = storage.local_path(self.url)
+            folder = local or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="detr-shard-")))
+            # A name of its own, as Ray may try a shard again while the first try still goes on elsewhere.
+            path = folder / f".{name}.{socket.gethostname()}.{os.getpid()}"
+            stack.callback(path.unlink, missing_ok=True)
+            with path.open("wb") as file:
+                draft = Draft(file)
+                yield draft
+                file.flush()
+                os.fsync(file.fileno())
+            if draft.finished and local is None:
+                storage.upload(path, storage.join(self.url, name))
+            elif draft.finished:
+                path.rename(folder / name)
+
+    def write(self, name: str, content: bytes) -> None:
+        """A small file, whole or absent."""
+        storage.write(storage.join(self.url, name), content)
+
+
+@dataclass
+class Draft:
+    """A file that is being written, and whether it is to be kept."""
+
+    file: BinaryIO
+    finished: bool = False
 
 
 @contextmanager
-def staging(folder: Path, key: str) -> Iterator[Path]:
-    """The folder to write into: locked, and holding nothing but finished shards of the same ``key``.
+def staging(out: str, key: str) -> Iterator[Stage]:
+    """Where to write the data set ``out``, holding nothing but finished shards of the same ``key``; published at the end.
 
-    An interruption leaves it for the next run of the same key; a ShardError removes it.
+    An interruption leaves it for the next run of the same key; a source that is not sound removes it.
     """
+    folder = storage.local_path(out)
+    opened = _remote(out, key) if folder is None else _local(folder, key)
+    with opened as stage:
+        try:
+            yield stage
+        except SourceError:
+            _discard(stage)
+            raise
+
+
+@contextmanager
+def _local(folder: Path, key: str) -> Iterator[Stage]:
     path = folder.with_name(folder.name + ".partial")
     path.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDONLY)
@@ -27,29 +113,60 @@ def staging(folder: Path, key: str) -> Iterator[Path]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ShardError(f"{folder}: another process is writing it right now: wait for it or stop it") from None
-        key_file = path / _KEY_NAME
-        _clear(path, keep_shards=key_file.exists() and key_file.read_text() == key)
-        storage.write_atomic(key_file, key.encode())
-        try:
-            yield path
-        except ShardError:
-            shutil.rmtree(path)
-            raise
+        key_file = path / _KEY
+        same = key_file.exists() and key_file.read_text() == key
+        _clear(path, lambda entry: same and (entry.suffix == ".tar" or entry.name == _NOTES))
+        stage = Stage(str(path), key)
+        stage.write(_KEY, key.encode())
+        yield stage
+        _clear(path, lambda entry: not entry.name.startswith("."))
+        storage.sync_folder(path)
+        path.rename(folder)
+        storage.sync_folder(folder.parent)
     finally:
         os.close(descriptor)  # and with it the lock
 
 
-def publish(path: Path, folder: Path) -> None:
-    """Give the finished folder its name, durably."""
-    (path / _KEY_NAME).unlink()
-    path.rename(folder)
-    storage.sync_folder(folder.parent)
+@contextmanager
+def _remote(out: str, key: str) -> Iterator[Stage]:
+    stage = Stage(out, key)
+    found = storage.listing(out)
+    if found and _KEY not in found:
+        raise ShardError(
+            f"{out}: is not empty and holds no data set, expected a new or empty place: choose another one"
+        )
+    if found and storage.read(storage.join(out, _KEY)) != key.encode():
+        _discard(stage)
+    stage.write(_KEY, key.encode())
+    yield stage
+    stage_files = [name for name in storage.listing(out) if name.startswith(f"{_NOTES}/")]
+    for name in sorted(stage_files, key=lambda name: name == _KEY):  # the key last: it says whose the others are
+        storage.remove(storage.join(out, name))
 
 
-def _clear(path: Path, keep_shards: bool) -> None:
-    """Remove what a killed run left, half-written files above all; finished shards are worth keeping."""
+def _discard(stage: Stage) -> None:
+    """Remove everything that was written, and nothing that was not."""
+    path = storage.local_path(stage.url)
+    if path is not None:
+        shutil.rmtree(path)
+        return
+    ours = {REPORT_NAME, SOURCE_NAME, IMAGES_NAME, ANNOTATIONS_NAME, MANIFEST_NAME}
+    names = [
+        name
+        for name in storage.listing(stage.url)
+        if name in ours or name.startswith(f"{_NOTES}/") or (name.startswith("shard-") and name.endswith(".tar"))
+    ]
+    for name in sorted(names, key=lambda name: name == _KEY):
+        storage.remove(storage.join(stage.url, name))
+
+
+def _clear(path: Path, kept: Callable[[Path], bool]) -> None:
+    """Remove what is not worth keeping: of a killed run, half-written files above all."""
     for entry in path.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        elif not (keep_shards and entry.suffix == ".tar"):
-            entry.unlink()
+        if kept(entry):
+            continue
+        with suppress(FileNotFoundError):  # another try of the same shard may end right now
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()

@@ -3,8 +3,7 @@
 Local files go straight through the operating system (a ranged read is one ``pread``); everything with another
 ``scheme://`` goes through fsspec, patiently (``shards.retry``). fsspec keeps one file system per store and process,
 whose event loop has a thread of its own: any thread may read, and no process may fork afterwards. Credentials come from
-the environment and never stand in an address, which logs, job specs and MLflow show. Writing is local only: a data set is published by renaming a folder, which object
-stores do not have.
+the environment and never stand in an address, which logs, job specs and MLflow show.
 """
 
 import errno
@@ -124,6 +123,48 @@ def download(url: str, path: Path) -> None:
     """Copy the file at ``url`` to a local path, piece by piece."""
     filesystem, name = _remote(url)
     patiently(lambda: filesystem.get_file(name, str(path)), url)
+
+
+def listing(url: str) -> dict[str, int]:
+    """Bytes of every file below a folder or URL, by its name relative to there; none where there is nothing."""
+    path = local_path(url)
+    if path is not None:
+        return {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+    filesystem, name = _remote(url)
+    try:
+        found = patiently(lambda: filesystem.find(name, detail=True), url)
+    except FileNotFoundError:
+        return {}
+    root = name.strip("/")
+    return {one.strip("/").removeprefix(root).strip("/"): int(about["size"]) for one, about in found.items()}
+
+
+def upload(path: Path, url: str) -> None:
+    """Copy a local file to a remote URL, where it is whole or absent."""
+    filesystem, name = _remote(url)
+    patiently(lambda: filesystem.put_file(str(path), name), url)
+
+
+def write(url: str, content: bytes) -> None:
+    """Write a small file, whole or absent; a local folder is made where there is none."""
+    path = local_path(url)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
+        return
+    filesystem, name = _remote(url)
+    patiently(lambda: filesystem.pipe_file(name, content), url)
+
+
+def remove(url: str) -> None:
+    """Remove a file, if it is there."""
+    path = local_path(url)
+    if path is not None:
+        path.unlink(missing_ok=True)
+        return
+    filesystem, name = _remote(url)
+    if patiently(lambda: filesystem.exists(name), url):
+        patiently(lambda: filesystem.rm_file(name), url)
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -1,48 +1,47 @@
 """A COCO data set into reproducible WebDataset tars with an index and a manifest.
 
-Everything is written into ``OUT.partial``, flushed to the disk and renamed to OUT at the end, so a data set is whole or
-absent. The bytes are a function of the input alone: images are ordered by a hash of their id, tar headers are fixed,
-and workers take whole shards. An interrupted run leaves its finished shards in ``OUT.partial``, and the same command
+A data set is whole or absent: everything is written aside, flushed and renamed, or, where ``out`` is a URL, marked by a
+manifest that comes last. The bytes are a function of the input alone: images are ordered by a hash of their id, tar
+headers are fixed, and workers take whole shards. A run that was stopped leaves its finished shards, and the same command
 goes on from there.
 """
 
+import functools
 import hashlib
-import io
-import itertools
 import os
-import threading
-import zlib
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import get_args
 
 import msgspec
 import numpy as np
 
 from shards import storage
+from shards.defects import REPORT_NAME, Defect, DefectReport, Policy, SourceError, make_report, parse_report
 from shards.errors import ShardError
+from shards.images import ImageSource, read_image
 from shards.manifest import (
-    ANNOTATION_DTYPE,
     ANNOTATIONS_NAME,
     FORMAT,
-    IMAGE_DTYPE,
     IMAGES_NAME,
     MANIFEST_NAME,
     SOURCE_NAME,
     File,
+    Ints,
     Manifest,
-    Shard,
     load_manifest,
 )
+from shards.part import Part, Sample, Written, write_part
 from shards.plan import hashes
-from shards.source import Defect, ImageEntry, Source, SourceError, read_image, read_source
-from shards.staging import publish, staging
-from shards.tars import SEGMENTATIONS, TarMember, file_digest, image_members, sample_key, scan_tar, text_members
+from shards.processes import process_map
+from shards.records import annotation_records, image_records, npy
+from shards.source import Source, file_sizes, read_source
+from shards.staging import Stage, staging
 
-# (images done, images in all); called from whichever thread finished one, never from two at once.
+# (images done, images in all), never called from two threads at once.
 Progress = Callable[[int, int], None]
+# A function of one part over many parts, results in their order; the function and what it takes and gives are picklable.
+Map = Callable[[Callable[[Part], Written], Iterable[Part]], Iterable[Written]]
 
 
 @dataclass(frozen=True)
@@ -51,15 +50,19 @@ class WriteConfig:
 
     Attributes:
         samples_per_shard: images per tar (1,000 of COCO are about 160 MB).
-        workers: threads, each writing whole shards; 0 writes in the calling thread. It never changes the result.
+        workers: processes, each writing whole shards; 0 writes in the calling one. It never changes the result. Scripts
+            need the usual ``if __name__ == "__main__":``.
         name: name of the data set; the annotation file's name without its ending where None.
         limit: write only so many images, those of lowest id; 0 for all. The data set's name then says so.
+        on_defect: what becomes of images and annotations that cannot be used: ``fail`` writes nothing but a report,
+            ``quarantine`` leaves them out and reports them.
     """
 
     samples_per_shard: int = 1000
     workers: int = 0
     name: str | None = None
     limit: int = 0
+    on_defect: Policy = "fail"
 
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1 or self.workers < 0 or self.limit < 0:
@@ -67,13 +70,8 @@ class WriteConfig:
                 f"got samples_per_shard {self.samples_per_shard}, workers {self.workers} and limit {self.limit}, "
                 "expected at least 1, 0 and 0"
             )
-
-
-@dataclass(frozen=True)
-class _Written:
-    shard: Shard
-    members: tuple[TarMember, ...]  # the encoded image of each sample
-    texts: dict[str, TarMember]  # the segmentations of each sample that has some
+        if self.on_defect not in get_args(Policy):
+            raise ShardError(f"got on_defect {self.on_defect!r}, expected one of {', '.join(get_args(Policy))}")
 
 
 def write_coco(
@@ -82,33 +80,52 @@ def write_coco(
     out: str | os.PathLike[str],
     config: WriteConfig | None = None,
     progress: Progress | None = None,
+    map: Map | None = None,
 ) -> Manifest:
-    """Write the COCO data set (image folder, JSON file) as a data set in the new folder ``out``.
+    """Write the COCO data set (image folder or URL, JSON file) as a data set in the new folder or URL ``out``.
 
-    Where ``out`` already holds exactly this data set, it is left as it is.
+    Where ``out`` already holds exactly this data set, it is left as it is. ``map`` runs the parts elsewhere instead of in
+    ``config.workers`` processes; images and ``out`` must be visible from there.
 
     Raises:
-        ShardError: an input is absent or not COCO, or ``out`` is not a free local folder.
-        SourceError: images or annotations are defective (all are collected); nothing is left behind.
+        ShardError: an input is absent or not COCO, or ``out`` is not free or cannot be written.
+        SourceError: images or annotations are defective (all are collected) and ``config.on_defect`` is ``fail``; nothing
+            is left behind but ``OUT.report.json``.
     """
     config = config or WriteConfig()
-    folder = _local(out)
-    source = read_source(images, annotations)
+    out = storage.absolute(os.fspath(out))
+    source = read_source(images, annotations, config.limit)
     name = config.name or source.path.stem
-    if config.limit and config.limit < len(source.images):
-        source = replace(source, images=sorted(source.images, key=lambda entry: entry.id)[: config.limit])
+    if source.limited:
         name = f"{name}-first-{config.limit}"
-    finished = _finished(folder, source, config, name)
+    finished = _finished(out, source, config, name)
     if finished is not None:
         return finished
+    report_url = f"{out}.{REPORT_NAME}"
     try:
-        with staging(folder, _key(source, config, name)) as aside:
-            written = _write_shards(source, aside, config, progress)
-            _write_rest(source, written, aside, config, name)
-            publish(aside, folder)
+        with staging(out, _key(source, config, name)) as stage:
+            written = list(_write_parts(source, stage, config, progress, map))
+            defects = [*source.defects, *(defect for part in written for defect in part.defects)]
+            if not any(part.places for part in written) or (
+                config.on_defect == "fail" and any(defect.rejected for defect in defects)
+            ):
+                report = make_report(config.on_defect, defects, source.listed, (0, 0))
+                storage.write(report_url, report.to_json())
+                rejected = [defect for defect in report.defects if defect.rejected]
+                # An image takes its annotations with it, so images come first.
+                rejected.sort(key=lambda defect: defect.annotation_id is not None)
+                raise SourceError(source.path, rejected, report_url)
+            _write_rest(source, written, defects, stage, config, name)
+        storage.remove(report_url)  # of an earlier run that failed
     except OSError as error:
-        raise ShardError(f"{folder}: cannot be written: {error}; make room or choose another folder") from error
-    return load_manifest(folder)
+        raise ShardError(f"{out}: cannot be written: {error}; make room or choose another place") from error
+    return load_manifest(out)
+
+
+def load_report(manifest: Manifest) -> DefectReport:
+    """What was found in the source of a data set, and left out."""
+    url = storage.join(manifest.url, REPORT_NAME)
+    return parse_report(storage.read(url), url)
 
 
 def shard_rows(images: int, samples_per_shard: int) -> list[range]:
@@ -117,210 +134,146 @@ def shard_rows(images: int, samples_per_shard: int) -> list[range]:
     return [range(start, min(start + samples_per_shard, images)) for start in starts]
 
 
-def _local(out: str | os.PathLike[str]) -> Path:
-    path = storage.local_path(os.fspath(out))
-    if path is None:
-        raise ShardError(f"{out}: is a remote URL, expected a local folder: write there and copy the folder as it is")
-    return path.absolute()
-
-
-def _ordered(source: Source) -> list[ImageEntry]:
+def _order(source: Source) -> Ints:
     """Images by a hash of their id, so that every shard is a fair sample, whatever the order of the JSON."""
-    ids = np.array([entry.id for entry in source.images], np.int64)
-    order = np.lexsort((ids, hashes((), ids)))
-    return [source.images[position] for position in order]
+    ids = source.images.ids
+    return np.lexsort((ids, hashes((), ids)))
 
 
 def _key(source: Source, config: WriteConfig, name: str) -> str:
-    parts = (FORMAT, source.digest, config.samples_per_shard, name)  # the name tells a limit
+    parts = (FORMAT, source.digest, config.samples_per_shard, name, config.on_defect)  # the name tells a limit
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 
 
-def _finished(folder: Path, source: Source, config: WriteConfig, name: str) -> Manifest | None:
-    """The data set in ``folder`` where it is the one asked for; None where the folder is free."""
-    if not folder.exists():
+def _image(source: Source, row: int) -> ImageSource:
+    images = source.images
+    return ImageSource(int(images.ids[row]), images.names[row], int(images.widths[row]), int(images.heights[row]))
+
+
+def _finished(out: str, source: Source, config: WriteConfig, name: str) -> Manifest | None:
+    """The data set at ``out`` where it is the one asked for; None where the place is free."""
+    folder = storage.local_path(out)
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise ShardError(f"{out}: is a file, expected a new or empty folder: choose another one")
+    if not storage.exists(storage.join(out, MANIFEST_NAME)):
+        if folder is not None and folder.exists() and any(folder.iterdir()):
+            raise ShardError(f"{out}: is not empty and holds no data set, expected a new or empty folder")
         return None
-    if not folder.is_dir():
-        raise ShardError(f"{folder}: is a file, expected a new or empty folder: choose another one")
-    if not (folder / MANIFEST_NAME).exists():
-        if any(folder.iterdir()):
-            raise ShardError(f"{folder}: is not empty and holds no data set, expected a new or empty folder")
-        return None
-    manifest = load_manifest(folder)
-    found = (manifest.source_digest, manifest.samples_per_shard, manifest.name)
-    shards_whole = all(
-        (folder / shard.name).is_file() and (folder / shard.name).stat().st_size == shard.bytes
-        for shard in manifest.shards
-    )
-    lengths = [(source.folder / entry.file_name).stat().st_size for entry in _ordered(source)]
-    same = found == (source.digest, config.samples_per_shard, name) and shards_whole
-    if same and manifest.index().images["length"].tolist() == lengths:
+    manifest = load_manifest(out)
+    if _is_of(manifest, source, config, name):
         return manifest
     raise ShardError(
-        f"{folder}: already holds another data set ({manifest.name}, {manifest.images} images, digest "
-        f"{manifest.digest[:12]}), expected a new or empty folder: choose another one or delete it first"
+        f"{out}: already holds another data set ({manifest.name}, {manifest.images} images, digest "
+        f"{manifest.digest[:12]}), expected a new or empty place: choose another one or delete it first"
     )
 
 
-def _write_shards(source: Source, folder: Path, config: WriteConfig, progress: Progress | None) -> list[_Written]:
-    entries = _ordered(source)
-    parts = [
-        (folder / f"shard-{number:06d}.tar", entries[rows.start : rows.stop])
-        for number, rows in enumerate(shard_rows(len(entries), config.samples_per_shard))
-    ]
-    count, lock, defects = itertools.count(1), threading.Lock(), list[Defect]()
+def _is_of(manifest: Manifest, source: Source, config: WriteConfig, name: str) -> bool:
+    found = (manifest.source_digest, manifest.samples_per_shard, manifest.name)
+    if found != (source.digest, config.samples_per_shard, name):
+        return False
+    present = storage.listing(manifest.url)
+    if any(present.get(shard.name) != shard.bytes for shard in manifest.shards):
+        return False
+    if load_report(manifest).policy != config.on_defect:
+        return False
+    index = manifest.index().images
+    names = dict(zip(source.images.ids.tolist(), source.images.names, strict=True))
+    if not set(index["image_id"].tolist()) <= set(names):
+        return False
+    sizes = file_sizes(source.folder, source.images.names)
+    lengths = [sizes.get(names[image_id]) for image_id in index["image_id"].tolist()]
+    # Those left out are few: whether they still deserve it is worth a look.
+    absent = np.flatnonzero(~np.isin(source.images.ids, index["image_id"]))
+    left_out = (read_image(source.folder, _image(source, int(row))) for row in absent)
+    return lengths == index["length"].tolist() and not any(image.sound for image in left_out)
 
-    def done() -> None:
-        with lock:
-            number = next(count)
-            if progress is not None:
-                progress(number, len(entries))
 
-    def one(part: tuple[Path, list[ImageEntry]]) -> _Written | None:
-        return _write_shard(source, *part, defects, done)
+def _parts(source: Source, config: WriteConfig) -> Iterator[Part]:
+    order = _order(source).tolist()
+    quarantine = config.on_defect == "quarantine"
+    write = quarantine or not any(defect.rejected for defect in source.defects)
+    texts = source.annotations.texts
+    for number, rows in enumerate(shard_rows(len(order), config.samples_per_shard)):
+        samples = []
+        for row in order[rows.start : rows.stop]:
+            first, count = int(source.first[row]), int(source.count[row])
+            annotations = [bytes(texts[one]) for one in source.rows[first : first + count].tolist()]
+            samples.append(Sample(_image(source, row), bytes(source.images.texts[row]), annotations))
+        yield Part(f"shard-{number:06d}.tar", source.folder, samples, write, quarantine)
 
-    if config.workers == 0:
-        results = [one(part) for part in parts]
+
+def _write_parts(
+    source: Source, stage: Stage, config: WriteConfig, progress: Progress | None, map: Map | None
+) -> Iterator[Written]:
+    total, count = len(source.images), 0
+
+    def so_far(done: int) -> None:
+        nonlocal count
+        if done > count and progress is not None:
+            progress(done, total)
+        count = max(done, count)
+
+    parts = _parts(source, config)
+    if map is not None:
+        for written in map(functools.partial(write_part, stage=stage, done=_ignore), parts):
+            so_far(count + len(written.read))
+            yield written
+    elif config.workers:
+        yield from process_map(functools.partial(_write_part, stage), parts, config.workers, so_far)
     else:
-        # Threads: reading, decoding, hashing and writing all release the interpreter's lock.
-        executor = ThreadPoolExecutor(config.workers, thread_name_prefix="write_coco")
-        try:
-            results = list(executor.map(one, parts))
-        finally:
-            executor.shutdown(cancel_futures=True)
-    if defects:
-        raise SourceError(source.path, sorted(defects, key=lambda defect: defect.text))
-    return [result for result in results if result is not None]
+        for part in parts:
+            yield write_part(part, stage, lambda done: so_far(count + done))
 
 
-def _write_shard(
-    source: Source, path: Path, entries: list[ImageEntry], defects: list[Defect], done: Callable[[], None]
-) -> _Written | None:
-    """Write one shard, or take the finished one of an interrupted run; None where the source has defects."""
-    # Imported here because webdataset imports torch, which readers of this module may not need.
-    from webdataset.writer import TarWriter
-
-    written = _reusable(source, path, entries)
-    if written is not None:
-        for _ in entries:
-            done()
-        return written
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
-        with TarWriter(file, encoder=False, mtime=0, user="root", group="root", mode=0o444) as tar:
-            for entry in entries:
-                image = read_image(source, entry)
-                if isinstance(image, Defect):
-                    defects.append(image)
-                elif not defects:
-                    tar.write(_sample(entry, *image))
-                done()
-        file.flush()
-        os.fsync(file.fileno())
-    if defects:
-        return None
-    aside.rename(path)
-    return _describe(path)
+def _write_part(stage: Stage, part: Part, done: Callable[[int], None]) -> Written:
+    return write_part(part, stage, done)
 
 
-def _reusable(source: Source, path: Path, entries: list[ImageEntry]) -> _Written | None:
-    if not path.exists():
-        return None
-    try:
-        written = _describe(path)
-    except ShardError:
-        return None
-    found = [(member.key, member.crc32) for member in written.members]
-    expected = [(sample_key(entry.id), zlib.crc32((source.folder / entry.file_name).read_bytes())) for entry in entries]
-    return written if found == expected else None
+def _ignore(_: int) -> None:
+    """What no one counts."""
 
 
-def _describe(path: Path) -> _Written:
-    members = scan_tar(path)
-    images = image_members(members)
-    shard = Shard(path.name, len(images), path.stat().st_size, file_digest(path))
-    return _Written(shard, images, text_members(members))
-
-
-def _sample(entry: ImageEntry, content: bytes, extension: str) -> dict[str, Any]:
-    """A WebDataset sample. Segmentations go apart: they are most of the text and detection never reads them."""
-    annotations = [msgspec.json.decode(annotation.raw) for annotation in entry.annotations]
-    segmentations = [annotation.pop("segmentation", None) for annotation in annotations]
-    sample = {
-        "__key__": sample_key(entry.id),
-        extension: content,
-        "json": msgspec.json.encode({"image": entry.raw, "annotations": annotations}),
-    }
-    if any(segmentation is not None for segmentation in segmentations):
-        sample[SEGMENTATIONS[1:]] = msgspec.json.encode(segmentations)
-    return sample
-
-
-def _write_rest(source: Source, written: list[_Written], folder: Path, config: WriteConfig, name: str) -> None:
-    """The index, and last of all the manifest."""
-    entries = _ordered(source)
+def _write_rest(
+    source: Source, written: list[Written], defects: list[Defect], stage: Stage, config: WriteConfig, name: str
+) -> None:
+    """The index, the report, and last of all the manifest."""
+    images, rows = image_records(source, written)
+    annotations = annotation_records(source, rows)
+    report = make_report(config.on_defect, defects, source.listed, (len(images), len(annotations)))
     contents = {
         SOURCE_NAME: source.rest,
-        IMAGES_NAME: _npy(_image_records(entries, written)),
-        ANNOTATIONS_NAME: _npy(_annotation_records(entries, source)),
+        IMAGES_NAME: npy(images),
+        ANNOTATIONS_NAME: npy(annotations),
+        REPORT_NAME: report.to_json(),
     }
-    (folder / IMAGES_NAME).parent.mkdir(exist_ok=True)
+    shards = tuple(part.shard for part in written if part.shard is not None)
+    _check_there(stage, {shard.name: shard.bytes for shard in shards})
     for file_name, content in contents.items():
-        storage.write_atomic(folder / file_name, content)
-    storage.sync_folder((folder / IMAGES_NAME).parent)
+        stage.write(file_name, content)
     manifest = Manifest(
         format=FORMAT,
         name=name,
         source_digest=source.digest,
         samples_per_shard=config.samples_per_shard,
-        images=len(entries),
-        annotations=sum(len(entry.annotations) for entry in entries),
+        images=len(images),
+        annotations=len(annotations),
         categories=source.categories,
         files=tuple(
             File(file_name, len(content), hashlib.sha256(content).hexdigest())
             for file_name, content in contents.items()
         ),
-        shards=tuple(part.shard for part in written),
+        shards=shards,
     )
-    storage.write_atomic(folder / MANIFEST_NAME, msgspec.json.format(manifest.to_json(), indent=2) + b"\n")
-    storage.sync_folder(folder)
+    stage.write(MANIFEST_NAME, msgspec.json.format(manifest.to_json(), indent=2) + b"\n")
 
 
-def _image_records(entries: list[ImageEntry], written: list[_Written]) -> np.ndarray[Any, Any]:
-    records = np.zeros(len(entries), IMAGE_DTYPE)
-    members = [member for part in written for member in part.members]
-    texts = [part.texts.get(member.key) for part in written for member in part.members]
-    records["shard"] = [number for number, part in enumerate(written) for _ in part.members]
-    for ours, theirs in (("image_id", "id"), ("width", "width"), ("height", "height")):
-        records[ours] = [getattr(entry, theirs) for entry in entries]
-    for field in ("offset", "length", "crc32"):
-        records[field] = [getattr(member, field) for member in members]
-        records[f"text_{field}"] = [0 if text is None else getattr(text, field) for text in texts]
-    records["count"] = [len(entry.annotations) for entry in entries]
-    records["first"] = np.cumsum(records["count"]) - records["count"]
-    return records
-
-
-def _annotation_records(entries: list[ImageEntry], source: Source) -> np.ndarray[Any, Any]:
-    labels = {category.id: label for label, category in enumerate(source.categories)}
-    return np.array(
-        [
-            (
-                annotation.id,
-                row,
-                annotation.bbox_xywh,
-                annotation.area,
-                labels[annotation.category_id],
-                annotation.iscrowd,
-            )
-            for row, entry in enumerate(entries)
-            for annotation in entry.annotations
-        ],
-        ANNOTATION_DTYPE,
-    )
-
-
-def _npy(records: np.ndarray[Any, Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, records, allow_pickle=False)
-    return buffer.getvalue()
+def _check_there(stage: Stage, shards: dict[str, int]) -> None:
+    """Workers elsewhere said that they wrote them; only what is seen from here is there."""
+    present = storage.listing(stage.url)
+    absent = [name for name, length in shards.items() if present.get(name) != length]
+    if absent:
+        raise ShardError(
+            f"{stage.url}: {len(absent)} shards that workers wrote are not seen from here, such as {absent[0]}; expected "
+            "--out to be visible from every process and node: give a shared folder or a URL"
+        )

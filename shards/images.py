@@ -1,0 +1,177 @@
+"""Image files, read once and decoded strictly once, so that a damaged one is found here and not in mid-training.
+
+Pillow and OpenCV hand out grey blocks for most damage to a JPEG and say nothing; libjpeg's warnings, taken for errors,
+tell. JPEGs are decoded at an eighth of their size, which reads every byte of the compressed data as at full size.
+"""
+
+import io
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+import simplejpeg
+from PIL import Image, UnidentifiedImageError
+
+from shards import storage
+from shards.defects import Defect
+from shards.errors import ShardError
+
+# File extensions by Pillow's name of the format; MPO is what some cameras call a JPEG with a second picture inside.
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
+_SAME = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "tiff": "tif", "dib": "bmp"}
+_ORIENTATION = 0x0112  # of EXIF; 1 is upright
+
+
+class ImageSource(NamedTuple):
+    """What a source says about an image: file name relative to its folder, size in pixels."""
+
+    image_id: int
+    name: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file's bytes, the extension that its content deserves, and what is wrong with it or worth knowing."""
+
+    content: bytes
+    extension: str
+    defects: tuple[Defect, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Whether it can be used."""
+        return not any(defect.rejected for defect in self.defects)
+
+
+class _Unfit(Exception):
+    """Why an image cannot be used: the kind of defect, and the words for it."""
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What decoding showed: Pillow's name of the format, size in pixels, colours, EXIF orientation."""
+
+    format: str
+    size: tuple[int, int]
+    colours: str  # "cmyk", "grey" or ""
+    orientation: int = 1
+
+
+def read_content(folder: str, name: str) -> bytes | None:
+    """An image file's bytes; None where there is no such file.
+
+    Raises ShardError where it is there and cannot be read, which is no fault of the data set's.
+    """
+    url = storage.join(folder, name)
+    try:
+        return storage.read(url)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ShardError(
+            f"{url}: cannot be read: {error}; check its permissions and the disk, then run again"
+        ) from error
+
+
+def read_image(folder: str, source: ImageSource) -> ImageFile:
+    """Read and decode an image file. The content is empty where there is none."""
+    who = f"image {source.image_id} ({source.name})"
+    content = read_content(folder, source.name)
+
+    def defect(kind: str, problem: str) -> Defect:
+        return Defect(f"{who}: {problem}", kind, source.image_id)
+
+    if content is None:
+        return ImageFile(b"", "", (defect("missing-file", "no such file in the folder of images"),))
+    try:
+        look = _decode(content)
+        if look.size != (source.width, source.height):
+            raise _Unfit(
+                "wrong-size",
+                f"is {look.size[0]}x{look.size[1]} pixels (before any EXIF rotation), but the JSON says "
+                f"{source.width}x{source.height}",
+            )
+    except _Unfit as error:
+        return ImageFile(content, "", (defect(*error.args),))
+    extension = EXTENSIONS[look.format]
+    notes = []
+    named = PurePosixPath(source.name).suffix.lower().removeprefix(".")
+    if named and _SAME.get(named, named) != extension:
+        notes.append(defect("misnamed", f"is a {look.format} file; in the shards it is called .{extension}"))
+    if look.orientation != 1:
+        notes.append(
+            defect(
+                "exif-orientation",
+                f"its EXIF orientation {look.orientation} is ignored, as the boxes are of the pixels",
+            )
+        )
+    if look.colours:
+        notes.append(defect(look.colours, f"is {look.colours.replace('cmyk', 'CMYK')}; it is read as RGB"))
+    return ImageFile(content, extension, tuple(notes))
+
+
+def checksum(content: bytes | None) -> int:
+    """crc32 of a file's bytes; -1 for no file."""
+    return -1 if content is None else zlib.crc32(content)
+
+
+def _decode(content: bytes) -> _Look:
+    if not content:
+        raise _Unfit("truncated", "the file is empty")
+    return _decode_jpeg(content) if content.startswith(b"\xff\xd8") else _decode_other(content)
+
+
+def _decode_jpeg(content: bytes) -> _Look:
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        four = colours in ("CMYK", "YCCK")
+        simplejpeg.decode_jpeg(
+            content, "CMYK" if four else "GRAY", fastdct=True, min_height=1, min_width=1, min_factor=8
+        )
+    except ValueError as error:
+        if "subsampling" in str(error):  # valid, but TurboJPEG's interface has no name for it
+            return _decode_other(content)
+        kind = "truncated" if "Premature end of JPEG file" in str(error) else "corrupt"
+        raise _Unfit(kind, f"cannot be decoded: {_first_line(error)}") from None
+    return _Look(
+        "JPEG", (width, height), "cmyk" if four else "grey" if colours == "Gray" else "", _orientation(content)
+    )
+
+
+def _orientation(content: bytes) -> int:
+    if content.find(b"Exif\0\0", 0, 1 << 16) < 0:  # looked for first, as Pillow takes longer to open than this to find
+        return 1
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF data say nothing; the pixels were decoded
+        return 1
+
+
+def _decode_other(content: bytes) -> _Look:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a large picture is no attack here
+            with Image.open(io.BytesIO(content)) as image:
+                kind, size, mode = image.format or "", image.size, image.mode
+                if kind not in EXTENSIONS:
+                    raise _Unfit("unknown-format", f"its format {kind} is none of {', '.join(EXTENSIONS)}")
+                image.load()
+                orientation = int(image.getexif().get(_ORIENTATION, 1))
+    except _Unfit:
+        raise
+    except UnidentifiedImageError:
+        raise _Unfit("not-an-image", "is not an image that Pillow can read") from None
+    except Exception as error:  # Pillow's plugins raise nearly anything for damaged bytes
+        cut = "truncated" in str(error)
+        raise _Unfit("truncated" if cut else "corrupt", f"cannot be decoded: {_first_line(error)}") from None
+    grey = mode in ("1", "L", "LA", "La") or mode.startswith("I")
+    return _Look(kind, size, "cmyk" if mode == "CMYK" else "grey" if grey else "", orientation)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
