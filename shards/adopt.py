@@ -35,7 +35,7 @@ from shards.manifest import (
     Records,
     load_manifest,
 )
-from shards.source import Defect, SourceError
+from shards.source import Defect, SourceError, without_entries
 from shards.write import Progress, WriteConfig
 
 
@@ -172,7 +172,7 @@ def _origin(
         top = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
     except (msgspec.DecodeError, UnicodeDecodeError):  # a list of names
         return _Origin(categories, _source({}, categories), name, digest)
-    rest = msgspec.json.encode({key: raw for key, raw in top.items() if key not in ("images", "annotations")})
+    rest = without_entries(top)
     if path == beside:
         return _Origin(categories, content, name, digest)
     try:

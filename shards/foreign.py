@@ -24,12 +24,11 @@ import msgspec
 from PIL import Image, UnidentifiedImageError
 
 from shards.errors import ShardError
-from shards.manifest import Shard
 from shards.images import EXTENSIONS
+from shards.manifest import Shard
 from shards.source import Defect
-from shards.tars import SEGMENTATIONS, TarMember, file_digest, image_members, scan_tar
+from shards.tars import BLOCK, SEGMENTATIONS, TarMember, file_digest, image_members, scan_tar
 
-BLOCK = 512  # bytes; a tar is made of these, and ends with two of zeros
 _TWICE = "/"  # an ending that no file has
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,7 +90,7 @@ def parse_source(
 ) -> Source:
     """As ``read_source``, of a JSON that was read; ``has_file`` says whether the folder has a file of that name."""
     top = _top_level(path, content)
-    lists = {key: _list(path, key, top.pop(key)) for key in ("images", "annotations", "categories")}
+    lists = {key: _list(path, key, top[key]) for key in ("images", "annotations", "categories")}
     categories = _categories(path, lists["categories"])
     if not lists["images"]:
         raise SourceError(path, [Defect("it lists no images; expected some")])
@@ -121,11 +121,17 @@ def parse_source(
         rows=rows[np.argsort(owners, kind="stable")],
         first=np.cumsum(count) - count,
         count=count,
-        rest=msgspec.json.encode({**top, "categories": lists["categories"]}),
+        rest=without_entries(top),
         listed=counts,
         defects=(*defects, *found, *more),
         limited=limited,
     )
+
+
+def without_entries(top: Mapping[str, Any]) -> bytes:
+    """A COCO JSON without its images and annotations, from its top level; without blanks, so that equal ones are equal."""
+    rest = {key: value for key, value in top.items() if key not in ("images", "annotations")}
+    return msgspec.json.format(msgspec.json.encode(rest), indent=-1)
 
 
 def file_sizes(folder: str, names: Iterable[str]) -> dict[str, int]:

@@ -14,8 +14,6 @@ from shards.errors import ShardError
 
 IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff"})  # what images are called
 SEGMENTATIONS = ".segmentation.json"  # ends the name of the member with the segmentations of a sample
-
-
 BLOCK = 512  # bytes; a header is one, and contents are padded to whole ones
 _MAX_NAME, _MAX_BYTES = 100, 8**11 - 1
 

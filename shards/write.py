@@ -122,10 +122,13 @@ def write_coco(
     return load_manifest(out)
 
 
-def load_report(manifest: Manifest) -> DefectReport:
-    """What was found in the source of a data set, and left out."""
+def load_report(manifest: Manifest) -> DefectReport | None:
+    """What was found in the source of a data set, and left out; None where the data set was not written here."""
     url = storage.join(manifest.url, REPORT_NAME)
-    return parse_report(storage.read(url), url)
+    try:
+        return parse_report(storage.read(url), url)
+    except FileNotFoundError:
+        return None
 
 
 def shard_rows(images: int, samples_per_shard: int) -> list[range]:
@@ -175,7 +178,8 @@ def _is_of(manifest: Manifest, source: Source, config: WriteConfig, name: str) -
     present = storage.listing(manifest.url)
     if any(present.get(shard.name) != shard.bytes for shard in manifest.shards):
         return False
-    if load_report(manifest).policy != config.on_defect:
+    report = load_report(manifest)
+    if report is None or report.policy != config.on_defect:
         return False
     index = manifest.index().images
     names = dict(zip(source.images.ids.tolist(), source.images.names, strict=True))
@@ -245,12 +249,13 @@ def _write_rest(
         SOURCE_NAME: source.rest,
         IMAGES_NAME: npy(images),
         ANNOTATIONS_NAME: npy(annotations),
-        REPORT_NAME: report.to_json(),
     }
     shards = tuple(part.shard for part in written if part.shard is not None)
     _check_there(stage, {shard.name: shard.bytes for shard in shards})
     for file_name, content in contents.items():
         stage.write(file_name, content)
+    # Beside the manifest and not in it: words of another version of a decoder make no other data set.
+    stage.write(REPORT_NAME, report.to_json())
     manifest = Manifest(
         format=FORMAT,
         name=name,
