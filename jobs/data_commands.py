@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -18,20 +19,24 @@ class Writing:
     """What every `detr shard FORMAT` takes."""
 
     out: str
-    """Folder to write."""
+    """Folder or URL (s3://... and others) to write."""
     samples_per_shard: int = 1000
     workers: int = 2
-    """Threads, each writing whole shards; the result does not depend on them."""
+    """Processes, each writing whole shards; the result does not depend on them. 0 for none but this one."""
     limit: int = 0
     """Only so many images, those of lowest id; 0 for all."""
+    on_defect: Literal["fail", "quarantine"] = "fail"
+    """Images and annotations that cannot be used: write nothing but a report, or leave them out and report them."""
+    address: str | None = None
+    """Of a Ray cluster whose nodes write the shards instead (HOST:6379, ray://HOST:10001 or auto)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardCoco(Writing):
     """Turn a COCO folder and its annotation file into WebDataset shards with a manifest."""
 
-    images: Path
-    """Folder of the image files."""
+    images: str
+    """Folder or URL of the image files."""
     annotations: Path
     """COCO instances JSON."""
 
@@ -77,20 +82,43 @@ def shard(argv: list[str]) -> None:
     choose(argv, words, "detr shard")
 
 
-def _write_config(options: Writing) -> Any:
-    from shards.write import WriteConfig
+def _write(options: Writing, write: Callable[..., Any]) -> None:
+    """What every format ends in: ``write(config, progress, map)``, and what was found told."""
+    from pipeline.progress import progress_bar
+    from pipeline.sharding import cluster_map
+    from shards.defects import SourceError, defect_table
+    from shards.write import WriteConfig, load_report
 
-    return WriteConfig(samples_per_shard=options.samples_per_shard, workers=options.workers, limit=options.limit)
+    config = WriteConfig(
+        samples_per_shard=options.samples_per_shard,
+        workers=options.workers,
+        limit=options.limit,
+        on_defect=options.on_defect,
+    )
+    try:
+        with cluster_map(options.address) as spread, progress_bar("sharding") as progress:
+            manifest = write(config, progress, spread)
+    except SourceError as error:
+        print(defect_table(error.defects), file=sys.stderr)
+        raise
+    print(_describe(manifest))
+    report = load_report(manifest)
+    if report is not None and report.defects:
+        print(defect_table(report.defects))
+        images, annotations = report.images_listed - report.images, report.annotations_listed - report.annotations
+        if images or annotations:
+            print(
+                f"WARNING: left out {images} of {report.images_listed} images and {annotations} of "
+                f"{report.annotations_listed} annotations; each is in {manifest.url}/report.json",
+                file=sys.stderr,
+            )
 
 
 def _shard_coco(argv: list[str]) -> None:
     options = parse(ShardCoco, argv, "detr shard coco")
-    from pipeline.progress import progress_bar
     from shards.write import write_coco
 
-    with progress_bar("sharding") as progress:
-        manifest = write_coco(options.images, options.annotations, options.out, _write_config(options), progress)
-    print(_describe(manifest))
+    _write(options, functools.partial(write_coco, options.images, options.annotations, options.out))
 
 
 def _shard_voc(argv: list[str]) -> None:
@@ -118,9 +146,7 @@ def _shard_document(convert: Callable[[Callable[[int, int], None]], Any], option
 
     with progress_bar("reading labels", "file") as progress:
         document = convert(progress)
-    with progress_bar("sharding") as progress:
-        manifest = write_document(document, options.out, _write_config(options), progress)
-    print(_describe(manifest))
+    _write(options, functools.partial(write_document, document, options.out))
 
 
 @dataclass(frozen=True, kw_only=True)

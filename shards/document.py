@@ -20,7 +20,7 @@ from shards.errors import ShardError
 from shards.manifest import Category, Manifest
 from shards.source import Defect, SourceError
 from shards.tars import IMAGE_ENDINGS
-from shards.write import Progress, WriteConfig, write_coco
+from shards.write import Map, Progress, WriteConfig, write_coco
 
 # Endings by which a file in a folder is taken for an image; what it truly is, its content says.
 IMAGE_SUFFIXES = frozenset("." + ending for ending in IMAGE_ENDINGS)
@@ -112,13 +112,17 @@ def make_document(
 
 
 def write_document(
-    document: Document, out: str | os.PathLike[str], config: WriteConfig, progress: Progress | None = None
+    document: Document,
+    out: str | os.PathLike[str],
+    config: WriteConfig,
+    progress: Progress | None = None,
+    map: Map | None = None,
 ) -> Manifest:
     """Write the document's data set to ``out``, as ``write_coco`` does and with its errors."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{document.name}.json"
         path.write_bytes(document.content)
-        return write_coco(document.images, path, out, config, progress)
+        return write_coco(document.images, path, out, config, progress, map)
 
 
 def image_ids(file_names: Sequence[str]) -> list[int]:

@@ -120,3 +120,16 @@ def test_a_cluster_that_is_not_there_is_one_clear_line(detr: Command) -> None:
     output = detr("jobs", "list", "--address", f"http://127.0.0.1:{_free_port()}", status=1)
     assert len(output.splitlines()) == 1
     assert "ray start --head" in output
+
+
+def test_shards_that_a_cluster_writes_are_the_same(cluster: str, detr: Command) -> None:
+    coco = ["shard", "coco", "--images", "coco/train", "--annotations", "coco/annotations/instances_train.json"]
+    coco += ["--samples-per-shard", "5"]
+    detr(*coco, "--out", "data/here", "--workers", "0")
+    detr(*coco, "--out", "data/cluster", "--address", cluster)
+    here, there = (
+        {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (detr.folder / "data/here", detr.folder / "data/cluster")
+    )
+    assert len(here) == 5 + 5
+    assert here == there
