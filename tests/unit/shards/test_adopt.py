@@ -22,7 +22,8 @@ from shards.verify import verify
 
 def picture(width: int = 40, height: int = 30, kind: str = "JPEG") -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (width, height), (200, 10, 30)).save(buffer, kind)
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -122,7 +123,7 @@ def test_a_damaged_foreign_tar_is_told_as_ours_is(tars, names):
     [
         (["a", "b"], [9, 4], [9, 4]),
         (["7", "8"], [9, None], [7, 8]),
-        (["x/007", "x/008"], [None, None], [7, 8]),
+        (["v1.0/007", "v1.0/008"], [None, None], [7, 8]),
         (["x/7", "y/7"], [None, None], [1, 2]),
         (["7", "8b"], [None, None], [1, 2]),
         (["7", "1234567890123"], [None, None], [1, 2]),
@@ -323,6 +324,29 @@ def test_our_own_tars_get_back_the_index_and_the_digest_they_had(coco):
     alone = index(out)  # with nothing but source.json
     assert alone.files == manifest.files
     assert alone.categories == manifest.categories
+
+
+def test_a_coco_file_of_other_images_gives_categories_and_nothing_else(coco):
+    coco.write()
+    out = coco.root / "out"
+    for image in coco.data["images"]:
+        image["id"] += 1000
+    for one in coco.data["annotations"]:
+        one["image_id"] += 1000
+    coco.annotations.write_text(json.dumps(coco.data))
+    for name in ("manifest.json", "source.json"):
+        (out / name).unlink()
+    assert index(out, categories=coco.annotations).name == "out"
+
+
+def test_what_is_said_beside_the_tars_stays_as_it_is(coco):
+    coco.write()
+    path = coco.root / "out" / "source.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()), indent=4))
+    before = path.read_bytes()
+    (coco.root / "out" / "manifest.json").unlink()
+    index(coco.root / "out")
+    assert path.read_bytes() == before
 
 
 def test_a_place_without_leave_to_write_is_one_line(tars, names, monkeypatch):
