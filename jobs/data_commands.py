@@ -86,8 +86,7 @@ def _write(options: Writing, write: Callable[..., Any]) -> None:
     """What every format ends in: ``write(config, progress, map)``, and what was found told."""
     from pipeline.progress import progress_bar
     from pipeline.sharding import cluster_map
-    from shards.defects import SourceError, defect_table
-    from shards.write import WriteConfig, load_report
+    from shards.write import WriteConfig
 
     config = WriteConfig(
         samples_per_shard=options.samples_per_shard,
@@ -95,9 +94,21 @@ def _write(options: Writing, write: Callable[..., Any]) -> None:
         limit=options.limit,
         on_defect=options.on_defect,
     )
-    try:
+
+    def act() -> Any:
         with cluster_map(options.address) as spread, progress_bar("sharding") as progress:
-            manifest = write(config, progress, spread)
+            return write(config, progress, spread)
+
+    _tell(act)
+
+
+def _tell(act: Callable[[], Any]) -> None:
+    """Make a data set, and tell what it is and what was found in its source."""
+    from shards.defects import SourceError, defect_table
+    from shards.write import load_report
+
+    try:
+        manifest = act()
     except SourceError as error:
         print(defect_table(error.defects), file=sys.stderr)
         raise
@@ -154,13 +165,15 @@ class ShardIndex:
     """Make a data set of WebDataset tars where they lie: index and manifest are written beside them."""
 
     url: tyro.conf.Positional[str]
-    """Folder of the tars."""
+    """Folder or URL of the tars."""
     categories: Path | None = None
     """COCO JSON, JSON list or text with the names of categories; by default source.json beside the tars, or those found."""
     name: str | None = None
     """Name of the data set; the folder's by default."""
     without_annotations: bool = False
     """Samples without annotations are images without objects."""
+    on_defect: Literal["fail", "quarantine"] = "fail"
+    """Samples that cannot be used: write nothing but a report, or leave them out of the index and report them."""
     workers: int = 2
     """Threads, each reading whole tars."""
 
@@ -170,10 +183,15 @@ def _shard_index(argv: list[str]) -> None:
     from pipeline.progress import progress_bar
     from shards.adopt import IndexConfig, index_tars
 
-    config = IndexConfig(options.categories, options.name, options.without_annotations, options.workers)
-    with progress_bar("indexing", "tar") as progress:
-        manifest = index_tars(options.url, config, progress)
-    print(_describe(manifest))
+    config = IndexConfig(
+        options.categories, options.name, options.without_annotations, options.on_defect, options.workers
+    )
+
+    def act() -> Any:
+        with progress_bar("indexing", "tar") as progress:
+            return index_tars(options.url, config, progress)
+
+    _tell(act)
 
 
 @dataclass(frozen=True)

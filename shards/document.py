@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import msgspec
 from PIL import Image
 
-from shards.errors import ShardError
 from shards.manifest import Category, Manifest
 from shards.source import Defect, SourceError
 from shards.tars import IMAGE_ENDINGS
@@ -146,56 +145,6 @@ def image_size(path: Path) -> tuple[int, int]:
             return image.size
     except Exception as error:  # Pillow's plugins raise nearly anything for damaged bytes
         raise ValueError(f"its size cannot be read: {str(error).replace(str(path), path.name)}") from None
-
-
-def read_names(path: Path) -> tuple[str, ...]:
-    """Names of categories from a text file, one a line (blank lines count only between names)."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ShardError(f"{path}: cannot be read ({error}); expected names of categories, one a line") from None
-    return _checked_names(path, [line.strip() for line in lines])
-
-
-def read_categories(path: Path, first_id: int) -> tuple[Category, ...]:
-    """Categories from a file that a user names: a COCO JSON, a JSON list of names, or a text of one name a line.
-
-    Names without ids get ids from ``first_id``. Raises ShardError where the file is none of these.
-    """
-    if path.suffix.lower() != ".json":
-        return numbered(read_names(path), first_id)
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=list[str] | _Categories)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ShardError(f"{path}: {error}; expected a COCO JSON with 'categories', or a list of names") from None
-    if isinstance(found, list):
-        return numbered(_checked_names(path, found), first_id)
-    ids = [category.id for category in found.categories]
-    _checked_names(path, [category.name for category in found.categories])
-    if len(set(ids)) < len(ids):
-        raise ShardError(f"{path}: gives a category id twice; expected ids that differ")
-    return tuple(Category(one.id, one.name) for one in sorted(found.categories, key=lambda one: one.id))
-
-
-class _Category(msgspec.Struct):
-    id: int
-    name: str
-
-
-class _Categories(msgspec.Struct):
-    categories: list[_Category]
-
-
-def numbered(names: Iterable[str], first_id: int) -> tuple[Category, ...]:
-    """Categories of these names with ids from ``first_id``."""
-    return tuple(Category(number, name) for number, name in enumerate(names, first_id))
-
-
-def _checked_names(path: Path, names: list[str]) -> tuple[str, ...]:
-    if not names or not all(names) or len(set(names)) < len(names):
-        wrong = "no names" if not names else "an empty name" if not all(names) else "a name twice"
-        raise ShardError(f"{path}: has {wrong}; expected names of categories that differ")
-    return tuple(names)
 
 
 def each(

@@ -12,7 +12,6 @@ Masks come from ``KEY.segmentation.json`` alone: a list with a COCO segmentation
 files are left alone; nothing is ever unpickled.
 """
 
-import io
 import itertools
 import mmap
 import tarfile
@@ -21,12 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from PIL import Image, UnidentifiedImageError
 
+from shards.defects import Defect
 from shards.errors import ShardError
-from shards.images import EXTENSIONS
+from shards.images import Look, Unfit, look_at
 from shards.manifest import Shard
-from shards.source import Defect
 from shards.tars import BLOCK, SEGMENTATIONS, TarMember, file_digest, image_members, scan_tar
 
 _TWICE = "/"  # an ending that no file has
@@ -73,24 +71,22 @@ _texts = msgspec.json.Decoder(list[msgspec.Raw])
 
 @dataclass(frozen=True)
 class ForeignSample:
-    """One sound sample: its key, the places of its image and segmentations, its size in pixels, and what its JSON says."""
+    """One sound sample: its key, the places of its image and segmentations, what decoding showed, what its JSON says."""
 
     key: str
     image: TarMember
     text: TarMember | None
-    width: int
-    height: int
+    look: Look
     image_id: int | None
     objects: list[Object]
 
 
 @dataclass(frozen=True)
 class ForeignTar:
-    """One tar: ``shard`` describes it, ``defects`` name what is wrong with those of its samples that are not here."""
+    """One tar: ``shard`` describes it, ``found`` are its samples in their order, or what is wrong with one."""
 
     shard: Shard
-    samples: list[ForeignSample]
-    defects: list[Defect]
+    found: list[ForeignSample | Defect]
 
 
 def read_tar(path: Path, name: str, annotated: bool) -> ForeignTar:
@@ -103,16 +99,16 @@ def read_tar(path: Path, name: str, annotated: bool) -> ForeignTar:
     members = scan_tar(path)
     if not members:
         raise ShardError(f"{path}: holds no files; expected a tar of samples: copy it again")
-    samples: list[ForeignSample] = []
-    defects: list[Defect] = []
+    found: list[ForeignSample | Defect] = []
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         _check_end(path, content)
         for key, files in _grouped(members):
             try:
-                samples.append(_sample(key, files, content, annotated))
-            except ValueError as error:
-                defects.append(Defect(f"{name}: sample {key}: {error}"))
-    return ForeignTar(Shard(name, len(samples), path.stat().st_size, file_digest(path)), samples, defects)
+                found.append(_sample(key, files, content, annotated))
+            except Unfit as error:
+                kind, problem = error.args
+                found.append(Defect(f"{name}: sample {key}: {problem}", kind))
+    return ForeignTar(Shard(name, len(found), path.stat().st_size, file_digest(path)), found)
 
 
 def _check_end(path: Path, content: mmap.mmap) -> None:
@@ -137,62 +133,50 @@ def _grouped(members: list[TarMember]) -> Iterator[tuple[str, dict[str, TarMembe
 
 
 def _sample(key: str, files: dict[str, TarMember], content: mmap.mmap, annotated: bool) -> ForeignSample:
-    """Raises ValueError saying what is wrong with the sample."""
+    """Raises Unfit with the kind of defect and the words for it."""
     if _TWICE in files:
-        raise ValueError(f"holds {files[_TWICE].name} twice")
+        raise Unfit("malformed", f"holds {files[_TWICE].name} twice")
     image = _only("images", image_members(list(files.values())))
     if image is None:
-        raise ValueError(f"has no image; got only {', '.join(sorted(files))}")
-    width, height = _size(_bytes(content, image))
+        raise Unfit("malformed", f"has no image; got only {', '.join(sorted(files))}")
+    look = look_at(_bytes(content, image))
+    width, height = look.size
     text = files.get(SEGMENTATIONS[1:])
     json = _only("JSON files", [one for one in files.values() if one.name.endswith(".json") and one is not text])
     entry = _decoded(_bytes(content, json)) if json else _Entry()
     objects = entry.objects if entry.annotations is None else entry.annotations
     if objects is None and annotated:
         lacks = "its JSON has neither 'annotations' nor 'objects'" if json else "has no JSON"
-        raise ValueError(f"{lacks}; got {', '.join(sorted(files))}")
+        raise Unfit("malformed", f"{lacks}; got {', '.join(sorted(files))}")
     inner = entry.image if isinstance(entry.image, _Image) else _Image()
     for said in ((inner.width, inner.height), (entry.width, entry.height)):
         if None not in said and said != (width, height):
-            raise ValueError(
-                f"is {width}x{height} pixels (before any EXIF rotation), but its JSON says {said[0]}x{said[1]}"
+            raise Unfit(
+                "wrong-size",
+                f"is {width}x{height} pixels (before any EXIF rotation), but its JSON says {said[0]}x{said[1]}",
             )
     objects = objects or []
     if text is not None and not _fit(_bytes(content, text), len(objects)):
-        raise ValueError(f"{text.name} is no list with one segmentation for each of its {len(objects)} annotations")
+        raise Unfit(
+            "malformed", f"{text.name} is no list with one segmentation for each of its {len(objects)} annotations"
+        )
     ids = [one for one in (inner.id, entry.image_id, entry.id) if isinstance(one, int)]
-    return ForeignSample(key, image, text, width, height, ids[0] if ids else None, objects)
+    return ForeignSample(key, image, text, look, ids[0] if ids else None, objects)
 
 
 def _only(what: str, members: Sequence[TarMember]) -> TarMember | None:
     """The one whose ending has no more dots, or else the only one; None where there is none."""
     plain = [one for one in members if "." not in one.ending] or members
     if len(plain) > 1:
-        raise ValueError(f"has {len(plain)} {what}: {', '.join(one.name for one in plain)}; expected one")
+        raise Unfit("malformed", f"has {len(plain)} {what}: {', '.join(one.name for one in plain)}; expected one")
     return plain[0] if plain else None
-
-
-def _size(content: bytes) -> tuple[int, int]:
-    """Width and height in pixels of an image, all of which is decoded; raises ValueError where it cannot be."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            kind, size = image.format, image.size
-            image.draft("L", (1, 1))
-            image.load()
-    except UnidentifiedImageError:
-        raise ValueError("its image is none that Pillow can read") from None
-    except Exception as error:  # Pillow's plugins raise nearly anything for damaged bytes
-        raise ValueError(f"its image cannot be decoded: {error}") from None
-    if kind not in EXTENSIONS:
-        raise ValueError(f"its image's format {kind} is none of {', '.join(EXTENSIONS)}")
-    return size
 
 
 def _decoded(content: bytes) -> _Entry:
     try:
         found = _entry.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"its JSON: {str(error).replace('`', '')}") from None
+        raise Unfit("malformed", f"its JSON: {str(error).replace('`', '')}") from None
     return _Entry(annotations=found) if isinstance(found, list) else found
 
 

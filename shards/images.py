@@ -47,12 +47,12 @@ class ImageFile:
         return not any(defect.rejected for defect in self.defects)
 
 
-class _Unfit(Exception):
+class Unfit(Exception):
     """Why an image cannot be used: the kind of defect, and the words for it."""
 
 
 @dataclass(frozen=True)
-class _Look:
+class Look:
     """What decoding showed: Pillow's name of the format, size in pixels, colours, EXIF orientation."""
 
     format: str
@@ -88,14 +88,14 @@ def read_image(folder: str, source: ImageSource) -> ImageFile:
     if content is None:
         return ImageFile(b"", "", (defect("missing-file", "no such file in the folder of images"),))
     try:
-        look = _decode(content)
+        look = look_at(content)
         if look.size != (source.width, source.height):
-            raise _Unfit(
+            raise Unfit(
                 "wrong-size",
                 f"is {look.size[0]}x{look.size[1]} pixels (before any EXIF rotation), but the JSON says "
                 f"{source.width}x{source.height}",
             )
-    except _Unfit as error:
+    except Unfit as error:
         return ImageFile(content, "", (defect(*error.args),))
     extension = EXTENSIONS[look.format]
     notes = []
@@ -119,13 +119,14 @@ def checksum(content: bytes | None) -> int:
     return -1 if content is None else zlib.crc32(content)
 
 
-def _decode(content: bytes) -> _Look:
+def look_at(content: bytes) -> Look:
+    """Decode an image, all of it; raises Unfit with the kind of defect and the words for it where that cannot be done."""
     if not content:
-        raise _Unfit("truncated", "the file is empty")
+        raise Unfit("truncated", "the file is empty")
     return _decode_jpeg(content) if content.startswith(b"\xff\xd8") else _decode_other(content)
 
 
-def _decode_jpeg(content: bytes) -> _Look:
+def _decode_jpeg(content: bytes) -> Look:
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
         four = colours in ("CMYK", "YCCK")
@@ -136,10 +137,8 @@ def _decode_jpeg(content: bytes) -> _Look:
         if "subsampling" in str(error):  # valid, but TurboJPEG's interface has no name for it
             return _decode_other(content)
         kind = "truncated" if "Premature end of JPEG file" in str(error) else "corrupt"
-        raise _Unfit(kind, f"cannot be decoded: {_first_line(error)}") from None
-    return _Look(
-        "JPEG", (width, height), "cmyk" if four else "grey" if colours == "Gray" else "", _orientation(content)
-    )
+        raise Unfit(kind, f"cannot be decoded: {_first_line(error)}") from None
+    return Look("JPEG", (width, height), "cmyk" if four else "grey" if colours == "Gray" else "", _orientation(content))
 
 
 def _orientation(content: bytes) -> int:
@@ -152,25 +151,25 @@ def _orientation(content: bytes) -> int:
         return 1
 
 
-def _decode_other(content: bytes) -> _Look:
+def _decode_other(content: bytes) -> Look:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a large picture is no attack here
             with Image.open(io.BytesIO(content)) as image:
                 kind, size, mode = image.format or "", image.size, image.mode
                 if kind not in EXTENSIONS:
-                    raise _Unfit("unknown-format", f"its format {kind} is none of {', '.join(EXTENSIONS)}")
+                    raise Unfit("unknown-format", f"its format {kind} is none of {', '.join(EXTENSIONS)}")
                 image.load()
                 orientation = int(image.getexif().get(_ORIENTATION, 1))
-    except _Unfit:
+    except Unfit:
         raise
     except UnidentifiedImageError:
-        raise _Unfit("not-an-image", "is not an image that Pillow can read") from None
+        raise Unfit("not-an-image", "is not an image that Pillow can read") from None
     except Exception as error:  # Pillow's plugins raise nearly anything for damaged bytes
         cut = "truncated" in str(error)
-        raise _Unfit("truncated" if cut else "corrupt", f"cannot be decoded: {_first_line(error)}") from None
+        raise Unfit("truncated" if cut else "corrupt", f"cannot be decoded: {_first_line(error)}") from None
     grey = mode in ("1", "L", "LA", "La") or mode.startswith("I")
-    return _Look(kind, size, "cmyk" if mode == "CMYK" else "grey" if grey else "", orientation)
+    return Look(kind, size, "cmyk" if mode == "CMYK" else "grey" if grey else "", orientation)
 
 
 def _first_line(error: Exception) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, ParseError
 
+from shards.categories import numbered, read_categories
 from shards.document import (
     IMAGE_SUFFIXES,
     Document,
@@ -27,8 +28,6 @@ from shards.document import (
     each,
     image_size,
     make_document,
-    numbered,
-    read_categories,
 )
 from shards.errors import ShardError
 from shards.manifest import Category

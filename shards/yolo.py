@@ -21,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 
+from shards.categories import read_categories
 from shards.document import (
     IMAGE_SUFFIXES,
     Document,
@@ -29,9 +30,6 @@ from shards.document import (
     each,
     image_size,
     make_document,
-    numbered,
-    read_categories,
-    read_names,
 )
 from shards.errors import ShardError
 from shards.manifest import Category
@@ -132,7 +130,7 @@ def _categories(root: Path, chosen: Path | None) -> tuple[Category, ...]:
         return _from_yaml((named or found)[0])
     for name in _NAME_FILES:
         if (root / name).is_file():
-            return numbered(read_names(root / name), 0)
+            return read_categories(root / name, 0)
     several = f"{len(found)} YAML files, none called data.yaml" if found else f"no data.yaml and no {_NAME_FILES[0]}"
     raise ShardError(f"{root}: has {several}, so the names of its classes are unknown: give them by --categories FILE")
 

@@ -1,11 +1,11 @@
 import io
 import json
-import os
 import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,6 +18,7 @@ from shards.read import open_loader, read_samples
 from shards.segmentation import true_runs
 from shards.source import SourceError
 from shards.verify import verify
+from shards.write import load_report
 
 
 def picture(width: int = 40, height: int = 30, kind: str = "JPEG") -> bytes:
@@ -45,7 +46,7 @@ def tar(path: Path, *files: tuple[str, Any], end: bool = True) -> None:
         path.write_bytes(path.read_bytes()[:length])
 
 
-def index(folder: Path, **config: Any) -> Manifest:
+def index(folder: Path | str, **config: Any) -> Manifest:
     return index_tars(folder, IndexConfig(**config))
 
 
@@ -194,38 +195,74 @@ def test_every_defect_is_named_with_its_sample(tmp_path, names):
         index(tmp_path / "tars", categories=names)
     expected = [
         "a: has no image; got only json",
-        "b: its image is none that Pillow can read",
-        "c: its image cannot be decoded: ",
+        "b: is not an image that Pillow can read",
+        "c: cannot be decoded: Premature end of JPEG file",
         "d: has 2 images: d.jpg, d.png; expected one",
         "e: is 40x30 pixels (before any EXIF rotation), but its JSON says 30x40",
         "f: its JSON: Input data was truncated",
         "g: its JSON: Expected array of length 4 - at $[0].bbox",
         "h: has no JSON; got jpg, pyd",
-        "i: its image's format PPM is none of",
+        "i: its format PPM is none of",
         "j: holds j.jpg twice",
         "k: k.segmentation.json is no list with one segmentation for each of its 1 annotations",
         "l: has 2 JSON files: l.a.json, l.b.json; expected one",
     ]
-    for defect, words in zip(caught.value.defects, expected, strict=True):
-        assert defect.text.startswith(f"a.tar: sample {words}")
+    texts = sorted(defect.text for defect in caught.value.defects)
+    for text, words in zip(texts, expected, strict=True):
+        assert text.startswith(f"a.tar: sample {words}")
     assert "\n" not in str(caught.value)
     assert [path.name for path in (tmp_path / "tars").iterdir()] == ["a.tar"]
+    report = json.loads((tmp_path / "tars.report.json").read_bytes())
+    assert (len(report["defects"]), report["images_listed"], report["images"]) == (12, 12, 0)
+
+
+BAD_OBJECTS = [
+    (thing(1, 1, -1, 1), "its box [1.0, 1.0, -1.0, 1.0] or area -1.0 is negative"),
+    (thing(1, 1, 1, 1, area=-2), "its box [1.0, 1.0, 1.0, 1.0] or area -2.0 is negative"),
+    (thing(1, 1, 1, 1, category_id=4), "its category 4 is not listed"),
+    (thing(1, 1, 1, 1, category_id=None, category="cow"), "its category 'cow' is not listed"),
+    (thing(1, 1, 1, 1, category_id=None), "has no category_id and no category"),
+    (thing(1, 1, 1, 1, iscrowd=2), "its iscrowd is 2, not 0 or 1"),
+]
 
 
 def test_every_bad_annotation_is_named_with_its_sample(tmp_path, names):
-    boxes = [
-        (thing(1, 1, -1, 1), "its box [1.0, 1.0, -1.0, 1.0] or area 0.0 is negative or not finite"),
-        (thing(1, 1, 1, 1, area=-2), "its box [1.0, 1.0, 1.0, 1.0] or area -2.0 is negative"),
-        (thing(1e308, 1e308, 1, 1), "its box [1e+308, 1e+308, 1.0, 1.0]"),
-        (thing(1, 1, 1, 1, category_id=4), "its category 4 is not among the categories"),
-        (thing(1, 1, 1, 1, category_id=None), "has no category_id and no category"),
-        (thing(1, 1, 1, 1, iscrowd=2), "its iscrowd is 2, not 0 or 1"),
-    ]
-    tar(tmp_path / "tars" / "a.tar", ("a.jpg", picture()), ("a.json", [box for box, _ in boxes]))
-    with pytest.raises(SourceError) as caught:
+    tar(tmp_path / "tars" / "a.tar", ("a.jpg", picture()), ("a.json", [box for box, _ in BAD_OBJECTS]))
+    with pytest.raises(SourceError, match="6 defects") as caught:
         index(tmp_path / "tars", categories=names)
-    for number, (defect, (_, words)) in enumerate(zip(caught.value.defects, boxes, strict=True), 1):
-        assert defect.text.startswith(f"sample a: annotation {number}: {words}")
+    for number, (defect, (_, words)) in enumerate(zip(caught.value.defects, BAD_OBJECTS, strict=True), 1):
+        assert defect.text.startswith(f"a.tar: sample a: annotation {number} of image 1: {words}")
+
+
+def test_quarantine_leaves_samples_out_of_the_index_and_reports_them(tars, names):
+    tar(tars / "c.tar", ("four.jpg", picture()[:-100]), ("four.json", []))
+    tar(tars / "d.tar", ("five.jpg", picture()), ("five.json", [thing(0, 0, 9, 9)]), ("six.jpg", b""), ("six.json", []))
+    tar(tars / "e.tar", ("seven.jpg", picture()), ("seven.json", [thing(0, 0, 9, 9), thing(1, 1, -1, 1)]))
+    with pytest.raises(SourceError, match="3 defects"):
+        index(tars, categories=names)
+    assert (tars.parent / "tars.report.json").exists()
+    manifest = index(tars, categories=names, on_defect="quarantine")
+    assert not (tars.parent / "tars.report.json").exists()
+    assert [(shard.name, shard.samples) for shard in manifest.shards] == [("a.tar", 2), ("b.tar", 1), ("d.tar", 1)]
+    assert manifest.index().images["image_id"].tolist() == [1, 2, 3, 5]  # 4 and 6 were not read
+    assert manifest.index().images["shard"].tolist() == [0, 0, 1, 2]
+    assert manifest.index().annotations["image"].tolist() == [0, 1, 1, 3]
+    assert verify(tars).problems == ()
+    assert [sample.image.shape for sample in read_samples(manifest, [3])] == [(30, 40, 3)]
+    report = load_report(manifest)
+    assert (report.images_listed, report.images) == (7, 4)
+    rejected = [one.text.partition(": ")[2].partition(":")[0] for one in report.defects if one.rejected]
+    assert sorted(rejected) == ["sample four", "sample seven", "sample six"]
+
+
+def test_what_is_worth_knowing_of_samples_is_reported(tmp_path, names):
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (40, 30)).save(buffer, "JPEG", exif=exif)
+    tar(tmp_path / "tars" / "a.tar", ("a.jpg", buffer.getvalue()), ("a.json", [thing(1, 1, 50, 1), thing(1, 1, 0, 1)]))
+    report = load_report(index(tmp_path / "tars", categories=names))
+    assert [one.kind for one in report.kinds] == ["exif-orientation", "grey", "zero-area-box", "box-outside"]
+    assert all(defect.text.startswith("a.tar: sample a: ") for defect in report.defects)
 
 
 @pytest.mark.parametrize("same", ["key", "id"])
@@ -234,7 +271,9 @@ def test_samples_that_cannot_be_told_apart_are_refused(tmp_path, names, same):
         key = "a" if same == "key" else f"a{number}"
         content = {"image_id": 7 if same == "id" else number, "annotations": []}
         tar(tmp_path / "tars" / f"{number}.tar", (f"{key}.jpg", picture()), (f"{key}.json", content))
-    expected = "key a is of 2 samples" if same == "key" else "image id 7 is of 2 samples: a1, a2"
+    expected = "1.tar: sample a: its key is that of 2 samples; 2.tar: sample a: its key is that of 2 samples"
+    if same == "id":
+        expected = "1.tar: sample a1: its image id 7 is that of 2 samples; 2.tar: sample a2"
     with pytest.raises(SourceError, match=expected):
         index(tmp_path / "tars", categories=names)
 
@@ -298,7 +337,7 @@ def test_a_data_set_is_not_indexed_again(tars, names):
 
 
 def test_places_that_cannot_be_indexed_are_one_line(tars, names, tmp_path):
-    with pytest.raises(ShardError, match="is a remote URL"):
+    with pytest.raises(ShardError, match=r"memory://tars: expected WebDataset tars \(\*.tar\), found none"):
         index_tars("memory://tars")
     with pytest.raises(ShardError, match="no such folder"):
         index(tmp_path / "gone")
@@ -349,7 +388,16 @@ def test_what_is_said_beside_the_tars_stays_as_it_is(coco):
     assert path.read_bytes() == before
 
 
-def test_a_place_without_leave_to_write_is_one_line(tars, names, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(ShardError, match="cannot be written, expected a place for an index beside the tars"):
-        index(tars, categories=names)
+def test_tars_of_a_remote_store_are_indexed_there(tars, names):
+    local = index(tars, categories=names)
+    store = fsspec.filesystem("memory")
+    for name in ("a.tar", "b.tar"):
+        store.pipe_file(f"/{tars.parent.name}/tars/{name}", (tars / name).read_bytes())
+    url = f"memory://{tars.parent.name}/tars"
+    manifest = index(url, categories=names)
+    assert manifest.digest == local.digest
+    assert verify(url).ok
+    assert [sample.image_id for sample in read_samples(manifest, [2, 0])] == [3, 1]
+    with pytest.raises(ShardError, match="is a data set already"):
+        index(url, categories=names)
+    store.rm(f"/{tars.parent.name}", recursive=True)

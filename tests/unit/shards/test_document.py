@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from shards.document import image_ids, image_size, read_categories
+from shards.categories import read_categories
+from shards.document import image_ids, image_size
 from shards.errors import ShardError
 
 
@@ -42,7 +43,7 @@ def test_categories_come_from_text_and_json(tmp_path, name, content, expected):
         ("a.txt", "", "has no names"),
         ("a.txt", "cat\n\ndog", "has an empty name"),
         ("a.txt", "cat\ncat", "has a name twice"),
-        ("a.txt", b"\xff", "cannot be read"),
+        ("a.txt", b"\xff", "expected names of categories, one a line"),
         ("a.json", "[1]", "expected a COCO JSON with 'categories', or a list of names"),
         ("a.json", "{", "expected a COCO JSON"),
         ("a.json", '{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "gives a category id twice"),
