@@ -37,13 +37,13 @@ def _check(config: DataConfig, train: Manifest, val: Manifest, room: int, where:
     if config.shuffle_shards == 0 and needed > room:
         raise RunConfigError(
             f"the shards take {_gib(needed)} but {where} may hold {_gib(room)}, and an epoch that is shuffled as a whole "
-            "would fetch them again and again; expected room for all: raise --data.cache_gib or free some disk, or set "
-            "--data.shuffle_shards N to shuffle in blocks, or --data.cache off"
+            "would fetch them again and again; expected room for all: raise --data.cache-gib or free some disk, or set "
+            "--data.shuffle-shards N to shuffle in blocks, or --data.cache off"
         )
     if largest > room:
         raise RunConfigError(
             f"two blocks of data.shuffle_shards {config.shuffle_shards} and the validation shards take {_gib(largest)} but "
-            f"{where} may hold {_gib(room)}; expected room for them: lower --data.shuffle_shards, raise --data.cache_gib or "
+            f"{where} may hold {_gib(room)}; expected room for them: lower --data.shuffle-shards, raise --data.cache-gib or "
             "free some disk, or set --data.cache off"
         )
 

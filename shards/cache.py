@@ -190,7 +190,7 @@ class Cache:
         limit = f", limit {_gib(self._limit)}" if self._limit else ""
         raise ShardError(
             f"{self._folder}: no room for {item.url}: it needs {_gib(item.bytes)}, the disk has {_gib(free + SPARE)} free of "
-            f"which {_gib(SPARE)} are kept{limit}; expected room for at least one shard: free some, raise --data.cache_gib, "
+            f"which {_gib(SPARE)} are kept{limit}; expected room for at least one shard: free some, raise --data.cache-gib, "
             "give another --data.cache DIR, or --data.cache off"
         )
 

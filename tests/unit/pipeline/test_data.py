@@ -46,7 +46,7 @@ def test_a_limit_below_the_data_says_what_is_needed_and_what_to_set(config: Data
     config = replace(config, cache_gib=11.9)
     with pytest.raises(
         RunConfigError,
-        match=r"shards take 12.00 GiB but .* may hold 11.90 GiB.*--data.cache_gib .*--data.shuffle_shards N .*cache off",
+        match=r"shards take 12.00 GiB but .* may hold 11.90 GiB.*--data.cache-gib .*--data.shuffle-shards N .*cache off",
     ) as caught:
         check(config, *sets(config))
     assert "\n" not in str(caught.value)
@@ -58,7 +58,7 @@ def test_a_limit_below_the_data_says_what_is_needed_and_what_to_set(config: Data
 def test_blocks_need_room_for_two_of_them_and_for_validation(config: DataConfig, check) -> None:
     config = replace(config, cache_gib=5.9, shuffle_shards=2)
     with pytest.raises(
-        RunConfigError, match=r"data.shuffle_shards 2 .* 6.00 GiB but .* 5.90 GiB.*lower --data.shuffle"
+        RunConfigError, match=r"data.shuffle_shards 2 .* 6.00 GiB but .* 5.90 GiB.*lower --data.shuffle-shards"
     ):
         check(config, *sets(config))
     config = replace(config, cache_gib=6)

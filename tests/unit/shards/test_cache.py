@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,8 @@ from shards.cache import GIB, Cache, CacheConfig, cache_for
 from shards.errors import ShardError
 from shards.fetch import DigestError, Item
 from shards.manifest import load_manifest
-from shards.read import ReadConfig, read_samples
+from shards.plan import PlanConfig, plan_epoch
+from shards.read import ReadConfig, open_loader, read_samples
 
 
 @pytest.fixture
@@ -157,6 +159,23 @@ def test_threads_that_share_a_cache_of_one_file_all_get_on(store, tmp_path):
             assert hashlib.sha256(content(cache, item)).hexdigest() == item.sha256
 
     read_at_once(4, read)
+
+
+def test_shuffling_in_blocks_fetches_each_shard_once_an_epoch_through_a_cache_of_two_blocks(coco, tmp_path, asked):
+    shards = coco.write(samples_per_shard=1).shards
+    # Two shards, what the index takes, and a little more.
+    index = sum((coco.root / "out" / "index" / name).stat().st_size for name in ("images.npy", "annotations.npy"))
+    room = index + sum(sorted(shard.bytes for shard in shards)[-2:])
+    manifest = load_manifest(coco.root / "out", CacheConfig(str(tmp_path / "kept"), (room + 100) / GIB))
+    for epoch in range(2):
+        plan = plan_epoch(manifest, seed=1, epoch=epoch, batch_size=1, epochs=2, config=PlanConfig(shuffle_shards=1))
+        config = ReadConfig(threads=1, prefetch=1)
+        loader = open_loader(manifest, plan, transform=lambda one: one.row, collate=list, config=config)
+        assert sorted(row for (row,) in loader) == list(range(7))
+    fetched = Counter(name for name, _ in asked if name.endswith(".tar"))
+    assert set(fetched) == {shard.name for shard in shards}
+    assert max(fetched.values()) <= 2
+    assert len([name for name in names(tmp_path / "kept")]) <= 4
 
 
 def test_what_a_dead_process_left_half_fetched_makes_room(store, tmp_path):
