@@ -34,7 +34,7 @@ from pipeline.mlflow_store import (
     read_config,
     tracking_uri,
 )
-from pipeline.track import TAG_PHASE, drain
+from pipeline.track import TAG_LEFT_OUT, TAG_PHASE, drain
 from pipeline.weights import INITIAL_NAME
 
 if TYPE_CHECKING:
@@ -244,6 +244,9 @@ def _conclude(client: MlflowClient, config: RunConfig, run_id: str, folder: Path
         raise TrainingError(f"the run ended without an evaluated checkpoint in {folder}; expected one at its last step")
     best, metrics = found
     client.set_tag(run_id, TAG_PHASE, "registering")
+    missed = client.get_run(run_id).data.tags.get(TAG_LEFT_OUT)
+    if missed:
+        launch.say(f"warning: left out {missed}")
     registered = register(
         client, run_id, config, best, metrics, name=config.model_name, alias="best", only_if_better=True
     )

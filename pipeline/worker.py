@@ -37,8 +37,9 @@ from pipeline.parallel import Ranks, distribute, unwrap
 from pipeline.pictures import detection_pictures
 from pipeline.samples import training_batches
 from pipeline.step import train_step
-from pipeline.track import TAG_PHASE, Tracker
+from pipeline.track import TAG_LEFT_OUT, TAG_PHASE, Tracker
 from pipeline.weights import build_trained, read_initial
+from shards.bad_samples import bad_samples
 from shards.detections import Detections
 from shards.manifest import Manifest
 
@@ -182,8 +183,17 @@ def _save(worker: Worker, state: State) -> None:
         origin_samples=worker.schedule.origin.samples,
     )
     checkpoint.save(worker.place.folder, state.model, state.optimizer, meta, worker.ranks)
+    if config.data.max_bad_samples:
+        _tell_left_out(worker)
     if worker.ranks.first:
         checkpoint.prune(worker.place.folder, config.checkpoint.keep)
+
+
+def _tell_left_out(worker: Worker) -> None:
+    """Images that are not trained on are said with the run, not only in a worker's log; a collective call."""
+    lines = {line for of_rank in worker.ranks.gather(bad_samples(worker.train).lines()) for line in of_rank}
+    if lines and worker.tracker:
+        worker.tracker.tags({TAG_LEFT_OUT: f"{len(lines)} training images: {'; '.join(sorted(lines))}"[:5000]})
 
 
 def _evaluate(worker: Worker, state: State) -> None:

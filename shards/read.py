@@ -4,10 +4,7 @@ Threads and not processes: reading, decoding and resizing release the interprete
 per image. Nothing is torn down between shards, and each step is one task, so at most ``prefetch`` batches exist.
 """
 
-import functools
 import io
-import logging
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,13 +17,12 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
+from shards.bad_samples import bad_samples
 from shards.errors import BadSampleError, ShardError
 from shards.manifest import Ints, Manifest
 from shards.members import Members
 from shards.plan import EpochPlan
 from shards.segmentation import Masks, SegmentationReader
-
-LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 B = TypeVar("B")
@@ -228,34 +224,6 @@ def _colours(content: bytes) -> str:
         return ""
 
 
-class _BadSamples:
-    """Which samples of a data set this process found bad."""
-
-    def __init__(self) -> None:
-        self._said: dict[int, str] = {}
-        self._lock = threading.Lock()
-
-    def add(self, row: int, error: BadSampleError, most: int) -> None:
-        """Count a sample once, however often it is met; raises ShardError where it is one too many."""
-        with self._lock:
-            known = row in self._said
-            self._said[row] = str(error)
-            count, last = len(self._said), list(self._said.values())[-3:]
-        if count > most:
-            if most == 0:
-                raise error
-            raise ShardError(
-                f"{count} bad samples, expected at most {most} (max_bad_samples); the last ones: {'; '.join(last)}"
-            ) from error
-        if not known:
-            LOG.warning("left out, %d of at most %d bad samples: %s", count, most, error)
-
-
-@functools.lru_cache(maxsize=16)
-def _bad_samples(manifest: Manifest) -> _BadSamples:
-    return _BadSamples()
-
-
 def _same(sample: Sample) -> Sample:
     return sample
 
@@ -269,7 +237,7 @@ def _stream(
 ) -> Generator[B, None, None]:
     """Batches in the order of ``tasks``, at most ``config.prefetch`` of them ahead."""
     reader = SampleReader(manifest, config)
-    bad = _bad_samples(manifest)
+    bad = bad_samples(manifest)
 
     def batch(task: _Task) -> B:
         made = []

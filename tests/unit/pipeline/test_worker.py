@@ -25,6 +25,7 @@ from pipeline.step import StepResult, train_step
 from pipeline.track import MemoryTracker
 from pipeline.weights import build_trained, save_initial
 from pipeline.worker import Place, run
+from shards.errors import ShardError
 from shards.manifest import load_manifest
 from shards.plan import epoch_order
 from shards.score import METRICS
@@ -384,3 +385,21 @@ def test_the_data_set_may_lie_elsewhere_when_the_run_goes_on(
     run(replace(config, optim=replace(config.optim, max_steps=2)), place, Ranks(), None)
     run(replace(config, data=replace(config.data, train=str(moved))), place, Ranks(), None)
     assert_same(weights(config, place.folder), weights(config, uninterrupted))
+
+
+def test_a_bad_image_is_left_out_and_said_with_the_run(config: RunConfig, tmp_path: Path) -> None:
+    shutil.copytree(config.data.train, tmp_path / "train")
+    manifest = load_manifest(tmp_path / "train")
+    record = manifest.index().images[7]
+    shard = tmp_path / "train" / manifest.shards[record["shard"]].name
+    damaged = bytearray(shard.read_bytes())
+    damaged[record["offset"] + 50] ^= 4
+    shard.write_bytes(damaged)
+    config = replace(config, data=replace(config.data, train=manifest.url))
+    with pytest.raises(ShardError, match=f"image {record['image_id']} in {shard.name}"):
+        run(config, start(config, tmp_path / "strict"), Ranks(), None)
+    config = replace(config, data=replace(config.data, max_bad_samples=1))
+    tracker = MemoryTracker()
+    run(config, start(config, tmp_path / "lenient"), Ranks(), tracker)
+    told = tracker.last_tags["detr.left_out"]
+    assert told.startswith(f"1 training images: image {record['image_id']} in {shard.name}: ")

@@ -128,9 +128,12 @@ def test_the_least_recently_read_goes_first(store, tmp_path, monkeypatch):
     assert names(tmp_path / "kept") == sorted(items[number].sha256 for number in (0, 2, 3))
 
 
-def test_a_file_that_is_being_read_stays(store, tmp_path):
+@pytest.mark.parametrize("already_there", [False, True])
+def test_a_file_that_is_being_read_stays(store, tmp_path, already_there):
     cache = Cache(tmp_path / "kept", 2000)
     items = [store(name, size) for name, size in (("a", 1000), ("b", 999), ("c", 998))]
+    if already_there:
+        content(cache, items[0])
     held = cache.open(items[0])
     content(cache, items[1])
     content(cache, items[2])
