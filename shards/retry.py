@@ -46,11 +46,11 @@ def patiently(ask: Callable[[], T], url: str) -> T:
             said = one_line(error)
             if _denied(error):
                 raise ShardError(
-                    f"{url}: access denied ({said}); expected credentials that may read it: give them in the environment "
+                    f"{url}: access denied ({said}); expected credentials that allow it: give them in the environment "
                     "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for S3), on every node"
                 ) from error
             if _refused(error):
-                raise ShardError(f"{url}: cannot be read ({said}); check the address") from error
+                raise ShardError(f"{url}: refused ({said}); check the address") from error
             if attempt == ATTEMPTS:
                 raise StoreError(
                     f"{url}: no good answer in {ATTEMPTS} attempts ({said}); expected a store that answers: check the "
