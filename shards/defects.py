@@ -5,6 +5,7 @@ A *rejected* image or annotation cannot be trained on or scored. What is *noted*
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -55,8 +56,18 @@ class Defect(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
         return KINDS[self.kind] == "rejected"
 
 
+@dataclass(frozen=True)
+class Lost:
+    """What another format held that no COCO JSON can say: images and annotations left out of it, and why."""
+
+    images: int
+    annotations: int
+    defects: tuple[Defect, ...]
+
+
 class SourceError(ShardError):
-    """The source is not sound. ``defects`` holds all of them; the message counts them and shows the first few."""
+    """The source is not sound. ``defects`` holds all of them, as does the file ``report``, if it is given; the message
+    counts them and shows the first few."""
 
     def __init__(self, path: Path, defects: Sequence[Defect], report: str = "") -> None:
         shown = "; ".join(defect.text for defect in defects[:NAMED_DEFECTS])
@@ -67,6 +78,7 @@ class SourceError(ShardError):
             remedy += f", or leave them out with --on-defect quarantine (all are in {report})"
         super().__init__(f"{path}: {number}: {shown}{more}. Nothing was written: {remedy}")
         self.defects = tuple(defects)
+        self.report = report
 
 
 class KindCount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

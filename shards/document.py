@@ -7,7 +7,7 @@ that was COCO from the start.
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import msgspec
 from PIL import Image
 
+from shards.defects import Defect, Lost, SourceError
 from shards.manifest import Category, Manifest
-from shards.source import Defect, SourceError
 from shards.tars import IMAGE_ENDINGS
 from shards.write import Map, Progress, WriteConfig, write_coco
 
@@ -52,7 +52,6 @@ class ObjectRecord(msgspec.Struct, gc=False, omit_defaults=True):
 
 
 class _Content(msgspec.Struct):
-    info: dict[str, str]
     images: list[ImageRecord]
     annotations: list[ObjectRecord]
     categories: Sequence[Category]
@@ -64,23 +63,31 @@ class Document:
 
     Attributes:
         name: what the data set is called.
+        root: the folder that it comes from.
         images: the folder that file names are relative to.
         content: COCO's instances JSON; the same for the same input.
+        lost: what could not be put into it.
     """
 
     name: str
+    root: Path
     images: Path
     content: bytes
+    lost: Lost
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """What a converter found out about one image: its size, its objects (ids yet to be given) and what is wrong."""
+    """What a converter found out about one image: its size, its objects (ids yet to be given) and what is wrong.
+
+    Without a size, the image is lost. ``lost`` counts its objects that are.
+    """
 
     width: int
     height: int
     objects: list[ObjectRecord]
     defects: list[Defect]
+    lost: int = 0
 
 
 def make_document(
@@ -90,24 +97,25 @@ def make_document(
     file_names: Sequence[str],
     labelled: Sequence[Labelled],
     categories: Sequence[Category],
-    description: str,
-    defects: Iterable[Defect] = (),
+    unpaired: Sequence[Defect],
 ) -> Document:
     """Join what was found into a document; ids of objects count from 1 in the order of images and objects.
 
-    ``file_names`` are relative to ``images``, sorted, one for each of ``labelled``. Raises SourceError naming ``root``
-    with ``defects`` and those of all images.
+    ``file_names`` are relative to ``images``, sorted, one for each of ``labelled``. ``unpaired`` name images without
+    labels that need some, or labels without an image, one each.
     """
-    found = [*defects, *(defect for one in labelled for defect in one.defects)]
-    if found:
-        raise SourceError(root, found)
-    content = _Content({"description": description}, [], [], categories)
+    content = _Content([], [], categories)
+    defects = list(unpaired)
     for number, file_name, one in zip(image_ids(file_names), file_names, labelled, strict=True):
-        content.images.append(ImageRecord(number, file_name, one.width, one.height))
-        for record in one.objects:
-            record.id, record.image_id = len(content.annotations) + 1, number
-            content.annotations.append(record)
-    return Document(name, images, msgspec.json.encode(content))
+        defects += [msgspec.structs.replace(defect, image_id=number) for defect in one.defects]
+        if one.width and one.height:
+            content.images.append(ImageRecord(number, file_name, one.width, one.height))
+            for record in one.objects:
+                record.id, record.image_id = len(content.annotations) + 1, number
+                content.annotations.append(record)
+    images_lost = len(unpaired) + len(file_names) - len(content.images)
+    lost = Lost(images_lost, sum(one.lost for one in labelled), tuple(defects))
+    return Document(name, root, images, msgspec.json.encode(content), lost)
 
 
 def write_document(
@@ -121,7 +129,11 @@ def write_document(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{document.name}.json"
         path.write_bytes(document.content)
-        return write_coco(document.images, path, out, config, progress, map)
+        try:
+            return write_coco(document.images, path, out, config, progress, map, document.lost)
+        except SourceError as error:  # the file that it names is gone by now
+            defects = error.defects if error.report else (*document.lost.defects, *error.defects)
+            raise SourceError(document.root, defects, error.report) from None
 
 
 def image_ids(file_names: Sequence[str]) -> list[int]:

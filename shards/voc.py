@@ -14,12 +14,14 @@ the union and COCO over the detection). ``keep_difficult`` makes ordinary object
 
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, ParseError
 
 from shards.categories import numbered, read_categories
+from shards.defects import Defect
 from shards.document import (
     IMAGE_SUFFIXES,
     Document,
@@ -31,7 +33,6 @@ from shards.document import (
 )
 from shards.errors import ShardError
 from shards.manifest import Category
-from shards.source import Defect
 from shards.write import Progress
 
 # In the order of the devkit (VOCinit.m), which is that of their labels everywhere.
@@ -80,12 +81,13 @@ class _Object:
 
 @dataclass(frozen=True)
 class _File:
-    """One XML file read: the image's size (0 where it does not say), and what is wrong with it."""
+    """One XML file read: the image's size (0 where it does not say), and what is wrong with objects or all of it."""
 
     width: int
     height: int
     objects: list[_Object]
     problems: list[str]
+    fault: str = ""
 
 
 def voc_document(
@@ -93,7 +95,7 @@ def voc_document(
 ) -> Document:
     """Read a VOC folder; ``progress`` counts XML files.
 
-    Raises ShardError where the folder is not VOC's, and SourceError with what is wrong with all its files.
+    Raises ShardError where the folder is not VOC's. What is wrong with its files is in ``Document.lost``.
     """
     config = config or VocConfig()
     folder = _folder(Path(root))
@@ -114,9 +116,7 @@ def voc_document(
     labelled = each(lambda pair: _labelled(folder, *pair, categories, config), chosen, config.workers, None)
     name = f"{folder.root.name}-{config.split}" if config.split else folder.root.name
     file_names = [folder.image_of[stem][0] for stem in stems]
-    return make_document(
-        name, folder.root, folder.images, file_names, labelled, categories, f"Pascal VOC, {name}", defects
-    )
+    return make_document(name, folder.root, folder.images, file_names, labelled, categories, defects)
 
 
 def _folder(root: Path) -> _Folder:
@@ -147,13 +147,16 @@ def _stems(folder: _Folder, split: str | None, xml: set[str]) -> tuple[list[str]
     defects = []
     for stem in asked:
         if stem not in folder.image_of:
-            defects.append(Defect(f"{stem}: no image of that name in {folder.images.name}"))
+            defects.append(Defect(f"{stem}: no image of that name in {folder.images.name}", "missing-file"))
         elif stem not in xml:
-            defects.append(Defect(f"{folder.image_of[stem][0]}: no {stem}.xml in {folder.annotations.name}"))
+            defects.append(
+                Defect(f"{folder.image_of[stem][0]}: no {stem}.xml in {folder.annotations.name}", "missing-file")
+            )
         elif len(folder.image_of[stem]) > 1:
             defects.append(Defect(f"{stem}: several images of that name: {', '.join(folder.image_of[stem])}"))
     sound = {stem for stem in asked if stem in xml and len(folder.image_of.get(stem, ())) == 1}
-    defects += [Defect(f"{stem}: is listed twice in {split}.txt") for stem in sorted(sound) if asked.count(stem) > 1]
+    twice = sorted(stem for stem, count in Counter(asked).items() if count > 1 and stem in sound)
+    defects += [Defect(f"{stem}: is listed twice in {split}.txt", "duplicate-image-id") for stem in twice]
     return sorted(sound), defects
 
 
@@ -184,7 +187,7 @@ def _read(path: Path, zero_based: bool) -> _File:
     try:
         top = fromstring(path.read_bytes())
     except (OSError, ParseError, ValueError, LookupError, DefusedXmlException) as error:
-        return _File(0, 0, [], [f"cannot be read as XML: {type(error).__name__}: {error}".replace("\n", " ")])
+        return _File(0, 0, [], [], f"cannot be read as XML: {type(error).__name__}: {error}".replace("\n", " "))
     objects, problems = [], []
     for number, element in enumerate(top.findall("object"), 1):
         try:
@@ -194,7 +197,7 @@ def _read(path: Path, zero_based: bool) -> _File:
     try:
         width, height = (int(_number(top.find("size"), side, "0")) for side in ("width", "height"))
     except ValueError as error:
-        return _File(0, 0, objects, [*problems, f"size: {error}"])
+        return _File(0, 0, [], [], f"size: {error}")
     return _File(width, height, objects, problems)
 
 
@@ -225,20 +228,23 @@ def _number(element: Any, side: str, absent: str | None = None) -> float:
 
 
 def _labelled(folder: _Folder, stem: str, file: _File, categories: tuple[Category, ...], config: VocConfig) -> Labelled:
-    ids = {category.name: category.id for category in categories}
-    defects = [Defect(f"{stem}.xml: {problem}") for problem in file.problems]
+    if file.fault:
+        return Labelled(0, 0, [], [Defect(f"{stem}.xml: {file.fault}")])
     width, height = file.width, file.height
     if width < 1 or height < 1:  # some tools write 0, or nothing
         try:
             width, height = image_size(folder.images / folder.image_of[stem][0])
         except ValueError as error:
-            defects.append(Defect(f"{folder.image_of[stem][0]}: {error}"))
+            return Labelled(0, 0, [], [Defect(f"{folder.image_of[stem][0]}: {error}", "not-an-image")])
+    ids = {category.name: category.id for category in categories}
+    defects = [Defect(f"{stem}.xml: {problem}") for problem in file.problems]
     objects = []
     for one in file.objects:
         if one.name not in ids:
-            defects.append(Defect(f"{stem}.xml: {one.name!r} is not among the categories of {config.categories}"))
+            problem = f"{one.name!r} is not among the categories of {config.categories}"
+            defects.append(Defect(f"{stem}.xml: {problem}", "unknown-category"))
             continue
         crowd = int(one.difficult and not config.keep_difficult)
         area = one.bbox[2] * one.bbox[3]
         objects.append(ObjectRecord(0, 0, ids[one.name], one.bbox, area, crowd, None, one.attributes or None))
-    return Labelled(width, height, objects, defects)
+    return Labelled(width, height, objects, defects, lost=len(defects))

@@ -10,14 +10,15 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import msgspec
 import numpy as np
 
 from shards import storage
-from shards.defects import REPORT_NAME, Defect, DefectReport, Policy, SourceError, make_report, parse_report
+from shards.checks import MAX_IMAGE_ID
+from shards.defects import REPORT_NAME, Defect, DefectReport, Lost, Policy, SourceError, make_report, parse_report
 from shards.errors import ShardError
 from shards.images import ImageSource, read_image
 from shards.manifest import (
@@ -81,11 +82,13 @@ def write_coco(
     config: WriteConfig | None = None,
     progress: Progress | None = None,
     map: Map | None = None,
+    lost: Lost | None = None,
 ) -> Manifest:
     """Write the COCO data set (image folder or URL, JSON file) as a data set in the new folder or URL ``out``.
 
     Where ``out`` already holds exactly this data set, it is left as it is. ``map`` runs the parts elsewhere instead of in
-    ``config.workers`` processes; images and ``out`` must be visible from there.
+    ``config.workers`` processes; images and ``out`` must be visible from there. ``lost`` counts and is reported with what
+    the JSON lists.
 
     Raises:
         ShardError: an input is absent or not COCO, or ``out`` is not free or cannot be written.
@@ -95,6 +98,8 @@ def write_coco(
     config = config or WriteConfig()
     out = storage.absolute(os.fspath(out))
     source = read_source(images, annotations, config.limit)
+    if lost is not None:
+        source = _with_lost(source, lost)
     name = config.name or source.path.stem
     if source.limited:
         name = f"{name}-first-{config.limit}"
@@ -120,6 +125,13 @@ def write_coco(
     except OSError as error:
         raise ShardError(f"{out}: cannot be written: {error}; make room or choose another place") from error
     return load_manifest(out)
+
+
+def _with_lost(source: Source, lost: Lost) -> Source:
+    listed = source.listed[0] + lost.images, source.listed[1] + lost.annotations
+    last = int(source.images.ids.max(initial=0)) if source.limited else MAX_IMAGE_ID
+    told = (defect for defect in lost.defects if defect.image_id is None or defect.image_id <= last)
+    return replace(source, listed=listed, defects=(*told, *source.defects))
 
 
 def load_report(manifest: Manifest) -> DefectReport | None:

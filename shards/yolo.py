@@ -22,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from shards.categories import read_categories
+from shards.defects import Defect
 from shards.document import (
     IMAGE_SUFFIXES,
     Document,
@@ -33,7 +34,6 @@ from shards.document import (
 )
 from shards.errors import ShardError
 from shards.manifest import Category
-from shards.source import Defect
 from shards.write import Progress
 
 _NAME_FILES = ("classes.txt", "labels/classes.txt", "obj.names")
@@ -66,7 +66,7 @@ def yolo_document(
 ) -> Document:
     """Read a folder of YOLO labels; ``progress`` counts images.
 
-    Raises ShardError where the folder is not laid out as above, and SourceError with what is wrong with all its files.
+    Raises ShardError where the folder is not laid out as above. What is wrong with its files is in ``Document.lost``.
     """
     config = config or YoloConfig()
     top = Path(root)
@@ -83,7 +83,7 @@ def yolo_document(
             f"{labels}: none of the {len(file_names)} images has an object; expected a label file for some"
         )
     name = f"{top.absolute().name}-{config.split}" if config.split else top.absolute().name
-    return make_document(name, top, images, file_names, labelled, categories, f"YOLO labels, {name}", defects)
+    return make_document(name, top, images, file_names, labelled, categories, defects)
 
 
 def _folders(root: Path, split: str | None) -> tuple[Path, Path]:
@@ -118,7 +118,7 @@ def _orphans(labels: Path, file_names: list[str]) -> list[Defect]:
     stems = {os.path.splitext(name)[0] for name in file_names}
     found = sorted(_files(labels, frozenset({".txt"})))
     lost = [name for name in found if os.path.splitext(name)[0] not in stems and Path(name).name != "classes.txt"]
-    return [Defect(f"{labels.name}/{name}: no image of that name") for name in lost]
+    return [Defect(f"{labels.name}/{name}: no image of that name", "missing-file") for name in lost]
 
 
 def _categories(root: Path, chosen: Path | None) -> tuple[Category, ...]:
@@ -154,11 +154,14 @@ def _labelled(images: Path, labels: Path, name: str, known: set[int]) -> Labelle
     label = os.path.splitext(name)[0] + ".txt"
     try:
         width, height = image_size(images / name)
+    except ValueError as error:
+        return Labelled(0, 0, [], [Defect(f"{images.name}/{name}: {error}", "not-an-image")])
+    try:
         lines = (labels / label).read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         lines = []
-    except ValueError as error:  # UnicodeDecodeError is one as well
-        return Labelled(0, 0, [], [Defect(f"{images.name}/{name}: {error}")])
+    except (OSError, UnicodeDecodeError) as error:
+        return Labelled(0, 0, [], [Defect(f"{labels.name}/{label}: cannot be read: {error}")])
     objects, defects = [], []
     for number, line in enumerate(lines, 1):
         words = line.split()
@@ -167,7 +170,7 @@ def _labelled(images: Path, labels: Path, name: str, known: set[int]) -> Labelle
                 objects.append(_object(words, known, width, height))
         except ValueError as error:
             defects.append(Defect(f"{labels.name}/{label} line {number}: {error}"))
-    return Labelled(width, height, objects, defects)
+    return Labelled(width, height, objects, defects, lost=len(defects))
 
 
 def _object(words: list[str], known: set[int], width: int, height: int) -> ObjectRecord:

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from shards.defects import SourceError
 from shards.document import write_document
 from shards.errors import ShardError
-from shards.source import SourceError
 from shards.voc import NAMES, VocConfig, voc_document
-from shards.write import WriteConfig
+from shards.write import WriteConfig, load_report
 
 SIZE = "<size><width>40</width><height>30</height></size>"
 PART = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
@@ -107,8 +107,9 @@ def test_categories_of_a_file_are_taken_and_must_hold_every_name(voc, tmp_path):
     content = read(voc, categories=tmp_path / "names.txt")
     assert [one["category_id"] for one in content["annotations"]] == [1, 2, 3]
     (tmp_path / "names.txt").write_text("person\ncat\n")
-    with pytest.raises(SourceError, match=r"2007_000027.xml: 'dog' is not among the categories of .*names.txt"):
-        read(voc, categories=tmp_path / "names.txt")
+    (defect,) = voc_document(voc, VocConfig(categories=tmp_path / "names.txt")).lost.defects
+    assert defect.text == f"2007_000027.xml: 'dog' is not among the categories of {tmp_path}/names.txt"
+    assert (defect.kind, defect.image_id) == ("unknown-category", 2007000027)
 
 
 def test_difficult_objects_are_crowds_unless_kept(voc):
@@ -130,7 +131,7 @@ def test_a_size_that_is_not_the_images_is_told(voc, tmp_path):
         write_document(voc_document(voc), tmp_path / "out", WriteConfig())
 
 
-def test_every_defect_is_named_with_its_file(voc):
+def test_every_defect_is_named_with_its_file(voc, tmp_path):
     write(voc, "2007_000027", thing("dog", "x", 1, 2, 2), thing("dog", 9, 1, 2, 2), thing("", 1, 1, 2, 2), "<object/>")
     write(voc, "2007_000032", thing("cat", "inf", 1, 2, 2), "<object><name>cat</name></object>")
     write(voc, "2007_000099", size="<size><width>wide</width><height>1</height></size>")
@@ -142,10 +143,9 @@ def test_every_defect_is_named_with_its_file(voc):
     (voc / "Annotations" / "c.xml").unlink()
     write(voc, "d")
     Image.new("RGB", (40, 30)).save(voc / "JPEGImages" / "d.png")
-    with pytest.raises(SourceError, match="VOC2007: 11 defects") as caught:
-        voc_document(voc)
-    texts = [defect.text for defect in caught.value.defects]
-    for expected in [
+    document = voc_document(voc)
+    texts = [defect.text for defect in document.lost.defects]
+    expected = [
         "b: no image of that name in JPEGImages",
         "c.jpg: no c.xml in Annotations",
         "d: several images of that name: d.jpg, d.png",
@@ -157,19 +157,51 @@ def test_every_defect_is_named_with_its_file(voc):
         "2007_000032.xml: object 2 (cat): it has no xmin",
         "2007_000099.xml: size: its width is 'wide', not a number",
         "a.xml: cannot be read as XML: ParseError: no element found: line 1, column 12",
-    ]:
-        assert expected in texts
+    ]
+    assert sorted(texts) == sorted(expected)
+    assert (document.lost.images, document.lost.annotations) == (5, 6)
+    with pytest.raises(SourceError, match="VOC2007: 11 defects") as caught:
+        write_document(document, tmp_path / "out", WriteConfig())
+    assert sorted(defect.text for defect in caught.value.defects) == sorted(expected)
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_quarantine_leaves_out_what_is_wrong_and_keeps_the_rest(voc, tmp_path):
+    write(voc, "2007_000027", thing("dog", "x", 1, 2, 2), thing("dog", 9, 1, 12, 2), thing("dog", 39, 1, 37, 2))
+    (voc / "Annotations" / "2007_000099.xml").write_text("<annotation>")
+    (voc / "Annotations" / "2007_000098.xml").write_text("<annotation/>")
+    manifest = write_document(voc_document(voc), tmp_path / "out", WriteConfig(on_defect="quarantine"))
+    assert sorted(manifest.index().images["image_id"].tolist()) == [2007000027, 2007000032]
+    report = load_report(manifest)
+    assert (report.images_listed, report.images, report.annotations_listed, report.annotations) == (4, 2, 4, 2)
+    assert [(one.kind, one.count) for one in report.kinds if one.severity == "rejected"] == [
+        ("malformed", 3),
+        ("missing-file", 1),
+    ]
+
+
+def test_a_limit_hides_what_is_wrong_with_images_behind_it(voc, tmp_path):
+    write(voc, "2007_000099", thing("dog", "x", 1, 2, 2))
+    assert write_document(voc_document(voc), tmp_path / "out", WriteConfig(limit=2)).images == 2
+    with pytest.raises(SourceError, match=r"VOC2007: 1 defect: 2007_000099\.xml: object 1"):
+        write_document(voc_document(voc), tmp_path / "all", WriteConfig(limit=3))
+
+
+def test_a_folder_of_nothing_but_defects_names_them(voc, tmp_path):
+    for path in (voc / "Annotations").iterdir():
+        path.write_text("<annotation>")
+    with pytest.raises(SourceError, match=r"VOC2007: 4 defects: 2007_000027.xml: cannot be read as XML"):
+        write_document(voc_document(voc), tmp_path / "out", WriteConfig())
 
 
 def test_an_xml_file_cannot_swell_or_read_other_files(voc):
     for number, entity in enumerate(['"aaaa"', 'SYSTEM "file:///etc/hostname"']):
         text = f"<!DOCTYPE annotation [<!ENTITY e {entity}>]><annotation><object><name>&e;</name></object></annotation>"
         (voc / "Annotations" / f"2007_0000{(27, 32)[number]}.xml").write_text(text)
-    with pytest.raises(SourceError) as caught:
-        voc_document(voc)
-    assert len(caught.value.defects) == 2
-    assert all("EntitiesForbidden" in defect.text for defect in caught.value.defects)
+    defects = voc_document(voc).lost.defects
+    assert len(defects) == 2
+    assert all("EntitiesForbidden" in defect.text for defect in defects)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +219,7 @@ def test_a_split_that_cannot_be_used_is_one_line(voc, name, message):
     elif name == "lost":
         split(voc, name, "2007_000027", "nobody")
     with pytest.raises(ShardError, match=message) as caught:
-        voc_document(voc, VocConfig(name))
+        write_document(voc_document(voc, VocConfig(name)), voc / "out", WriteConfig())
     assert "\n" not in str(caught.value)
 
 

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from shards.defects import SourceError
 from shards.document import write_document
 from shards.errors import ShardError
 from shards.segmentation import true_runs
-from shards.source import SourceError
-from shards.write import WriteConfig
+from shards.write import WriteConfig, load_report
 from shards.yolo import YoloConfig, yolo_document
 
 
@@ -150,25 +150,31 @@ BAD_LINES = [
 ]
 
 
-def test_every_bad_line_is_named_with_file_and_line(yolo):
+def test_every_bad_line_is_named_with_file_and_line(yolo, tmp_path):
     write(yolo, "deep/c", *(line for line, _ in BAD_LINES))
-    with pytest.raises(SourceError, match=r"pets: 11 defects: labels/deep/c.txt line 1: got 4") as caught:
-        read(yolo)
-    for number, (text, (_, message)) in enumerate(zip(caught.value.defects, BAD_LINES, strict=True), 1):
-        assert text.text.startswith(f"labels/deep/c.txt line {number}: {message}")
+    document = yolo_document(yolo)
+    for number, (defect, (_, message)) in enumerate(zip(document.lost.defects, BAD_LINES, strict=True), 1):
+        assert defect.text.startswith(f"labels/deep/c.txt line {number}: {message}")
+        assert defect.image_id == 3
+    with pytest.raises(SourceError, match=r"pets: 11 defects: labels/deep/c.txt line ") as caught:
+        write_document(document, tmp_path / "out", WriteConfig())
     assert "\n" not in str(caught.value)
+    manifest = write_document(document, tmp_path / "out", WriteConfig(on_defect="quarantine"))
+    assert (manifest.images, manifest.annotations) == (3, 3)
+    report = load_report(manifest)
+    assert (report.images_listed, report.annotations_listed) == (3, 14)
 
 
 def test_bad_files_are_named(yolo):
     (yolo / "images" / "a.jpg").write_bytes(b"no image")
     (yolo / "labels" / "b.txt").write_bytes(b"\xff\xfe")
     (yolo / "labels" / "z.txt").write_text("0 0.5 0.5 0.1 0.1")
-    with pytest.raises(SourceError, match="3 defects") as caught:
-        read(yolo)
-    texts = [defect.text for defect in caught.value.defects]
+    lost = yolo_document(yolo).lost
+    assert (lost.images, lost.annotations) == (3, 0)
+    texts = [defect.text for defect in lost.defects]
     assert texts[0] == "labels/z.txt: no image of that name"
     assert texts[1] == "images/a.jpg: its size cannot be read: cannot identify image file 'a.jpg'"
-    assert texts[2].startswith("images/b.jpg: 'utf-8' codec can't decode")
+    assert texts[2].startswith("labels/b.txt: cannot be read: 'utf-8' codec can't decode")
 
 
 def test_what_is_no_folder_of_labels_is_one_line(yolo, tmp_path):
