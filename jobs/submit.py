@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 from jobs.spec import SPECS, Spec
 from pipeline.errors import PipelineError, RunConfigError, first_line
 from pipeline.launch import authenticate
+from shards.storage import refuse_secret
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -64,6 +65,8 @@ def check(argv: Sequence[str]) -> None:
 
     if argv[0] not in COMMANDS:
         raise JobError(f"there is no command {argv[0]!r} to submit; did you mean {nearest(argv[0], COMMANDS)}?")
+    for word in argv:
+        refuse_secret(word)  # Ray shows a job's command to whoever may see the job
     if argv[0] != "train":
         return
     config = check_train(list(argv[1:]))

@@ -32,6 +32,17 @@ def check_cache_limit(config: DataConfig, train: Manifest, val: Manifest) -> Non
         _check(config, train, val, int(config.cache_gib * GIB), "the cache")
 
 
+def check_room(manifest: Manifest) -> None:
+    """As `check_cache`, of a data set that is evaluated outside of a run: the environment says where it is kept."""
+    cache = cache_for(manifest.url, manifest.cache)
+    needed = sum(shard.bytes for shard in manifest.shards)
+    if cache is not None and needed > cache.room():
+        raise RunConfigError(
+            f"the shards take {_gib(needed)} but {cache} may hold {_gib(cache.room())}; expected room for all, or they would "
+            "be fetched again and again: free some disk, or set DETR_CACHE to another folder, or to off"
+        )
+
+
 def _check(config: DataConfig, train: Manifest, val: Manifest, room: int, where: str) -> None:
     needed, largest = (sum(sizes) for sizes in (_sizes(train, val), _sizes(train, val, config.shuffle_shards)))
     if config.shuffle_shards == 0 and needed > room:

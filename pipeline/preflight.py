@@ -84,7 +84,7 @@ def _absolute(config: RunConfig) -> RunConfig:
         config.data,
         train=storage.absolute(config.data.train),
         val=storage.absolute(config.data.val),
-        cache=config.data.cache if config.data.cache in ("", "off") else str(Path(config.data.cache).absolute()),
+        cache=_absolute_cache(config.data.cache),
     )
     weights = config.model.backbone_weights
     if weights not in ("imagenet", "random"):
@@ -99,6 +99,11 @@ def _absolute(config: RunConfig) -> RunConfig:
         storage=str(Path(config.storage).absolute()),
         model=replace(config.model, backbone_weights=weights),
     )
+
+
+def _absolute_cache(folder: str) -> str:
+    """A folder below the home stays that of each node's."""
+    return folder if folder in ("", "off") or folder.startswith("~") else str(Path(folder).absolute())
 
 
 def _check_initial(config: RunConfig) -> None:

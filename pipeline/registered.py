@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pipeline.data import check_room
 from pipeline.errors import PipelineError
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.figures import Boxes, contact_sheet, draw
@@ -48,6 +49,7 @@ def evaluate_registered_layers(uri: str, data: str, *, nms: float = 0.7, progres
 def _score(how: Callable[..., _Scored | None], uri: str, data: str, progress: bool) -> _Scored:
     manifest = load_manifest(data)
     check_sizes(manifest)
+    check_room(manifest)
     model, card = read_model(resolve(uri))
     if card.model.masks and how is evaluate:  # layers are scored by their boxes
         check_segmentations(manifest)

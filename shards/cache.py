@@ -187,11 +187,11 @@ class Cache:
             return True
         if short <= busy:
             return False
-        limit = f", limit {_gib(self._limit)}" if self._limit else ""
+        limit = f" and a limit of {_gib(self._limit)}" if self._limit else ""
         raise ShardError(
-            f"{self._folder}: no room for {item.url}: it needs {_gib(item.bytes)}, the disk has {_gib(free + SPARE)} free of "
-            f"which {_gib(SPARE)} are kept{limit}; expected room for at least one shard: free some, raise --data.cache-gib, "
-            "give another --data.cache DIR, or --data.cache off"
+            f"{self._folder}: no room for {item.url}: got {_gib(free + SPARE)} free on its disk{limit}, expected "
+            f"{_gib(item.bytes)} and {_gib(SPARE)} that are left to others: free some, raise --data.cache-gib, give another "
+            "--data.cache DIR, or --data.cache off"
         )
 
     def _scan(self) -> tuple[list[tuple[int, float, Path]], list[tuple[int, float, Path]]]:

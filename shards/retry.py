@@ -53,8 +53,8 @@ def patiently(ask: Callable[[], T], url: str) -> T:
                 raise ShardError(f"{url}: refused ({said}); check the address") from error
             if attempt == ATTEMPTS:
                 raise StoreError(
-                    f"{url}: no good answer in {ATTEMPTS} attempts ({said}); expected a store that answers: check the "
-                    "address (for S3 also AWS_ENDPOINT_URL_S3) and the network, then try again"
+                    f"{url}: no good answer in {ATTEMPTS} attempts; check the address (for S3 also AWS_ENDPOINT_URL_S3) and "
+                    f"the network, then try again ({said})"
                 ) from error
             wait_s = min(FIRST_WAIT_S * 2 ** (attempt - 1), LONGEST_WAIT_S) * random.uniform(0.5, 1)
             LOG.warning("%s: %s; attempt %d of %d in %.1f s", url, said, attempt + 1, ATTEMPTS, wait_s)

@@ -46,11 +46,8 @@ def _remote(url: str) -> tuple[Any, str]:
     return filesystem, name
 
 
-def absolute(url: str) -> str:
-    """A local path made absolute; a remote URL without its last slashes.
-
-    Raises ShardError where the address holds a password or a signature, without repeating it.
-    """
+def refuse_secret(url: str) -> None:
+    """Raises ShardError where an address holds a password or a signature, without repeating it."""
     scheme, separator, rest = url.partition("://")
     # A password may hold slashes, so it is looked for up to the last @; a port is digits up to the first slash.
     if separator and (re.match(r"[^/@]*:(?!\d*(/|$)).*@", rest) or re.search(r"\?.*=", rest)):
@@ -59,6 +56,11 @@ def absolute(url: str) -> str:
             "give credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for S3) or in fsspec's "
             "configuration (FSSPEC_... variables)"
         )
+
+
+def absolute(url: str) -> str:
+    """A local path made absolute; a remote URL without its last slashes. Raises ShardError as ``refuse_secret`` does."""
+    refuse_secret(url)
     path = local_path(url)
     return url.rstrip("/") if path is None else str(path.absolute())
 

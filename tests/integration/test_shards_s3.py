@@ -66,6 +66,7 @@ def test_samples_are_those_of_the_local_data_set_and_each_shard_is_asked_for_onc
     assert Counter(s3.gets(".tar")) == {f"coco/{shard.name}": 1 for shard in local.shards}
     assert Counter(s3.gets(".npy")) == {"coco/index/images.npy": 1, "coco/index/annotations.npy": 1}
     check_sizes(remote(tmp_path / "kept"))
+    assert storage.read_range(f"s3://sets/coco/{local.shards[0].name}", local.shards[0].bytes, 10) == b""
 
 
 def test_without_a_cache_each_sample_is_one_request_masks_included(s3: S3Server, local: Manifest) -> None:

@@ -104,3 +104,11 @@ def test_truncated_data_is_refused_here(server: Server, tiny_data: Any, tmp_path
             ["train", "overfit", "--data.train", str(tmp_path / "train"), "--data.val", tiny_data.val],
         )
     assert server.asked == {}
+
+
+@pytest.mark.parametrize("words", [["--out", "s3://ada:hunter2@sets/x"], ["--out=s3://ada:hunter2@sets/x"]])
+def test_a_secret_in_an_address_is_never_sent_either(server: Server, words: list[str]) -> None:
+    with pytest.raises(ShardError, match="holds a password") as caught:
+        submit(spec_named("local"), ["shard", "coco", *words])
+    assert "hunter2" not in str(caught.value)
+    assert not server.asked

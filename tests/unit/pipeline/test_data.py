@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from pipeline.config import DataConfig
-from pipeline.data import check_cache, check_cache_limit, open_data
+from pipeline.data import check_cache, check_cache_limit, check_room, open_data
 from pipeline.errors import RunConfigError
 from shards import cache as caching
 from shards.cache import GIB
@@ -79,3 +79,12 @@ def test_data_that_is_read_where_it_lies_needs_no_room(config: DataConfig, folde
     config = replace(config, cache=folder, cache_gib=0.001)
     for check in (check_cache, check_cache_limit):
         check(config, *sets(config))
+
+
+def test_an_evaluation_that_does_not_fit_says_what_to_set(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, val = sets(config)
+    monkeypatch.setattr(caching.shutil, "disk_usage", lambda _: Usage(caching.SPARE + GIB))
+    with pytest.raises(RunConfigError, match=r"shards take 2.00 GiB but .* may hold 1.00 GiB; .* DETR_CACHE"):
+        check_room(val)
+    monkeypatch.setattr(caching.shutil, "disk_usage", lambda _: Usage(caching.SPARE + 2 * GIB))
+    check_room(val)

@@ -38,6 +38,17 @@ def test_paths_become_absolute(tiny_config: RunConfig, tiny_data: Any, monkeypat
     assert config.storage == str(tiny_data.root / "runs")
 
 
+@pytest.mark.parametrize(("given", "meant"), [("kept", "{}/kept"), ("~/kept", "~/kept"), ("off", "off"), ("", "")])
+def test_the_cache_s_folder_becomes_absolute_unless_it_is_below_each_node_s_home(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, meant: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config, _ = prepare(replace(tiny_config, data=replace(tiny_config.data, cache=given)), lambda line: None)
+    assert config.data.cache == meant.format(tmp_path)
+    assert (tmp_path / "kept").exists() == ("kept" in given)
+
+
 def test_training_and_validation_data_of_other_categories_are_refused(
     tiny_config: RunConfig, tiny_data: Any, tmp_path: Path
 ) -> None:
