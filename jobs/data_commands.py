@@ -219,7 +219,7 @@ def _describe(manifest: Any) -> str:
         f"annotations {manifest.annotations} ({crowds} crowd regions), at most {manifest.index().max_boxes} boxes in an image",
         f"classes     {manifest.num_classes}",
         f"digest      {manifest.digest}",
-        f"source      {manifest.source_digest} (sha256 of the annotation file)",
+        f"source      {manifest.source_digest} (sha256 of what it was made from)",
     ]
     return "\n".join(lines)
 

@@ -416,6 +416,24 @@ def test_labels_of_other_formats_become_a_data_set(detr: Detr, tmp_path: Path) -
     assert "categories  1 aeroplane, 2 bicycle" in said.out
 
 
+def test_bad_labels_are_told_and_left_out_when_asked(detr: Detr, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "images" / "12.jpg")
+    (tmp_path / "labels" / "12.txt").write_text("1 0.5 0.5 0.5 0.5\n7 0.5 0.5 0.5 0.5\n")
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    argv = "shard", "yolo", "--root", ".", "--out", "o", "--workers", "0", "--categories", "names.txt"
+    said = detr(*argv)
+    assert said.status == 1
+    assert said.err.splitlines()[-1].startswith(
+        "detr: .: 1 defect: labels/12.txt line 2: got class 7, expected one of the 2"
+    )
+    assert not (tmp_path / "o").exists()
+    said = detr(*argv, "--on-defect", "quarantine")
+    assert said.status == 0
+    assert "WARNING: left out 0 of 1 images and 1 of 2 annotations" in said.err
+
+
 def test_tars_become_a_data_set_where_they_lie(detr: Detr, tiny_data: object, tmp_path: Path) -> None:
     shutil.copytree(tiny_data.val, tmp_path / "tars")  # type: ignore[attr-defined]
     before = detr("shard", "info", "tars")

@@ -124,6 +124,7 @@ def test_a_damaged_foreign_tar_is_told_as_ours_is(tars, names):
     [
         (["a", "b"], [9, 4], [9, 4]),
         (["7", "8"], [9, None], [7, 8]),
+        (["7", "8"], [9, -1], [7, 8]),
         (["v1.0/007", "v1.0/008"], [None, None], [7, 8]),
         (["x/7", "y/7"], [None, None], [1, 2]),
         (["7", "8b"], [None, None], [1, 2]),
@@ -235,16 +236,16 @@ def test_every_bad_annotation_is_named_with_its_sample(tmp_path, names):
 
 
 def test_quarantine_leaves_samples_out_of_the_index_and_reports_them(tars, names):
-    tar(tars / "c.tar", ("four.jpg", picture()[:-100]), ("four.json", []))
+    tar(tars / "c.tar", ("four.jpg", picture()), ("four.json", [thing(0, 0, 9, 9), thing(1, 1, -1, 1)]))
     tar(tars / "d.tar", ("five.jpg", picture()), ("five.json", [thing(0, 0, 9, 9)]), ("six.jpg", b""), ("six.json", []))
-    tar(tars / "e.tar", ("seven.jpg", picture()), ("seven.json", [thing(0, 0, 9, 9), thing(1, 1, -1, 1)]))
+    tar(tars / "e.tar", ("seven.jpg", picture()[:-100]), ("seven.json", []))
     with pytest.raises(SourceError, match="3 defects"):
         index(tars, categories=names)
     assert (tars.parent / "tars.report.json").exists()
     manifest = index(tars, categories=names, on_defect="quarantine")
     assert not (tars.parent / "tars.report.json").exists()
     assert [(shard.name, shard.samples) for shard in manifest.shards] == [("a.tar", 2), ("b.tar", 1), ("d.tar", 1)]
-    assert manifest.index().images["image_id"].tolist() == [1, 2, 3, 5]  # 4 and 6 were not read
+    assert manifest.index().images["image_id"].tolist() == [1, 2, 3, 5]  # numbers of those left out are left out too
     assert manifest.index().images["shard"].tolist() == [0, 0, 1, 2]
     assert manifest.index().annotations["image"].tolist() == [0, 1, 1, 3]
     assert verify(tars).problems == ()
@@ -253,6 +254,12 @@ def test_quarantine_leaves_samples_out_of_the_index_and_reports_them(tars, names
     assert (report.images_listed, report.images) == (7, 4)
     rejected = [one.text.partition(": ")[2].partition(":")[0] for one in report.defects if one.rejected]
     assert sorted(rejected) == ["sample four", "sample seven", "sample six"]
+
+
+def test_tars_of_nothing_but_defects_are_no_data_set(tmp_path, names):
+    tar(tmp_path / "tars" / "a.tar", ("a.jpg", b""), ("a.json", []))
+    with pytest.raises(SourceError, match=r"1 defect: a.tar: sample a: the file is empty"):
+        index(tmp_path / "tars", categories=names, on_defect="quarantine")
 
 
 def test_what_is_worth_knowing_of_samples_is_reported(tmp_path, names):
