@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from pipeline.errors import PipelineError, first_line
-from pipeline.launch import authenticate
 from shards.errors import ShardError
 from shards.write import Map
 
@@ -29,6 +28,8 @@ def cluster_map(address: str | None, verbose: bool = False) -> Iterator[Map | No
     if address is None:
         yield None
         return
+    from pipeline.launch import authenticate  # which imports MLflow: seconds that writing here does not need
+
     authenticate()
     if not verbose:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -1,0 +1,104 @@
+"""The writing command, stopped in the middle in every way: it ends at once, and started again it ends the same."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shards.manifest import load_manifest
+from shards.synthetic import write_synthetic
+from shards.write import WriteConfig, write_coco
+
+IMAGES, SAMPLES = 120, 2
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Generated images in `train`, and the data set that they become in `expected`."""
+    root = tmp_path_factory.mktemp("killed")
+    split = write_synthetic(root, train=IMAGES, val=1, size=64).train
+    write_coco(split.images, split.annotations, root / "expected", WriteConfig(samples_per_shard=SAMPLES))
+    return root
+
+
+def command(made: Path, out: Path) -> list[str]:
+    source = ["--images", str(made / "train"), "--annotations", str(made / "annotations" / "instances_train.json")]
+    options = ["--out", str(out), "--samples-per-shard", str(SAMPLES), "--workers", "2"]
+    return [sys.executable, "-m", "jobs.cli", "shard", "coco", *source, *options]
+
+
+@contextmanager
+def writing(made: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
+    """The command, in a process group of its own, when a few of its shards are finished."""
+    process = subprocess.Popen(
+        command(made, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        until = time.monotonic() + 60
+        while len(notes(out)) < 4:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.002)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def notes(out: Path) -> list[Path]:
+    return sorted(out.with_name(out.name + ".partial").glob(".partial/shard-*.json"))
+
+
+def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return [one for one in psutil.Process(process.pid).children() if "spawn_main" in " ".join(one.cmdline())]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def kill_the_command(process: subprocess.Popen[str]) -> tuple[int, str]:
+    process.kill()
+    return -signal.SIGKILL, ""
+
+
+def kill_a_worker(process: subprocess.Popen[str]) -> tuple[int, str]:
+    workers(process)[0].kill()
+    return 1, "detr: a worker process was killed"
+
+
+def interrupt(process: subprocess.Popen[str]) -> tuple[int, str]:
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+    return 130, "detr: interrupted"
+
+
+@pytest.mark.parametrize("stop", [kill_the_command, kill_a_worker, interrupt], ids=lambda stop: stop.__name__)
+def test_a_writer_that_was_stopped_ends_the_same_when_started_again(stop, made, tmp_path):
+    out = tmp_path / "out"
+    with writing(made, out) as process:
+        below = psutil.Process(process.pid).children(recursive=True)
+        status, said = stop(process)
+        errors = process.communicate(timeout=20)[1]
+        assert process.returncode == status
+        assert errors.startswith(said)
+        assert len(errors.splitlines()) == bool(said)
+        left = psutil.wait_procs(below, timeout=10)[1]
+    assert left == []
+    assert not out.exists()
+    kept = {path.name.removesuffix(".json"): path for path in notes(out)}
+    assert 4 <= len(kept) < IMAGES // SAMPLES
+    before = {name: (out.with_name("out.partial") / name).stat().st_mtime_ns for name in kept}
+
+    done = subprocess.run(command(made, out), capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert content(out) == content(made / "expected")
+    assert {name: (out / name).stat().st_mtime_ns for name in kept} == before
+    assert load_manifest(out).images == IMAGES
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

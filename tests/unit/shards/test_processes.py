@@ -1,0 +1,96 @@
+"""Work in other processes: in order, counted, and ended cleanly. The functions are at the top, as spawn needs them."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from shards.errors import ShardError
+from shards.processes import process_map
+
+Done = Callable[[int], None]
+
+
+def slowest_first(part: int, done: Done) -> tuple[int, int]:
+    for _ in range(4):
+        time.sleep(0.02 if part == 0 else 0)
+        done(1)
+    return part, os.getpid()
+
+
+def fail_on_two(part: int, done: Done) -> int:
+    if part == 2:
+        raise ShardError("two")
+    return part
+
+
+def die_on_two(part: int, done: Done) -> int:
+    if part == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return part
+
+
+def endless(part: int, done: Done) -> int:
+    while True:
+        time.sleep(0.01)
+        done(1)
+
+
+def children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_results_come_in_order_from_other_processes_and_all_is_counted():
+    counts: list[int] = []
+    results = list(process_map(slowest_first, range(9), 2, counts.append))
+    assert [part for part, _ in results] == list(range(9))
+    assert os.getpid() not in {pid for _, pid in results}
+    assert counts == sorted(counts)
+    assert counts[-1] == 36
+    assert children() == []
+
+
+def test_parts_are_made_as_they_are_needed():
+    made: list[int] = []
+
+    def parts():
+        for number in range(50):
+            made.append(number)
+            yield number
+
+    results = process_map(slowest_first, parts(), 1, lambda _: None)
+    next(results)
+    assert len(made) <= 4
+    results.close()
+    assert children() == []
+
+
+def test_an_error_of_a_part_comes_out_as_it_is():
+    results = process_map(fail_on_two, range(9), 1, lambda _: None)
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(ShardError, match="two"):
+        next(results)
+    assert children() == []
+
+
+def test_a_killed_process_is_one_clear_line():
+    with pytest.raises(ShardError, match=r"a worker process was killed .*run the same command again") as caught:
+        list(process_map(die_on_two, range(9), 2, lambda _: None))
+    assert "\n" not in str(caught.value)
+    assert children() == []
+
+
+def test_an_interrupt_ends_the_processes_in_the_middle_of_a_part():
+    class Enough(Exception):
+        pass
+
+    def progress(count: int) -> None:
+        if count > 3:
+            raise Enough
+
+    with pytest.raises(Enough):
+        list(process_map(endless, range(9), 2, progress))
+    assert children() == []

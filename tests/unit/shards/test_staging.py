@@ -1,0 +1,152 @@
+"""Where a data set is written before it is one, above all where that is a URL."""
+
+from contextlib import suppress
+
+import fsspec
+import msgspec
+import pytest
+
+from shards import storage, write
+from shards.errors import ShardError
+from shards.manifest import load_manifest
+from shards.source import SourceError
+from shards.staging import Stage
+from shards.verify import verify
+from shards.write import WriteConfig, write_coco
+
+URL = "memory://bucket/coco"
+CONFIG = WriteConfig(samples_per_shard=2, name="instances")
+
+
+@pytest.fixture
+def bucket():
+    files = fsspec.filesystem("memory")
+    yield files
+    files.store.clear()
+    files.pseudo_dirs[:] = [""]
+
+
+def write_remote(coco, config: WriteConfig = CONFIG):
+    return write_coco(coco.images, coco.annotations, URL, config)
+
+
+@pytest.fixture
+def local(coco):
+    return coco.write(samples_per_shard=2)
+
+
+def content(url: str) -> dict[str, bytes]:
+    return {name: storage.read(storage.join(url, name)) for name in storage.listing(url)}
+
+
+def test_a_url_gets_the_very_bytes_that_a_folder_gets(coco, local, bucket):
+    manifest = write_remote(coco)
+    assert content(URL) == content(local.url)
+    assert manifest.digest == local.digest
+    assert load_manifest(URL).url == URL
+    assert verify(URL).ok
+
+
+def test_a_rerun_leaves_a_finished_remote_data_set_as_it_is(coco, local, bucket, monkeypatch):
+    first = write_remote(coco)
+    monkeypatch.setattr(storage, "upload", lambda *_: pytest.fail("wrote again"))
+    assert write_remote(coco) == first
+
+
+def test_the_manifest_comes_last_and_a_stopped_upload_goes_on(coco, local, bucket, monkeypatch):
+    uploaded, original = [], storage.upload
+
+    def upload(path, url):
+        if len(uploaded) == 2:
+            raise KeyboardInterrupt
+        uploaded.append(url)
+        original(path, url)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "upload", upload)
+        with pytest.raises(KeyboardInterrupt):
+            write_remote(coco)
+    with pytest.raises(ShardError, match=r"no manifest.json here"):
+        load_manifest(URL)
+    again = []
+    monkeypatch.setattr(storage, "upload", lambda path, url: again.append(url) or original(path, url))
+    write_remote(coco)
+    assert (len(uploaded), len(again)) == (2, 2)
+    assert content(URL) == content(local.url)
+
+
+def test_an_uploaded_shard_of_another_size_is_written_again(coco, local, bucket, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "_write_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            write_remote(coco)
+    bucket.pipe_file("/bucket/coco/shard-000001.tar", b"half of")
+    write_remote(coco)
+    assert content(URL) == content(local.url)
+
+
+def test_what_another_input_left_unfinished_is_replaced(coco, local, bucket, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "_write_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            write_remote(coco, WriteConfig(samples_per_shard=1))
+    write_remote(coco)
+    assert content(URL) == content(local.url)
+
+
+def test_a_place_that_holds_something_else_is_refused(coco, local, bucket):
+    bucket.pipe_file("/bucket/coco/thesis.txt", b"dear")
+    with pytest.raises(ShardError, match="is not empty and holds no data set"):
+        write_remote(coco)
+    assert content(URL) == {"thesis.txt": b"dear"}
+    bucket.rm_file("/bucket/coco/thesis.txt")
+    write_remote(coco)
+    before = content(URL)
+    with pytest.raises(ShardError, match="already holds another data set"):
+        write_remote(coco, WriteConfig(samples_per_shard=3, name="instances"))
+    assert content(URL) == before
+
+
+def test_a_source_that_is_not_sound_leaves_nothing_but_its_report(coco, local, bucket):
+    path = coco.images / "picture 4.jpg"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(SourceError, match=r"memory://bucket/coco\.report\.json"):
+        write_remote(coco)
+    assert storage.listing(URL) == {}
+    report = msgspec.json.decode(storage.read(f"{URL}.report.json"))
+    assert [one["image_id"] for one in report["defects"] if one["kind"] == "truncated"] == [128]
+
+
+def test_images_may_lie_at_a_url(coco, local, bucket):
+    for path in coco.images.iterdir():
+        bucket.pipe_file(f"/pictures/train/{path.name}", path.read_bytes())
+    manifest = write_coco("memory://pictures/train", coco.annotations, coco.root / "out2", CONFIG)
+    assert manifest.digest == local.digest
+    bucket.rm_file("/pictures/train/picture 2.jpg")
+    with pytest.raises(SourceError, match=r"image 114 \(picture 2.jpg\): no such file"):
+        write_coco("memory://pictures/train", coco.annotations, coco.root / "out3", CONFIG)
+    with pytest.raises(ShardError, match="memory://pictures/elsewhere: holds no files"):
+        write_coco("memory://pictures/elsewhere", coco.annotations, coco.root / "out3", CONFIG)
+
+
+def test_a_worker_that_does_not_see_the_place_says_so(coco, bucket):
+    """What one process keeps in its memory, no other can see."""
+    coco.write("unused")
+    with pytest.raises(
+        ShardError, match="expected images and --out to be visible from every process and node"
+    ) as caught:
+        write_remote(coco, WriteConfig(2, workers=1))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_was_not_finished_does_not_appear(tmp_path):
+    stage = Stage(str(tmp_path), "key")
+    with stage.draft("a.tar") as draft:
+        draft.file.write(b"half")
+    with suppress(RuntimeError), stage.draft("b.tar") as draft:
+        draft.finished = True
+        raise RuntimeError
+    with stage.draft("c.tar") as draft:
+        draft.file.write(b"whole")
+        draft.finished = True
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("c.tar", b"whole")]
