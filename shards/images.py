@@ -21,6 +21,7 @@ from shards.errors import ShardError
 # File extensions by Pillow's name of the format; MPO is what some cameras call a JPEG with a second picture inside.
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
 _SAME = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "tiff": "tif", "dib": "bmp"}
+NO_FILE = -1  # instead of a checksum
 _ORIENTATION = 0x0112  # of EXIF; 1 is upright
 
 
@@ -35,9 +36,10 @@ class ImageSource(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image file's bytes, the extension that its content deserves, and what is wrong with it or worth knowing."""
+    """An image file's bytes and their checksum, the extension that they deserve, and what is wrong or worth knowing."""
 
     content: bytes
+    crc32: int
     extension: str
     defects: tuple[Defect, ...]
 
@@ -86,7 +88,8 @@ def read_image(folder: str, source: ImageSource) -> ImageFile:
         return Defect(f"{who}: {problem}", kind, source.image_id)
 
     if content is None:
-        return ImageFile(b"", "", (defect("missing-file", "no such file in the folder of images"),))
+        return ImageFile(b"", NO_FILE, "", (defect("missing-file", "no such file in the folder of images"),))
+    crc32 = checksum(content)
     try:
         look = look_at(content)
         if look.size != (source.width, source.height):
@@ -96,7 +99,7 @@ def read_image(folder: str, source: ImageSource) -> ImageFile:
                 f"{source.width}x{source.height}",
             )
     except Unfit as error:
-        return ImageFile(content, "", (defect(*error.args),))
+        return ImageFile(content, crc32, "", (defect(*error.args),))
     extension = EXTENSIONS[look.format]
     notes = []
     named = PurePosixPath(source.name).suffix.lower().removeprefix(".")
@@ -111,12 +114,12 @@ def read_image(folder: str, source: ImageSource) -> ImageFile:
         )
     if look.colours:
         notes.append(defect(look.colours, f"is {look.colours.replace('cmyk', 'CMYK')}; it is read as RGB"))
-    return ImageFile(content, extension, tuple(notes))
+    return ImageFile(content, crc32, extension, tuple(notes))
 
 
 def checksum(content: bytes | None) -> int:
-    """crc32 of a file's bytes; -1 for no file."""
-    return -1 if content is None else zlib.crc32(content)
+    """crc32 of a file's bytes; ``NO_FILE`` for none."""
+    return NO_FILE if content is None else zlib.crc32(content)
 
 
 def look_at(content: bytes) -> Look:

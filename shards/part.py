@@ -13,7 +13,7 @@ import msgspec
 from shards import storage
 from shards.defects import Defect
 from shards.errors import ShardError
-from shards.images import ImageSource, checksum, read_content, read_image
+from shards.images import ImageFile, ImageSource, checksum, read_content, read_image
 from shards.manifest import Shard
 from shards.staging import Stage
 from shards.tars import SEGMENTATIONS, TarMember, TarWriter, file_digest, sample_key
@@ -95,11 +95,11 @@ def write_part(part: Part, stage: Stage, done: Callable[[int], None]) -> Written
         tar = TarWriter(draft.file)
         for sample in part.samples:
             image = read_image(part.folder, sample.image)
-            read.append(checksum(image.content))
+            read.append(image.crc32)
             defects += image.defects
             failed = any(defect.rejected for defect in defects) and not part.quarantine
             if image.sound and part.write and not failed:
-                places.append(_add(tar, sample, image.content, image.extension))
+                places.append(_add(tar, sample, image))
             done(1)
         draft.finished = bool(places) and not failed
         digest = tar.finish()
@@ -127,14 +127,14 @@ _NULL = msgspec.Raw(b"null")
 _NO_MEMBER = TarMember("", 0, 0, 0)
 
 
-def _add(tar: TarWriter, sample: Sample, content: bytes, extension: str) -> Place:
+def _add(tar: TarWriter, sample: Sample, image: ImageFile) -> Place:
     key = sample_key(sample.image.image_id)
     entry, text = sample_texts(sample)
-    image = tar.add(f"{key}.{extension}", content)
+    picture = tar.add(f"{key}.{image.extension}", image.content, image.crc32)
     tar.add(f"{key}.json", entry)
     texts = tar.add(key + SEGMENTATIONS, text) if text else _NO_MEMBER
     return Place(
-        sample.image.image_id, image.offset, image.length, image.crc32, texts.offset, texts.length, texts.crc32
+        sample.image.image_id, picture.offset, picture.length, picture.crc32, texts.offset, texts.length, texts.crc32
     )
 
 

@@ -50,9 +50,10 @@ class TarWriter:
         self._digest = hashlib.sha256()
         self.bytes = 0
 
-    def add(self, name: str, content: bytes) -> TarMember:
-        """Append a file."""
-        member = TarMember(name, self.bytes + BLOCK, len(content), zlib.crc32(content))
+    def add(self, name: str, content: bytes, crc32: int | None = None) -> TarMember:
+        """Append a file, whose checksum may be known already."""
+        crc32 = zlib.crc32(content) if crc32 is None else crc32
+        member = TarMember(name, self.bytes + BLOCK, len(content), crc32)
         for piece in (tar_header(name, len(content)), content, bytes(-len(content) % BLOCK)):
             self._write(piece)
         return member

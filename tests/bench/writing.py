@@ -1,0 +1,196 @@
+"""What writing a data set costs: reading a JSON of COCO's size, and images into tars.
+
+Each side runs in a process of its own, in turn, and says its CPU seconds and its peak of memory.
+`python -m tests.bench.writing SIDE FOLDER` is such a process.
+"""
+
+import hashlib
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+Row = dict[str, Any]
+COCO_TINY = Path(os.environ.get("DETR_COCO_TINY", Path(__file__).parents[2] / "../shared/data/coco-tiny"))
+IMAGES, ANNOTATIONS, JSON_BYTES = 118_287, 860_001, 448e6  # of COCO's instances_train2017.json
+REPEATS = 12  # how often the images are written in one process
+
+
+def parsing(device: str, rounds: int) -> list[Row]:
+    """COCO's annotations into columns, and into pycocotools' `COCO`; both from a generated file of the same size."""
+    with tempfile.TemporaryDirectory() as folder:
+        size = _generate(Path(folder) / "instances.json")
+        title = f"annotations, {size / 1e6:.0f} MB of JSON"
+        return _compare(title, ("read_source", "pycocotools"), "pycocotools", Path(folder), rounds)
+
+
+def writing(device: str, rounds: int) -> list[Row]:
+    """COCO images into shards, without and with the look at every image, and plainly read, hashed and written."""
+    with tempfile.TemporaryDirectory() as folder:
+        title = f"writing {REPEATS} x {len(_files())} COCO images"
+        return _compare(title, ("plain copy", "shards, no decoding", "shards"), "plain copy", Path(folder), rounds)
+
+
+def _compare(title: str, sides: tuple[str, ...], reference: str, folder: Path, rounds: int) -> list[Row]:
+    found: dict[str, list[Row]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side in sides:
+            command = [sys.executable, "-m", "tests.bench.writing", side, str(folder)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            found[side].append(json.loads(done.stdout.splitlines()[-1]))
+    rows = []
+    for side, times in found.items():
+        ratios = [mine["cpu_s"] / its["cpu_s"] for mine, its in zip(times, found[reference], strict=True)]
+        peak, base = (statistics.median(one["peak_bytes"] for one in found[name]) for name in (side, reference))
+        row = {
+            "case": title,
+            "side": side,
+            "median_cpu_s": statistics.median(one["cpu_s"] for one in times),
+            "best_cpu_s": min(one["cpu_s"] for one in times),
+            "cpu_ratio": statistics.median(ratios),
+            "peak_bytes": peak,
+            "peak_ratio": peak / base,
+        }
+        rows.append(row)
+        print(
+            f"{title:45} {side:22} median {row['median_cpu_s']:6.2f} CPU s, best {row['best_cpu_s']:6.2f}, "
+            f"x{row['cpu_ratio']:.3f} ({1 / row['cpu_ratio']:.2f} times as fast); peak {peak / 2**20:5.0f} MiB, "
+            f"x{row['peak_ratio']:.2f}",
+            flush=True,
+        )
+    return rows
+
+
+def _generate(path: Path) -> int:
+    """A COCO JSON of as many images, annotations and bytes as the original's; returns the bytes."""
+    rng = random.Random(0)
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    each = (JSON_BYTES - IMAGES * 250) / ANNOTATIONS - 150  # bytes of a segmentation
+    outlines = []
+    for _ in range(997):
+        outline: list[float] = []
+        while len(json.dumps(outline)) < each * rng.uniform(0.9, 1.1):
+            outline += [round(rng.uniform(0, 640), 2) for _ in range(6)]
+        outlines.append(json.dumps([outline]))
+    with path.open("w") as file:
+        file.write('{"info": {"year": 2017}, "licenses": [], "images": [')
+        for number in range(IMAGES):
+            name = f"{number:012d}.jpg"
+            url = f"http://farm8.staticflickr.com/{rng.randrange(10**4)}/{rng.randrange(10**10)}_{number:010x}_z.jpg"
+            image = {"license": 2, "file_name": name, "coco_url": f"http://images.cocodataset.org/train2017/{name}"}
+            image |= {"height": 480, "width": 640, "date_captured": "2013-11-20 02:07:55", "flickr_url": url}
+            file.write((", " if number else "") + json.dumps(image | {"id": number}))
+        file.write('], "annotations": [')
+        for number in range(ANNOTATIONS):
+            x, y = rng.randrange(30000) / 100, rng.randrange(20000) / 100
+            width, height = rng.randrange(100, 30000) / 100, rng.randrange(100, 20000) / 100
+            area = width * height * 0.7
+            text = (
+                f'{{"segmentation": {outlines[number % 997]}, "area": {area}, "iscrowd": 0, '
+                f'"image_id": {number * 7919 % IMAGES}, "bbox": [{x}, {y}, {width}, {height}], '
+                f'"category_id": {number % 80 + 1}, "id": {900_000 + number}}}'
+            )
+            file.write((", " if number else "") + text)
+        categories = [{"supercategory": "thing", "id": one, "name": letters[one % 26] * 9} for one in range(1, 81)]
+        file.write(f'], "categories": {json.dumps(categories)}}}')
+    return path.stat().st_size
+
+
+def _files() -> list[Path]:
+    return sorted((COCO_TINY / "train2017").iterdir()) + sorted((COCO_TINY / "val2017").iterdir())
+
+
+def _pycocotools(folder: Path) -> Callable[[], object]:
+    from pycocotools.coco import COCO
+
+    return lambda: COCO(str(folder / "instances.json"))
+
+
+def _read_source(folder: Path) -> Callable[[], object]:
+    """All of it but the look for the images' files, which pycocotools has not either: with sha256 and checks."""
+    from shards import source
+
+    source._file_finder = lambda _: lambda name: True  # type: ignore[assignment]
+    return lambda: source.read_source(folder, folder / "instances.json")
+
+
+def _plain(folder: Path) -> Callable[[], object]:
+    files = _files()
+
+    def work() -> str:
+        digest = hashlib.sha256()
+        with (folder / "plain").open("wb") as out:
+            for path in files:
+                content = path.read_bytes()
+                digest.update(content)
+                out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        return digest.hexdigest()
+
+    return work
+
+
+def _shards(folder: Path, decode: bool) -> Callable[[], object]:
+    """From columns to tars and index in memory; what a write does once, whatever its size, stays outside."""
+    import shutil
+
+    from shards import images, part, records, write
+    from shards.source import read_source
+    from shards.staging import staging
+
+    splits = [
+        (read_source(COCO_TINY / f"{name}2017", COCO_TINY / "annotations" / f"instances_{name}2017.json"), name)
+        for name in ("train", "val")
+    ]
+
+    def unseen(place: str, source: Any) -> Any:
+        content = images.read_content(place, source.name) or b""
+        return images.ImageFile(content, images.checksum(content), "jpg", ())
+
+    def work() -> None:
+        for source, name in splits:
+            look = patch.object(part, "read_image", images.read_image if decode else unseen)
+            with look, staging(str(folder / name), "key") as stage:
+                written = list(write._write_parts(source, stage, write.WriteConfig(), None, None))
+                index, rows = records.image_records(source, written)
+                for columns in (index, records.annotation_records(source, rows)):
+                    records.npy(columns)
+            shutil.rmtree(folder / name)
+
+    return work
+
+
+SIDES: dict[str, Callable[[Path], Callable[[], object]]] = {
+    "read_source": _read_source,
+    "pycocotools": _pycocotools,
+    "plain copy": _plain,
+    "shards, no decoding": lambda folder: _shards(folder, False),
+    "shards": lambda folder: _shards(folder, True),
+}
+
+
+def _side(name: str, folder: Path) -> None:
+    work = SIDES[name](folder)
+    once = name in ("read_source", "pycocotools")
+    if not once:
+        work()  # files into the page cache, modules imported
+    start = time.process_time()
+    for _ in range(1 if once else REPEATS):
+        work()
+    seconds = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"cpu_s": seconds, "peak_bytes": peak}))
+
+
+if __name__ == "__main__":
+    _side(sys.argv[1], Path(sys.argv[2]))
