@@ -12,6 +12,7 @@ from shards.manifest import Ints
 MAX_IMAGE_ID = 10**12 - 1  # keys of samples have twelve digits
 # Pixels that a box may reach beyond its image without a note: COCO's own are rounded to hundredths.
 _SLACK = 0.5
+_NO_NAMES = frozenset({"", ".", ".."})
 
 
 def check_images(columns: ImageColumns, has_file: Callable[[str], bool]) -> tuple[Ints, list[Defect]]:
@@ -34,9 +35,11 @@ def check_images(columns: ImageColumns, has_file: Callable[[str], bool]) -> tupl
         reject(row, "malformed", f"its size is {columns.widths[row]}x{columns.heights[row]}")
     for row, agreed in _duplicates(columns):
         reject(row, "duplicate-image-id", "its id is given twice" + ("" if agreed else ", to images that differ"))
-    for row, name in enumerate(columns.names):
-        # Nearly all names are plain ones, for which a path object is slow.
-        if ("/" in name or name in ("..", "")) and _leaves_folder(name):
+    # Nearly all names are plain ones of files that are there, and nothing more is asked of them.
+    odd = [row for row, name in enumerate(columns.names) if "/" in name or name in _NO_NAMES or not has_file(name)]
+    for row in odd:
+        name = columns.names[row]
+        if _leaves_folder(name):
             reject(row, "malformed", "its file name leaves the folder of images")
         elif not has_file(name):
             reject(row, "missing-file", "no such file in the folder of images")
