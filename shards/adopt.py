@@ -15,7 +15,7 @@ import msgspec
 
 from shards import storage
 from shards.categories import numbered, parse_categories, read_categories
-from shards.defects import REPORT_NAME, Policy, SourceError, make_report
+from shards.defects import REPORT_NAME, DefectReport, Policy, SourceError, make_report, parse_report
 from shards.document import each
 from shards.errors import ShardError
 from shards.foreign import ForeignTar, read_tar
@@ -98,9 +98,9 @@ def index_tars(
     try:
         if failed:
             storage.write(report_url, report.to_json())
-            raise SourceError(Path(url), [defect for defect in report.defects if defect.rejected], report_url)
+            raise SourceError(url, [defect for defect in report.defects if defect.rejected], report_url)
         _write(url, origin, shards, contents, written)
-        if not storage.exists(storage.join(url, REPORT_NAME)):  # the writer's own says more
+        if not _is_reported(url, report):
             storage.write(storage.join(url, REPORT_NAME), report.to_json())
         storage.remove(report_url)  # of an earlier run that failed
     except OSError as error:
@@ -109,6 +109,17 @@ def index_tars(
             "others: make room, or copy or link the tars to a folder that can be written"
         ) from error
     return load_manifest(url)
+
+
+def _is_reported(url: str, report: DefectReport) -> bool:
+    """Whether the writer's own report lies there, which says more: where these samples came from."""
+    path = storage.join(url, REPORT_NAME)
+    try:
+        found = parse_report(storage.read(path), path)
+    except (FileNotFoundError, ShardError):
+        return False
+    same = (found.images, found.annotations) == (report.images, report.annotations)
+    return same and not any(defect.rejected for defect in report.defects)
 
 
 def _tars(url: str) -> list[str]:

@@ -69,7 +69,7 @@ class SourceError(ShardError):
     """The source is not sound. ``defects`` holds all of them, as does the file ``report``, if it is given; the message
     counts them and shows the first few."""
 
-    def __init__(self, path: Path, defects: Sequence[Defect], report: str = "") -> None:
+    def __init__(self, path: Path | str, defects: Sequence[Defect], report: str = "") -> None:
         shown = "; ".join(defect.text for defect in defects[:NAMED_DEFECTS])
         more = f"; and {len(defects) - NAMED_DEFECTS} more" if len(defects) > NAMED_DEFECTS else ""
         number = "1 defect" if len(defects) == 1 else f"{len(defects)} defects"

@@ -256,6 +256,13 @@ def test_quarantine_leaves_samples_out_of_the_index_and_reports_them(tars, names
     assert sorted(rejected) == ["sample four", "sample seven", "sample six"]
 
 
+def test_a_report_on_other_tars_is_not_kept(tars, names):
+    index(tars, categories=names)
+    (tars / "manifest.json").unlink()
+    (tars / "b.tar").unlink()
+    assert load_report(index(tars, categories=names)).images == 2
+
+
 def test_tars_of_nothing_but_defects_are_no_data_set(tmp_path, names):
     tar(tmp_path / "tars" / "a.tar", ("a.jpg", b""), ("a.json", []))
     with pytest.raises(SourceError, match=r"1 defect: a.tar: sample a: the file is empty"):
@@ -407,4 +414,9 @@ def test_tars_of_a_remote_store_are_indexed_there(tars, names):
     assert [sample.image_id for sample in read_samples(manifest, [2, 0])] == [3, 1]
     with pytest.raises(ShardError, match="is a data set already"):
         index(url, categories=names)
+    store.rm(f"/{tars.parent.name}/tars/manifest.json")
+    store.pipe_file(f"/{tars.parent.name}/tars/c.tar", (tars / "a.tar").read_bytes())
+    with pytest.raises(SourceError, match=f"^{url}: 4 defects: a.tar: sample one: its key is that of 2 samples"):
+        index(url, categories=names)
+    assert store.exists(f"/{tars.parent.name}/tars.report.json")
     store.rm(f"/{tars.parent.name}", recursive=True)
