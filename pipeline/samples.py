@@ -10,8 +10,6 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from detr.batch import Batch, Target, collate
@@ -22,7 +20,7 @@ from pipeline.config import DataConfig, RunConfig
 from pipeline.optim import Schedule
 from pipeline.parallel import Ranks
 from shards.manifest import Index, Ints, Manifest
-from shards.plan import EpochPlan, PlanConfig, SortKeys, plan_epoch
+from shards.plan import EpochPlan, PlanConfig, Sizes, plan_epoch
 from shards.read import ReadConfig, Sample, open_stream
 
 Transform = Callable[[Sample], tuple[Tensor, Target]]
@@ -54,20 +52,19 @@ def plan_config(config: DataConfig) -> PlanConfig:
     return PlanConfig(config.sort_window, config.shuffle_shards, config.epoch_tail)
 
 
-def sort_by_size(index: Index, seed: int, config: TransformConfig) -> SortKeys:
-    """Sort keys for `plan_epoch`: the augmented aspect ratio, known before a byte is read.
+def augmented_sizes(index: Index, seed: int, config: TransformConfig) -> Sizes:
+    """What `plan_epoch` puts images of like shape together by: their sizes after the augmentation.
 
-    A rank's slice of a step then holds images of like shape: padding falls from about a third of the pixels to a
-    tenth.
+    They are known before a byte is read. A rank's slice of a step then holds images of like shape: at 4 images a rank,
+    padding falls from a third of the pixels to a tenth.
     """
     images = index.images
 
-    def keys(rows: Ints, epochs: Ints) -> npt.NDArray[np.float64]:
+    def sizes(rows: Ints, epochs: Ints) -> tuple[Ints, Ints]:
         chosen = images[rows]
-        heights, widths = output_sizes(seed, epochs, chosen["image_id"], chosen["width"], chosen["height"], config)
-        return widths / heights
+        return output_sizes(seed, epochs, chosen["image_id"], chosen["width"], chosen["height"], config)
 
-    return keys
+    return sizes
 
 
 def _apply(sample: Sample, geometry: Geometry) -> tuple[Tensor, Target]:
@@ -112,7 +109,7 @@ def rank_parts(
             batch_size=config.optim.batch_size,
             # No end: the last step is filled up from the epoch after the last, so that a run can be made longer later
             # and goes on at the exact next sample.
-            sort_keys=sort_by_size(manifest.index(), config.seed, config.transform),
+            sizes=augmented_sizes(manifest.index(), config.seed, config.transform),
             config=plan_config(config.data),
             origin=schedule.origin,
         )

@@ -17,14 +17,15 @@ import numpy.typing as npt
 
 from shards.errors import ShardError
 from shards.manifest import Ints, Manifest
+from shards.shapes import pair_up, rough_keys
 from shards.steps import START, EpochTail, Origin, Steps
 
 _MASK = (1 << 64) - 1
 # What else is hashed beside samples. Kept for ever, as any other number would give another order.
 _SHARDS, _STEPS = 1, 2
-_SORTED_AT_ONCE = 1 << 18
-# (rows int64 [n], epochs int64 [n]) -> sort keys [n]; see plan_epoch.
-SortKeys = Callable[[Ints, Ints], npt.NDArray[np.generic]]
+_SORTED_AT_ONCE = 1 << 15
+# (rows int64 [n], epochs int64 [n]) -> heights and widths in pixels, int64 [n] each; see plan_epoch.
+Sizes = Callable[[Ints, Ints], tuple[Ints, Ints]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class PlanConfig:
     """The order of the samples and how it is cut into steps: part of a run's identity, the same on every rank.
 
     Attributes:
-        sort_window: global batches whose samples are sorted together by ``sort_keys``. 1 sorts inside each, which moves
+        sort_window: global batches whose samples are sorted together by their sizes. 1 sorts inside each, which moves
             no sample to another step; more make the images of a step alike, so that ranks wait less for each other.
         shuffle_shards: 0 shuffles the whole epoch. N shows the shards in blocks of N, whose order and whose samples'
             order are new in each epoch: for data sets that do not fit into a node's cache.
@@ -146,7 +147,7 @@ def plan_epoch(
     epoch: int,
     batch_size: int,
     epochs: int | None = None,
-    sort_keys: SortKeys | None = None,
+    sizes: Sizes | None = None,
     config: PlanConfig | None = None,
     origin: Origin = START,
 ) -> EpochPlan:
@@ -159,9 +160,9 @@ def plan_epoch(
         batch_size: samples per step over all ranks.
         epochs: length of the run. Its very last step is cut there; without it that step would run on into the epoch
             after the last.
-        sort_keys: where given, the samples of each window of steps are sorted by these keys (for example their
-            augmented aspect ratio), so that a rank's slice holds images of like shape and pads less. With the default
-            window of one step, which samples a step holds does not change.
+        sizes: what images are going to measure, for example after their augmentation. Where given, images of like shape
+            are put together, so that a rank's slice pads less: inside each step, which moves no sample to another one,
+            and before that over the steps of a window where ``config`` has larger ones.
         config: the options of the order and of the cut.
         origin: where the cut begins; see ``shards.steps``.
 
@@ -178,16 +179,14 @@ def plan_epoch(
     if epochs is not None:
         start, stop = (min(position, epochs * images) for position in (start, stop))
     rows, sample_epochs = _stream(manifest, seed, start, stop, config.shuffle_shards)
-    if sort_keys is not None:
-        # A window at a time, or many small ones: the keys of a large epoch need not be in memory all at once.
+    if sizes is not None:
+        # Some windows at a time: what sorting a large epoch takes need not be in memory all at once.
         window = config.sort_window * batch_size
         block = window * max(1, _SORTED_AT_ONCE // window)
         for begin in range(0, len(rows), block):
             part = slice(begin, begin + block)
-            first = start_step + begin // batch_size
-            order = _sorted(
-                sort_keys(rows[part], sample_epochs[part]), batch_size, config.sort_window, (seed, epoch), first
-            )
+            key = (seed, epoch, _STEPS, start_step + begin // batch_size)
+            order = _sorted(*sizes(rows[part], sample_epochs[part]), batch_size, config.sort_window, key)
             rows[part], sample_epochs[part] = rows[part][order], sample_epochs[part][order]
     return EpochPlan(epoch, batch_size, images, start_step, end_step, rows, sample_epochs)
 
@@ -227,17 +226,18 @@ def _block_order(manifest: Manifest, seed: int, epoch: int, per_block: int) -> I
     return np.lexsort((hashes((seed, epoch), np.arange(manifest.images)), of_rows)).astype(np.int64)
 
 
-def _sorted(keys: npt.NDArray[np.generic], batch_size: int, window: int, key: tuple[int, int], first: int) -> Ints:
-    """The order that sorts the samples of whole windows, whose first step is ``first``, by ``keys`` window by window.
+def _sorted(heights: Ints, widths: Ints, batch_size: int, window: int, key: tuple[int, ...]) -> Ints:
+    """The order of the samples of whole windows of steps in which those of like shape are together.
 
     The steps of a window take consecutive parts of its sorted samples, in an order that is hashed again, so that small
-    images do not come first; a step keeps its size.
+    images do not come first; a step keeps its size. Then each step is arranged by itself.
     """
-    places = np.arange(len(keys)) // batch_size
-    order = np.lexsort((keys, places // window))  # stable: ties keep the order of the stream
-    if window == 1 or not len(keys):
-        return order.astype(np.int64)
-    steps = np.arange(int(places[-1]) + 1)
-    shuffled = np.lexsort((hashes((*key, _STEPS), first + steps), steps // window))
-    to_step = np.repeat(shuffled, np.bincount(places)[shuffled])
-    return order[np.argsort(to_step, kind="stable")].astype(np.int64)
+    places = np.arange(len(heights)) // batch_size
+    # Stable sorts: ties keep the order of the stream.
+    order = np.lexsort((rough_keys(heights, widths), places // window)).astype(np.int64)
+    if window > 1:
+        steps = np.arange(int(places[-1]) + 1)
+        shuffled = np.lexsort((hashes(key, steps), steps // window))
+        to_step = np.repeat(shuffled, np.bincount(places)[shuffled])
+        order = order[np.argsort(to_step, kind="stable")]
+    return order[pair_up(heights[order], widths[order], batch_size)]

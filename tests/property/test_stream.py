@@ -14,7 +14,7 @@ from detr.batch import collate
 from pipeline.config import DataConfig, RunConfig
 from pipeline.optim import Schedule
 from pipeline.parallel import Ranks
-from pipeline.samples import rank_parts, sort_by_size, training_batches, training_transform
+from pipeline.samples import augmented_sizes, rank_parts, training_batches, training_transform
 from shards.manifest import Manifest, load_manifest
 from shards.plan import PlanConfig, plan_epoch
 from shards.read import ReadConfig, Sample, open_loader, open_stream
@@ -74,7 +74,7 @@ def planned(manifest: Manifest, config: RunConfig) -> Iterator[list[tuple[int, i
             seed=config.seed,
             epoch=epoch,
             batch_size=config.optim.batch_size,
-            sort_keys=sort_by_size(manifest.index(), config.seed, config.transform),
+            sizes=augmented_sizes(manifest.index(), config.seed, config.transform),
             config=PlanConfig(data.sort_window, data.shuffle_shards, data.epoch_tail),
         )
         for step in range(plan.first_step, min(plan.end_step, schedule.total_steps)):
@@ -149,7 +149,7 @@ def test_a_stream_over_epochs_is_the_loaders_of_each_epoch_one_after_the_other(m
                 seed=42,
                 epoch=epoch,
                 batch_size=5,
-                sort_keys=sort_by_size(manifest.index(), 42, config.transform),
+                sizes=augmented_sizes(manifest.index(), 42, config.transform),
             ),
             rank=1,
             world_size=2,

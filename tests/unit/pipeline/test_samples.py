@@ -14,7 +14,7 @@ from pipeline import samples as module
 from pipeline.config import RunConfig
 from pipeline.optim import Schedule
 from pipeline.parallel import Ranks
-from pipeline.samples import rank_parts, sort_by_size, training_batches
+from pipeline.samples import augmented_sizes, rank_parts, training_batches
 from shards.errors import ShardError
 from shards.manifest import Manifest, load_manifest
 from shards.plan import EpochPlan, plan_epoch
@@ -84,13 +84,12 @@ def test_the_next_epoch_is_planned_while_this_one_is_read_and_never_where_the_sa
     assert threading.current_thread() not in planned.values()
 
 
-def test_images_are_sorted_by_the_shape_they_are_going_to_have(manifest: Manifest) -> None:
+def test_the_plan_knows_the_sizes_that_images_are_going_to_have(manifest: Manifest) -> None:
     config, index = TransformConfig(), manifest.index()
     rows = np.arange(12)
     epochs = rows % 3
-    keys = sort_by_size(index, 7, config)(rows, epochs)
-    for row, epoch, key in zip(rows.tolist(), epochs.tolist(), keys.tolist(), strict=True):
+    found = augmented_sizes(index, 7, config)(rows, epochs)
+    for row, epoch, size in zip(rows.tolist(), epochs.tolist(), zip(*found, strict=True), strict=True):
         image = index.images[row]
         width, height = int(image["width"]), int(image["height"])
-        drawn = draw_geometry(7, epoch, int(image["image_id"]), width, height, config)
-        assert key == drawn.size[1] / drawn.size[0]
+        assert draw_geometry(7, epoch, int(image["image_id"]), width, height, config).size == size

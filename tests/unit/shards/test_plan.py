@@ -6,6 +6,12 @@ from shards.plan import PlanConfig, epoch_order, hashes, plan_epoch, plan_evalua
 from shards.steps import first_step
 
 
+def by_row(rows, epochs):
+    """Squares, larger with the row and the epoch."""
+    sides = 100 + 10 * rows + 100 * epochs
+    return sides, sides
+
+
 def test_splitmix64_gives_the_published_numbers():
     # The first outputs of the reference generator seeded with 1234567.
     states = np.array([1234567], np.uint64) + np.arange(3, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -22,10 +28,10 @@ def test_the_order_of_blocks_and_of_steps_in_a_window_never_changes(coco):
     assert shard_blocks(42, 3, 10, 4).tolist() == [1, 2, 1, 0, 0, 2, 1, 1, 0, 0]
     manifest = coco.write(samples_per_shard=2)
     config = PlanConfig(sort_window=2, shuffle_shards=2, epoch_tail="short")
-    plan = plan_epoch(manifest, seed=42, epoch=3, batch_size=2, config=config, sort_keys=lambda rows, epochs: -rows)
+    plan = plan_epoch(manifest, seed=42, epoch=3, batch_size=2, config=config, sizes=by_row)
     assert [plan.step(step)[0].tolist() for step in range(plan.first_step, plan.end_step)] == [
-        [1, 0],
         [6, 5],
+        [1, 0],
         [3, 2],
         [4],
     ]
@@ -70,13 +76,14 @@ def test_ranks_without_samples_get_an_empty_part(coco):
     assert sizes == [0, 0, 0, 1]
 
 
-def test_sort_keys_reorder_within_steps_only(coco):
+def test_images_of_like_shape_are_put_together_within_their_step(coco):
     manifest = coco.write()
-    plain = plan_epoch(manifest, seed=3, epoch=0, batch_size=3)
-    ordered = plan_epoch(manifest, seed=3, epoch=0, batch_size=3, sort_keys=lambda rows, epochs: -rows - 100 * epochs)
-    for step in range(3):
-        pairs = sorted(zip(*plain.step(step), strict=True), key=lambda pair: -pair[0] - 100 * pair[1])
-        assert list(zip(*ordered.step(step), strict=True)) == pairs
+    plain = plan_epoch(manifest, seed=3, epoch=0, batch_size=4)
+    ordered = plan_epoch(manifest, seed=3, epoch=0, batch_size=4, sizes=by_row)
+    for step in range(2):
+        rows = sorted(plain.step(step)[0].tolist())
+        assert sorted(ordered.step(step)[0].tolist()) == rows
+        assert ordered.step(step)[0].tolist() == [rows[3], rows[2], rows[1], rows[0]]
 
 
 @pytest.mark.parametrize(
