@@ -4,20 +4,16 @@ Every range has a crc32. One that differs is read once more: a copy in the cache
 fetched again, and what was damaged on its way arrives whole. What differs again is the data set's fault.
 """
 
-import logging
-import os
 import zlib
-from collections.abc import Iterable
 
 import numpy as np
 
 from shards import storage
-from shards.cache import Cache, cache_for
+from shards.cache import cache_for
 from shards.errors import BadSampleError
 from shards.fetch import DigestError, Item
 from shards.manifest import Manifest
-
-LOG = logging.getLogger(__name__)
+from shards.ranges import CachedReader, Files, RangeReader
 
 # Prefixes of the index's fields, and what messages say of each.
 _IMAGE = ("", "", "its bytes")
@@ -37,7 +33,7 @@ class Members:
         self._shards = [shard.name for shard in manifest.shards]
         self._urls = [storage.join(manifest.url, name) for name in self._shards]
         cache = cache_for(manifest.url, manifest.cache) if cached else None
-        self._files: storage.Files = storage.RangeReader()
+        self._files: Files = RangeReader()
         if cache is not None:
             self._files = CachedReader(cache, shard_items(manifest), lenient=lenient)
 
@@ -106,44 +102,3 @@ def _problem(part: _Part, content: bytes, record: np.void) -> str | None:
 def shard_items(manifest: Manifest) -> list[Item]:
     """The shards, as the cache knows them."""
     return [Item(storage.join(manifest.url, shard.name), shard.bytes, shard.sha256) for shard in manifest.shards]
-
-
-class CachedReader:
-    """Reads byte ranges of files that the cache keeps."""
-
-    def __init__(self, cache: Cache, items: Iterable[Item], *, lenient: bool = False) -> None:
-        """``lenient``: read past the cache, range by range, what the store no longer holds as it was written."""
-        self._cache = cache
-        self._items = {item.url: item for item in items}
-        self._lenient = lenient
-        self._past: set[str] = set()
-
-    def read(self, url: str, offset: int, length: int) -> bytes:
-        """``length`` bytes from ``offset``; fewer only where the file ends before. Raises what ``Cache.open`` does."""
-        descriptor = None if url in self._past else self._open(url)
-        if descriptor is None:
-            try:
-                return storage.read_range(url, offset, length)
-            except FileNotFoundError:
-                raise storage.absent(url) from None
-        try:
-            return os.pread(descriptor, length, offset)
-        finally:
-            os.close(descriptor)
-
-    def forget(self, url: str) -> None:
-        """Drop the copy if it changed on the disk."""
-        self._cache.check(self._items[url])
-
-    def close(self) -> None:
-        """Nothing is open between reads."""
-
-    def _open(self, url: str) -> int | None:
-        try:
-            return self._cache.open(self._items[url])
-        except DigestError as error:
-            if not self._lenient:
-                raise
-            LOG.warning("%s; its samples are read one by one", error)
-            self._past.add(url)
-            return None

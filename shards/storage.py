@@ -9,19 +9,13 @@ the environment and never stand in an address, which logs, job specs and MLflow 
 import errno
 import os
 import re
-import threading
-from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import fsspec
 
 from shards.errors import ShardError
 from shards.retry import patiently
-
-# Enough for every shard of COCO (120) and far below the usual limit of 1,024 open files, of which several loaders
-# in one process take their share.
-OPEN_FILES = 128
 
 
 def local_path(url: str) -> Path | None:
@@ -191,72 +185,3 @@ def sync_folder(path: Path) -> None:
 def absent(url: str) -> ShardError:
     """What to say of a file that the manifest lists and that is not there."""
     return ShardError(f"{url}: no such file; the manifest lists it: copy it back or write the data set again")
-
-
-class Files(Protocol):
-    """What reads byte ranges of a data set's files, from many threads."""
-
-    def read(self, url: str, offset: int, length: int) -> bytes:
-        """``length`` bytes from ``offset``; fewer only where the file ends before. Raises ShardError where it is absent."""
-
-    def forget(self, url: str) -> None:
-        """What came from ``url`` is not what was written: take no copy of it for good that has changed."""
-
-    def close(self) -> None:
-        """Let go of every open file."""
-
-
-class _OpenFile:
-    """A file descriptor that is closed when its last user lets go of it, even after it left the reader's table."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-
-
-class RangeReader:
-    """Reads byte ranges of many files, from many threads, with a bounded number of open files."""
-
-    def __init__(self) -> None:
-        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def read(self, url: str, offset: int, length: int) -> bytes:
-        """``length`` bytes from ``offset``; fewer only where the file ends before.
-
-        Raises ShardError where the file is absent.
-        """
-        try:
-            path = local_path(url)
-            if path is None:
-                return read_range(url, offset, length)
-            file = self._open(url, path)
-        except FileNotFoundError:
-            raise absent(url) from None
-        # `file` keeps the descriptor alive here, also when another thread evicts it meanwhile.
-        return os.pread(file.descriptor, length, offset)
-
-    def forget(self, url: str) -> None:
-        """Open the file anew when it is next read: another may have taken its place."""
-        with self._lock:
-            self._files.pop(url, None)
-
-    def close(self) -> None:
-        """Let go of every open file."""
-        with self._lock:
-            self._files.clear()
-
-    def _open(self, url: str, path: Path) -> _OpenFile:
-        with self._lock:
-            file = self._files.get(url)
-            if file is None:
-                file = self._files[url] = _OpenFile(path)
-                if len(self._files) > OPEN_FILES:
-                    self._files.popitem(last=False)
-            else:
-                self._files.move_to_end(url)
-            return file

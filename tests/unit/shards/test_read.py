@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards import storage
+from shards import ranges
 from shards.errors import ShardError
 from shards.plan import plan_epoch
 from shards.read import ReadConfig, decode, open_batches, open_loader, read_samples
@@ -152,7 +152,7 @@ def test_what_may_pass_while_bytes_are_fetched_is_not_the_data_sets_fault(coco, 
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(storage.RangeReader, "read", fails)
+    monkeypatch.setattr(ranges.RangeReader, "read", fails)
     with pytest.raises(type(error)) as caught:
         list(read_samples(manifest, range(7)))
     assert caught.value is error
@@ -160,8 +160,8 @@ def test_what_may_pass_while_bytes_are_fetched_is_not_the_data_sets_fault(coco, 
 
 def test_bytes_that_are_no_picture_name_the_image(coco, monkeypatch):
     manifest = coco.write()
-    read = storage.RangeReader.read
-    monkeypatch.setattr(storage.RangeReader, "read", lambda *arguments: bytes(len(read(*arguments))))
+    read = ranges.RangeReader.read
+    monkeypatch.setattr(ranges.RangeReader, "read", lambda *arguments: bytes(len(read(*arguments))))
     monkeypatch.setattr("zlib.crc32", lambda content: Equal())
     with pytest.raises(ShardError, match=r"image \d+ in shard-000000.tar: UnidentifiedImageError: "):
         list(read_samples(manifest, range(7)))
@@ -208,7 +208,7 @@ def test_impossible_arguments_are_refused_before_anything_is_read(coco):
 
 
 def test_few_files_are_open_however_many_shards_there_are(coco, monkeypatch):
-    monkeypatch.setattr(storage, "OPEN_FILES", 2)
+    monkeypatch.setattr(ranges, "OPEN_FILES", 2)
     manifest = coco.write(samples_per_shard=1)
     order = np.random.default_rng(0).integers(0, 7, 100)
     found = [sample.row for sample in read_samples(manifest, order, ReadConfig(threads=4, prefetch=8))]
@@ -296,8 +296,8 @@ def test_a_sample_and_its_masks_are_read_at_once(coco, monkeypatch):
         one["segmentation"] = [[2, 2, 20, 2, 20, 20, 2, 20]]
     manifest = coco.write()
     asked = []
-    read = storage.RangeReader.read
-    monkeypatch.setattr(storage.RangeReader, "read", lambda *place: asked.append(place) or read(*place))
+    read = ranges.RangeReader.read
+    monkeypatch.setattr(ranges.RangeReader, "read", lambda *place: asked.append(place) or read(*place))
     found = list(read_samples(manifest, range(7), ReadConfig(0, masks=True)))
     assert sum(int(sample.masks.sum()) for sample in found) > 300
     assert len(asked) == 7

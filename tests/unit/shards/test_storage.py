@@ -7,6 +7,7 @@ import pytest
 from shards import retry, storage
 from shards.errors import ShardError
 from shards.manifest import load_manifest
+from shards.ranges import RangeReader
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_ranges_of_remote_files_end_where_the_file_does():
 def test_a_remote_file_is_read_from_many_threads():
     content = bytes(range(256)) * 40
     fsspec.filesystem("memory").pipe_file("/threads/x", content)
-    files = storage.RangeReader()
+    files = RangeReader()
     wrong = []
 
     def read(start):
