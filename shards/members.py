@@ -31,6 +31,7 @@ class Members:
         """
         self._images = manifest.index().images
         self._shards = [shard.name for shard in manifest.shards]
+        self._sizes = [shard.bytes for shard in manifest.shards]
         self._urls = [storage.join(manifest.url, name) for name in self._shards]
         cache = cache_for(manifest.url, manifest.cache) if cached else None
         self._files: Files = RangeReader()
@@ -72,13 +73,29 @@ class Members:
             try:
                 found = self._ranges(url, record, parts)
             except DigestError as error:
-                raise DigestError(f"{self.name(row)}: {error}") from None
+                raise DigestError(f"{self._damaged(int(record['shard']))}: {error}") from None
             problem = next(filter(None, map(_problem, parts, found, [record] * len(parts))), None)
             if problem is None:
                 return found
             if not last:
                 self._files.forget(url)
         raise BadSampleError(f"{self.name(row)}: {problem}")
+
+    def _damaged(self, shard: int) -> str:
+        """Which images of a shard are not as they were written, as the store has it now."""
+        rows = np.flatnonzero(self._images["shard"] == shard)
+        content = storage.read_range(self._urls[shard], 0, self._sizes[shard])
+        bad = []
+        for row in rows.tolist():
+            record = self._images[row]
+            places = [
+                (part, int(record[f"{part[0]}offset"]), int(record[f"{part[0]}length"])) for part in (_IMAGE, _TEXT)
+            ]
+            if any(_problem(part, content[offset : offset + length], record) for part, offset, length in places):
+                bad.append(row)
+        if not bad:
+            return f"{self._shards[shard]} beside its images"
+        return self.name(bad[0]) + (f", and {len(bad) - 1} more of it" if len(bad) > 1 else "")
 
     def _ranges(self, url: str, record: np.void, parts: tuple[_Part, ...]) -> list[bytes]:
         places = [(int(record[f"{prefix}offset"]), int(record[f"{prefix}length"])) for prefix, _, _ in parts]

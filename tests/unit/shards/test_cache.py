@@ -248,11 +248,24 @@ def damaged(coco, tmp_path):
 def test_a_bit_flipped_in_the_store_is_one_clear_line_naming_image_and_shard(coco, tmp_path, asked):
     manifest, row, shard = damaged(coco, tmp_path)
     asked.clear()
-    with pytest.raises(DigestError, match=rf"^image \d+ in {shard.name}: .*its sha256 is not the manifest's") as caught:
-        list(read_samples(manifest, [row]))
+    image_id = int(manifest.index().images[row]["image_id"])
+    message = rf"^image {image_id} in {shard.name}: .*its sha256 is not the manifest's"
+    with pytest.raises(DigestError, match=message) as caught:
+        list(read_samples(manifest, [row - 1]))  # another of that shard
     assert "\n" not in str(caught.value)
-    assert asked == [(shard.name, 0)] * 2  # it might have been damaged on its way
+    # It might have been damaged on its way; the third time is to find the image.
+    assert asked == [(shard.name, 0)] * 3
     assert shard.sha256 not in names(tmp_path / "kept")
+
+
+def test_a_byte_changed_beside_the_images_is_said_to_be_there(coco, tmp_path):
+    manifest = kept(coco, tmp_path)
+    path = coco.root / "out" / "shard-000001.tar"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DigestError, match=r"^shard-000001.tar beside its images: .*its sha256 is not the manifest's"):
+        list(read_samples(manifest, range(7)))
 
 
 def test_where_bad_samples_are_allowed_only_the_damaged_one_is_left_out(coco, tmp_path, caplog):
