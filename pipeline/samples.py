@@ -114,12 +114,15 @@ def rank_parts(
             origin=schedule.origin,
         )
 
-    with ThreadPoolExecutor(1, thread_name_prefix="plan") as planner:
-        coming = planner.submit(plan, schedule.epoch_of(step))
+    # Two threads: a run that goes on close to the end of an epoch needs two plans before its first batch.
+    with ThreadPoolExecutor(2, thread_name_prefix="plan") as planner:
+        epoch = schedule.epoch_of(step)
+        coming = [planner.submit(plan, epoch)]
         while step < until:
-            current = coming.result()
-            if current.end_step < until:
-                coming = planner.submit(plan, current.epoch + 1)
+            epoch += 1
+            if schedule.steps(epoch) < until:
+                coming.append(planner.submit(plan, epoch))
+            current = coming.pop(0).result()
             end = min(current.end_step, until)
             for number in range(step, end):
                 yield current.step(number, ranks.rank, ranks.world_size)
