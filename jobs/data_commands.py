@@ -105,7 +105,7 @@ def _write(options: Writing, write: Callable[..., Any]) -> None:
 def _tell(act: Callable[[], Any]) -> None:
     """Make a data set, and tell what it is and what was found in its source."""
     from shards.defects import SourceError, defect_table
-    from shards.write import load_report
+    from shards.existing import load_report
 
     try:
         manifest = act()

@@ -18,6 +18,7 @@ from shards.columns import AnnotationColumns, ImageColumns, Texts, annotation_co
 from shards.defects import Defect as Defect
 from shards.defects import SourceError as SourceError
 from shards.errors import ShardError
+from shards.images import ImageSource
 from shards.manifest import Category, Ints
 
 # Lists stay in the text of their entries, which makes one pass over the file do for finding all of them.
@@ -62,6 +63,11 @@ class Source:
     listed: tuple[int, int]
     defects: tuple[Defect, ...]
     limited: bool
+
+    def image(self, row: int) -> ImageSource:
+        """What is said about one image."""
+        images = self.images
+        return ImageSource(int(images.ids[row]), images.names[row], int(images.widths[row]), int(images.heights[row]))
 
 
 def read_source(images: str | os.PathLike[str], annotations: str | os.PathLike[str], limit: int = 0) -> Source:

@@ -18,9 +18,9 @@ import numpy as np
 
 from shards import storage
 from shards.checks import MAX_IMAGE_ID
-from shards.defects import REPORT_NAME, Defect, DefectReport, Lost, Policy, SourceError, make_report, parse_report
+from shards.defects import REPORT_NAME, Defect, Lost, Policy, SourceError, make_report
 from shards.errors import ShardError
-from shards.images import ImageSource, read_image
+from shards.existing import check_same, existing_data_set
 from shards.manifest import (
     ANNOTATIONS_NAME,
     FORMAT,
@@ -36,7 +36,7 @@ from shards.part import Part, Sample, Written, write_part
 from shards.plan import hashes
 from shards.processes import process_map
 from shards.records import annotation_records, image_records, npy
-from shards.source import Source, file_sizes, read_source
+from shards.source import Source, read_source
 from shards.staging import Stage, staging
 
 # (images done, images in all), never called from two threads at once.
@@ -103,9 +103,10 @@ def write_coco(
     name = config.name or source.path.stem
     if source.limited:
         name = f"{name}-first-{config.limit}"
-    finished = _finished(out, source, config, name)
-    if finished is not None:
-        return finished
+    existing = existing_data_set(out)
+    if existing is not None:
+        check_same(existing, source, name, config.samples_per_shard, config.on_defect)
+        return existing
     report_url = f"{out}.{REPORT_NAME}"
     try:
         with staging(out, _key(source, config, name)) as stage:
@@ -134,15 +135,6 @@ def _with_lost(source: Source, lost: Lost) -> Source:
     return replace(source, listed=listed, defects=(*told, *source.defects))
 
 
-def load_report(manifest: Manifest) -> DefectReport | None:
-    """What was found in the source of a data set, and left out; None where the data set was not written here."""
-    url = storage.join(manifest.url, REPORT_NAME)
-    try:
-        return parse_report(storage.read(url), url)
-    except FileNotFoundError:
-        return None
-
-
 def shard_rows(images: int, samples_per_shard: int) -> list[range]:
     """The rows of each shard."""
     starts = range(0, images, samples_per_shard)
@@ -160,51 +152,6 @@ def _key(source: Source, config: WriteConfig, name: str) -> str:
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 
 
-def _image(source: Source, row: int) -> ImageSource:
-    images = source.images
-    return ImageSource(int(images.ids[row]), images.names[row], int(images.widths[row]), int(images.heights[row]))
-
-
-def _finished(out: str, source: Source, config: WriteConfig, name: str) -> Manifest | None:
-    """The data set at ``out`` where it is the one asked for; None where the place is free."""
-    folder = storage.local_path(out)
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise ShardError(f"{out}: is a file, expected a new or empty folder: choose another one")
-    if not storage.exists(storage.join(out, MANIFEST_NAME)):
-        if folder is not None and folder.exists() and any(folder.iterdir()):
-            raise ShardError(f"{out}: is not empty and holds no data set, expected a new or empty folder")
-        return None
-    manifest = load_manifest(out)
-    if _is_of(manifest, source, config, name):
-        return manifest
-    raise ShardError(
-        f"{out}: already holds another data set ({manifest.name}, {manifest.images} images, digest "
-        f"{manifest.digest[:12]}), expected a new or empty place: choose another one or delete it first"
-    )
-
-
-def _is_of(manifest: Manifest, source: Source, config: WriteConfig, name: str) -> bool:
-    found = (manifest.source_digest, manifest.samples_per_shard, manifest.name)
-    if found != (source.digest, config.samples_per_shard, name):
-        return False
-    present = storage.listing(manifest.url)
-    if any(present.get(shard.name) != shard.bytes for shard in manifest.shards):
-        return False
-    report = load_report(manifest)
-    if report is None or report.policy != config.on_defect:
-        return False
-    index = manifest.index().images
-    names = dict(zip(source.images.ids.tolist(), source.images.names, strict=True))
-    if not set(index["image_id"].tolist()) <= set(names):
-        return False
-    sizes = file_sizes(source.folder, source.images.names)
-    lengths = [sizes.get(names[image_id]) for image_id in index["image_id"].tolist()]
-    # Those left out are few: whether they still deserve it is worth a look.
-    absent = np.flatnonzero(~np.isin(source.images.ids, index["image_id"]))
-    left_out = (read_image(source.folder, _image(source, int(row))) for row in absent)
-    return lengths == index["length"].tolist() and not any(image.sound for image in left_out)
-
-
 def _parts(source: Source, config: WriteConfig) -> Iterator[Part]:
     order = _order(source).tolist()
     quarantine = config.on_defect == "quarantine"
@@ -215,7 +162,7 @@ def _parts(source: Source, config: WriteConfig) -> Iterator[Part]:
         for row in order[rows.start : rows.stop]:
             first, count = int(source.first[row]), int(source.count[row])
             annotations = [bytes(texts[one]) for one in source.rows[first : first + count].tolist()]
-            samples.append(Sample(_image(source, row), bytes(source.images.texts[row]), annotations))
+            samples.append(Sample(source.image(row), bytes(source.images.texts[row]), annotations))
         yield Part(f"shard-{number:06d}.tar", source.folder, samples, write, quarantine)
 
 

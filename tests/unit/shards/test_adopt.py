@@ -12,13 +12,13 @@ from PIL import Image
 
 from shards.adopt import IndexConfig, index_tars
 from shards.errors import ShardError
+from shards.existing import load_report
 from shards.manifest import Manifest
 from shards.plan import plan_epoch
 from shards.read import open_loader, read_samples
 from shards.segmentation import true_runs
 from shards.source import SourceError
 from shards.verify import verify
-from shards.write import load_report
 
 
 def picture(width: int = 40, height: int = 30, kind: str = "JPEG") -> bytes:

@@ -13,9 +13,9 @@ from PIL import Image
 
 from shards.defects import KINDS, Defect, DefectReport, defect_table, make_report, parse_report
 from shards.errors import ShardError
+from shards.existing import load_report
 from shards.source import SourceError
 from shards.verify import verify
-from shards.write import load_report
 
 
 def rewrite(coco: Any, position: int, change: Any) -> None:

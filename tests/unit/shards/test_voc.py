@@ -8,8 +8,9 @@ from PIL import Image
 from shards.defects import SourceError
 from shards.document import write_document
 from shards.errors import ShardError
+from shards.existing import load_report
 from shards.voc import NAMES, VocConfig, voc_document
-from shards.write import WriteConfig, load_report
+from shards.write import WriteConfig
 
 SIZE = "<size><width>40</width><height>30</height></size>"
 PART = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"

@@ -8,8 +8,9 @@ from PIL import Image
 from shards.defects import SourceError
 from shards.document import write_document
 from shards.errors import ShardError
+from shards.existing import load_report
 from shards.segmentation import true_runs
-from shards.write import WriteConfig, load_report
+from shards.write import WriteConfig
 from shards.yolo import YoloConfig, yolo_document
 
 
