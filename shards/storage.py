@@ -127,6 +127,7 @@ def listing(url: str) -> dict[str, int]:
     if path is not None:
         return {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*") if file.is_file()}
     filesystem, name = _remote(url)
+    filesystem.invalidate_cache()  # what other processes have written since is to be seen
     try:
         found = patiently(lambda: filesystem.find(name, detail=True), url)
     except FileNotFoundError:

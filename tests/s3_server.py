@@ -17,7 +17,9 @@ _STORE_VARIABLES = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS
 class S3Server:
     """`rclone serve s3` over a folder, whose subfolders are the buckets."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, written: bool = False) -> None:
+        """``written``: through the server, and not beside it into its folder, which it would not notice then."""
+        self._flags = ["-v"] if written else ["--dir-cache-time", "0s", "-vv"]
         self.root = folder / "buckets"
         (self.root / "sets").mkdir(parents=True)
         self.log = folder / "s3.log"
@@ -48,7 +50,7 @@ class S3Server:
         words = ["serve", "s3", str(self.root), "--addr", f"127.0.0.1:{self.port}", "--auth-key", f"{KEY},{SECRET}"]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [str(rclone), *words, "--config", os.devnull, "--dir-cache-time", "0s", "-vv"], stderr=log, stdout=log
+                [str(rclone), *words, "--config", os.devnull, *self._flags], stderr=log, stdout=log
             )
         until = time.monotonic() + 20
         while time.monotonic() < until:
