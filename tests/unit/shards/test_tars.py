@@ -3,7 +3,7 @@ import tarfile
 import pytest
 
 from shards.errors import ShardError
-from shards.tars import image_members, scan_tar
+from shards.tars import TarWriter, file_digest, image_members, scan_tar, tar_header
 
 
 def test_scanning_finds_every_file_of_a_tar_and_refuses_a_part_of_one(coco):
@@ -30,3 +30,31 @@ def test_a_samples_files_share_the_key_that_webdataset_groups_by(coco):
     images = image_members(members)
     assert len(images) == 7
     assert {one.key for one in members} == {one.key for one in images}
+
+
+@pytest.mark.parametrize(
+    ("name", "length"), [("000000000139.segmentation.json", 4321), ("a", 0), ("x" * 100, 8**11 - 1)]
+)
+def test_a_header_is_that_of_pythons_own_tars(name, length):
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.uname, info.gname = length, 0o444, "root", "root"
+    assert tar_header(name, length) == info.tobuf(tarfile.USTAR_FORMAT)
+
+
+@pytest.mark.parametrize(("name", "length"), [("x" * 101, 1), ("a", 8**11)])
+def test_what_a_header_cannot_say_is_refused(name, length):
+    with pytest.raises(ShardError, match="at most 100 letters of name and 8 GiB"):
+        tar_header(name, length)
+
+
+def test_a_written_tar_says_where_everything_lies(tmp_path):
+    path = tmp_path / "a.tar"
+    contents = {"a.jpg": b"x" * 512, "a.json": b"", "b.jpg": b"y" * 513}
+    with path.open("wb") as file:
+        tar = TarWriter(file)
+        members = [tar.add(name, content) for name, content in contents.items()]
+        digest = tar.finish()
+    assert members == scan_tar(path)
+    assert (tar.bytes, digest) == (path.stat().st_size, file_digest(path))
+    with tarfile.open(path) as read:
+        assert {one.name: read.extractfile(one).read() for one in read} == contents

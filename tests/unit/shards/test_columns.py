@@ -1,0 +1,84 @@
+"""Entries of a COCO JSON as columns."""
+
+import json
+import math
+
+import msgspec
+import numpy as np
+import pytest
+
+from shards import columns
+from shards.columns import annotation_columns, duplicated, image_columns, positions, repeated
+from shards.defects import Defect
+
+
+def raws(entries: list[dict]) -> list[msgspec.Raw]:
+    return msgspec.json.decode(json.dumps(entries).encode(), type=list[msgspec.Raw])
+
+
+def annotations(count: int) -> list[dict]:
+    return [
+        {"id": 7 * n, "image_id": n // 2, "category_id": n % 5, "bbox": [n, n + 0.5, 2, 3], "area": n / 3, "extra": [n]}
+        | ({"iscrowd": 1} if n % 4 == 0 else {})
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("chunk", [3, 4096])
+def test_every_number_and_text_is_in_its_row(chunk, monkeypatch):
+    monkeypatch.setattr(columns, "_CHUNK", chunk)
+    entries = annotations(10)
+    del entries[4]["area"]
+    defects: list[Defect] = []
+    found = annotation_columns(raws(entries), defects)
+    assert defects == []
+    for name, field in (("ids", "id"), ("image_ids", "image_id"), ("category_ids", "category_id")):
+        assert getattr(found, name).tolist() == [one[field] for one in entries]
+    assert found.boxes.tolist() == [one["bbox"] for one in entries]
+    assert found.areas.tolist() == [one.get("area", 6.0) for one in entries]
+    assert found.iscrowd.tolist() == [one.get("iscrowd", 0) for one in entries]
+    assert [json.loads(bytes(text)) for text in found.texts] == entries
+
+
+@pytest.mark.parametrize("chunk", [3, 4096])
+def test_what_does_not_fit_is_named_and_left_out(chunk, monkeypatch):
+    monkeypatch.setattr(columns, "_CHUNK", chunk)
+    entries = annotations(8)
+    entries[1]["bbox"] = [1, 2, 3]
+    entries[5]["id"] = 2**64
+    entries[6]["area"] = "NaN"  # what Python's writer says, made text
+    defects: list[Defect] = []
+    found = annotation_columns(raws(entries), defects)
+    assert found.ids.tolist() == [0, 14, 21, 28, 42, 49]
+    assert len(found.texts) == 6
+    assert math.isnan(found.areas[4])
+    assert [(one.annotation_id, one.image_id) for one in defects] == [(7, 0), (None, None)]
+    assert defects[0].text.startswith("annotations[1] (annotation 7 of image 0): Expected array of length 4")
+    assert defects[1].text.startswith("annotations[5]: Expected int <=")
+
+
+def test_images_keep_names_and_sizes():
+    entries = [{"id": 3, "file_name": "a.jpg", "width": 4, "height": 5}, {"id": 9, "file_name": 5}]
+    defects: list[Defect] = []
+    found = image_columns(raws(entries), defects)
+    assert (found.ids.tolist(), found.names, found.widths.tolist(), found.heights.tolist()) == (
+        [3],
+        ["a.jpg"],
+        [4],
+        [5],
+    )
+    assert [one.image_id for one in defects] == [9]
+    assert found.take(np.array([0])) is found
+
+
+def test_positions_are_those_of_the_values():
+    known = np.array([50, 10, 30])
+    assert positions(np.array([30, 50, 7, 99, 10]), known).tolist() == [2, 0, -1, -1, 1]
+    assert positions(np.array([1]), np.zeros(0, np.int64)).tolist() == [-1]
+
+
+def test_what_occurs_more_than_once_is_found():
+    ids = np.array([5, 3, 5, 9, 3, 5])
+    assert duplicated(ids).tolist() == [True, True, True, False, True, True]
+    assert repeated(ids).tolist() == [False, False, True, False, True, True]
+    assert repeated(np.array([3, 1, 2])).tolist() == [False] * 3
