@@ -39,6 +39,10 @@ def endless(part: int, done: Done) -> int:
         done(1)
 
 
+def is_deaf(part: int, done: Done) -> bool:
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 def children() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
 
@@ -94,3 +98,8 @@ def test_an_interrupt_ends_the_processes_in_the_middle_of_a_part():
     with pytest.raises(Enough):
         list(process_map(endless, range(9), 2, progress))
     assert children() == []
+
+
+def test_only_the_parent_hears_an_interrupt():
+    assert list(process_map(is_deaf, range(2), 1, lambda _: None)) == [True, True]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

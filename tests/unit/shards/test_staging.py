@@ -117,6 +117,15 @@ def test_a_source_that_is_not_sound_leaves_nothing_but_its_report(coco, local, b
     assert [one["image_id"] for one in report["defects"] if one["kind"] == "truncated"] == [128]
 
 
+def test_a_shard_of_which_nothing_is_left_is_not_uploaded(coco, local, bucket):
+    path = coco.images / "picture 4.jpg"
+    path.write_bytes(path.read_bytes()[:-200])
+    manifest = write_remote(coco, WriteConfig(samples_per_shard=1, on_defect="quarantine"))
+    tars = sorted(name for name in storage.listing(URL) if name.endswith(".tar"))
+    assert tars == [shard.name for shard in manifest.shards]
+    assert len(tars) == 6
+
+
 def test_images_may_lie_at_a_url(coco, local, bucket):
     for path in coco.images.iterdir():
         bucket.pipe_file(f"/pictures/train/{path.name}", path.read_bytes())

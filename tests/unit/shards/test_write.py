@@ -184,7 +184,35 @@ def test_what_another_input_left_behind_is_not_used(coco):
     assert content(coco.root / "out") == content(coco.root / "expected")
 
 
-@pytest.mark.parametrize("change", ["truncated", "image changed since"])
+def test_what_the_same_input_left_in_other_shards_is_not_used(coco, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "_write_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            coco.write(samples_per_shard=1)
+    coco.write("expected", samples_per_shard=4)
+    coco.write(samples_per_shard=4)
+    assert content(coco.root / "out") == content(coco.root / "expected")
+
+
+def test_parts_may_run_elsewhere_and_must_be_seen_from_here(coco):
+    expected = coco.write("expected", samples_per_shard=2)
+    places = coco.images, coco.annotations
+    config, calls = WriteConfig(2, name="instances"), []
+    manifest = write_coco(*places, coco.root / "out", config, lambda *call: calls.append(call), map=map)
+    assert manifest.digest == expected.digest
+    assert calls == [(2, 7), (4, 7), (6, 7), (7, 7)]
+
+    def somewhere_else(function, parts):
+        for written in map(function, parts):
+            (coco.root / "lost.partial" / written.shard.name).unlink()
+            yield written
+
+    with pytest.raises(ShardError, match=r"4 shards that workers wrote are not seen from here, .*shard-000000.tar"):
+        write_coco(*places, coco.root / "lost", config, map=somewhere_else)
+    assert not (coco.root / "lost").exists()
+
+
+@pytest.mark.parametrize("change", ["truncated", "one bit", "image changed since"])
 def test_a_leftover_that_is_not_what_it_should_be_is_written_again(coco, monkeypatch, change):
     with monkeypatch.context() as patch:
         patch.setattr(write, "_write_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -195,6 +223,10 @@ def test_a_leftover_that_is_not_what_it_should_be_is_written_again(coco, monkeyp
     leftover = coco.root / "out.partial" / "shard-000000.tar"
     if change == "truncated":
         leftover.write_bytes(leftover.read_bytes()[:2000])
+    elif change == "one bit":
+        damaged = bytearray(leftover.read_bytes())
+        damaged[5000] ^= 1
+        leftover.write_bytes(damaged)
     else:
         path = coco.images / "picture 0.jpg"
         damaged = bytearray(path.read_bytes())
