@@ -123,6 +123,7 @@ class ResNet(nn.Module):
         self.maxpool = nn.Identity() if tiny else nn.MaxPool2d(3, 2, padding=1)
         self.stages: list[str] = []
         self.recompute = False
+        self.channels_last = False
         self.stage_channels: list[int] = []
         inputs, first = stem, 32 if tiny else 256 if block is Bottleneck else 64
         for index, blocks in enumerate((1, 1, 1) if tiny else _BLOCKS[config.backbone]):
@@ -150,8 +151,8 @@ class ResNet(nn.Module):
         return self._stages(images, every=True)
 
     def _stages(self, images: Tensor, every: bool) -> list[Tensor]:
-        planes = self.conv1.weight.is_contiguous()
-        images = images.contiguous(memory_format=torch.contiguous_format if planes else torch.channels_last)
+        # Convolutions keep their input's layout, whatever that of their weights is.
+        images = images.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
         x = self.maxpool(F.relu(_convolve(self.conv1, self.bn1, images), inplace=True))
         outputs: list[Tensor] = []
         for name in self.stages:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from detr.model import DETR
 
@@ -22,17 +23,28 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 def set_channels_last(model: DETR) -> None:
-    """Lay out the backbone's convolutions as [outputs, height, width, inputs]; images follow when they come in.
+    """Lay out the backbone's images as [B, height, width, channels], and its convolutions likewise.
 
     On a CPU this is what oneDNN's kernels are fastest with, and on a GPU what tensor cores take without a transpose.
     """
     model.backbone.to(memory_format=torch.channels_last)
+    model.backbone[0].body.channels_last = True  # type: ignore[union-attr]
 
 
 def set_recompute(model: DETR, parts: Recompute) -> None:
     """Forget the activations inside the encoder's layers or the backbone's blocks, and compute them again backwards."""
     model.transformer.encoder.recompute = parts in ("encoder", "both")
     model.backbone[0].body.recompute = parts in ("backbone", "both")  # type: ignore[union-attr]
+
+
+def parts(model: DETR) -> list[list[nn.Module]]:
+    """Return the groups of modules that are computed one after another and hold most of the weights: the backbone's stages,
+    by blocks, and the transformer's layers.
+    """
+    body = model.backbone[0].body
+    stages = [list(body.get_submodule(name).children()) for name in body.stages]  # type: ignore[union-attr]
+    layers = [*model.transformer.encoder.layers, *model.transformer.decoder.layers]
+    return [*stages, *([layer] for layer in layers)]
 
 
 def compile_shapes(model: DETR) -> None:

@@ -76,19 +76,31 @@ def newest(run_folder: Path) -> Path | None:
     return next(reversed(complete(run_folder)), None)
 
 
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a checkpoint keeps, by parameter name: not copied, and under FSDP this rank's parts; a collective call."""
+    state, optimizer_state = get_state_dict(unwrap(model), optimizer)
+    return {"model": state, "optimizer": optimizer_state}
+
+
 def save(run_folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, meta: Meta, ranks: Ranks) -> Path:
-    """Write the checkpoint of `meta.step`; a collective call. Raises `CheckpointError` when it cannot be written."""
+    """Write the checkpoint of `meta.step` and wait for it; see `write`."""
+    return write(run_folder, state_of(model, optimizer), meta, ranks)
+
+
+def write(run_folder: Path, state: dict[str, Any], meta: Meta, ranks: Ranks) -> Path:
+    """Write a state as the checkpoint of `meta.step`; a collective call.
+
+    Raises `CheckpointError` when it cannot be written.
+    """
     target = folder_of(run_folder, meta.step)
     aside = target.with_name(target.name + _PARTIAL)
-    state, optimizer_state = get_state_dict(unwrap(model), optimizer)
     try:
         if ranks.first:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         ranks.barrier()
-        save_distributed(
-            {"model": state, "optimizer": optimizer_state}, checkpoint_id=str(aside), no_dist=ranks.world_size == 1
-        )
+        alone = ranks.world_size == 1
+        save_distributed(state, checkpoint_id=str(aside), process_group=ranks.group, no_dist=alone)
         if ranks.first:
             _write_synced(aside / _META, msgspec.json.format(msgspec.json.encode(meta), indent=2))
             shutil.rmtree(target, ignore_errors=True)
@@ -104,11 +116,9 @@ def save(run_folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, m
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
     """Fill model and optimizer, in place, from a checkpoint of any number of workers; a collective call."""
-    bare = unwrap(model)
-    model_state, optimizer_state = get_state_dict(bare, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
+    state = state_of(model, optimizer)
     _read(path, state, alone=ranks.world_size == 1)
-    set_state_dict(bare, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    set_state_dict(unwrap(model), optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

@@ -109,6 +109,9 @@ class ComputeConfig:
     canvas_multiple: int = 1
     """Pad a batch's canvas up to a multiple of so many pixels each way; 1: to the largest image only. Padding changes
     answers slightly."""
+    max_microbatch: int = 0
+    """Most images of a worker in one forward pass; 0 for no bound. A larger part of the batch is cut into so many
+    passes whose gradients add up."""
     recompute: Literal["none", "encoder", "backbone", "both"] = "none"
     """Activation checkpointing: forget what the backward pass needs of these parts, and compute it again there."""
 
@@ -116,6 +119,7 @@ class ComputeConfig:
         _require(self.precision in ("fp32", "bf16"), "compute.precision", self.precision, "fp32 or bf16")
         parts = ("none", "encoder", "backbone", "both")
         _require(self.recompute in parts, "compute.recompute", self.recompute, f"one of {', '.join(parts)}")
+        _require(self.max_microbatch >= 0, "compute.max_microbatch", self.max_microbatch, "0 (no bound) or more")
         _require(self.canvas_multiple >= 1, "compute.canvas_multiple", self.canvas_multiple, "at least 1 pixel")
 
 
@@ -158,6 +162,9 @@ class ClusterConfig:
     """How many Ray Train workers, and with what. The result does not depend on their number."""
 
     workers: int = 1
+    strategy: Literal["single", "ddp", "fsdp"] = "ddp"
+    """single: one worker. ddp: each worker holds the whole model. fsdp: they divide weights, gradients and optimizer state
+    among themselves. The result is the same, and so are checkpoints."""
     gpu: Literal["auto", "yes", "no"] = "auto"
     """auto: one GPU per worker where the cluster has any."""
     cpus_per_worker: int = 1
@@ -166,6 +173,11 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         _require(self.workers >= 1, "cluster.workers", self.workers, "at least 1")
+        _require(self.strategy in ("single", "ddp", "fsdp"), "cluster.strategy", self.strategy, "single, ddp or fsdp")
+        alone = self.workers == 1 or self.strategy != "single"
+        _require(
+            alone, "cluster.workers", self.workers, "1 with cluster.strategy 'single': choose ddp or fsdp for more"
+        )
         _require(self.cpus_per_worker >= 1, "cluster.cpus_per_worker", self.cpus_per_worker, "at least 1")
         _require(self.max_failures >= 0, "cluster.max_failures", self.max_failures, "0 or more")
 

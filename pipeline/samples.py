@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from itertools import islice, pairwise
 
 from torch import Tensor
 
@@ -78,22 +79,37 @@ def _apply(sample: Sample, geometry: Geometry) -> tuple[Tensor, Target]:
 
 def training_batches(
     manifest: Manifest, config: RunConfig, schedule: Schedule, ranks: Ranks, step: int, until: int
-) -> Generator[Batch, None, None]:
-    """This rank's batches of steps `step` to `until` - 1 as one stream; pinned where they go to a GPU.
+) -> Generator[tuple[Batch, ...], None, None]:
+    """This rank's micro-batches of steps `step` to `until` - 1 as one stream; pinned where they go to a GPU.
 
     Its threads live on over epochs, and over whatever the caller does between two batches; closing it ends them.
     """
     threads = config.data.reader_threads
+    passes = _passes(config, ranks)
     parts = rank_parts(manifest, config, schedule, ranks, step, until)
     batches = open_stream(
         manifest,
-        parts,
+        (micro for part in parts for micro in _cut(part, passes)),
         transform=training_transform(config.seed, config.transform),
         collate=_collate(config, ranks),
         config=ReadConfig(threads, 2 * threads, config.model.masks, config.data.max_bad_samples),
     )
     with closing(parts), closing(batches):
-        yield from batches
+        while len(step_batches := tuple(islice(batches, passes))) == passes:
+            yield step_batches
+
+
+def _passes(config: RunConfig, ranks: Ranks) -> int:
+    """Forward passes per step: as many on every rank, whatever its part, since under FSDP they are collectives."""
+    largest = -(-config.optim.batch_size // ranks.world_size)
+    return -(-largest // (config.compute.max_microbatch or largest))
+
+
+def _cut(part: tuple[Ints, Ints], passes: int) -> list[tuple[Ints, Ints]]:
+    """A rank's part of a step as consecutive micro-batches, which after sorting hold images of like shape."""
+    rows, epochs = part
+    bounds = [number * len(rows) // passes for number in range(passes + 1)]
+    return [(rows[start:stop], epochs[start:stop]) for start, stop in pairwise(bounds)]
 
 
 def rank_parts(

@@ -9,10 +9,14 @@ rank's loss is divided by (global sum / world size) for both normalisers:
   by each rank's own sum, so that its result depends on the number of GPUs. On one worker the two are the same.
 
 Both are known from the targets alone, so one small reduction before the forward is all that is added.
+
+A rank's images may be cut into micro-batches, one forward and backward pass each (`compute.max_microbatch`), when they
+do not fit its memory at once: the same sums, and so the same gradient up to what padding changes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +29,7 @@ from detr.matcher import NonFiniteError
 from detr.model import Outputs
 from pipeline.config import RunConfig
 from pipeline.errors import TrainingError
-from pipeline.parallel import Ranks
+from pipeline.parallel import Ranks, averaging, clip_gradients
 
 
 class StepResult(NamedTuple):
@@ -35,13 +39,23 @@ class StepResult(NamedTuple):
     grad_norm: Tensor
 
 
-def normalisers(batch: Batch, config: RunConfig, ranks: Ranks) -> tuple[Tensor, Tensor]:
+class _Pass(NamedTuple):
+    """What a forward and backward pass over one micro-batch leaves; `layers`: logits and boxes, without gradients."""
+
+    batch: Batch
+    losses: Losses
+    layers: list[tuple[Tensor, Tensor]]
+    error: str = ""
+
+
+def normalisers(batches: Sequence[Batch], config: RunConfig, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """(boxes, cross-entropy weight) that this rank's losses are divided by; see the module's text. Collective.
 
     Scalars on the rank's device: the host waits neither for the copy nor for the sum.
     """
-    boxes = sum(len(target.labels) for target in batch.targets)
-    weight = ce_weight_sum(batch.targets, config.model.num_queries, config.loss)
+    targets = [target for batch in batches for target in batch.targets]
+    boxes = sum(len(target.labels) for target in targets)
+    weight = ce_weight_sum(targets, config.model.num_queries, config.loss)
     sums = ranks.sum(torch.tensor([float(boxes), weight], dtype=torch.float64).to(ranks.device, non_blocking=True))
     total_boxes, total_weight = sums.unbind()
     # With eos_coef 0 and no box the weights' sum is 0, and so is the loss that it divides.
@@ -50,50 +64,97 @@ def normalisers(batch: Batch, config: RunConfig, ranks: Ranks) -> tuple[Tensor, 
 
 
 def train_step(
-    model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, config: RunConfig, ranks: Ranks, step: int
+    model: nn.Module,
+    batches: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    config: RunConfig,
+    ranks: Ranks,
+    step: int,
 ) -> StepResult:
-    """Forward, losses, backward, clip, update. Learning rates are the caller's.
+    """Forward, losses and backward of each micro-batch, then clip and update. Learning rates are the caller's.
 
-    Raises `TrainingError` before the update when anything is not finite, naming step, image ids and part. The total
-    norm is the same on every rank, since gradients have been averaged by then, so all ranks stop together.
+    batches: this rank's part of the step; as many on every rank, some perhaps without images.
+
+    Raises `TrainingError` before the update when anything is not finite on any rank, naming step, image ids and part.
+    The total norm is the same on every rank, since gradients have been averaged by then, so all ranks stop together.
     """
-    num_boxes, ce_normalizer = normalisers(batch, config, ranks)
-    # Dropout depends on the step and not on what came before it, so that a resumed run repeats it bit for bit.
-    torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + ranks.rank)
-    batch = batch.to(ranks.device)
+    dividers = normalisers(batches, config, ranks)
     # Before the forward pass, so that the last gradients make room for the activations.
     optimizer.zero_grad(set_to_none=True)
-    images = normalise(batch, config.transform)
-    with autocast(ranks.device, config.compute.precision):
-        outputs = model(images, batch.padding)
-    try:
-        canvas = (batch.images.shape[2], batch.images.shape[3])
-        losses = compute_losses(outputs, batch.targets, num_boxes, config.loss, ce_normalizer, canvas)
-    except NonFiniteError as error:
-        raise TrainingError(
-            f"step {step}, rank {ranks.rank}: {error}; lower --optim.lr or look at these images"
-        ) from None
-    losses.total.backward()  # type: ignore[no-untyped-call]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
+    passes = []
+    for number, batch in enumerate(batches):
+        # Dropout depends on the step and not on what came before it, so that a resumed run repeats it bit for bit.
+        torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + ranks.rank + (number << 48))
+        with averaging(model, now=number == len(batches) - 1):
+            passes.append(_pass(model, batch.to(ranks.device), dividers, config))
+    grad_norm = clip_gradients(optimizer, config.optim.clip_norm)
     if not torch.isfinite(grad_norm):
-        raise TrainingError(_describe_non_finite(losses, outputs, batch, ranks, step))
+        raise TrainingError(_describe_non_finite(passes, ranks, step))
     optimizer.step()
-    return StepResult(losses, grad_norm.detach())
+    return StepResult(_sum([(len(one.batch), one.losses) for one in passes]), grad_norm.detach())
 
 
-def _describe_non_finite(losses: Losses, outputs: Outputs, batch: Batch, ranks: Ranks, step: int) -> str:
-    parts = [name for name, value in losses.parts.items() if not torch.isfinite(value)]
-    # The matcher looks only at images with objects, so predictions for the others can be at fault.
-    finite = [
-        torch.stack([part[row].isfinite().all() for layer in (outputs, *outputs.auxiliary) for part in layer[:2]]).all()
-        for row in range(len(batch))
-    ]
-    guilty_ids = [target.image_id for target, fine in zip(batch.targets, finite, strict=True) if not fine]
-    ids = guilty_ids or [target.image_id for target in batch.targets]
-    found = ranks.gather((parts, ids))
-    guilty = {rank: said for rank, said in enumerate(found) if said[0]}
-    if not guilty:
-        return f"step {step}: the gradient is not finite though every loss is; images {[i for _, ids in found for i in ids]}"
-    said = "; ".join(f"rank {rank}: {', '.join(parts)} on images {ids}" for rank, (parts, ids) in guilty.items())
+def _pass(model: nn.Module, batch: Batch, dividers: tuple[Tensor, Tensor], config: RunConfig) -> _Pass:
+    images = normalise(batch, config.transform)
+    with autocast(images.device, config.compute.precision):
+        outputs = model(images, batch.padding)
+    layers = [(layer.logits.detach(), layer.boxes.detach()) for layer in (outputs, *outputs.auxiliary)]
+    num_boxes, ce_normalizer = dividers
+    canvas = (batch.images.shape[2], batch.images.shape[3])
+    error = ""
+    try:
+        losses = compute_losses(outputs, batch.targets, num_boxes, config.loss, ce_normalizer, canvas)
+    except NonFiniteError as found:
+        # The other ranks are on their way to the gradients' sum: come along, with gradients that stop them all there.
+        error, losses = str(found), _not_finite(outputs)
+    losses.total.backward()  # type: ignore[no-untyped-call]
+    return _Pass(batch, losses, layers, error)
+
+
+def _not_finite(outputs: Outputs) -> Losses:
+    """Losses of which every gradient is NaN."""
+    parts = [part for layer in (outputs, *outputs.auxiliary) for part in layer if isinstance(part, Tensor)]
+    return Losses(torch.stack([part.float().sum() for part in parts]).sum() * torch.nan, {})
+
+
+def _sum(found: Sequence[tuple[int, Losses]]) -> Losses:
+    """The losses of micro-batches of so many images together: losses add up, errors are means over images."""
+    if len(found) == 1:
+        return found[0][1]
+    images = max(sum(count for count, _ in found), 1)
+    parts = {
+        name: sum(
+            (losses.parts[name] * (1 if name.startswith("loss_") else count / images) for count, losses in found),
+            torch.zeros_like(value),
+        )
+        for name, value in found[0][1].parts.items()
+    }
+    return Losses(torch.stack([losses.total.detach() for _, losses in found]).sum(), parts)
+
+
+def _describe_non_finite(passes: Sequence[_Pass], ranks: Ranks, step: int) -> str:
+    found = ranks.gather([word for one in passes for word in _words(one)])
+    said = "; ".join(f"rank {rank}: {word}" for rank, words in enumerate(found) for word in words)
+    if not said:
+        ids = ranks.gather([target.image_id for one in passes for target in one.batch.targets])
+        return (
+            f"step {step}: the gradient is not finite though every loss is; images {[i for part in ids for i in part]}"
+        )
     return f"step {step}: not finite before the update: {said}; lower --optim.lr or look at these images"
+
+
+def _words(one: _Pass) -> list[str]:
+    """What is not finite in a pass: in the matcher's words, or as parts of the loss and images."""
+    if one.error:
+        return [one.error]
+    parts = [name for name, value in one.losses.parts.items() if not torch.isfinite(value)]
+    if not parts:
+        return []
+    # The matcher looks only at images with objects, so predictions for the others can be at fault.
+    fine = [
+        torch.stack([part[row].isfinite().all() for layer in one.layers for part in layer]).all()
+        for row in range(len(one.batch))
+    ]
+    ids = [target.image_id for target in one.batch.targets]
+    guilty = [image_id for image_id, finite in zip(ids, fine, strict=True) if not finite]
+    return [f"{', '.join(parts)} on images {guilty or ids}"]

@@ -27,15 +27,16 @@ from detr.batch import Batch
 from detr.execution import compile_shapes, set_channels_last, set_recompute, uncompiled
 from detr.model import DETR
 from pipeline import checkpoint
-from pipeline.config import ComputeConfig, RunConfig
+from pipeline.config import RunConfig
 from pipeline.data import check_cache, open_data
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.identity import continuation
 from pipeline.meter import Meter
 from pipeline.optim import Schedule, build_optimizer, set_learning_rates
-from pipeline.parallel import Ranks, distribute, unwrap
+from pipeline.parallel import Ranks, distribute, unwrap, whole
 from pipeline.pictures import detection_pictures
 from pipeline.samples import training_batches
+from pipeline.saving import Saver, open_saver
 from pipeline.step import train_step
 from pipeline.track import TAG_LEFT_OUT, TAG_PHASE, Tracker
 from pipeline.weights import build_trained, read_initial
@@ -93,37 +94,42 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) 
         # MLflow's slider opens at step 0: show there what is to be found.
         _tell_pictures(worker, Detections.empty(config.model.masks), 0)
     # One stream to the end: neither checkpoints nor evaluations nor ends of epochs stop its threads.
-    with closing(training_batches(train, config, schedule, ranks, state.step, schedule.total_steps)) as batches:
+    with (
+        closing(training_batches(train, config, schedule, ranks, state.step, schedule.total_steps)) as batches,
+        open_saver(place.folder, state.optimizer, ranks, config.checkpoint.keep) as saver,
+    ):
         while True:
             if state.step and _evaluation_due(worker, state.step):
-                _evaluate(worker, state)
+                _evaluate(worker, state, saver)
             if state.step >= schedule.total_steps:
                 return
             _train(worker, state, batches, until=_next_boundary(worker, state.step))
-            _save(worker, state)
+            _save(worker, state, saver)
 
 
 def _restore(worker: Worker, newest: Path | None, step: int) -> State:
     config, ranks = worker.config, worker.ranks
     torch.manual_seed(config.seed)
-    model = build_trained(config, worker.train.num_classes).to(ranks.device)
-    _prepare(model, config.compute)
-    optimizer = build_optimizer(model, config.optim)
+    model = _build(worker)
     if newest is None:
         read_initial(model, worker.place.folder)
-    else:
-        checkpoint.load(newest, model, optimizer, ranks)
     if config.compute.compile:
         compile_shapes(model)
-    wrapped = distribute(model, ranks)
+    wrapped = distribute(model, ranks, config.cluster.strategy)
+    optimizer = build_optimizer(unwrap(wrapped), config.optim)
+    if newest is not None:
+        checkpoint.load(newest, wrapped, optimizer, ranks)
     wrapped.train()
     return State(wrapped, optimizer, step)
 
 
-def _prepare(model: DETR, config: ComputeConfig) -> None:
-    if config.channels_last:
+def _build(worker: Worker) -> DETR:
+    compute = worker.config.compute
+    model = build_trained(worker.config, worker.train.num_classes).to(worker.ranks.device)
+    if compute.channels_last:
         set_channels_last(model)
-    set_recompute(model, config.recompute)
+    set_recompute(model, compute.recompute)
+    return model
 
 
 def _next_evaluation(worker: Worker, step: int) -> int:
@@ -149,20 +155,20 @@ def _evaluation_due(worker: Worker, step: int) -> bool:
     return worker.ranks.gather(checkpoint.read_evaluation(path) is None)[0] is True
 
 
-def _train(worker: Worker, state: State, batches: Iterator[Batch], until: int) -> None:
+def _train(worker: Worker, state: State, batches: Iterator[tuple[Batch, ...]], until: int) -> None:
     schedule = worker.schedule
     meter = Meter(schedule, worker.ranks, worker.tracker)
-    for batch in islice(batches, until - state.step):
+    for micro_batches in islice(batches, until - state.step):
         waited = meter.waited()
         set_learning_rates(state.optimizer, schedule.factor(state.step))
-        result = train_step(state.model, batch, state.optimizer, worker.config, worker.ranks, state.step)
+        result = train_step(state.model, micro_batches, state.optimizer, worker.config, worker.ranks, state.step)
         state.step += 1
         meter.add(result, schedule.samples(state.step) - schedule.samples(state.step - 1), waited)
         if state.step % worker.config.track.log_every == 0 or state.step == until:
             meter.tell(state.step, state.optimizer)
 
 
-def _save(worker: Worker, state: State) -> None:
+def _save(worker: Worker, state: State, saver: Saver) -> None:
     config = worker.config
     meta = checkpoint.Meta(
         step=state.step,
@@ -182,11 +188,9 @@ def _save(worker: Worker, state: State) -> None:
         origin_step=worker.schedule.origin.step,
         origin_samples=worker.schedule.origin.samples,
     )
-    checkpoint.save(worker.place.folder, state.model, state.optimizer, meta, worker.ranks)
+    saver.save(state.model, state.optimizer, meta)
     if config.data.max_bad_samples:
         _tell_left_out(worker)
-    if worker.ranks.first:
-        checkpoint.prune(worker.place.folder, config.checkpoint.keep)
 
 
 def _tell_left_out(worker: Worker) -> None:
@@ -196,7 +200,7 @@ def _tell_left_out(worker: Worker) -> None:
         worker.tracker.tags({TAG_LEFT_OUT: f"{len(lines)} training images: {'; '.join(sorted(lines))}"[:5000]})
 
 
-def _evaluate(worker: Worker, state: State) -> None:
+def _evaluate(worker: Worker, state: State, saver: Saver) -> None:
     config, tracker = worker.config, worker.tracker
     start = time.perf_counter()
 
@@ -208,7 +212,7 @@ def _evaluate(worker: Worker, state: State) -> None:
         tracker.tags({TAG_PHASE: "evaluating"})
     with uncompiled():  # its canvases have any shape, each of which would be compiled
         evaluation = evaluate(
-            unwrap(state.model),
+            whole(state.model, lambda: _build(worker)),
             worker.val,
             worker.train.categories,
             transform=config.transform,
@@ -218,6 +222,7 @@ def _evaluate(worker: Worker, state: State) -> None:
             limit=config.evaluate.limit,
             progress=progress,
         )
+    saver.finish()  # its figures are noted beside it
     if evaluation is not None:
         _tell_evaluation(worker, state.step, evaluation, time.perf_counter() - start)
     worker.ranks.barrier()

@@ -81,7 +81,7 @@ def _ours(pixels: str, threads: int, normalised: bool = False) -> Callable[[Path
         )
         steps = EPOCHS * manifest.images // BATCH
         schedule = Schedule(config.optim, manifest.images)
-        for batch in training_batches(manifest, config, schedule, Ranks(), 0, steps):
+        for (batch,) in training_batches(manifest, config, schedule, Ranks(), 0, steps):
             if normalised:
                 normalise(batch, config.transform)
             yield len(batch)

@@ -1,19 +1,21 @@
 """The gradient is that of the global batch, however many real processes share it."""
 
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from detr.batch import Target, collate
 from detr.config import ModelConfig, TransformConfig
 from detr.model import build_model
 from pipeline.config import OptimConfig, RunConfig
 from pipeline.optim import build_optimizer
-from pipeline.parallel import Ranks, distribute, unwrap
+from pipeline.parallel import Ranks, Strategy, distribute, unwrap
 from pipeline.step import train_step
 from pipeline.weights import build_trained
 from shards.manifest import Manifest
@@ -62,17 +64,32 @@ def samples(boxes: tuple[int, ...]) -> Samples:
 
 
 def gradients(
-    ranks: Ranks, shares: list[tuple[int, ...]], boxes: tuple[int, ...], config: RunConfig = CONFIG
+    ranks: Ranks,
+    shares: list[tuple[int, ...]],
+    boxes: tuple[int, ...],
+    config: RunConfig = CONFIG,
+    passes: int = 1,
+    strategy: Strategy = "ddp",
 ) -> tuple[dict[str, Tensor], float]:
-    """Every parameter's gradient after a step in which rank r has the images `shares[r]`, and the total loss."""
+    """Every parameter's gradient after a step in which rank r has the images `shares[r]`, and the total loss.
+
+    passes: into so many micro-batches a rank's images are cut.
+    """
     torch.manual_seed(0)
     model = build_trained(config, 4)
-    optimizer = build_optimizer(model, config.optim)
-    wrapped = distribute(model, ranks)
-    made = samples(boxes)
-    result = train_step(wrapped, collate([made[i] for i in shares[ranks.rank]]), optimizer, config, ranks, step=0)
-    found = {name: p.grad.clone() for name, p in unwrap(wrapped).named_parameters() if p.grad is not None}
+    wrapped = distribute(model, ranks, strategy)
+    optimizer = build_optimizer(unwrap(wrapped), config.optim)
+    made, mine = samples(boxes), shares[ranks.rank]
+    cuts = [len(mine) * number // passes for number in range(passes + 1)]
+    batches = [collate([made[i] for i in mine[start:stop]]) for start, stop in pairwise(cuts)]
+    result = train_step(wrapped, batches, optimizer, config, ranks, step=0)
+    parameters = unwrap(wrapped).named_parameters()
+    found = {name: whole_tensor(p.grad).clone() for name, p in parameters if p.grad is not None}
     return found, float(ranks.sum(result.losses.total.detach()) / ranks.world_size)
+
+
+def whole_tensor(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def evenly(world_size: int) -> list[tuple[int, ...]]:
@@ -119,6 +136,30 @@ def test_however_many_ranks_share_the_images_the_gradient_is_that_of_one(
             assert_equal(found, expected)
 
 
+def accumulated_gradients(
+    ranks: Ranks, shares: list[tuple[int, ...]], passes: int, strategy: Strategy
+) -> list[tuple[dict[str, Tensor], float]]:
+    return [gradients(ranks, shares, boxes, passes=passes, strategy=strategy) for boxes in CASES]
+
+
+@pytest.mark.parametrize(
+    ("shares", "passes", "strategy"),
+    [
+        (evenly(1), 4, "ddp"),
+        (evenly(2), 2, "ddp"),
+        (evenly(2), 2, "fsdp"),
+        ([(0, 1, 2, 3, 4, 5), (6,), (7,)], 3, "fsdp"),
+    ],
+    ids=["1x(4x2)", "2x(2x2)", "2x(2x2), fsdp", "3x3, fsdp, some passes without images"],
+)
+def test_accumulated_over_micro_batches_the_gradient_is_that_of_one_pass(
+    shares: list[tuple[int, ...]], passes: int, strategy: Strategy, alone: list[tuple[dict[str, Tensor], float]]
+) -> None:
+    for said in run_ranks(len(shares), accumulated_gradients, shares, passes, strategy):
+        for found, expected in zip(said, alone, strict=True):
+            assert_equal(found, expected)
+
+
 @pytest.mark.parametrize("shares", [evenly(2), [(0, 1, 2), (), (3, 4, 5, 6, 7)]], ids=["2x4", "3, one without images"])
 def test_the_gradient_of_a_mask_head_is_that_of_one_rank_too(shares: list[tuple[int, ...]]) -> None:
     """With and without the detector's gradients; ranks without a box have a mask head without a mask."""
@@ -149,27 +190,42 @@ def test_the_gradients_that_are_compared_are_not_all_but_zero(alone: list[tuple[
         assert max(float(gradient.abs().max()) for gradient in found.values()) > 1e-2
 
 
-def failing_step(ranks: Ranks) -> tuple[str, bool]:
-    """A step in which one rank's images alone make the loss infinite: what is raised, and are the weights as before?"""
+def failing_step(ranks: Ranks, where: str, strategy: Strategy) -> tuple[str, bool]:
+    """A step in which one rank's images alone are at fault: what is raised, and are the weights as before?"""
     torch.manual_seed(0)
     model = build_model(MODEL, 4)
-    optimizer = build_optimizer(model, CONFIG.optim)
-    wrapped = distribute(model, ranks)
+    wrapped = distribute(model, ranks, strategy)
+    optimizer = build_optimizer(unwrap(wrapped), CONFIG.optim)
     made = samples(EVEN)[4 * ranks.rank : 4 * ranks.rank + 4]
     batch = collate(made)
-    before = {name: value.clone() for name, value in unwrap(wrapped).state_dict().items()}
-    # The loss of rank 1 overflows in the sum, not in a prediction, so no rank sees it before the backward.
-    config = replace(CONFIG, loss=replace(CONFIG.loss, weight_giou=3e38)) if ranks.rank == 1 else CONFIG
+    before = {name: whole_tensor(value).clone() for name, value in unwrap(wrapped).state_dict().items()}
+    config = CONFIG
+    if ranks.rank == 1 and where == "sum":
+        # The loss overflows in the sum, not in a prediction, so no rank sees it before the backward.
+        config = replace(CONFIG, loss=replace(CONFIG.loss, weight_giou=3e38))
+    if ranks.rank == 1 and where == "matcher":
+        batch.targets[2].boxes[1, 3] = torch.nan
     message = ""
     try:
-        train_step(wrapped, batch, optimizer, config, ranks, step=7)
+        train_step(wrapped, [batch], optimizer, config, ranks, step=7)
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
-    same = all(torch.equal(value, before[name]) for name, value in unwrap(wrapped).state_dict().items())
-    return message, same
+    after = {name: whole_tensor(value) for name, value in unwrap(wrapped).state_dict().items()}
+    return message, all(torch.equal(value, before[name]) for name, value in after.items())
 
 
-def test_a_gradient_that_is_not_finite_on_one_rank_stops_every_rank_before_the_update() -> None:
-    for message, unchanged in run_ranks(2, failing_step):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("sum", "the gradient is not finite though every loss is; images [0, 1, 2, 3, 4, 5, 6, 7]"),
+        ("matcher", "rank 1: matching: got non-finite values in the target boxes of images 6,"),
+    ],
+)
+def test_what_is_not_finite_on_one_rank_stops_every_rank_before_the_update(
+    where: str, said: str, strategy: Strategy
+) -> None:
+    for message, unchanged in run_ranks(2, failing_step, where, strategy):
         assert message.startswith("TrainingError: step 7")
+        assert said in message
         assert unchanged

@@ -44,7 +44,7 @@ def test_flips_crops_and_resizes_keep_every_mask_in_its_box(masks_config: RunCon
     config = replace(masks_config, transform=TransformConfig(train_scales=(160, 240), max_size=400))
     schedule = Schedule(config.optim, manifest.images)
     beyond, off, empty = [], [], 0
-    for batch in training_batches(manifest, config, schedule, Ranks(), 0, schedule.total_steps):
+    for (batch,) in training_batches(manifest, config, schedule, Ranks(), 0, schedule.total_steps):
         for target, (height, width) in zip(batch.targets, batch.sizes, strict=True):
             assert target.masks is not None
             assert target.masks.shape == (len(target.labels), height, width)

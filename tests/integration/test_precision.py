@@ -46,9 +46,9 @@ def losses(data: Manifest, precision: str) -> torch.Tensor:
     model = build_model(config.model, data.num_classes).train()
     optimizer = build_optimizer(model, config.optim)
     told = []
-    for step, batch in enumerate(training_batches(data, config, schedule, ranks, 0, STEPS)):
+    for step, batches in enumerate(training_batches(data, config, schedule, ranks, 0, STEPS)):
         set_learning_rates(optimizer, schedule.factor(step))
-        told.append(train_step(model, batch, optimizer, config, ranks, step).losses.total.detach())
+        told.append(train_step(model, batches, optimizer, config, ranks, step).losses.total.detach())
     return torch.stack(told)
 
 

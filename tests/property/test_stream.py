@@ -159,6 +159,6 @@ def test_a_stream_over_epochs_is_the_loaders_of_each_epoch_one_after_the_other(m
     ]
     found = list(training_batches(manifest, config, schedule, ranks, 0, schedule.total_steps))
     assert len(found) == len(expected) == 5
-    for batch, other in zip(found, expected, strict=True):
+    for (batch,), other in zip(found, expected, strict=True):
         assert torch.equal(batch.images, other.images)
         assert [target.image_id for target in batch.targets] == [target.image_id for target in other.targets]

@@ -39,7 +39,7 @@ def model(tiny_config: RunConfig) -> DETR:
 
 def step(model: nn.Module, batch: Batch, config: RunConfig, number: int = 3) -> float:
     optimizer = build_optimizer(model, config.optim)
-    return float(train_step(model, batch, optimizer, config, Ranks(), number).losses.total.detach())
+    return float(train_step(model, [batch], optimizer, config, Ranks(), number).losses.total.detach())
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -52,7 +52,7 @@ def test_weights_that_are_not_finite_stop_the_run_before_the_update(
     with torch.no_grad():
         model.class_embed.bias[0] = float("nan")
     before = weights(model)
-    with pytest.raises(TrainingError, match=r"step 12, rank 0: .*31.*lower --optim\.lr") as caught:
+    with pytest.raises(TrainingError, match=r"step 12: .*rank 0: .*31.*lower --optim\.lr") as caught:
         step(model, batch, tiny_config, 12)
     assert "\n" not in str(caught.value)
     after = weights(model)
@@ -146,7 +146,7 @@ def test_the_gradient_is_clipped_to_the_norm_and_the_norm_before_is_told(
     model: DETR, batch: Batch, tiny_config: RunConfig
 ) -> None:
     optimizer = build_optimizer(model, tiny_config.optim)
-    result = train_step(model, batch, optimizer, tiny_config, Ranks(), 0)
+    result = train_step(model, [batch], optimizer, tiny_config, Ranks(), 0)
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     assert float(norm) == pytest.approx(tiny_config.optim.clip_norm, rel=1e-3)
     assert result.grad_norm > norm
@@ -154,12 +154,12 @@ def test_the_gradient_is_clipped_to_the_norm_and_the_norm_before_is_told(
 
 def test_losses_are_divided_by_boxes_and_class_weights_of_the_whole_batch(batch: Batch, tiny_config: RunConfig) -> None:
     # 8 queries in each of 2 images; 2 matched weigh 1, 14 weigh 0.1.
-    assert normalisers(batch, tiny_config, Ranks()) == pytest.approx((2.0, 3.4))
+    assert normalisers([batch], tiny_config, Ranks()) == pytest.approx((2.0, 3.4))
 
 
 def test_a_batch_without_any_box_divides_by_one(tiny_config: RunConfig, model: DETR) -> None:
     empty = collate([(torch.zeros(3, 64, 64, dtype=torch.uint8), target(5, 0))])
-    assert normalisers(empty, tiny_config, Ranks()) == pytest.approx((1.0, 0.8))
+    assert normalisers([empty], tiny_config, Ranks()) == pytest.approx((1.0, 0.8))
     assert step(model, empty, tiny_config) > 0
 
 
@@ -177,12 +177,12 @@ def test_a_step_waits_for_the_device_at_most_twice(model: DETR, batch: Batch, ti
     """Once for the matcher's costs, once to see that the gradient is finite."""
     optimizer = build_optimizer(model.cuda(), tiny_config.optim)
     ranks = Ranks(device=torch.device("cuda"))
-    train_step(model, batch, optimizer, tiny_config, ranks, 0)  # what is made once may wait
+    train_step(model, [batch], optimizer, tiny_config, ranks, 0)  # what is made once may wait
     try:
         torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            train_step(model, batch, optimizer, tiny_config, ranks, 1)
+            train_step(model, [batch], optimizer, tiny_config, ranks, 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     waits = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -266,9 +266,9 @@ def shown_images(patch: pytest.MonkeyPatch) -> dict[int, list[int]]:
     """Filled, while runs run, with the image ids of each step."""
     seen: dict[int, list[int]] = {}
 
-    def step(model: Any, batch: Batch, optimizer: Any, config: Any, ranks: Any, step: int) -> StepResult:
-        seen[step] = [target.image_id for target in batch.targets]
-        return train_step(model, batch, optimizer, config, ranks, step)
+    def step(model: Any, batches: Sequence[Batch], optimizer: Any, config: Any, ranks: Any, step: int) -> StepResult:
+        seen[step] = [target.image_id for batch in batches for target in batch.targets]
+        return train_step(model, batches, optimizer, config, ranks, step)
 
     patch.setattr(module, "train_step", step)
     return seen

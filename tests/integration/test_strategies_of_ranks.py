@@ -1,0 +1,114 @@
+"""single, ddp and fsdp are the same run: same losses, and checkpoints that load into each other."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+from detr.batch import collate
+from detr.execution import set_channels_last, set_recompute
+from detr.model import DETR
+from pipeline import checkpoint
+from pipeline.optim import build_optimizer
+from pipeline.parallel import Ranks, Strategy, distribute, unwrap, whole
+from pipeline.step import train_step
+from pipeline.weights import build_trained
+from tests.integration.test_gradients_of_ranks import CONFIG, UNEVEN, samples
+from tests.ranks import run_ranks
+
+WORLD: dict[Strategy, int] = {"single": 1, "ddp": 2, "fsdp": 2}
+RUN = replace(CONFIG, optim=replace(CONFIG.optim, lr=1e-3, lr_backbone=3e-4, clip_norm=0.1))
+State = dict[str, Tensor]
+
+
+def bare() -> DETR:
+    model = build_trained(RUN, 4)
+    set_channels_last(model)
+    set_recompute(model, "both")
+    return model
+
+
+def build(ranks: Ranks, strategy: Strategy, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    wrapped = distribute(bare(), ranks, strategy)
+    return wrapped, build_optimizer(unwrap(wrapped), RUN.optim)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, number: int) -> float:
+    share = 8 // ranks.world_size
+    mine = samples(UNEVEN)[ranks.rank * share : (ranks.rank + 1) * share]
+    result = train_step(model, [collate(mine)], optimizer, RUN, ranks, number)
+    return float(ranks.sum(result.losses.total.detach().clone())) / ranks.world_size
+
+
+def losses(ranks: Ranks, strategy: Strategy, steps: int) -> list[float]:
+    model, optimizer = build(ranks, strategy)
+    return [step(model, optimizer, ranks, number) for number in range(steps)]
+
+
+def test_fifty_steps_have_the_losses_of_a_single_process() -> None:
+    (expected,) = run_ranks(1, losses, "single", 50)
+    assert expected[-1] < 0.8 * expected[0]
+    for strategy in ("ddp", "fsdp"):
+        for found in run_ranks(2, losses, strategy, 50):
+            assert found == pytest.approx(expected, rel=1e-5)
+
+
+def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    """Weights and moments, whole on every rank, by name."""
+    weights, of_optimizer = get_state_dict(unwrap(model), optimizer, options=StateDictOptions(full_state_dict=True))
+    moments = of_optimizer["state"].items()
+    named = {**weights, **{f"{name}.{kind}": value for name, kinds in moments for kind, value in kinds.items()}}
+    return {name: value.clone() for name, value in named.items()}
+
+
+def save(ranks: Ranks, strategy: Strategy, folder: Path) -> tuple[State, float]:
+    model, optimizer = build(ranks, strategy)
+    for number in range(3):
+        step(model, optimizer, ranks, number)
+    meta = checkpoint.Meta(3, 1.0, 24, "r", 1, 8, "d", 4, "c", ranks.world_size, {})
+    checkpoint.save(folder / strategy, model, optimizer, meta, ranks)
+    return state(model, optimizer), step(model, optimizer, ranks, 3)
+
+
+def load(ranks: Ranks, strategy: Strategy, folder: Path) -> list[tuple[State, float]]:
+    found = []
+    for origin in WORLD:
+        path = checkpoint.newest(folder / origin)
+        assert path is not None
+        model, optimizer = build(ranks, strategy, seed=1 + ranks.rank)
+        checkpoint.load(path, model, optimizer, ranks)
+        found.append((state(model, optimizer), step(model, optimizer, ranks, 3)))
+    return found
+
+
+def test_checkpoints_load_across_all_nine_pairs(tmp_path: Path) -> None:
+    saved = {strategy: run_ranks(WORLD[strategy], save, strategy, tmp_path)[0] for strategy in WORLD}
+    for strategy in WORLD:
+        for of_rank in run_ranks(WORLD[strategy], load, strategy, tmp_path):
+            for origin, (loaded, loss) in zip(WORLD, of_rank, strict=True):
+                expected, next_loss = saved[origin]
+                assert loaded.keys() == expected.keys()
+                unequal = [name for name, value in loaded.items() if not torch.equal(value, expected[name])]
+                assert not unequal, f"saved by {origin}, loaded by {strategy}: {unequal[:3]}"
+                assert loss == pytest.approx(next_loss, rel=1e-5)
+
+
+def outputs(ranks: Ranks, strategy: Strategy) -> list[Tensor]:
+    model, _ = build(ranks, strategy)
+    alone = whole(model, bare).eval()
+    if ranks.rank > 0:
+        return []  # so that a collective would wait for ever
+    with torch.inference_mode():
+        return list(alone(torch.ones(1, 3, 64, 64))[:2])
+
+
+def test_a_rank_can_run_the_whole_model_alone() -> None:
+    (expected,) = run_ranks(1, outputs, "single")
+    for strategy in ("ddp", "fsdp"):
+        found = run_ranks(2, outputs, strategy)[0]
+        for value, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
