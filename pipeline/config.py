@@ -183,6 +183,23 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What happens before an update that would spoil the weights; see `pipeline/guard.py`."""
+
+    policy: Literal["stop", "skip", "rollback"] = "stop"
+    """stop: end the run. skip: leave the update out. rollback: take the newest checkpoint's weights and go on."""
+    max_grad_norm: float = 0.0
+    """A total norm above it counts as not finite does; 0 for no bound. Clipping (`optim.clip_norm`) comes after."""
+    max_events: int = 3
+    """So many are skipped or rolled back in a run; one more ends it."""
+
+    def __post_init__(self) -> None:
+        _require(self.policy in ("stop", "skip", "rollback"), "guard.policy", self.policy, "stop, skip or rollback")
+        _require(self.max_grad_norm >= 0, "guard.max_grad_norm", self.max_grad_norm, "0 (no bound) or more")
+        _require(self.max_events >= 1, "guard.max_events", self.max_events, "at least 1")
+
+
+@dataclass(frozen=True)
 class TrackConfig:
     """What MLflow shows of the run."""
 
@@ -220,6 +237,7 @@ class RunConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 

@@ -46,8 +46,8 @@ class Meter:
 
     def tell(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Average over the interval and over ranks, and give it to the tracker; a collective call."""
-        assert self._sum is not None
-        assert self._norm is not None
+        if self._sum is None or self._norm is None:
+            return  # no step was taken
         # Each rank's loss is its share times the world size, so the mean over ranks is the global batch's loss.
         means = (self._ranks.sum(self._sum) / (self._steps * self._ranks.world_size)).tolist()
         seconds = max(time.perf_counter() - self._start, 1e-9)

@@ -16,8 +16,9 @@ do not fit its memory at once: the same sums, and so the same gradient up to wha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,17 @@ class StepResult(NamedTuple):
 
     losses: Losses
     grad_norm: Tensor
+
+
+class Diverged(TrainingError):
+    """A step that must not be taken. `record` is what to keep of it: gradient norm, and losses and images by rank."""
+
+    def __init__(self, message: str, step: int, record: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.step, self.record = step, record
+
+    def __reduce__(self) -> tuple[type[Diverged], tuple[str, int, dict[str, Any]]]:
+        return type(self), (str(self), self.step, self.record)  # Ray sends it to the driver
 
 
 class _Pass(NamedTuple):
@@ -75,7 +87,8 @@ def train_step(
 
     batches: this rank's part of the step; as many on every rank, some perhaps without images.
 
-    Raises `TrainingError` before the update when anything is not finite on any rank, naming step, image ids and part.
+    Raises `Diverged` before the update when anything is not finite on any rank, or the gradient's norm is past
+    `guard.max_grad_norm`, naming step, image ids and part.
     The total norm is the same on every rank, since gradients have been averaged by then, so all ranks stop together.
     """
     dividers = normalisers(batches, config, ranks)
@@ -88,8 +101,9 @@ def train_step(
         with averaging(model, now=number == len(batches) - 1):
             passes.append(_pass(model, batch.to(ranks.device), dividers, config))
     grad_norm = clip_gradients(optimizer, config.optim.clip_norm)
-    if not torch.isfinite(grad_norm):
-        raise TrainingError(_describe_non_finite(passes, ranks, step))
+    largest = config.guard.max_grad_norm or torch.inf
+    if not grad_norm < largest:  # false for NaN
+        raise _diverged(passes, float(grad_norm), ranks, step)
     optimizer.step()
     return StepResult(_sum([(len(one.batch), one.losses) for one in passes]), grad_norm.detach())
 
@@ -132,15 +146,27 @@ def _sum(found: Sequence[tuple[int, Losses]]) -> Losses:
     return Losses(torch.stack([losses.total.detach() for _, losses in found]).sum(), parts)
 
 
-def _describe_non_finite(passes: Sequence[_Pass], ranks: Ranks, step: int) -> str:
-    found = ranks.gather([word for one in passes for word in _words(one)])
-    said = "; ".join(f"rank {rank}: {word}" for rank, words in enumerate(found) for word in words)
-    if not said:
-        ids = ranks.gather([target.image_id for one in passes for target in one.batch.targets])
-        return (
-            f"step {step}: the gradient is not finite though every loss is; images {[i for part in ids for i in part]}"
+def _diverged(passes: Sequence[_Pass], grad_norm: float, ranks: Ranks, step: int) -> Diverged:
+    """The same error on every rank; a collective call."""
+    mine = {
+        "images": [target.image_id for one in passes for target in one.batch.targets],
+        "losses": [{name: str(float(value)) for name, value in one.losses.parts.items()} for one in passes],
+        "words": [word for one in passes for word in _words(one)],
+    }
+    found = ranks.gather(mine)
+    record = {"grad_norm": str(grad_norm), "ranks": found}
+    said = "; ".join(f"rank {rank}: {word}" for rank, one in enumerate(found) for word in one["words"])
+    ids = [image_id for one in found for image_id in one["images"]]
+    remedy = "lower --optim.lr or look at these images"
+    if said:
+        message = f"step {step}: not finite before the update: {said}; {remedy}"
+    elif math.isfinite(grad_norm):
+        message = (
+            f"step {step}: the gradient's norm {grad_norm:.4g} is past guard.max_grad_norm; images {ids}: {remedy}"
         )
-    return f"step {step}: not finite before the update: {said}; lower --optim.lr or look at these images"
+    else:
+        message = f"step {step}: the gradient is not finite though every loss is; images {ids}: {remedy}"
+    return Diverged(message, step, record)
 
 
 def _words(one: _Pass) -> list[str]:

@@ -30,6 +30,7 @@ from pipeline import checkpoint
 from pipeline.config import RunConfig
 from pipeline.data import check_cache, open_data
 from pipeline.evaluate import Evaluation, evaluate
+from pipeline.guard import Guard
 from pipeline.identity import continuation
 from pipeline.meter import Meter
 from pipeline.optim import Schedule, build_optimizer, set_learning_rates
@@ -37,7 +38,7 @@ from pipeline.parallel import Ranks, distribute, unwrap, whole
 from pipeline.pictures import detection_pictures
 from pipeline.samples import training_batches
 from pipeline.saving import Saver, open_saver
-from pipeline.step import train_step
+from pipeline.step import Diverged, train_step
 from pipeline.track import TAG_LEFT_OUT, TAG_PHASE, Tracker
 from pipeline.weights import build_trained, read_initial
 from shards.bad_samples import bad_samples
@@ -98,12 +99,13 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) 
         closing(training_batches(train, config, schedule, ranks, state.step, schedule.total_steps)) as batches,
         open_saver(place.folder, state.optimizer, ranks, config.checkpoint.keep) as saver,
     ):
+        guard = Guard(place.folder, config.guard, ranks, tracker, saver)
         while True:
             if state.step and _evaluation_due(worker, state.step):
                 _evaluate(worker, state, saver)
             if state.step >= schedule.total_steps:
                 return
-            _train(worker, state, batches, until=_next_boundary(worker, state.step))
+            _train(worker, state, batches, guard, until=_next_boundary(worker, state.step))
             _save(worker, state, saver)
 
 
@@ -155,15 +157,18 @@ def _evaluation_due(worker: Worker, step: int) -> bool:
     return worker.ranks.gather(checkpoint.read_evaluation(path) is None)[0] is True
 
 
-def _train(worker: Worker, state: State, batches: Iterator[tuple[Batch, ...]], until: int) -> None:
+def _train(worker: Worker, state: State, batches: Iterator[tuple[Batch, ...]], guard: Guard, until: int) -> None:
     schedule = worker.schedule
     meter = Meter(schedule, worker.ranks, worker.tracker)
     for micro_batches in islice(batches, until - state.step):
         waited = meter.waited()
         set_learning_rates(state.optimizer, schedule.factor(state.step))
-        result = train_step(state.model, micro_batches, state.optimizer, worker.config, worker.ranks, state.step)
+        try:
+            result = train_step(state.model, micro_batches, state.optimizer, worker.config, worker.ranks, state.step)
+            meter.add(result, schedule.samples(state.step + 1) - schedule.samples(state.step), waited)
+        except Diverged as event:
+            guard.handle(event, state.model, state.optimizer)
         state.step += 1
-        meter.add(result, schedule.samples(state.step) - schedule.samples(state.step - 1), waited)
         if state.step % worker.config.track.log_every == 0 or state.step == until:
             meter.tell(state.step, state.optimizer)
 

@@ -226,6 +226,6 @@ def test_what_is_not_finite_on_one_rank_stops_every_rank_before_the_update(
     where: str, said: str, strategy: Strategy
 ) -> None:
     for message, unchanged in run_ranks(2, failing_step, where, strategy):
-        assert message.startswith("TrainingError: step 7")
+        assert message.startswith("Diverged: step 7")
         assert said in message
         assert unchanged

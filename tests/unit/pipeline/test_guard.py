@@ -1,0 +1,137 @@
+"""What the loop does about steps that would spoil the weights."""
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from detr.batch import Batch
+from detr.model import build_model
+from pipeline import checkpoint
+from pipeline import worker as module
+from pipeline.config import GuardConfig, RunConfig
+from pipeline.errors import TrainingError
+from pipeline.parallel import Ranks
+from pipeline.step import Diverged, StepResult, train_step
+from pipeline.track import MemoryTracker
+from pipeline.weights import save_initial
+from pipeline.worker import Place, run
+
+STEPS = 6
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def start(tiny_config: RunConfig, tmp_path: Path) -> Place:
+    torch.manual_seed(0)
+    save_initial(build_model(tiny_config.model, 4), tmp_path)
+    return Place("run", tmp_path, "commit")
+
+
+def guarded(config: RunConfig, **options: Any) -> RunConfig:
+    """The tiny run with checkpoints after steps 2, 3, 4 and 6, all of them kept."""
+    return replace(config, checkpoint=replace(config.checkpoint, every_steps=2, keep=9), guard=GuardConfig(**options))
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
+    """Steps that are to meet NaN in a box; filled with the image ids they held."""
+    steps: dict[int, list[int]] = {}
+
+    def step(model: Any, batches: Sequence[Batch], *more: Any) -> StepResult:
+        number = more[-1]
+        if number in steps:
+            steps[number] = [target.image_id for batch in batches for target in batch.targets]
+            next(target for target in batches[0].targets if len(target.boxes)).boxes[0, 2] = torch.nan
+        return train_step(model, batches, *more)
+
+    monkeypatch.setattr(module, "train_step", step)
+    return steps
+
+
+def weights(config: RunConfig, folder: Path, step: int) -> Weights:
+    model = build_model(config.model, 4)
+    checkpoint.load_weights(checkpoint.folder_of(folder, step), model)
+    return model.state_dict()
+
+
+def same(one: Weights, other: Weights) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    paths = sorted((folder / "events").glob("*.json"))
+    return [msgspec.json.decode(path.read_bytes(), type=dict[str, Any]) for path in paths]
+
+
+def test_stop_ends_the_run_before_the_update_and_keeps_what_happened(
+    tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]]
+) -> None:
+    poisoned[3] = []
+    with pytest.raises(Diverged, match=r"step 3: not finite before the update: rank 0: .* target boxes of images \d+"):
+        run(guarded(tiny_config), start, Ranks(), MemoryTracker())
+    assert checkpoint.newest(start.folder) == checkpoint.folder_of(start.folder, 3)
+    (event,) = events(start.folder)
+    assert (event["step"], event["policy"], event["grad_norm"]) == (3, "stop", "nan")
+    assert event["ranks"][0]["images"] == poisoned[3]
+
+
+def test_the_error_reaches_another_process_whole() -> None:
+    error = pickle.loads(pickle.dumps(Diverged("step 3: no", 3, {"grad_norm": "nan"})))  # noqa: S301
+    assert (str(error), error.step, error.record) == ("step 3: no", 3, {"grad_norm": "nan"})
+
+
+def test_skip_leaves_the_update_out_and_goes_on_to_the_last_step(
+    tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]]
+) -> None:
+    poisoned[2] = []
+    tracker, config = MemoryTracker(), guarded(tiny_config, policy="skip")
+    run(config, start, Ranks(), tracker)
+    assert same(weights(config, start.folder, 3), weights(config, start.folder, 2))
+    assert not same(weights(config, start.folder, 4), weights(config, start.folder, 3))
+    assert checkpoint.newest(start.folder) == checkpoint.folder_of(start.folder, STEPS)
+    assert ("guard/events", 1.0, 2) in tracker.points
+    assert tracker.tables["guard_events.json"]["step"] == ["2"]
+    assert tracker.last_tags["detr.guard"].startswith("1 skip: step 2: not finite")
+
+
+def test_rollback_takes_the_newest_checkpoint_s_weights_and_goes_on_in_the_stream(
+    tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]]
+) -> None:
+    poisoned[5] = []
+    config = guarded(tiny_config, policy="rollback")
+    run(config, start, Ranks(), MemoryTracker())
+    last = checkpoint.folder_of(start.folder, STEPS)
+    assert checkpoint.newest(start.folder) == last
+    assert checkpoint.read_meta(last).samples == STEPS * 4
+    # The step after the fourth is lost, and the sixth left out.
+    assert same(weights(config, start.folder, STEPS), weights(config, start.folder, 4))
+
+
+def test_rollback_before_the_first_checkpoint_says_so(
+    tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]]
+) -> None:
+    poisoned[1] = []
+    with pytest.raises(TrainingError, match="no checkpoint to go back to"):
+        run(guarded(tiny_config, policy="rollback"), start, Ranks(), None)
+
+
+def test_a_norm_past_the_bound_counts_as_well(tiny_config: RunConfig, start: Place) -> None:
+    with pytest.raises(Diverged, match=r"step 0: the gradient's norm \S+ is past guard.max_grad_norm; images \[\d+"):
+        run(guarded(tiny_config, max_grad_norm=1e-6), start, Ranks(), None)
+
+
+def test_more_events_than_allowed_end_the_run_and_a_repeated_step_is_one_event(
+    tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]]
+) -> None:
+    poisoned |= {2: [], 4: [], 5: []}
+    config = guarded(tiny_config, policy="skip", max_events=2)
+    for _ in range(2):  # the second time from the checkpoint of step 4, whose event is met again
+        with pytest.raises(TrainingError, match=r"^step 5: .*this is event 3, and guard.max_events allows 2"):
+            run(config, start, Ranks(), None)
+        assert [event["step"] for event in events(start.folder)] == [2, 4, 5]
