@@ -73,7 +73,7 @@ def run(argv: Sequence[str]) -> int:
     except UsageError as error:
         return _fail(str(error), 2)
     except USER_ERRORS as error:
-        return _fail(str(error), 1)
+        return _fail(str(error), getattr(error, "exit_status", 1))
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:

@@ -39,6 +39,12 @@ class TrainingError(PipelineError):
     """Training stopped for a reason that the message names."""
 
 
+class Interrupted(TrainingError):
+    """Stopped by a person or a scheduler; goes on with `detr resume`, as its exit status says."""
+
+    exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
 USER_ERRORS: tuple[type[Exception], ...] = (PipelineError, ConfigError, ShardError)
 
 

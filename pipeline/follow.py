@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
@@ -88,10 +87,9 @@ def follow(
     stream: TextIO,
     *,
     stop: threading.Event | None = None,
-    each: Callable[[], None] | None = None,
     interval_s: float = 1.0,
 ) -> None:
-    """Watch a run until it ends, or until `stop` is set; `each` is called at every look.
+    """Watch a run until it ends, or until `stop` is set.
 
     A store that does not answer for a while is asked again: watching never ends a run.
     """
@@ -107,8 +105,6 @@ def follow(
             except (MlflowException, OSError):
                 time.sleep(interval_s)
                 run = None
-            if each:
-                each()
             if stopping or (run is not None and run.info.status in FINAL):
                 return
     finally:

@@ -8,26 +8,16 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
-import sys
-import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from pipeline.config import RunConfig, from_json, to_json
 from pipeline.errors import USER_ERRORS, RunConfigError, TrainingError, first_line
-from pipeline.mlflow_store import EventSender, code_commit, connect, tracking_uri
+from pipeline.fitting import begin, fit_and_follow, leave_word
+from pipeline.mlflow_store import EventSender, code_commit, tracking_uri
 from pipeline.track import TAG_PHASE, SpoolTracker
-
-_FATAL = "fatal.json"
-
-
-class Interrupted(TrainingError):
-    """Stopped by a person or a scheduler; goes on with `detr resume`."""
 
 
 def run_workers(
@@ -45,7 +35,6 @@ def run_workers(
     With `accept_change` the workers go on from a checkpoint of another stream of samples (`pipeline/identity.py`).
     Raises `Interrupted` when a person or a scheduler stopped it, `TrainingError` in the workers' own words otherwise.
     """
-    (folder / _FATAL).unlink(missing_ok=True)
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
@@ -91,7 +80,7 @@ def run_workers(
                 failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             ),
         )
-        _fit_and_follow(trainer, run_id, folder)
+        fit_and_follow(trainer.fit, run_id, folder, say)
     finally:
         ray.shutdown()
 
@@ -174,75 +163,6 @@ def _warn_of_sqlite(ray: Any, say: Callable[[str], None]) -> None:
         )
 
 
-def _fit_and_follow(trainer: Any, run_id: str, folder: Path) -> None:
-    """Fit in this thread, watch in another. An error that a retry cannot mend ends the fit at once."""
-    import _thread
-
-    from pipeline.follow import follow
-
-    stop = threading.Event()
-    done = threading.Event()
-
-    def end_if_fatal() -> None:
-        if (folder / _FATAL).exists() and not done.is_set():
-            done.set()
-            _thread.interrupt_main()
-
-    watcher = threading.Thread(
-        target=follow,
-        args=(connect(), run_id, sys.stderr),
-        kwargs={"stop": stop, "each": end_if_fatal},
-        name="follow",
-        daemon=True,
-    )
-    watcher.start()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        trainer.fit()
-        done.set()
-    except (KeyboardInterrupt, SystemExit):
-        # Ray answers an interrupt during fit by SystemExit.
-        _raise_fatal(folder)
-        raise Interrupted("interrupted") from None
-    except Exception as error:
-        done.set()
-        _raise_fatal(folder)
-        raise TrainingError(_explain(error)) from error
-    finally:
-        done.set()
-        stop.set()
-        watcher.join(10)
-        # Ray leaves its own behind, which would join some other Ray at the next Ctrl-C.
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-
-def _leave_word(folder: Path, message: str, rank: int) -> None:
-    """Whole or absent, and the first rank's word stands."""
-    aside = folder / f"{_FATAL}.{rank}"
-    aside.write_bytes(msgspec.json.encode({"message": message}))
-    if not (folder / _FATAL).exists():
-        aside.rename(folder / _FATAL)
-
-
-def _raise_fatal(folder: Path) -> None:
-    path = folder / _FATAL
-    if path.exists():
-        raise TrainingError(msgspec.json.decode(path.read_bytes(), type=dict[str, str])["message"])
-
-
-def _explain(error: Exception) -> str:
-    """The workers' own words, one line: Ray wraps them in its account of the group."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for rank, failure in sorted(failures.items()):
-        cause = getattr(failure, "cause", None) or failure
-        lines = str(cause).strip().splitlines() or [type(failure).__name__]
-        return f"worker {rank} failed: {lines[-1]}"
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"training failed: {lines[-1]}"
-
-
 def _ray_worker(job: dict[str, Any]) -> None:
     """What Ray Train runs in every worker process."""
     import ray.train
@@ -259,6 +179,7 @@ def _ray_worker(job: dict[str, Any]) -> None:
     place = Place(job["run_id"], folder, job["code_commit"], job["accept_change"])
     tracker = None
     if ranks.first:
+        begin(folder)
         spool = folder / "spool"
         tracker = SpoolTracker(spool, EventSender(job["tracking_uri"], job["run_id"], spool))
         tracker.tags({TAG_PHASE: "training"})
@@ -266,7 +187,7 @@ def _ray_worker(job: dict[str, Any]) -> None:
         run(config, place, ranks, tracker)
     except USER_ERRORS as error:
         # Trying again would fail again: leave word for the driver, which ends the run instead.
-        _leave_word(folder, str(error), ranks.rank)
+        leave_word(folder, str(error), ranks.rank)
         raise
     finally:
         if tracker:

@@ -34,10 +34,14 @@ from pipeline.parallel import Ranks, averaging, clip_gradients
 
 
 class StepResult(NamedTuple):
-    """A step's figures, on the device: losses of this rank (its share of the global loss), total gradient norm."""
+    """A step's figures, on the device: losses of this rank (its share of the global loss), total gradient norm.
+
+    stop: whether any rank asked for the run to stop after this step; the same on every rank.
+    """
 
     losses: Losses
     grad_norm: Tensor
+    stop: bool = False
 
 
 class Diverged(TrainingError):
@@ -60,19 +64,22 @@ class _Pass(NamedTuple):
     error: str = ""
 
 
-def normalisers(batches: Sequence[Batch], config: RunConfig, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """(boxes, cross-entropy weight) that this rank's losses are divided by; see the module's text. Collective.
+def normalisers(
+    batches: Sequence[Batch], config: RunConfig, ranks: Ranks, asks: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(boxes, cross-entropy weight) that this rank's losses are divided by, see the module's text, and how many ranks ask.
 
+    A collective call.
     Scalars on the rank's device: the host waits neither for the copy nor for the sum.
     """
     targets = [target for batch in batches for target in batch.targets]
     boxes = sum(len(target.labels) for target in targets)
     weight = ce_weight_sum(targets, config.model.num_queries, config.loss)
-    sums = ranks.sum(torch.tensor([float(boxes), weight], dtype=torch.float64).to(ranks.device, non_blocking=True))
-    total_boxes, total_weight = sums.unbind()
+    mine = torch.tensor([float(boxes), weight, float(asks)], dtype=torch.float64)
+    total_boxes, total_weight, asking = ranks.sum(mine.to(ranks.device, non_blocking=True)).unbind()
     # With eos_coef 0 and no box the weights' sum is 0, and so is the loss that it divides.
     total_weight = torch.where(total_weight > 0, total_weight, 1.0)
-    return (total_boxes.clamp(min=1) / ranks.world_size).float(), (total_weight / ranks.world_size).float()
+    return (total_boxes.clamp(min=1) / ranks.world_size).float(), (total_weight / ranks.world_size).float(), asking
 
 
 def train_step(
@@ -82,16 +89,18 @@ def train_step(
     config: RunConfig,
     ranks: Ranks,
     step: int,
+    asks: bool = False,
 ) -> StepResult:
     """Forward, losses and backward of each micro-batch, then clip and update. Learning rates are the caller's.
 
     batches: this rank's part of the step; as many on every rank, some perhaps without images.
+    asks: whether this rank wants the run to stop after the step.
 
     Raises `Diverged` before the update when anything is not finite on any rank, or the gradient's norm is past
     `guard.max_grad_norm`, naming step, image ids and part.
     The total norm is the same on every rank, since gradients have been averaged by then, so all ranks stop together.
     """
-    dividers = normalisers(batches, config, ranks)
+    *dividers, asking = normalisers(batches, config, ranks, asks)
     # Before the forward pass, so that the last gradients make room for the activations.
     optimizer.zero_grad(set_to_none=True)
     passes = []
@@ -101,14 +110,14 @@ def train_step(
         with averaging(model, now=number == len(batches) - 1):
             passes.append(_pass(model, batch.to(ranks.device), dividers, config))
     grad_norm = clip_gradients(optimizer, config.optim.clip_norm)
-    largest = config.guard.max_grad_norm or torch.inf
-    if not grad_norm < largest:  # false for NaN
-        raise _diverged(passes, float(grad_norm), ranks, step)
+    norm, asked = torch.stack([grad_norm.double(), asking]).tolist()  # one wait for the device, for both
+    if not norm < (config.guard.max_grad_norm or math.inf):  # false for NaN
+        raise _diverged(passes, norm, ranks, step)
     optimizer.step()
-    return StepResult(_sum([(len(one.batch), one.losses) for one in passes]), grad_norm.detach())
+    return StepResult(_sum([(len(one.batch), one.losses) for one in passes]), grad_norm.detach(), asked > 0)
 
 
-def _pass(model: nn.Module, batch: Batch, dividers: tuple[Tensor, Tensor], config: RunConfig) -> _Pass:
+def _pass(model: nn.Module, batch: Batch, dividers: Sequence[Tensor], config: RunConfig) -> _Pass:
     images = normalise(batch, config.transform)
     with autocast(images.device, config.compute.precision):
         outputs = model(images, batch.padding)

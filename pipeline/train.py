@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from pipeline import checkpoint
 from pipeline.config import RunConfig, from_json, to_json
-from pipeline.errors import CheckpointError, RunConfigError, TrainingError, first_line
+from pipeline.errors import CheckpointError, Interrupted, RunConfigError, TrainingError, first_line
 from pipeline.identity import Changes, continuation
-from pipeline.launch import Interrupted, run_workers
+from pipeline.launch import run_workers
 from pipeline.mlflow_store import (
     CONFIG_ARTIFACT,
     TAG_EPOCHS,
@@ -178,7 +178,7 @@ def _recorded(client: MlflowClient, run_id: str) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit, Interrupted):
         _set_status(client, run_id, "stopped", "KILLED")
-        raise TrainingError(
+        raise Interrupted(
             f"stopped; everything up to the last checkpoint is kept: `detr resume {run_id[:8]}` goes on"
         ) from None
     except BaseException:

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from pipeline.pictures import detection_pictures
 from pipeline.samples import training_batches
 from pipeline.saving import Saver, open_saver
 from pipeline.step import Diverged, train_step
+from pipeline.stopping import StopWatch
 from pipeline.track import TAG_LEFT_OUT, TAG_PHASE, Tracker
 from pipeline.weights import build_trained, read_initial
 from shards.bad_samples import bad_samples
@@ -80,8 +80,17 @@ class Worker:
     schedule: Schedule
 
 
+@dataclass(frozen=True)
+class Means:
+    """What steps are taken with: batches, what handles a bad one, and whether this rank is asked to stop."""
+
+    batches: Iterator[tuple[Batch, ...]]
+    guard: Guard
+    asked: Callable[[], bool]
+
+
 def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) -> None:
-    """Train until the last step, whatever was done before; a collective call."""
+    """Train until the last step, or until asked to stop, whatever was done before; a collective call."""
     train, val = open_data(config.data)
     check_cache(config.data, train, val)
     # Rank 0 decides for all: another rank could look a moment later, or at a folder that is not yet in sync.
@@ -99,14 +108,17 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) 
         closing(training_batches(train, config, schedule, ranks, state.step, schedule.total_steps)) as batches,
         open_saver(place.folder, state.optimizer, ranks, config.checkpoint.keep) as saver,
     ):
-        guard = Guard(place.folder, config.guard, ranks, tracker, saver)
+        asked = StopWatch(place.folder).asked if ranks.first else bool
+        means = Means(batches, Guard(place.folder, config.guard, ranks, tracker, saver), asked)
         while True:
             if state.step and _evaluation_due(worker, state.step):
                 _evaluate(worker, state, saver)
             if state.step >= schedule.total_steps:
                 return
-            _train(worker, state, batches, guard, until=_next_boundary(worker, state.step))
+            stop = _train(worker, state, means, until=_next_boundary(worker, state.step))
             _save(worker, state, saver)
+            if stop:
+                return
 
 
 def _restore(worker: Worker, newest: Path | None, step: int) -> State:
@@ -157,20 +169,27 @@ def _evaluation_due(worker: Worker, step: int) -> bool:
     return worker.ranks.gather(checkpoint.read_evaluation(path) is None)[0] is True
 
 
-def _train(worker: Worker, state: State, batches: Iterator[tuple[Batch, ...]], guard: Guard, until: int) -> None:
+def _train(worker: Worker, state: State, means: Means, until: int) -> bool:
+    """Take the steps before `until`; true where the run is asked to stop, perhaps earlier."""
     schedule = worker.schedule
     meter = Meter(schedule, worker.ranks, worker.tracker)
-    for micro_batches in islice(batches, until - state.step):
+    stop = False
+    while state.step < until and not stop:
+        micro_batches = next(means.batches)
         waited = meter.waited()
         set_learning_rates(state.optimizer, schedule.factor(state.step))
         try:
-            result = train_step(state.model, micro_batches, state.optimizer, worker.config, worker.ranks, state.step)
+            result = train_step(
+                state.model, micro_batches, state.optimizer, worker.config, worker.ranks, state.step, means.asked()
+            )
             meter.add(result, schedule.samples(state.step + 1) - schedule.samples(state.step), waited)
+            stop = result.stop
         except Diverged as event:
-            guard.handle(event, state.model, state.optimizer)
+            means.guard.handle(event, state.model, state.optimizer)
         state.step += 1
-        if state.step % worker.config.track.log_every == 0 or state.step == until:
+        if state.step % worker.config.track.log_every == 0 or state.step == until or stop:
             meter.tell(state.step, state.optimizer)
+    return stop
 
 
 def _save(worker: Worker, state: State, saver: Saver) -> None:

@@ -10,9 +10,8 @@ import pytest
 from pipeline import checkpoint
 from pipeline import train as driver
 from pipeline.config import RunConfig
-from pipeline.errors import CheckpointError, RunConfigError, TrainingError
+from pipeline.errors import CheckpointError, Interrupted, RunConfigError, TrainingError
 from pipeline.identity import Changes
-from pipeline.launch import Interrupted
 from pipeline.mlflow_store import TAG_STREAM, TAG_TOTAL_STEPS, connect, find_run
 from pipeline.parallel import Ranks
 from pipeline.train import BusyError, Launch, resume, train

@@ -229,3 +229,16 @@ def test_what_is_not_finite_on_one_rank_stops_every_rank_before_the_update(
         assert message.startswith("Diverged: step 7")
         assert said in message
         assert unchanged
+
+
+def stopping_step(ranks: Ranks) -> list[bool]:
+    """Whether this rank is to stop after a step in which nobody, and one in which rank 1 alone asks for it."""
+    wrapped = distribute(build_trained(CONFIG, 4), ranks)
+    optimizer = build_optimizer(unwrap(wrapped), CONFIG.optim)
+    batch = collate(samples(EVEN)[:2])
+    asks = (False, ranks.rank == 1)
+    return [train_step(wrapped, [batch], optimizer, CONFIG, ranks, step, ask).stop for step, ask in enumerate(asks)]
+
+
+def test_what_one_rank_asks_for_all_ranks_do() -> None:
+    assert run_ranks(2, stopping_step) == [[False, True]] * 2

@@ -44,7 +44,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
     steps: dict[int, list[int]] = {}
 
     def step(model: Any, batches: Sequence[Batch], *more: Any) -> StepResult:
-        number = more[-1]
+        number = more[3]
         if number in steps:
             steps[number] = [target.image_id for batch in batches for target in batch.targets]
             next(target for target in batches[0].targets if len(target.boxes)).boxes[0, 2] = torch.nan

@@ -266,9 +266,9 @@ def shown_images(patch: pytest.MonkeyPatch) -> dict[int, list[int]]:
     """Filled, while runs run, with the image ids of each step."""
     seen: dict[int, list[int]] = {}
 
-    def step(model: Any, batches: Sequence[Batch], optimizer: Any, config: Any, ranks: Any, step: int) -> StepResult:
-        seen[step] = [target.image_id for batch in batches for target in batch.targets]
-        return train_step(model, batches, optimizer, config, ranks, step)
+    def step(model: Any, batches: Sequence[Batch], optimizer: Any, config: Any, ranks: Any, *more: Any) -> StepResult:
+        seen[more[0]] = [target.image_id for batch in batches for target in batch.targets]
+        return train_step(model, batches, optimizer, config, ranks, *more)
 
     patch.setattr(module, "train_step", step)
     return seen
@@ -403,3 +403,20 @@ def test_a_bad_image_is_left_out_and_said_with_the_run(config: RunConfig, tmp_pa
     run(config, start(config, tmp_path / "lenient"), Ranks(), tracker)
     told = tracker.last_tags["detr.left_out"]
     assert told.startswith(f"1 training images: image {record['image_id']} in {shard.name}: ")
+
+
+def test_a_run_that_is_asked_to_stop_saves_after_the_step_and_goes_on_from_it(
+    config: RunConfig, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked_at(step: int) -> None:
+        seen = shown_images(monkeypatch)
+        monkeypatch.setattr(module.StopWatch, "asked", lambda _: len(seen) == step)
+
+    run(config, place, Ranks(), None)
+    whole = start(config, tmp_path / "stopped")
+    asked_at(1)  # while the second step is taken
+    run(config, whole, Ranks(), None)
+    assert checkpoint.newest(whole.folder) == checkpoint.folder_of(whole.folder, 2)
+    asked_at(99)
+    run(config, whole, Ranks(), None)
+    assert_same(weights(config, place.folder), weights(config, whole.folder))

@@ -1,0 +1,134 @@
+"""Ray Train's fit in a thread, while the main thread watches the run and hears who wants it to stop.
+
+The first Ctrl-C or SIGTERM asks the workers to save after the step they are at (`pipeline/stopping.py`). A second one, or
+none of them answering in time, ends them at once, which costs the steps since the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pipeline.errors import Interrupted, TrainingError
+from pipeline.mlflow_store import connect
+from pipeline.stopping import ask_to_stop, asked_to_stop, withdraw
+
+GRACE_S = 45.0  # a stopped job is killed after 60 s (`jobs/submit.py`)
+_FATAL = "fatal.json"
+_BEGUN = "begun"
+_LOOK_S = 0.2
+
+
+def fit_and_follow(fit: Callable[[], Any], run_id: str, folder: Path, say: Callable[[str], None]) -> None:
+    """Call `fit` and follow the run on stderr until it returns.
+
+    Raises `Interrupted` where the run was stopped, `TrainingError` in the workers' own words where it failed; an error
+    that trying again cannot mend is raised as soon as a worker leaves word of it.
+    """
+    for name in (_FATAL, _BEGUN):
+        (folder / name).unlink(missing_ok=True)
+    withdraw(folder)
+    fitting: Future[None] = Future()
+    with _following(run_id), _signals() as heard:
+        threading.Thread(target=_fill, args=(fitting, fit), name="fit", daemon=True).start()
+        _wait(fitting, folder, heard, say)
+    _raise_fatal(folder)
+    if error := fitting.exception():
+        raise TrainingError(_explain(error)) from error
+    if asked_to_stop(folder):
+        raise Interrupted("stopped at a checkpoint")
+
+
+def begin(folder: Path) -> None:
+    """A worker says that it can be asked to stop from now on."""
+    (folder / _BEGUN).touch()
+
+
+def leave_word(folder: Path, message: str, rank: int) -> None:
+    """A worker says why trying again is in vain: whole or absent, and the first rank's word stands."""
+    aside = folder / f"{_FATAL}.{rank}"
+    aside.write_bytes(msgspec.json.encode({"message": message}))
+    if not (folder / _FATAL).exists():
+        aside.rename(folder / _FATAL)
+
+
+def _wait(fitting: Future[None], folder: Path, heard: list[int], say: Callable[[str], None]) -> None:
+    """Until fit is over; raises where the workers are to be ended."""
+    deadline = None
+    while not fitting.done():
+        time.sleep(_LOOK_S)
+        _raise_fatal(folder)
+        if heard and deadline is None:
+            if not (folder / _BEGUN).exists():
+                raise Interrupted("interrupted before training began")
+            ask_to_stop(folder)
+            say("stopping: the workers save after the step they are at; once more ends them at once")
+            deadline = time.monotonic() + GRACE_S
+        if len(heard) > 1 or (deadline is not None and time.monotonic() > deadline):
+            raise Interrupted("interrupted")
+
+
+def _fill(fitting: Future[None], fit: Callable[[], Any]) -> None:
+    try:
+        fit()
+        fitting.set_result(None)
+    except BaseException as error:
+        fitting.set_exception(error)
+
+
+@contextmanager
+def _following(run_id: str) -> Iterator[None]:
+    from pipeline.follow import follow
+
+    stop = threading.Event()
+    watcher = threading.Thread(
+        target=follow, args=(connect(), run_id, sys.stderr), kwargs={"stop": stop}, name="follow", daemon=True
+    )
+    watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watcher.join(10)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The signals to stop that come while the block runs; none in a thread, which cannot hear them."""
+    heard: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield heard
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in numbers}
+    try:
+        yield heard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _raise_fatal(folder: Path) -> None:
+    path = folder / _FATAL
+    if path.exists():
+        raise TrainingError(msgspec.json.decode(path.read_bytes(), type=dict[str, str])["message"])
+
+
+def _explain(error: BaseException) -> str:
+    """The workers' own words, one line: Ray wraps them in its account of the group."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for rank, failure in sorted(failures.items()):
+        cause = getattr(failure, "cause", None) or failure
+        lines = str(cause).strip().splitlines() or [type(failure).__name__]
+        return f"worker {rank} failed: {lines[-1]}"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"training failed: {lines[-1]}"

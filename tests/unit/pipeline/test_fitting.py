@@ -1,0 +1,129 @@
+"""What ends a fit, with real signals to this process."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from pipeline import fitting
+from pipeline.errors import Interrupted, TrainingError
+from pipeline.fitting import begin, fit_and_follow, leave_word
+from pipeline.stopping import StopWatch, ask_to_stop, asked_to_stop
+
+Fit = Callable[[Callable[[], None]], None]
+
+
+@pytest.fixture
+def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
+    monkeypatch.setattr(fitting, "_following", lambda _: nullcontext())
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+
+    def run(work: Callable[[], None]) -> None:
+        try:
+            fit_and_follow(work, "run", tmp_path, lambda _: None)
+        finally:
+            assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+    return run
+
+
+def signal_this_process(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_fit_that_ends_is_the_end(fit: Fit, tmp_path: Path) -> None:
+    ask_to_stop(tmp_path)  # of an attempt before
+    fit(lambda: None)
+
+
+def test_a_failed_fit_is_told_in_its_last_line(fit: Fit) -> None:
+    def fail() -> None:
+        raise RuntimeError("Ray says much\nno more memory")
+
+    with pytest.raises(TrainingError, match=r"^training failed: no more memory$"):
+        fit(fail)
+
+
+def test_a_worker_s_last_word_ends_a_fit_that_would_try_again(fit: Fit, tmp_path: Path) -> None:
+    forever = threading.Event()
+
+    def try_again() -> None:
+        leave_word(tmp_path, "image 7 is damaged", 1)
+        leave_word(tmp_path, "another rank's consequence", 0)
+        forever.wait(60)
+
+    with pytest.raises(TrainingError, match=r"^image 7 is damaged$"):
+        fit(try_again)
+    forever.set()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_the_workers_and_waits_for_them(fit: Fit, tmp_path: Path, number: signal.Signals) -> None:
+    saved = []
+
+    def work() -> None:
+        begin(tmp_path)
+        signal_this_process(number)
+        until(lambda: asked_to_stop(tmp_path))
+        time.sleep(0.5)
+        saved.append(True)
+
+    with pytest.raises(Interrupted, match="at a checkpoint"):
+        fit(work)
+    assert saved
+
+
+@pytest.mark.parametrize("reason", ["a second signal", "no answer in time"])
+def test_workers_that_do_not_answer_are_not_waited_for(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    forever = threading.Event()
+    if reason == "no answer in time":
+        monkeypatch.setattr(fitting, "GRACE_S", 0.3)
+
+    def hang() -> None:
+        begin(tmp_path)
+        signal_this_process(signal.SIGTERM)
+        until(lambda: asked_to_stop(tmp_path))
+        if reason == "a second signal":
+            signal_this_process(signal.SIGTERM)
+        forever.wait(60)
+
+    start = time.monotonic()
+    with pytest.raises(Interrupted, match=r"^interrupted$"):
+        fit(hang)
+    assert time.monotonic() - start < 20
+    forever.set()
+
+
+def test_before_training_began_there_is_nobody_to_ask(fit: Fit, tmp_path: Path) -> None:
+    forever = threading.Event()
+
+    def start_slowly() -> None:
+        signal_this_process(signal.SIGINT)
+        forever.wait(60)
+
+    begin(tmp_path)  # of an attempt before
+    with pytest.raises(Interrupted, match="before training began"):
+        fit(start_slowly)
+    assert not asked_to_stop(tmp_path)
+    forever.set()
+
+
+def test_the_watch_sees_the_note(tmp_path: Path) -> None:
+    watch = StopWatch(tmp_path)
+    assert not watch.asked()
+    ask_to_stop(tmp_path)
+    until(watch.asked)
