@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -28,20 +27,19 @@ from detr.model import DETR
 from pipeline import checkpoint
 from pipeline.config import RunConfig
 from pipeline.data import check_cache, open_data
-from pipeline.evaluate import Evaluation, evaluate
+from pipeline.evaluate import evaluate
 from pipeline.guard import Guard
 from pipeline.identity import continuation
 from pipeline.meter import Meter
 from pipeline.optim import Schedule, build_optimizer, set_learning_rates
 from pipeline.parallel import Ranks, distribute, unwrap, whole
-from pipeline.pictures import detection_pictures
 from pipeline.samples import training_batches
 from pipeline.saving import Saver, open_saver
 from pipeline.step import Diverged, train_step
 from pipeline.stopping import StopWatch
-from pipeline.track import TAG_LEFT_OUT, TAG_PHASE, Tracker
+from pipeline.telling import tell_evaluation, tell_left_out, tell_pictures
+from pipeline.track import TAG_PHASE, Tracker
 from pipeline.weights import build_trained, read_initial
-from shards.bad_samples import bad_samples
 from shards.detections import Detections
 from shards.manifest import Manifest
 
@@ -102,7 +100,8 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) 
     state = _restore(worker, newest, 0 if meta is None else meta.step)
     if state.step == 0:
         # MLflow's slider opens at step 0: show there what is to be found.
-        _tell_pictures(worker, Detections.empty(config.model.masks), 0)
+        if tracker:
+            tell_pictures(tracker, val, Detections.empty(config.model.masks), config.evaluate.pictures, 0)
     # One stream to the end: neither checkpoints nor evaluations nor ends of epochs stop its threads.
     with (
         closing(training_batches(train, config, schedule, ranks, state.step, schedule.total_steps)) as batches,
@@ -214,14 +213,7 @@ def _save(worker: Worker, state: State, saver: Saver) -> None:
     )
     saver.save(state.model, state.optimizer, meta)
     if config.data.max_bad_samples:
-        _tell_left_out(worker)
-
-
-def _tell_left_out(worker: Worker) -> None:
-    """Images that are not trained on are said with the run, not only in a worker's log; a collective call."""
-    lines = {line for of_rank in worker.ranks.gather(bad_samples(worker.train).lines()) for line in of_rank}
-    if lines and worker.tracker:
-        worker.tracker.tags({TAG_LEFT_OUT: f"{len(lines)} training images: {'; '.join(sorted(lines))}"[:5000]})
+        tell_left_out(worker.tracker, worker.train, worker.ranks)
 
 
 def _evaluate(worker: Worker, state: State, saver: Saver) -> None:
@@ -248,37 +240,12 @@ def _evaluate(worker: Worker, state: State, saver: Saver) -> None:
         )
     saver.finish()  # its figures are noted beside it
     if evaluation is not None:
-        _tell_evaluation(worker, state.step, evaluation, time.perf_counter() - start)
+        path = checkpoint.folder_of(worker.place.folder, state.step)
+        if tracker:
+            tell_evaluation(tracker, path, state.step, worker.schedule.epoch(state.step), evaluation, start)
+            tell_pictures(tracker, worker.val, evaluation.detections, config.evaluate.pictures, state.step)
+            tracker.tags({TAG_PHASE: "training"})
+        # Told first, noted last: a kill between the two repeats what is then dropped as told before.
+        checkpoint.write_evaluation(path, evaluation.score.metrics)
+        checkpoint.prune(worker.place.folder, config.checkpoint.keep)
     worker.ranks.barrier()
-
-
-def _tell_evaluation(worker: Worker, step: int, evaluation: Evaluation, seconds: float) -> None:
-    """Tell first, note the figures beside the checkpoint last: a kill between the two repeats what is dropped as told."""
-    tracker, path = worker.tracker, checkpoint.folder_of(worker.place.folder, step)
-    metrics = evaluation.score.metrics
-    if tracker:
-        # In one event, so that who reads the store never sees this epoch beside the figures of the one before.
-        figures = {f"val/{name}": value for name, value in metrics.items()}
-        figures |= {"evaluation/seconds": seconds, "evaluation/epoch": worker.schedule.epoch(step)}
-        tracker.checkpoint(str(path), step, figures)
-        classes = evaluation.score.classes
-        columns: dict[str, list[Any]] = {
-            "category_id": [one.category_id for one in classes],
-            "name": [one.name for one in classes],
-            "AP": [one.ap for one in classes],
-            "AP50": [one.ap50 for one in classes],
-            "boxes": [one.boxes for one in classes],
-        }
-        if "mask_AP" in metrics:
-            columns |= {"mask_AP": [one.mask_ap for one in classes], "mask_AP50": [one.mask_ap50 for one in classes]}
-        tracker.table("per_class_ap.json", columns)
-        _tell_pictures(worker, evaluation.detections, step)
-        tracker.tags({TAG_PHASE: "training"})
-    checkpoint.write_evaluation(path, metrics)
-    checkpoint.prune(worker.place.folder, worker.config.checkpoint.keep)
-
-
-def _tell_pictures(worker: Worker, detections: Detections, step: int) -> None:
-    if worker.tracker:
-        for number, picture in enumerate(detection_pictures(worker.val, detections, worker.config.evaluate.pictures)):
-            worker.tracker.picture(f"detections/{number}", picture, step)

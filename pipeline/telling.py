@@ -1,0 +1,49 @@
+"""What a run tells its tracker beside the curves: evaluations, pictures, and images that are left out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline.evaluate import Evaluation
+from pipeline.parallel import Ranks
+from pipeline.pictures import detection_pictures
+from pipeline.track import TAG_LEFT_OUT, Tracker
+from shards.bad_samples import bad_samples
+from shards.detections import Detections
+from shards.manifest import Manifest
+
+
+def tell_evaluation(
+    tracker: Tracker, path: Path, step: int, epoch: float, evaluation: Evaluation, started: float
+) -> None:
+    """The figures of the checkpoint at `path`; started: when its evaluation began, as `time.perf_counter` says."""
+    metrics, classes = evaluation.score.metrics, evaluation.score.classes
+    # In one event, so that who reads the store never sees this epoch beside the figures of the one before.
+    figures = {f"val/{name}": value for name, value in metrics.items()}
+    figures |= {"evaluation/seconds": time.perf_counter() - started, "evaluation/epoch": epoch}
+    tracker.checkpoint(str(path), step, figures)
+    columns: dict[str, list[Any]] = {
+        "category_id": [one.category_id for one in classes],
+        "name": [one.name for one in classes],
+        "AP": [one.ap for one in classes],
+        "AP50": [one.ap50 for one in classes],
+        "boxes": [one.boxes for one in classes],
+    }
+    if "mask_AP" in metrics:
+        columns |= {"mask_AP": [one.mask_ap for one in classes], "mask_AP50": [one.mask_ap50 for one in classes]}
+    tracker.table("per_class_ap.json", columns)
+
+
+def tell_pictures(tracker: Tracker, val: Manifest, detections: Detections, count: int, step: int) -> None:
+    """Some validation images with the detections next to the truth."""
+    for number, picture in enumerate(detection_pictures(val, detections, count)):
+        tracker.picture(f"detections/{number}", picture, step)
+
+
+def tell_left_out(tracker: Tracker | None, train: Manifest, ranks: Ranks) -> None:
+    """Images that are not trained on are said with the run, not only in a worker's log; a collective call."""
+    lines = {line for of_rank in ranks.gather(bad_samples(train).lines()) for line in of_rank}
+    if lines and tracker:
+        tracker.tags({TAG_LEFT_OUT: f"{len(lines)} training images: {'; '.join(sorted(lines))}"[:5000]})
