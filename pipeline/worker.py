@@ -98,10 +98,9 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) 
     schedule = Schedule(config.optim, train.images, config.data.epoch_tail, origin)
     worker = Worker(config, place, ranks, tracker, train, val, schedule)
     state = _restore(worker, newest, 0 if meta is None else meta.step)
-    if state.step == 0:
+    if state.step == 0 and tracker:
         # MLflow's slider opens at step 0: show there what is to be found.
-        if tracker:
-            tell_pictures(tracker, val, Detections.empty(config.model.masks), config.evaluate.pictures, 0)
+        tell_pictures(tracker, val, Detections.empty(config.model.masks), config.evaluate.pictures, 0)
     # One stream to the end: neither checkpoints nor evaluations nor ends of epochs stop its threads.
     with (
         closing(training_batches(train, config, schedule, ranks, state.step, schedule.total_steps)) as batches,
