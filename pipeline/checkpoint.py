@@ -58,6 +58,7 @@ class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epoch_tail: str = "straddle"
     origin_step: int = 0
     origin_samples: int = 0
+    plan_version: int = 1
 
 
 def folder_of(run_folder: Path, step: int) -> Path:

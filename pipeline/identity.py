@@ -15,10 +15,11 @@ from pipeline.config import RunConfig
 from pipeline.errors import CheckpointError, RunConfigError
 from shards import storage
 from shards.manifest import Manifest
+from shards.plan import PLAN_VERSION
 from shards.steps import START, Origin
 
 # What the order of the stream itself depends on; the rest is how it is cut and sorted.
-_ORDER = ("training data digest", "seed", "data.shuffle_shards")
+_ORDER = ("training data digest", "seed", "data.shuffle_shards", "order of the plan")
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def continuation(meta: Meta | None, config: RunConfig, train: Manifest, accept_c
         "data.sort_window": (meta.sort_window, config.data.sort_window),
         "data.shuffle_shards": (meta.shuffle_shards, config.data.shuffle_shards),
         "data.epoch_tail": (meta.epoch_tail, config.data.epoch_tail),
+        "order of the plan": (meta.plan_version, PLAN_VERSION),
     }
     changed = {name: values for name, values in known.items() if values[0] != values[1]}
     if not changed:

@@ -75,17 +75,20 @@ class Schedule:
         return self.samples(step) // self.images
 
     def factor(self, step: int) -> float:
-        """What both learning rates are multiplied with at `step` (counted from 0)."""
-        config, start = self.config, self.steps(self.config.decay_epoch)
-        warmup = self.steps(config.warmup_epochs)
-        if step < warmup:
-            return (step + 1) / warmup
-        if step < start:
+        """What both learning rates are multiplied with at `step` (counted from 0).
+
+        A function of the samples seen, so that it does not jump where a run goes on with another batch size.
+        """
+        config, seen = self.config, self.samples(step)
+        warmup, start = config.warmup_epochs * self.images, config.decay_epoch * self.images
+        if seen < warmup:
+            return min(self.samples(step + 1) / warmup, 1.0)
+        if seen < start:
             return 1.0
         if config.decay == "step":
             return config.decay_factor
-        last = max(self.total_steps - 1, start + 1)
-        return 1.0 + (config.decay_factor - 1.0) * min(step - start, last - start) / (last - start)
+        last = max(self.samples(self.total_steps - 1), start + 1)
+        return 1.0 + (config.decay_factor - 1.0) * min((seen - start) / (last - start), 1.0)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

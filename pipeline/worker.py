@@ -42,6 +42,7 @@ from pipeline.track import TAG_PHASE, Tracker
 from pipeline.weights import build_trained, read_initial
 from shards.detections import Detections
 from shards.manifest import Manifest
+from shards.plan import PLAN_VERSION
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,7 @@ def _save(worker: Worker, state: State, saver: Saver) -> None:
         epoch_tail=config.data.epoch_tail,
         origin_step=worker.schedule.origin.step,
         origin_samples=worker.schedule.origin.samples,
+        plan_version=PLAN_VERSION,
     )
     saver.save(state.model, state.optimizer, meta)
     if config.data.max_bad_samples:

@@ -20,6 +20,8 @@ from shards.manifest import Ints, Manifest
 from shards.shapes import pair_up, rough_keys
 from shards.steps import START, EpochTail, Origin, Steps
 
+# The order of the samples, for equal arguments; to be raised by whoever changes it.
+PLAN_VERSION = 1
 _MASK = (1 << 64) - 1
 # What else is hashed beside samples. Kept for ever, as any other number would give another order.
 _SHARDS, _STEPS = 1, 2
@@ -57,9 +59,11 @@ class PlanConfig:
 def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """splitmix64's output for each state in ``values``: a fixed, well mixed bijection of 64-bit integers."""
     mixed = values + np.uint64(0x9E3779B97F4A7C15)  # wraps around, as it should
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed ^= mixed >> np.uint64(shift)  # in place: an epoch may have a hundred million
+        mixed *= np.uint64(factor)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
 
 
 def hashes(numbers: tuple[int, ...], values: npt.ArrayLike) -> npt.NDArray[np.uint64]:
@@ -73,7 +77,7 @@ def hashes(numbers: tuple[int, ...], values: npt.ArrayLike) -> npt.NDArray[np.ui
 def epoch_order(seed: int, epoch: int, count: int) -> Ints:
     """The permutation of 0..count-1 in which epoch ``epoch`` shows the images, int64 [count]."""
     # A stable sort, so that equal hashes (improbable, not impossible) keep one order everywhere.
-    return np.argsort(hashes((seed, epoch), np.arange(count)), kind="stable").astype(np.int64)
+    return np.argsort(hashes((seed, epoch), np.arange(count)), kind="stable").astype(np.int64, copy=False)
 
 
 def shard_blocks(seed: int, epoch: int, shards: int, per_block: int) -> Ints:
@@ -185,8 +189,8 @@ def plan_epoch(
         block = window * max(1, _SORTED_AT_ONCE // window)
         for begin in range(0, len(rows), block):
             part = slice(begin, begin + block)
-            key = (seed, epoch, _STEPS, start_step + begin // batch_size)
-            order = _sorted(*sizes(rows[part], sample_epochs[part]), batch_size, config.sort_window, key)
+            first, key = start_step + begin // batch_size, (seed, epoch, _STEPS)
+            order = _sorted(*sizes(rows[part], sample_epochs[part]), batch_size, config.sort_window, key, first)
             rows[part], sample_epochs[part] = rows[part][order], sample_epochs[part][order]
     return EpochPlan(epoch, batch_size, images, start_step, end_step, rows, sample_epochs)
 
@@ -223,10 +227,10 @@ def _block_order(manifest: Manifest, seed: int, epoch: int, per_block: int) -> I
     """The order of an epoch whose shards come in blocks. Rows lie in the order of the shards."""
     blocks = shard_blocks(seed, epoch, len(manifest.shards), per_block)
     of_rows = np.repeat(blocks, [shard.samples for shard in manifest.shards])
-    return np.lexsort((hashes((seed, epoch), np.arange(manifest.images)), of_rows)).astype(np.int64)
+    return np.lexsort((hashes((seed, epoch), np.arange(manifest.images)), of_rows)).astype(np.int64, copy=False)
 
 
-def _sorted(heights: Ints, widths: Ints, batch_size: int, window: int, key: tuple[int, ...]) -> Ints:
+def _sorted(heights: Ints, widths: Ints, batch_size: int, window: int, key: tuple[int, ...], first_step: int) -> Ints:
     """The order of the samples of whole windows of steps in which those of like shape are together.
 
     The steps of a window take consecutive parts of its sorted samples, in an order that is hashed again, so that small
@@ -237,7 +241,7 @@ def _sorted(heights: Ints, widths: Ints, batch_size: int, window: int, key: tupl
     order = np.lexsort((rough_keys(heights, widths), places // window)).astype(np.int64)
     if window > 1:
         steps = np.arange(int(places[-1]) + 1)
-        shuffled = np.lexsort((hashes(key, steps), steps // window))
+        shuffled = np.lexsort((hashes(key, first_step + steps), steps // window))
         to_step = np.repeat(shuffled, np.bincount(places)[shuffled])
         order = order[np.argsort(to_step, kind="stable")]
     return order[pair_up(heights[order], widths[order], batch_size)]

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -120,6 +121,29 @@ def test_a_run_that_goes_on_in_smaller_batches_has_more_steps_left() -> None:
     assert schedule.total_steps == 9  # 14 samples are left: five steps, the last of them filled up
     assert [schedule.samples(step) for step in (4, 5, 9)] == [16, 19, 31]
     assert [schedule.factor(step) for step in (5, 6)] == [1.0, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("config", "batch_size"),
+    [
+        (OptimConfig(batch_size=1024, epochs=10, decay="linear", decay_epoch=0, decay_factor=0.01), 16),
+        (OptimConfig(batch_size=16, epochs=10, decay="linear", decay_epoch=2, decay_factor=0.01), 1024),
+        (OptimConfig(batch_size=16, epochs=20, warmup_epochs=10, decay_epoch=19), 512),
+    ],
+    ids=["decay in smaller batches", "decay in larger ones", "warm-up"],
+)
+def test_the_rate_does_not_jump_where_a_run_goes_on_with_another_batch_size(
+    config: OptimConfig, batch_size: int
+) -> None:
+    images = 20_480
+    before = Schedule(config, images)
+    step = before.steps(5)
+    after = Schedule(replace(config, batch_size=batch_size), images, origin=Origin(step, before.samples(step)))
+    largest_change = 1024 / (5 * images)
+    assert after.factor(step) == pytest.approx(before.factor(step), abs=largest_change)
+    assert 0.3 < after.factor(step) < 0.7
+    last = after.factor(after.total_steps - 1)
+    assert last == pytest.approx(before.factor(before.total_steps - 1), abs=largest_change)
 
 
 @pytest.mark.parametrize(("batch_size", "images"), [(4, 10), (5, 10), (64, 10), (3, 7), (1, 1)])

@@ -1,8 +1,23 @@
+import hashlib
+from types import SimpleNamespace
+from typing import cast
+
 import numpy as np
 import pytest
 
+from shards import plan
 from shards.errors import ShardError
-from shards.plan import PlanConfig, epoch_order, hashes, plan_epoch, plan_evaluation, shard_blocks, splitmix64
+from shards.manifest import Manifest
+from shards.plan import (
+    PLAN_VERSION,
+    PlanConfig,
+    epoch_order,
+    hashes,
+    plan_epoch,
+    plan_evaluation,
+    shard_blocks,
+    splitmix64,
+)
 from shards.steps import first_step
 
 
@@ -32,9 +47,37 @@ def test_the_order_of_blocks_and_of_steps_in_a_window_never_changes(coco):
     assert [plan.step(step)[0].tolist() for step in range(plan.first_step, plan.end_step)] == [
         [6, 5],
         [1, 0],
-        [3, 2],
-        [4],
+        [4, 3],
+        [2],
     ]
+
+
+def like_photographs(rows, epochs):
+    """Sizes that only hashes decide."""
+    drawn = hashes((5,), rows + 1000 * epochs)
+    return (400 + drawn % np.uint64(400)).astype(np.int64), (480 + drawn // np.uint64(400) % np.uint64(800)).astype(
+        np.int64
+    )
+
+
+def a_large_plan():
+    manifest = cast(Manifest, SimpleNamespace(images=40_000))
+    config = PlanConfig(sort_window=4)
+    return plan_epoch(manifest, seed=7, epoch=1, batch_size=160, config=config, sizes=like_photographs)
+
+
+def test_the_order_of_a_large_epoch_never_changes_either():
+    """Larger than what is sorted at once, in steps larger than what is paired at once: PLAN_VERSION stands for it."""
+    assert PLAN_VERSION == 1
+    digest = hashlib.sha256(a_large_plan().rows.astype("<i8").tobytes()).hexdigest()
+    assert digest == "1b0923a5e0ccda9626a870c2471105a74d22196602ad2d234f41963db1cbc0cf"
+
+
+def test_how_much_is_sorted_at_once_does_not_change_the_order(monkeypatch):
+    expected = a_large_plan()
+    for at_once in (1, 5000, 1 << 20):
+        monkeypatch.setattr(plan, "_SORTED_AT_ONCE", at_once)
+        assert np.array_equal(a_large_plan().rows, expected.rows)
 
 
 def test_seed_and_epoch_are_not_interchangeable():
