@@ -25,6 +25,7 @@ from pipeline.stopping import ask_to_stop, asked_to_stop, withdraw
 GRACE_S = 45.0  # a stopped job is killed after 60 s (`jobs/submit.py`)
 _FATAL = "fatal.json"
 _BEGUN = "begun"
+_DIED = "a worker died"
 _LOOK_S = 0.2
 
 
@@ -48,9 +49,24 @@ def fit_and_follow(fit: Callable[[], Any], run_id: str, folder: Path, say: Calla
         raise Interrupted("stopped at a checkpoint")
 
 
-def begin(folder: Path) -> None:
-    """A worker says that it can be asked to stop from now on."""
-    (folder / _BEGUN).touch()
+def begin(folder: Path) -> str:
+    """A worker says that it can be asked to stop from now on; returns why Ray started the workers again, if it did."""
+    before = _attempts(folder)
+    with (folder / _BEGUN).open("a") as file:
+        file.write(f"{_DIED}\n")  # stands unless one can say more: see `fail`
+    return f"{before[-1]}; restart {len(before)}" if before else ""
+
+
+def fail(folder: Path, message: str) -> None:
+    """A worker says why this attempt ends. The first one's word stands; the others' failures are its consequences."""
+    *before, last = _attempts(folder) or [_DIED]
+    if last == _DIED:
+        (folder / _BEGUN).write_text("".join(f"{line}\n" for line in [*before, message]))
+
+
+def _attempts(folder: Path) -> list[str]:
+    path = folder / _BEGUN
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def leave_word(folder: Path, message: str, rank: int) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tqdm import tqdm
 
 from pipeline.mlflow_store import TAG_EPOCHS, TAG_TOTAL_STEPS
-from pipeline.track import TAG_PHASE
+from pipeline.track import TAG_PHASE, TAG_WARNING
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,6 +32,7 @@ class RunView:
         self._epoch = -1
         self._evaluated = -1.0
         self._said = ""
+        self._warning: str | None = None
 
     def show(self, run: Run) -> None:
         """Print what is new in this state of the run."""
@@ -45,6 +46,7 @@ class RunView:
         elif phase.split(" ")[0] != self._said and phase.startswith("starting"):
             self._said = phase.split(" ")[0]
             self._line(f"{phase} ...")
+        self._warn(tags.get(TAG_WARNING, ""))
         if "train/loss" in metrics and int(epoch + 1e-9) > max(self._epoch, 0):
             self._epoch = int(epoch + 1e-9)
             speed = metrics.get("speed/images_per_s", 0.0)
@@ -73,6 +75,11 @@ class RunView:
         said |= {"mask AP": f"{metrics['val/mask_AP']:.3f}"} if "val/mask_AP" in metrics else {}
         self._bar.set_description_str(phase, refresh=False)
         self._bar.set_postfix(said, refresh=True)
+
+    def _warn(self, warning: str) -> None:
+        if self._warning is not None and warning not in ("", self._warning):
+            self._line(f"warning: {warning}")
+        self._warning = warning  # the first is of before this view was opened
 
     def _line(self, text: str) -> None:
         if self._bar is not None:

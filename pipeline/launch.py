@@ -10,14 +10,15 @@ import os
 import secrets
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig, from_json, to_json
 from pipeline.errors import USER_ERRORS, RunConfigError, TrainingError, first_line
-from pipeline.fitting import begin, fit_and_follow, leave_word
+from pipeline.fitting import begin, fail, fit_and_follow, leave_word
 from pipeline.mlflow_store import EventSender, code_commit, tracking_uri
-from pipeline.track import TAG_PHASE, SpoolTracker
+from pipeline.track import TAG_PHASE, TAG_WARNING, SpoolTracker
 
 
 def run_workers(
@@ -169,6 +170,7 @@ def _ray_worker(job: dict[str, Any]) -> None:
     import torch
 
     from pipeline.parallel import Ranks
+    from pipeline.telling import telling_warnings
     from pipeline.worker import Place, run
 
     context = ray.train.get_context()
@@ -179,15 +181,19 @@ def _ray_worker(job: dict[str, Any]) -> None:
     place = Place(job["run_id"], folder, job["code_commit"], job["accept_change"])
     tracker = None
     if ranks.first:
-        begin(folder)
+        restarted = begin(folder)
         spool = folder / "spool"
         tracker = SpoolTracker(spool, EventSender(job["tracking_uri"], job["run_id"], spool))
-        tracker.tags({TAG_PHASE: "training"})
+        tracker.tags({TAG_PHASE: "training"} | ({TAG_WARNING: restarted} if restarted else {}))
     try:
-        run(config, place, ranks, tracker)
+        with telling_warnings(tracker) if tracker else nullcontext():
+            run(config, place, ranks, tracker)
     except USER_ERRORS as error:
         # Trying again would fail again: leave word for the driver, which ends the run instead.
         leave_word(folder, str(error), ranks.rank)
+        raise
+    except Exception as error:
+        fail(folder, f"worker {ranks.rank} failed: {first_line(error)}")
         raise
     finally:
         if tracker:

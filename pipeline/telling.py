@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.evaluate import Evaluation
 from pipeline.parallel import Ranks
 from pipeline.pictures import detection_pictures
-from pipeline.track import TAG_LEFT_OUT, Tracker
+from pipeline.track import TAG_LEFT_OUT, TAG_WARNING, Tracker
 from shards.bad_samples import bad_samples
 from shards.detections import Detections
 from shards.manifest import Manifest
@@ -40,6 +43,26 @@ def tell_pictures(tracker: Tracker, val: Manifest, detections: Detections, count
     """Some validation images with the detections next to the truth."""
     for number, picture in enumerate(detection_pictures(val, detections, count)):
         tracker.picture(f"detections/{number}", picture, step)
+
+
+@contextmanager
+def telling_warnings(tracker: Tracker) -> Iterator[None]:
+    """Whatever the data plane warns of inside the block is said with the run: Ray keeps workers' logs to itself."""
+    handler, logger = _Teller(tracker), logging.getLogger("shards")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Teller(logging.Handler):
+    def __init__(self, tracker: Tracker) -> None:
+        super().__init__(logging.WARNING)
+        self._tracker = tracker
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._tracker.tags({TAG_WARNING: record.getMessage()[:500]})
 
 
 def tell_left_out(tracker: Tracker | None, train: Manifest, ranks: Ranks) -> None:

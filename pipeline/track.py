@@ -27,6 +27,8 @@ from pipeline.errors import first_line
 
 LOG = logging.getLogger(__name__)
 TAG_PHASE = "detr.phase"
+TAG_WARNING = "detr.warning"
+"""Run tag: what went wrong last and may pass, such as a store that does not answer."""
 TAG_LEFT_OUT = "detr.left_out"
 """Run tag: what the run is doing now."""
 _BATCH = 1000  # MLflow's largest number of metrics in one request

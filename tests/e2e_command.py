@@ -97,6 +97,12 @@ class Command:
             query = "select step from metrics join runs using (run_uuid) where name = ? and key = ? order by step"
             return [step for (step,) in database.execute(query, (run, key))]
 
+    def tag(self, run: str, key: str) -> str:
+        """A tag of the run of this name."""
+        with sqlite3.connect(self.folder / "mlflow.db") as database:
+            query = "select value from tags join runs using (run_uuid) where name = ? and key = ?"
+            return str(database.execute(query, (run, key)).fetchone()[0])
+
     def runs_named(self, run: str) -> list[str]:
         """The status of every run of this name."""
         with sqlite3.connect(self.folder / "mlflow.db") as database:

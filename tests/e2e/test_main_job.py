@@ -29,6 +29,7 @@ def test_a_run_goes_on_by_itself_when_a_worker_is_killed(worker_killed: Command)
     steps = worker_killed.points("worker-killed", "train/loss")
     assert steps == sorted(set(steps))
     assert steps[-1] == STEPS
+    assert worker_killed.tag("worker-killed", "detr.warning").endswith("restart 1")
 
 
 def test_a_run_goes_on_after_its_driver_is_killed_and_ends_with_the_same_weights(worker_killed: Command) -> None:

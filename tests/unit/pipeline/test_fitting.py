@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import fitting
 from pipeline.errors import Interrupted, TrainingError
-from pipeline.fitting import begin, fit_and_follow, leave_word
+from pipeline.fitting import begin, fail, fit_and_follow, leave_word
 from pipeline.stopping import StopWatch, ask_to_stop, asked_to_stop
 
 Fit = Callable[[Callable[[], None]], None]
@@ -120,6 +120,14 @@ def test_before_training_began_there_is_nobody_to_ask(fit: Fit, tmp_path: Path) 
         fit(start_slowly)
     assert not asked_to_stop(tmp_path)
     forever.set()
+
+
+def test_a_restart_says_why(tmp_path: Path) -> None:
+    assert begin(tmp_path) == ""
+    assert begin(tmp_path) == "a worker died; restart 1"
+    fail(tmp_path, "worker 1 failed: s3://shards does not answer")
+    fail(tmp_path, "worker 0 failed: connection closed by peer")
+    assert begin(tmp_path) == "worker 1 failed: s3://shards does not answer; restart 2"
 
 
 def test_the_watch_sees_the_note(tmp_path: Path) -> None:
