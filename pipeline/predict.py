@@ -27,6 +27,7 @@ from detr.original import load_original_state_dict, to_original_state_dict
 from detr.postprocess import Detection, detect
 from detr.transforms import apply
 from pipeline.errors import RegistryError
+from shards.images import to_rgb
 from shards.manifest import Category
 from shards.segmentation import encode_masks
 
@@ -120,7 +121,7 @@ class Detector:
         return [self._one(image, threshold) for image in images]
 
     def _one(self, image: Image.Image, threshold: float) -> list[Found]:
-        pixels = np.asarray(image.convert("RGB"))
+        pixels = np.asarray(to_rgb(image))
         height, width = pixels.shape[:2]
         geometry = eval_geometry(width, height, self.card.transform)
         tensor, boxes, labels = apply(pixels, np.zeros((0, 4)), np.zeros(0, dtype=np.int64), geometry)

@@ -24,6 +24,7 @@ from pipeline.predict import Detector, Found, coco_results, read_model
 from pipeline.progress import progress_bar
 from pipeline.registry import resolve
 from shards.detections import Detections
+from shards.images import to_rgb
 from shards.manifest import Manifest, load_manifest
 from shards.segmentation import check_segmentations, decode_masks
 from shards.verify import check_sizes
@@ -105,7 +106,7 @@ def _open(path: Path) -> Image.Image:
 def _decode(path: Path) -> Image.Image:
     with _open(path) as opened:
         try:
-            return opened.convert("RGB")
+            return to_rgb(opened)
         except (OSError, ValueError, SyntaxError) as error:
             raise _no_picture(path, error) from None
 

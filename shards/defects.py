@@ -37,6 +37,8 @@ KINDS: dict[str, Severity] = {
     "exif-orientation": "noted",
     "cmyk": "noted",
     "grey": "noted",
+    "16-bit": "noted",
+    "alpha": "noted",
     "zero-area-box": "noted",
     "box-outside": "noted",
 }

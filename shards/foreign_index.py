@@ -11,6 +11,7 @@ from shards.checks import MAX_IMAGE_ID, check_annotations
 from shards.columns import AnnotationColumns, ImageColumns, Mask
 from shards.defects import Defect
 from shards.foreign import ForeignSample, ForeignTar
+from shards.images import COLOURS
 from shards.manifest import ANNOTATION_DTYPE, IMAGE_DTYPE, Category, Ints, Records, Shard
 
 _UNKNOWN = -1  # of a category; no COCO JSON has negative ones
@@ -170,5 +171,5 @@ def _notes(sample: ForeignSample, image_id: int, who: str) -> list[Defect]:
         problem = f"its EXIF orientation {sample.look.orientation} is ignored, as the boxes are of the pixels"
         notes.append(Defect(f"{who}: {problem}", "exif-orientation", image_id))
     if colours:
-        notes.append(Defect(f"{who}: is {colours.replace('cmyk', 'CMYK')}; it is read as RGB", colours, image_id))
+        notes.append(Defect(f"{who}: {COLOURS[colours]}", colours, image_id))
     return notes

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
+import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
@@ -21,6 +22,13 @@ from shards.errors import ShardError
 # File extensions by Pillow's name of the format; MPO is what some cameras call a JPEG with a second picture inside.
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
 _SAME = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "tiff": "tif", "dib": "bmp"}
+# What is said of an image whose colours are not those of its file, by the kind of the note.
+COLOURS = {
+    "cmyk": "is CMYK; it is read as RGB",
+    "grey": "is grey; it is read as RGB",
+    "16-bit": "is grey of 16 bits; it is read as RGB of the upper 8",
+    "alpha": "has transparency; it is read as RGB without it",
+}
 NO_FILE = -1  # instead of a checksum
 _ORIENTATION = 0x0112  # of EXIF; 1 is upright
 
@@ -59,7 +67,7 @@ class Look:
 
     format: str
     size: tuple[int, int]
-    colours: str  # "cmyk", "grey" or ""
+    colours: str  # a key of COLOURS, or ""
     orientation: int = 1
 
 
@@ -113,8 +121,24 @@ def read_image(folder: str, source: ImageSource) -> ImageFile:
             )
         )
     if look.colours:
-        notes.append(defect(look.colours, f"is {look.colours.replace('cmyk', 'CMYK')}; it is read as RGB"))
+        notes.append(defect(look.colours, COLOURS[look.colours]))
     return ImageFile(content, crc32, extension, tuple(notes))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A copy of a picture as RGB of 8 bits; transparency is dropped, and of 16-bit grey PNGs the upper 8 bits are taken.
+
+    Raises ValueError for other grey of more than 8 bits: Pillow cuts it off at 255, so that it is white or black, and
+    nothing says what its brightest value means.
+    """
+    if image.mode == "I;16" and image.format == "PNG":
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise ValueError(
+            f"its pixels are grey of more than 8 bits ({image.format} of Pillow's mode {image.mode}); expected 8 bits per "
+            "channel, or a PNG of 16-bit grey: convert it"
+        )
+    return image.convert("RGB")
 
 
 def checksum(content: bytes | None) -> int:
@@ -159,10 +183,11 @@ def _decode_other(content: bytes) -> Look:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a large picture is no attack here
             with Image.open(io.BytesIO(content)) as image:
-                kind, size, mode = image.format or "", image.size, image.mode
+                kind, size = image.format or "", image.size
                 if kind not in EXTENSIONS:
                     raise Unfit("unknown-format", f"its format {kind} is none of {', '.join(EXTENSIONS)}")
                 image.load()
+                colours = _colours(image)
                 orientation = int(image.getexif().get(_ORIENTATION, 1))
     except Unfit:
         raise
@@ -171,8 +196,20 @@ def _decode_other(content: bytes) -> Look:
     except Exception as error:  # Pillow's plugins raise nearly anything for damaged bytes
         cut = "truncated" in str(error)
         raise Unfit("truncated" if cut else "corrupt", f"cannot be decoded: {_first_line(error)}") from None
-    grey = mode in ("1", "L", "LA", "La") or mode.startswith("I")
-    return Look(kind, size, "cmyk" if mode == "CMYK" else "grey" if grey else "", orientation)
+    return Look(kind, size, colours, orientation)
+
+
+def _colours(image: Image.Image) -> str:
+    """A key of COLOURS, or "" for RGB; raises Unfit where ``to_rgb`` does."""
+    if image.mode in ("CMYK", "1", "L"):
+        return "cmyk" if image.mode == "CMYK" else "grey"
+    if image.mode == "F" or image.mode.startswith("I"):
+        try:
+            to_rgb(image)
+        except ValueError as error:
+            raise Unfit("unknown-format", str(error)) from None
+        return "16-bit"
+    return "alpha" if image.has_transparency_data else ""
 
 
 def _first_line(error: Exception) -> str:

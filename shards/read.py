@@ -19,6 +19,7 @@ from PIL import Image
 
 from shards.bad_samples import bad_samples
 from shards.errors import BadSampleError, ShardError
+from shards.images import to_rgb
 from shards.manifest import Ints, Manifest
 from shards.members import Members
 from shards.plan import EpochPlan
@@ -213,7 +214,7 @@ def decode(content: bytes) -> npt.NDArray[np.uint8]:
         return cast(npt.NDArray[np.uint8], simplejpeg.decode_jpeg(content, "RGB"))
     with Image.open(io.BytesIO(content)) as image:
         # A copy, because Pillow's own memory would be read-only.
-        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        return np.array(image if image.mode == "RGB" else to_rgb(image))
 
 
 def _colours(content: bytes) -> str:

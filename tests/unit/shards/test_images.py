@@ -1,0 +1,55 @@
+"""Pictures of colours other than RGB: what is read of them, and what is said."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards.images import COLOURS, ImageSource, Unfit, look_at, read_image
+from shards.read import decode
+
+RAMP = np.array([[0, 255, 256, 40000, 65535]], np.uint16)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_a_png_of_16_bit_grey_keeps_its_shades_and_is_noted():
+    content = encoded(Image.fromarray(RAMP), "PNG")
+    assert decode(content).tolist() == [[[shade] * 3 for shade in (0, 0, 1, 156, 255)]]
+    assert look_at(content).colours == "16-bit"
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [np.linspace(0, 1, 6, dtype=np.float32), np.arange(6, dtype=np.int32) << 20, np.arange(6, dtype=np.uint16) << 12],
+)
+def test_other_grey_of_more_than_8_bits_is_refused_where_it_is_sharded_and_where_it_is_read(pixels):
+    content = encoded(Image.fromarray(pixels.reshape(2, 3)), "TIFF")
+    with pytest.raises(Unfit) as caught:
+        look_at(content)
+    assert caught.value.args[0] == "unknown-format"
+    assert "grey of more than 8 bits" in caught.value.args[1]
+    with pytest.raises(ValueError, match="grey of more than 8 bits"):
+        decode(content)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_dropped_and_noted(mode, tmp_path):
+    image = Image.new(mode, (4, 3), (9, 9, 9, 7)[-len(mode) :])
+    (tmp_path / "a.png").write_bytes(encoded(image, "PNG"))
+    found = read_image(str(tmp_path), ImageSource(5, "a.png", 4, 3))
+    assert found.sound
+    assert [(one.kind, one.image_id) for one in found.defects] == [("alpha", 5)]
+    assert found.defects[0].text == f"image 5 (a.png): {COLOURS['alpha']}"
+    assert (decode(found.content) == 9).all()
+
+
+def test_a_palette_counts_as_transparent_only_where_it_is():
+    palette = Image.new("P", (4, 3))
+    assert look_at(encoded(palette, "PNG")).colours == ""
+    assert look_at(encoded(palette, "PNG", transparency=0)).colours == "alpha"
