@@ -114,15 +114,22 @@ def _local(folder: Path, key: str) -> Iterator[Stage]:
         except BlockingIOError:
             raise ShardError(f"{folder}: another process is writing it right now: wait for it or stop it") from None
         key_file = path / _KEY
+        if not key_file.exists() and any(entry.name != _NOTES for entry in path.iterdir()):
+            raise ShardError(
+                f"{path}: is not empty and no run that was stopped has left it; expected no such folder, as it would be "
+                "cleared: move it away or choose another --out"
+            )
         same = key_file.exists() and key_file.read_text() == key
         _clear(path, lambda entry: same and (entry.suffix == ".tar" or entry.name == _NOTES))
         stage = Stage(str(path), key)
         stage.write(_KEY, key.encode())
         yield stage
-        _clear(path, lambda entry: not entry.name.startswith("."))
+        _clear(path, lambda entry: not entry.name.startswith(".") or entry.name == _NOTES)
+        _clear(path / _NOTES, lambda entry: entry == key_file)
         storage.sync_folder(path)
         path.rename(folder)
         storage.sync_folder(folder.parent)
+        shutil.rmtree(folder / _NOTES)  # last, as without its key the folder would not be taken for one of ours
     finally:
         os.close(descriptor)  # and with it the lock
 

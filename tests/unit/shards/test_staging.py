@@ -159,3 +159,34 @@ def test_a_file_that_was_not_finished_does_not_appear(tmp_path):
         draft.file.write(b"whole")
         draft.finished = True
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("c.tar", b"whole")]
+
+
+def test_a_folder_of_the_users_is_not_taken_for_what_a_run_left(coco):
+    theirs = coco.root / "out.partial"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("dear")
+    with pytest.raises(
+        ShardError, match=r"out\.partial: is not empty .* move it away or choose another --out"
+    ) as caught:
+        coco.write()
+    assert "\n" not in str(caught.value)
+    assert {path.name: path.read_text() for path in theirs.iterdir()} == {"thesis.txt": "dear"}
+
+
+def test_what_a_run_left_that_was_killed_at_its_very_start_is_taken(coco):
+    notes = coco.root / "out.partial" / ".partial"
+    notes.mkdir(parents=True)
+    (notes / ".key.4242").write_text("half a k")
+    manifest = coco.write()
+    assert sorted(storage.listing(manifest.url)) == sorted(
+        ["manifest.json", "report.json", *(one.name for one in (*manifest.files, *manifest.shards))]
+    )
+
+
+def test_a_run_killed_when_it_publishes_leaves_what_the_next_takes(coco, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "sync_folder", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            coco.write()
+    assert (coco.root / "out.partial").exists()
+    assert coco.write().images == 7

@@ -179,6 +179,8 @@ def test_an_interrupted_run_leaves_nothing_under_the_final_name_and_goes_on(coco
 def test_what_another_input_left_behind_is_not_used(coco):
     (coco.root / "out.partial" / "index").mkdir(parents=True)
     (coco.root / "out.partial" / "shard-000000.tar").write_bytes(b"of something else")
+    (coco.root / "out.partial" / ".partial").mkdir()
+    (coco.root / "out.partial" / ".partial" / "key").write_text("of something else")
     coco.write("expected")
     coco.write()
     assert content(coco.root / "out") == content(coco.root / "expected")
