@@ -118,11 +118,11 @@ def _check_initial(config: RunConfig) -> None:
         )
 
 
-def _check_masks(config: RunConfig, *data: Manifest) -> None:
-    """A run with masks needs them in training and in evaluation."""
+def _check_masks(config: RunConfig, train: Manifest, val: Manifest) -> None:
+    """A run with masks needs them in training, where it may leave some samples out, and in evaluation."""
     if config.model.masks:
-        for manifest in data:
-            check_segmentations(manifest)
+        check_segmentations(train, config.data.max_bad_samples)
+        check_segmentations(val)
 
 
 def _checked_data(config: RunConfig) -> tuple[Manifest, Manifest]:

@@ -41,6 +41,8 @@ KINDS: dict[str, Severity] = {
     "alpha": "noted",
     "zero-area-box": "noted",
     "box-outside": "noted",
+    "no-segmentation": "noted",  # only where others of the source have one
+    "bad-segmentation": "noted",
 }
 
 

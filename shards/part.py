@@ -15,6 +15,7 @@ from shards.defects import Defect
 from shards.errors import ShardError
 from shards.images import ImageFile, ImageSource, checksum, read_content, read_image
 from shards.manifest import Shard
+from shards.outlines import outline_defects
 from shards.staging import Stage
 from shards.tars import SEGMENTATIONS, TarMember, TarWriter, file_digest, sample_key
 
@@ -32,7 +33,8 @@ class Sample:
 class Part:
     """The samples of one shard in their order; ``folder`` is that of the images. Goes to other processes.
 
-    ``write`` is false where it is clear by now that nothing will be written, and defects alone are asked for.
+    ``write`` is false where it is clear by now that nothing will be written, and defects alone are asked for. ``masks`` is
+    true where the source has segmentations, which are then looked at.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Part:
     samples: list[Sample]
     write: bool
     quarantine: bool
+    masks: bool
 
 
 class Place(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -61,7 +64,7 @@ class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         shard: the tar; None where no sample is left for one.
         read: crc32 of each image file of the part, -1 where there was none.
         places: of the samples in the tar, in their order.
-        defects: what was found in the image files.
+        defects: what was found in the image files and the segmentations.
     """
 
     shard: Shard | None
@@ -97,7 +100,10 @@ def write_part(part: Part, stage: Stage, done: Callable[[int], None]) -> Written
             image = read_image(part.folder, sample.image)
             read.append(image.crc32)
             defects += image.defects
-            failed = any(defect.rejected for defect in defects) and not part.quarantine
+            if part.masks and image.sound:
+                _, _, width, height = sample.image
+                defects += outline_defects(sample.image.image_id, sample.annotations, height, width)
+            failed = failed or not (image.sound or part.quarantine)
             if image.sound and part.write and not failed:
                 places.append(_add(tar, sample, image))
             done(1)

@@ -15,23 +15,16 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from shards.errors import ShardError
+from shards.errors import BadSampleError
 from shards.manifest import Ints, Manifest
 from shards.members import Members
+from shards.outlines import FormError, outlines
 
 Masks = npt.NDArray[np.bool_]
 Runs = dict[str, Any]
-MAX_COORDINATE = 1e5  # pixels; pycocotools' memory grows with the length of an outline
 CHECKED_IMAGES = 32  # of each data set before a run
 
-
-class _RunLengths(msgspec.Struct):
-    size: tuple[int, int]
-    counts: list[int] | str
-
-
 _segmentations = msgspec.json.Decoder(list[msgspec.Raw])
-_segmentation = msgspec.json.Decoder(list[list[float]] | _RunLengths | None)
 _ABSENT = msgspec.Raw(b"null")
 
 
@@ -47,7 +40,7 @@ class SegmentationReader:
 
         text: what ``Members`` gives for the sample.
 
-        Raises ShardError naming the image, and the annotation where one has no segmentation that can be used.
+        Raises BadSampleError naming the image, and the annotation where one has no segmentation that can be used.
         """
         image = self._index.images[row]
         annotations = self._index.annotations_of(row)
@@ -57,8 +50,8 @@ class SegmentationReader:
             if crowds or not annotation["iscrowd"]:
                 try:
                     found.append(_to_runs(raw, *size))
-                except ValueError as error:
-                    raise ShardError(
+                except FormError as error:
+                    raise BadSampleError(
                         f"{self._members.name(row)}: annotation {int(annotation['annotation_id'])} {error}; masks need polygons "
                         "or run lengths of every object: correct it and write the data set again, or go without masks"
                     ) from None
@@ -79,7 +72,7 @@ class SegmentationReader:
             if len(segmentations) != count:
                 raise ValueError(f"there are {len(segmentations)} for {count} annotations")
         except (ValueError, msgspec.DecodeError) as error:
-            raise ShardError(
+            raise BadSampleError(
                 f"{self._members.name(row)}: its segmentations cannot be read ({error}); expected a list with one for each "
                 "annotation: write the data set again"
             ) from None
@@ -96,13 +89,26 @@ def true_runs(manifest: Manifest, rows: Ints, *, cached: bool = True) -> list[Ru
         return [runs for row in rows.tolist() for runs in reader.runs(row, members.segmentations(row), crowds=True)]
 
 
-def check_segmentations(manifest: Manifest) -> None:
+def check_segmentations(manifest: Manifest, most: int = 0) -> None:
     """Look at the segmentations of some images, evenly spread over those that have annotations.
 
-    Finds in moments a data set that was made without them. Raises ShardError naming the first that has none.
+    Finds in moments a data set that was made without them. Raises ShardError naming the first image that has none that
+    can be used where there are more than ``most`` such images, or no others.
     """
     rows = np.flatnonzero(manifest.index().images["count"] > 0)
-    true_runs(manifest, rows[:: max(1, -(-len(rows) // CHECKED_IMAGES))].astype(np.int64), cached=False)
+    looked = rows[:: max(1, -(-len(rows) // CHECKED_IMAGES))].tolist()
+    bad: list[BadSampleError] = []
+    with closing(Members(manifest, cached=False)) as members:
+        reader = SegmentationReader(manifest, members)
+        for row in looked:
+            try:
+                reader.runs(row, members.segmentations(row), crowds=True)
+            except BadSampleError as error:
+                bad.append(error)
+                if len(bad) > most:
+                    raise bad[0] from None
+    if bad and len(bad) == len(looked):
+        raise bad[0]
 
 
 def encode_masks(masks: Masks) -> npt.NDArray[np.object_]:
@@ -133,49 +139,12 @@ def decode_masks(runs: Sequence[Runs], height: int, width: int) -> Masks:
 
 
 def _to_runs(raw: msgspec.Raw, height: int, width: int) -> Runs:
-    """Raises ValueError saying what is wrong with the segmentation."""
+    """Raises FormError saying what is wrong with the segmentation."""
     from pycocotools import mask
 
-    try:
-        segmentation = _segmentation.decode(raw)
-    except msgspec.DecodeError as error:
-        raise ValueError(f"has a segmentation that is neither polygons nor run lengths ({error})") from None
-    if isinstance(segmentation, _RunLengths):
-        counts = segmentation.counts
-        lengths = _unsqueezed(counts) if isinstance(counts, str) else counts
-        if segmentation.size != (height, width) or sum(lengths) != height * width or min(lengths) < 0:
-            raise ValueError(
-                f"has run lengths that sum to {sum(lengths)} for a size of {segmentation.size}, not to {height}x{width}"
-            )
-        runs: Runs = mask.frPyObjects({"size": [height, width], "counts": lengths}, height, width)
+    found = outlines(raw, height, width)
+    if isinstance(found[0], int):
+        runs: Runs = mask.frPyObjects({"size": [height, width], "counts": found}, height, width)
         return runs
-    # A part of fewer than three points holds no pixel, and pycocotools takes two points for a box.
-    polygons = [part for part in segmentation or () if len(part) >= 6]
-    if not polygons:
-        raise ValueError("has no segmentation")
-    largest = max(max(map(abs, part)) for part in polygons)
-    if any(len(part) % 2 for part in polygons) or not largest <= MAX_COORDINATE:
-        raise ValueError(
-            f"has a polygon of half a point, or one that reaches {largest:g} pixels from the image's corner"
-        )
-    merged: Runs = mask.merge(mask.frPyObjects(polygons, height, width))
+    merged: Runs = mask.merge(mask.frPyObjects(found, height, width))
     return merged
-
-
-def _unsqueezed(text: str) -> list[int]:
-    """Run lengths from COCO's string: 5 bits per character, each length from the third on less the one before the last."""
-    lengths: list[int] = []
-    value = shift = 0
-    for character in text.encode():
-        code = character - 48
-        if not 0 <= code < 64:
-            raise ValueError("has run lengths in a string that is not COCO's")
-        value |= (code & 31) << shift
-        shift += 5
-        if not code & 32:
-            value -= (code & 16) << (shift - 4)
-            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
-            value = shift = 0
-    if shift:
-        raise ValueError("has run lengths in a string that was cut off")
-    return lengths

@@ -32,6 +32,7 @@ from shards.manifest import (
     Manifest,
     load_manifest,
 )
+from shards.outlines import any_said
 from shards.part import Part, Sample, Written, write_part
 from shards.plan import hashes
 from shards.processes import process_map
@@ -157,13 +158,14 @@ def _parts(source: Source, config: WriteConfig) -> Iterator[Part]:
     quarantine = config.on_defect == "quarantine"
     write = quarantine or not any(defect.rejected for defect in source.defects)
     texts = source.annotations.texts
+    masks = any_said(texts)
     for number, rows in enumerate(shard_rows(len(order), config.samples_per_shard)):
         samples = []
         for row in order[rows.start : rows.stop]:
             first, count = int(source.first[row]), int(source.count[row])
             annotations = [bytes(texts[one]) for one in source.rows[first : first + count].tolist()]
             samples.append(Sample(source.image(row), bytes(source.images.texts[row]), annotations))
-        yield Part(f"shard-{number:06d}.tar", source.folder, samples, write, quarantine)
+        yield Part(f"shard-{number:06d}.tar", source.folder, samples, write, quarantine, masks)
 
 
 def _write_parts(

@@ -105,6 +105,18 @@ NOTED = {
     "grey": Sown("grey", lambda coco: rewrite(coco, 0, lambda _: encoded("L", (40, 64), "JPEG")), 100),
     "zero-area box": Sown("zero-area-box", field("annotations", 1, bbox=[3, 4, 0, 9]), 107, annotation_id=12),
     "box outside": Sown("box-outside", field("annotations", 1, bbox=[40, 4, 9, 9]), 107, annotation_id=12),
+    "no segmentation": Sown("no-segmentation", field("annotations", 1, segmentation=None), 107, annotation_id=12),
+    "segmentation in words": Sown(
+        "bad-segmentation", field("annotations", 1, segmentation="zzz"), 107, annotation_id=12
+    ),
+    "outline of a point": Sown(
+        "bad-segmentation", field("annotations", 1, segmentation=[[1, 2, 3]]), 107, annotation_id=12
+    ),
+    "runs of another size": Sown(
+        "bad-segmentation",
+        field("annotations", 1, segmentation={"counts": [10], "size": [1, 1]}),
+        *(107, frozenset(), frozenset(), 12),
+    ),
 }
 
 
@@ -175,6 +187,13 @@ def test_what_is_only_odd_is_noted_and_written(coco, sown):
     manifest = coco.write()
     assert (manifest.images, manifest.annotations) == (7, 9)
     assert named(load_report(manifest).defects, sown)
+
+
+@pytest.mark.parametrize("segmentation", [None, []])
+def test_boxes_without_any_segmentation_are_as_they_should_be(coco, segmentation):
+    for annotation in coco.data["annotations"]:
+        annotation["segmentation"] = segmentation
+    assert "segmentation" not in " ".join(defect.kind for defect in load_report(coco.write()).defects)
 
 
 def test_all_kinds_at_once_are_all_named(coco):

@@ -6,6 +6,7 @@ from PIL import Image
 from pycocotools import mask
 from pycocotools.coco import COCO
 
+from shards.bad_samples import bad_samples
 from shards.errors import ShardError
 from shards.read import ReadConfig, read_samples
 from shards.segmentation import check_segmentations, decode_masks, encode_masks, true_runs
@@ -84,13 +85,14 @@ def test_segmentations_are_found_on_either_side_of_the_image(coco, ending):
 WRONG = {
     "absent": (None, "has no segmentation"),
     "empty": ([], "has no segmentation"),
-    "of one line": ([[1, 1, 5, 5]], "has no segmentation"),
+    "of one line": ([[1, 1, 5, 5]], "has an ill-formed segmentation: no polygon of three points"),
     "of half a point": ([[1, 1, 5, 5, 9, 9, 3]], "half a point"),
     "far away": ([[1, 1, 5, 1, 1e9, 9]], "reaches 1e\\+09 pixels"),
     "words": ([["a", "b", 3, 4, 5, 6]], "neither polygons nor run lengths"),
     "runs too short": ({"size": [34, 58], "counts": [5, 5]}, "sum to 10 for a size of \\(34, 58\\), not to 34x58"),
     "runs of another size": ({"size": [58, 34], "counts": [34 * 58]}, "for a size of \\(58, 34\\)"),
     "runs that go back": ({"size": [34, 58], "counts": [34 * 58 + 5, -5]}, "run lengths"),
+    "runs of thousands of digits": ({"size": [34, 58], "counts": "o" * 40_000 + "0"}, "not COCO's"),
     "squeezed and cut off": ({"size": [34, 58], "counts": "o"}, "cut off"),
     "squeezed and foreign": ({"size": [34, 58], "counts": "\u20ac"}, "not COCO's"),
 }
@@ -106,6 +108,22 @@ def test_a_segmentation_that_cannot_be_used_is_one_line_that_names_image_and_ann
     with pytest.raises(ShardError, match="annotation 19"):
         check_segmentations(manifest)
     assert len(read(manifest, 100).masks) == 2
+
+
+def test_an_image_with_a_bad_segmentation_is_a_bad_sample(coco):
+    entry(coco, 19)["segmentation"] = [[1, 2, 3]]
+    manifest = coco.write()
+    lenient = ReadConfig(0, masks=True, max_bad_samples=1)
+    assert [one.image_id for one in read_samples(manifest, range(7), lenient)].count(142) == 0
+    assert bad_samples(manifest).lines()[0].startswith("image 142 in shard-000000.tar: annotation 19 has an ill-formed")
+    check_segmentations(manifest, 1)
+
+
+def test_a_data_set_without_segmentations_is_refused_however_many_may_be_bad(coco):
+    for annotation in coco.data["annotations"]:
+        del annotation["segmentation"]
+    with pytest.raises(ShardError, match="has no segmentation"):
+        check_segmentations(coco.write(), 100)
 
 
 def test_a_crowd_needs_no_segmentation_to_be_trained_without_but_to_be_scored(coco):

@@ -1,0 +1,118 @@
+"""The form of segmentations, without a pixel drawn: what the writer notes, and what masks are made of.
+
+A segmentation that nothing can be drawn from would end a training with masks hours later, on the step that meets it.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Annotated
+
+import msgspec
+
+from shards.defects import Defect
+
+MAX_COORDINATE = 1e5  # pixels; pycocotools' memory grows with the length of an outline
+
+# What says something: many who have boxes alone write `null` or `[]`.
+_SAID = re.compile(rb'"segmentation"\s*+:\s*+(?!null|\[\s*\])')
+
+
+# Bounded, since Python refuses to print integers of thousands of digits, which a defect would.
+_Length = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+_MOST_BITS = 60
+
+
+class RunLengths(msgspec.Struct, gc=False):
+    """COCO's run lengths, column by column: size is height, width."""
+
+    size: tuple[_Length, _Length]
+    counts: list[_Length] | str
+
+
+class FormError(ValueError):
+    """Why nothing can be drawn, in words that follow "annotation N"; ``kind`` is that of the defect."""
+
+    def __init__(self, kind: str, problem: str) -> None:
+        super().__init__(problem)
+        self.kind = kind
+
+
+class _Annotation(msgspec.Struct, gc=False):
+    id: int
+    segmentation: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_annotation = msgspec.json.Decoder(_Annotation)
+_segmentation = msgspec.json.Decoder(list[list[float]] | RunLengths | None)
+
+
+def outlines(raw: msgspec.Raw, height: int, width: int) -> list[list[float]] | list[int]:
+    """The polygons (x, y, x, y, ...) or else the run lengths of a segmentation, for an image of that size in pixels.
+
+    Raises FormError where it is absent or empty, or ill-formed.
+    """
+    try:
+        segmentation = _segmentation.decode(raw)
+    except msgspec.DecodeError as error:
+        raise _ill_formed(f"neither polygons nor run lengths ({error})") from None
+    if not segmentation:
+        raise FormError("no-segmentation", "has no segmentation")
+    if isinstance(segmentation, RunLengths):
+        counts = segmentation.counts
+        lengths = _unsqueezed(counts) if isinstance(counts, str) else counts
+        if segmentation.size != (height, width) or sum(lengths) != height * width or min(lengths) < 0:
+            raise _ill_formed(
+                f"run lengths that sum to {sum(lengths)} for a size of {segmentation.size}, not to {height}x{width}"
+            )
+        return lengths
+    # A part of fewer than three points holds no pixel, and pycocotools takes two points for a box.
+    polygons = [part for part in segmentation if len(part) >= 6]
+    if not polygons:
+        raise _ill_formed("no polygon of three points or more")
+    if any(len(part) % 2 for part in polygons):
+        raise _ill_formed("a polygon of half a point")
+    largest = max(max(max(part), -min(part)) for part in polygons)
+    if not largest <= MAX_COORDINATE:
+        raise _ill_formed(f"a polygon that reaches {largest:g} pixels from the image's corner")
+    return polygons
+
+
+def any_said(annotations: Iterable[msgspec.Raw]) -> bool:
+    """Whether the JSON of any annotation has a segmentation, however ill-formed: else the data set is one of boxes."""
+    return any(_SAID.search(bytes(text)) for text in annotations)
+
+
+def outline_defects(image_id: int, annotations: Iterable[bytes], height: int, width: int) -> list[Defect]:
+    """Which of an image's annotations, given as JSON, no mask can be made of."""
+    found = []
+    for text in annotations:
+        annotation = _annotation.decode(text)
+        try:
+            outlines(annotation.segmentation, height, width)
+        except FormError as error:
+            words = f"annotation {annotation.id} of image {image_id}: {error}; it is of no use to masks"
+            found.append(Defect(words, error.kind, image_id, annotation.id))
+    return found
+
+
+def _ill_formed(problem: str) -> FormError:
+    return FormError("bad-segmentation", f"has an ill-formed segmentation: {problem}")
+
+
+def _unsqueezed(text: str) -> list[int]:
+    """Run lengths from COCO's string: 5 bits per character, each length from the third on less the one before the last."""
+    lengths: list[int] = []
+    value = shift = 0
+    for character in text.encode():
+        code = character - 48
+        if not 0 <= code < 64 or shift > _MOST_BITS:
+            raise _ill_formed("run lengths in a string that is not COCO's")
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            value -= (code & 16) << (shift - 4)
+            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise _ill_formed("run lengths in a string that was cut off")
+    return lengths
