@@ -24,7 +24,8 @@ from pipeline.parallel import Ranks
 from pipeline.predict import UNNAMED
 from pipeline.samples import evaluation_transform
 from shards.detections import Detections
-from shards.manifest import Category, Ints, Manifest
+from shards.index import Ints
+from shards.manifest import Category, Manifest
 from shards.plan import plan_evaluation
 from shards.read import ReadConfig, open_batches
 from shards.score import Score, score_detections

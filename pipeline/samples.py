@@ -20,7 +20,8 @@ from detr.transforms import apply
 from pipeline.config import DataConfig, RunConfig
 from pipeline.optim import Schedule
 from pipeline.parallel import Ranks
-from shards.manifest import Index, Ints, Manifest
+from shards.index import Index, Ints
+from shards.manifest import Manifest
 from shards.plan import EpochPlan, PlanConfig, Sizes, plan_epoch
 from shards.read import ReadConfig, Sample, open_stream
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shards.detections import Detections as Detections
     from shards.errors import ShardError as ShardError
+    from shards.index import Index as Index
     from shards.manifest import Category as Category
-    from shards.manifest import Index as Index
     from shards.manifest import Manifest as Manifest
     from shards.manifest import load_manifest as load_manifest
     from shards.plan import EpochPlan as EpochPlan
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "detections": ("Detections",),
     "errors": ("ShardError",),
-    "manifest": ("Category", "Index", "Manifest", "load_manifest"),
+    "manifest": ("Category", "Manifest", "load_manifest"),
+    "index": ("Index",),
     "plan": ("EpochPlan", "PlanConfig", "epoch_order", "plan_epoch", "plan_evaluation"),
     "read": ("ReadConfig", "Sample", "open_batches", "open_loader", "read_samples"),
     "score": ("ClassScore", "Score", "coco_metrics", "per_class_ap", "score_detections", "to_coco_json"),

@@ -20,6 +20,8 @@ from shards.document import each
 from shards.errors import ShardError
 from shards.foreign import ForeignTar, read_tar
 from shards.foreign_index import gather, image_ids, records, samples_of
+from shards.index import Ints
+from shards.listed import File
 from shards.manifest import (
     ANNOTATIONS_NAME,
     FORMAT,
@@ -27,8 +29,6 @@ from shards.manifest import (
     MANIFEST_NAME,
     SOURCE_NAME,
     Category,
-    File,
-    Ints,
     Manifest,
     Shard,
     load_manifest,

@@ -7,7 +7,7 @@ import numpy as np
 
 from shards.columns import AnnotationColumns, Floats, ImageColumns, Mask, duplicated, positions, repeated
 from shards.defects import Defect
-from shards.manifest import Ints
+from shards.index import Ints
 
 MAX_IMAGE_ID = 10**12 - 1  # keys of samples have twelve digits
 # Pixels that a box may reach beyond its image without a note: COCO's own are rounded to hundredths.

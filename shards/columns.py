@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.defects import Defect
-from shards.manifest import Ints
+from shards.index import Ints
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]

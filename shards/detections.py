@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.errors import ShardError
-from shards.manifest import Ints
+from shards.index import Ints
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,8 @@ from shards.columns import AnnotationColumns, ImageColumns, Mask
 from shards.defects import Defect
 from shards.foreign import ForeignSample, ForeignTar
 from shards.images import COLOURS
-from shards.manifest import ANNOTATION_DTYPE, IMAGE_DTYPE, Category, Ints, Records, Shard
+from shards.index import ANNOTATION_DTYPE, IMAGE_DTYPE, Ints, Records
+from shards.manifest import Category, Shard
 
 _UNKNOWN = -1  # of a category; no COCO JSON has negative ones
 

@@ -9,64 +9,28 @@ A data set is a folder::
     shard-000000.tar ...    WebDataset shards
 
 Inside the project a category is a *label*: 0..K-1 in ascending order of the original category ids. Every other id is
-the original one. A *row* is an image's position in ``images.npy``.
+the original one. What the index holds stands in ``shards.index``.
 """
 
 import functools
 import hashlib
-import io
 import os
-from dataclasses import dataclass
 from typing import cast
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from shards import storage
 from shards.cache import CacheConfig, cache_for
 from shards.errors import ShardError
-from shards.fetch import Item
-from shards.retry import StoreError
+from shards.index import ANNOTATION_DTYPE, IMAGE_DTYPE, Index, Records, contradiction
+from shards.listed import File, load_listed, read_listed
 
 FORMAT = 2
 MANIFEST_NAME = "manifest.json"
 SOURCE_NAME = "source.json"
 IMAGES_NAME = "index/images.npy"
 ANNOTATIONS_NAME = "index/annotations.npy"
-
-Ints = npt.NDArray[np.int64]
-Records = npt.NDArray[np.void]
-
-# `shard`, `offset`, `length`, `crc32`: where the encoded image lies, and its checksum; `text_*`: the same of the sample's
-# segmentation.json (length 0 where it has none). `first`, `count`: its annotations. Sizes in pixels.
-IMAGE_DTYPE = np.dtype(
-    [
-        ("image_id", "<i8"),
-        ("shard", "<i4"),
-        ("offset", "<i8"),
-        ("length", "<i8"),
-        ("width", "<i4"),
-        ("height", "<i4"),
-        ("first", "<i8"),
-        ("count", "<i4"),
-        ("crc32", "<u4"),
-        ("text_offset", "<i8"),
-        ("text_length", "<i4"),
-        ("text_crc32", "<u4"),
-    ]
-)
-# `image`: row in images.npy. `bbox`: x, y, width, height in pixels as in the COCO JSON (not clamped to the image).
-ANNOTATION_DTYPE = np.dtype(
-    [
-        ("annotation_id", "<i8"),
-        ("image", "<i4"),
-        ("bbox", "<f8", (4,)),
-        ("area", "<f8"),
-        ("label", "<i4"),
-        ("iscrowd", "u1"),
-    ]
-)
 
 
 class Category(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,14 +45,6 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     samples: int
-    bytes: int
-    sha256: str
-
-
-class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file beside the shards: name, bytes and sha256."""
-
-    name: str
     bytes: int
     sha256: str
 
@@ -123,58 +79,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         """The canonical JSON, without ``url`` and ``cache``."""
         return msgspec.json.encode(msgspec.structs.replace(self, url="", cache=CacheConfig()))
 
-    def index(self) -> "Index":
+    def index(self) -> Index:
         """The index of this data set, loaded (and checked against its digests) once per process."""
         return _cached_index(self)
-
-
-@dataclass(frozen=True, eq=False)
-class Index:
-    """The memory-mapped columns of a data set: read-only, and shared by every process of a machine.
-
-    Attributes:
-        images: IMAGE_DTYPE [images].
-        annotations: ANNOTATION_DTYPE [annotations], those of row r at ``first[r] : first[r] + count[r]``.
-    """
-
-    images: Records
-    annotations: Records
-
-    @functools.cached_property
-    def boxes_per_image(self) -> Ints:
-        """int64 [images]: how many annotations of each image are not crowds."""
-        rows = self.annotations["image"][self.annotations["iscrowd"] == 0]
-        return np.bincount(rows, minlength=len(self.images)).astype(np.int64)
-
-    @property
-    def max_boxes(self) -> int:
-        """The most non-crowd boxes in one image: a model needs at least as many queries."""
-        return int(self.boxes_per_image.max(initial=0))
-
-    def annotations_of(self, row: int) -> Records:
-        """The annotation records of one image, crowds included, in the order of the COCO JSON."""
-        record = self.images[row]
-        first = int(record["first"])
-        return self.annotations[first : first + int(record["count"])]
-
-    def rows_of(self, image_ids: npt.ArrayLike) -> Ints:
-        """Rows of original image ids, int64 of the same shape; raises ShardError naming an unknown id."""
-        ids = np.asarray(image_ids, dtype=np.int64)
-        order, known = self._by_id
-        found = np.minimum(np.searchsorted(known, ids), len(known) - 1)
-        unknown = known[found] != ids
-        if unknown.any():
-            raise ShardError(
-                f"image id {int(ids[unknown][0])} is not in this data set of {len(known)} images; expected ids of its "
-                "own images: use the manifest that the ids come from"
-            )
-        return order[found]
-
-    @functools.cached_property
-    def _by_id(self) -> tuple[Ints, Ints]:
-        ids = self.images["image_id"]
-        order = np.argsort(ids, kind="stable")
-        return order, ids[order]
 
 
 def load_manifest(url: str | os.PathLike[str], cache: CacheConfig | None = None) -> Manifest:
@@ -189,66 +96,54 @@ def load_manifest(url: str | os.PathLike[str], cache: CacheConfig | None = None)
     url = storage.absolute(os.fspath(url)).removesuffix("/" + MANIFEST_NAME)
     path = storage.join(url, MANIFEST_NAME)
     try:
-        content = storage.read(path)
-    except (FileNotFoundError, NotADirectoryError):
+        with storage.naming(path):
+            content = _read_manifest(path)
+    except FileNotFoundError:
         raise ShardError(
             f"{url}: no {MANIFEST_NAME} here; expected the folder of a data set: make one with `detr shard coco`"
         ) from None
-    except OSError as error:
-        raise _unreadable(path, error) from error
     return msgspec.structs.replace(_parse(content, path), url=url, cache=cache or CacheConfig())
 
 
 def load_index(manifest: Manifest) -> Index:
-    """Map the index into memory (a remote one is read whole) and check it against the manifest's digests.
+    """Map the index into memory (a remote one is read whole) and check it against the manifest and its digests.
 
-    Raises ShardError naming the file that is absent or differs, and OSError as ``load_manifest`` does.
+    Raises ShardError naming the file that is absent, differs or contradicts the manifest, and OSError as
+    ``load_manifest`` does.
     """
     images = _load_records(manifest, IMAGES_NAME, IMAGE_DTYPE, manifest.images)
     annotations = _load_records(manifest, ANNOTATIONS_NAME, ANNOTATION_DTYPE, manifest.annotations)
-    return Index(images=images, annotations=annotations)
+    index = Index(images=images, annotations=annotations)
+    shards = manifest.shards
+    problem = contradiction(
+        index, [shard.samples for shard in shards], [shard.bytes for shard in shards], manifest.num_classes
+    )
+    if problem is not None:
+        raise ShardError(
+            f"{storage.join(manifest.url, 'index')}: contradicts the manifest: {problem}; write the data set again"
+        )
+    return index
 
 
 def check_file(manifest: Manifest, name: str) -> str | None:
     """What is wrong with one of ``manifest.files``, in one line, or None."""
     try:
-        return _check_file(manifest, name)
-    except OSError as error:
-        return f"{storage.join(manifest.url, name)}: cannot be read: {error}; check the address and its permissions"
-
-
-def _unreadable(path: str, error: OSError) -> Exception:
-    """One line; a ShardError only for what stays as it is, as a shaky network or disk does not."""
-    if isinstance(error, StoreError):
-        return error
-    kind = ShardError if isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError)) else OSError
-    return kind(f"{path}: cannot be read: {error}; check the address and its permissions")
-
-
-def _check_file(manifest: Manifest, name: str) -> str | None:
-    expected = next((file for file in manifest.files if file.name == name), None)
-    path = storage.join(manifest.url, name)
-    if expected is None:
-        return f"{storage.join(manifest.url, MANIFEST_NAME)}: {name} is not listed; write the data set again"
-    try:
-        content = storage.read(path)
-    except FileNotFoundError:
-        return f"{path}: no such file; the manifest lists it: copy it back or write the data set again"
-    if len(content) != expected.bytes:
-        return f"{path}: got {len(content)} bytes, expected {expected.bytes}: copy it again"
-    if hashlib.sha256(content).hexdigest() != expected.sha256:
-        return f"{path}: its sha256 is not the manifest's, so its content changed: copy it again"
+        read_listed(storage.join(manifest.url, name), _listed(manifest, name))
+    except (ShardError, OSError) as error:
+        return str(error)
     return None
+
+
+def _listed(manifest: Manifest, name: str) -> File:
+    for file in manifest.files:
+        if file.name == name:
+            return file
+    raise ShardError(f"{storage.join(manifest.url, MANIFEST_NAME)}: {name} is not listed; write the data set again")
 
 
 def _load_records(manifest: Manifest, name: str, dtype: np.dtype[np.void], count: int) -> Records:
     url = storage.join(manifest.url, name)
-    try:
-        records = _load_array(manifest, name, url)
-    except OSError as error:
-        raise _unreadable(url, error) from error
-    except ValueError as error:
-        raise ShardError(f"{url}: not a NumPy array ({error}); write the data set again") from error
+    records = load_listed(url, _listed(manifest, name), cache_for(manifest.url, manifest.cache))
     if records.dtype != dtype or records.shape != (count,):
         raise ShardError(
             f"{url}: got {records.shape} records of {records.dtype}, expected {count} of {dtype}; "
@@ -257,30 +152,16 @@ def _load_records(manifest: Manifest, name: str, dtype: np.dtype[np.void], count
     return cast(Records, records)
 
 
-def _load_array(manifest: Manifest, name: str, url: str) -> npt.NDArray[np.generic]:
-    """One of ``manifest.files``, checked; mapped into memory where it lies on this machine or is kept here."""
-    cache = cache_for(manifest.url, manifest.cache)
-    listed = next((file for file in manifest.files if file.name == name), None)
-    if cache is not None and listed is not None:
-        item = Item(url, listed.bytes, listed.sha256)
-        cache.check(item)
-        descriptor = cache.open(item)
-        try:
-            return cast(npt.NDArray[np.generic], np.load(cache.path(item), mmap_mode="r", allow_pickle=False))
-        finally:
-            os.close(descriptor)
-    problem = _check_file(manifest, name)
-    if problem is not None:
-        raise ShardError(problem)
-    path = storage.local_path(url)
-    if path is None:
-        return cast(npt.NDArray[np.generic], np.load(io.BytesIO(storage.read(url)), allow_pickle=False))
-    return cast(npt.NDArray[np.generic], np.load(path, mmap_mode="r", allow_pickle=False))
-
-
 @functools.lru_cache(maxsize=16)
 def _cached_index(manifest: Manifest) -> Index:
     return load_index(manifest)
+
+
+def _read_manifest(path: str) -> bytes:
+    try:
+        return storage.read(path)
+    except NotADirectoryError as error:  # the address is a file's
+        raise FileNotFoundError(path) from error
 
 
 class _Version(msgspec.Struct):
@@ -314,6 +195,8 @@ def _inconsistency(manifest: Manifest) -> str | None:
         return f"impossible counts: {manifest.images} images, {manifest.annotations} annotations"
     if sum(shard.samples for shard in manifest.shards) != manifest.images:
         return f"the shards hold {sum(shard.samples for shard in manifest.shards)} samples, not {manifest.images}"
+    if any(shard.samples < 0 or shard.bytes < 0 for shard in manifest.shards):
+        return "a shard holds less than nothing"
     # A manifest may come from elsewhere: it must not be able to name files outside its own folder.
     outside = [name for name in names if name.startswith("/") or ".." in name.split("/") or "://" in name]
     if outside:

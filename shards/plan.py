@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.errors import ShardError
-from shards.manifest import Ints, Manifest
+from shards.index import Ints
+from shards.manifest import Manifest
 from shards.shapes import pair_up, rough_keys
 from shards.steps import START, EpochTail, Origin, Steps
 

@@ -54,17 +54,19 @@ class RangeReader:
     def read(self, url: str, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset``; fewer only where the file ends before.
 
-        Raises ShardError where the file is absent.
+        Raises ShardError where the file is absent or no file that may be read, OSError, naming it, where trying again
+        may mend it.
         """
         try:
             path = storage.local_path(url)
             if path is None:
                 return storage.read_range(url, offset, length)
-            file = self._open(url, path)
+            with storage.naming(url):
+                file = self._open(url, path)
+                # `file` keeps the descriptor alive here, also when another thread evicts it meanwhile.
+                return os.pread(file.descriptor, length, offset)
         except FileNotFoundError:
             raise storage.absent(url) from None
-        # `file` keeps the descriptor alive here, also when another thread evicts it meanwhile.
-        return os.pread(file.descriptor, length, offset)
 
     def forget(self, url: str) -> None:
         """Open the file anew when it is next read: another may have taken its place."""
@@ -107,7 +109,8 @@ class CachedReader:
             except FileNotFoundError:
                 raise storage.absent(url) from None
         try:
-            return os.pread(descriptor, length, offset)
+            with storage.naming(f"{url}, as kept in {self._cache}"):
+                return os.pread(descriptor, length, offset)
         finally:
             os.close(descriptor)
 

@@ -20,7 +20,8 @@ from PIL import Image
 from shards.bad_samples import bad_samples
 from shards.errors import BadSampleError, ShardError
 from shards.images import to_rgb
-from shards.manifest import Ints, Manifest
+from shards.index import Ints
+from shards.manifest import Manifest
 from shards.members import Members
 from shards.plan import EpochPlan
 from shards.segmentation import Masks, SegmentationReader

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from shards.columns import positions
-from shards.manifest import ANNOTATION_DTYPE, IMAGE_DTYPE, Ints, Records
+from shards.index import ANNOTATION_DTYPE, IMAGE_DTYPE, Ints, Records
 from shards.part import Written
 from shards.source import Source
 

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from shards.detections import Detections
 from shards.errors import ShardError
-from shards.manifest import Index, Ints, Manifest
+from shards.index import Index, Ints
+from shards.manifest import Manifest
 from shards.segmentation import true_runs
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.errors import BadSampleError
-from shards.manifest import Ints, Manifest
+from shards.index import Ints
+from shards.manifest import Manifest
 from shards.members import Members
 from shards.outlines import FormError, outlines
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from shards.manifest import Ints
+from shards.index import Ints
 
 # Pairing costs the square of it, and images that were sorted are alike in blocks of this many anyway.
 _BLOCK = 64

@@ -19,7 +19,8 @@ from shards.defects import Defect as Defect
 from shards.defects import SourceError as SourceError
 from shards.errors import ShardError
 from shards.images import ImageSource
-from shards.manifest import Category, Ints
+from shards.index import Ints
+from shards.manifest import Category
 
 # Lists stay in the text of their entries, which makes one pass over the file do for finding all of them.
 _Top = dict[str, list[msgspec.Raw] | dict[str, msgspec.Raw] | str | int | float | bool | None]

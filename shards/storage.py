@@ -9,13 +9,15 @@ the environment and never stand in an address, which logs, job specs and MLflow 
 import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from shards.errors import ShardError
-from shards.retry import patiently
+from shards.retry import StoreError, patiently
 
 
 def local_path(url: str) -> Path | None:
@@ -186,3 +188,18 @@ def sync_folder(path: Path) -> None:
 def absent(url: str) -> ShardError:
     """What to say of a file that the manifest lists and that is not there."""
     return ShardError(f"{url}: no such file; the manifest lists it: copy it back or write the data set again")
+
+
+@contextmanager
+def naming(url: str) -> Iterator[None]:
+    """What goes wrong with a local file names it, but for its absence, which means what only the caller knows.
+
+    A ShardError only for what stays as it is, an OSError for what may pass, such as a disk that hangs.
+    """
+    try:
+        yield
+    except (FileNotFoundError, StoreError):
+        raise
+    except OSError as error:
+        kind = ShardError if isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError)) else OSError
+        raise kind(f"{url}: cannot be read: {error}; check the address and its permissions") from error

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from shards import storage
 from shards.errors import ShardError
-from shards.manifest import Manifest, Records, Shard, check_file, load_index, load_manifest
+from shards.index import Records
+from shards.manifest import Manifest, Shard, check_file, load_index, load_manifest
+from shards.retry import StoreError
 from shards.tars import TarMember, file_digest, image_members, scan_tar, text_members
 
 # (shards checked, shards in all)
@@ -80,14 +82,19 @@ def _check_shard(manifest: Manifest, shard: Shard, records: Records | None) -> l
     url = storage.join(manifest.url, shard.name)
     try:
         length = storage.size(url)
+        path = storage.local_path(url)
+        if path is not None:
+            with storage.naming(url):
+                return _check_tar(url, path, length, shard, records)
+        with tempfile.NamedTemporaryFile() as copy:
+            storage.download(url, Path(copy.name))
+            return _check_tar(url, Path(copy.name), length, shard, records)
     except FileNotFoundError:
         return [f"{url}: no such file; the manifest lists it with {shard.samples} images: copy it back"]
-    path = storage.local_path(url)
-    if path is not None:
-        return _check_tar(url, path, length, shard, records)
-    with tempfile.NamedTemporaryFile() as copy:
-        storage.download(url, Path(copy.name))
-        return _check_tar(url, Path(copy.name), length, shard, records)
+    except StoreError:
+        raise
+    except (ShardError, OSError) as error:
+        return [str(error)]
 
 
 def _check_tar(url: str, path: Path, length: int, shard: Shard, records: Records | None) -> list[str]:

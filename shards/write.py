@@ -21,14 +21,14 @@ from shards.checks import MAX_IMAGE_ID
 from shards.defects import REPORT_NAME, Defect, Lost, Policy, SourceError, make_report
 from shards.errors import ShardError
 from shards.existing import check_same, existing_data_set
+from shards.index import Ints
+from shards.listed import File
 from shards.manifest import (
     ANNOTATIONS_NAME,
     FORMAT,
     IMAGES_NAME,
     MANIFEST_NAME,
     SOURCE_NAME,
-    File,
-    Ints,
     Manifest,
     load_manifest,
 )

@@ -11,7 +11,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from shards.manifest import ANNOTATION_DTYPE, ANNOTATIONS_NAME, IMAGES_NAME, MANIFEST_NAME, File, Manifest, Shard
+from shards.index import ANNOTATION_DTYPE
+from shards.listed import File
+from shards.manifest import ANNOTATIONS_NAME, IMAGES_NAME, MANIFEST_NAME, Manifest, Shard
 from shards.write import WriteConfig, write_coco
 
 COCO = Path(os.environ.get("DETR_COCO_TINY", Path(__file__).parents[2] / "../shared/data/coco-tiny"))

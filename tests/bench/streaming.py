@@ -20,7 +20,8 @@ from pipeline.config import RunConfig
 from pipeline.optim import Schedule
 from pipeline.parallel import Ranks
 from pipeline.samples import training_batches, training_transform
-from shards.manifest import Ints, Manifest, load_manifest
+from shards.index import Ints
+from shards.manifest import Manifest, load_manifest
 from shards.plan import plan_epoch
 from shards.read import ReadConfig, open_loader
 from tests.bench.simulated import write_simulated

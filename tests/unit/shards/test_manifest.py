@@ -1,14 +1,18 @@
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import fsspec
 import msgspec
 import numpy as np
 import pytest
 
 from shards import storage
+from shards.cache import CacheConfig
 from shards.errors import ShardError
-from shards.manifest import ANNOTATION_DTYPE, IMAGE_DTYPE, load_index, load_manifest
+from shards.index import ANNOTATION_DTYPE, IMAGE_DTYPE
+from shards.manifest import load_index, load_manifest
 
 
 def edit(folder: Path, **fields: object) -> None:
@@ -81,6 +85,10 @@ def test_a_data_set_without_annotations_is_one(coco):
         ({"shards": [{"name": "../../etc/shadow", "samples": 7, "bytes": 1, "sha256": ""}]}, "leave the data set"),
         ({"shards": [{"name": "a/b.tar", "samples": 7, "bytes": 1, "sha256": ""}]}, "no plain file names: 'a/b.tar'"),
         ({"shards": [{"name": ".", "samples": 7, "bytes": 1, "sha256": ""}]}, "no plain file names"),
+        (
+            {"shards": [{"name": f"{n}.tar", "samples": n, "bytes": 1, "sha256": ""} for n in (-1, 8)]},
+            "less than nothing",
+        ),
         ({"url": "s3://elsewhere"}, "own url"),
     ],
 )
@@ -169,3 +177,21 @@ def test_an_error_that_may_pass_is_not_the_data_sets_fault(coco, monkeypatch, er
             look()
         assert manifest.url in str(caught.value)
         assert isinstance(caught.value, ShardError) == (kind is ShardError)
+
+
+def test_an_index_that_is_not_cached_is_used_as_it_was_checked(coco, monkeypatch):
+    written = coco.write()
+    fsspec.filesystem("memory").put(str(coco.root / "out"), "/checked/coco", recursive=True)
+    read, asked = storage.read, Counter()
+
+    def reading(url):
+        asked[url] += 1
+        content = bytearray(read(url))
+        if asked[url] > 1:
+            content[-40] ^= 1  # on its way
+        return bytes(content)
+
+    monkeypatch.setattr(storage, "read", reading)
+    remote = load_manifest("memory://checked/coco", CacheConfig("off"))
+    assert np.array_equal(load_index(remote).images, written.index().images)
+    assert set(asked.values()) == {1}

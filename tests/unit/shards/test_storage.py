@@ -1,10 +1,11 @@
 import errno
+import os
 import threading
 
 import fsspec
 import pytest
 
-from shards import retry, storage
+from shards import ranges, retry, storage
 from shards.errors import ShardError
 from shards.manifest import load_manifest
 from shards.ranges import RangeReader
@@ -127,3 +128,34 @@ def test_a_remote_file_is_read_from_many_threads():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def failing_with(number):
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    return fails
+
+
+def test_a_local_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "shard-000000.tar"
+    path.write_bytes(b"x" * 10)
+    files = RangeReader()
+    for number in (errno.EIO, errno.ESTALE):  # a disk, a file server: both may come back
+        monkeypatch.setattr(ranges.os, "pread", failing_with(number))
+        with pytest.raises(OSError, match=rf"^{path}: cannot be read: .*{os.strerror(number)}") as caught:
+            files.read(str(path), 0, 10)
+        assert not isinstance(caught.value, ShardError)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.ENOTDIR])
+def test_a_local_file_that_may_not_be_read_stays_so_and_is_named(tmp_path, monkeypatch, number):
+    (tmp_path / "shard").touch()
+    monkeypatch.setattr(ranges.os, "open", failing_with(number))
+    with pytest.raises(ShardError, match=rf"^{tmp_path}/shard: cannot be read: .*{os.strerror(number)}"):
+        RangeReader().read(str(tmp_path / "shard"), 0, 10)
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    with pytest.raises(ShardError, match=rf"^{tmp_path}: cannot be read: .*Is a directory"):
+        RangeReader().read(str(tmp_path), 0, 10)

@@ -1,5 +1,9 @@
+import errno
+import os
+
 import pytest
 
+from shards import tars
 from shards.errors import ShardError
 from shards.verify import verify
 
@@ -84,6 +88,20 @@ def test_a_damaged_index_does_not_hide_damaged_shards(coco, written):
     damage(coco.root / "out" / "index" / "images.npy", 200)
     found = problems(coco)
     assert ["index/images.npy" in found[0], "shard-000001.tar" in found[1]] == [True, True]
+
+
+def test_shards_that_cannot_be_read_are_reported_with_the_others(coco, written, monkeypatch):
+    def digest(path):
+        if path.name == "shard-000000.tar":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if path.name == "shard-000002.tar":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return tars.file_digest(path)
+
+    monkeypatch.setattr("shards.verify.file_digest", digest)
+    first, last = problems(coco)
+    assert "out/shard-000000.tar: cannot be read: [Errno 5] Input/output error" in first
+    assert "out/shard-000002.tar: cannot be read: [Errno 13] Permission denied" in last
 
 
 def test_without_a_manifest_there_is_nothing_to_check(tmp_path):

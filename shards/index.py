@@ -1,0 +1,146 @@
+"""The index of a data set: one record per image and one per annotation, in columns that are mapped into memory.
+
+A *row* is an image's position in ``index/images.npy``.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.errors import ShardError
+
+Ints = npt.NDArray[np.int64]
+Records = npt.NDArray[np.void]
+
+# `shard`, `offset`, `length`, `crc32`: where the encoded image lies, and its checksum; `text_*`: the same of the sample's
+# segmentation.json (length 0 where it has none). `first`, `count`: its annotations. Sizes in pixels.
+IMAGE_DTYPE = np.dtype(
+    [
+        ("image_id", "<i8"),
+        ("shard", "<i4"),
+        ("offset", "<i8"),
+        ("length", "<i8"),
+        ("width", "<i4"),
+        ("height", "<i4"),
+        ("first", "<i8"),
+        ("count", "<i4"),
+        ("crc32", "<u4"),
+        ("text_offset", "<i8"),
+        ("text_length", "<i4"),
+        ("text_crc32", "<u4"),
+    ]
+)
+# `image`: row in images.npy. `bbox`: x, y, width, height in pixels as in the COCO JSON (not clamped to the image).
+ANNOTATION_DTYPE = np.dtype(
+    [
+        ("annotation_id", "<i8"),
+        ("image", "<i4"),
+        ("bbox", "<f8", (4,)),
+        ("area", "<f8"),
+        ("label", "<i4"),
+        ("iscrowd", "u1"),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """The memory-mapped columns of a data set: read-only, and shared by every process of a machine.
+
+    Attributes:
+        images: IMAGE_DTYPE [images].
+        annotations: ANNOTATION_DTYPE [annotations], those of row r at ``first[r] : first[r] + count[r]``.
+    """
+
+    images: Records
+    annotations: Records
+
+    @functools.cached_property
+    def boxes_per_image(self) -> Ints:
+        """int64 [images]: how many annotations of each image are not crowds."""
+        rows = self.annotations["image"][self.annotations["iscrowd"] == 0]
+        return np.bincount(rows, minlength=len(self.images)).astype(np.int64)
+
+    @property
+    def max_boxes(self) -> int:
+        """The most non-crowd boxes in one image: a model needs at least as many queries."""
+        return int(self.boxes_per_image.max(initial=0))
+
+    def annotations_of(self, row: int) -> Records:
+        """The annotation records of one image, crowds included, in the order of the COCO JSON."""
+        record = self.images[row]
+        first = int(record["first"])
+        return self.annotations[first : first + int(record["count"])]
+
+    def rows_of(self, image_ids: npt.ArrayLike) -> Ints:
+        """Rows of original image ids, int64 of the same shape; raises ShardError naming an unknown id."""
+        ids = np.asarray(image_ids, dtype=np.int64)
+        order, known = self._by_id
+        found = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+        unknown = known[found] != ids
+        if unknown.any():
+            raise ShardError(
+                f"image id {int(ids[unknown][0])} is not in this data set of {len(known)} images; expected ids of its "
+                "own images: use the manifest that the ids come from"
+            )
+        return order[found]
+
+    @functools.cached_property
+    def _by_id(self) -> tuple[Ints, Ints]:
+        ids = self.images["image_id"]
+        order = np.argsort(ids, kind="stable")
+        return order, ids[order]
+
+
+def contradiction(index: Index, samples: Sequence[int], sizes: Sequence[int], classes: int) -> str | None:
+    """What of an index cannot be in a data set, in one line, or None: its digests say only who wrote it.
+
+    Args:
+        index: records as many as the manifest says.
+        samples: how many images each shard holds, by the manifest.
+        sizes: bytes of each shard.
+        classes: labels are 0..classes-1.
+    """
+    return _of_images(index.images, samples, sizes) or _of_annotations(index.images, index.annotations, classes)
+
+
+def _of_images(images: Records, samples: Sequence[int], sizes: Sequence[int]) -> str | None:
+    order = np.repeat(np.arange(len(samples)), samples)
+    wrong = _first(images["shard"] != order)
+    if wrong is not None:
+        return f"row {wrong} is in shard {images['shard'][wrong]}, expected {order[wrong]} by the manifest's counts"
+    room = np.asarray(sizes, np.int64)[order]
+    for prefix, least in (("", 1), ("text_", 0)):
+        offset, length = images[f"{prefix}offset"], images[f"{prefix}length"].astype(np.int64)
+        # A difference of what is known to be small, because the sum of what another wrote may overflow.
+        wrong = _first((offset < 0) | (length < least) | (length > room - np.minimum(offset, room)))
+        if wrong is not None:
+            return f"row {wrong} has {length[wrong]} bytes at {offset[wrong]} of a shard of {room[wrong]}"
+    wrong = _first(np.minimum(images["width"], images["height"]) < 1)
+    if wrong is not None:
+        return f"row {wrong} is {images['width'][wrong]} x {images['height'][wrong]} pixels"
+    return None if len(np.unique(images["image_id"])) == len(images) else "image ids are not distinct"
+
+
+def _of_annotations(images: Records, annotations: Records, classes: int) -> str | None:
+    count = images["count"].astype(np.int64)
+    wrong = _first((count < 0) | (images["first"] != np.cumsum(count) - count))
+    if wrong is not None:
+        return f"row {wrong} has {count[wrong]} annotations from {images['first'][wrong]} on, not behind the row before"
+    if count.sum() != len(annotations):
+        return f"the images have {count.sum()} annotations, but there are {len(annotations)}"
+    wrong = _first(annotations["image"] != np.repeat(np.arange(len(images)), count))
+    if wrong is not None:
+        return f"annotation {wrong} is of row {annotations['image'][wrong]}, but lies among those of another"
+    wrong = _first((annotations["label"] < 0) | (annotations["label"] >= classes))
+    if wrong is not None:
+        return f"annotation {wrong} has label {annotations['label'][wrong]}, expected 0..{classes - 1}"
+    return None
+
+
+def _first(where: npt.NDArray[np.bool_]) -> int | None:
+    """The first true one, or None."""
+    return int(where.argmax()) if where.any() else None

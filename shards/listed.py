@@ -1,0 +1,71 @@
+"""Files beside the shards that a manifest lists: read, and checked against its digests."""
+
+import hashlib
+import io
+import os
+from typing import cast
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from shards import storage
+from shards.cache import Cache
+from shards.errors import ShardError
+from shards.fetch import Item
+
+Array = npt.NDArray[np.generic]
+
+
+class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One file beside the shards: name, bytes and sha256."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+def read_listed(url: str, file: File) -> bytes:
+    """The whole file, as it was written.
+
+    Raises ShardError in one line where it is absent or differs, OSError, naming it, where trying again may mend it.
+    """
+    try:
+        with storage.naming(url):
+            content = storage.read(url)
+    except FileNotFoundError:
+        raise storage.absent(url) from None
+    if len(content) != file.bytes:
+        raise ShardError(f"{url}: got {len(content)} bytes, expected {file.bytes}: copy it again")
+    if hashlib.sha256(content).hexdigest() != file.sha256:
+        raise ShardError(f"{url}: its sha256 is not the manifest's, so its content changed: copy it again")
+    return content
+
+
+def load_listed(url: str, file: File, cache: Cache | None) -> Array:
+    """The array in a .npy file; mapped into memory where it lies on this machine or is kept here.
+
+    Raises what ``read_listed`` and ``Cache.open`` do, and ShardError where it holds no array.
+    """
+    try:
+        if cache is not None:
+            return _load_kept(cache, Item(url, file.bytes, file.sha256))
+        content = read_listed(url, file)
+        path = storage.local_path(url)
+        # Not asked for again: only these bytes are checked.
+        return _load(io.BytesIO(content)) if path is None else _load(path)
+    except ValueError as error:
+        raise ShardError(f"{url}: not a NumPy array ({error}); write the data set again") from error
+
+
+def _load_kept(cache: Cache, item: Item) -> Array:
+    cache.check(item)
+    descriptor = cache.open(item)
+    try:
+        return _load(cache.path(item))
+    finally:
+        os.close(descriptor)
+
+
+def _load(source: io.BytesIO | os.PathLike[str]) -> Array:
+    return cast(Array, np.load(source, mmap_mode=None if isinstance(source, io.BytesIO) else "r", allow_pickle=False))
