@@ -15,7 +15,7 @@ import msgspec
 
 from shards import storage
 from shards.categories import numbered, parse_categories, read_categories
-from shards.defects import REPORT_NAME, DefectReport, Policy, SourceError, make_report, parse_report
+from shards.defects import REPORT_NAME, DefectReport, Policy, SourceError, make_report, parse_report, printable
 from shards.document import each
 from shards.errors import ShardError
 from shards.foreign import ForeignTar, read_tar
@@ -135,6 +135,11 @@ def _tars(url: str) -> list[str]:
         packed = [name for name in found if ".tar." in name or name.endswith(".tgz")]
         said = f"only compressed ones, such as {packed[0]}: unpack them to plain tars" if packed else "none"
         raise ShardError(f"{url}: expected WebDataset tars (*.tar), found {said}")
+    odd = [name for name in tars if printable(name) != name]
+    if odd:
+        raise ShardError(
+            f"{url}: the name of {printable(odd[0])} is not UTF-8, which a manifest cannot hold: rename it"
+        )
     return tars
 
 
@@ -160,7 +165,7 @@ class _Listed(msgspec.Struct):
 def _origin(url: str, config: IndexConfig, tars: Sequence[ForeignTar], ids: Ints) -> _Origin:
     digest = hashlib.sha256("".join(tar.shard.sha256 for tar in tars).encode()).hexdigest()
     name, objects = (
-        config.name or url.rpartition("/")[2],
+        printable(config.name or url.rpartition("/")[2]),
         [one for sample in samples_of(tars) for one in sample.objects],
     )
     beside = _beside(url)
@@ -180,15 +185,15 @@ def _origin(url: str, config: IndexConfig, tars: Sequence[ForeignTar], ids: Ints
     content = path.read_bytes()
     try:
         top = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, UnicodeDecodeError):  # a list of names
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # a list of names
         return _Origin(categories, _source(categories), name, digest)
     rest = without_entries(top)
     try:
         listed = msgspec.json.decode(content, type=_Listed)
-    except msgspec.ValidationError:
+    except (msgspec.ValidationError, RecursionError):
         return _Origin(categories, rest, name, digest)
     if {one.id for one in listed.images} == set(ids.tolist()) and len(listed.annotations) == len(objects):
-        return _Origin(categories, rest, config.name or path.stem, hashlib.sha256(content).hexdigest())
+        return _Origin(categories, rest, printable(config.name or path.stem), hashlib.sha256(content).hexdigest())
     return _Origin(categories, rest, name, digest)
 
 

@@ -41,7 +41,7 @@ def parse_categories(name: str, content: bytes, first_id: int) -> tuple[Category
         return numbered(_lines(name, content), first_id)
     try:
         found = msgspec.json.decode(content, type=list[str] | _Categories)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ShardError(f"{name}: {error}; expected a COCO JSON with 'categories', or a list of names") from None
     if isinstance(found, list):
         return numbered(_checked(name, found), first_id)

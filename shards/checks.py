@@ -120,6 +120,6 @@ def _beyond(boxes: Floats, images: ImageColumns, owners: Ints) -> Floats:
     """float64 [N]: how many pixels a box reaches beyond its image, negative inside; NaN without a sound image."""
     widths, heights = (np.append(column, 0)[owners] for column in (images.widths, images.heights))
     x, y, width, height = boxes.T
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):  # the end of a finite box may be infinite
         reach = np.maximum.reduce([-x, -y, x + width - widths, y + height - heights])
     return np.where(owners < 0, np.nan, reach)

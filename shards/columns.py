@@ -1,7 +1,7 @@
 """The entries of a COCO JSON as columns: numbers in arrays, and the text of each entry by reference into the file.
 
-Whatever else a file says about an image or an annotation survives into the shards through that text. A
-million of them are never objects all at once.
+Whatever else a file says about an image or an annotation survives into the shards through that text. Of a million
+entries each is one object, its text, and only some thousand at a time are decoded ones with their fields.
 """
 
 import itertools
@@ -21,41 +21,41 @@ Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Texts = list[msgspec.Raw]
 
-_CHUNK = 4096  # entries that exist as objects at once
-_Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+_CHUNK = 4096  # entries that are decoded at once
+Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _Pixels = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 # What JSON cannot say but Python's writer does; kept as text until the check that names the annotation.
 _Number = float | Literal["NaN", "Infinity", "-Infinity"]
 
 
 class _Image(msgspec.Struct, gc=False):
-    id: _Id
+    id: Int64
     file_name: str
     width: _Pixels
     height: _Pixels
 
 
 class _Annotation(msgspec.Struct, gc=False):
-    id: _Id
-    image_id: _Id
-    category_id: _Id
+    id: Int64
+    image_id: Int64
+    category_id: Int64
     bbox: tuple[float, float, float, float]
     area: float | None = None
-    iscrowd: _Id = 0
+    iscrowd: Int64 = 0
 
 
 class _LenientAnnotation(msgspec.Struct, gc=False):
-    id: _Id
-    image_id: _Id
-    category_id: _Id
+    id: Int64
+    image_id: Int64
+    category_id: Int64
     bbox: tuple[_Number, _Number, _Number, _Number]
     area: _Number | None = None
-    iscrowd: _Id = 0
+    iscrowd: Int64 = 0
 
 
 class _Identity(msgspec.Struct):
-    id: _Id | None = None
-    image_id: _Id | None = None
+    id: Int64 | None = None
+    image_id: Int64 | None = None
 
 
 @dataclass(frozen=True, eq=False)

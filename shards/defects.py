@@ -54,6 +54,10 @@ class Defect(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     image_id: int | None = None
     annotation_id: int | None = None
 
+    def __post_init__(self) -> None:
+        if not self.text.isascii():  # reports and terminals take nothing but UTF-8
+            msgspec.structs.force_setattr(self, "text", printable(self.text))
+
     @property
     def rejected(self) -> bool:
         """Whether what it names cannot be used."""
@@ -138,8 +142,13 @@ def parse_report(content: bytes, path: str) -> DefectReport:
     """Raises ShardError naming ``path`` where it is no report."""
     try:
         return msgspec.json.decode(content, type=DefectReport)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ShardError(f"{path}: {error}; expected a report as written by `detr shard coco`") from None
+
+
+def printable(name: str) -> str:
+    """A file's name as UTF-8 can say it: bytes that are not, which Python keeps as lone surrogates, become ``\\xe9``."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def defect_table(defects: Iterable[Defect]) -> str:

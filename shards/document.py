@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 from PIL import Image
 
-from shards.defects import Defect, Lost, SourceError
+from shards.defects import Defect, Lost, SourceError, printable
 from shards.manifest import Category, Manifest
 from shards.tars import IMAGE_ENDINGS
 from shards.write import Map, Progress, WriteConfig, write_coco
@@ -105,17 +105,25 @@ def make_document(
     labels that need some, or labels without an image, one each.
     """
     content = _Content([], [], categories)
-    defects = list(unpaired)
-    for number, file_name, one in zip(image_ids(file_names), file_names, labelled, strict=True):
+    defects, objects_lost = list(unpaired), 0
+    for number, file_name, found in zip(image_ids(file_names), file_names, labelled, strict=True):
+        one = found if printable(file_name) == file_name else _unnameable(file_name, found)
         defects += [msgspec.structs.replace(defect, image_id=number) for defect in one.defects]
         if one.width and one.height:
             content.images.append(ImageRecord(number, file_name, one.width, one.height))
             for record in one.objects:
                 record.id, record.image_id = len(content.annotations) + 1, number
                 content.annotations.append(record)
+        objects_lost += one.lost
     images_lost = len(unpaired) + len(file_names) - len(content.images)
-    lost = Lost(images_lost, sum(one.lost for one in labelled), tuple(defects))
+    lost = Lost(images_lost, objects_lost, tuple(defects))
     return Document(name, root, images, msgspec.json.encode(content), lost)
+
+
+def _unnameable(file_name: str, found: Labelled) -> Labelled:
+    """No JSON can hold such a name, so the image goes and its objects with it."""
+    defect = Defect(f"{file_name}: its name is not UTF-8, which a COCO JSON cannot hold: rename it")
+    return Labelled(0, 0, [], [*found.defects, defect], found.lost + len(found.objects))
 
 
 def write_document(

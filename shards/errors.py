@@ -10,3 +10,8 @@ class ShardError(Exception):
 
 class BadSampleError(ShardError):
     """The bytes of one sample are not those that were written, or are no picture; the message names it."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says, at most 200 characters; the name of its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

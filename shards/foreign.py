@@ -21,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 
+from shards.columns import Int64
 from shards.defects import Defect
 from shards.errors import ShardError
 from shards.images import Look, Unfit, look_at
@@ -34,13 +35,13 @@ class Object(msgspec.Struct, gc=False):
     """One annotation as a foreign tar may hold it; the box is x, y, width, height in pixels."""
 
     bbox: tuple[float, float, float, float]
-    id: int | str | None = None
+    id: Int64 | str | None = None
     category_id: int | None = None
     category: int | str | None = None
     category_name: str | None = None
     label: int | str | None = None
     area: float | None = None
-    iscrowd: int | bool = 0
+    iscrowd: Int64 | bool = 0
 
     @property
     def kind(self) -> int | str | None:
@@ -175,7 +176,7 @@ def _only(what: str, members: Sequence[TarMember]) -> TarMember | None:
 def _decoded(content: bytes) -> _Entry:
     try:
         found = _entry.decode(content)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Unfit("malformed", f"its JSON: {str(error).replace('`', '')}") from None
     return _Entry(annotations=found) if isinstance(found, list) else found
 
@@ -183,7 +184,7 @@ def _decoded(content: bytes) -> _Entry:
 def _fit(content: bytes, count: int) -> bool:
     try:
         return len(_texts.decode(content)) == count
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
 
 

@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from shards import storage
 from shards.defects import Defect
-from shards.errors import ShardError
+from shards.errors import ShardError, one_line
 
 # File extensions by Pillow's name of the format; MPO is what some cameras call a JPEG with a second picture inside.
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
@@ -31,6 +31,9 @@ COLOURS = {
 }
 NO_FILE = -1  # instead of a checksum
 _ORIENTATION = 0x0112  # of EXIF; 1 is upright
+# Pillow warns of large pictures, which are no attack here, and of odd metadata, which nothing here reads. Once for the
+# process, as `warnings.catch_warnings` is not for threads: one that leaves it brings back what another one set.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageSource(NamedTuple):
@@ -164,7 +167,7 @@ def _decode_jpeg(content: bytes) -> Look:
         if "subsampling" in str(error):  # valid, but TurboJPEG's interface has no name for it
             return _decode_other(content)
         kind = "truncated" if "Premature end of JPEG file" in str(error) else "corrupt"
-        raise Unfit(kind, f"cannot be decoded: {_first_line(error)}") from None
+        raise Unfit(kind, f"cannot be decoded: {one_line(error)}") from None
     return Look("JPEG", (width, height), "cmyk" if four else "grey" if colours == "Gray" else "", _orientation(content))
 
 
@@ -180,22 +183,20 @@ def _orientation(content: bytes) -> int:
 
 def _decode_other(content: bytes) -> Look:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a large picture is no attack here
-            with Image.open(io.BytesIO(content)) as image:
-                kind, size = image.format or "", image.size
-                if kind not in EXTENSIONS:
-                    raise Unfit("unknown-format", f"its format {kind} is none of {', '.join(EXTENSIONS)}")
-                image.load()
-                colours = _colours(image)
-                orientation = int(image.getexif().get(_ORIENTATION, 1))
+        with Image.open(io.BytesIO(content)) as image:
+            kind, size = image.format or "", image.size
+            if kind not in EXTENSIONS:
+                raise Unfit("unknown-format", f"its format {kind} is none of {', '.join(EXTENSIONS)}")
+            image.load()
+            colours = _colours(image)
+            orientation = int(image.getexif().get(_ORIENTATION, 1))
     except Unfit:
         raise
     except UnidentifiedImageError:
         raise Unfit("not-an-image", "is not an image that Pillow can read") from None
     except Exception as error:  # Pillow's plugins raise nearly anything for damaged bytes
         cut = "truncated" in str(error)
-        raise Unfit("truncated" if cut else "corrupt", f"cannot be decoded: {_first_line(error)}") from None
+        raise Unfit("truncated" if cut else "corrupt", f"cannot be decoded: {one_line(error)}") from None
     return Look(kind, size, colours, orientation)
 
 
@@ -210,7 +211,3 @@ def _colours(image: Image.Image) -> str:
             raise Unfit("unknown-format", str(error)) from None
         return "16-bit"
     return "alpha" if image.has_transparency_data else ""
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

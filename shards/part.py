@@ -135,7 +135,13 @@ _NO_MEMBER = TarMember("", 0, 0, 0)
 
 def _add(tar: TarWriter, sample: Sample, image: ImageFile) -> Place:
     key = sample_key(sample.image.image_id)
-    entry, text = sample_texts(sample)
+    try:
+        entry, text = sample_texts(sample)
+    except RecursionError:  # the deeper in calls a process is, the fewer brackets it can follow
+        who = f"image {sample.image.image_id} ({sample.image.name})"
+        raise ShardError(
+            f"{who}: brackets in its JSON are nested too deeply; expected COCO's instances format"
+        ) from None
     picture = tar.add(f"{key}.{image.extension}", image.content, image.crc32)
     tar.add(f"{key}.json", entry)
     texts = tar.add(key + SEGMENTATIONS, text) if text else _NO_MEMBER

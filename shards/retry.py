@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from shards.errors import ShardError
+from shards.errors import ShardError, one_line
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -60,11 +60,6 @@ def patiently(ask: Callable[[], T], url: str) -> T:
             LOG.warning("%s: %s; attempt %d of %d in %.1f s", url, said, attempt + 1, ATTEMPTS, wait_s)
             time.sleep(wait_s)
     raise AssertionError("unreachable")
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of what an error says, at most 200 characters; the name of its class where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _denied(error: Exception) -> bool:

@@ -1,5 +1,6 @@
 """A COCO JSON and its image folder, read into columns, with every defect found and named."""
 
+import errno
 import hashlib
 import json
 import mmap
@@ -89,7 +90,10 @@ def read_source(images: str | os.PathLike[str], annotations: str | os.PathLike[s
             raise ShardError(f"{path}: is empty; expected COCO's instances format")
         # Mapped rather than read: half a gigabyte less to copy, and memory that the system can take back.
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return parse_source(path, content, folder, _file_finder(folder), limit)
+    try:
+        return parse_source(path, content, folder, _file_finder(folder), limit)
+    except RecursionError:
+        raise ShardError(f"{path}: brackets are nested too deeply; expected COCO's instances format") from None
 
 
 def parse_source(
@@ -165,7 +169,16 @@ def _file_finder(folder: str) -> Callable[[str], bool]:
             raise ShardError(f"{folder}: holds no files; expected a folder of images: check it for a typo")
         return remote.__contains__
     present = set(os.listdir(local))
-    return lambda name: name in present or (local / name).is_file()
+    return lambda name: name in present or _is_file(local / name)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # no file can be called so
+            return False
+        raise
 
 
 def _require(path: Path, kind: str) -> None:
@@ -202,7 +215,7 @@ def _lenient(path: Path, content: bytes | mmap.mmap) -> dict[str, Any]:
         return _decode_top(msgspec.json.encode(json.loads(bytes(content), parse_constant=str)))
     except msgspec.ValidationError:
         raise ShardError(f"{path}: not a JSON object; expected COCO's instances format") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ShardError(f"{path}: not JSON ({error}); expected COCO's instances format") from None
 
 

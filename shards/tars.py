@@ -8,7 +8,7 @@ import tarfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from shards.errors import ShardError
 
@@ -95,8 +95,10 @@ def scan_tar(path: Path) -> list[TarMember]:
     members = []
     end = path.stat().st_size
     try:
-        with tarfile.open(path, "r:") as tar, path.open("rb") as file:
+        with tarfile.open(path, "r:", tarinfo=_sized(end)) as tar, path.open("rb") as file:
             for member in tar:
+                if member.size < 0:  # as an extended header may say
+                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
                 if not member.isfile() or member.issparse():
                     continue  # folders and links, which foreign tars have
                 if member.offset_data + member.size > end:
@@ -104,9 +106,24 @@ def scan_tar(path: Path) -> list[TarMember]:
                 file.seek(member.offset_data)
                 crc32 = zlib.crc32(file.read(member.size))
                 members.append(TarMember(member.name, member.offset_data, member.size, crc32))
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:  # long names of long names recurse
         raise ShardError(f"{path}: not a whole tar ({error}); copy it again") from None
     return members
+
+
+def _sized(end: int) -> type[tarfile.TarInfo]:
+    """Headers of a tar of ``end`` bytes, read with care: Python's own would go by any size, back to where they were or
+    to the end of memory."""
+
+    class Sized(tarfile.TarInfo):
+        @classmethod
+        def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+            found = super().frombuf(buf, encoding, errors)
+            if not 0 <= found.size <= end:
+                raise tarfile.ReadError(f"{found.name} has {found.size} bytes in a tar of {end}")
+            return found
+
+    return Sized
 
 
 def image_members(members: list[TarMember]) -> tuple[TarMember, ...]:

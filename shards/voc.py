@@ -163,7 +163,7 @@ def _stems(folder: _Folder, split: str | None, xml: set[str]) -> tuple[list[str]
 def _listed(root: Path, split: str) -> list[str]:
     lists = root / "ImageSets" / "Main"
     try:
-        lines = (lists / f"{split}.txt").read_text().splitlines()
+        lines = (lists / f"{split}.txt").read_text("utf-8", "surrogateescape").splitlines()  # as Python reads folders
     except OSError:
         # Lists of single classes, such as dog_train, have an underscore.
         there = sorted(path.stem for path in lists.glob("*.txt") if "_" not in path.stem)

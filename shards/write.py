@@ -18,7 +18,7 @@ import numpy as np
 
 from shards import storage
 from shards.checks import MAX_IMAGE_ID
-from shards.defects import REPORT_NAME, Defect, Lost, Policy, SourceError, make_report
+from shards.defects import REPORT_NAME, Defect, Lost, Policy, SourceError, make_report, printable
 from shards.errors import ShardError
 from shards.existing import check_same, existing_data_set
 from shards.index import Ints
@@ -101,7 +101,7 @@ def write_coco(
     source = read_source(images, annotations, config.limit)
     if lost is not None:
         source = _with_lost(source, lost)
-    name = config.name or source.path.stem
+    name = printable(config.name or source.path.stem)
     if source.limited:
         name = f"{name}-first-{config.limit}"
     existing = existing_data_set(out)

@@ -138,7 +138,7 @@ def _categories(root: Path, chosen: Path | None) -> tuple[Category, ...]:
 def _from_yaml(path: Path) -> tuple[Category, ...]:
     try:
         data = msgspec.yaml.decode(path.read_bytes(), type=_DataYaml)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ShardError(f"{path}: {error}; expected YOLO's data.yaml with 'names'".replace("\n", " ")) from None
     if data.kpt_shape is not None:
         raise ShardError(

@@ -420,3 +420,33 @@ def test_tars_of_a_remote_store_are_indexed_there(tars, names):
         index(url, categories=names)
     assert store.exists(f"/{tars.parent.name}/tars.report.json")
     store.rm(f"/{tars.parent.name}", recursive=True)
+
+
+def test_numbers_that_no_column_holds_and_endless_brackets_are_defects(tmp_path, names):
+    brackets = json.dumps(thing(1, 2, 3, 4)).replace("}", ', "more": ' + "[" * 3000 + "]" * 3000 + "}")
+    entries = {
+        "id": [thing(1, 2, 3, 4, id=1 << 63)],
+        "crowd": [thing(1, 2, 3, 4, iscrowd=1 << 63)],
+        "brackets": f"[{brackets}]".encode(),
+        "sound": [thing(1, 2, 3, 4)],
+    }
+    tar(tmp_path / "tars" / "a.tar", *_pairs(entries))
+    manifest = index(tmp_path / "tars", categories=names, on_defect="quarantine")
+    assert manifest.images == 1
+    texts = [one.text for one in load_report(manifest).defects if one.rejected]
+    assert [text.split(":")[1].split()[1] for text in texts] == ["brackets", "crowd", "id"]
+
+
+def test_names_that_are_not_utf_8_are_defects_and_no_traceback(tmp_path, names):
+    tar(tmp_path / "tars" / "a.tar", *_pairs({"caf\udce9": {}, "cr\udce8me": [thing(1, 2, 3, 4)]}))
+    manifest = index(tmp_path / "tars", categories=names, on_defect="quarantine")
+    assert manifest.images == 1
+    assert r"a.tar: sample caf\xe9: its JSON has neither" in load_report(manifest).defects[0].text
+    tar(tmp_path / "more" / "caf\udce9.tar", *_pairs({"a": [thing(1, 2, 3, 4)]}))
+    with pytest.raises(ShardError, match=r"the name of caf\\xe9\.tar is not UTF-8"):
+        index(tmp_path / "more", categories=names)
+
+
+def _pairs(entries: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The files of samples: a picture each, and this JSON."""
+    return [file for key, one in entries.items() for file in ((f"{key}.jpg", picture()), (f"{key}.json", one))]

@@ -1,6 +1,10 @@
-"""Pictures of colours other than RGB: what is read of them, and what is said."""
+"""Pictures of colours other than RGB: what is read of them, and what is said; and no warnings, in threads least."""
 
 import io
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -53,3 +57,34 @@ def test_a_palette_counts_as_transparent_only_where_it_is():
     palette = Image.new("P", (4, 3))
     assert look_at(encoded(palette, "PNG")).colours == ""
     assert look_at(encoded(palette, "PNG", transparency=0)).colours == "alpha"
+
+
+def test_threads_leave_the_filters_of_warnings_as_they_are():
+    """`catch_warnings`, left in another order than entered, keeps what it set for good."""
+    content, before, interval = (
+        encoded(Image.new("RGB", (30, 30)), "PNG"),
+        list(warnings.filters),
+        sys.getswitchinterval(),
+    )
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: look_at(content), range(600)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert warnings.filters == before
+
+
+def test_a_large_picture_is_no_warning():
+    """In a process of its own, as pytest brings back its own filters for every test."""
+    code = (
+        "import sys; from PIL import Image; from shards.images import look_at; Image.MAX_IMAGE_PIXELS = 500\n"
+        "print(look_at(sys.stdin.buffer.read()).size)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        input=encoded(Image.new("RGB", (30, 30)), "PNG"),
+        capture_output=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == (b"(30, 30)\n", b"")

@@ -3,8 +3,11 @@ import json
 import pytest
 from PIL import Image
 
+from shards import part
 from shards.errors import ShardError
+from shards.existing import load_report
 from shards.source import SourceError, read_source
+from shards.write import write_coco
 
 
 def one_line(error: BaseException) -> str:
@@ -28,6 +31,7 @@ def drop(where: str, position: int, field: str):
 
 DEFECTS = [
     (change("images", 0, file_name="gone.jpg"), "image 100 (gone.jpg): no such file"),
+    (change("images", 0, file_name="x" * 5000), "xxx): no such file"),
     (change("images", 0, file_name="../x.jpg"), "image 100 (../x.jpg): its file name leaves the folder"),
     (change("images", 0, file_name="/etc/passwd"), "image 100 (/etc/passwd): its file name leaves the folder"),
     (change("images", 0, id=107), "image 107 (picture 1.jpg): its id is given twice"),
@@ -144,3 +148,29 @@ def test_area_and_iscrowd_may_be_absent(coco):
     record = index.annotations[index.annotations["annotation_id"] == 11][0]
     assert record["area"] == pytest.approx(20.1 * 30.7)
     assert record["iscrowd"] == 0
+
+
+def test_endless_brackets_are_one_line(coco):
+    text = json.dumps(coco.data)
+    deep = "[" * 3000 + "]" * 3000
+    for content in (text.replace('"bbox"', f'"x": {deep}, "bbox"', 1), text[:-1] + f', "x": {deep}}}'):
+        coco.annotations.write_text(content)
+        with pytest.raises(ShardError, match="brackets are nested too deeply"):
+            write_coco(coco.images, coco.annotations, coco.root / "out")
+
+
+def test_brackets_that_only_a_worker_finds_too_deep_are_one_line(coco, monkeypatch):
+    def fails(sample):
+        raise RecursionError
+
+    monkeypatch.setattr(part, "sample_texts", fails)
+    with pytest.raises(ShardError, match=r"image \d+ \(picture \d.*\): brackets in its JSON are nested too deeply"):
+        coco.write()
+
+
+def test_a_box_of_huge_numbers_is_noted(coco):
+    change("annotations", 1, bbox=[1e308, 0, 1e308, 1])(coco.data)
+    noted = [one.text for one in load_report(coco.write()).defects if one.annotation_id == 12]
+    assert noted == [
+        "annotation 12 of image 107: its box [1e+308, 0.0, 1e+308, 1.0] reaches inf pixels beyond the image"
+    ]

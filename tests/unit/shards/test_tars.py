@@ -3,7 +3,7 @@ import tarfile
 import pytest
 
 from shards.errors import ShardError
-from shards.tars import TarWriter, file_digest, image_members, scan_tar, tar_header
+from shards.tars import BLOCK, TarWriter, file_digest, image_members, scan_tar, tar_header
 
 
 def test_scanning_finds_every_file_of_a_tar_and_refuses_a_part_of_one(coco):
@@ -58,3 +58,23 @@ def test_a_written_tar_says_where_everything_lies(tmp_path):
     assert (tar.bytes, digest) == (path.stat().st_size, file_digest(path))
     with tarfile.open(path) as read:
         assert {one.name: read.extractfile(one).read() for one in read} == contents
+
+
+@pytest.mark.parametrize("kind", "0LxSZ")  # a file, a long name, more about a file, a file with holes, unknown
+@pytest.mark.parametrize("size", [-512, -1, 1 << 33, 1 << 62, 1 << 64])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_damaged_size_is_refused_whatever_it_is_of(tmp_path, kind, size, number):
+    """Python's reader says ValueError, OverflowError, MemoryError or EINVAL of them, or goes round for ever."""
+    info = tarfile.TarInfo("b.jpg")
+    info.size, info.type = size, kind.encode()
+    path = tmp_path / "a.tar"
+    with path.open("wb") as file:
+        tar = TarWriter(file)
+        tar.add("a.jpg", b"x" * 600)
+        tar.finish()
+    content = bytearray(path.read_bytes())
+    position = 1536 * number  # of the first file or of what follows it
+    content[position : position + BLOCK] = info.tobuf(tarfile.GNU_FORMAT)[-BLOCK:]
+    path.write_bytes(content)
+    with pytest.raises(ShardError, match="not a whole tar"):
+        scan_tar(path)

@@ -245,3 +245,16 @@ def test_it_becomes_a_data_set_named_after_its_split(voc, tmp_path):
     manifest = write_document(voc_document(voc, VocConfig("train")), tmp_path / "out", WriteConfig())
     assert (manifest.name, manifest.images, manifest.annotations, manifest.num_classes) == ("VOC2007-train", 2, 3, 20)
     assert sorted(manifest.index().boxes_per_image.tolist()) == [0, 2]  # the difficult one is not trained on
+
+
+def test_names_that_are_not_utf_8_are_left_out_and_named(voc, tmp_path):
+    """The folder's own name among them, which becomes the data set's."""
+    write(voc, "caf\udce9", thing("dog", 1, 1, 2, 2))
+    lines = b"2007_000027\ncaf\xe9\ncr\xe8me\n"
+    (voc / "ImageSets" / "Main" / "train.txt").write_bytes(lines)
+    root = voc.rename(voc.with_name("VOC\udce9"))
+    document = voc_document(root, VocConfig("train"))
+    manifest = write_document(document, tmp_path / "out", WriteConfig(on_defect="quarantine"))
+    assert (manifest.name, manifest.images) == (r"VOC\xe9-train", 1)
+    texts = [one.text for one in load_report(manifest).defects]
+    assert [text.partition(":")[0] for text in texts] == [r"cr\xe8me", r"caf\xe9.jpg"]

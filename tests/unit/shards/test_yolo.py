@@ -201,3 +201,14 @@ def test_the_document_does_not_depend_on_threads_and_progress_counts_images(yolo
     document = yolo_document(yolo, YoloConfig(workers=3), lambda *call: calls.append(call))
     assert document == yolo_document(yolo)
     assert calls == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_an_image_whose_name_is_not_utf_8_is_left_out_and_named(yolo, tmp_path):
+    write(yolo, "caf\udce9", "0 0.5 0.5 0.1 0.1", "7 0.5 0.5 0.1 0.1")
+    manifest = write_document(yolo_document(yolo), tmp_path / "out", WriteConfig(on_defect="quarantine"))
+    report = load_report(manifest)
+    assert [one.text for one in report.defects if "its name is not" in one.text] == [
+        r"caf\xe9.jpg: its name is not UTF-8, which a COCO JSON cannot hold: rename it"
+    ]
+    assert any(one.text.startswith(r"labels/caf\xe9.txt line 2: got class 7") for one in report.defects)
+    assert (report.images_listed - report.images, report.annotations_listed - report.annotations) == (1, 2)
