@@ -102,7 +102,7 @@ def test_a_place_that_holds_something_else_is_refused(coco, local, bucket):
     bucket.rm_file("/bucket/coco/thesis.txt")
     write_remote(coco)
     before = content(URL)
-    with pytest.raises(ShardError, match="already holds another data set"):
+    with pytest.raises(ShardError, match="instances, but written with --samples-per-shard 2, not 3"):
         write_remote(coco, WriteConfig(samples_per_shard=3, name="instances"))
     assert content(URL) == before
 

@@ -123,18 +123,37 @@ def test_a_rerun_leaves_a_finished_data_set_as_it_is(coco):
     assert {path: path.stat().st_mtime_ns for path in (coco.root / "out").rglob("*")} == before
 
 
-@pytest.mark.parametrize("other", ["annotations", "shard size", "image", "lost shard"])
-def test_another_data_set_is_never_written_over(coco, other):
+OTHERS = {
+    "annotations": "already holds another data set .* made of an annotation file of other content",
+    "limit": "already holds another data set .* made of the same file; this one would be instances-first-5",
+    "shard size": "already holds instances, but written with --samples-per-shard 3, not 2",
+    "image": "an image is not as in .*images now, such as image 100:",
+    "lost image": "an image is not as in .*images now, such as image 100:",
+    "lost shard": r"its shard-000001.tar is missing: copy it back, or delete",
+    "cut shards": r"its shard-000000.tar has 5 bytes, not \d+ \(and 1 more of its files are not whole\): copy it back",
+    "lost report": r"its report.json is missing: copy it back",
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_data_set_is_never_written_over_and_told_from_a_damaged_one(coco, other):
     coco.write(samples_per_shard=3)
     if other == "annotations":
         coco.data["annotations"].pop()
     elif other == "image":
         Image.new("RGB", (40, 64)).save(coco.images / "picture 0.jpg")
+    elif other == "lost image":
+        (coco.images / "picture 0.jpg").unlink()
     elif other == "lost shard":
         (coco.root / "out" / "shard-000001.tar").unlink()
+    elif other == "cut shards":
+        for number in range(2):
+            (coco.root / "out" / f"shard-00000{number}.tar").write_bytes(b"short")
+    elif other == "lost report":
+        (coco.root / "out" / "report.json").unlink()
     before = content(coco.root / "out")
-    with pytest.raises(ShardError, match="already holds another data set") as caught:
-        coco.write(samples_per_shard=2 if other == "shard size" else 3)
+    with pytest.raises(ShardError, match=OTHERS[other]) as caught:
+        coco.write(samples_per_shard=2 if other == "shard size" else 3, limit=5 if other == "limit" else 0)
     assert "\n" not in str(caught.value)
     assert content(coco.root / "out") == before
 
