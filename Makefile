@@ -25,8 +25,10 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Small tests two at a time; then, one by one, those that start clusters, servers and several ranks.
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadscope tests/unit tests/property tests/parity
+	$(BIN)/pytest tests/integration tests/e2e
 
 # Beside the original's code where PEER_DETR names a checkout of it; BENCHMARKS.md keeps the figures.
 bench: setup
