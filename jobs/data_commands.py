@@ -21,6 +21,7 @@ class Writing:
     out: str
     """Folder or URL (s3://... and others) to write."""
     samples_per_shard: int = 1000
+    """Images in each tar, which is what is fetched at once; 1,000 of COCO are about 160 MB."""
     workers: int = 2
     """Processes, each writing whole shards; the result does not depend on them. 0 for none but this one."""
     limit: int = 0
@@ -82,18 +83,23 @@ def shard(argv: list[str]) -> None:
     choose(argv, words, "detr shard")
 
 
-def _write(options: Writing, write: Callable[..., Any]) -> None:
-    """What every format ends in: ``write(config, progress, map)``, and what was found told."""
-    from pipeline.progress import progress_bar
-    from pipeline.sharding import cluster_map
+def _config(options: Writing) -> Any:
     from shards.write import WriteConfig
 
-    config = WriteConfig(
+    return WriteConfig(
         samples_per_shard=options.samples_per_shard,
         workers=options.workers,
         limit=options.limit,
         on_defect=options.on_defect,
     )
+
+
+def _write(options: Writing, write: Callable[..., Any]) -> None:
+    """What every format ends in: ``write(config, progress, map)``, and what was found told."""
+    from pipeline.progress import progress_bar
+    from pipeline.sharding import cluster_map
+
+    config = _config(options)
 
     def act() -> Any:
         with cluster_map(options.address) as spread, progress_bar("sharding") as progress:
@@ -155,6 +161,7 @@ def _shard_document(convert: Callable[[Callable[[int, int], None]], Any], option
     from pipeline.progress import progress_bar
     from shards.document import write_document
 
+    _config(options)  # refused before the labels are read
     with progress_bar("reading labels", "file") as progress:
         document = convert(progress)
     _write(options, functools.partial(write_document, document, options.out))
@@ -235,5 +242,6 @@ def _shard_verify(argv: list[str]) -> None:
     for problem in report.problems:
         print(problem, file=sys.stderr)
     if not report.ok:
-        raise ShardError(f"{options.url}: {len(report.problems)} problems; expected the data set as it was written")
+        number = "1 problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
+        raise ShardError(f"{options.url}: {number}; expected the data set as it was written")
     print(f"{options.url}: {report.images} images in {report.shards} shards, every byte as written")

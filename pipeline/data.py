@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.config import DataConfig
 from pipeline.errors import RunConfigError
-from shards.cache import GIB, CacheConfig, cache_for
+from shards.cache import GIB, CacheConfig, cache_for, size_text
 from shards.manifest import Manifest, load_manifest
 
 
@@ -38,7 +38,7 @@ def check_room(manifest: Manifest) -> None:
     needed = sum(shard.bytes for shard in manifest.shards)
     if cache is not None and needed > cache.room():
         raise RunConfigError(
-            f"the shards take {_gib(needed)} but {cache} may hold {_gib(cache.room())}; expected room for all, or they would "
+            f"the shards take {size_text(needed)} but {cache} may hold {size_text(cache.room())}; expected room for all, or they would "
             "be fetched again and again: free some disk, or set DETR_CACHE to another folder, or to off"
         )
 
@@ -47,14 +47,14 @@ def _check(config: DataConfig, train: Manifest, val: Manifest, room: int, where:
     needed, largest = (sum(sizes) for sizes in (_sizes(train, val), _sizes(train, val, config.shuffle_shards)))
     if config.shuffle_shards == 0 and needed > room:
         raise RunConfigError(
-            f"the shards take {_gib(needed)} but {where} may hold {_gib(room)}, and an epoch that is shuffled as a whole "
+            f"the shards take {size_text(needed)} but {where} may hold {size_text(room)}, and an epoch that is shuffled as a whole "
             "would fetch them again and again; expected room for all: raise --data.cache-gib or free some disk, or set "
             "--data.shuffle-shards N to shuffle in blocks, or --data.cache off"
         )
     if largest > room:
         raise RunConfigError(
-            f"two blocks of data.shuffle_shards {config.shuffle_shards} and the validation shards take {_gib(largest)} but "
-            f"{where} may hold {_gib(room)}; expected room for them: lower --data.shuffle-shards, raise --data.cache-gib or "
+            f"two blocks of data.shuffle_shards {config.shuffle_shards} and the validation shards take {size_text(largest)} but "
+            f"{where} may hold {size_text(room)}; expected room for them: lower --data.shuffle-shards, raise --data.cache-gib or "
             "free some disk, or set --data.cache off"
         )
 
@@ -68,7 +68,3 @@ def _sizes(train: Manifest, val: Manifest, block: int = 0) -> list[int]:
     if block == 0:
         return list((of_train | of_val).values())
     return [*sorted(of_train.values())[-2 * block :], *of_val.values()]
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB"

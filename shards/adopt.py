@@ -59,6 +59,10 @@ class IndexConfig:
     on_defect: Policy = "fail"
     workers: int = 0
 
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ShardError(f"got --workers {self.workers}, expected 0 or more")
+
 
 @dataclass(frozen=True)
 class _Origin:

@@ -187,10 +187,10 @@ class Cache:
             return True
         if short <= busy:
             return False
-        limit = f" and a limit of {_gib(self._limit)}" if self._limit else ""
+        limit = f" and a limit of {size_text(self._limit)}" if self._limit else ""
         raise ShardError(
-            f"{self._folder}: no room for {item.url}: got {_gib(free + SPARE)} free on its disk{limit}, expected "
-            f"{_gib(item.bytes)} and {_gib(SPARE)} that are left to others: free some, raise --data.cache-gib, give another "
+            f"{self._folder}: no room for {item.url}: got {size_text(free + SPARE)} free on its disk{limit}, expected "
+            f"{size_text(item.bytes)} and {size_text(SPARE)} that are left to others: free some, raise --data.cache-gib, give another "
             "--data.cache DIR, or --data.cache off"
         )
 
@@ -253,5 +253,8 @@ def _unusable(folder: Path, error: OSError) -> ShardError:
     )
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB"
+def size_text(size: int) -> str:
+    """Bytes as people say them, close enough to tell two of them apart."""
+    if size >= GIB:
+        return f"{size / GIB:.2f} GiB"
+    return f"{size / (1 << 20):.1f} MiB" if size >= 1 << 20 else f"{size} bytes"

@@ -43,6 +43,7 @@ KINDS: dict[str, Severity] = {
     "box-outside": "noted",
     "no-segmentation": "noted",  # only where others of the source have one
     "bad-segmentation": "noted",
+    "no-label-file": "noted",  # of YOLO: an image without objects, or one whose labels were lost
 }
 
 

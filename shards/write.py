@@ -67,11 +67,10 @@ class WriteConfig:
     on_defect: Policy = "fail"
 
     def __post_init__(self) -> None:
-        if self.samples_per_shard < 1 or self.workers < 0 or self.limit < 0:
-            raise ShardError(
-                f"got samples_per_shard {self.samples_per_shard}, workers {self.workers} and limit {self.limit}, "
-                "expected at least 1, 0 and 0"
-            )
+        for field, least in (("samples_per_shard", 1), ("workers", 0), ("limit", 0)):
+            if getattr(self, field) < least:
+                flag = field.replace("_", "-")
+                raise ShardError(f"got --{flag} {getattr(self, field)}, expected {least} or more")
         if self.on_defect not in get_args(Policy):
             raise ShardError(f"got on_defect {self.on_defect!r}, expected one of {', '.join(get_args(Policy))}")
 
@@ -125,7 +124,9 @@ def write_coco(
             _write_rest(source, written, defects, stage, config, name)
         storage.remove(report_url)  # of an earlier run that failed
     except OSError as error:
-        raise ShardError(f"{out}: cannot be written: {error}; make room or choose another place") from error
+        absent = isinstance(error, FileNotFoundError) and storage.local_path(out) is None
+        remedy = "make the bucket first, or correct the address" if absent else "make room or choose another place"
+        raise ShardError(f"{out}: cannot be written: {error}; {remedy}") from error
     return load_manifest(out)
 
 

@@ -2,7 +2,8 @@
 
 A label file holds a line for each object, ``class x y width height``: the class counts from 0, and the box's centre and
 size are parts of the image's width and height. A line of a class and three or more points is a polygon; it is kept as
-the segmentation, with the box around it. An image without a label file has no objects.
+the segmentation, with the box around it. An image without a label file has no objects, which is noted; an empty file
+says so itself.
 
 Label files lie where image files do, under ``labels`` instead of ``images``::
 
@@ -78,7 +79,7 @@ def yolo_document(
         raise ShardError(f"{images}: has no images; expected a folder of images: check --root and --split")
     defects = _orphans(labels, file_names)
     labelled = each(lambda name: _labelled(images, labels, name, known), file_names, config.workers, progress)
-    if not any(one.objects or one.defects for one in labelled):
+    if not any(one.objects or any(defect.rejected for defect in one.defects) for one in labelled):
         raise ShardError(
             f"{labels}: none of the {len(file_names)} images has an object; expected a label file for some"
         )
@@ -156,13 +157,15 @@ def _labelled(images: Path, labels: Path, name: str, known: set[int]) -> Labelle
         width, height = image_size(images / name)
     except ValueError as error:
         return Labelled(0, 0, [], [Defect(f"{images.name}/{name}: {error}", "not-an-image")])
+    objects, defects = [], []
     try:
         lines = (labels / label).read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         lines = []
+        absent = f"{labels.name}/{label}: no such file, so its image is one without objects"
+        defects.append(Defect(absent, "no-label-file"))
     except (OSError, UnicodeDecodeError) as error:
         return Labelled(0, 0, [], [Defect(f"{labels.name}/{label}: cannot be read: {error}")])
-    objects, defects = [], []
     for number, line in enumerate(lines, 1):
         words = line.split()
         try:
@@ -170,7 +173,7 @@ def _labelled(images: Path, labels: Path, name: str, known: set[int]) -> Labelle
                 objects.append(_object(words, known, width, height))
         except ValueError as error:
             defects.append(Defect(f"{labels.name}/{label} line {number}: {error}"))
-    return Labelled(width, height, objects, defects, lost=len(defects))
+    return Labelled(width, height, objects, defects, lost=sum(one.rejected for one in defects))
 
 
 def _object(words: list[str], known: set[int], width: int, height: int) -> ObjectRecord:

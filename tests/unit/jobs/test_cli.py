@@ -161,6 +161,8 @@ def test_a_mistyped_command_line_is_one_line_with_status_2(detr: Detr, argv: str
     ("argv", "status", "expected"),
     [
         ("show detr-r50 --optim.batch-size 0", 1, "optim.batch_size is 0; expected at least 1"),
+        ("shard yolo --root absent --out o --workers -1", 1, "got --workers -1, expected 0 or more"),
+        ("shard index absent --workers -1", 1, "got --workers -1, expected 0 or more"),
         ("train detr-r50 --optim.lr -1", 1, "optim.lr is -1.0; expected a positive learning rate"),
         ("train detr-r50 --cluster.workers 100", 1, "cluster.workers is 100 but optim.batch_size"),
         # The parser reports what `detr` refuses, since its error is a ValueError.
@@ -394,6 +396,7 @@ def test_a_data_set_is_written_described_and_verified(detr: Detr, tiny_data: obj
     damaged = detr("shard", "verify", tmp_path / "out")
     assert damaged.status == 1
     assert "shard-000000.tar" in damaged.err
+    assert ": 1 problem; expected" in damaged.err
 
 
 def test_labels_of_other_formats_become_a_data_set(detr: Detr, tmp_path: Path) -> None:

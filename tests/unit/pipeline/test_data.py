@@ -11,7 +11,7 @@ from pipeline.config import DataConfig
 from pipeline.data import check_cache, check_cache_limit, check_room, open_data
 from pipeline.errors import RunConfigError
 from shards import cache as caching
-from shards.cache import GIB
+from shards.cache import GIB, size_text
 from shards.manifest import Manifest, Shard
 from tests.conftest import TinyData
 
@@ -88,3 +88,9 @@ def test_an_evaluation_that_does_not_fit_says_what_to_set(config: DataConfig, mo
         check_room(val)
     monkeypatch.setattr(caching.shutil, "disk_usage", lambda _: Usage(caching.SPARE + 2 * GIB))
     check_room(val)
+
+
+def test_sizes_that_a_message_compares_are_told_apart() -> None:
+    assert [size_text(size) for size in (999, 3 << 20, (3 << 20) + (1 << 18), 3 << 29)] == [
+        *("999 bytes", "3.0 MiB", "3.2 MiB", "1.50 GiB")
+    ]

@@ -310,7 +310,7 @@ def test_an_index_that_changed_on_the_disk_is_fetched_again(coco, tmp_path, aske
 def test_a_shard_larger_than_the_room_is_one_clear_line(store, tmp_path):
     item = store("x", 2000)
     with pytest.raises(
-        ShardError, match=r"kept: no room for .*/x: got .* and a limit of 0.00 GiB, expected "
+        ShardError, match=r"kept: no room for .*/x: got .* and a limit of 1999 bytes, expected 2000 bytes "
     ) as caught:
         Cache(tmp_path / "kept", 1999).open(item)
     assert "\n" not in str(caught.value)

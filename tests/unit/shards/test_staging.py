@@ -190,3 +190,12 @@ def test_a_run_killed_when_it_publishes_leaves_what_the_next_takes(coco, monkeyp
             coco.write()
     assert (coco.root / "out.partial").exists()
     assert coco.write().images == 7
+
+
+def test_a_bucket_that_is_not_there_is_said_to_be_missing_and_not_full(coco, local, bucket, monkeypatch):
+    def fails(url: str, content: bytes) -> None:
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    monkeypatch.setattr(storage, "write", fails)
+    with pytest.raises(ShardError, match="bucket does not exist; make the bucket first, or correct the address"):
+        write_remote(coco)

@@ -277,9 +277,9 @@ def test_a_place_that_cannot_be_written_gets_one_clear_line(coco):
 
 
 def test_impossible_settings_are_refused():
-    with pytest.raises(ShardError, match="got samples_per_shard 0"):
+    with pytest.raises(ShardError, match="got --samples-per-shard 0, expected 1 or more"):
         WriteConfig(samples_per_shard=0)
-    with pytest.raises(ShardError, match="workers -1"):
+    with pytest.raises(ShardError, match="got --workers -1, expected 0 or more"):
         WriteConfig(workers=-1)
 
 

@@ -72,6 +72,15 @@ def test_an_image_without_a_label_file_has_no_objects(yolo, tmp_path):
     manifest = write_document(yolo_document(yolo), tmp_path / "out", WriteConfig())
     assert (manifest.name, manifest.images, manifest.annotations) == ("pets", 3, 3)
     assert manifest.index().images["count"][manifest.index().rows_of([1, 2, 3])].tolist() == [1, 2, 0]
+    (noted,) = [one for one in load_report(manifest).defects if one.kind == "no-label-file"]
+    assert (noted.image_id, noted.text.partition(":")[0]) == (3, "labels/deep/c.txt")
+
+
+def test_an_empty_label_file_is_an_image_without_objects_and_nothing_to_note(yolo, tmp_path):
+    (yolo / "labels" / "deep" / "c.txt").write_text("")
+    manifest = write_document(yolo_document(yolo), tmp_path / "out", WriteConfig())
+    assert manifest.images == 3
+    assert not [one for one in load_report(manifest).defects if one.kind == "no-label-file"]
 
 
 def test_sizes_are_those_before_an_exif_rotation(yolo, tmp_path):
