@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -40,16 +40,21 @@ def writing(made: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         command(made, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+    below: list[psutil.Process] = []
     try:
         until = time.monotonic() + 60
         while len(notes(out)) < 4:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < until
             time.sleep(0.002)
+        below = psutil.Process(process.pid).children(recursive=True)
         yield process
     finally:
         process.kill()
-        process.communicate()
+        for one in below:  # which should have ended with it; else they hold its pipes open for ever
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.communicate(timeout=20)
 
 
 def notes(out: Path) -> list[Path]:
