@@ -5,7 +5,8 @@ so that a later run can tell that it is the one it would write.
 """
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import msgspec
@@ -100,12 +101,13 @@ def write_part(part: Part, stage: Stage, done: Callable[[int], None]) -> Written
             image = read_image(part.folder, sample.image)
             read.append(image.crc32)
             defects += image.defects
-            if part.masks and image.sound:
-                _, _, width, height = sample.image
-                defects += outline_defects(sample.image.image_id, sample.annotations, height, width)
             failed = failed or not (image.sound or part.quarantine)
-            if image.sound and part.write and not failed:
-                places.append(_add(tar, sample, image))
+            with _few_brackets(sample):
+                if part.masks and image.sound:
+                    _, _, width, height = sample.image
+                    defects += outline_defects(sample.image.image_id, sample.annotations, height, width)
+                if image.sound and part.write and not failed:
+                    places.append(_add(tar, sample, image))
             done(1)
         draft.finished = bool(places) and not failed
         digest = tar.finish()
@@ -129,19 +131,25 @@ def sample_texts(sample: Sample) -> tuple[bytes, bytes]:
     return msgspec.json.format(entry, indent=-1), text
 
 
+@contextmanager
+def _few_brackets(sample: Sample) -> Iterator[None]:
+    """The deeper in calls a process is, the fewer brackets it can follow, so a worker may find too many first."""
+    try:
+        yield
+    except RecursionError:
+        who = f"image {sample.image.image_id} ({sample.image.name})"
+        raise ShardError(
+            f"{who}: brackets in its JSON are nested too deeply; expected COCO's instances format"
+        ) from None
+
+
 _NULL = msgspec.Raw(b"null")
 _NO_MEMBER = TarMember("", 0, 0, 0)
 
 
 def _add(tar: TarWriter, sample: Sample, image: ImageFile) -> Place:
     key = sample_key(sample.image.image_id)
-    try:
-        entry, text = sample_texts(sample)
-    except RecursionError:  # the deeper in calls a process is, the fewer brackets it can follow
-        who = f"image {sample.image.image_id} ({sample.image.name})"
-        raise ShardError(
-            f"{who}: brackets in its JSON are nested too deeply; expected COCO's instances format"
-        ) from None
+    entry, text = sample_texts(sample)
     picture = tar.add(f"{key}.{image.extension}", image.content, image.crc32)
     tar.add(f"{key}.json", entry)
     texts = tar.add(key + SEGMENTATIONS, text) if text else _NO_MEMBER

@@ -23,6 +23,9 @@ from shards.manifest import ANNOTATIONS_NAME, IMAGES_NAME, MANIFEST_NAME, SOURCE
 
 _NOTES = ".partial"
 _KEY = f"{_NOTES}/key"
+# Seconds: a writer leaves a note with every shard, which takes less by far, and of those written at once the last are
+# among the last by name.
+YOUNG_S, _LAST_NOTES = 120.0, 64
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,35 @@ class Stage:
     def check_visible(self) -> None:
         """Raises ShardError where this process, on whatever machine, does not see the same folder."""
         try:
-            found = storage.read(storage.join(self.url, _KEY)) == self.key.encode()
+            found = storage.read(storage.join(self.url, _KEY))
         except OSError:
-            found = False
-        if not found:
-            raise ShardError(
-                f"{self.url}: is not what it should be, seen from a worker on {socket.gethostname()}; expected images and "
-                "--out to be visible from every process and node: give a shared folder or a URL"
-            )
+            found = b""
+        if found == self.key.encode():
+            return
+        if found or storage.exists(storage.join(self.url, MANIFEST_NAME)):
+            raise self._taken()
+        raise ShardError(
+            f"{self.url}: is not what it should be, seen from a worker on {socket.gethostname()}; expected images and "
+            "--out to be visible from every process and node: give a shared folder or a URL"
+        )
+
+    def check_ours(self) -> None:
+        """Raises ShardError where another process has taken a URL since; nothing locks one as ``flock`` does a folder."""
+        if storage.local_path(self.url) is None and not self.is_ours():
+            raise self._taken()
+
+    def _taken(self) -> ShardError:
+        return ShardError(
+            f"{self.url}: another process has meanwhile begun or finished a data set there; expected to be alone: choose "
+            "another place, or write one after the other"
+        )
+
+    def is_ours(self) -> bool:
+        """Whether what is being written there is this data set."""
+        try:
+            return storage.read(storage.join(self.url, _KEY)) == self.key.encode()
+        except FileNotFoundError:
+            return False
 
     def read_note(self, name: str) -> bytes | None:
         """The note about a finished shard; None where it is not finished."""
@@ -53,6 +77,7 @@ class Stage:
 
     def write_note(self, name: str, content: bytes) -> None:
         """Mark a shard as finished, after everything of it is there."""
+        self.check_ours()
         storage.write(storage.join(self.url, _NOTES, f"{name}.json"), content)
 
     @contextmanager
@@ -70,12 +95,14 @@ class Stage:
                 file.flush()
                 os.fsync(file.fileno())
             if draft.finished and local is None:
+                self.check_ours()  # not to put it over one of theirs
                 storage.upload(path, storage.join(self.url, name))
             elif draft.finished:
                 path.rename(folder / name)
 
     def write(self, name: str, content: bytes) -> None:
         """A small file, whole or absent."""
+        self.check_ours()
         storage.write(storage.join(self.url, name), content)
 
 
@@ -99,7 +126,8 @@ def staging(out: str, key: str) -> Iterator[Stage]:
         try:
             yield stage
         except SourceError:
-            _discard(stage)
+            if folder is not None or stage.is_ours():
+                _discard(stage)
             raise
 
 
@@ -142,13 +170,24 @@ def _remote(out: str, key: str) -> Iterator[Stage]:
         raise ShardError(
             f"{out}: is not empty and holds no data set, expected a new or empty place: choose another one"
         )
-    if found and storage.read(storage.join(out, _KEY)) != key.encode():
+    if found and not stage.is_ours():
+        _check_left(out, sorted(name for name in found if name.startswith(f"{_NOTES}/")))
         _discard(stage)
-    stage.write(_KEY, key.encode())
+    storage.write(storage.join(out, _KEY), key.encode())
     yield stage
     stage_files = [name for name in storage.listing(out) if name.startswith(f"{_NOTES}/")]
     for name in sorted(stage_files, key=lambda name: name == _KEY):  # the key last: it says whose the others are
         storage.remove(storage.join(out, name))
+
+
+def _check_left(out: str, notes: list[str]) -> None:
+    """Raises ShardError where another data set is perhaps being written right now: the last of its notes is young."""
+    age_s = min(storage.age_s(storage.join(out, name)) for name in {_KEY, *notes[-_LAST_NOTES:]})
+    if age_s < YOUNG_S:
+        raise ShardError(
+            f"{out}: another data set was being written there {max(age_s, 0):.0f} s ago; if that goes on, choose another "
+            f"place; if it was stopped, try again in {YOUNG_S - age_s:.0f} s"
+        )
 
 
 def _discard(stage: Stage) -> None:

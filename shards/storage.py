@@ -7,8 +7,10 @@ the environment and never stand in an address, which logs, job specs and MLflow 
 """
 
 import errno
+import math
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +84,15 @@ def size(url: str) -> int:
         return path.stat().st_size
     filesystem, name = _remote(url)
     return int(patiently(lambda: filesystem.size(name), url))
+
+
+def age_s(url: str) -> float:
+    """Seconds since a remote file was written, by the store's clock and this machine's; infinite where it is not known."""
+    filesystem, name = _remote(url)
+    try:
+        return time.time() - float(patiently(lambda: filesystem.modified(name), url).timestamp())
+    except (FileNotFoundError, NotImplementedError):
+        return math.inf
 
 
 def read(url: str) -> bytes:

@@ -159,11 +159,12 @@ def test_endless_brackets_are_one_line(coco):
             write_coco(coco.images, coco.annotations, coco.root / "out")
 
 
-def test_brackets_that_only_a_worker_finds_too_deep_are_one_line(coco, monkeypatch):
-    def fails(sample):
+@pytest.mark.parametrize("where", ["sample_texts", "outline_defects"])
+def test_brackets_that_only_a_worker_finds_too_deep_are_one_line(coco, monkeypatch, where):
+    def fails(*_):
         raise RecursionError
 
-    monkeypatch.setattr(part, "sample_texts", fails)
+    monkeypatch.setattr(part, where, fails)
     with pytest.raises(ShardError, match=r"image \d+ \(picture \d.*\): brackets in its JSON are nested too deeply"):
         coco.write()
 

@@ -1,12 +1,14 @@
 """Where a data set is written before it is one, above all where that is a URL."""
 
+import json
 from contextlib import suppress
+from datetime import timedelta
 
 import fsspec
 import msgspec
 import pytest
 
-from shards import storage, write
+from shards import part, staging, storage, write
 from shards.errors import ShardError
 from shards.manifest import load_manifest
 from shards.source import SourceError
@@ -85,13 +87,82 @@ def test_an_uploaded_shard_of_another_size_is_written_again(coco, local, bucket,
     assert content(URL) == content(local.url)
 
 
-def test_what_another_input_left_unfinished_is_replaced(coco, local, bucket, monkeypatch):
+def test_what_another_input_left_unfinished_is_replaced_once_it_is_old(coco, local, bucket, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(write, "_write_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             write_remote(coco, WriteConfig(samples_per_shard=1))
+    before = content(URL)
+    with pytest.raises(ShardError, match=r"was being written there \d s ago; .* try again in 1[12]\d s"):
+        write_remote(coco)
+    assert content(URL) == before
+    bucket.store["/bucket/coco/.partial/key"].modified -= timedelta(seconds=500)  # the notes are still young
+    with pytest.raises(ShardError, match="was being written there"):
+        write_remote(coco)
+    for file in bucket.store.values():
+        file.modified -= timedelta(seconds=500)
     write_remote(coco)
     assert content(URL) == content(local.url)
+
+
+@pytest.mark.parametrize("when", ["write_part", "read_image", "upload", "_check_there"])
+def test_a_writer_that_lost_its_place_leaves_the_data_set_of_the_other_as_it_is(coco, bucket, monkeypatch, when):
+    """Long without a sign, and taken for dead: between shards, while it makes one, uploads one, or ends."""
+    monkeypatch.setattr(staging, "YOUNG_S", 0.0)
+    where, call = {
+        "write_part": (write, 1),
+        "read_image": (part, 3),
+        "upload": (storage, 3),
+        "_check_there": (write, 1),
+    }[when]
+    original, calls = getattr(where, when), []
+
+    def overtaken(*args):
+        result = original(*args)
+        calls.append(args)
+        if len(calls) == call:
+            write_remote(coco, WriteConfig(samples_per_shard=3, name="instances"))
+        return result
+
+    coco.annotations.write_text(json.dumps(coco.data))
+    monkeypatch.setattr(where, when, overtaken)
+    with pytest.raises(ShardError, match="another process has meanwhile begun or finished a data set there"):
+        write_remote(coco)
+    assert [shard.samples for shard in load_manifest(URL).shards] == [3, 3, 1]
+    assert verify(URL).problems == ()
+    assert not any(name.startswith(".partial") for name in storage.listing(URL))
+
+
+def test_a_source_that_is_not_sound_leaves_the_data_set_of_another_writer(coco, bucket, monkeypatch):
+    original = write.make_report
+
+    def overtaken(policy, *args):
+        if policy == "fail":
+            write_remote(coco, WriteConfig(on_defect="quarantine"))
+        return original(policy, *args)
+
+    monkeypatch.setattr(staging, "YOUNG_S", 0.0)
+    monkeypatch.setattr(write, "make_report", overtaken)
+    coco.annotations.write_text(json.dumps(coco.data))
+    (coco.images / "picture 4.jpg").write_bytes(b"")
+    with pytest.raises(SourceError):
+        write_remote(coco)
+    assert verify(URL).ok
+
+
+@pytest.mark.parametrize("module", ["socket.gethostname", "os.getpid"])
+def test_two_tries_of_one_shard_never_write_into_one_file(tmp_path, monkeypatch, module):
+    """As by Ray, which may try a shard again on another node, or in another process, while the first try goes on."""
+    stage = Stage(str(tmp_path), "key")
+    with stage.draft("a.tar") as first:
+        first.file.write(b"first, ")
+        monkeypatch.setattr(f"shards.staging.{module}", lambda: 4242)
+        with stage.draft("a.tar") as second:
+            second.file.write(b"second")
+            second.finished = True
+        first.file.write(b"and longer")
+        first.finished = True
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.tar", b"first, and longer")]
 
 
 def test_a_place_that_holds_something_else_is_refused(coco, local, bucket):
