@@ -68,7 +68,10 @@ def check_annotations(
     sizes = boxes[:, 2:]
 
     def box(row: int) -> str:
-        return f"box {boxes[row].tolist()} or area {float(areas[row])}"
+        return f"box {numbers(row)} or area {areas[row]:.6g}"
+
+    def numbers(row: int) -> str:
+        return f"[{', '.join(f'{one:.6g}' for one in boxes[row])}]"
 
     say("duplicate-annotation-id", repeated(columns.ids), lambda row: "its id is given twice")
     say("unknown-image", ~np.isin(columns.image_ids, listed), lambda row: "no such image is listed")
@@ -83,14 +86,15 @@ def check_annotations(
     odd = (columns.iscrowd != 0) & (columns.iscrowd != 1)
     say("malformed", odd, lambda row: f"its iscrowd is {columns.iscrowd[row]}, not 0 or 1")
     empty = (sizes == 0).any(axis=1)
-    say("zero-area-box", empty, lambda row: f"its box {boxes[row].tolist()} has no area", keep=True)
-    beyond = _beyond(boxes, images, owners)
+    say("zero-area-box", empty, lambda row: f"its box {numbers(row)} has no area", keep=True)
+    beyond, apart = _beyond(boxes, images, owners)
     say(
         "box-outside",
-        beyond > _SLACK,
-        lambda row: f"its box {boxes[row].tolist()} reaches {beyond[row]:.2f} pixels beyond the image",
+        (beyond > _SLACK) & ~apart,
+        lambda row: f"its box {numbers(row)} reaches {beyond[row]:.6g} pixels beyond the image",
         keep=True,
     )
+    say("box-off-image", apart, lambda row: f"its box {numbers(row)} lies wholly outside the image", keep=True)
     rows = np.flatnonzero(left)
     return rows, owners[rows], defects
 
@@ -116,10 +120,12 @@ def _rows(mask: Mask) -> list[int]:
     return [int(row) for row in np.flatnonzero(mask)]
 
 
-def _beyond(boxes: Floats, images: ImageColumns, owners: Ints) -> Floats:
-    """float64 [N]: how many pixels a box reaches beyond its image, negative inside; NaN without a sound image."""
+def _beyond(boxes: Floats, images: ImageColumns, owners: Ints) -> tuple[Floats, Mask]:
+    """float64 [N]: how many pixels a box reaches beyond its image, negative inside; NaN without a sound image.
+    bool [N]: whether all of it is outside; a box that ends at the edge is."""
     widths, heights = (np.append(column, 0)[owners] for column in (images.widths, images.heights))
     x, y, width, height = boxes.T
     with np.errstate(invalid="ignore", over="ignore"):  # the end of a finite box may be infinite
         reach = np.maximum.reduce([-x, -y, x + width - widths, y + height - heights])
-    return np.where(owners < 0, np.nan, reach)
+        apart = (x >= widths) | (y >= heights) | (x + width <= 0) | (y + height <= 0)
+    return np.where(owners < 0, np.nan, reach), apart & (reach > _SLACK) & (owners >= 0)

@@ -53,11 +53,6 @@ class _LenientAnnotation(msgspec.Struct, gc=False):
     iscrowd: Int64 = 0
 
 
-class _Identity(msgspec.Struct):
-    id: Int64 | None = None
-    image_id: Int64 | None = None
-
-
 @dataclass(frozen=True, eq=False)
 class ImageColumns:
     """Images; sizes in pixels, ``names`` relative to the folder of images, ``texts`` their JSON."""
@@ -205,14 +200,20 @@ def _one_by_one(
 
 
 def _malformed(raw: msgspec.Raw, place: str, problem: str) -> Defect:
-    try:
-        known = msgspec.json.decode(raw, type=_Identity)
-    except msgspec.ValidationError:
-        return Defect(f"{place}: {problem}")
+    number = _said_id(raw, "id")
     if place.startswith("images"):
-        return Defect(f"{place} (image {known.id}): {problem}", image_id=known.id)
-    return Defect(
-        f"{place} (annotation {known.id} of image {known.image_id}): {problem}",
-        image_id=known.image_id,
-        annotation_id=known.id,
-    )
+        who = "" if number is None else f" (image {number})"
+        return Defect(f"{place}{who}: {problem}", image_id=number)
+    image_id = _said_id(raw, "image_id")
+    ours, owner = ("?" if one is None else one for one in (number, image_id))
+    who = "" if number is None and image_id is None else f" (annotation {ours} of image {owner})"
+    return Defect(f"{place}{who}: {problem}", image_id=image_id, annotation_id=number)
+
+
+def _said_id(raw: msgspec.Raw, field: str) -> int | None:
+    """What an entry that does not fit means by one of its ids, "5" and 5.0 included; None where that cannot be told."""
+    try:
+        said = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])[field]
+        return msgspec.json.decode(said, type=Int64, strict=False)
+    except (msgspec.DecodeError, KeyError):
+        return None

@@ -41,10 +41,14 @@ KINDS: dict[str, Severity] = {
     "alpha": "noted",
     "zero-area-box": "noted",
     "box-outside": "noted",
+    "box-off-image": "noted",
     "no-segmentation": "noted",  # only where others of the source have one
     "bad-segmentation": "noted",
     "no-label-file": "noted",  # of YOLO: an image without objects, or one whose labels were lost
 }
+
+
+_MEASURED = ("box-outside", "box-off-image")  # against the size that the source says
 
 
 class Defect(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -60,9 +64,14 @@ class Defect(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
             msgspec.structs.force_setattr(self, "text", printable(self.text))
 
     @property
+    def severity(self) -> Severity:
+        """What becomes of what it names."""
+        return KINDS[self.kind]
+
+    @property
     def rejected(self) -> bool:
         """Whether what it names cannot be used."""
-        return KINDS[self.kind] == "rejected"
+        return self.severity == "rejected"
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,16 @@ class KindCount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     count: int
 
 
+class _Entry(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """A defect as it stands in a report, where it tells its kind and severity whatever they are."""
+
+    text: str
+    kind: str
+    severity: Severity
+    image_id: int | None = None
+    annotation_id: int | None = None
+
+
 class DefectReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything found in a source, and what was done about it (``report.json``).
 
@@ -119,7 +138,18 @@ class DefectReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     def to_json(self) -> bytes:
         """One line per defect would help nobody at a million of them, yet a person should be able to read it."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
+        entries = [_Entry(one.text, one.kind, one.severity, one.image_id, one.annotation_id) for one in self.defects]
+        return (
+            msgspec.json.format(msgspec.json.encode(msgspec.structs.asdict(self) | {"defects": entries}), indent=1)
+            + b"\n"
+        )
+
+
+def told(defects: Iterable[Defect]) -> list[Defect]:
+    """Without notes on boxes that were measured against an image's wrong size, which is what is to be said of it."""
+    defects = list(defects)
+    mismeasured = {one.image_id for one in defects if one.kind == "wrong-size"}
+    return [one for one in defects if one.image_id not in mismeasured or one.kind not in _MEASURED]
 
 
 def make_report(

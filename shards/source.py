@@ -108,6 +108,8 @@ def parse_source(
     category_ids = np.array([category.id for category in categories], np.int64)
     defects: list[Defect] = []
     listed = image_columns(lists["images"], defects)
+    # Their annotations go without a word, as those of images that are rejected later do.
+    malformed = np.array([one.image_id for one in defects if one.image_id is not None], np.int64)
     annotations = annotation_columns(lists["annotations"], defects)
     counts = len(lists["images"]), len(lists["annotations"])
     asked = np.ones(len(annotations), np.bool_)
@@ -120,7 +122,8 @@ def parse_source(
         counts = len(listed), int(asked.sum())
     rows, found = check_images(listed, has_file)
     images = listed.take(rows)
-    rows, owners, more = check_annotations(annotations, asked, images, listed.ids, category_ids)
+    known = np.concatenate([listed.ids, malformed])
+    rows, owners, more = check_annotations(annotations, asked, images, known, category_ids)
     count = np.bincount(owners, minlength=len(images)).astype(np.int64)
     return Source(
         path=path,

@@ -18,7 +18,7 @@ import numpy as np
 
 from shards import storage
 from shards.checks import MAX_IMAGE_ID
-from shards.defects import REPORT_NAME, Defect, Lost, Policy, SourceError, make_report, printable
+from shards.defects import REPORT_NAME, Defect, Lost, Policy, SourceError, make_report, printable, told
 from shards.errors import ShardError
 from shards.existing import check_same, existing_data_set
 from shards.index import Ints
@@ -111,7 +111,7 @@ def write_coco(
     try:
         with staging(out, _key(source, config, name)) as stage:
             written = list(_write_parts(source, stage, config, progress, map))
-            defects = [*source.defects, *(defect for part in written for defect in part.defects)]
+            defects = told([*source.defects, *(defect for part in written for defect in part.defects)])
             if not any(part.places for part in written) or (
                 config.on_defect == "fail" and any(defect.rejected for defect in defects)
             ):

@@ -218,8 +218,8 @@ def test_every_defect_is_named_with_its_sample(tmp_path, names):
 
 
 BAD_OBJECTS = [
-    (thing(1, 1, -1, 1), "its box [1.0, 1.0, -1.0, 1.0] or area -1.0 is negative"),
-    (thing(1, 1, 1, 1, area=-2), "its box [1.0, 1.0, 1.0, 1.0] or area -2.0 is negative"),
+    (thing(1, 1, -1, 1), "its box [1, 1, -1, 1] or area -1 is negative"),
+    (thing(1, 1, 1, 1, area=-2), "its box [1, 1, 1, 1] or area -2 is negative"),
     (thing(1, 1, 1, 1, category_id=4), "its category 4 is not listed"),
     (thing(1, 1, 1, 1, category_id=None, category="cow"), "its category 'cow' is not listed"),
     (thing(1, 1, 1, 1, category_id=None), "has no category_id and no category"),

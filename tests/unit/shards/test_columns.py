@@ -52,9 +52,9 @@ def test_what_does_not_fit_is_named_and_left_out(chunk, monkeypatch):
     assert found.ids.tolist() == [0, 14, 21, 28, 42, 49]
     assert len(found.texts) == 6
     assert math.isnan(found.areas[4])
-    assert [(one.annotation_id, one.image_id) for one in defects] == [(7, 0), (None, None)]
+    assert [(one.annotation_id, one.image_id) for one in defects] == [(7, 0), (None, 2)]
     assert defects[0].text.startswith("annotations[1] (annotation 7 of image 0): Expected array of length 4")
-    assert defects[1].text.startswith("annotations[5]: Expected int <=")
+    assert defects[1].text.startswith("annotations[5] (annotation ? of image 2): Expected int <=")
 
 
 def test_images_keep_names_and_sizes():
@@ -82,3 +82,32 @@ def test_what_occurs_more_than_once_is_found():
     assert duplicated(ids).tolist() == [True, True, True, False, True, True]
     assert repeated(ids).tolist() == [False, False, True, False, True, True]
     assert repeated(np.array([3, 1, 2])).tolist() == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"id": "x"}, (None, 2)),
+        ({"id": 2**70}, (None, 2)),
+        ({"id": 35.0}, (35, 2)),
+        ({"image_id": "2"}, (35, 2)),
+        ({"image_id": None}, (35, None)),
+        ({"id": None, "image_id": [2]}, (None, None)),
+    ],
+)
+def test_an_id_that_does_not_fit_hides_no_other(fields, named):
+    defects: list[Defect] = []
+    annotation_columns(raws([annotations(8)[5] | fields]), defects)
+    assert [(one.annotation_id, one.image_id) for one in defects] == [named]
+    who = (
+        ""
+        if named == (None, None)
+        else " (annotation {} of image {})".format(*("?" if n is None else n for n in named))
+    )
+    assert defects[0].text.startswith(f"annotations[0]{who}: Expected int")
+
+
+def test_an_entry_that_is_no_object_is_named_by_its_place():
+    defects: list[Defect] = []
+    annotation_columns(msgspec.json.decode(b"[7]", type=list[msgspec.Raw]), defects)
+    assert [one.text for one in defects] == ["annotations[0]: Expected object, got int"]

@@ -117,6 +117,8 @@ NOTED = {
         field("annotations", 1, segmentation={"counts": [10], "size": [1, 1]}),
         *(107, frozenset(), frozenset(), 12),
     ),
+    "box off the image": Sown("box-off-image", field("annotations", 1, bbox=[-9, 4, 8, 9]), 107, annotation_id=12),
+    "transparent": Sown("alpha", lambda coco: rewrite(coco, 3, lambda _: encoded("RGBA", (49, 49), "PNG")), 121),
 }
 
 
@@ -286,3 +288,33 @@ def test_a_report_survives_its_file():
     with pytest.raises(ShardError, match=r"where: .*expected a report"):
         parse_report(b"{}", "where")
     assert isinstance(report, DefectReport)
+
+
+def test_a_report_tells_kind_and_severity_of_every_defect():
+    defects = [Defect("a", "malformed", 3), Defect("b", "grey", 5)]
+    entries = json.loads(make_report("fail", defects, (9, 8), (7, 6)).to_json())["defects"]
+    assert [(one["kind"], one["severity"]) for one in entries] == [("malformed", "rejected"), ("grey", "noted")]
+
+
+def test_annotations_of_a_malformed_image_are_not_called_those_of_none(coco):
+    coco.data["images"][0]["width"] = "wide"
+    with pytest.raises(SourceError) as caught:
+        coco.write()
+    assert [(one.kind, one.image_id) for one in caught.value.defects] == [("malformed", 100)]
+
+
+def test_boxes_are_not_measured_against_a_wrong_size(coco):
+    coco.data["images"][0] |= {"width": 8, "height": 8}  # it has boxes beyond and wholly outside of that
+    coco.data["annotations"][2]["bbox"] = [20, 20, 5, 5]
+    report = load_report(coco.write(on_defect="quarantine"))
+    assert [one.kind for one in report.defects if one.image_id == 100] == ["wrong-size"]
+
+
+def test_a_huge_box_is_told_in_few_digits(coco):
+    coco.data["annotations"][1]["bbox"] = [1, 1.25, 1e300, 1e300]
+    coco.data["annotations"][1]["area"] = 5
+    report = load_report(coco.write())
+    texts = [one.text for one in report.defects if one.kind == "box-outside" and one.annotation_id == 12]
+    assert texts == [
+        "annotation 12 of image 107: its box [1, 1.25, 1e+300, 1e+300] reaches 1e+300 pixels beyond the image"
+    ]
