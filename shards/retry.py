@@ -40,10 +40,18 @@ def patiently(ask: Callable[[], T], url: str) -> T:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return ask()
-        except (FileNotFoundError, ShardError, *_NOT_OURS):
+        except (FileNotFoundError, ShardError):
             raise
         except Exception as error:
             said = one_line(error)
+            if _misset(error):
+                raise ShardError(
+                    f"{url}: a setting of the store's client is wrong ({said}); expected AWS_ENDPOINT_URL_S3 and "
+                    "AWS_ENDPOINT_URL to be unset or like https://host:9000, and AWS_DEFAULT_REGION, AWS_PROFILE and the "
+                    "like to be ones that exist: correct the one that this names"
+                ) from error
+            if isinstance(error, _NOT_OURS):
+                raise
             if _denied(error):
                 raise ShardError(
                     f"{url}: access denied ({said}); expected credentials that allow it: give them in the environment "
@@ -65,6 +73,13 @@ def patiently(ask: Callable[[], T], url: str) -> T:
 def _denied(error: Exception) -> bool:
     # By its name, because only some stores' clients are installed: botocore's NoCredentialsError and its like.
     return isinstance(error, PermissionError) or type(error).__name__.endswith("CredentialsError")
+
+
+def _misset(error: Exception) -> bool:
+    # What botocore says of the environment, some of it as a bare ValueError or, through s3fs, under another class.
+    said = str(error).lower()
+    named = "invalid endpoint" in said or ("endpoint" in said and "not a valid uri" in said)
+    return named or type(error).__name__ in ("InvalidRegionError", "ProfileNotFound", "InvalidRetryModeError")
 
 
 def _refused(error: Exception) -> bool:

@@ -71,7 +71,34 @@ def test_what_stays_as_it_is_is_not_tried_again(waits, error):
 
 
 @pytest.mark.parametrize(
-    "error", [FileNotFoundError("x"), TypeError("a mistake of ours"), MemoryError(), ShardError("y")]
+    ("variable", "value"),
+    [
+        ("AWS_ENDPOINT_URL_S3", "nonsense"),
+        ("AWS_ENDPOINT_URL_S3", "http://localhost:notaport"),
+        ("AWS_DEFAULT_REGION", "a b/c"),
+        ("AWS_PROFILE", "nobody"),
+    ],
+)
+def test_a_setting_of_the_client_that_is_wrong_is_one_line_at_once(waits, monkeypatch, tmp_path, variable, value):
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    monkeypatch.setenv(variable, value)
+    clients = fsspec.get_filesystem_class("s3")
+    clients.clear_instance_cache()
+    try:
+        with pytest.raises(ShardError, match=rf"^s3://bucket/set/manifest.json: .*{value}.*{variable}") as caught:
+            load_manifest("s3://bucket/set")
+    finally:
+        clients.clear_instance_cache()
+    assert "\n" not in str(caught.value)
+    assert not waits
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FileNotFoundError("x"), ValueError("ours"), TypeError("a mistake of ours"), MemoryError(), ShardError("y")],
 )
 def test_errors_that_are_not_the_stores_pass_as_they_are(waits, error):
     with pytest.raises(type(error)) as caught:
