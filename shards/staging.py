@@ -11,10 +11,10 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from shards import storage
 from shards.defects import REPORT_NAME, SourceError
@@ -83,22 +83,29 @@ class Stage:
     @contextmanager
     def draft(self, name: str) -> Iterator["Draft"]:
         """A file to write into. It appears under ``name``, whole and flushed, if it was finished when the block ends."""
-        with ExitStack() as stack:
-            local = storage.local_path(self.url)
-            folder = local or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="detr-shard-")))
-            # A name of its own, as Ray may try a shard again while the first try still goes on elsewhere.
-            path = folder / f".{name}.{socket.gethostname()}.{os.getpid()}"
-            stack.callback(path.unlink, missing_ok=True)
+        local = storage.local_path(self.url)
+        if local is None:
+            # Without a name, so that a process that is killed leaves nothing on the disk.
+            with tempfile.TemporaryFile() as file:
+                draft = Draft(cast(BinaryIO, file))
+                yield draft
+                file.flush()
+                if draft.finished:
+                    self.check_ours()  # not to put it over one of theirs
+                    storage.upload(Path(f"/proc/self/fd/{file.fileno()}"), storage.join(self.url, name))
+            return
+        # A name of its own, as Ray may try a shard again while the first try still goes on elsewhere.
+        path = local / f".{name}.{socket.gethostname()}.{os.getpid()}"
+        try:
             with path.open("wb") as file:
                 draft = Draft(file)
                 yield draft
                 file.flush()
                 os.fsync(file.fileno())
-            if draft.finished and local is None:
-                self.check_ours()  # not to put it over one of theirs
-                storage.upload(path, storage.join(self.url, name))
-            elif draft.finished:
-                path.rename(folder / name)
+            if draft.finished:
+                path.rename(local / name)
+        finally:
+            path.unlink(missing_ok=True)
 
     def write(self, name: str, content: bytes) -> None:
         """A small file, whole or absent."""

@@ -1,6 +1,7 @@
 """Where a data set is written before it is one, above all where that is a URL."""
 
 import json
+import tempfile
 from contextlib import suppress
 from datetime import timedelta
 
@@ -270,3 +271,15 @@ def test_a_bucket_that_is_not_there_is_said_to_be_missing_and_not_full(coco, loc
     monkeypatch.setattr(storage, "write", fails)
     with pytest.raises(ShardError, match="bucket does not exist; make the bucket first, or correct the address"):
         write_remote(coco)
+
+
+def test_a_writer_that_is_killed_leaves_nothing_in_the_folder_of_temporary_files(coco, local, bucket, monkeypatch):
+    """Looked at while a shard is on its way up, which is where a kill would leave it."""
+    uploads, upload = [], storage.upload
+    folder = coco.root / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(storage, "upload", lambda *where: uploads.append(list(folder.iterdir())) or upload(*where))
+    write_remote(coco)
+    assert uploads == [[]] * 4
+    assert content(URL) == content(local.url)
