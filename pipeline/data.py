@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pipeline.config import DataConfig
 from pipeline.errors import RunConfigError
-from shards.cache import GIB, CacheConfig, cache_for, size_text
-from shards.manifest import Manifest, load_manifest
+from shards.cache import CacheConfig, cache_for
+from shards.manifest import ANNOTATIONS_NAME, IMAGES_NAME, Manifest, load_manifest
+from shards.room import GIB, size_text
 
 
 def open_data(config: DataConfig) -> tuple[Manifest, Manifest]:
@@ -35,11 +36,11 @@ def check_cache_limit(config: DataConfig, train: Manifest, val: Manifest) -> Non
 def check_room(manifest: Manifest) -> None:
     """As `check_cache`, of a data set that is evaluated outside of a run: the environment says where it is kept."""
     cache = cache_for(manifest.url, manifest.cache)
-    needed = sum(shard.bytes for shard in manifest.shards)
+    needed = sum(shard.bytes for shard in manifest.shards) + sum(_index_sizes(manifest).values())
     if cache is not None and needed > cache.room():
         raise RunConfigError(
-            f"the shards take {size_text(needed)} but {cache} may hold {size_text(cache.room())}; expected room for all, or they would "
-            "be fetched again and again: free some disk, or set DETR_CACHE to another folder, or to off"
+            f"shards and index take {size_text(needed)} but {cache} may hold {size_text(cache.room())}; expected room for all, or they "
+            "would be fetched again and again: free some disk, or set DETR_CACHE to another folder, or to off"
         )
 
 
@@ -47,24 +48,38 @@ def _check(config: DataConfig, train: Manifest, val: Manifest, room: int, where:
     needed, largest = (sum(sizes) for sizes in (_sizes(train, val), _sizes(train, val, config.shuffle_shards)))
     if config.shuffle_shards == 0 and needed > room:
         raise RunConfigError(
-            f"the shards take {size_text(needed)} but {where} may hold {size_text(room)}, and an epoch that is shuffled as a whole "
-            "would fetch them again and again; expected room for all: raise --data.cache-gib or free some disk, or set "
+            f"shards and index take {size_text(needed)} but {where} may hold {size_text(room)}, and an epoch that is shuffled as a "
+            "whole would fetch them again and again; expected room for all: raise --data.cache-gib or free some disk, or set "
             "--data.shuffle-shards N to shuffle in blocks, or --data.cache off"
         )
     if largest > room:
         raise RunConfigError(
-            f"two blocks of data.shuffle_shards {config.shuffle_shards} and the validation shards take {size_text(largest)} but "
-            f"{where} may hold {size_text(room)}; expected room for them: lower --data.shuffle-shards, raise --data.cache-gib or "
-            "free some disk, or set --data.cache off"
+            f"two blocks of data.shuffle_shards {config.shuffle_shards}, the validation shards and both indexes take "
+            f"{size_text(largest)} but {where} may hold {size_text(room)}; expected room for them: lower --data.shuffle-shards, raise "
+            "--data.cache-gib or free some disk, or set --data.cache off"
         )
 
 
 def _sizes(train: Manifest, val: Manifest, block: int = 0) -> list[int]:
-    """Bytes of the cached shards that are wanted at a time: of two blocks, where one ends and the next begins."""
+    """Bytes of the cached files that are wanted at a time: of two blocks, where one ends and the next begins.
+
+    The index of either data set is held all the time.
+    """
     of_train, of_val = (
         {shard.sha256: shard.bytes for shard in manifest.shards} if cache_for(manifest.url, manifest.cache) else {}
         for manifest in (train, val)
     )
+    held = {
+        sha256: size
+        for manifest in (train, val)
+        if cache_for(manifest.url, manifest.cache)
+        for sha256, size in _index_sizes(manifest).items()
+    }
     if block == 0:
-        return list((of_train | of_val).values())
-    return [*sorted(of_train.values())[-2 * block :], *of_val.values()]
+        return list((of_train | of_val | held).values())
+    return [*sorted(of_train.values())[-2 * block :], *of_val.values(), *held.values()]
+
+
+def _index_sizes(manifest: Manifest) -> dict[str, int]:
+    """Bytes of the files of the index, by their sha256."""
+    return {file.sha256: file.bytes for file in manifest.files if file.name in (IMAGES_NAME, ANNOTATIONS_NAME)}

@@ -23,7 +23,8 @@ from pipeline.parallel import Ranks
 from shards.index import Index, Ints
 from shards.manifest import Manifest
 from shards.plan import EpochPlan, PlanConfig, Sizes, plan_epoch
-from shards.read import ReadConfig, Sample, open_stream
+from shards.read import ReadConfig, open_stream
+from shards.sample import Sample
 
 Transform = Callable[[Sample], tuple[Tensor, Target]]
 

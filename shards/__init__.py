@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from shards.plan import plan_epoch as plan_epoch
     from shards.plan import plan_evaluation as plan_evaluation
     from shards.read import ReadConfig as ReadConfig
-    from shards.read import Sample as Sample
     from shards.read import open_batches as open_batches
     from shards.read import open_loader as open_loader
     from shards.read import read_samples as read_samples
+    from shards.sample import Sample as Sample
     from shards.score import ClassScore as ClassScore
     from shards.score import Score as Score
     from shards.score import coco_metrics as coco_metrics
@@ -46,7 +46,8 @@ _HOMES = {
     "manifest": ("Category", "Manifest", "load_manifest"),
     "index": ("Index",),
     "plan": ("EpochPlan", "PlanConfig", "epoch_order", "plan_epoch", "plan_evaluation"),
-    "read": ("ReadConfig", "Sample", "open_batches", "open_loader", "read_samples"),
+    "read": ("ReadConfig", "open_batches", "open_loader", "read_samples"),
+    "sample": ("Sample",),
     "score": ("ClassScore", "Score", "coco_metrics", "per_class_ap", "score_detections", "to_coco_json"),
     "segmentation": ("check_segmentations", "decode_masks", "encode_masks"),
     "source": ("SourceError",),

@@ -2,11 +2,10 @@
 
 Files are named by the sha256 that the manifest gives them, so data sets never mix and one that moved is not fetched
 again. A lock per file, which the kernel lets go of when its holder dies, makes the others wait for whoever fetches, or
-take over from it. A second lock, of the folder, is held while room is made; the room is allocated on the disk before the
-first byte is asked for, so that nobody else counts on it and a full disk shows at once.
+take over from it. Its room (``shards.room``) is allocated on the disk before the first byte is asked for, so that nobody
+else counts on it and a full disk shows at once.
 
-Reading takes no lock but a shared one for the moment of a read, against which nothing is evicted. What was least
-recently read goes first.
+Reading takes no lock but a shared one, for the moment of a read or as long as the file is mapped.
 """
 
 import errno
@@ -14,24 +13,19 @@ import fcntl
 import hashlib
 import logging
 import os
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
 from pathlib import Path
 
 import msgspec
 
 from shards import storage
-from shards.errors import ShardError
-from shards.fetch import Item, fetch
+from shards.fetch import DigestError, Item, fetch
+from shards.room import GIB, Room, hold, let_go, locked, unusable
 
 LOG = logging.getLogger(__name__)
 
-GIB = 1 << 30
-SPARE = GIB // 2  # bytes of the disk that are left to others, such as checkpoints
 STAMP_S = 1.0  # how exactly it is noted when a file was last read
-WAIT_S = 0.1  # between looks for room that others are about to give back
 ENV_FOLDER = "DETR_CACHE"
 
 
@@ -67,13 +61,14 @@ class Cache:
         Raises ShardError where the folder cannot be written.
         """
         self._folder = folder
-        self._limit = limit
+        self._room = Room(folder, limit)
+        self._refused: dict[str, str] = {}
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with _locked(folder / "room.lock"):
+            with self._room.locked():
                 pass
         except OSError as error:
-            raise _unusable(folder, error) from error
+            raise unusable(folder, error) from error
 
     def open(self, item: Item) -> int:
         """A descriptor of the whole file, fetched if need be; as long as it is open, the file is not evicted.
@@ -83,10 +78,10 @@ class Cache:
         """
         descriptor = self._whole(item)
         if descriptor is None:
-            with _locked(self._lock_of(item.sha256)):
+            with locked(self._lock_of(item.sha256)):
                 descriptor = self._whole(item)  # another was faster
                 if descriptor is None:
-                    descriptor = self._fetch(item)
+                    descriptor = self._fetch_unless_refused(item)
         return descriptor
 
     def path(self, item: Item) -> Path:
@@ -95,7 +90,7 @@ class Cache:
 
     def check(self, item: Item) -> None:
         """Drop the file if it is there and no longer what was fetched."""
-        with _locked(self._lock_of(item.sha256)):
+        with locked(self._lock_of(item.sha256)):
             path = self.path(item)
             try:
                 with path.open("rb") as file:
@@ -110,9 +105,13 @@ class Cache:
 
     def room(self) -> int:
         """Bytes that all files together may take: the limit, or what is free besides them."""
-        files, parts = self._scan()
-        free = shutil.disk_usage(self._folder).free - SPARE + sum(size for size, _, _ in files + parts)
-        return max(0, min(free, self._limit or free))
+        return self._room.total()
+
+    def hold(self, item: Item, descriptor: int, user: object) -> None:
+        """Keep an open file from being evicted as long as ``user`` lives, and close it then."""
+        path = self.path(item)
+        hold(path)
+        weakref.finalize(user, let_go, path, descriptor)
 
     def __str__(self) -> str:
         return str(self._folder)
@@ -135,11 +134,21 @@ class Cache:
             os.utime(descriptor)
         return descriptor
 
+    def _fetch_unless_refused(self, item: Item) -> int:
+        """Under the file's lock, so that of many threads one finds out that the store holds something else."""
+        if item.sha256 in self._refused:
+            raise DigestError(self._refused[item.sha256])
+        try:
+            return self._fetch(item)
+        except DigestError as error:
+            self._refused[item.sha256] = str(error)
+            raise
+
     def _fetch(self, item: Item) -> int:
         """Fetch under the file's lock; the file with a shared lock. Not synced: what a power cut leaves has another crc."""
         start = time.monotonic()
         part = self._folder / f"{item.sha256}.part"
-        descriptor = self._reserve(part, item)
+        descriptor = self._room.reserve(part, item)
         try:
             fetch(item, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -148,113 +157,7 @@ class Cache:
             os.close(descriptor)
             part.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-                raise _unusable(self._folder, error) from error
+                raise unusable(self._folder, error) from error
             raise
         LOG.info("fetched %s: %d bytes in %.1f s", item.url, item.bytes, time.monotonic() - start)
         return descriptor
-
-    def _reserve(self, part: Path, item: Item) -> int:
-        """A descriptor of a new file that has its room on the disk."""
-        part.unlink(missing_ok=True)  # of one that died over it
-        while True:
-            with _locked(self._folder / "room.lock"):
-                if self._make_room(item):
-                    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                    try:
-                        _allocate(descriptor, item.bytes)
-                    except OSError as error:
-                        os.close(descriptor)
-                        part.unlink()
-                        raise _unusable(self._folder, error) from error
-                    return descriptor
-            time.sleep(WAIT_S)
-
-    def _make_room(self, item: Item) -> bool:
-        """Evict until ``item`` fits; False where others are about to give room back. Under the folder's lock."""
-        files, parts = self._scan()
-        free = shutil.disk_usage(self._folder).free - SPARE
-        used = sum(size for size, _, _ in files + parts)
-        short = max(item.bytes - free, used + item.bytes - self._limit if self._limit else 0)
-        busy = 0
-        for size, _, path in parts + sorted(files, key=lambda file: file[1]):
-            if short <= 0:
-                break
-            if _evict(path):
-                short -= size
-            else:
-                busy += size
-        if short <= 0:
-            return True
-        if short <= busy:
-            return False
-        limit = f" and a limit of {size_text(self._limit)}" if self._limit else ""
-        raise ShardError(
-            f"{self._folder}: no room for {item.url}: got {size_text(free + SPARE)} free on its disk{limit}, expected "
-            f"{size_text(item.bytes)} and {size_text(SPARE)} that are left to others: free some, raise --data.cache-gib, give another "
-            "--data.cache DIR, or --data.cache off"
-        )
-
-    def _scan(self) -> tuple[list[tuple[int, float, Path]], list[tuple[int, float, Path]]]:
-        """(bytes, last read, path) of the files, and of those that are being fetched."""
-        files: list[tuple[int, float, Path]] = []
-        parts: list[tuple[int, float, Path]] = []
-        for entry in os.scandir(self._folder):
-            if not entry.name.endswith(".lock"):
-                try:
-                    status = entry.stat()
-                except FileNotFoundError:  # finished or evicted meanwhile
-                    continue
-                found = (status.st_size, status.st_mtime, Path(entry.path))
-                (parts if entry.name.endswith(".part") else files).append(found)
-        return files, parts
-
-
-def _evict(path: Path) -> bool:
-    """Remove a file unless it is being read, or a half-fetched one unless its fetcher lives."""
-    held = path.with_suffix(".lock") if path.suffix == ".part" else path
-    try:
-        descriptor = os.open(held, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink()
-        return True
-    except (BlockingIOError, FileNotFoundError):  # in use, or it became a whole file just now
-        return False
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file, after waiting for it; whoever dies lets go of it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _allocate(descriptor: int, size: int) -> None:
-    try:
-        os.posix_fallocate(descriptor, 0, max(1, size))
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # some file systems cannot
-            raise
-    os.ftruncate(descriptor, size)
-
-
-def _unusable(folder: Path, error: OSError) -> ShardError:
-    return ShardError(
-        f"{folder}: the cache cannot be written ({error.strerror or error}); expected a folder with room on this node: "
-        "free some, give another --data.cache DIR, or --data.cache off"
-    )
-
-
-def size_text(size: int) -> str:
-    """Bytes as people say them, close enough to tell two of them apart."""
-    if size >= GIB:
-        return f"{size / GIB:.2f} GiB"
-    return f"{size / (1 << 20):.1f} MiB" if size >= 1 << 20 else f"{size} bytes"

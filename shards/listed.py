@@ -62,9 +62,13 @@ def _load_kept(cache: Cache, item: Item) -> Array:
     cache.check(item)
     descriptor = cache.open(item)
     try:
-        return _load(cache.path(item))
-    finally:
+        array = _load(cache.path(item))
+    except BaseException:
         os.close(descriptor)
+        raise
+    # The blocks of a file that is mapped stay taken when it is evicted, so the cache would take more than it counts.
+    cache.hold(item, descriptor, array.base)
+    return array
 
 
 def _load(source: io.BytesIO | os.PathLike[str]) -> Array:

@@ -4,6 +4,7 @@ Every range has a crc32. One that differs is read once more: a copy in the cache
 fetched again, and what was damaged on its way arrives whole. What differs again is the data set's fault.
 """
 
+import threading
 import zlib
 
 import numpy as np
@@ -34,6 +35,8 @@ class Members:
         self._sizes = [shard.bytes for shard in manifest.shards]
         self._urls = [storage.join(manifest.url, name) for name in self._shards]
         cache = cache_for(manifest.url, manifest.cache) if cached else None
+        self._found_damaged: dict[int, str] = {}
+        self._finding = threading.Lock()
         self._files: Files = RangeReader()
         if cache is not None:
             self._files = CachedReader(cache, shard_items(manifest), lenient=lenient)
@@ -82,7 +85,13 @@ class Members:
         raise BadSampleError(f"{self.name(row)}: {problem}")
 
     def _damaged(self, shard: int) -> str:
-        """Which images of a shard are not as they were written, as the store has it now."""
+        """Which images of a shard are not as they were written, as the store has it now; it is read once for all threads."""
+        with self._finding:
+            if shard not in self._found_damaged:
+                self._found_damaged[shard] = self._find_damaged(shard)
+            return self._found_damaged[shard]
+
+    def _find_damaged(self, shard: int) -> str:
         rows = np.flatnonzero(self._images["shard"] == shard)
         content = storage.read_range(self._urls[shard], 0, self._sizes[shard])
         bad = []

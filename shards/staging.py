@@ -161,6 +161,9 @@ def _local(folder: Path, key: str) -> Iterator[Stage]:
         yield stage
         _clear(path, lambda entry: not entry.name.startswith(".") or entry.name == _NOTES)
         _clear(path / _NOTES, lambda entry: entry == key_file)
+        for entry in path.iterdir():
+            if entry.is_dir():
+                storage.sync_folder(entry)
         storage.sync_folder(path)
         path.rename(folder)
         storage.sync_folder(folder.parent)

@@ -10,6 +10,7 @@ import errno
 import math
 import os
 import re
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -178,8 +179,11 @@ def remove(url: str) -> None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a local file aside, flush it to the disk and rename it, so that it is whole or absent."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a local file aside, flush it to the disk and rename it, so that it is whole or absent.
+
+    On a shared folder another node may write the same one at the same time, under the same process id.
+    """
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     with aside.open("wb") as file:
         file.write(content)
         file.flush()

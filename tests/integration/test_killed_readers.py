@@ -15,7 +15,8 @@ from pipeline.optim import Schedule
 from pipeline.parallel import Ranks
 from pipeline.samples import rank_parts
 from shards.manifest import load_manifest
-from shards.read import ReadConfig, Sample, open_stream
+from shards.read import ReadConfig, open_stream
+from shards.sample import Sample
 from shards.synthetic import write_synthetic
 from shards.write import WriteConfig, write_coco
 

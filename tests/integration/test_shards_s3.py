@@ -22,7 +22,8 @@ from shards.cache import CacheConfig
 from shards.errors import ShardError
 from shards.manifest import Manifest, load_manifest
 from shards.plan import plan_epoch
-from shards.read import ReadConfig, Sample, open_loader, read_samples
+from shards.read import ReadConfig, open_loader, read_samples
+from shards.sample import Sample
 from shards.verify import check_sizes
 from tests.conftest import TinyData
 from tests.s3_server import SECRET, S3Server

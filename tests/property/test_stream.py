@@ -17,7 +17,8 @@ from pipeline.parallel import Ranks
 from pipeline.samples import augmented_sizes, rank_parts, training_batches, training_transform
 from shards.manifest import Manifest, load_manifest
 from shards.plan import PlanConfig, plan_epoch
-from shards.read import ReadConfig, Sample, open_loader, open_stream
+from shards.read import ReadConfig, open_loader, open_stream
+from shards.sample import Sample
 
 EPOCHS = 2
 

@@ -11,8 +11,10 @@ from pipeline.config import DataConfig
 from pipeline.data import check_cache, check_cache_limit, check_room, open_data
 from pipeline.errors import RunConfigError
 from shards import cache as caching
-from shards.cache import GIB, size_text
-from shards.manifest import Manifest, Shard
+from shards import room
+from shards.listed import File
+from shards.manifest import ANNOTATIONS_NAME, IMAGES_NAME, Manifest, Shard
+from shards.room import GIB, size_text
 from tests.conftest import TinyData
 
 Usage = namedtuple("Usage", "free")
@@ -24,9 +26,10 @@ def config(tiny_data: TinyData, tmp_path: Path) -> DataConfig:
 
 
 def of_size(manifest: Manifest, name: str, *gib: float) -> Manifest:
-    """The data set with shards of these sizes."""
+    """The data set with shards of these sizes, and an index of a quarter GiB."""
     shards = [Shard(f"{name}-{n}.tar", 1, int(size * GIB), f"{name}{n:060}") for n, size in enumerate(gib)]
-    return msgspec.structs.replace(manifest, shards=tuple(shards))
+    files = [File(one, GIB // 8, f"{name}{one:>60}") for one in (IMAGES_NAME, ANNOTATIONS_NAME)]
+    return msgspec.structs.replace(manifest, shards=tuple(shards), files=tuple(files))
 
 
 def sets(config: DataConfig) -> tuple[Manifest, Manifest]:
@@ -43,33 +46,33 @@ def test_both_data_sets_are_read_through_the_cache_of_the_run(config: DataConfig
 
 @pytest.mark.parametrize("check", [check_cache, check_cache_limit])
 def test_a_limit_below_the_data_says_what_is_needed_and_what_to_set(config: DataConfig, check) -> None:
-    config = replace(config, cache_gib=11.9)
+    config = replace(config, cache_gib=12.4)
     with pytest.raises(
         RunConfigError,
-        match=r"shards take 12.00 GiB but .* may hold 11.90 GiB.*--data.cache-gib .*--data.shuffle-shards N .*cache off",
+        match=r"shards and index take 12.50 GiB but .* may hold 12.40 GiB.*--data.cache-gib .*--data.shuffle-shards N .*cache off",
     ) as caught:
         check(config, *sets(config))
     assert "\n" not in str(caught.value)
-    config = replace(config, cache_gib=12)
+    config = replace(config, cache_gib=12.5)
     check(config, *sets(config))
 
 
 @pytest.mark.parametrize("check", [check_cache, check_cache_limit])
 def test_blocks_need_room_for_two_of_them_and_for_validation(config: DataConfig, check) -> None:
-    config = replace(config, cache_gib=5.9, shuffle_shards=2)
+    config = replace(config, cache_gib=6.4, shuffle_shards=2)
     with pytest.raises(
-        RunConfigError, match=r"data.shuffle_shards 2 .* 6.00 GiB but .* 5.90 GiB.*lower --data.shuffle-shards"
+        RunConfigError, match=r"data.shuffle_shards 2, .* 6.50 GiB but .* 6.40 GiB;.*lower --data.shuffle-shards"
     ):
         check(config, *sets(config))
-    config = replace(config, cache_gib=6)
+    config = replace(config, cache_gib=6.5)
     check(config, *sets(config))
 
 
 def test_a_node_without_the_disk_space_says_so_before_anything_is_fetched(
     config: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(caching.shutil, "disk_usage", lambda _: Usage(caching.SPARE + 7 * GIB))
-    with pytest.raises(RunConfigError, match=rf"12.00 GiB but {config.cache} may hold 7.00 GiB"):
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: Usage(room.SPARE + 7 * GIB))
+    with pytest.raises(RunConfigError, match=rf"12.50 GiB but {config.cache} may hold 7.00 GiB"):
         check_cache(config, *sets(config))
     check_cache(replace(config, shuffle_shards=2), *sets(config))
 
@@ -83,10 +86,10 @@ def test_data_that_is_read_where_it_lies_needs_no_room(config: DataConfig, folde
 
 def test_an_evaluation_that_does_not_fit_says_what_to_set(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     _, val = sets(config)
-    monkeypatch.setattr(caching.shutil, "disk_usage", lambda _: Usage(caching.SPARE + GIB))
-    with pytest.raises(RunConfigError, match=r"shards take 2.00 GiB but .* may hold 1.00 GiB; .* DETR_CACHE"):
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: Usage(room.SPARE + int(2.24 * GIB)))
+    with pytest.raises(RunConfigError, match=r"shards and index take 2.25 GiB but .* may hold 2.24 GiB; .* DETR_CACHE"):
         check_room(val)
-    monkeypatch.setattr(caching.shutil, "disk_usage", lambda _: Usage(caching.SPARE + 2 * GIB))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: Usage(room.SPARE + int(2.25 * GIB)))
     check_room(val)
 
 

@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 
 from shards import cache as caching
-from shards import fetch, storage
-from shards.cache import GIB, Cache, CacheConfig, cache_for
+from shards import fetch, room, storage
+from shards.cache import Cache, CacheConfig, cache_for
 from shards.errors import ShardError
 from shards.fetch import DigestError, Item
-from shards.manifest import load_manifest
+from shards.listed import File, load_listed
+from shards.manifest import load_index, load_manifest
+from shards.members import Members
 from shards.plan import PlanConfig, plan_epoch
 from shards.read import ReadConfig, open_loader, read_samples
+from shards.room import GIB
 
 
 @pytest.fixture
@@ -52,6 +55,10 @@ def store(tmp_path):
 def content(cache, item):
     with os.fdopen(cache.open(item), "rb") as file:
         return file.read()
+
+
+def never(_):
+    raise AssertionError("waits")
 
 
 def names(folder):
@@ -188,7 +195,7 @@ def test_what_a_dead_process_left_half_fetched_makes_room(store, tmp_path):
     item = store("x")
     with (tmp_path / "kept" / "dead.lock").open() as alive:
         fcntl.flock(alive, fcntl.LOCK_EX)
-        assert not cache._make_room(item)
+        assert not cache._room._make_room(item)
     assert len(content(cache, item)) == 1000
     assert names(tmp_path / "kept") == [item.sha256]
 
@@ -317,7 +324,7 @@ def test_a_shard_larger_than_the_room_is_one_clear_line(store, tmp_path):
 
 
 def test_space_is_looked_for_before_anything_is_asked_for(store, tmp_path, asked, monkeypatch):
-    monkeypatch.setattr(caching.shutil, "disk_usage", lambda _: SimpleNamespace(free=caching.SPARE + 900))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=room.SPARE + 900))
     with pytest.raises(ShardError, match="no room"):
         Cache(tmp_path / "kept").open(store("x"))
     assert not asked
@@ -370,6 +377,97 @@ def test_a_write_that_fails_is_one_clear_line(store, tmp_path, monkeypatch, numb
     assert names(tmp_path / "kept") == []
 
 
+def test_a_mapped_index_stays_and_lets_go_with_its_last_user(coco, store, tmp_path, monkeypatch):
+    folder = tmp_path / "kept"
+    coco.write()
+    manifest = load_manifest(coco.root / "out", CacheConfig(str(folder)))
+    images = load_index(manifest).images["image_id"]  # all that is left of it
+    listed = next(file for file in manifest.files if file.name == "index/images.npy")
+    small = Cache(folder, listed.bytes + 100)
+    assert len(content(small, store("x", 99))) == 99
+    assert listed.sha256 in names(folder)
+    # Waiting for room would be waiting for itself.
+    monkeypatch.setattr(room.time, "sleep", never)
+    with pytest.raises(ShardError, match="no room"):
+        small.open(store("y", 101))
+    assert len(set(images.tolist())) == 7
+    del images
+    assert len(content(small, store("y", 101))) == 101
+    assert listed.sha256 not in names(folder)
+
+
+def test_an_index_that_is_no_array_is_let_go_of(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(room.time, "sleep", never)
+    item = store("x")
+    cache = Cache(tmp_path / "kept", 1000)
+    with pytest.raises(ShardError, match="not a NumPy array"):
+        load_listed(item.url, File("x", item.bytes, item.sha256), cache)
+    assert len(content(cache, store("y", 999))) == 999
+
+
+def test_half_a_file_without_its_lock_makes_room(store, tmp_path):
+    cache = Cache(tmp_path / "kept", 1500)
+    (tmp_path / "kept" / "dead.part").write_bytes(bytes(1000))
+    item = store("x")
+    assert len(content(cache, item)) == 1000
+    assert names(tmp_path / "kept") == [item.sha256]
+
+
+def test_who_waits_long_for_room_says_so_once(store, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(room, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(room, "WAIT_S", 0.02)
+    cache = Cache(tmp_path / "kept", 1000)
+    held = cache.open(store("a", 1000))
+    threading.Timer(0.2, os.close, (held,)).start()
+    item = store("b", 999)
+    assert len(content(cache, item)) == 999
+    assert [message for message in caplog.messages if f"waiting for room for {item.url}" in message] == caplog.messages
+    assert len(caplog.messages) == 1
+
+
+def test_room_is_given_to_one_at_a_time(store, tmp_path, monkeypatch):
+    taken = []
+    make, allocate = room.Room._make_room, room._allocate
+
+    def making(self, item):
+        made = make(self, item)
+        time.sleep(0.05)  # for another to find the same room
+        return made
+
+    def allocating(descriptor, size):
+        allocate(descriptor, size)
+        taken.append(sum(path.stat().st_size for path in (tmp_path / "kept").glob("*.part")))
+
+    monkeypatch.setattr(room.Room, "_make_room", making)
+    monkeypatch.setattr(room, "_allocate", allocating)
+    monkeypatch.setattr(caching, "fetch", lambda *_: time.sleep(0.2))
+    cache = Cache(tmp_path / "kept", 1500)
+    items = [store(name, size) for name, size in (("a", 1000), ("b", 999))]
+    read_at_once(2, lambda number: os.close(cache.open(items[number])))
+    assert len(taken) == 2
+    assert max(taken) <= 1500
+
+
+def test_of_many_threads_one_finds_out_which_image_is_damaged(coco, tmp_path, asked, monkeypatch):
+    find = Members._find_damaged
+    monkeypatch.setattr(Members, "_find_damaged", lambda self, shard: time.sleep(0.05) or find(self, shard))
+    manifest, row, shard = damaged(coco, tmp_path)
+    members = Members(manifest)
+    asked.clear()
+    said = []
+
+    def read(_):
+        with pytest.raises(DigestError) as caught:
+            members.image(row - 1)
+        said.append(str(caught.value))
+
+    read_at_once(8, read)
+    assert len(said) == 8
+    assert len(set(said)) == 1
+    assert f"image {int(manifest.index().images[row]['image_id'])} in {shard.name}: " in said[0]
+    assert asked == [(shard.name, 0)] * 3
+
+
 def test_a_folder_that_cannot_be_one_is_one_clear_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ShardError, match=r"file/kept: the cache cannot be written"):
@@ -401,7 +499,7 @@ def test_remote_data_sets_have_a_cache_and_local_ones_only_where_one_is_given(tm
 
 
 def test_the_cache_knows_how_much_it_may_hold(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(caching.shutil, "disk_usage", lambda _: SimpleNamespace(free=caching.SPARE + 5000))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=room.SPARE + 5000))
     cache = Cache(tmp_path / "kept")
     content(cache, store("x"))
     assert cache.room() == 6000

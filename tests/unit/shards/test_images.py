@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from shards.images import COLOURS, ImageSource, Unfit, look_at, read_image
-from shards.read import decode
+from shards.sample import decode
 
 RAMP = np.array([[0, 255, 256, 40000, 65535]], np.uint16)
 

@@ -1,15 +1,19 @@
 import gc
 import io
 import threading
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from shards import ranges
+from shards import ranges, storage
 from shards.errors import ShardError
 from shards.plan import plan_epoch
-from shards.read import ReadConfig, decode, open_batches, open_loader, read_samples
+from shards.read import ReadConfig, open_batches, open_loader, read_samples
+from shards.sample import decode
 
 
 def ids(sample):
@@ -27,6 +31,15 @@ def planned(manifest, plan, step, rank=0, world_size=1):
 
 def reading_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("shards")]
+
+
+def open_below(folder):
+    """Names of the files in a folder that this process has open."""
+    links = []
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            links.append(link.readlink())
+    return [path.name for path in links if path.parent == folder]
 
 
 class Equal:
@@ -213,6 +226,29 @@ def test_few_files_are_open_however_many_shards_there_are(coco, monkeypatch):
     order = np.random.default_rng(0).integers(0, 7, 100)
     found = [sample.row for sample in read_samples(manifest, order, ReadConfig(threads=4, prefetch=8))]
     assert found == order.tolist()
+    files = ranges.RangeReader()
+    for shard in manifest.shards:
+        files.read(storage.join(manifest.url, shard.name), 0, 1)
+    assert sorted(open_below(coco.root / "out")) == [shard.name for shard in manifest.shards[-2:]]
+    files.close()
+    assert open_below(coco.root / "out") == []
+
+
+def test_what_was_not_begun_when_a_loader_is_closed_is_not_done(coco):
+    manifest = coco.write()
+    begun = []
+
+    def transform(sample):
+        begun.append(sample.row)
+        time.sleep(0.02)
+
+    config = ReadConfig(threads=1, prefetch=30)
+    loader = open_batches(
+        manifest, [np.array([number % 7]) for number in range(40)], transform=transform, collate=list, config=config
+    )
+    next(loader)
+    loader.close()
+    assert len(begun) < 15
 
 
 def test_a_data_set_is_read_from_a_remote_url(coco):

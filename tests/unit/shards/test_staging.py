@@ -4,6 +4,7 @@ import json
 import tempfile
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 
 import fsspec
 import msgspec
@@ -283,3 +284,22 @@ def test_a_writer_that_is_killed_leaves_nothing_in_the_folder_of_temporary_files
     write_remote(coco)
     assert uploads == [[]] * 4
     assert content(URL) == content(local.url)
+
+
+def test_every_folder_is_on_the_disk_before_a_data_set_appears(coco, monkeypatch):
+    synced = []
+    sync, rename = storage.sync_folder, Path.rename
+
+    def syncing(path):
+        synced.append(str(path.relative_to(coco.root)))
+        sync(path)
+
+    def renaming(path, target):
+        if path.is_dir():
+            synced.append("renamed")
+        return rename(path, target)
+
+    monkeypatch.setattr(storage, "sync_folder", syncing)
+    monkeypatch.setattr(Path, "rename", renaming)
+    coco.write()
+    assert synced[-4:] == ["out.partial/index", "out.partial", "renamed", "."]

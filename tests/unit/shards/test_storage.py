@@ -157,6 +157,25 @@ def test_a_remote_file_is_read_from_many_threads():
     assert not wrong
 
 
+def test_two_nodes_that_write_the_same_file_at_once_do_not_share_a_draft(tmp_path, monkeypatch):
+    """Both have the same process id."""
+    real, hosts = os.fsync, []
+
+    def fsync(descriptor):
+        if not hosts:
+            hosts.append("second")
+            monkeypatch.setattr(storage.socket, "gethostname", lambda: "second")
+            storage.write_atomic(tmp_path / "x", b"theirs")
+            assert (tmp_path / "x").read_bytes() == b"theirs"
+        real(descriptor)
+
+    monkeypatch.setattr(storage.socket, "gethostname", lambda: "first")
+    monkeypatch.setattr(storage.os, "fsync", fsync)
+    storage.write_atomic(tmp_path / "x", b"ours")
+    assert (tmp_path / "x").read_bytes() == b"ours"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
 def failing_with(number):
     def fails(*_):
         raise OSError(number, os.strerror(number))
