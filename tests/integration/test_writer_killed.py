@@ -16,7 +16,7 @@ from shards.manifest import load_manifest
 from shards.synthetic import write_synthetic
 from shards.write import WriteConfig, write_coco
 
-IMAGES, SAMPLES = 120, 2
+IMAGES, SAMPLES = 1200, 2  # enough shards that none of the ways to stop comes too late
 
 
 @pytest.fixture(scope="module")
