@@ -93,7 +93,7 @@ def age_s(url: str) -> float:
     try:
         return time.time() - float(patiently(lambda: filesystem.modified(name), url).timestamp())
     except (FileNotFoundError, NotImplementedError):
-        return math.inf
+        return math.inf  # it is gone meanwhile, or fsspec's file system for this store cannot tell
 
 
 def read(url: str) -> bytes:
