@@ -17,7 +17,8 @@ from typing import Any
 from pipeline.config import RunConfig, from_json, to_json
 from pipeline.errors import USER_ERRORS, RunConfigError, TrainingError, first_line
 from pipeline.fitting import begin, fail, fit_and_follow, leave_word
-from pipeline.mlflow_store import EventSender, code_commit, tracking_uri
+from pipeline.mlflow_events import EventSender
+from pipeline.mlflow_store import code_commit, tracking_uri
 from pipeline.track import TAG_PHASE, TAG_WARNING, SpoolTracker
 
 
@@ -170,8 +171,9 @@ def _ray_worker(job: dict[str, Any]) -> None:
     import torch
 
     from pipeline.parallel import Ranks
+    from pipeline.state import Place
     from pipeline.telling import telling_warnings
-    from pipeline.worker import Place, run
+    from pipeline.worker import run
 
     context = ray.train.get_context()
     config = from_json(job["config"])

@@ -31,17 +31,18 @@ from detr.model import Outputs
 from pipeline.config import RunConfig
 from pipeline.errors import TrainingError
 from pipeline.parallel import Ranks, averaging, clip_gradients
+from pipeline.stopping import NOTHING, Asked
 
 
 class StepResult(NamedTuple):
     """A step's figures, on the device: losses of this rank (its share of the global loss), total gradient norm.
 
-    stop: whether any rank asked for the run to stop after this step; the same on every rank.
+    asked: what any rank asks for after this step; the same on every rank.
     """
 
     losses: Losses
     grad_norm: Tensor
-    stop: bool = False
+    asked: Asked = NOTHING
 
 
 class Diverged(TrainingError):
@@ -65,9 +66,10 @@ class _Pass(NamedTuple):
 
 
 def normalisers(
-    batches: Sequence[Batch], config: RunConfig, ranks: Ranks, asks: bool = False
+    batches: Sequence[Batch], config: RunConfig, ranks: Ranks, asks: Asked = NOTHING
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(boxes, cross-entropy weight) that this rank's losses are divided by, see the module's text, and how many ranks ask.
+    """(boxes, cross-entropy weight) that this rank's losses are divided by, see the module's text, and how many ranks
+    ask for each thing.
 
     A collective call.
     Scalars on the rank's device: the host waits neither for the copy nor for the sum.
@@ -75,8 +77,9 @@ def normalisers(
     targets = [target for batch in batches for target in batch.targets]
     boxes = sum(len(target.labels) for target in targets)
     weight = ce_weight_sum(targets, config.model.num_queries, config.loss)
-    mine = torch.tensor([float(boxes), weight, float(asks)], dtype=torch.float64)
-    total_boxes, total_weight, asking = ranks.sum(mine.to(ranks.device, non_blocking=True)).unbind()
+    mine = torch.tensor([float(boxes), weight, *map(float, asks)], dtype=torch.float64)
+    sums = ranks.sum(mine.to(ranks.device, non_blocking=True))
+    total_boxes, total_weight, asking = sums[0], sums[1], sums[2:]
     # With eos_coef 0 and no box the weights' sum is 0, and so is the loss that it divides.
     total_weight = torch.where(total_weight > 0, total_weight, 1.0)
     return (total_boxes.clamp(min=1) / ranks.world_size).float(), (total_weight / ranks.world_size).float(), asking
@@ -89,12 +92,12 @@ def train_step(
     config: RunConfig,
     ranks: Ranks,
     step: int,
-    asks: bool = False,
+    asks: Asked = NOTHING,
 ) -> StepResult:
     """Forward, losses and backward of each micro-batch, then clip and update. Learning rates are the caller's.
 
     batches: this rank's part of the step; as many on every rank, some perhaps without images.
-    asks: whether this rank wants the run to stop after the step.
+    asks: what this rank wants after the step.
 
     Raises `Diverged` before the update when anything is not finite on any rank, or the gradient's norm is past
     `guard.max_grad_norm`, naming step, image ids and part.
@@ -110,11 +113,15 @@ def train_step(
         with averaging(model, now=number == len(batches) - 1):
             passes.append(_pass(model, batch.to(ranks.device), dividers, config))
     grad_norm = clip_gradients(optimizer, config.optim.clip_norm)
-    norm, asked = torch.stack([grad_norm.double(), asking]).tolist()  # one wait for the device, for both
+    norm, *asked = torch.cat([grad_norm.double()[None], asking]).tolist()  # one wait for the device, for both
     if not norm < (config.guard.max_grad_norm or math.inf):  # false for NaN
         raise _diverged(passes, norm, ranks, step)
     optimizer.step()
-    return StepResult(_sum([(len(one.batch), one.losses) for one in passes]), grad_norm.detach(), asked > 0)
+    return StepResult(
+        _sum([(len(one.batch), one.losses) for one in passes]),
+        grad_norm.detach(),
+        Asked(*(count > 0 for count in asked)),
+    )
 
 
 def _pass(model: nn.Module, batch: Batch, dividers: Sequence[Tensor], config: RunConfig) -> _Pass:

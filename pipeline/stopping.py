@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 _NOTE = "stop"
 _LOOK_S = 1.0  # a folder that many nodes share should not be asked at every step
@@ -29,15 +30,27 @@ def withdraw(run_folder: Path) -> None:
     (run_folder / _NOTE).unlink(missing_ok=True)
 
 
+class Asked(NamedTuple):
+    """What is wanted of all ranks after a step, as soon as any of them wants it."""
+
+    save: bool = False
+    """A checkpoint now, beside those that are due."""
+    stop: bool = False
+    """A checkpoint, and the end."""
+
+
+NOTHING = Asked()
+
+
 class StopWatch:
     """Looks for the note, seldom."""
 
     def __init__(self, run_folder: Path) -> None:
         self._folder, self._next, self._asked = run_folder, 0.0, False
 
-    def asked(self) -> bool:
-        """Whether the run is asked to stop."""
+    def asked(self) -> Asked:
+        """What this rank asks for after the step at hand."""
         now = time.monotonic()
         if not self._asked and now >= self._next:
             self._next, self._asked = now + _LOOK_S, asked_to_stop(self._folder)
-        return self._asked
+        return Asked(stop=self._asked)

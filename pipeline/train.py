@@ -20,6 +20,7 @@ from pipeline.config import RunConfig, from_json, to_json
 from pipeline.errors import CheckpointError, Interrupted, RunConfigError, TrainingError, first_line
 from pipeline.identity import Changes, continuation
 from pipeline.launch import run_workers
+from pipeline.mlflow_events import EventSender
 from pipeline.mlflow_store import (
     CONFIG_ARTIFACT,
     TAG_EPOCHS,
@@ -27,7 +28,6 @@ from pipeline.mlflow_store import (
     TAG_STREAM,
     TAG_TOTAL_STEPS,
     TAG_TRAIN_DIGEST,
-    EventSender,
     connect,
     create_run,
     find_run,

@@ -14,8 +14,9 @@ from pipeline.errors import CheckpointError, Interrupted, RunConfigError, Traini
 from pipeline.identity import Changes
 from pipeline.mlflow_store import TAG_STREAM, TAG_TOTAL_STEPS, connect, find_run
 from pipeline.parallel import Ranks
+from pipeline.state import Place
 from pipeline.train import BusyError, Launch, resume, train
-from pipeline.worker import Place, run
+from pipeline.worker import run
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from pipeline import checkpoint
 from pipeline.config import RunConfig
 from pipeline.evaluate import evaluate
 from pipeline.parallel import Ranks
+from pipeline.state import Place
 from pipeline.weights import save_initial
-from pipeline.worker import Place, run
+from pipeline.worker import run
 from shards.manifest import load_manifest
 from tests.ranks import run_ranks
 

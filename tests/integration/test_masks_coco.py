@@ -16,8 +16,9 @@ from pipeline.optim import Schedule
 from pipeline.parallel import Ranks
 from pipeline.preflight import prepare
 from pipeline.samples import training_batches
+from pipeline.state import Place
 from pipeline.track import MemoryTracker
-from pipeline.worker import Place, run
+from pipeline.worker import run
 from shards.manifest import Manifest
 from shards.score import MASK_METRICS
 from shards.write import WriteConfig, write_coco

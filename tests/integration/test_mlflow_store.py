@@ -14,11 +14,11 @@ from PIL import Image
 from pipeline import mlflow_store, ui
 from pipeline.config import RunConfig, flatten, from_json
 from pipeline.errors import TrackingError
+from pipeline.mlflow_events import EventSender
 from pipeline.mlflow_store import (
     CONFIG_ARTIFACT,
     TAG_COMMIT,
     TAG_FOLDER,
-    EventSender,
     code_commit,
     connect,
     create_run,

@@ -26,8 +26,9 @@ from pipeline.parallel import Ranks
 from pipeline.predict import read_card
 from pipeline.registered import evaluate_registered, predict
 from pipeline.registry import Registered, find_version, register, register_run, resolve, run_of
+from pipeline.state import Place
 from pipeline.weights import save_initial
-from pipeline.worker import Place, run
+from pipeline.worker import run
 from shards.manifest import load_manifest
 
 

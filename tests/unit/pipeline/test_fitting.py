@@ -132,6 +132,6 @@ def test_a_restart_says_why(tmp_path: Path) -> None:
 
 def test_the_watch_sees_the_note(tmp_path: Path) -> None:
     watch = StopWatch(tmp_path)
-    assert not watch.asked()
+    assert not watch.asked().stop
     ask_to_stop(tmp_path)
-    until(watch.asked)
+    until(lambda: watch.asked().stop)

@@ -17,10 +17,11 @@ from pipeline import worker as module
 from pipeline.config import GuardConfig, RunConfig
 from pipeline.errors import TrainingError
 from pipeline.parallel import Ranks
+from pipeline.state import Place
 from pipeline.step import Diverged, StepResult, train_step
 from pipeline.track import MemoryTracker
 from pipeline.weights import save_initial
-from pipeline.worker import Place, run
+from pipeline.worker import run
 
 STEPS = 6
 Weights = dict[str, torch.Tensor]

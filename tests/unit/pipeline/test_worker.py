@@ -21,10 +21,12 @@ from pipeline.config import RunConfig
 from pipeline.errors import CheckpointError
 from pipeline.identity import continuation
 from pipeline.parallel import Ranks
+from pipeline.state import Place
 from pipeline.step import StepResult, train_step
+from pipeline.stopping import Asked
 from pipeline.track import MemoryTracker
 from pipeline.weights import build_trained, save_initial
-from pipeline.worker import Place, run
+from pipeline.worker import run
 from shards.errors import ShardError
 from shards.manifest import load_manifest
 from shards.plan import epoch_order
@@ -410,7 +412,7 @@ def test_a_run_that_is_asked_to_stop_saves_after_the_step_and_goes_on_from_it(
 ) -> None:
     def asked_at(step: int) -> None:
         seen = shown_images(monkeypatch)
-        monkeypatch.setattr(module.StopWatch, "asked", lambda _: len(seen) == step)
+        monkeypatch.setattr(module.StopWatch, "asked", lambda _: Asked(stop=len(seen) == step))
 
     run(config, place, Ranks(), None)
     whole = start(config, tmp_path / "stopped")

@@ -1,0 +1,22 @@
+"""The steps at which training pauses to save or to evaluate: functions of the step, so a resumed run meets the same."""
+
+from __future__ import annotations
+
+from pipeline.config import RunConfig
+from pipeline.optim import Schedule
+
+
+def next_evaluation(config: RunConfig, schedule: Schedule, step: int) -> int:
+    """The first step after `step` at which an evaluation is due."""
+    every = config.evaluate.every
+    epoch = int(schedule.epoch(step)) // every * every
+    while schedule.steps(epoch) <= step:
+        epoch += every
+    return min(schedule.steps(epoch), schedule.total_steps)
+
+
+def next_boundary(config: RunConfig, schedule: Schedule, step: int) -> int:
+    """The first step after `step` at which a checkpoint or an evaluation is due."""
+    every = config.checkpoint.every_steps
+    nearest = next_evaluation(config, schedule, step)
+    return min(nearest, (step // every + 1) * every) if every else nearest

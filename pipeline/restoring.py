@@ -1,0 +1,42 @@
+"""A worker's model and optimizer, from the newest checkpoint or from the run's first weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from detr.execution import compile_shapes, set_channels_last, set_recompute
+from detr.model import DETR
+from pipeline import checkpoint
+from pipeline.optim import build_optimizer
+from pipeline.parallel import distribute, unwrap
+from pipeline.state import State, Worker
+from pipeline.weights import build_trained, read_initial
+
+
+def restore(worker: Worker, newest: Path | None, step: int) -> State:
+    """The state after `step` steps, which the checkpoint `newest` holds; a collective call."""
+    config, ranks = worker.config, worker.ranks
+    torch.manual_seed(config.seed)
+    model = build(worker)
+    if newest is None:
+        read_initial(model, worker.place.folder)
+    if config.compute.compile:
+        compile_shapes(model)
+    wrapped = distribute(model, ranks, config.cluster.strategy)
+    optimizer = build_optimizer(unwrap(wrapped), config.optim)
+    if newest is not None:
+        checkpoint.load(newest, wrapped, optimizer, ranks)
+    wrapped.train()
+    return State(wrapped, optimizer, step)
+
+
+def build(worker: Worker) -> DETR:
+    """The run's model on this worker's device, not yet one of several."""
+    compute = worker.config.compute
+    model = build_trained(worker.config, worker.train.num_classes).to(worker.ranks.device)
+    if compute.channels_last:
+        set_channels_last(model)
+    set_recompute(model, compute.recompute)
+    return model
