@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.12.24
 
-.PHONY: setup demo test check bench lock clean
+.PHONY: setup demo test slow check bench lock clean
 setup: $(VENV)/.ready
 
 # uv installs the pinned stack in under a minute; it lives in the environment it fills. Byte-compiling once
@@ -27,8 +27,12 @@ check: setup
 
 # Small tests two at a time; then, one by one, those that start clusters, servers and several ranks.
 test: check
-	$(BIN)/pytest -n 2 --dist loadscope tests/unit tests/property tests/parity
-	$(BIN)/pytest tests/integration tests/e2e
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadscope tests/unit tests/property tests/parity
+	$(BIN)/pytest -m "not slow" tests/integration tests/e2e
+
+# What `make test` leaves out: clusters that lose nodes, many kills, minutes of training.
+slow: setup
+	$(BIN)/pytest -m slow tests
 
 # Beside the original's code where PEER_DETR names a checkout of it; BENCHMARKS.md keeps the figures.
 bench: setup
