@@ -17,6 +17,21 @@ def next_evaluation(config: RunConfig, schedule: Schedule, step: int) -> int:
 
 def next_boundary(config: RunConfig, schedule: Schedule, step: int) -> int:
     """The first step after `step` at which a checkpoint or an evaluation is due."""
-    every = config.checkpoint.every_steps
+    every, milestones = config.checkpoint.every_steps, config.checkpoint.keep_every_epochs
     nearest = next_evaluation(config, schedule, step)
+    if milestones:
+        nearest = min(nearest, _next_milestone(milestones, schedule, step))
     return min(nearest, (step // every + 1) * every) if every else nearest
+
+
+def is_milestone(config: RunConfig, schedule: Schedule, step: int) -> bool:
+    """Whether the checkpoint of `step` stays for good: the first one at or after every so many epochs."""
+    every = config.checkpoint.keep_every_epochs
+    return bool(every) and step > 0 and _next_milestone(every, schedule, step - 1) == step
+
+
+def _next_milestone(every: int, schedule: Schedule, step: int) -> int:
+    epoch = int(schedule.epoch(step)) // every * every
+    while schedule.steps(epoch) <= step:
+        epoch += every
+    return schedule.steps(epoch)

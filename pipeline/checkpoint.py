@@ -1,12 +1,13 @@
 """Checkpoints: torch.distributed.checkpoint folders that are whole or absent.
 
-    <run folder>/checkpoints/step-00001000/      *.distcp, .metadata   model and optimizer, by parameter name
-                                                 meta.json             what this is a checkpoint of
-                                                 evaluation.json       its figures, once it has been evaluated
+    HOME/checkpoints/step-00001000/      *.distcp, .metadata   model and optimizer, by parameter name
+                                         meta.json             what this is a checkpoint of (`pipeline/meta.py`)
+                                         evaluation.json       its figures, once it has been evaluated
 
-A folder is written as `step-00001000.partial`, `meta.json` last, and renamed: a name without the suffix is a whole
-checkpoint. The state is independent of the number of workers, holds no pickled code, and no random state: dropout is
-seeded by (seed, step, rank) and the schedule and the order of the data are functions of the step.
+HOME is a folder, the run's own if nothing else is said: there a checkpoint is written as `step-00001000.partial`,
+`meta.json` last, and renamed, so a name without the suffix is a whole checkpoint. Or it is a URL; then see
+`pipeline/checkpoint_store.py`. The state is independent of the number of workers, holds no pickled code, and no random
+state: dropout is seeded by (seed, step, rank) and the schedule and the order of the data are functions of the step.
 """
 
 from __future__ import annotations
@@ -26,55 +27,37 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from pipeline import checkpoint_store
+from pipeline.checkpoint_store import META, Location, Url
 from pipeline.errors import CheckpointError, first_line
-from pipeline.parallel import Ranks, unwrap
+from pipeline.meta import Best, Meta
+from pipeline.parallel import Ranks, on_first, unwrap
 from pipeline.restricted import RestrictedPlanner, RestrictedReader
+from shards import storage
+from shards.errors import ShardError
+from shards.retry import StoreError
 
-FORMAT = 1
-_META = "meta.json"
 _EVALUATION = "evaluation.json"
 _PARTIAL = ".partial"
 _DELETED = ".deleted" + _PARTIAL
 
 
-class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a checkpoint is of: enough to refuse the wrong data and to say where it came from."""
-
-    step: int
-    epoch: float
-    samples: int
-    run_id: str
-    seed: int
-    batch_size: int
-    train_digest: str
-    num_classes: int
-    code_commit: str
-    world_size: int
-    versions: dict[str, str]
-    format: int = FORMAT
-    # Options of the plan, and where its cut into steps begins: absent, and as here, before there were any.
-    sort_window: int = 1
-    shuffle_shards: int = 0
-    epoch_tail: str = "straddle"
-    origin_step: int = 0
-    origin_samples: int = 0
-    plan_version: int = 1
-
-
-def folder_of(run_folder: Path, step: int) -> Path:
+def folder_of(home: Location, step: int) -> Location:
     """Where the checkpoint of `step` lies."""
-    return run_folder / "checkpoints" / f"step-{step:08d}"
+    return home / "checkpoints" / f"step-{step:08d}"
 
 
-def complete(run_folder: Path) -> list[Path]:
+def complete(home: Location) -> list[Location]:
     """The whole checkpoints of a run, oldest first. Unfinished ones do not count."""
-    found = (run_folder / "checkpoints").glob("step-*")
-    return sorted(path for path in found if not path.name.endswith(_PARTIAL) and (path / _META).exists())
+    if isinstance(home, Url):
+        return [*checkpoint_store.complete(home)]
+    found = (home / "checkpoints").glob("step-*")
+    return [*sorted(path for path in found if not path.name.endswith(_PARTIAL) and (path / META).exists())]
 
 
-def newest(run_folder: Path) -> Path | None:
+def newest(home: Location) -> Location | None:
     """The newest whole checkpoint, or None."""
-    return next(reversed(complete(run_folder)), None)
+    return next(reversed(complete(home)), None)
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -83,46 +66,66 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     return {"model": state, "optimizer": optimizer_state}
 
 
-def save(run_folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, meta: Meta, ranks: Ranks) -> Path:
+def save(home: Location, model: nn.Module, optimizer: torch.optim.Optimizer, meta: Meta, ranks: Ranks) -> Location:
     """Write the checkpoint of `meta.step` and wait for it; see `write`."""
-    return write(run_folder, state_of(model, optimizer), meta, ranks)
+    return write(home, state_of(model, optimizer), meta, ranks)
 
 
-def write(run_folder: Path, state: dict[str, Any], meta: Meta, ranks: Ranks) -> Path:
+def write(home: Location, state: dict[str, Any], meta: Meta, ranks: Ranks) -> Location:
     """Write a state as the checkpoint of `meta.step`; a collective call.
 
-    Raises `CheckpointError` when it cannot be written.
+    Raises `CheckpointError` on every rank when it cannot be written.
     """
-    target = folder_of(run_folder, meta.step)
-    aside = target.with_name(target.name + _PARTIAL)
+    target = folder_of(home, meta.step)
+    aside = None if isinstance(target, Url) else target.with_name(target.name + _PARTIAL)
     try:
-        if ranks.first:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        ranks.barrier()
-        alone = ranks.world_size == 1
-        save_distributed(state, checkpoint_id=str(aside), process_group=ranks.group, no_dist=alone)
-        if ranks.first:
-            _write_synced(aside / _META, msgspec.json.format(msgspec.json.encode(meta), indent=2))
-            shutil.rmtree(target, ignore_errors=True)
-            aside.rename(target)
+        if isinstance(target, Url):
+            meta = msgspec.structs.replace(meta, part=checkpoint_store.upload(target, state, ranks))
+        elif aside:
+            on_first(ranks, lambda: _make_anew(aside))
+            alone = ranks.world_size == 1
+            save_distributed(state, checkpoint_id=str(aside), process_group=ranks.group, no_dist=alone)
+        on_first(ranks, lambda: _finish(home, target, aside, meta))
     except (OSError, CheckpointException) as error:
+        if aside and ranks.first:
+            shutil.rmtree(aside, ignore_errors=True)  # what it holds may be what fills the disk
+        remedy = "free disk space there and let it be written to" if aside else "mend the store or the access to it"
         raise CheckpointError(
-            f"checkpoint {target} could not be written ({_reason(error)}); earlier checkpoints are intact: "
-            "free disk space or choose another --storage, then `detr resume`"
+            f"checkpoint {target} could not be written ({_reason(error)}); earlier checkpoints are intact: {remedy}, then "
+            "`detr resume`"
         ) from error
-    ranks.barrier()
     return target
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+def _make_anew(aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+
+
+def _finish(home: Location, target: Location, aside: Path | None, meta: Meta) -> None:
+    """Rank 0's last act: from here on the checkpoint counts."""
+    leading = best(home)
+    if leading:
+        meta = msgspec.structs.replace(meta, best=Best(read_meta(leading[0]).step, _ap(leading[1])))
+    content = msgspec.json.format(msgspec.json.encode(meta), indent=2)
+    if isinstance(target, Url) or aside is None:
+        storage.write(str(target / META), content)
+        return
+    _write_synced(aside / META, content)
+    storage.sync_folder(aside)
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    storage.sync_folder(target.parent)
+
+
+def load(path: Location, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
     """Fill model and optimizer, in place, from a checkpoint of any number of workers; a collective call."""
     state = state_of(model, optimizer)
     _read(path, state, alone=ranks.world_size == 1)
     set_state_dict(unwrap(model), optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
+def load_weights(path: Location, model: nn.Module) -> None:
     """Fill only the model, in place, in this process alone."""
     state: dict[str, Any] = {"model": model.state_dict()}
     _read(path, state, alone=True)
@@ -130,55 +133,90 @@ def load_weights(path: Path, model: nn.Module) -> None:
     model.load_state_dict(weights)
 
 
-def _read(path: Path, state: dict[str, Any], *, alone: bool) -> None:
+def _read(path: Location, state: dict[str, Any], *, alone: bool) -> None:
+    stored = isinstance(path, Url)
+    reader = checkpoint_store.reader(path, read_meta(path).part) if isinstance(path, Url) else RestrictedReader(path)
     try:
-        load_distributed(state, storage_reader=RestrictedReader(path), planner=RestrictedPlanner(), no_dist=alone)
-    except (OSError, RuntimeError, CheckpointException) as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        load_distributed(state, storage_reader=reader, planner=RestrictedPlanner(), no_dist=alone)
+    except (OSError, RuntimeError, CheckpointException, ShardError) as error:
+        cause = _cause(error)
+        if isinstance(cause, dist.DistError) or "gloo" in str(cause):
             raise  # a peer is gone: Ray starts the group again, and nothing is wrong with the checkpoint
+        if stored and isinstance(cause, (StoreError, ShardError)):
+            raise CheckpointError(f"checkpoint {path} cannot be read ({_reason(error)})") from error
         raise CheckpointError(f"checkpoint {path} does not fit this model or is damaged ({_reason(error)})") from error
 
 
-def read_meta(path: Path) -> Meta:
+def read_meta(path: Location) -> Meta:
     """The `meta.json` of a checkpoint, read strictly."""
     try:
-        return msgspec.json.decode((path / _META).read_bytes(), type=Meta)
+        return msgspec.json.decode(storage.read(str(path / META)), type=Meta)
     except (OSError, msgspec.DecodeError) as error:
-        raise CheckpointError(f"{path / _META} cannot be read ({error}); expected a whole checkpoint") from None
+        raise CheckpointError(f"{path / META} cannot be read ({error}); expected a whole checkpoint") from None
 
 
-def write_evaluation(path: Path, metrics: Mapping[str, float]) -> None:
+def write_evaluation(path: Location, metrics: Mapping[str, float]) -> None:
     """Note a checkpoint's figures beside it."""
-    aside = path / (_EVALUATION + _PARTIAL)
-    _write_synced(aside, msgspec.json.format(msgspec.json.encode(dict(metrics)), indent=2))
-    aside.rename(path / _EVALUATION)
+    try:
+        storage.write(str(path / _EVALUATION), msgspec.json.format(msgspec.json.encode(dict(metrics)), indent=2))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path / _EVALUATION} could not be written ({first_line(error)}); the checkpoint itself is intact, and "
+            "`detr resume` evaluates it again: free disk space, or mend the access, before"
+        ) from error
 
 
-def read_evaluation(path: Path) -> dict[str, float] | None:
+def read_evaluation(path: Location) -> dict[str, float] | None:
     """A checkpoint's figures, or None while it has not been evaluated."""
     try:
-        return msgspec.json.decode((path / _EVALUATION).read_bytes(), type=dict[str, float])
+        return msgspec.json.decode(storage.read(str(path / _EVALUATION)), type=dict[str, float])
     except FileNotFoundError:
         return None
 
 
-def best(run_folder: Path) -> tuple[Path, dict[str, float]] | None:
+def best(home: Location) -> tuple[Location, dict[str, float]] | None:
     """The evaluated checkpoint of highest AP (of masks where the run predicts them), the newest of equals, and its figures."""
-    evaluated = [(path, read_evaluation(path)) for path in complete(run_folder)]
+    evaluated = [(path, read_evaluation(path)) for path in complete(home)]
     scored = [(path, metrics) for path, metrics in evaluated if metrics is not None]
-    return max(scored, key=lambda pair: (pair[1].get("mask_AP", pair[1]["AP"]), pair[0].name), default=None)
+    return max(scored, key=lambda pair: (_ap(pair[1]), pair[0].name), default=None)
 
 
-def prune(run_folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best. The rename makes each vanish at once."""
-    for left in (run_folder / "checkpoints").glob(f"*{_DELETED}"):  # by a kill in the middle of this function
+def _ap(metrics: Mapping[str, float]) -> float:
+    return metrics.get("mask_AP", metrics["AP"])
+
+
+def prune(home: Location, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, the best, and the milestones. Each vanishes at once."""
+    _clear(home)
+    leading = best(home)
+    whole = complete(home)
+    for path in whole[:-keep]:
+        if (leading is None or path != leading[0]) and not _is_milestone(path):
+            _discard(path)
+
+
+def _is_milestone(path: Location) -> bool:
+    try:
+        return read_meta(path).milestone
+    except CheckpointError:
+        return False  # damaged, so of no use
+
+
+def _discard(path: Location) -> None:
+    if isinstance(path, Url):
+        checkpoint_store.discard(path)
+        return
+    doomed = path.rename(path.with_name(path.name + _DELETED))
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _clear(home: Location) -> None:
+    """Remove what kills left in the middle of writing or of pruning."""
+    if isinstance(home, Url):
+        checkpoint_store.clear(home, lambda path: read_meta(path).part)
+        return
+    for left in (home / "checkpoints").glob(f"*{_PARTIAL}"):
         shutil.rmtree(left, ignore_errors=True)
-    leading = best(run_folder)
-    kept = {path for path in complete(run_folder)[-keep:]} | ({leading[0]} if leading else set())
-    for path in complete(run_folder):
-        if path not in kept:
-            doomed = path.rename(path.with_name(path.name + _DELETED))
-            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _write_synced(path: Path, content: bytes) -> None:
@@ -188,8 +226,11 @@ def _write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def _cause(error: BaseException) -> BaseException:
+    """What happened on the first rank where something did; torch's own account begins with the ranks."""
+    failures = getattr(error, "failures", None)
+    return _cause(next(iter(failures.values()))[0]) if failures else error
+
+
 def _reason(error: BaseException) -> str:
-    if isinstance(error, CheckpointException) and error.failures:
-        # Its own text begins with the ranks; what happened to the first of them says more.
-        error = next(iter(error.failures.values()))[0]
-    return first_line(error)
+    return first_line(_cause(error))

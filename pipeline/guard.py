@@ -35,7 +35,7 @@ class Guard:
     def __init__(
         self, run_folder: Path, config: GuardConfig, ranks: Ranks, tracker: Tracker | None, saver: Saver
     ) -> None:
-        self._run_folder, self._config, self._ranks, self._tracker = run_folder, config, ranks, tracker
+        self._config, self._ranks, self._tracker = config, ranks, tracker
         self._saver = saver
         self._folder = run_folder / "events"
 
@@ -57,7 +57,8 @@ class Guard:
             raise TrainingError(f"{event}; this is event {count}, and guard.max_events allows {allowed}")
         if policy == "rollback":
             self._saver.finish()
-            newest = self._ranks.gather(checkpoint.newest(self._run_folder))[0]
+            home = self._saver.home
+            newest = self._ranks.gather(checkpoint.newest(home) if self._ranks.first else None)[0]
             if newest is None:
                 raise TrainingError(f"{event}; there is no checkpoint to go back to: lower --checkpoint.every-steps")
             checkpoint.load(newest, model, optimizer, self._ranks)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pipeline.checkpoint import Meta
 from pipeline.config import RunConfig
 from pipeline.errors import CheckpointError, RunConfigError
+from pipeline.meta import Meta
 from shards import storage
 from shards.manifest import Manifest
 from shards.plan import PLAN_VERSION

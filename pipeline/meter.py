@@ -34,6 +34,10 @@ class Meter:
         """Seconds since the last step ended: the wait for data."""
         return time.perf_counter() - self._last
 
+    def go_on(self) -> None:
+        """What has come since the last step, such as a save, was no wait for data."""
+        self._last = time.perf_counter()
+
     def add(self, result: StepResult, images: int, waited_s: float) -> None:
         """Take in one step over so many images of all ranks."""
         names, values = _figures(result.losses)

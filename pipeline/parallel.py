@@ -23,7 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detr.execution import parts
 from detr.model import DETR
+from pipeline.errors import USER_ERRORS, first_line
 
+_SAID: tuple[type[Exception], ...] = (OSError, *USER_ERRORS)
 Strategy = Literal["single", "ddp", "fsdp"]
 
 
@@ -68,6 +70,22 @@ class Ranks:
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)  # every rank is in it
         return replace(self, group=group)
+
+
+def on_first(ranks: Ranks, act: Callable[[], None]) -> None:
+    """Let rank 0 act while the others wait; a collective call.
+
+    What goes wrong is raised on every rank, as an OSError: none is left waiting for one that has gone.
+    """
+    reason = ""
+    if ranks.first:
+        try:
+            act()
+        except _SAID as error:
+            reason = first_line(error)
+    reason = ranks.gather(reason)[0]
+    if reason:
+        raise OSError(reason)
 
 
 def distribute(model: nn.Module, ranks: Ranks, strategy: Strategy = "ddp") -> nn.Module:

@@ -6,11 +6,13 @@ need no model (`check`) before it sends anything.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from detr.model import DETR
+from pipeline import checkpoint_store
 from pipeline.config import RunConfig
 from pipeline.data import check_cache_limit, open_data
 from pipeline.errors import RunConfigError
@@ -79,6 +81,29 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, R
     return config, Ready(train, val, Schedule(config.optim, train.images), model, said)
 
 
+def check_storage(config: RunConfig) -> None:
+    """Fail before a run exists that could not be saved. Raises one of `USER_ERRORS`."""
+    _check_folder(Path(config.storage), "storage")
+    store = config.checkpoint.store
+    path = storage.local_path(store)
+    if path is None:
+        checkpoint_store.check(store)
+    elif store:
+        _check_folder(path, "checkpoint.store")
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RunConfigError(
+            f"{name} {folder} cannot be written ({error.strerror}); expected a folder that every worker may write: "
+            f"give another --{name}"
+        ) from None
+
+
 def _absolute(config: RunConfig) -> RunConfig:
     data = replace(
         config.data,
@@ -89,7 +114,7 @@ def _absolute(config: RunConfig) -> RunConfig:
     weights = config.model.backbone_weights
     if weights not in ("imagenet", "random"):
         weights = str(Path(weights).absolute())
-    initial = config.initial
+    initial, store = config.initial, config.checkpoint.store
     if initial and not initial.startswith("models:/"):
         initial = str(Path(initial).absolute())
     return replace(
@@ -97,6 +122,7 @@ def _absolute(config: RunConfig) -> RunConfig:
         data=data,
         initial=initial,
         storage=str(Path(config.storage).absolute()),
+        checkpoint=replace(config.checkpoint, store=store and storage.absolute(store)),
         model=replace(config.model, backbone_weights=weights),
     )
 

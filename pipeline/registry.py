@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import checkpoint
+from pipeline.checkpoint_store import Location, home_of
 from pipeline.config import RunConfig
 from pipeline.errors import RegistryError, first_line
 from pipeline.mlflow_store import connect, find_run
@@ -21,7 +22,7 @@ def register(
     client: MlflowClient,
     run_id: str,
     config: RunConfig,
-    path: Path,
+    path: Location,
     metrics: Mapping[str, float],
     *,
     name: str,
@@ -69,13 +70,14 @@ def register_run(name_or_id: str, *, name: str, alias: str) -> Registered:
     client = connect()
     run = find_run(client, name_or_id)
     run_id = str(run.info.run_id)
-    found = checkpoint.best(Path(run.data.tags[TAG_FOLDER]))
+    config = from_json(read_config(client, run_id))
+    found = checkpoint.best(home_of(config.checkpoint.store, Path(run.data.tags[TAG_FOLDER])))
     if found is None:
         raise RegistryError(
             f"run {name_or_id} has no evaluated checkpoint yet; expected one: wait for its first evaluation"
         )
     path, metrics = found
-    return register(client, run_id, from_json(read_config(client, run_id)), path, metrics, name=name, alias=alias)
+    return register(client, run_id, config, path, metrics, name=name, alias=alias)
 
 
 def find_version(client: MlflowClient, uri: str) -> Any:

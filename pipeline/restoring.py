@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from detr.execution import compile_shapes, set_channels_last, set_recompute
 from detr.model import DETR
 from pipeline import checkpoint
+from pipeline.checkpoint_store import Location
 from pipeline.optim import build_optimizer
 from pipeline.parallel import distribute, unwrap
 from pipeline.state import State, Worker
 from pipeline.weights import build_trained, read_initial
 
 
-def restore(worker: Worker, newest: Path | None, step: int) -> State:
+def restore(worker: Worker, newest: Location | None, step: int) -> State:
     """The state after `step` steps, which the checkpoint `newest` holds; a collective call."""
     config, ranks = worker.config, worker.ranks
     torch.manual_seed(config.seed)

@@ -7,12 +7,13 @@ the storage could run code on every worker that resumes. Here only the classes t
 from __future__ import annotations
 
 import io
+import os
 import pickle
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
@@ -42,7 +43,15 @@ class _Unpickler(pickle.Unpickler):
 
 
 class RestrictedReader(FileSystemReader):
-    """Refuses a `.metadata` that names anything but the description of tensors."""
+    """Refuses a `.metadata` that names anything but the description of tensors.
+
+    files: what opens the checkpoint's files; the operating system where it is None.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], files: FileSystem | None = None) -> None:
+        super().__init__(path)
+        if files is not None:
+            self.fs, self.path = files, path
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         """See `StorageReader.read_metadata`; raises `pickle.UnpicklingError` for foreign classes."""

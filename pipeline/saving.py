@@ -8,11 +8,11 @@ one that is waited for (`pipeline/checkpoint.py`).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +20,21 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from pipeline import checkpoint
-from pipeline.parallel import Ranks, unwrap
+from pipeline.checkpoint_store import Location
+from pipeline.errors import CheckpointError, first_line
+from pipeline.meta import Meta
+from pipeline.parallel import Ranks, on_first, unwrap
+from pipeline.stopping import NOTHING, Asked
 
 State = dict[str, Any]
 
 
 @contextmanager
-def open_saver(run_folder: Path, optimizer: torch.optim.Optimizer, ranks: Ranks, keep: int) -> Iterator[Saver]:
-    """A saver for the run in `run_folder`, whose last checkpoint is whole when the block ends; a collective call."""
-    saver = Saver(run_folder, optimizer, ranks, keep)
+def open_saver(
+    home: Location, optimizer: torch.optim.Optimizer, ranks: Ranks, keep: int, every_minutes: float = 0
+) -> Iterator[Saver]:
+    """A saver for the run at `home`, whose last checkpoint is whole when the block ends; a collective call."""
+    saver = Saver(home, optimizer, ranks, keep, every_minutes)
     try:
         yield saver
         saver.finish()
@@ -39,25 +45,33 @@ def open_saver(run_folder: Path, optimizer: torch.optim.Optimizer, ranks: Ranks,
 class Saver:
     """Writes one checkpoint after the other in a thread. Every rank calls the same methods in the same order.
 
+    home: see `pipeline/checkpoint.py`.
+    keep: how many of the newest stay, beside the best and the milestones.
+    every_minutes: rank 0 asks for a save when the last one began so long ago; 0 for never.
     stalled_s: seconds that training has waited for it.
     """
 
-    def __init__(self, run_folder: Path, optimizer: torch.optim.Optimizer, ranks: Ranks, keep: int) -> None:
+    def __init__(
+        self, home: Location, optimizer: torch.optim.Optimizer, ranks: Ranks, keep: int, every_minutes: float = 0
+    ) -> None:
         self.stalled_s = 0.0
-        self._folder, self._keep, self._device = run_folder, keep, ranks.device
+        self.home, self._keep, self._device = home, keep, ranks.device
+        self._every_s = every_minutes * 60 if ranks.first and every_minutes else math.inf
+        self._last = time.monotonic()
         # Training's collectives go on meanwhile: two threads must not share a group.
         self._ranks = ranks.apart()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         cuda = ranks.device.type == "cuda"
         self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
         self._copy: Future[State] | None = None
-        self._writing: Future[Path] | None = None
+        self._writing: Future[None] | None = None
         self._hook = optimizer.register_step_pre_hook(lambda *_: self._wait_for_copy())
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, meta: checkpoint.Meta) -> None:
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, meta: Meta) -> None:
         """Begin to save; the checkpoint before it is whole when this returns. Raises `CheckpointError` if it is not."""
         self.finish()
         start = time.perf_counter()
+        self._last = time.monotonic()
         state = checkpoint.state_of(model, optimizer)
         # The statistics of a trainable batch norm change in a forward pass.
         state["model"] |= {
@@ -67,6 +81,16 @@ class Saver:
         self._copy = self._thread.submit(self._stage, state, ready)
         self._writing = self._thread.submit(self._write, self._copy, meta)
         self.stalled_s += time.perf_counter() - start
+
+    def asked(self) -> Asked:
+        """What this rank asks for after the step at hand: a save when the clock says so.
+
+        As well when the last one failed on it, so that all ranks hear of that now, and not at the next boundary.
+        """
+        if self._writing and not self._writing.done():
+            return NOTHING  # a store slower than the clock: not more than one at a time
+        failed = self._writing is not None and self._writing.exception() is not None
+        return Asked(save=failed or time.monotonic() - self._last >= self._every_s)
 
     def finish(self) -> None:
         """Wait until the checkpoint under way is whole. Raises `CheckpointError` if it cannot be written."""
@@ -98,8 +122,11 @@ class Saver:
         assert isinstance(staged, dict)
         return staged
 
-    def _write(self, copy: Future[State], meta: checkpoint.Meta) -> Path:
-        path = checkpoint.write(self._folder, copy.result(), meta, self._ranks)
-        if self._ranks.first:
-            checkpoint.prune(self._folder, self._keep)
-        return path
+    def _write(self, copy: Future[State], meta: Meta) -> None:
+        checkpoint.write(self.home, copy.result(), meta, self._ranks)
+        try:
+            on_first(self._ranks, lambda: checkpoint.prune(self.home, self._keep))
+        except OSError as error:
+            raise CheckpointError(
+                f"old checkpoints in {self.home} could not be deleted ({first_line(error)})"
+            ) from error

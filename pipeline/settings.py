@@ -139,16 +139,25 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the state is saved, and what stays. The newest and the best are always kept."""
+    """When the state is saved, where, and what stays. The newest and the best are always kept."""
 
     every_steps: int = 500
     """Steps between saves inside an epoch; 0 saves at the ends of epochs only."""
+    every_minutes: float = 0.0
+    """Save as well when the last save began so many minutes ago; 0 for no such clock."""
     keep: int = 2
     """How many of the newest to keep, besides the best."""
+    keep_every_epochs: int = 0
+    """Keep the checkpoint at the end of every so many epochs for good; 0 for none."""
+    store: str = ""
+    """Folder or URL that takes the checkpoints of runs (s3://bucket/runs, or any other that fsspec opens), each below the
+    name of its run's folder. Empty: the run's folder itself."""
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "0 or more")
+        require(self.every_minutes >= 0, "checkpoint.every_minutes", self.every_minutes, "0 (no clock) or more")
         require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+        require(self.keep_every_epochs >= 0, "checkpoint.keep_every_epochs", self.keep_every_epochs, "0 (none) or more")
 
 
 @dataclass(frozen=True)

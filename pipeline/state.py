@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pipeline.checkpoint_store import Location, home_of
 from pipeline.config import RunConfig
 from pipeline.optim import Schedule
 from pipeline.parallel import Ranks
@@ -47,3 +48,8 @@ class Worker:
     train: Manifest
     val: Manifest
     schedule: Schedule
+
+    @property
+    def home(self) -> Location:
+        """What holds the run's checkpoints."""
+        return home_of(self.config.checkpoint.store, self.place.folder)

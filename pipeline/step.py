@@ -33,6 +33,9 @@ from pipeline.errors import TrainingError
 from pipeline.parallel import Ranks, averaging, clip_gradients
 from pipeline.stopping import NOTHING, Asked
 
+RANDOMNESS = "1: dropout from torch.manual_seed((seed * 1000003 + step) * 4099 + rank + (micro-batch << 48))"
+"""The rule that `train_step` seeds by, for checkpoints to name: change the number with it."""
+
 
 class StepResult(NamedTuple):
     """A step's figures, on the device: losses of this rank (its share of the global loss), total gradient norm.

@@ -6,9 +6,9 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint_store import Location
 from pipeline.evaluate import Evaluation
 from pipeline.parallel import Ranks
 from pipeline.pictures import detection_pictures
@@ -19,7 +19,7 @@ from shards.manifest import Manifest
 
 
 def tell_evaluation(
-    tracker: Tracker, path: Path, step: int, epoch: float, evaluation: Evaluation, started: float
+    tracker: Tracker, path: Location, step: int, epoch: float, evaluation: Evaluation, started: float
 ) -> None:
     """The figures of the checkpoint at `path`; started: when its evaluation began, as `time.perf_counter` says."""
     metrics, classes = evaluation.score.metrics, evaluation.score.classes

@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import checkpoint
+from pipeline.checkpoint_store import Location, home_of
 from pipeline.config import RunConfig, from_json, to_json
 from pipeline.errors import CheckpointError, Interrupted, RunConfigError, TrainingError, first_line
 from pipeline.identity import Changes, continuation
@@ -68,7 +68,7 @@ class Outcome:
 
     run_id: str
     folder: Path
-    best: Path
+    best: Location
     metrics: dict[str, float]
     version: str
     model_name: str
@@ -78,13 +78,13 @@ class Outcome:
 
 def train(config: RunConfig, launch: Launch | None = None) -> Outcome:
     """Start a new run and see it through. Everything that can be wrong is checked before Ray starts."""
-    from pipeline.preflight import check, prepare
+    from pipeline.preflight import check, check_storage, prepare
 
     launch = launch or Launch()
     check(config)
     client = connect()
     config, ready = prepare(config, launch.say)
-    _check_storage(Path(config.storage))
+    check_storage(config)
     total = ready.schedule.total_steps
     run_id = create_run(
         client,
@@ -106,7 +106,8 @@ def train(config: RunConfig, launch: Launch | None = None) -> Outcome:
     client.set_tag(run_id, TAG_FOLDER, str(folder))
     with _only_driver(folder, run_id), _recorded(client, run_id):
         ready.place(folder)
-        launch.say(f"run {config.run_name} ({run_id[:8]}): {total} steps, checkpoints in {folder / 'checkpoints'}")
+        home = home_of(config.checkpoint.store, folder)
+        launch.say(f"run {config.run_name} ({run_id[:8]}): {total} steps, checkpoints in {home / 'checkpoints'}")
         _run(config, run_id, folder, launch)
         return _conclude(client, config, run_id, folder, launch)
 
@@ -125,9 +126,10 @@ def resume(name: str, changes: Changes | None = None, launch: Launch | None = No
     run = find_run(client, run_of(client, name) if name.startswith("models:/") else name)
     run_id, folder = str(run.info.run_id), Path(run.data.tags[TAG_FOLDER])
     original = from_json(read_config(client, run_id))
-    newest = checkpoint.newest(folder)
+    home = home_of(original.checkpoint.store, folder)
+    newest = checkpoint.newest(home)
     if newest is None and not (folder / INITIAL_NAME).exists():
-        raise CheckpointError(f"{folder} holds no checkpoint of run {name}; expected one: is its storage mounted here?")
+        raise CheckpointError(f"{home} holds no checkpoint of run {name}; expected one: is its storage mounted here?")
     config = changes.of(original)
     train, _ = open_data(config.data)
     meta = checkpoint.read_meta(newest) if newest else None
@@ -156,19 +158,6 @@ def resume(name: str, changes: Changes | None = None, launch: Launch | None = No
             client.update_run(run_id, status="RUNNING")
             _run(config, run_id, folder, launch, accept_change=bool(way.changes))
         return _conclude(client, config, run_id, folder, launch)
-
-
-def _check_storage(storage: Path) -> None:
-    """Fail before a run exists that could not be saved."""
-    try:
-        storage.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=storage):
-            pass
-    except OSError as error:
-        raise RunConfigError(
-            f"storage {storage} cannot be written ({error.strerror}); expected a folder that every worker may write: "
-            "give another --storage"
-        ) from None
 
 
 @contextmanager
@@ -239,9 +228,10 @@ def _conclude(client: MlflowClient, config: RunConfig, run_id: str, folder: Path
     """Register the best checkpoint."""
     from pipeline.registry import register
 
-    found = checkpoint.best(folder)
+    home = home_of(config.checkpoint.store, folder)
+    found = checkpoint.best(home)
     if found is None:
-        raise TrainingError(f"the run ended without an evaluated checkpoint in {folder}; expected one at its last step")
+        raise TrainingError(f"the run ended without an evaluated checkpoint in {home}; expected one at its last step")
     best, metrics = found
     client.set_tag(run_id, TAG_PHASE, "registering")
     missed = client.get_run(run_id).data.tags.get(TAG_LEFT_OUT)

@@ -20,8 +20,8 @@ def evaluation_due(worker: Worker, step: int) -> bool:
     """True at the end of every `evaluate.every` epochs and of the run, unless this checkpoint has its figures."""
     if next_evaluation(worker.config, worker.schedule, step - 1) != step:
         return False
-    path = checkpoint.folder_of(worker.place.folder, step)
-    return worker.ranks.gather(checkpoint.read_evaluation(path) is None)[0] is True
+    path = checkpoint.folder_of(worker.home, step)
+    return worker.ranks.gather(worker.ranks.first and checkpoint.read_evaluation(path) is None)[0] is True
 
 
 def validate(worker: Worker, state: State, saver: Saver) -> None:
@@ -49,12 +49,12 @@ def validate(worker: Worker, state: State, saver: Saver) -> None:
         )
     saver.finish()  # its figures are noted beside it
     if evaluation is not None:
-        path = checkpoint.folder_of(worker.place.folder, state.step)
+        path = checkpoint.folder_of(worker.home, state.step)
         if tracker:
             tell_evaluation(tracker, path, state.step, worker.schedule.epoch(state.step), evaluation, start)
             tell_pictures(tracker, worker.val, evaluation.detections, config.evaluate.pictures, state.step)
             tracker.tags({TAG_PHASE: "training"})
         # Told first, noted last: a kill between the two repeats what is then dropped as told before.
         checkpoint.write_evaluation(path, evaluation.score.metrics)
-        checkpoint.prune(worker.place.folder, config.checkpoint.keep)
+        checkpoint.prune(worker.home, config.checkpoint.keep)
     worker.ranks.barrier()

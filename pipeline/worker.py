@@ -11,7 +11,6 @@ A kill between saving and evaluating therefore costs nothing: the evaluation is 
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,10 +18,12 @@ from dataclasses import dataclass
 from detr.batch import Batch
 from pipeline import checkpoint
 from pipeline.boundaries import next_boundary
+from pipeline.checkpoint_store import home_of
 from pipeline.config import RunConfig
 from pipeline.data import check_cache, open_data
 from pipeline.guard import Guard
 from pipeline.identity import continuation
+from pipeline.meta import meta_of
 from pipeline.meter import Meter
 from pipeline.optim import Schedule, set_learning_rates
 from pipeline.parallel import Ranks
@@ -36,16 +37,20 @@ from pipeline.telling import tell_left_out, tell_pictures
 from pipeline.track import Tracker
 from pipeline.validation import evaluation_due, validate
 from shards.detections import Detections
-from shards.plan import PLAN_VERSION
 
 
 @dataclass(frozen=True)
 class Means:
-    """What steps are taken with: batches, what handles a bad one, and what this rank asks for."""
+    """What steps are taken with: batches, what handles a bad one, what saves, and what this rank asks for."""
 
     batches: Iterator[tuple[Batch, ...]]
     guard: Guard
-    asks: Callable[[], Asked]
+    saver: Saver
+    watch: Callable[[], Asked]
+
+    def asks(self) -> Asked:
+        """For the watch or for the saver."""
+        return Asked(*(one or other for one, other in zip(self.watch(), self.saver.asked(), strict=True)))
 
 
 def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) -> None:
@@ -53,7 +58,8 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) 
     train, val = open_data(config.data)
     check_cache(config.data, train, val)
     # Rank 0 decides for all: another rank could look a moment later, or at a folder that is not yet in sync.
-    newest = ranks.gather(checkpoint.newest(place.folder))[0]
+    home = home_of(config.checkpoint.store, place.folder)
+    newest = ranks.gather(checkpoint.newest(home) if ranks.first else None)[0]
     meta = None if newest is None else checkpoint.read_meta(newest)
     origin = continuation(meta, config, train, place.accept_change).origin
     schedule = Schedule(config.optim, train.images, config.data.epoch_tail, origin)
@@ -65,10 +71,10 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) 
     # One stream to the end: neither checkpoints nor evaluations nor ends of epochs stop its threads.
     with (
         closing(training_batches(train, config, schedule, ranks, state.step, schedule.total_steps)) as batches,
-        open_saver(place.folder, state.optimizer, ranks, config.checkpoint.keep) as saver,
+        open_saver(home, state.optimizer, ranks, config.checkpoint.keep, config.checkpoint.every_minutes) as saver,
     ):
-        asks = StopWatch(place.folder).asked if ranks.first else Asked
-        means = Means(batches, Guard(place.folder, config.guard, ranks, tracker, saver), asks)
+        watch = StopWatch(place.folder).asked if ranks.first else Asked
+        means = Means(batches, Guard(place.folder, config.guard, ranks, tracker, saver), saver, watch)
         while True:
             if state.step and evaluation_due(worker, state.step):
                 validate(worker, state, saver)
@@ -81,11 +87,15 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) 
 
 
 def _train(worker: Worker, state: State, means: Means, until: int) -> Asked:
-    """Take the steps before `until`, or until a rank asks for something earlier; returns what."""
+    """Take the steps before `until`, or until a rank asks to stop; returns what was asked for last.
+
+    Where one asks for a save only, that interrupts nothing: the curves have their points where they would have them.
+    """
     schedule = worker.schedule
     meter = Meter(schedule, worker.ranks, worker.tracker)
     asked = NOTHING
-    while state.step < until and not any(asked):
+    while state.step < until and not asked.stop:
+        asked = NOTHING
         micro_batches = next(means.batches)
         waited = meter.waited()
         set_learning_rates(state.optimizer, schedule.factor(state.step))
@@ -98,32 +108,15 @@ def _train(worker: Worker, state: State, means: Means, until: int) -> Asked:
         except Diverged as event:
             means.guard.handle(event, state.model, state.optimizer)
         state.step += 1
-        if state.step % worker.config.track.log_every == 0 or state.step == until or any(asked):
+        if state.step % worker.config.track.log_every == 0 or state.step == until or asked.stop:
             meter.tell(state.step, state.optimizer)
+        if asked.save and state.step < until and not asked.stop:
+            _save(worker, state, means.saver)
+            meter.go_on()
     return asked
 
 
 def _save(worker: Worker, state: State, saver: Saver) -> None:
-    config = worker.config
-    meta = checkpoint.Meta(
-        step=state.step,
-        epoch=worker.schedule.epoch(state.step),
-        samples=worker.schedule.samples(state.step),
-        run_id=worker.place.run_id,
-        seed=config.seed,
-        batch_size=config.optim.batch_size,
-        train_digest=worker.train.digest,
-        num_classes=worker.train.num_classes,
-        code_commit=worker.place.code_commit,
-        world_size=worker.ranks.world_size,
-        versions={name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")},
-        sort_window=config.data.sort_window,
-        shuffle_shards=config.data.shuffle_shards,
-        epoch_tail=config.data.epoch_tail,
-        origin_step=worker.schedule.origin.step,
-        origin_samples=worker.schedule.origin.samples,
-        plan_version=PLAN_VERSION,
-    )
-    saver.save(state.model, state.optimizer, meta)
-    if config.data.max_bad_samples:
+    saver.save(state.model, state.optimizer, meta_of(worker, state.step))
+    if worker.config.data.max_bad_samples:
         tell_left_out(worker.tracker, worker.train, worker.ranks)

@@ -14,6 +14,7 @@ from torch import nn
 
 from pipeline import checkpoint
 from pipeline.errors import CheckpointError
+from pipeline.meta import Best
 from pipeline.parallel import Ranks
 
 
@@ -188,8 +189,17 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert len(checkpoint.complete(tmp_path)) == 3
 
 
-def test_pruning_clears_what_a_kill_left_of_an_earlier_pruning(tmp_path: Path) -> None:
+def test_pruning_keeps_milestones_for_good(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        said = msgspec.structs.replace(meta(step), milestone=step in (1, 3))
+        checkpoint.save(tmp_path, *small(0), said, Ranks())
+        checkpoint.prune(tmp_path, keep=1)
+    assert [path.name[-1] for path in checkpoint.complete(tmp_path)] == ["1", "3", "5"]
+
+
+def test_pruning_clears_what_kills_left_in_the_middle_of_writing_and_of_pruning(tmp_path: Path) -> None:
     save(tmp_path, 1).rename(tmp_path / "checkpoints" / "step-00000001.deleted.partial")
+    save(tmp_path, 5).rename(tmp_path / "checkpoints" / "step-00000005.partial")
     save(tmp_path, 2)
     checkpoint.prune(tmp_path, keep=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
@@ -204,6 +214,31 @@ def test_a_damaged_meta_is_one_clear_error(tmp_path: Path, content: bytes) -> No
     with pytest.raises(CheckpointError, match=r"meta\.json cannot be read .*expected a whole checkpoint") as caught:
         checkpoint.read_meta(path)
     assert "\n" not in str(caught.value)
+
+
+def test_what_format_1_wrote_is_read_as_it_was(tmp_path: Path) -> None:
+    path = save(tmp_path, 3)
+    known = ("step", "epoch", "samples", "run_id", "seed", "batch_size", "train_digest", "num_classes", "code_commit")
+    old = {name: getattr(meta(3), name) for name in (*known, "world_size", "versions")} | {"format": 1}
+    (path / "meta.json").write_bytes(msgspec.json.encode(old))
+    read = checkpoint.read_meta(path)
+    assert read == msgspec.structs.replace(meta(3), format=1)
+    assert (read.configuration(), read.best, read.ema, read.milestone, read.part) == (None, None, False, False, "")
+    checkpoint.load_weights(path, small(2)[0])
+
+
+def test_a_checkpoint_says_the_best_ap_so_far_and_its_step(tmp_path: Path) -> None:
+    assert checkpoint.read_meta(save(tmp_path, 1)).best is None
+    for step, ap in ((1, 0.2), (2, 0.5), (3, 0.3)):
+        checkpoint.write_evaluation(save(tmp_path, step), {"AP": 0.9 - ap, "mask_AP": ap})
+    assert checkpoint.read_meta(save(tmp_path, 4)).best == Best(2, 0.5)
+
+
+def test_figures_that_cannot_be_written_are_one_clear_error(tmp_path: Path) -> None:
+    path = save(tmp_path, 3)
+    (path / "evaluation.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"evaluation\.json could not be written .*checkpoint itself is intact"):
+        checkpoint.write_evaluation(path, {"AP": 0.1})
 
 
 def shortened(path: Path) -> None:
@@ -280,4 +315,5 @@ def test_a_checkpoint_that_cannot_be_written_says_so_and_leaves_the_earlier_ones
     monkeypatch.setattr(checkpoint, "save_distributed", full)
     with pytest.raises(CheckpointError, match=r"could not be written .*No space left.*earlier checkpoints are intact"):
         save(tmp_path, 2)
+    assert not list(tmp_path.rglob("*.partial"))  # it may be what fills the disk
     assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 1)

@@ -1,3 +1,4 @@
+import threading
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from pipeline import checkpoint, saving
 from pipeline.errors import CheckpointError
 from pipeline.parallel import Ranks
 from pipeline.saving import Saver, open_saver
+from pipeline.stopping import Asked
 
 Run = tuple[nn.Module, torch.optim.Optimizer]
 
@@ -113,6 +115,48 @@ def test_what_cannot_be_written_is_said_at_the_next_save_and_leaves_the_earlier_
         with pytest.raises(CheckpointError, match="No space left"):
             saver.save(*run, meta(3))
     assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 1)
+
+
+def test_only_rank_0_s_clock_asks_for_a_save_and_starts_anew_with_each(tmp_path: Path) -> None:
+    run = made(1)
+    with open_saver(tmp_path, run[1], Ranks(), keep=9, every_minutes=0.3 / 60) as saver:
+        assert saver.asked() == Asked()
+        time.sleep(0.3)
+        assert saver.asked() == Asked(save=True)
+        saver.save(*run, meta(1))
+        saver.finish()
+        assert saver.asked() == Asked()
+    for ranks, minutes in ((Ranks(), 0.0), (Ranks(1, 1), 1e-9)):
+        with open_saver(tmp_path, run[1], ranks, keep=9, every_minutes=minutes) as saver:
+            assert saver.asked() == Asked()
+
+
+def test_the_clock_does_not_ask_while_a_checkpoint_is_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, go_on = made(1), threading.Event()
+    monkeypatch.setattr(saving.checkpoint, "write", lambda *_: go_on.wait(10))
+    with open_saver(tmp_path, run[1], Ranks(), keep=9, every_minutes=1e-9) as saver:
+        saver.save(*run, meta(1))
+        assert saver.asked() == Asked()
+        go_on.set()
+        saver.finish()
+        assert saver.asked() == Asked(save=True)
+
+
+def test_a_rank_that_could_not_write_asks_all_to_hear_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = made(1)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving.checkpoint, "save_distributed", full)
+    saver = Saver(tmp_path, run[1], Ranks(), keep=9)
+    saver.save(*run, meta(1))
+    assert saver._writing is not None
+    assert isinstance(saver._writing.exception(10), CheckpointError)
+    assert saver.asked() == Asked(save=True)
+    saver.close()
 
 
 def test_no_more_than_asked_for_are_kept(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from pipeline.config import RunConfig
 from pipeline.errors import CheckpointError
 from pipeline.identity import continuation
 from pipeline.parallel import Ranks
+from pipeline.saving import Saver
 from pipeline.state import Place
-from pipeline.step import StepResult, train_step
+from pipeline.step import RANDOMNESS, StepResult, train_step
 from pipeline.stopping import Asked
 from pipeline.track import MemoryTracker
 from pipeline.weights import build_trained, save_initial
@@ -348,7 +349,17 @@ def test_the_checkpoint_says_what_it_is_of(config: RunConfig, uninterrupted: Pat
     assert (meta.step, meta.samples, meta.run_id, meta.seed, meta.batch_size) == (4, 16, "run", 42, 4)
     assert (meta.num_classes, meta.code_commit, meta.world_size) == (4, "commit", 1)
     assert meta.epoch == pytest.approx(16 / 12)
-    assert meta.versions.keys() == {"torch", "torchvision", "numpy"}
+    assert (meta.val_digest, meta.total_steps) == (load_manifest(config.data.val).digest, 6)
+    assert meta.lr_factor == pytest.approx(0.1)
+    assert meta.randomness == RANDOMNESS
+    assert meta.best is not None
+    assert meta.best.step == 3
+    assert meta.configuration() == config
+    assert (
+        {"torch", "torchvision", "numpy", "webdataset", "mlflow", "ray", "detr-cluster"}
+        >= meta.versions.keys()
+        > {"torch"}
+    )
 
 
 def test_evaluations_come_every_so_many_epochs_and_at_the_end(config: RunConfig, place: Place) -> None:
@@ -368,6 +379,60 @@ def test_a_batch_larger_than_the_data_set_still_trains(config: RunConfig, place:
     run(wide, place, Ranks(), tracker)  # three epochs are 36 samples; the third step is filled up from a fourth
     meta = checkpoint.read_meta(checkpoint.folder_of(place.folder, 3))
     assert (meta.samples, meta.epoch) == (48, 3.0)
+
+
+def saved_by_the_clock(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Rank 0's clock asks while these steps are taken, counted from 1."""
+    seen = shown_images(monkeypatch)
+    monkeypatch.setattr(Saver, "asked", lambda _: Asked(save=len(seen) + 1 in steps))
+
+
+def test_a_save_that_the_clock_asks_for_changes_neither_the_result_nor_the_curves(
+    config: RunConfig, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(
+        config,
+        checkpoint=replace(config.checkpoint, every_steps=0),
+        track=replace(config.track, log_every=3),
+    )
+    plain, clocked = MemoryTracker(), MemoryTracker()
+    run(config, place, Ranks(), plain)
+    other = start(config, tmp_path / "clocked")
+    saved_by_the_clock(monkeypatch, 1, 2, 4, 6)
+    run(config, other, Ranks(), clocked)
+    assert [path.name[-1] for path in checkpoint.complete(other.folder)] == ["1", "2", "3", "4", "6"]
+    assert_same(weights(config, other.folder), weights(config, place.folder))
+
+    def curves(tracker: MemoryTracker) -> list[Any]:
+        return [point for point in tracker.points if point[0].split("/")[0] not in ("speed", "evaluation")]
+
+    assert curves(clocked) == curves(plain) != []
+
+
+def test_a_run_goes_on_from_a_save_that_the_clock_asked_for(
+    config: RunConfig, place: Place, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, checkpoint=replace(config.checkpoint, every_steps=0))
+    saved_by_the_clock(monkeypatch, 5)
+    with pytest.raises(Kill):
+        run(config, place, Ranks(), KillingTracker("train", 6))
+    assert checkpoint.newest(place.folder) == checkpoint.folder_of(place.folder, 5)
+    run(config, place, Ranks(), None)
+    assert_same(weights(config, place.folder), weights(config, uninterrupted))
+
+
+def test_milestones_are_saved_and_stay(config: RunConfig, place: Place) -> None:
+    tight = replace(
+        config,
+        optim=replace(config.optim, epochs=4),
+        evaluate=replace(config.evaluate, every=3),
+        checkpoint=replace(config.checkpoint, every_steps=0, keep=1, keep_every_epochs=2),
+    )
+    run(tight, place, Ranks(), None)
+    best = checkpoint.best(place.folder)
+    assert best is not None
+    left = {path.name[-2:]: checkpoint.read_meta(path).milestone for path in checkpoint.complete(place.folder)}
+    assert left == {best[0].name[-2:]: False} | {"06": True, "12": True}
 
 
 def test_old_checkpoints_go_and_the_best_stays(config: RunConfig, place: Place) -> None:
