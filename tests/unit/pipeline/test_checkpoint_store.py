@@ -1,0 +1,212 @@
+"""Checkpoints in a store that is reached by URL: as whole or absent as in a folder."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+
+from pipeline import checkpoint, checkpoint_store
+from pipeline.checkpoint_store import Location, Url, home_of
+from pipeline.config import RunConfig
+from pipeline.errors import CheckpointError, RunConfigError
+from pipeline.meta import Best
+from pipeline.parallel import Ranks
+from pipeline.preflight import check_storage, prepare
+from pipeline.state import Place
+from pipeline.track import MemoryTracker
+from pipeline.worker import run
+from shards import storage
+from shards.errors import ShardError
+from tests.unit.pipeline.test_checkpoint import assert_same, meta, small
+from tests.unit.pipeline.test_worker import Kill, KillingTracker, start
+
+
+@pytest.fixture
+def home() -> Iterator[Url]:
+    yield Url("memory://bucket/runs/tiny-1")
+    fsspec.filesystem("memory").store.clear()
+
+
+def save(home: Location, step: int, seed: int = 0) -> Location:
+    return checkpoint.save(home, *small(seed), meta(step), Ranks())
+
+
+def files(home: Url) -> list[str]:
+    """Names below the run's checkpoints, with each part's random name as `*`."""
+    found = []
+    for name in storage.listing(str(home / "checkpoints")):
+        step, *rest = name.split("/")
+        found.append("/".join([step[-1], *(["*", rest[1]] if len(rest) == 2 else rest)]))
+    return sorted(found)
+
+
+def test_a_run_s_home_is_its_folder_or_below_the_store(tmp_path: Path) -> None:
+    folder = tmp_path / "name-1"
+    assert home_of("", folder) == folder
+    assert home_of("/mnt/kept", folder) == home_of("file:///mnt/kept", folder) == Path("/mnt/kept/name-1")
+    assert home_of("s3://bucket/runs/", folder) == Url("s3://bucket/runs/name-1")
+
+
+def test_what_is_saved_is_loaded_bit_for_bit_and_meta_comes_last(home: Url, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    write = storage.write
+    monkeypatch.setattr(storage, "write", lambda url, content: (written.append(url), write(url, content)))
+    path = save(home, 3, seed=1)
+    assert str(path) == "memory://bucket/runs/tiny-1/checkpoints/step-00000003"
+    assert written[-1] == f"{path}/meta.json"
+    assert files(home) == ["3/*/.metadata", "3/*/__0_0.distcp", "3/meta.json"]
+    other = small(2)
+    checkpoint.load(path, *other, Ranks())
+    assert_same(other, small(1))
+    model, _ = small(2)
+    checkpoint.load_weights(path, model)
+    assert torch.equal(model.state_dict()["0.weight"], small(1)[0].state_dict()["0.weight"])
+
+
+def test_figures_the_best_and_pruning_are_as_in_a_folder(home: Url) -> None:
+    for step, ap in ((1, 0.1), (2, 0.4), (3, 0.4), (4, 0.3)):
+        checkpoint.write_evaluation(save(home, step), {"AP": ap})
+    path = save(home, 5)
+    assert checkpoint.read_evaluation(path) is None
+    assert checkpoint.read_meta(path).best == Best(3, 0.4)
+    found = checkpoint.best(home)
+    assert found is not None
+    assert (found[0].name, found[1]) == ("step-00000003", {"AP": 0.4})
+    checkpoint.prune(home, keep=1)
+    assert [path.name[-1] for path in checkpoint.complete(home)] == ["3", "5"]
+    assert {name[0] for name in files(home)} == {"3", "5"}
+
+
+def test_a_prefix_without_meta_does_not_count_and_pruning_removes_it(home: Url) -> None:
+    save(home, 1)
+    storage.remove(str(save(home, 2) / "meta.json"))
+    storage.write(str(home / "checkpoints" / "step-00000003" / "0123" / "__0_0.distcp"), b"half")
+    assert checkpoint.newest(home) == checkpoint.folder_of(home, 1)
+    checkpoint.prune(home, keep=9)
+    assert files(home) == ["1/*/.metadata", "1/*/__0_0.distcp", "1/meta.json"]
+
+
+def test_an_attempt_that_was_killed_leaves_the_checkpoint_before_it_and_is_removed(
+    home: Url, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of the same step: what is there counts until the new one's `meta.json` takes its place."""
+    path = save(home, 3, seed=1)
+    write = storage.write
+
+    def killed(url: str, content: bytes) -> None:
+        if url.endswith("meta.json"):
+            raise Kill
+        write(url, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write", killed)
+        with pytest.raises(Kill):
+            save(home, 3, seed=2)
+    assert len(files(home)) == 5
+    loaded = small(9)
+    checkpoint.load(path, *loaded, Ranks())
+    assert_same(loaded, small(1))
+    checkpoint.prune(home, keep=9)
+    assert len(files(home)) == 3
+    checkpoint.load(path, *loaded, Ranks())
+    assert_same(loaded, small(1))
+    save(home, 3, seed=5)
+    checkpoint.prune(home, keep=9)
+    assert len(files(home)) == 3
+    checkpoint.load(path, *loaded, Ranks())
+    assert_same(loaded, small(5))
+
+
+def test_discarding_ends_a_checkpoint_with_its_first_request(home: Url, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        save(home, step)
+    removed: list[str] = []
+    remove = storage.remove
+    monkeypatch.setattr(storage, "remove", lambda url: (removed.append(url), remove(url)))
+    checkpoint.prune(home, keep=1)
+    assert removed[0].endswith("step-00000001/meta.json")
+    assert len(removed) == 3
+
+
+def test_what_is_damaged_is_one_clear_error(home: Url) -> None:
+    path = save(home, 3)
+    with pytest.raises(CheckpointError, match=r"step-00000009/meta\.json cannot be read"):
+        checkpoint.load_weights(checkpoint.folder_of(home, 9), small(0)[0])
+    data = next(name for name in storage.listing(str(path)) if name.endswith(".distcp"))
+    storage.write(str(path / data), storage.read(str(path / data))[:900])
+    with pytest.raises(CheckpointError, match="does not fit this model or is damaged"):
+        checkpoint.load(path, *small(0), Ranks())
+
+
+def test_a_store_that_refuses_is_one_line_and_leaves_the_earlier_ones(
+    home: Url, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(home, 1)
+
+    def refuse(url: str, *_: object) -> None:
+        raise ShardError(f"{url}: access denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write", refuse)
+        with pytest.raises(
+            CheckpointError, match=r"could not be written .*access denied.*earlier checkpoints"
+        ) as caught:
+            save(home, 2)
+    assert "\n" not in str(caught.value)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "read", refuse)
+        with pytest.raises((CheckpointError, ShardError), match="access denied"):
+            checkpoint.load(checkpoint.folder_of(home, 1), *small(0), Ranks())
+    assert checkpoint.newest(home) == checkpoint.folder_of(home, 1)
+
+
+def test_a_store_is_tried_before_a_run_exists(
+    tiny_config: RunConfig, home: Url, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stored(store: str) -> RunConfig:
+        return replace(tiny_config, storage=str(tmp_path), checkpoint=replace(tiny_config.checkpoint, store=store))
+
+    check_storage(stored("memory://bucket/runs"))
+    assert storage.listing("memory://bucket/runs") == {}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        RunConfigError, match=r"^checkpoint.store .*file/x cannot be written .*give another --checkpoint"
+    ):
+        check_storage(stored(str(tmp_path / "file" / "x")))
+
+    def absent(*_: object) -> None:
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    monkeypatch.setattr(storage, "write", absent)
+    with pytest.raises(
+        RunConfigError, match=r"^checkpoint.store memory://bucket/runs cannot be written .*bucket does not"
+    ):
+        checkpoint_store.check("memory://bucket/runs")
+    monkeypatch.chdir(tmp_path)
+    config, _ = prepare(stored("kept"), lambda _: None)
+    assert config.checkpoint.store == str(tmp_path / "kept")
+    with pytest.raises(ShardError, match="holds a password"):
+        prepare(stored("s3://me:secret@host/runs"), lambda _: None)
+
+
+def test_a_run_that_was_killed_goes_on_from_the_store(tiny_config: RunConfig, home: Url, tmp_path: Path) -> None:
+    config = replace(
+        tiny_config, checkpoint=replace(tiny_config.checkpoint, every_steps=2, store="memory://bucket/runs")
+    )
+    place: Place = start(config, tmp_path / "tiny-1")
+    with pytest.raises(Kill):
+        run(config, place, Ranks(), KillingTracker("train", 4))
+    assert not (place.folder / "checkpoints").exists()
+    tracker = MemoryTracker()
+    run(config, place, Ranks(), tracker)
+    assert [step for name, _, step in tracker.points if name == "train/loss"] == [4, 5, 6]
+    assert tracker.checkpoints[-1] == (f"{home}/checkpoints/step-00000006", 6)
+    found = checkpoint.best(home)
+    assert found is not None
+    plain = start(tiny_config, tmp_path / "plain")
+    run(tiny_config, plain, Ranks(), None)
+    other = checkpoint.read_evaluation(checkpoint.folder_of(plain.folder, 6))
+    assert checkpoint.read_evaluation(checkpoint.folder_of(home, 6)) == other is not None
