@@ -16,24 +16,27 @@ from typing import Any
 _TIMEOUT_S = 60
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = _TIMEOUT_S
+) -> list[Any]:
     """What `function(Ranks, *arguments)`, a module's function, returns on each rank, in order of rank.
 
-    The first failure is raised here with its traceback; the other ranks are ended.
+    The first failure is raised here with its traceback; the other ranks are ended. So they are when none of them says
+    anything for `timeout_s`.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "pipeline.worker"])
     with tempfile.TemporaryDirectory() as folder:
         pairs = [context.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
-            context.Process(target=_rank, args=(rank, world_size, folder, sender, function, arguments))
+            context.Process(target=_rank, args=(rank, world_size, folder, sender, timeout_s, function, arguments))
             for rank, (_, sender) in enumerate(pairs)
         ]
         try:
             for process, (_, sender) in zip(processes, pairs, strict=True):
                 process.start()
                 sender.close()
-            return _collect([receiver for receiver, _ in pairs])
+            return _collect([receiver for receiver, _ in pairs], timeout_s)
         finally:
             for process in processes:
                 process.join(5)
@@ -43,13 +46,13 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
                 receiver.close()
 
 
-def _collect(receivers: list[Connection]) -> list[Any]:
+def _collect(receivers: list[Connection], timeout_s: float) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(receivers):
         waiting = [receiver for rank, receiver in enumerate(receivers) if rank not in results]
-        ready = wait(waiting, _TIMEOUT_S)
+        ready = wait(waiting, timeout_s)
         if not ready:
-            raise TimeoutError(f"{len(waiting)} of {len(receivers)} ranks said nothing for {_TIMEOUT_S} s")
+            raise TimeoutError(f"{len(waiting)} of {len(receivers)} ranks said nothing for {timeout_s} s")
         for receiver in ready:
             rank = receivers.index(receiver)  # type: ignore[arg-type]
             try:
@@ -66,6 +69,7 @@ def _rank(
     world_size: int,
     folder: str,
     sender: Connection,
+    timeout_s: float,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
@@ -78,7 +82,7 @@ def _rank(
     try:
         store = dist.FileStore(str(Path(folder) / "store"), world_size)
         dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=_TIMEOUT_S)
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
         )
         # As bytes: torch would send a tensor as a handle that dies with this process.
         sender.send_bytes(pickle.dumps((True, function(Ranks(rank, world_size), *arguments))))

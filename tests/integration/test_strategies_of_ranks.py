@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from detr.batch import collate
-from detr.execution import set_channels_last, set_recompute
+from detr.execution import compile_shapes, set_channels_last, set_recompute
 from detr.model import DETR
 from pipeline import checkpoint
 from pipeline.optim import build_optimizer
@@ -55,6 +55,23 @@ def test_fifty_steps_have_the_losses_of_a_single_process() -> None:
     for strategy in ("ddp", "fsdp"):
         for found in run_ranks(2, losses, strategy, 50):
             assert found == pytest.approx(expected, rel=1e-5)
+
+
+def compiled_losses(ranks: Ranks) -> list[float]:
+    torch.manual_seed(0)
+    model = bare()
+    compile_shapes(model)
+    wrapped = distribute(model, ranks, "fsdp")
+    optimizer = build_optimizer(unwrap(wrapped), RUN.optim)
+    found = [step(wrapped, optimizer, ranks, number) for number in range(4)]
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
+    return found
+
+
+@pytest.mark.slow
+def test_compiled_fsdp_has_the_same_losses() -> None:
+    expected = run_ranks(2, losses, "fsdp", 4)[0]
+    assert run_ranks(2, compiled_losses, timeout_s=300)[0] == pytest.approx(expected, rel=1e-4)
 
 
 def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
