@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tqdm import tqdm
 
 from pipeline.mlflow_store import TAG_EPOCHS, TAG_TOTAL_STEPS
+from pipeline.standing import Progress, clock_time, left, read_progress
 from pipeline.track import TAG_PHASE, TAG_WARNING
 
 if TYPE_CHECKING:
@@ -29,30 +30,25 @@ class RunView:
         # A bar in a file is noise; the lines say the same.
         self._bar: Any = None
         self._live = stream.isatty()
-        self._epoch = -1
+        self._told: Progress | None = None
         self._evaluated = -1.0
         self._said = ""
-        self._warning: str | None = None
+        self._warnings: dict[str, str] | None = None
 
     def show(self, run: Run) -> None:
         """Print what is new in this state of the run."""
         tags, metrics = run.data.tags, run.data.metrics
         total, epochs = int(tags.get(TAG_TOTAL_STEPS, 0)), float(tags.get(TAG_EPOCHS, 1))
-        epoch = metrics.get("epoch", 0.0)
-        step = round(epoch / epochs * total)
+        progress = read_progress(tags)
         phase = tags.get(TAG_PHASE, "starting")
         if self._live:
-            self._update_bar(step, total, phase, metrics)
+            self._update_bar(progress or Progress(0, 0.0), total, epochs, phase, metrics)
         elif phase.split(" ")[0] != self._said and phase.startswith("starting"):
             self._said = phase.split(" ")[0]
             self._line(f"{phase} ...")
-        self._warn(tags.get(TAG_WARNING, ""))
-        if "train/loss" in metrics and int(epoch + 1e-9) > max(self._epoch, 0):
-            self._epoch = int(epoch + 1e-9)
-            speed = metrics.get("speed/images_per_s", 0.0)
-            self._line(
-                f"epoch {self._epoch:>3}/{epochs:g}  step {step:>6}/{total}  loss {metrics['train/loss']:8.3f}  {speed:6.1f} images/s"
-            )
+        self._warn({name: text for name, text in tags.items() if name.startswith(TAG_WARNING)})
+        if progress and "train/loss" in metrics:
+            self._tell_epochs(progress, total, epochs, metrics)
         evaluated = metrics.get("evaluation/epoch", -1.0)
         if evaluated > self._evaluated and "val/AP" in metrics:
             self._evaluated = evaluated
@@ -61,31 +57,55 @@ class RunView:
                 told += f"  mask AP {metrics['val/mask_AP']:.3f}"
             self._line(f"          evaluated at epoch {evaluated:g}:  {told}")
 
+    def _tell_epochs(self, progress: Progress, total: int, epochs: float, metrics: dict[str, float]) -> None:
+        """A line when an epoch has ended; one line for all that have ended since the store was last asked."""
+        before = int(self._told.epoch + 1e-9) if self._told else 0
+        now = int(progress.epoch + 1e-9)
+        if now <= before:
+            return
+        self._told = progress
+        ended = f"{now:>3}" if now == before + 1 or before == 0 else f"{before + 1}-{now}".rjust(3)
+        said = "  ".join(_figures(progress, metrics))
+        self._line(f"epoch {ended}/{epochs:g}  step {progress.step:>6}/{total}  {said}")
+
     def close(self) -> None:
         """Leave the terminal clean."""
         if self._bar is not None:
             self._bar.close()
 
-    def _update_bar(self, step: int, total: int, phase: str, metrics: dict[str, float]) -> None:
+    def _update_bar(self, progress: Progress, total: int, epochs: float, phase: str, metrics: dict[str, float]) -> None:
         if self._bar is None:
-            self._bar = tqdm(total=total, unit="step", file=self._stream, dynamic_ncols=True, leave=False, initial=step)
-        self._bar.n = max(step, self._bar.n)
-        said = {"loss": f"{metrics['train/loss']:.2f}"} if "train/loss" in metrics else {}
-        said |= {"AP": f"{metrics['val/AP']:.3f}"} if "val/AP" in metrics else {}
-        said |= {"mask AP": f"{metrics['val/mask_AP']:.3f}"} if "val/mask_AP" in metrics else {}
+            # The bar's own forecast knows of neither evaluations nor what it took before it was opened.
+            form = "{desc}: {percentage:3.0f}%|{bar}| {postfix}"
+            self._bar = tqdm(total=total, file=self._stream, dynamic_ncols=True, leave=False, bar_format=form)
+        self._bar.total, self._bar.n = total, progress.step
+        said = [f"epoch {progress.epoch:.1f}/{epochs:g}", f"step {progress.step}/{total}", *_figures(progress, metrics)]
         self._bar.set_description_str(phase, refresh=False)
-        self._bar.set_postfix(said, refresh=True)
+        self._bar.set_postfix_str("  ".join(said), refresh=True)
 
-    def _warn(self, warning: str) -> None:
-        if self._warning is not None and warning not in ("", self._warning):
-            self._line(f"warning: {warning}")
-        self._warning = warning  # the first is of before this view was opened
+    def _warn(self, warnings: dict[str, str]) -> None:
+        for name, text in warnings.items():
+            # The first are of before this view was opened.
+            if self._warnings is not None and text not in ("", self._warnings.get(name)):
+                self._line(f"warning: {text}")
+        self._warnings = warnings
 
     def _line(self, text: str) -> None:
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:
             print(text, file=self._stream, flush=True)
+
+
+def _figures(progress: Progress, metrics: dict[str, float]) -> list[str]:
+    """What is known of: loss, AP, speed, memory, end."""
+    said = [f"loss {metrics['train/loss']:8.3f}"] if "train/loss" in metrics else []
+    said += [f"AP {metrics['val/AP']:.3f}"] if "val/AP" in metrics else []
+    said += [f"mask AP {metrics['val/mask_AP']:.3f}"] if "val/mask_AP" in metrics else []
+    said += [f"{metrics['speed/images_per_s']:6.1f} images/s"] if "speed/images_per_s" in metrics else []
+    said += [f"{metrics['speed/memory_gib']:.2f} GiB"] if "speed/memory_gib" in metrics else []
+    end = progress.ends
+    return said + ([f"{left(end)} left, ends {clock_time(end)}"] if end else [])
 
 
 def follow(

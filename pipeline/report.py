@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from pipeline.standing import clock_time, read_progress
 from pipeline.track import TAG_PHASE
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def runs_table(runs: Sequence[Run]) -> str:
     for run in runs:
         metrics = run.data.metrics
         phase = run.data.tags.get(TAG_PHASE, "")
-        status = phase if run.info.status == "RUNNING" else str(run.info.status).lower()
+        running, progress = run.info.status == "RUNNING", read_progress(run.data.tags)
+        status = phase if running else str(run.info.status).lower()
         started = datetime.fromtimestamp(run.info.start_time / 1000).strftime("%Y-%m-%d %H:%M")
         rows.append(
             (
@@ -78,9 +80,10 @@ def runs_table(runs: Sequence[Run]) -> str:
                 f"{metrics['val/AP']:.3f}" if "val/AP" in metrics else "-",
                 f"{metrics['val/AP50']:.3f}" if "val/AP50" in metrics else "-",
                 started,
+                clock_time(progress.ends) if running and progress and progress.ends else "-",
             )
         )
-    return table(("run", "name", "status", "epoch", "AP", "AP50", "started"), rows)
+    return table(("run", "name", "status", "epoch", "AP", "AP50", "started", "ends"), rows)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -75,6 +75,9 @@ class OptimConfig:
     """Stop after so many steps, whatever `epochs` says; 0 for no such bound."""
     train: Literal["all", "mask_head"] = "all"
     """mask_head: only the mask head learns, on top of the detector that `initial` names (paper, section 4.4)."""
+    normalise: Literal["global", "per_rank"] = "global"
+    """What losses are divided by: the global batch's sums, or, as in the original, each worker's own, by which the result
+    depends on the number of workers; see `pipeline/step.py`."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "optim.batch_size", self.batch_size, "at least 1")
@@ -88,6 +91,7 @@ class OptimConfig:
         require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
         require(self.max_steps >= 0, "optim.max_steps", self.max_steps, "0 (no bound) or more")
         require(self.train in ("all", "mask_head"), "optim.train", self.train, "all or mask_head")
+        require(self.normalise in ("global", "per_rank"), "optim.normalise", self.normalise, "global or per_rank")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,10 @@ Both are known from the targets alone, so one small reduction before the forward
 
 A rank's images may be cut into micro-batches, one forward and backward pass each (`compute.max_microbatch`), when they
 do not fit its memory at once: the same sums, and so the same gradient up to what padding changes.
+
+`optim.normalise: per_rank` restores the original: each rank's cross entropy is divided by its own sum of weights, the
+boxes by max(boxes over all ranks / ranks, 1), and the gradients are averaged. A micro-batch then counts as what one of
+the original's GPUs holds: the result is the original's on as many GPUs as there are micro-batches on all ranks.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from detr.criterion import Losses, ce_weight_sum, compute_losses
 from detr.execution import autocast
 from detr.matcher import NonFiniteError
 from detr.model import Outputs
+from pipeline.breakdown import Lap, no_lap
 from pipeline.config import RunConfig
 from pipeline.errors import TrainingError
 from pipeline.parallel import Ranks, averaging, clip_gradients
@@ -68,24 +73,37 @@ class _Pass(NamedTuple):
     error: str = ""
 
 
+class Dividers(NamedTuple):
+    """What the sums of a pass are divided by: those over matched boxes (and masks), and the cross entropy."""
+
+    boxes: Tensor | float
+    cross_entropy: Tensor | float
+
+
 def normalisers(
     batches: Sequence[Batch], config: RunConfig, ranks: Ranks, asks: Asked = NOTHING
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(boxes, cross-entropy weight) that this rank's losses are divided by, see the module's text, and how many ranks
-    ask for each thing.
+) -> tuple[list[Dividers], Tensor]:
+    """What each micro-batch's losses are divided by, see the module's text, and how many ranks ask for each thing.
 
     A collective call.
     Scalars on the rank's device: the host waits neither for the copy nor for the sum.
     """
-    targets = [target for batch in batches for target in batch.targets]
-    boxes = sum(len(target.labels) for target in targets)
-    weight = ce_weight_sum(targets, config.model.num_queries, config.loss)
-    mine = torch.tensor([float(boxes), weight, *map(float, asks)], dtype=torch.float64)
+    per_batch = [batch.targets for batch in batches]
+    boxes = sum(len(target.labels) for targets in per_batch for target in targets)
+    weights = [ce_weight_sum(targets, config.model.num_queries, config.loss) for targets in per_batch]
+    mine = torch.tensor([float(boxes), sum(weights), *map(float, asks)], dtype=torch.float64)
     sums = ranks.sum(mine.to(ranks.device, non_blocking=True))
     total_boxes, total_weight, asking = sums[0], sums[1], sums[2:]
+    if config.optim.normalise == "per_rank":
+        passes = len(batches)
+        # The passes' gradients add up, so each is divided by their number as well: a mean, like DDP's over ranks.
+        mean_boxes = (total_boxes / (ranks.world_size * passes)).clamp(min=1).float() * passes
+        # Without images both sum and weight are 0, where the original has no answer.
+        return [Dividers(mean_boxes, (weight or 1.0) * passes) for weight in weights], asking
     # With eos_coef 0 and no box the weights' sum is 0, and so is the loss that it divides.
     total_weight = torch.where(total_weight > 0, total_weight, 1.0)
-    return (total_boxes.clamp(min=1) / ranks.world_size).float(), (total_weight / ranks.world_size).float(), asking
+    mean = (total_boxes.clamp(min=1) / ranks.world_size).float(), (total_weight / ranks.world_size).float()
+    return [Dividers(*mean)] * len(batches), asking
 
 
 def train_step(
@@ -96,30 +114,34 @@ def train_step(
     ranks: Ranks,
     step: int,
     asks: Asked = NOTHING,
+    lap: Lap = no_lap,
 ) -> StepResult:
     """Forward, losses and backward of each micro-batch, then clip and update. Learning rates are the caller's.
 
     batches: this rank's part of the step; as many on every rank, some perhaps without images.
     asks: what this rank wants after the step.
+    lap: told of each part of the step as it ends.
 
     Raises `Diverged` before the update when anything is not finite on any rank, or the gradient's norm is past
     `guard.max_grad_norm`, naming step, image ids and part.
     The total norm is the same on every rank, since gradients have been averaged by then, so all ranks stop together.
     """
-    *dividers, asking = normalisers(batches, config, ranks, asks)
+    dividers, asking = normalisers(batches, config, ranks, asks)
     # Before the forward pass, so that the last gradients make room for the activations.
     optimizer.zero_grad(set_to_none=True)
     passes = []
-    for number, batch in enumerate(batches):
+    lap("other")
+    for number, (batch, divider) in enumerate(zip(batches, dividers, strict=True)):
         # Dropout depends on the step and not on what came before it, so that a resumed run repeats it bit for bit.
         torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + ranks.rank + (number << 48))
         with averaging(model, now=number == len(batches) - 1):
-            passes.append(_pass(model, batch.to(ranks.device), dividers, config))
+            passes.append(_pass(model, batch.to(ranks.device), divider, config, lap))
     grad_norm = clip_gradients(optimizer, config.optim.clip_norm)
     norm, *asked = torch.cat([grad_norm.double()[None], asking]).tolist()  # one wait for the device, for both
     if not norm < (config.guard.max_grad_norm or math.inf):  # false for NaN
         raise _diverged(passes, norm, ranks, step)
     optimizer.step()
+    lap("optimizer")
     return StepResult(
         _sum([(len(one.batch), one.losses) for one in passes]),
         grad_norm.detach(),
@@ -127,20 +149,22 @@ def train_step(
     )
 
 
-def _pass(model: nn.Module, batch: Batch, dividers: Sequence[Tensor], config: RunConfig) -> _Pass:
+def _pass(model: nn.Module, batch: Batch, dividers: Dividers, config: RunConfig, lap: Lap) -> _Pass:
     images = normalise(batch, config.transform)
     with autocast(images.device, config.compute.precision):
         outputs = model(images, batch.padding)
     layers = [(layer.logits.detach(), layer.boxes.detach()) for layer in (outputs, *outputs.auxiliary)]
-    num_boxes, ce_normalizer = dividers
+    lap("forward")
     canvas = (batch.images.shape[2], batch.images.shape[3])
     error = ""
     try:
-        losses = compute_losses(outputs, batch.targets, num_boxes, config.loss, ce_normalizer, canvas)
+        losses = compute_losses(outputs, batch.targets, dividers.boxes, config.loss, dividers.cross_entropy, canvas)
     except NonFiniteError as found:
         # The other ranks are on their way to the gradients' sum: come along, with gradients that stop them all there.
         error, losses = str(found), _not_finite(outputs)
+    lap("loss")
     losses.total.backward()  # type: ignore[no-untyped-call]
+    lap("backward")
     return _Pass(batch, losses, layers, error)
 
 

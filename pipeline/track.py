@@ -27,10 +27,12 @@ from pipeline.errors import first_line
 
 LOG = logging.getLogger(__name__)
 TAG_PHASE = "detr.phase"
-TAG_WARNING = "detr.warning"
-"""Run tag: what went wrong last and may pass, such as a store that does not answer."""
-TAG_LEFT_OUT = "detr.left_out"
 """Run tag: what the run is doing now."""
+TAG_WARNING = "detr.warning"
+"""Run tag: what went wrong last and may pass, such as a store that does not answer. A cause that has a tag of its own,
+named after this one and a dot, empties it when it has passed."""
+TAG_LEFT_OUT = "detr.left_out"
+"""Run tag: images that are not trained on."""
 _BATCH = 1000  # MLflow's largest number of metrics in one request
 
 

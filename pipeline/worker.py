@@ -21,6 +21,7 @@ from pipeline.boundaries import next_boundary
 from pipeline.checkpoint_store import home_of
 from pipeline.config import RunConfig
 from pipeline.data import check_cache, open_data
+from pipeline.forecast import Forecast
 from pipeline.guard import Guard
 from pipeline.identity import continuation
 from pipeline.meta import meta_of
@@ -41,11 +42,12 @@ from shards.detections import Detections
 
 @dataclass(frozen=True)
 class Means:
-    """What steps are taken with: batches, what handles a bad one, what saves, and what this rank asks for."""
+    """What steps are taken with: batches, what handles a bad one, what saves and measures, and what this rank asks for."""
 
     batches: Iterator[tuple[Batch, ...]]
     guard: Guard
     saver: Saver
+    meter: Meter
     watch: Callable[[], Asked]
 
     def asks(self) -> Asked:
@@ -74,14 +76,17 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) 
         open_saver(home, state.optimizer, ranks, config.checkpoint.keep, config.checkpoint.every_minutes) as saver,
     ):
         watch = StopWatch(place.folder).asked if ranks.first else Asked
-        means = Means(batches, Guard(place.folder, config.guard, ranks, tracker, saver), saver, watch)
+        guard = Guard(place.folder, config.guard, ranks, tracker, saver)
+        meter = Meter(schedule, ranks, tracker, lambda: saver.stalled_s, Forecast(config, schedule, val.images))
+        means = Means(batches, guard, saver, meter, watch)
         while True:
             if state.step and evaluation_due(worker, state.step):
-                validate(worker, state, saver)
+                with meter.evaluating():
+                    validate(worker, state, saver)
             if state.step >= schedule.total_steps:
                 return
             asked = _train(worker, state, means, until=next_boundary(config, schedule, state.step))
-            _save(worker, state, saver)
+            _save(worker, state, means)
             if asked.stop:
                 return
 
@@ -91,19 +96,20 @@ def _train(worker: Worker, state: State, means: Means, until: int) -> Asked:
 
     Where one asks for a save only, that interrupts nothing: the curves have their points where they would have them.
     """
-    schedule = worker.schedule
-    meter = Meter(schedule, worker.ranks, worker.tracker)
+    schedule, meter = worker.schedule, means.meter
+    lap = meter.clock.lap
     asked = NOTHING
     while state.step < until and not asked.stop:
         asked = NOTHING
+        lap("other")
         micro_batches = next(means.batches)
-        waited = meter.waited()
+        lap("data_wait")
         set_learning_rates(state.optimizer, schedule.factor(state.step))
         try:
             result = train_step(
-                state.model, micro_batches, state.optimizer, worker.config, worker.ranks, state.step, means.asks()
+                state.model, micro_batches, state.optimizer, worker.config, worker.ranks, state.step, means.asks(), lap
             )
-            meter.add(result, schedule.samples(state.step + 1) - schedule.samples(state.step), waited)
+            meter.add(result, schedule.samples(state.step + 1) - schedule.samples(state.step))
             asked = result.asked
         except Diverged as event:
             means.guard.handle(event, state.model, state.optimizer)
@@ -111,12 +117,12 @@ def _train(worker: Worker, state: State, means: Means, until: int) -> Asked:
         if state.step % worker.config.track.log_every == 0 or state.step == until or asked.stop:
             meter.tell(state.step, state.optimizer)
         if asked.save and state.step < until and not asked.stop:
-            _save(worker, state, means.saver)
-            meter.go_on()
+            _save(worker, state, means)
     return asked
 
 
-def _save(worker: Worker, state: State, saver: Saver) -> None:
-    saver.save(state.model, state.optimizer, meta_of(worker, state.step))
-    if worker.config.data.max_bad_samples:
-        tell_left_out(worker.tracker, worker.train, worker.ranks)
+def _save(worker: Worker, state: State, means: Means) -> None:
+    with means.meter.aside():
+        means.saver.save(state.model, state.optimizer, meta_of(worker, state.step))
+        if worker.config.data.max_bad_samples:
+            tell_left_out(worker.tracker, worker.train, worker.ranks)

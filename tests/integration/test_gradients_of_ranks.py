@@ -1,5 +1,6 @@
 """The gradient is that of the global batch, however many real processes share it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -7,16 +8,18 @@ from typing import cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from detr.batch import Target, collate
+from detr.batch import Target, collate, normalise
 from detr.config import ModelConfig, TransformConfig
-from detr.model import build_model
+from detr.matcher import generalized_iou, match
+from detr.model import Outputs, build_model
 from pipeline.config import OptimConfig, RunConfig
 from pipeline.optim import build_optimizer
 from pipeline.parallel import Ranks, Strategy, distribute, unwrap
 from pipeline.step import train_step
+from pipeline.stopping import NOTHING, Asked
 from pipeline.weights import build_trained
 from shards.manifest import Manifest
 from shards.plan import PlanConfig, plan_epoch
@@ -190,6 +193,74 @@ def test_the_gradients_that_are_compared_are_not_all_but_zero(alone: list[tuple[
         assert max(float(gradient.abs().max()) for gradient in found.values()) > 1e-2
 
 
+def per_rank(config: RunConfig) -> RunConfig:
+    return replace(config, optim=replace(config.optim, normalise="per_rank"))
+
+
+def gradients_per_rank(
+    ranks: Ranks, shares: list[tuple[int, ...]], passes: int
+) -> list[tuple[dict[str, Tensor], float]]:
+    return [gradients(ranks, shares, boxes, per_rank(CONFIG), passes) for boxes in CASES]
+
+
+def originals(shares: list[tuple[int, ...]], boxes: tuple[int, ...]) -> tuple[dict[str, Tensor], float]:
+    """What the original computes on one GPU for each share: `SetCriterion`'s formulas, and DDP's mean of gradients."""
+    made = samples(boxes)
+    num_boxes = max(sum(boxes) / len(shares), 1.0)
+    found: dict[str, Tensor] = {}
+    total = 0.0
+    for share in shares:
+        torch.manual_seed(0)
+        model = build_trained(CONFIG, 4).train()
+        batch = collate([made[i] for i in share])
+        outputs = model(normalise(batch, CONFIG.transform), batch.padding)
+        loss = torch.zeros(())
+        for layer in (outputs, *outputs.auxiliary):
+            loss = loss + original_losses(layer, batch.targets, num_boxes)
+        loss.backward()  # type: ignore[no-untyped-call]
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                found[name] = found.get(name, torch.zeros_like(parameter)) + parameter.grad / len(shares)
+        total += float(loss.detach()) / len(shares)
+    return found, total
+
+
+def original_losses(layer: Outputs, targets: Sequence[Target], num_boxes: float) -> Tensor:
+    """loss_labels and loss_boxes of the original's `models/detr.py`, weighted."""
+    pairs = match(layer, targets, CONFIG.loss)
+    classes = torch.full(layer.logits.shape[:2], 4)
+    for image, ((queries, objects), target) in enumerate(zip(pairs, targets, strict=True)):
+        classes[image, queries] = target.labels[objects]
+    empty_weight = torch.ones(5)
+    empty_weight[-1] = CONFIG.loss.eos_coef
+    loss = nn.functional.cross_entropy(layer.logits.transpose(1, 2), classes, empty_weight)
+    source = torch.cat([layer.boxes[image, queries] for image, (queries, _) in enumerate(pairs)])
+    truth = torch.cat([target.boxes[objects] for (_, objects), target in zip(pairs, targets, strict=True)])
+    l1 = (source - truth).abs().sum() / num_boxes
+    giou = (1 - generalized_iou(source, truth)).sum() / num_boxes
+    return loss + CONFIG.loss.weight_bbox * l1 + CONFIG.loss.weight_giou * giou
+
+
+@pytest.mark.parametrize(
+    ("shares", "passes"),
+    [(evenly(2), 1), ([(0, 1, 2, 3, 4), (5, 6, 7)], 1), (evenly(2), 2)],
+    ids=["2x4", "5 and 3", "2x(2x2), as on four GPUs"],
+)
+def test_divided_by_each_rank_s_own_sums_the_gradient_is_the_original_s(
+    shares: list[tuple[int, ...]], passes: int, alone: list[tuple[dict[str, Tensor], float]]
+) -> None:
+    parts = [
+        share[len(share) * n // passes : len(share) * (n + 1) // passes] for share in shares for n in range(passes)
+    ]
+    expected = [originals(parts, boxes) for boxes in CASES]
+    for said in run_ranks(len(shares), gradients_per_rank, shares, passes):
+        for found, one in zip(said, expected, strict=True):
+            assert_equal(found, one)
+    # Where ranks differ in what they hold, so do the two ways: else nothing is tested here.
+    for one, of_the_whole in list(zip(expected, alone, strict=True))[1:]:
+        assert abs(one[1] - of_the_whole[1]) > 1e-2
+
+
 def failing_step(ranks: Ranks, where: str, strategy: Strategy) -> tuple[str, bool]:
     """A step in which one rank's images alone are at fault: what is raised, and are the weights as before?"""
     torch.manual_seed(0)
@@ -236,8 +307,10 @@ def stopping_step(ranks: Ranks) -> list[bool]:
     wrapped = distribute(build_trained(CONFIG, 4), ranks)
     optimizer = build_optimizer(unwrap(wrapped), CONFIG.optim)
     batch = collate(samples(EVEN)[:2])
-    asks = (False, ranks.rank == 1)
-    return [train_step(wrapped, [batch], optimizer, CONFIG, ranks, step, ask).stop for step, ask in enumerate(asks)]
+    asks = (NOTHING, Asked(stop=ranks.rank == 1))
+    return [
+        train_step(wrapped, [batch], optimizer, CONFIG, ranks, step, ask).asked.stop for step, ask in enumerate(asks)
+    ]
 
 
 def test_what_one_rank_asks_for_all_ranks_do() -> None:

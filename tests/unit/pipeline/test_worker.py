@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,13 @@ from detr.batch import Batch
 from detr.model import build_model
 from pipeline import checkpoint
 from pipeline import worker as module
+from pipeline.breakdown import PARTS
 from pipeline.config import RunConfig
 from pipeline.errors import CheckpointError
 from pipeline.identity import continuation
 from pipeline.parallel import Ranks
 from pipeline.saving import Saver
+from pipeline.standing import Progress, read_progress
 from pipeline.state import Place
 from pipeline.step import RANDOMNESS, StepResult, train_step
 from pipeline.stopping import Asked
@@ -122,6 +126,34 @@ def test_a_run_saves_evaluates_and_tells_at_the_right_steps(config: RunConfig, p
     rates = {step: value for name, value, step in tracker.points if name == "optim/lr"}
     assert rates == pytest.approx({1: 1e-3, 2: 1e-3, 3: 1e-3, 4: 1e-4, 5: 1e-4, 6: 1e-4})
     assert [value for name, value, _ in tracker.points if name == "epoch"][-1] == 2.0
+
+
+def test_the_parts_of_a_run_s_steps_add_up_to_the_time_that_they_took(config: RunConfig, place: Place) -> None:
+    config, tracker = replace(config, track=replace(config.track, log_every=2)), MemoryTracker()
+    start_s = time.perf_counter()
+    run(config, place, Ranks(), tracker)
+    took_s = time.perf_counter() - start_s
+    told = {(name, step): value for name, value, step in tracker.points if name.startswith("step/")}
+    assert {step for _, step in told} == {2, 3, 4, 6}
+    for step in (2, 3, 4, 6):
+        parts = [told[f"step/{part}_s", step] for part in PARTS]
+        assert min(parts) >= 0
+        assert sum(parts) == pytest.approx(told["step/total_s", step])
+        assert min(told[f"step/{part}_s", step] for part in ("forward", "loss", "backward", "optimizer")) > 0
+    # The interval that ends at step 4 began with the save of step 3, which waited for that of step 2 to be whole.
+    assert told["step/checkpoint_stall_s", 4] > 0
+    steps = {2: 2, 3: 1, 4: 1, 6: 2}
+    assert 0 < sum(told["step/total_s", step] * count for step, count in steps.items()) < took_s
+    assert read_progress(tracker.last_tags) == Progress(6, 2.0, tracker_end(tracker))
+
+
+def tracker_end(tracker: MemoryTracker) -> str:
+    """The predicted end, which is not far from now."""
+    progress = read_progress(tracker.last_tags)
+    assert progress is not None
+    assert progress.ends is not None
+    assert abs((progress.ends - datetime.now(UTC)).total_seconds()) < 30
+    return progress.end
 
 
 def test_a_run_with_masks_tells_their_losses_and_scores(masks_config: RunConfig, tmp_path: Path) -> None:
@@ -404,7 +436,8 @@ def test_a_save_that_the_clock_asks_for_changes_neither_the_result_nor_the_curve
     assert_same(weights(config, other.folder), weights(config, place.folder))
 
     def curves(tracker: MemoryTracker) -> list[Any]:
-        return [point for point in tracker.points if point[0].split("/")[0] not in ("speed", "evaluation")]
+        measured = ("speed", "step", "step_share", "evaluation")
+        return [point for point in tracker.points if point[0].split("/")[0] not in measured]
 
     assert curves(clocked) == curves(plain) != []
 

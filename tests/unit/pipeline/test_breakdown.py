@@ -1,0 +1,82 @@
+import itertools
+import time
+
+import pytest
+import torch
+
+from pipeline import breakdown
+from pipeline.breakdown import PARTS, StepClock, memory_gib
+
+
+def test_parts_add_up_to_all_the_time_that_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 10.0, 10.5, 12.0, 20.0, 21.0, 30.0, 30.25])
+    monkeypatch.setattr(breakdown._HostMarks, "mark", lambda _: next(times))
+    clock = StepClock(torch.device("cpu"))
+    clock.start()  # at 10
+    clock.lap("data_wait")
+    clock.lap("forward")
+    clock.start()  # what passed until 20 is nobody's
+    clock.lap("forward")
+    assert clock.read() == dict.fromkeys(PARTS, 0.0) | {"data_wait": 0.5, "forward": 2.5}
+    clock.lap("loss")  # from 21, where it was read, to 30
+    clock.lap("backward")
+    assert clock.read() == dict.fromkeys(PARTS, 0.0) | {"loss": 9.0, "backward": 0.25}
+
+
+class Event:
+    """Stands for CUDA's: the host's clock must play no part, nor a wait before the figures are read."""
+
+    ticks = itertools.count()
+    made = 0
+    waited = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        Event.made += 1
+        self.at = -1
+
+    def record(self) -> None:
+        self.at = next(Event.ticks)
+
+    def synchronize(self) -> None:
+        Event.waited += 1
+
+    def elapsed_time(self, other: "Event") -> float:
+        return 1000.0 * (other.at - self.at)
+
+
+def test_on_a_gpu_parts_are_read_off_events_that_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = StepClock(torch.device("cuda"))
+    for _ in range(3):
+        for part in ("data_wait", "forward", "forward", "backward"):
+            clock.lap(part)
+        before = Event.waited
+        seconds = clock.read()
+        assert Event.waited == before + 1
+        assert seconds == dict.fromkeys(PARTS, 0.0) | {"data_wait": 1.0, "forward": 2.0, "backward": 1.0}
+    assert Event.made == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_a_part_is_the_device_s_time_and_not_the_host_s() -> None:
+    clock, big = StepClock(torch.device("cuda")), torch.rand(8192, 8192, device="cuda")
+    torch.cuda.synchronize()
+    clock.start()
+    start = time.perf_counter()
+    for _ in range(20):
+        big = big @ big
+    clock.lap("forward")
+    host_s = time.perf_counter() - start
+    clock.lap("backward")
+    seconds = clock.read()
+    assert seconds["forward"] > 5 * host_s
+    assert seconds["backward"] < seconds["forward"] / 100
+
+
+def test_a_process_on_a_cpu_has_the_memory_that_the_system_says() -> None:
+    before = memory_gib(torch.device("cpu"))
+    held = torch.ones(2**26)  # 256 MiB
+    assert memory_gib(torch.device("cpu")) - before == pytest.approx(0.25, abs=0.05)
+    assert len(held)

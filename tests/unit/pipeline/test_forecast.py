@@ -1,0 +1,56 @@
+from dataclasses import replace
+
+import pytest
+
+from pipeline.config import RunConfig
+from pipeline.forecast import Forecast
+from pipeline.optim import Schedule
+
+# 400 steps of ten images, an evaluation after each hundred.
+CONFIG = RunConfig()
+CONFIG = replace(CONFIG, optim=replace(CONFIG.optim, batch_size=10, epochs=4, max_steps=0))
+SCHEDULE = Schedule(CONFIG.optim, 1000)
+LONG = replace(CONFIG.optim, epochs=300)
+
+
+def test_it_is_told_from_step_200_on_and_earlier_in_a_short_run() -> None:
+    forecast = Forecast(CONFIG, SCHEDULE, 50)
+    forecast.stepped(39, 39.0, 0.0)
+    assert forecast.remaining_s(39) is None
+    forecast.stepped(1, 1.0, 0.0)
+    assert forecast.remaining_s(40) is not None
+    forecast = Forecast(CONFIG, Schedule(LONG, 1000), 50)
+    for step in range(50, 200, 50):
+        forecast.stepped(50, 50.0, 0.0)
+        assert forecast.remaining_s(step) is None
+    forecast.stepped(50, 50.0, 0.0)
+    assert forecast.remaining_s(200) is not None
+
+
+def test_it_counts_steps_and_evaluations_that_are_left() -> None:
+    forecast = Forecast(CONFIG, SCHEDULE, 50)
+    forecast.stepped(100, 50.0, 0.0)
+    forecast.evaluated(7.0)
+    assert forecast.remaining_s(100) == pytest.approx(300 * 0.5 + 4 * 7)  # that at step 100 is due
+    assert forecast.remaining_s(101) == pytest.approx(299 * 0.5 + 3 * 7)
+    assert forecast.remaining_s(400) == pytest.approx(7)
+
+
+def test_before_the_first_evaluation_one_is_taken_for_a_forward_pass_over_its_images() -> None:
+    forecast = Forecast(CONFIG, SCHEDULE, 50)
+    forecast.stepped(50, 50.0, 0.2)  # ten images: 50 take 1 s
+    assert forecast.remaining_s(50) == pytest.approx(350 + 4)
+    limited = Forecast(replace(CONFIG, evaluate=replace(CONFIG.evaluate, limit=25)), SCHEDULE, 50)
+    limited.stepped(50, 50.0, 0.2)
+    assert limited.remaining_s(50) == pytest.approx(350 + 2)
+
+
+def test_the_beginning_and_what_was_long_ago_do_not_count() -> None:
+    forecast = Forecast(CONFIG, Schedule(LONG, 1000), 50)
+    forecast.stepped(200, 2000.0, 0.0)
+    assert forecast.remaining_s(200) == pytest.approx(29800 * 10.0)
+    forecast.stepped(200, 200.0, 0.0)
+    assert forecast.remaining_s(400) == pytest.approx(29600 * 1.0)
+    for _ in range(5):
+        forecast.stepped(200, 400.0, 0.0)
+    assert forecast.remaining_s(1400) == pytest.approx(28600 * 2.0)

@@ -1,0 +1,155 @@
+"""What is told at a log point: figures of an interval, averaged over steps and ranks, and a warning that passes."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from detr.criterion import Losses
+from pipeline.breakdown import PARTS
+from pipeline.config import RunConfig
+from pipeline.forecast import Forecast
+from pipeline.meter import TAG_DATA_WAIT, Interval, Meter, WaitWatch
+from pipeline.optim import Schedule
+from pipeline.parallel import Ranks
+from pipeline.standing import read_progress
+from pipeline.step import StepResult
+from pipeline.track import MemoryTracker
+from tests.ranks import run_ranks
+
+CONFIG = RunConfig()
+CONFIG = replace(CONFIG, optim=replace(CONFIG.optim, batch_size=10, epochs=4))
+SCHEDULE = Schedule(CONFIG.optim, 1000)
+OPTIMIZER = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+
+
+class FakeClock:
+    """Says that each part took so long."""
+
+    def __init__(self, **seconds: float) -> None:
+        self.seconds = seconds
+
+    def lap(self, part: str) -> None:
+        pass
+
+    def start(self) -> None:
+        pass
+
+    def read(self) -> dict[str, float]:
+        return dict.fromkeys(PARTS, 0.0) | self.seconds
+
+
+def result(loss: float) -> StepResult:
+    return StepResult(Losses(torch.tensor(loss), {"loss_ce_0": torch.tensor(2 * loss)}), torch.tensor(3.0))
+
+
+def told(meter: Meter, clock: FakeClock, tracker: MemoryTracker, step: int) -> dict[str, float]:
+    meter.clock = clock  # type: ignore[assignment]
+    meter.tell(step, OPTIMIZER)
+    return {name: value for name, value, at in tracker.points if at == step}
+
+
+def test_an_interval_is_told_per_step_and_in_shares() -> None:
+    tracker = MemoryTracker()
+    meter = Meter(SCHEDULE, Ranks(), tracker, forecast=Forecast(CONFIG, SCHEDULE, 50))
+    meter.add(result(1.0), 10)
+    meter.add(result(2.0), 10)
+    points = told(meter, FakeClock(data_wait=0.5, forward=1.0, other=0.5), tracker, 100)
+    assert (points["train/loss"], points["train_layers/loss_ce_0"]) == (1.5, 3.0)
+    assert (points["step/forward_s"], points["step/data_wait_s"], points["step/total_s"]) == (0.5, 0.25, 1.0)
+    assert (points["step_share/forward"], points["step_share/data_wait"]) == (0.5, 0.25)
+    assert points["speed/images_per_s"] == 10.0
+    assert points["speed/memory_gib"] > 0
+    assert (points["epoch"], points["optim/lr"], points["optim/grad_norm"]) == (1.0, 0.5, 3.0)
+    assert {f"step/{part}_s" for part in PARTS} | {f"step_share/{part}" for part in PARTS} <= points.keys()
+    progress = read_progress(tracker.last_tags)
+    assert progress is not None
+    assert (progress.step, progress.epoch, progress.ends) == (100, 1.0, None)
+
+
+def test_the_predicted_end_is_told_as_soon_as_there_is_one() -> None:
+    tracker = MemoryTracker()
+    meter = Meter(SCHEDULE, Ranks(), tracker, forecast=Forecast(CONFIG, SCHEDULE, 50))
+    for _ in range(40):
+        meter.add(result(1.0), 10)
+    told(meter, FakeClock(forward=40.0), tracker, 40)
+    progress = read_progress(tracker.last_tags)
+    assert progress is not None
+    assert progress.ends is not None
+
+
+def test_a_checkpoint_s_stall_is_its_own_and_not_the_optimizer_s() -> None:
+    tracker, stalled = MemoryTracker(), [0.25]
+    meter = Meter(SCHEDULE, Ranks(), tracker, lambda: stalled[0])
+    for seconds in (0.0625, 0.25):  # of each two, the first while it is being saved, when the clock stands still
+        with meter.aside():
+            stalled[0] += 0.0625
+        stalled[0] += seconds - 0.0625  # in the update, which waits for the copy
+    meter.add(result(1.0), 10)
+    points = told(meter, FakeClock(forward=1.0, optimizer=0.5), tracker, 1)
+    assert (points["step/optimizer_s"], points["step/checkpoint_stall_s"]) == (0.3125, 0.3125)
+    assert points["step/total_s"] == 1.625
+    meter.add(result(1.0), 10)
+    points = told(meter, FakeClock(forward=1.0, optimizer=0.5), tracker, 2)
+    assert (points["step/optimizer_s"], points["step/checkpoint_stall_s"]) == (0.5, 0.0)
+
+
+def test_an_interval_without_a_step_tells_nothing() -> None:
+    tracker = MemoryTracker()
+    Meter(SCHEDULE, Ranks(), tracker).tell(3, OPTIMIZER)
+    assert not tracker.points
+
+
+def told_by_ranks(ranks: Ranks) -> dict[str, float]:
+    tracker = MemoryTracker()
+    meter = Meter(SCHEDULE, ranks, tracker)
+    meter.add(result(1.0 + ranks.rank), 10)
+    return told(meter, FakeClock(data_wait=0.5 * ranks.rank, forward=1.0 + ranks.rank), tracker, 1)
+
+
+def test_ranks_tell_their_mean_and_the_longest_wait_for_data() -> None:
+    for points in run_ranks(2, told_by_ranks):
+        assert points["train/loss"] == 1.5
+        assert (points["step/forward_s"], points["step/data_wait_s"]) == (1.5, 0.25)
+        assert points["step/slowest_data_wait_s"] == 0.5
+
+
+def watched(*shares: float, steps: int = 20) -> list[str | None]:
+    watch = WaitWatch()
+    told: list[dict[str, Any]] = [
+        {"parts": {"data_wait": 0.0, "forward": 1.0}, "waits": [0.0, share], "losses": [], "memory_gib": 0.0}
+        for share in shares
+    ]
+    return [watch.judge(steps, Interval(**one)) for one in told]
+
+
+def test_waiting_for_data_is_warned_of_once_with_what_to_do_and_not_at_the_beginning() -> None:
+    first, second, third = watched(0.5, 0.06, 0.07)
+    assert (first, third) == (None, None)
+    assert second is not None
+    assert second.startswith("worker 1 waits for data 6% of the time; expected at most 5%: ")
+    for remedy in ("--data.reader-threads", "--transform.pixels fast", "--data.cache"):
+        assert remedy in second
+
+
+def test_the_warning_goes_when_it_has_passed_and_comes_again() -> None:
+    said = watched(0.0, 0.06, 0.03, 0.02, 0.04, 0.2)
+    assert [None if text is None else bool(text) for text in said] == [None, True, None, False, None, True]
+
+
+def test_few_steps_are_judged_together() -> None:
+    # The first twenty are the beginning; of the next twenty, ten waited 8% and ten not at all.
+    said = watched(0.0, 0.0, 0.08, 0.0, 0.2, 0.2, steps=10)
+    assert said[:5] == [None] * 5
+    assert said[5]
+
+
+def test_the_warning_is_told_under_a_tag_of_its_own() -> None:
+    tracker = MemoryTracker()
+    meter = Meter(SCHEDULE, Ranks(), tracker)
+    for step, wait in ((20, 0.0), (40, 2.0), (60, 0.0)):
+        for _ in range(20):
+            meter.add(result(1.0), 10)
+        told(meter, FakeClock(data_wait=wait, forward=10.0), tracker, step)
+        said = tracker.last_tags.get(TAG_DATA_WAIT, "")
+        assert bool(said) == (step == 40)
