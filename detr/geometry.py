@@ -92,6 +92,12 @@ def eval_geometry(width: int, height: int, config: TransformConfig) -> Geometry:
     return Geometry(False, None, resized_size(width, height, config.eval_size, config.max_size))
 
 
+def evaluated_sizes(widths: Ints, heights: Ints, config: TransformConfig) -> tuple[Ints, Ints]:
+    """Return the heights and widths that `eval_geometry` gives many images, int64 [N] each; sides in pixels, at least 1."""
+    widths, heights = np.array(widths, np.int64), np.array(heights, np.int64)
+    return _resized_sizes(widths, heights, np.full_like(widths, config.eval_size), config.max_size)
+
+
 def crop_before_resize(geometry: Geometry, width: int, height: int) -> Geometry:
     """Return the geometry that cuts the crop out of the image of `width` x `height` first: one resize instead of two.
 

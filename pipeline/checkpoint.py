@@ -37,9 +37,11 @@ from shards import storage
 from shards.errors import ShardError
 from shards.retry import StoreError
 
+_EMA = "ema"
 _EVALUATION = "evaluation.json"
 _PARTIAL = ".partial"
 _DELETED = ".deleted" + _PARTIAL
+Averages = Mapping[str, Tensor]
 
 
 def folder_of(home: Location, step: int) -> Location:
@@ -60,15 +62,25 @@ def newest(home: Location) -> Location | None:
     return next(reversed(complete(home)), None)
 
 
-def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What a checkpoint keeps, by parameter name: not copied, and under FSDP this rank's parts; a collective call."""
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, averages: Averages | None = None) -> dict[str, Any]:
+    """What a checkpoint keeps, by parameter name: not copied, and under FSDP this rank's parts; a collective call.
+
+    averages: those of the weights, where the run makes them (`pipeline/ema.py`).
+    """
     state, optimizer_state = get_state_dict(unwrap(model), optimizer)
-    return {"model": state, "optimizer": optimizer_state}
+    return {"model": state, "optimizer": optimizer_state} | ({} if averages is None else {_EMA: dict(averages)})
 
 
-def save(home: Location, model: nn.Module, optimizer: torch.optim.Optimizer, meta: Meta, ranks: Ranks) -> Location:
+def save(
+    home: Location,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    meta: Meta,
+    ranks: Ranks,
+    averages: Averages | None = None,
+) -> Location:
     """Write the checkpoint of `meta.step` and wait for it; see `write`."""
-    return write(home, state_of(model, optimizer), meta, ranks)
+    return write(home, state_of(model, optimizer, averages), meta, ranks)
 
 
 def write(home: Location, state: dict[str, Any], meta: Meta, ranks: Ranks) -> Location:
@@ -118,18 +130,26 @@ def _finish(home: Location, target: Location, aside: Path | None, meta: Meta) ->
     storage.sync_folder(target.parent)
 
 
-def load(path: Location, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
-    """Fill model and optimizer, in place, from a checkpoint of any number of workers; a collective call."""
-    state = state_of(model, optimizer)
+def load(
+    path: Location,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks,
+    averages: Averages | None = None,
+) -> None:
+    """Fill model, optimizer and averages, in place, from a checkpoint of any number of workers; a collective call."""
+    state = state_of(model, optimizer, averages)
     _read(path, state, alone=ranks.world_size == 1)
     set_state_dict(unwrap(model), optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
-def load_weights(path: Location, model: nn.Module) -> None:
-    """Fill only the model, in place, in this process alone."""
+def load_weights(path: Location, model: nn.Module, *, averaged: bool = False) -> None:
+    """Fill only the model, in place, in this process alone; `averaged`: with the averages of its parameters."""
     state: dict[str, Any] = {"model": model.state_dict()}
+    if averaged:
+        state[_EMA] = {name: torch.empty_like(one) for name, one in model.named_parameters()}
     _read(path, state, alone=True)
-    weights: Mapping[str, Tensor] = state["model"]
+    weights: Mapping[str, Tensor] = state["model"] | state.get(_EMA, {})
     model.load_state_dict(weights)
 
 

@@ -17,6 +17,7 @@ import msgspec
 from detr.config import LossConfig, ModelConfig, TransformConfig
 from pipeline.errors import RunConfigError
 from pipeline.settings import (
+    Batching,
     CheckpointConfig,
     ClusterConfig,
     ComputeConfig,
@@ -29,6 +30,7 @@ from pipeline.settings import (
 )
 
 __all__ = [
+    "Batching",
     "CheckpointConfig",
     "ClusterConfig",
     "ComputeConfig",

@@ -1,8 +1,10 @@
 """Evaluation: every image of a data set scored exactly once, whatever the number of workers.
 
 Batches are fixed by the plan, ranks take whole batches, and rank 0 scores all detections together. Padding changes a
-DETR's answer slightly, so it matters that no batch depends on who computes it: the figures of a run and those of
-`detr evaluate` on the registered version are the same.
+DETR's answer slightly, so a batch holds images of one size only: the figures are then the same for every batch size. This
+departs from the original, which pads images of a batch to the largest (`evaluate.batching padded`). With either no
+batch depends on who computes it, so the figures of a run and those of `detr evaluate` on the registered version are the
+same.
 """
 
 from __future__ import annotations
@@ -15,18 +17,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from detr.batch import Batch, collate, normalise
+from detr.batch import Batch, normalise
 from detr.config import TransformConfig
 from detr.model import Outputs
 from detr.postprocess import Detection, detect
+from pipeline.config import Batching
 from pipeline.errors import RunConfigError, TrainingError
 from pipeline.parallel import Ranks
 from pipeline.predict import UNNAMED
-from pipeline.samples import evaluation_transform
+from pipeline.samples import evaluation_collate, evaluation_plan, evaluation_transform
 from shards.detections import Detections
 from shards.index import Ints
 from shards.manifest import Category, Manifest
-from shards.plan import plan_evaluation
 from shards.read import ReadConfig, open_batches
 from shards.score import Score, score_detections
 from shards.segmentation import encode_masks
@@ -51,6 +53,8 @@ class Evaluation:
 
     score: Score
     detections: Detections
+    images: int
+    """How many images were scored, each once."""
 
 
 def evaluate(
@@ -60,6 +64,7 @@ def evaluate(
     *,
     transform: TransformConfig,
     batch_size: int,
+    batching: Batching = "same_size",
     ranks: Ranks | None = None,
     threads: int = 2,
     limit: int = 0,
@@ -70,8 +75,8 @@ def evaluate(
     Where the model predicts masks, they are scored as well.
 
     model: gives `Outputs`; its labels are positions in `categories`, which are matched to the data set's by id.
-    batch_size: images per forward; part of the experiment, since padding changes answers slightly.
-    limit: score only the first batches, of so many images together, for a smoke test; 0 for all.
+    batch_size: most images per forward. batching: which of them share one; see `EvaluateConfig`.
+    limit: score only so many images, for a smoke test; 0 for all.
     """
     found = evaluate_readings(
         model,
@@ -80,6 +85,7 @@ def evaluate(
         (read_queries,),
         transform=transform,
         batch_size=batch_size,
+        batching=batching,
         ranks=ranks,
         threads=threads,
         limit=limit,
@@ -96,6 +102,7 @@ def evaluate_readings(
     *,
     transform: TransformConfig,
     batch_size: int,
+    batching: Batching = "same_size",
     ranks: Ranks | None = None,
     threads: int = 2,
     limit: int = 0,
@@ -104,8 +111,7 @@ def evaluate_readings(
     """As `evaluate`, one score per reading, all from the same single forward pass over each image."""
     ranks = ranks or Ranks()
     labels = match_categories(categories, manifest)
-    planned = plan_evaluation(manifest, batch_size=batch_size)
-    planned = planned[: -(-limit // batch_size)] if limit else planned
+    planned = evaluation_plan(manifest, transform, batch_size, batching, limit)
     batches = planned[ranks.rank :: ranks.world_size]
     parts: list[list[Detections]] = [[] for _ in readings]
     seen: list[int] = []
@@ -117,7 +123,7 @@ def evaluate_readings(
             manifest,
             batches,
             transform=evaluation_transform(transform),
-            collate=collate,
+            collate=evaluation_collate(transform, batching),
             config=ReadConfig(threads=threads),
         )
         for batch in loader:
@@ -137,7 +143,7 @@ def evaluate_readings(
     evaluations = []
     for of_ranks in zip(*(found for found, _ in gathered), strict=True):
         detections = in_image_order(Detections.concatenate(of_ranks))
-        evaluations.append(Evaluation(score_detections(manifest, detections, rows=rows), detections))
+        evaluations.append(Evaluation(score_detections(manifest, detections, rows=rows), detections, len(rows)))
     return evaluations
 
 

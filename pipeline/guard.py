@@ -39,8 +39,14 @@ class Guard:
         self._saver = saver
         self._folder = run_folder / "events"
 
-    def handle(self, event: Diverged, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Note the event, and leave model and optimizer so that the next step can follow; a collective call.
+    def handle(
+        self,
+        event: Diverged,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        averages: checkpoint.Averages | None = None,
+    ) -> None:
+        """Note the event, and leave model, optimizer and averages so that the next step can follow; a collective call.
 
         Raises `TrainingError` where the run has to end.
         """
@@ -61,7 +67,7 @@ class Guard:
             newest = self._ranks.gather(checkpoint.newest(home) if self._ranks.first else None)[0]
             if newest is None:
                 raise TrainingError(f"{event}; there is no checkpoint to go back to: lower --checkpoint.every-steps")
-            checkpoint.load(newest, model, optimizer, self._ranks)
+            checkpoint.load(newest, model, optimizer, self._ranks, averages)
 
     def _note(self, event: Diverged) -> None:
         self._folder.mkdir(exist_ok=True)

@@ -85,6 +85,7 @@ def import_file(
         transform=TransformConfig(),
         categories=named,
         evaluate_batch_size=1 if model.config.dilation else 2,
+        evaluate_batching="padded",
         recipe="",
         run_id=run_id,
         checkpoint="",

@@ -67,7 +67,7 @@ class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     milestone: bool = False
     """Kept for good; see `CheckpointConfig`."""
     ema: bool = False
-    """Whether averaged weights lie beside the others."""
+    """Whether averages of the weights (`pipeline/ema.py`) lie beside them."""
     config: dict[str, Any] = {}
     """The whole `RunConfig`; see `configuration`."""
     part: str = ""
@@ -104,6 +104,7 @@ def meta_of(worker: Worker, step: int) -> Meta:
         lr_factor=schedule.factor(step),
         randomness=RANDOMNESS,
         milestone=is_milestone(config, schedule, step),
+        ema=config.optim.ema > 0,
         config=msgspec.json.decode(to_json(config)),
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -114,17 +114,21 @@ def _shard(model: nn.Module, ranks: Ranks) -> nn.Module:
     return model
 
 
-def whole(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
+def whole(model: nn.Module, build: Callable[[], nn.Module], averages: Mapping[str, Tensor] | None = None) -> nn.Module:
     """A model that this rank can run alone: what DDP wraps, or a new one filled with what FSDP has divided; collective.
 
     Under FSDP every forward pass is a collective, and ranks evaluate different numbers of batches. What is filled is a
-    copy of the weights only (166 MB for a ResNet-50).
+    copy of the weights only (166 MB for a ResNet-50). averages: parameters, divided as the model's, that stand where
+    those would in a copy.
     """
     bare = unwrap(model)
-    if not isinstance(bare, FSDPModule):
+    if averages is None and not isinstance(bare, FSDPModule):
         return bare
     filled = build()
-    filled.load_state_dict(get_model_state_dict(bare, options=StateDictOptions(full_state_dict=True)))
+    weights = get_model_state_dict(bare, options=StateDictOptions(full_state_dict=True))
+    for name, value in (averages or {}).items():
+        weights[name] = value.full_tensor() if isinstance(value, DTensor) else value
+    filled.load_state_dict(weights)
     return filled
 
 

@@ -26,6 +26,7 @@ from detr.model import DETR, build_model
 from detr.original import load_original_state_dict, to_original_state_dict
 from detr.postprocess import Detection, detect
 from detr.transforms import apply
+from pipeline.config import Batching
 from pipeline.errors import RegistryError
 from shards.images import to_rgb
 from shards.manifest import Category
@@ -49,8 +50,12 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     transform: TransformConfig
     categories: tuple[Category, ...]
     evaluate_batch_size: int
+    evaluate_batching: Batching = "padded"
+    """Cards of before there was a choice do not say it, and were evaluated so."""
     channels_last: bool = False
     """The memory layout it was evaluated in: another sums in another order."""
+    ema: float = 0.0
+    """Above 0: the weights are averages over the training's steps, of this decay (`optim.ema`)."""
     recipe: str
     run_id: str
     checkpoint: str

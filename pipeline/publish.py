@@ -186,5 +186,6 @@ def _tags(card: Card) -> dict[str, str]:
         "code_commit": card.code_commit,
         "train_digest": card.train_digest,
         "val_digest": card.val_digest,
+        **({"ema": f"{card.ema:g}"} if card.ema else {}),
         **figures,
     }

@@ -62,6 +62,7 @@ def _score(how: Callable[..., _Scored | None], uri: str, data: str, progress: bo
             card.categories,
             transform=card.transform,
             batch_size=card.evaluate_batch_size,
+            batching=card.evaluate_batching,
             ranks=Ranks(device=device),
             progress=advance,
         )

@@ -41,13 +41,15 @@ def register(
     meta = checkpoint.read_meta(path)
     train = load_manifest(config.data.train)
     model = build_trained(config, train.num_classes)
-    checkpoint.load_weights(path, model)
+    checkpoint.load_weights(path, model, averaged=meta.ema)
     card = Card(
         model=config.model,
         transform=config.transform,
         categories=train.categories,
         evaluate_batch_size=config.evaluate.batch_size,
+        evaluate_batching=config.evaluate.batching,
         channels_last=config.compute.channels_last,
+        ema=config.optim.ema,
         recipe=config.recipe,
         run_id=run_id,
         checkpoint=str(path),

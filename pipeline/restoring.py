@@ -8,6 +8,7 @@ from detr.execution import compile_shapes, set_channels_last, set_recompute
 from detr.model import DETR
 from pipeline import checkpoint
 from pipeline.checkpoint_store import Location
+from pipeline.ema import Ema
 from pipeline.optim import build_optimizer
 from pipeline.parallel import distribute, unwrap
 from pipeline.state import State, Worker
@@ -25,10 +26,11 @@ def restore(worker: Worker, newest: Location | None, step: int) -> State:
         compile_shapes(model)
     wrapped = distribute(model, ranks, config.cluster.strategy)
     optimizer = build_optimizer(unwrap(wrapped), config.optim)
+    ema = Ema(wrapped, config.optim.ema) if config.optim.ema else None
     if newest is not None:
-        checkpoint.load(newest, wrapped, optimizer, ranks)
+        checkpoint.load(newest, wrapped, optimizer, ranks, ema.averages if ema else None)
     wrapped.train()
-    return State(wrapped, optimizer, step)
+    return State(wrapped, optimizer, step, ema)
 
 
 def build(worker: Worker) -> DETR:

@@ -9,20 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from itertools import islice, pairwise
 
 from torch import Tensor
 
 from detr.batch import Batch, Target, collate
 from detr.config import TransformConfig
-from detr.geometry import Geometry, crop_before_resize, draw_geometry, eval_geometry, output_sizes
+from detr.geometry import (
+    Geometry,
+    crop_before_resize,
+    draw_geometry,
+    eval_geometry,
+    evaluated_sizes,
+    output_sizes,
+)
 from detr.transforms import apply
-from pipeline.config import DataConfig, RunConfig
+from pipeline.config import Batching, DataConfig, RunConfig
 from pipeline.optim import Schedule
 from pipeline.parallel import Ranks
 from shards.index import Index, Ints
 from shards.manifest import Manifest
-from shards.plan import EpochPlan, PlanConfig, Sizes, plan_epoch
+from shards.plan import EpochPlan, PlanConfig, Sizes, plan_epoch, plan_evaluation
 from shards.read import ReadConfig, open_stream
 from shards.sample import Sample
 
@@ -48,6 +56,23 @@ def evaluation_transform(config: TransformConfig) -> Transform:
         return _apply(sample, eval_geometry(sample.width, sample.height, config))
 
     return transform
+
+
+def evaluation_plan(
+    manifest: Manifest, config: TransformConfig, batch_size: int, batching: Batching, limit: int = 0
+) -> tuple[Ints, ...]:
+    """The fixed batches of an evaluation, as rows; `EvaluateConfig` says which there are, and what `limit` is."""
+    sizes = None
+    if batching == "same_size":
+        images = manifest.index().images
+        sizes = evaluated_sizes(images["width"], images["height"], config)
+    return plan_evaluation(manifest, batch_size=batch_size, sizes=sizes, limit=limit)
+
+
+def evaluation_collate(config: TransformConfig, batching: Batching) -> Callable[[list[tuple[Tensor, Target]]], Batch]:
+    """Put an evaluation's batch on its canvas: that of its largest image, or a square that every image fits."""
+    multiple = config.max_size + 1 if batching == "fixed" else 1  # the rounding can give a pixel more than `max_size`
+    return partial(collate, multiple=multiple)
 
 
 def plan_config(config: DataConfig) -> PlanConfig:

@@ -67,12 +67,18 @@ class Saver:
         self._writing: Future[None] | None = None
         self._hook = optimizer.register_step_pre_hook(lambda *_: self._wait_for_copy())
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, meta: Meta) -> None:
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        meta: Meta,
+        averages: checkpoint.Averages | None = None,
+    ) -> None:
         """Begin to save; the checkpoint before it is whole when this returns. Raises `CheckpointError` if it is not."""
         self.finish()
         start = time.perf_counter()
         self._last = time.monotonic()
-        state = checkpoint.state_of(model, optimizer)
+        state = checkpoint.state_of(model, optimizer, averages)
         # The statistics of a trainable batch norm change in a forward pass.
         state["model"] |= {
             name: buffer.clone() for name, buffer in unwrap(model).named_buffers() if name in state["model"]

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from pipeline.errors import RunConfigError
+
+Batching = Literal["same_size", "padded", "fixed"]
+"""Which images an evaluation puts into one batch; see `EvaluateConfig`."""
 
 
 def require(holds: bool, name: str, got: object, expected: str) -> None:
@@ -73,6 +76,9 @@ class OptimConfig:
     warmup_epochs: float = 0.0
     max_steps: int = 0
     """Stop after so many steps, whatever `epochs` says; 0 for no such bound."""
+    ema: float = 0.0
+    """Evaluate and register an average of the weights that keeps this much of itself at each step, such as 0.9997; 0: the
+    weights themselves, as in the paper."""
     train: Literal["all", "mask_head"] = "all"
     """mask_head: only the mask head learns, on top of the detector that `initial` names (paper, section 4.4)."""
     normalise: Literal["global", "per_rank"] = "global"
@@ -90,6 +96,7 @@ class OptimConfig:
         require(0 < self.decay_factor <= 1, "optim.decay_factor", self.decay_factor, "a factor in (0, 1]")
         require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
         require(self.max_steps >= 0, "optim.max_steps", self.max_steps, "0 (no bound) or more")
+        require(0 <= self.ema < 1, "optim.ema", self.ema, "0 (off) or a decay below 1, such as 0.9997")
         require(self.train in ("all", "mask_head"), "optim.train", self.train, "all or mask_head")
         require(self.normalise in ("global", "per_rank"), "optim.normalise", self.normalise, "global or per_rank")
 
@@ -128,9 +135,13 @@ class EvaluateConfig:
     every: int = 1
     """Epochs between evaluations; the last step is always evaluated."""
     batch_size: int = 2
-    """Images per forward. Fixed batches, so that the figures do not depend on the number of workers."""
+    """Most images per forward. Batches are fixed by the plan, so the figures do not depend on the number of workers."""
+    batching: Batching = "same_size"
+    """same_size: only images of one size share a batch, so nothing is padded and the figures are those of batch 1 whatever
+    `batch_size` says. padded: images of like shape do, padded to the largest, as the original evaluates; padding changes
+    a DETR's answer slightly. fixed: every image is padded to one square."""
     limit: int = 0
-    """Score only about so many images, for a smoke test; 0 for all. Such figures are no result."""
+    """Score only so many images, for a smoke test; 0 for all. Such figures are no result."""
     pictures: int = 4
     """Validation images drawn with detections next to the truth at each evaluation."""
 
@@ -138,6 +149,7 @@ class EvaluateConfig:
         require(self.limit >= 0, "evaluate.limit", self.limit, "0 (all) or more")
         require(self.every >= 1, "evaluate.every", self.every, "at least 1 epoch")
         require(self.batch_size >= 1, "evaluate.batch_size", self.batch_size, "at least 1")
+        require(self.batching in get_args(Batching), "evaluate.batching", self.batching, "same_size, padded or fixed")
         require(self.pictures >= 0, "evaluate.pictures", self.pictures, "0 or more")
 
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.checkpoint_store import Location, home_of
 from pipeline.config import RunConfig
+from pipeline.ema import Ema
 from pipeline.optim import Schedule
 from pipeline.parallel import Ranks
 from pipeline.track import Tracker
@@ -34,6 +35,13 @@ class State:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     step: int
+    ema: Ema | None = None
+    """Averages of the weights, where the run makes them."""
+
+    @property
+    def averages(self) -> dict[str, Tensor] | None:
+        """The averages by parameter name."""
+        return None if self.ema is None else self.ema.averages
 
 
 @dataclass(frozen=True)

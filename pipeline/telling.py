@@ -26,6 +26,7 @@ def tell_evaluation(
     # In one event, so that who reads the store never sees this epoch beside the figures of the one before.
     figures = {f"val/{name}": value for name, value in metrics.items()}
     figures |= {"evaluation/seconds": time.perf_counter() - started, "evaluation/epoch": epoch}
+    figures["evaluation/images"] = float(evaluation.images)
     tracker.checkpoint(str(path), step, figures)
     columns: dict[str, list[Any]] = {
         "category_id": [one.category_id for one in classes],

@@ -37,11 +37,12 @@ def validate(worker: Worker, state: State, saver: Saver) -> None:
         tracker.tags({TAG_PHASE: "evaluating"})
     with uncompiled():  # its canvases have any shape, each of which would be compiled
         evaluation = evaluate(
-            whole(state.model, lambda: build(worker)),
+            whole(state.model, lambda: build(worker), state.averages),
             worker.val,
             worker.train.categories,
             transform=config.transform,
             batch_size=config.evaluate.batch_size,
+            batching=config.evaluate.batching,
             ranks=worker.ranks,
             threads=config.data.reader_threads,
             limit=config.evaluate.limit,

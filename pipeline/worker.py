@@ -110,9 +110,11 @@ def _train(worker: Worker, state: State, means: Means, until: int) -> Asked:
                 state.model, micro_batches, state.optimizer, worker.config, worker.ranks, state.step, means.asks(), lap
             )
             meter.add(result, schedule.samples(state.step + 1) - schedule.samples(state.step))
+            if state.ema:
+                state.ema.update(state.step)
             asked = result.asked
         except Diverged as event:
-            means.guard.handle(event, state.model, state.optimizer)
+            means.guard.handle(event, state.model, state.optimizer, state.averages)
         state.step += 1
         if state.step % worker.config.track.log_every == 0 or state.step == until or asked.stop:
             meter.tell(state.step, state.optimizer)
@@ -123,6 +125,6 @@ def _train(worker: Worker, state: State, means: Means, until: int) -> Asked:
 
 def _save(worker: Worker, state: State, means: Means) -> None:
     with means.meter.aside():
-        means.saver.save(state.model, state.optimizer, meta_of(worker, state.step))
+        means.saver.save(state.model, state.optimizer, meta_of(worker, state.step), state.averages)
         if worker.config.data.max_bad_samples:
             tell_left_out(worker.tracker, worker.train, worker.ranks)

@@ -196,18 +196,37 @@ def plan_epoch(
     return EpochPlan(epoch, batch_size, images, start_step, end_step, rows, sample_epochs)
 
 
-def plan_evaluation(manifest: Manifest, *, batch_size: int) -> tuple[Ints, ...]:
+def plan_evaluation(
+    manifest: Manifest, *, batch_size: int, sizes: tuple[Ints, Ints] | None = None, limit: int = 0
+) -> tuple[Ints, ...]:
     """Fixed batches of rows, each image in exactly one: whole batches go to ranks ``[rank::world_size]``.
 
-    The batches do not depend on the number of ranks, so neither does anything computed from them. Images are sorted by
-    aspect ratio (ties by row): after the resize to one shortest side that alone decides their shape, and images of
-    like shape pad little.
+    The batches do not depend on the number of ranks, so neither does anything computed from them.
+
+    Args:
+        manifest: the data set.
+        batch_size: images of a full batch.
+        sizes: heights and widths of all images as they are going to be evaluated. Where given, a batch holds only
+            images of one size, so that nothing is padded; the largest come first, so that what does not fit into memory
+            shows at once. Without them images are sorted by aspect ratio: after the resize to one shortest side that
+            alone decides their shape, and images of like shape pad little. Ties go by row.
+        limit: plan only the first so many images of that order, 0 for all.
+
+    Raises:
+        ShardError: ``batch_size`` is out of range.
     """
     if batch_size < 1:
         raise ShardError(f"got batch_size {batch_size}, expected at least 1 image per batch")
-    images = manifest.index().images
-    rows = np.argsort(images["width"] / images["height"], kind="stable").astype(np.int64)
-    return tuple(rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
+    if sizes is None:
+        images = manifest.index().images
+        order = np.argsort(images["width"] / images["height"], kind="stable").astype(np.int64)
+        groups = [order[: limit or None]]
+    else:
+        heights, widths = sizes
+        order = np.lexsort((widths, heights, -heights * widths)).astype(np.int64)[: limit or None]
+        changes = (np.diff(heights[order]) != 0) | (np.diff(widths[order]) != 0)
+        groups = np.split(order, np.flatnonzero(changes) + 1)
+    return tuple(group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size))
 
 
 def _stream(manifest: Manifest, seed: int, start: int, stop: int, shuffle_shards: int) -> tuple[Ints, Ints]:

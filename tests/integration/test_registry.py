@@ -23,7 +23,7 @@ from pipeline.errors import PipelineError, RegistryError, TrackingError
 from pipeline.evaluate import evaluate
 from pipeline.mlflow_store import TAG_FOLDER, connect, create_run
 from pipeline.parallel import Ranks
-from pipeline.predict import read_card
+from pipeline.predict import read_card, read_model
 from pipeline.registered import evaluate_registered, predict
 from pipeline.registry import Registered, find_version, register, register_run, resolve, run_of
 from pipeline.state import Place
@@ -170,6 +170,35 @@ def test_a_registered_version_evaluates_as_the_model_in_memory(trained: Trained,
     assert found.score.metrics == pytest.approx(best[1], abs=1e-6)
     np.testing.assert_allclose(found.detections.scores, expected.detections.scores, atol=1e-6)
     np.testing.assert_allclose(found.detections.boxes_xywh, expected.detections.boxes_xywh, atol=1e-4)
+
+
+def test_a_version_of_a_run_with_averages_holds_them_and_says_so(
+    store: str, short_config: RunConfig, tmp_path: Path
+) -> None:
+    trained = train_in(tmp_path, replace(short_config, optim=replace(short_config.optim, ema=0.9)))
+    register_run(trained.run_id, name="tiny", alias="best")
+    best = checkpoint.best(trained.folder)
+    assert best is not None
+    weights = read_model(resolve("models:/tiny@best"))[0].state_dict()
+    for averaged in (True, False):
+        model = build_model(trained.config.model, 4)
+        checkpoint.load_weights(best[0], model, averaged=averaged)
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items()) is averaged
+    assert read_card(resolve("models:/tiny@best")).ema == 0.9
+    assert find_version(trained.client, "models:/tiny@best").tags["ema"] == "0.9"
+    found = evaluate_registered("models:/tiny@best", trained.config.data.val)
+    assert found.score.metrics == pytest.approx(best[1], abs=1e-6)
+
+
+def test_a_card_of_before_there_was_a_choice_of_batches_is_evaluated_in_padded_ones(
+    trained: Trained, version: str, tmp_path: Path
+) -> None:
+    folder = resolve("models:/tiny@best")
+    assert read_card(folder).evaluate_batching == "same_size"
+    card = json.loads((folder / "card.json").read_text())
+    del card["evaluate_batching"], card["ema"]
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    assert read_card(tmp_path).evaluate_batching == "padded"
 
 
 def test_the_run_s_files_may_be_gone_once_it_is_registered(own: Trained) -> None:

@@ -5,7 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from detr.config import TransformConfig
-from detr.geometry import draw_geometry, output_sizes, upper_bits
+from detr.geometry import draw_geometry, eval_geometry, evaluated_sizes, output_sizes, upper_bits
 
 sides = st.integers(1, 9000)
 # Mostly the sizes of photographs, whose ratios are where the rounding matters.
@@ -43,6 +43,14 @@ def test_sizes_of_many_images_at_once_are_those_of_each(seed, images, config):
     expected = [
         draw_geometry(seed, epoch, image_id, width, height, config).size for epoch, image_id, (width, height) in images
     ]
+    assert list(zip(*(part.tolist() for part in found), strict=True)) == expected
+
+
+@given(st.lists(sizes, min_size=1, max_size=40), st.integers(1, 1200), st.integers(1, 2000))
+def test_evaluated_sizes_of_many_images_at_once_are_those_of_each(shapes, shorter, longest):
+    config = TransformConfig(eval_size=shorter, max_size=longest)
+    found = evaluated_sizes(*np.array(shapes).T, config)
+    expected = [eval_geometry(width, height, config).size for width, height in shapes]
     assert list(zip(*(part.tolist() for part in found), strict=True)) == expected
 
 

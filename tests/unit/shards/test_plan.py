@@ -173,3 +173,13 @@ def test_evaluation_batches_hold_each_image_once_with_like_shapes_together(coco)
     assert (np.diff(images["width"] / images["height"]) >= 0).all()
     with pytest.raises(ShardError, match="got batch_size 0"):
         plan_evaluation(manifest, batch_size=0)
+
+
+def test_evaluation_batches_of_known_sizes_hold_one_size_each_the_largest_first(coco):
+    manifest = coco.write()
+    heights, widths = np.array([8, 9, 8, 8, 9, 8, 8]), np.array([9, 8, 9, 9, 8, 8, 9])
+    batches = plan_evaluation(manifest, batch_size=3, sizes=(heights, widths))
+    assert [batch.tolist() for batch in batches] == [[0, 2, 3], [6], [1, 4], [5]]
+    few = plan_evaluation(manifest, batch_size=3, sizes=(heights, widths), limit=5)
+    assert [batch.tolist() for batch in few] == [[0, 2, 3], [6], [1]]
+    assert [len(batch) for batch in plan_evaluation(manifest, batch_size=3, limit=5)] == [3, 2]

@@ -1,0 +1,143 @@
+"""Averages of the weights: what they are, that a stop costs nothing, and that they are what is evaluated."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from detr.batch import Batch
+from detr.model import DETR, build_model
+from pipeline import checkpoint
+from pipeline import worker as module
+from pipeline.config import GuardConfig, OptimConfig, RunConfig
+from pipeline.ema import Ema, decay_at
+from pipeline.errors import RunConfigError
+from pipeline.evaluate import evaluate
+from pipeline.parallel import Ranks
+from pipeline.state import Place
+from pipeline.step import StepResult, train_step
+from pipeline.weights import save_initial
+from pipeline.worker import run
+from shards.manifest import load_manifest
+
+Weights = dict[str, torch.Tensor]
+
+
+def test_the_average_follows_the_weights_at_the_decay_and_faster_in_the_first_steps() -> None:
+    model = nn.Linear(2, 1)
+    model.bias.requires_grad_(False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 2.0]]))
+    bias = model.bias.clone()
+    ema = Ema(model, 0.9)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[3.0, 6.0]]))
+    ema.update(0)
+    kept = 2 / 11
+    torch.testing.assert_close(
+        ema.averages["weight"], torch.tensor([[1 * kept + 3 * (1 - kept), 2 * kept + 6 * (1 - kept)]])
+    )
+    assert model.weight.tolist() == [[3.0, 6.0]]
+    before = ema.averages["weight"].clone()
+    ema.update(10_000)
+    torch.testing.assert_close(ema.averages["weight"], before * 0.9 + model.weight.detach() * 0.1)
+    assert torch.equal(ema.averages["bias"], bias)
+    assert [decay_at(0.999, step) for step in (0, 7, 10**6)] == [2 / 11, 9 / 18, 0.999]
+
+
+@pytest.mark.parametrize("ema", [-0.1, 1.0, 1.5])
+def test_an_impossible_decay_is_refused(ema: float) -> None:
+    with pytest.raises(RunConfigError, match=r"optim.ema is .*; expected 0 \(off\) or a decay below 1"):
+        OptimConfig(ema=ema)
+
+
+@pytest.fixture
+def config(tiny_config: RunConfig) -> RunConfig:
+    return replace(
+        tiny_config,
+        optim=replace(tiny_config.optim, ema=0.6),
+        checkpoint=replace(tiny_config.checkpoint, every_steps=2, keep=9),
+    )
+
+
+def start(config: RunConfig, folder: Path) -> Place:
+    torch.manual_seed(config.seed)
+    save_initial(build_model(config.model, 4), folder)
+    return Place("run", folder, "commit")
+
+
+def loaded(config: RunConfig, folder: Path, step: int, averaged: bool) -> DETR:
+    model = build_model(config.model, 4)
+    checkpoint.load_weights(checkpoint.folder_of(folder, step), model, averaged=averaged)
+    return model
+
+
+def both(config: RunConfig, folder: Path, step: int) -> list[Weights]:
+    return [loaded(config, folder, step, averaged).state_dict() for averaged in (False, True)]
+
+
+def same(one: list[Weights], other: list[Weights]) -> bool:
+    return all(torch.equal(value, b[name]) for a, b in zip(one, other, strict=True) for name, value in a.items())
+
+
+def test_an_interrupted_run_has_the_very_averages_of_an_uninterrupted_one(config: RunConfig, tmp_path: Path) -> None:
+    whole, parts = start(config, tmp_path / "whole"), start(config, tmp_path / "parts")
+    run(config, whole, Ranks(), None)
+    for steps in (3, 4, 0):
+        run(replace(config, optim=replace(config.optim, max_steps=steps)), parts, Ranks(), None)
+    weights, averages = found = both(config, parts.folder, 6)
+    assert same(found, both(config, whole.folder, 6))
+    assert not torch.equal(weights["class_embed.weight"], averages["class_embed.weight"])
+    assert checkpoint.read_meta(checkpoint.folder_of(whole.folder, 6)).ema
+
+
+def test_averaging_changes_neither_the_weights_nor_a_run_without_it(
+    config: RunConfig, tiny_config: RunConfig, tmp_path: Path
+) -> None:
+    plain = replace(config, optim=tiny_config.optim)
+    for name, one in (("with", config), ("without", plain)):
+        run(one, start(one, tmp_path / name), Ranks(), None)
+    assert same(both(config, tmp_path / "with", 6)[:1], [loaded(plain, tmp_path / "without", 6, False).state_dict()])
+    assert not checkpoint.read_meta(checkpoint.folder_of(tmp_path / "without", 6)).ema
+
+
+def test_the_average_is_what_is_evaluated(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Weights] = []
+
+    def watched(model: nn.Module, *more: Any, **options: Any) -> Any:
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return evaluate(model, *more, **options)
+
+    monkeypatch.setattr("pipeline.validation.evaluate", watched)
+    place = start(config, tmp_path)
+    run(config, place, Ranks(), None)
+    assert [same([found], [both(config, tmp_path, step)[1]]) for step, found in zip((3, 6), seen, strict=True)] == [
+        True
+    ] * 2
+    val = load_manifest(config.data.val)
+    expected = evaluate(
+        loaded(config, tmp_path, 6, True), val, val.categories, transform=config.transform, batch_size=2
+    )
+    assert expected is not None
+    assert checkpoint.read_evaluation(checkpoint.folder_of(tmp_path, 6)) == pytest.approx(expected.score.metrics)
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_a_step_that_is_not_taken_does_not_move_the_average(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: Any
+) -> None:
+    def step(model: Any, batches: Sequence[Batch], *more: Any) -> StepResult:
+        if more[3] == 5:
+            next(target for target in batches[0].targets if len(target.boxes)).boxes[0, 2] = torch.nan
+        return train_step(model, batches, *more)
+
+    monkeypatch.setattr(module, "train_step", step)
+    config = replace(config, guard=GuardConfig(policy=policy))
+    run(config, start(config, tmp_path), Ranks(), None)
+    # The fifth step, after the checkpoint of step 4, counts only where the sixth is skipped.
+    assert same(both(config, tmp_path, 6), both(config, tmp_path, 4)) is (policy == "rollback")
+    assert all(bool(value.isfinite().all()) for value in both(config, tmp_path, 6)[1].values())
