@@ -14,7 +14,7 @@ import tyro
 
 from jobs.command_line import UsageError, parse
 from pipeline.config import RunConfig, to_json
-from pipeline.recipes import RECIPES
+from pipeline.recipes import NOTES, RECIPES
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,17 @@ def recipe_named(name: str) -> RunConfig:
 
 
 def smoke(config: RunConfig) -> RunConfig:
-    """Two steps of a recipe that fit on a laptop: everything as it is but the batch, the workers and the weights."""
+    """Two steps of a recipe that fit on a laptop: everything as it is but the batch, the workers and the weights.
+
+    Where a recipe asks for GPUs, one is used if there is one.
+    """
+    gpu = "auto" if config.cluster.gpu == "yes" else config.cluster.gpu
     return replace(
         config,
         model=replace(config.model, backbone_weights="random"),
         optim=replace(config.optim, batch_size=2, max_steps=2),
         evaluate=replace(config.evaluate, limit=2, pictures=1),
-        cluster=replace(config.cluster, workers=1, cpus_per_worker=2, max_failures=0),
+        cluster=replace(config.cluster, workers=1, cpus_per_worker=2, max_failures=0, gpu=gpu),
         track=replace(
             config.track, run_name=f"{config.run_name}-smoke", register_as=f"{config.model_name}-smoke", log_every=1
         ),
@@ -120,6 +124,8 @@ def show(argv: list[str]) -> None:
         print(f"usage: detr show RECIPE [--any.field value ...]\n\n{_recipe_list()}")
         return
     config = parse(RunConfig, argv[1:], f"detr show {argv[0]}", default=recipe_named(argv[0]))
+    if note := NOTES.get(config.recipe):
+        print(note, file=sys.stderr)
     print(to_json(config).decode())
 
 

@@ -2,6 +2,11 @@
 
 The `detr-*` recipes are the paper's, every default the original's: AdamW 1e-4 and 1e-5, weight decay 1e-4, clip 0.1,
 300 epochs, drop at 200, global batch 64. `demo`, `overfit` and their model options depart from the paper and say so.
+
+**Learning rate and batch.** The batch is global: 64 images per step, whatever the number of workers, so the rates stay the
+paper's on 1, 8, 16 or 64 GPUs and no recipe scales them by that number. Only where the batch itself is another do they
+change: AdamW's by the square root of the ratio of batches (Malladi et al., 2022, whose rule also changes betas and
+epsilon, which are left as they are here), with a warm-up. `NOTES` says it of each recipe that is about a cluster's size.
 """
 
 from __future__ import annotations
@@ -29,6 +34,49 @@ DETR_R101_DC5 = replace(DETR_R101, recipe="detr-r101-dc5", model=replace(DETR_R1
 
 # Half the epochs, drop at 100: AP 39.5 for half the bill.
 DETR_R50_150EP = replace(DETR_R50, recipe="detr-r50-150ep", optim=replace(DETR_R50.optim, epochs=150, decay_epoch=100))
+
+# The paper's run on clusters of three sizes. Which images a step holds and what is learned from them does not depend on the
+# size; how quickly does. All are fp32: bf16 (`--compute.precision bf16`) is quicker and has not been tried to the end.
+# Workers need GPUs, so that a cluster without them is refused instead of taking months. Four reading threads are ample: an
+# image takes 4.5 ms of a core (BENCHMARKS.md); MLflow's `step_share/data_wait` says whether that holds.
+_NODE = ClusterConfig(workers=8, gpu="yes", cpus_per_worker=4)
+
+# One node: 8 images to a GPU. The original says of such a run on V100s: almost 6 days. A kill costs five minutes of them.
+DETR_R50_8GPU = replace(DETR_R50, recipe="detr-r50-8gpu", checkpoint=CheckpointConfig(every_minutes=5.0), cluster=_NODE)
+
+# Two nodes, the paper's own: 4 images to a GPU (section 4: 16 V100, 3 days). Steps wait for the network between nodes.
+DETR_R50_16GPU = replace(DETR_R50_8GPU, recipe="detr-r50-16gpu", cluster=replace(_NODE, workers=16, max_failures=10))
+
+# Eight nodes. One image to a GPU pads nothing, but every step adds up 166 MB of gradients over 64 GPUs for 64 images.
+# Whoever restarts 64 workers meets failures often: more of them are allowed. Steps are quick, so twice as many of them
+# between checkpoints cost no more time.
+DETR_R50_64GPU = replace(
+    DETR_R50,
+    recipe="detr-r50-64gpu",
+    checkpoint=CheckpointConfig(every_steps=1000, every_minutes=5.0),
+    cluster=replace(_NODE, workers=64, max_failures=100),
+)
+
+# The same cluster with work for its GPUs: 256 = 64 x 4. Both rates twice the paper's, sqrt(256 / 64), reached over the
+# first 2 epochs (924 steps). A quarter of the steps. UNTRIED: no figure is known, and AP may be lower than the paper's.
+DETR_R50_64GPU_B256 = replace(
+    DETR_R50_64GPU,
+    recipe="detr-r50-64gpu-b256",
+    optim=replace(DETR_R50.optim, batch_size=256, lr=2e-4, lr_backbone=2e-5, warmup_epochs=2.0),
+    checkpoint=CheckpointConfig(every_steps=250, every_minutes=5.0),
+)
+
+_AS_THE_PAPER = "the batch is global, so it and both learning rates are the paper's (64; 1e-4, backbone 1e-5)"
+NOTES: dict[str, str] = {
+    "detr-r50-8gpu": f"one node of 8 GPUs, 64 = 8 x 8: {_AS_THE_PAPER}",
+    "detr-r50-16gpu": f"16 GPUs, 64 = 16 x 4, as in the paper: {_AS_THE_PAPER}",
+    "detr-r50-64gpu": f"64 GPUs, 64 = 64 x 1: {_AS_THE_PAPER}",
+    "detr-r50-64gpu-b256": (
+        "64 GPUs, 256 = 64 x 4: four times the paper's batch, so both learning rates times sqrt(4) = 2 (2e-4, backbone "
+        "2e-5), with a warm-up of 2 epochs; UNTRIED, its AP is not known"
+    ),
+}
+"""How learning rate and batch are treated, of the recipes that are made for a cluster's size; `detr show` says it."""
 
 # The mask head on top of a trained detector (`--initial`), which stays as it is (section 4.4): 25 epochs, drop at 15.
 DETR_R50_MASKS = replace(
@@ -125,6 +173,10 @@ RECIPES: dict[str, RunConfig] = {
         DETR_R101,
         DETR_R101_DC5,
         DETR_R50_150EP,
+        DETR_R50_8GPU,
+        DETR_R50_16GPU,
+        DETR_R50_64GPU,
+        DETR_R50_64GPU_B256,
         DETR_R50_MASKS,
         FINETUNE,
         OVERFIT,

@@ -15,7 +15,7 @@ from PIL import Image
 from jobs import cli, run_commands
 from jobs.cli import COMMANDS, run
 from pipeline.config import from_json
-from pipeline.recipes import RECIPES
+from pipeline.recipes import NOTES, RECIPES
 
 ROOT = Path(cli.__file__).parent.parent
 
@@ -347,7 +347,7 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_show_prints_the_recipe_as_it_would_run(detr: Detr, name: str) -> None:
     said = detr("show", name)
-    assert (said.status, said.err) == (0, "")
+    assert (said.status, said.err.removesuffix("\n")) == (0, NOTES.get(name, ""))
     assert from_json(said.out) == RECIPES[name]
 
 
@@ -375,6 +375,7 @@ def test_a_smoke_run_is_the_recipe_but_for_its_size(name: str) -> None:
     assert (small.optim.max_steps, small.optim.batch_size, small.cluster.workers) == (2, 2, 1)
     assert small.model.backbone_weights == "random"
     assert small.model_name.endswith("-smoke")
+    assert small.cluster.gpu != "yes"
     assert (small.loss, small.optim.lr) == (RECIPES[name].loss, RECIPES[name].optim.lr)
 
 

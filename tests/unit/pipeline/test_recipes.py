@@ -1,8 +1,13 @@
+import math
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
-from pipeline.recipes import RECIPES
+from pipeline.recipes import NOTES, RECIPES
+from shards.manifest import Manifest
+from shards.plan import plan_epoch
 
 PAPER = ["detr-r50", "detr-r50-dc5", "detr-r101", "detr-r101-dc5", "detr-r50-150ep"]
 
@@ -38,6 +43,54 @@ def test_backbones_lengths_and_drops_are_those_of_the_names() -> None:
     }
     lengths = {name: (RECIPES[name].optim.epochs, RECIPES[name].optim.decay_epoch) for name in PAPER}
     assert lengths == dict.fromkeys(PAPER, (300, 200)) | {"detr-r50-150ep": (150, 100)}
+
+
+CLUSTERS = {"detr-r50-8gpu": 8, "detr-r50-16gpu": 16, "detr-r50-64gpu": 64, "detr-r50-64gpu-b256": 64}
+PER_GPU = {"detr-r50-8gpu": 8, "detr-r50-16gpu": 4, "detr-r50-64gpu": 1, "detr-r50-64gpu-b256": 4}
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_a_recipe_for_a_cluster_is_the_paper_s_but_for_how_it_is_run(name: str) -> None:
+    config, paper = RECIPES[name], RECIPES["detr-r50"]
+    assert config.cluster.workers == CLUSTERS[name]
+    assert config.optim.batch_size / config.cluster.workers == PER_GPU[name]
+    assert config.cluster.gpu == "yes"
+    assert config.data.reader_threads <= config.cluster.cpus_per_worker
+    assert config.checkpoint.every_steps > 0
+    same = {
+        "recipe": "detr-r50", "cluster": paper.cluster, "checkpoint": paper.checkpoint, "track": paper.track
+    }  # fmt: skip
+    if name != "detr-r50-64gpu-b256":
+        assert replace(config, **same) == paper  # type: ignore[arg-type]
+
+
+def test_a_larger_batch_scales_both_rates_by_the_root_of_the_ratio_and_warms_up() -> None:
+    large, paper = RECIPES["detr-r50-64gpu-b256"].optim, RECIPES["detr-r50"].optim
+    factor = math.sqrt(large.batch_size / paper.batch_size)
+    assert (large.lr, large.lr_backbone) == (factor * paper.lr, factor * paper.lr_backbone)
+    assert large.warmup_epochs > 0
+    unscaled = replace(
+        large, batch_size=64, lr=paper.lr, lr_backbone=paper.lr_backbone, warmup_epochs=paper.warmup_epochs
+    )
+    assert unscaled == paper
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_a_note_says_how_rate_and_batch_are_treated(name: str) -> None:
+    optim, note = RECIPES[name].optim, NOTES[name]
+    assert f"{optim.batch_size} = {CLUSTERS[name]} x {PER_GPU[name]}" in note
+    for rate in (optim.lr, optim.lr_backbone):
+        assert f"{rate:.0e}".replace("e-0", "e-") in note
+    assert ("UNTRIED" in note) == (optim.batch_size != 64)
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_every_rank_of_a_cluster_has_its_images_in_every_step(name: str) -> None:
+    config = RECIPES[name]
+    manifest = cast(Manifest, SimpleNamespace(images=1000))
+    plan = plan_epoch(manifest, seed=0, epoch=0, batch_size=config.optim.batch_size)
+    for rank in range(config.cluster.workers):
+        assert len(plan.step(1, rank, config.cluster.workers)[0]) == PER_GPU[name]
 
 
 def test_the_mask_head_is_trained_on_the_paper_s_detector() -> None:
