@@ -1,0 +1,202 @@
+"""What a run costs beside its steps: the demo's model in a bare loop, and in a real run of `detr train`.
+
+The bare loop is `train_step` over the loader and nothing else, in a process of its own. The whole is a Ray Train worker with
+the breakdown, the tracker (to a real SQLite MLflow, watched by the driver once a second) and checkpoints, as often as the
+demo writes them. Both take the same steps on the same images in turn, one waiting while the other runs, so that what else
+the machine does falls on both. A turn begins and ends half-way between two checkpoints and half-way between two log points,
+so that what is written aside is finished within it. Ray's own processes and the driver run beside both: their CPU
+seconds are told apart.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+
+Row = dict[str, Any]
+TURN = 350  # steps, one checkpoint among them; the demo's 3,000 steps have eight
+WARM = 175  # to the middle between two checkpoints; a log point was 25 steps before, the next one is 25 steps away
+_DRIVER = "DETR_BENCH_DRIVER"
+
+
+def orchestration(device: str, rounds: int) -> list[Row]:
+    """Milliseconds and CPU milliseconds per step of both, and their ratios."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        turns = _run(Path(folder), rounds)
+    bare, whole = turns["bare"], turns["whole"]
+    rows = []
+    for unit, what in (("s", "time"), ("cpu_s", "CPU")):
+        mine, its = ([one[unit] / TURN * 1e3 for one in side] for side in (whole, bare))
+        ratios = [a / b for a, b in zip(mine, its, strict=True)]
+        rows.append(
+            {
+                "case": "orchestration", "side": what, "whole_ms": median(mine), "bare_ms": median(its),
+                "ratio": median(ratios), "ratios": ratios,
+            }
+        )  # fmt: skip
+        print(
+            f"orchestration, {what:5} per step   bare {median(its):7.2f} ms, whole {median(mine):7.2f} ms, "
+            f"ratio {median(ratios):.4f} (of {len(ratios)} turns: {', '.join(f'{one:.3f}' for one in ratios)})",
+            flush=True,
+        )
+    rows.append({"case": "orchestration", "side": "Ray and driver", "cpu_share": turns["beside"]})
+    print(
+        f"orchestration, Ray's own processes and the driver beside both: {turns['beside']:.3f} CPU seconds per second"
+    )
+    return rows
+
+
+def _run(folder: Path, rounds: int) -> dict[str, Any]:
+    from pipeline import launch
+    from pipeline.recipes import RECIPES
+    from pipeline.train import Launch, train
+    from shards.synthetic import write_synthetic
+    from shards.write import write_coco
+
+    made = write_synthetic(folder / "source", val=20)
+    for name, split in (("train", made.train), ("val", made.val)):
+        write_coco(split.images, split.annotations, folder / name)
+    config = RECIPES["demo"]
+    config = replace(
+        config,
+        storage=str(folder / "runs"),
+        model=replace(config.model, backbone_weights="random"),
+        data=replace(config.data, train=str(folder / "train"), val=str(folder / "val"), built_in=False),
+        # Weights that nobody has trained stay finite.
+        optim=replace(config.optim, lr=1e-7, lr_backbone=1e-7, max_steps=WARM + rounds * TURN + 1),
+        evaluate=replace(config.evaluate, every=config.optim.epochs, limit=2),
+        checkpoint=replace(config.checkpoint, every_steps=TURN),
+        cluster=replace(config.cluster, workers=1, max_failures=0),
+    )
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
+    os.environ[_DRIVER] = str(os.getpid())
+    original = launch._ray_worker
+    launch._ray_worker = _measured_worker
+    try:
+        train(config, Launch(say=lambda _: None))
+    finally:
+        launch._ray_worker = original
+    turns: dict[str, Any] = json.loads((folder / "runs" / "turns.json").read_text())
+    return turns
+
+
+def _measured_worker(job: dict[str, Any]) -> None:
+    """In Ray's worker: the real one, with a gate in its stream of batches at which the bare loop has its turn."""
+    from pipeline import worker
+    from pipeline.launch import _ray_worker
+
+    turns: dict[str, Any] = {"whole": [], "bare": []}
+    original = worker.training_batches
+    with _bare_loop(job["config"]) as bare_turn:
+
+        def gated(*arguments: Any) -> Iterator[Any]:
+            start, before = _now(), {}
+            for number, batches in enumerate(original(*arguments)):
+                if number >= WARM and (number - WARM) % TURN == 0:
+                    if number == WARM:
+                        before = {"s": time.perf_counter(), "cpu_s": _beside_cpu_s()}
+                    else:
+                        turns["whole"].append(_since(start))
+                        turns["bare"].append(bare_turn())
+                    start = _now()
+                yield batches
+            turns["beside"] = (_beside_cpu_s() - before["cpu_s"]) / (time.perf_counter() - before["s"])
+
+        worker.training_batches = gated  # type: ignore[assignment]
+        _ray_worker(job)
+    (Path(job["folder"]).parent / "turns.json").write_text(json.dumps(turns))
+
+
+@contextmanager
+def _bare_loop(config: str) -> Iterator[Callable[[], dict[str, float]]]:
+    """The other process, warm; a call gives it its turn."""
+    command = [sys.executable, "-m", "tests.bench.orchestration"]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as process:
+        assert process.stdin
+        assert process.stdout
+
+        def say(text: str) -> dict[str, float]:
+            process.stdin.write(text + "\n")  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
+            answer: dict[str, float] = json.loads(process.stdout.readline())  # type: ignore[union-attr]
+            return answer
+
+        say(json.dumps(config))
+        yield lambda: say("go")
+        process.stdin.close()
+
+
+def _bare() -> None:
+    """A turn of the bare loop for each line of stdin after the first, which is the configuration."""
+    from detr.execution import set_channels_last
+    from pipeline.config import from_json
+    from pipeline.optim import Schedule, build_optimizer, set_learning_rates
+    from pipeline.parallel import Ranks
+    from pipeline.samples import training_batches
+    from pipeline.step import train_step
+    from pipeline.weights import build_trained
+    from shards.manifest import load_manifest
+
+    config = from_json(json.loads(sys.stdin.readline()))
+    torch.set_num_threads(config.cluster.cpus_per_worker)
+    manifest, ranks = load_manifest(config.data.train), Ranks()
+    schedule = Schedule(config.optim, manifest.images)
+    model = build_trained(config, manifest.num_classes).train()
+    set_channels_last(model)
+    optimizer = build_optimizer(model, config.optim)
+    batches = training_batches(manifest, config, schedule, ranks, 0, schedule.total_steps)
+    step = 0
+
+    def take(steps: int) -> dict[str, float]:
+        nonlocal step
+        start = _now()
+        for _ in range(steps):
+            set_learning_rates(optimizer, schedule.factor(step))
+            train_step(model, next(batches), optimizer, config, ranks, step)
+            step += 1
+        return _since(start)
+
+    print(json.dumps(take(WARM)), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(take(TURN)), flush=True)
+    batches.close()
+
+
+def _now() -> tuple[float, float]:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return time.perf_counter(), used.ru_utime + used.ru_stime
+
+
+def _since(start: tuple[float, float]) -> dict[str, float]:
+    end = _now()
+    return {"s": end[0] - start[0], "cpu_s": end[1] - start[1]}
+
+
+def _beside_cpu_s() -> float:
+    """Of the driver and of all that it has started but this worker and the bare loop."""
+    driver = psutil.Process(int(os.environ[_DRIVER]))
+    me = psutil.Process()
+    mine = {me.pid, *(child.pid for child in me.children())}
+    total = 0.0
+    for process in [driver, *driver.children(recursive=True)]:
+        if process.pid not in mine:
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+if __name__ == "__main__":
+    _bare()
