@@ -1,0 +1,175 @@
+"""Checkpoints on an S3 server that checks credentials: saved by several ranks, through outages, refused in one line."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import fsspec
+import pytest
+import torch
+from torch import nn
+
+from pipeline import checkpoint, checkpoint_store
+from pipeline.checkpoint_store import Url
+from pipeline.errors import CheckpointError, RunConfigError
+from pipeline.meta import Meta
+from pipeline.parallel import Ranks, distribute, unwrap
+from pipeline.saving import open_saver
+from shards import retry, storage
+from shards.errors import ShardError
+from tests.ranks import run_ranks
+from tests.s3_server import S3Server
+
+HOME = Url("s3://sets/runs/tiny-1")
+Run = tuple[nn.Module, torch.optim.Optimizer]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    server = S3Server(tmp_path_factory.mktemp("s3"), written=True)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _client(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_CONFIG_FILE", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem("s3").clear_instance_cache()
+    yield
+    for name in storage.listing(str(HOME)):
+        storage.remove(str(HOME / name))
+    fsspec.filesystem("s3").clear_instance_cache()
+
+
+def made(seed: int, ranks: Ranks | None = None) -> Run:
+    torch.manual_seed(seed)
+    model = distribute(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), ranks or Ranks())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    step((model, optimizer))
+    return model, optimizer
+
+
+def step(run: Run) -> None:
+    run[1].zero_grad()
+    run[0](torch.ones(3, 4)).sum().backward()
+    run[1].step()
+
+
+def meta(number: int) -> Meta:
+    return Meta(number, 1.0, number, "r", 1, 4, "d", 2, "c", 1, {})
+
+
+def values(run: Run) -> dict[str, torch.Tensor]:
+    moments = run[1].state_dict()["state"].items()
+    flat = {f"{number}.{name}": value.clone() for number, state in moments for name, value in state.items()}
+    return {**{name: value.clone() for name, value in unwrap(run[0]).state_dict().items()}, **flat}
+
+
+def loaded(number: int) -> dict[str, torch.Tensor]:
+    run = made(99)
+    checkpoint.load(checkpoint.folder_of(HOME, number), *run, Ranks())
+    return values(run)
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name, value in one.items() if not torch.equal(value, other[name])] == []
+
+
+def save_of_ranks(ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Three saves, one after the other in the saver's thread, of which two stay."""
+    run = made(1, ranks)
+    with open_saver(HOME, run[1], ranks, keep=2) as saver:
+        for number in range(3):
+            kept = values(run)
+            saver.save(*run, meta(number))
+            step(run)
+    return kept
+
+
+def load_of_ranks(ranks: Ranks) -> dict[str, torch.Tensor]:
+    newest = checkpoint.newest(HOME)
+    assert newest is not None
+    run = made(5 + ranks.rank, ranks)
+    checkpoint.load(newest, *run, ranks)
+    return values(run)
+
+
+def test_two_ranks_save_to_the_store_and_any_number_loads_from_it() -> None:
+    kept, _ = run_ranks(2, save_of_ranks)
+    assert [str(path) for path in checkpoint.complete(HOME)] == [f"{HOME}/checkpoints/step-0000000{n}" for n in (1, 2)]
+    names = [name for name in storage.listing(str(HOME)) if name.endswith(".distcp")]
+    assert sorted(name.rpartition("/")[2] for name in names) == ["__0_0.distcp"] * 2 + ["__1_0.distcp"] * 2
+    assert_same(loaded(2), kept)
+    for of_rank in run_ranks(2, load_of_ranks):
+        assert_same(of_rank, kept)
+
+
+def test_a_store_that_is_away_for_a_while_delays_a_checkpoint_and_loses_none(
+    server: S3Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = made(1)
+    with open_saver(HOME, run[1], Ranks(), keep=2) as saver:
+        saver.save(*run, meta(1))
+        saver.finish()
+        server.stop()
+        timer = threading.Timer(1.5, server.start)
+        timer.start()
+        start, kept = time.perf_counter(), values(run)
+        saver.save(*run, meta(2))
+        step(run)  # training goes on meanwhile
+        assert time.perf_counter() - start < 1.4
+        saver.finish()
+        timer.join()
+    assert_same(loaded(2), kept)
+    assert "attempt 2 of 8" in caplog.text
+
+
+def test_a_store_that_breaks_ends_in_one_line_and_what_it_holds_stays(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "ATTEMPTS", 2)
+    run = made(1)
+    kept = values(run)
+
+    def train() -> None:
+        with open_saver(HOME, run[1], Ranks(), keep=2) as saver:
+            saver.save(*run, meta(1))
+            saver.finish()
+            server.stop()
+            saver.save(*run, meta(2))
+            step(run)
+
+    try:
+        with pytest.raises(CheckpointError, match=r"step-00000002 could not be written .*no good answer") as caught:
+            train()
+        with pytest.raises(CheckpointError, match=r"cannot be read .*no good answer"):
+            loaded(1)
+    finally:
+        server.start()
+    assert "\n" not in str(caught.value)
+    assert "earlier checkpoints are intact: mend the store" in str(caught.value)
+    assert checkpoint.newest(HOME) == checkpoint.folder_of(HOME, 1)
+    assert_same(loaded(1), kept)
+
+
+def test_wrong_credentials_and_an_absent_bucket_are_one_line_before_a_run_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint_store.check("s3://sets/runs")
+    assert storage.listing("s3://sets/runs") == {}
+    with pytest.raises(RunConfigError, match=r"^checkpoint\.store s3://nowhere/runs cannot be written") as caught:
+        checkpoint_store.check("s3://nowhere/runs")
+    assert "\n" not in str(caught.value)
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+        fsspec.filesystem("s3").clear_instance_cache()
+        with pytest.raises(ShardError, match=r"access denied .*expected credentials that allow it") as denied:
+            checkpoint_store.check("s3://sets/runs")
+    fsspec.filesystem("s3").clear_instance_cache()
+    assert "\n" not in str(denied.value)
