@@ -7,9 +7,11 @@ import multiprocessing
 import pickle
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,20 @@ def run_ranks(
     The first failure is raised here with its traceback; the other ranks are ended. So they are when none of them says
     anything for `timeout_s`.
     """
+    with started_ranks(world_size, function, *arguments, timeout_s=timeout_s) as (_, receivers):
+        return _collect(receivers, timeout_s)
+
+
+@contextmanager
+def started_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = _TIMEOUT_S
+) -> Iterator[tuple[list[BaseProcess], list[Connection]]]:
+    """The processes of `run_ranks`, and what each one's answer comes through; they are ended with the block."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "pipeline.worker"])
     with tempfile.TemporaryDirectory() as folder:
         pairs = [context.Pipe(duplex=False) for _ in range(world_size)]
-        processes = [
+        processes: list[BaseProcess] = [
             context.Process(target=_rank, args=(rank, world_size, folder, sender, timeout_s, function, arguments))
             for rank, (_, sender) in enumerate(pairs)
         ]
@@ -36,7 +47,7 @@ def run_ranks(
             for process, (_, sender) in zip(processes, pairs, strict=True):
                 process.start()
                 sender.close()
-            return _collect([receiver for receiver, _ in pairs], timeout_s)
+            yield processes, [receiver for receiver, _ in pairs]
         finally:
             for process in processes:
                 process.join(5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -81,8 +82,9 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert [name for name, value in one.items() if not torch.equal(value, other[name])] == []
 
 
-def save_of_ranks(ranks: Ranks) -> dict[str, torch.Tensor]:
+def save_of_ranks(ranks: Ranks, environment: dict[str, str]) -> dict[str, torch.Tensor]:
     """Three saves, one after the other in the saver's thread, of which two stay."""
+    os.environ.update(environment)  # the processes fork from a server that may be older than the store
     run = made(1, ranks)
     with open_saver(HOME, run[1], ranks, keep=2) as saver:
         for number in range(3):
@@ -92,7 +94,8 @@ def save_of_ranks(ranks: Ranks) -> dict[str, torch.Tensor]:
     return kept
 
 
-def load_of_ranks(ranks: Ranks) -> dict[str, torch.Tensor]:
+def load_of_ranks(ranks: Ranks, environment: dict[str, str]) -> dict[str, torch.Tensor]:
+    os.environ.update(environment)
     newest = checkpoint.newest(HOME)
     assert newest is not None
     run = made(5 + ranks.rank, ranks)
@@ -100,13 +103,13 @@ def load_of_ranks(ranks: Ranks) -> dict[str, torch.Tensor]:
     return values(run)
 
 
-def test_two_ranks_save_to_the_store_and_any_number_loads_from_it() -> None:
-    kept, _ = run_ranks(2, save_of_ranks)
+def test_two_ranks_save_to_the_store_and_any_number_loads_from_it(server: S3Server) -> None:
+    kept, _ = run_ranks(2, save_of_ranks, server.environment)
     assert [str(path) for path in checkpoint.complete(HOME)] == [f"{HOME}/checkpoints/step-0000000{n}" for n in (1, 2)]
     names = [name for name in storage.listing(str(HOME)) if name.endswith(".distcp")]
     assert sorted(name.rpartition("/")[2] for name in names) == ["__0_0.distcp"] * 2 + ["__1_0.distcp"] * 2
     assert_same(loaded(2), kept)
-    for of_rank in run_ranks(2, load_of_ranks):
+    for of_rank in run_ranks(2, load_of_ranks, server.environment):
         assert_same(of_rank, kept)
 
 

@@ -1,0 +1,148 @@
+"""Two ranks that save without pause, killed at random moments: the newest checkpoint is whole and is what was saved."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from torch import nn
+
+from pipeline import checkpoint
+from pipeline.checkpoint_store import Location, Url
+from pipeline.meta import Meta
+from pipeline.parallel import Ranks
+from pipeline.saving import open_saver
+from shards import storage
+from tests.ranks import started_ranks
+from tests.s3_server import S3Server
+
+SIDE = 1450  # four square matrices with AdamW's two moments: 100 MB
+Run = tuple[nn.Module, torch.optim.Optimizer]
+
+
+def made(side: int) -> Run:
+    model = nn.Sequential(*(nn.Linear(side, side) for _ in range(4)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+def fill(run: Run, step: int) -> None:
+    """The state after `step`: every number says which."""
+    model, optimizer = run
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(step)
+            optimizer.state[parameter]["exp_avg"].fill_(step + 0.25)
+            optimizer.state[parameter]["exp_avg_sq"].fill_(step + 0.5)
+
+
+def assert_is_of(run: Run, step: int) -> None:
+    for parameter in run[0].parameters():
+        moments = run[1].state[parameter]
+        assert (parameter == step).all()
+        assert (moments["exp_avg"] == step + 0.25).all()
+        assert (moments["exp_avg_sq"] == step + 0.5).all()
+
+
+def train(ranks: Ranks, home: Location, side: int, environment: dict[str, str]) -> None:
+    """Go on from the newest checkpoint and save after every second step, for ever."""
+    os.environ.update(environment)  # the processes fork from a server that may be older than the store
+    run = made(side)
+    newest = ranks.gather(checkpoint.newest(home))[0]
+    step = 0
+    if newest is not None:
+        checkpoint.load(newest, *run, ranks)
+        step = checkpoint.read_meta(newest).step
+        assert_is_of(run, step)
+    with open_saver(home, run[1], ranks, keep=2) as saver:
+        while True:
+            run[1].step()  # without gradients: what waits for the copy of the last save
+            step += 1
+            fill(run, step)
+            ranks.sum(torch.ones(1))
+            if step % 2 == 0:
+                saver.save(*run, Meta(step, 1.0, step, "r", 1, 4, "d", 2, "c", 2, {}))
+
+
+def newest_step(home: Location) -> int:
+    newest = checkpoint.newest(home)
+    return 0 if newest is None else checkpoint.read_meta(newest).step
+
+
+def kill_at_random(home: Location, side: int, chance: random.Random, **environment: str) -> int:
+    """Start the ranks, kill both or one of them in a moment of their own, end the other; the newest step afterwards."""
+    begun = newest_step(home)
+    with started_ranks(2, train, home, side, environment) as (processes, receivers):
+        until = time.monotonic() + 60
+        while newest_step(home) == begun:
+            assert not receivers[0].poll(), receivers[0].recv_bytes().decode(errors="replace")
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.8))
+        before = newest_step(home)
+        doomed = chance.choice([processes, processes[:1], processes[1:]])
+        for process in doomed:
+            assert process.pid
+            os.kill(process.pid, signal.SIGKILL)
+        for process in doomed:
+            process.join()
+        time.sleep(0.2)  # what the other one does with it
+        for process in processes:
+            process.kill()  # as Ray does
+    step = newest_step(home)
+    assert step >= before > begun
+    run = made(side)
+    newest = checkpoint.newest(home)
+    assert newest is not None
+    checkpoint.load(newest, *run, Ranks())
+    assert_is_of(run, step)
+    return step
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_after_kills_in_the_middle_of_writing_the_newest_is_whole(tmp_path: Path, kills: int) -> None:
+    chance = random.Random(kills)
+    hits, steps = 0, [0]
+    for _ in range(kills):
+        steps.append(kill_at_random(tmp_path, SIDE, chance))
+        left = list(tmp_path.glob("checkpoints/*.partial"))
+        hits += any(not path.name.endswith(".deleted.partial") for path in left)
+        assert len(left) <= 1  # those of the kills before are gone
+    assert steps == sorted(set(steps))
+    print(f"{hits} of {kills} kills left an unfinished checkpoint")
+    assert hits > kills / 2, "the kills did not hit the writing"
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_after_kills_in_the_middle_of_uploading_the_newest_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int
+) -> None:
+    server = S3Server(tmp_path, written=True)
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_CONFIG_FILE", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem("s3").clear_instance_cache()
+    home = Url("s3://sets/runs/tiny-1")
+    try:
+        chance, step = random.Random(3), 0
+        for _ in range(kills):
+            step = kill_at_random(home, SIDE // 2, chance, **server.environment)
+        checkpoint.prune(home, keep=1)
+        assert newest_step(home) == step
+        names = {name.rpartition("/")[2] for name in storage.listing(str(home))}
+        assert names == {"meta.json", ".metadata", "__0_0.distcp", "__1_0.distcp"}
+        assert len(storage.listing(str(home))) == 4
+    finally:
+        server.stop()
+        fsspec.filesystem("s3").clear_instance_cache()
