@@ -95,8 +95,8 @@ def write(home: Location, state: dict[str, Any], meta: Meta, ranks: Ranks) -> Lo
             meta = msgspec.structs.replace(meta, part=checkpoint_store.upload(target, state, ranks))
         elif aside:
             on_first(ranks, lambda: _make_anew(aside))
-            alone = ranks.world_size == 1
-            save_distributed(state, checkpoint_id=str(aside), process_group=ranks.group, no_dist=alone)
+            writer, alone = checkpoint_store.FolderWriter(aside), ranks.world_size == 1
+            save_distributed(state, storage_writer=writer, process_group=ranks.group, no_dist=alone)
         on_first(ranks, lambda: _finish(home, target, aside, meta))
     except (OSError, CheckpointException) as error:
         if aside and ranks.first:

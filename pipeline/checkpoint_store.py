@@ -122,6 +122,28 @@ def clear(home: Url, part_of: Callable[[Url], str]) -> None:
                 storage.remove(str(home / _CHECKPOINTS / step / name))
 
 
+class FolderWriter(FileSystemWriter):
+    """torch's own, but for what it says of a file that cannot be written."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.fs = _Folder()
+
+
+class _Folder(FileSystem):
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        """On a full disk torch's archive speaks of positions only; raises what the system said instead."""
+        with super().create_stream(path, mode) as stream:
+            try:
+                yield stream
+            except RuntimeError as error:
+                cause: BaseException | None = error
+                while cause is not None and not isinstance(cause, OSError):
+                    cause = cause.__context__
+                raise (cause or error) from None
+
+
 class _Files(FileSystem):
     """Whole objects, for torch's reader and writer."""
 

@@ -123,9 +123,9 @@ def test_after_kills_in_the_middle_of_writing_the_newest_is_whole(tmp_path: Path
     assert hits > kills / 2, "the kills did not hit the writing"
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_after_kills_in_the_middle_of_uploading_the_newest_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = S3Server(tmp_path, written=True)
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_CONFIG_FILE", "AWS_REGION"):
@@ -136,7 +136,7 @@ def test_after_kills_in_the_middle_of_uploading_the_newest_is_whole(
     home = Url("s3://sets/runs/tiny-1")
     try:
         chance, step = random.Random(3), 0
-        for _ in range(kills):
+        for _ in range(5):
             step = kill_at_random(home, SIDE // 2, chance, **server.environment)
         checkpoint.prune(home, keep=1)
         assert newest_step(home) == step
