@@ -12,7 +12,6 @@ state: dropout is seeded by (seed, step, rank) and the schedule and the order of
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from pipeline import checkpoint_store
-from pipeline.checkpoint_store import META, Location, Url
+from pipeline.checkpoint_store import META, PARTIAL, Location, Url
 from pipeline.errors import CheckpointError, first_line
 from pipeline.meta import Best, Meta
 from pipeline.parallel import Ranks, on_first, unwrap
@@ -39,8 +38,6 @@ from shards.retry import StoreError
 
 _EMA = "ema"
 _EVALUATION = "evaluation.json"
-_PARTIAL = ".partial"
-_DELETED = ".deleted" + _PARTIAL
 Averages = Mapping[str, Tensor]
 
 
@@ -54,7 +51,7 @@ def complete(home: Location) -> list[Location]:
     if isinstance(home, Url):
         return [*checkpoint_store.complete(home)]
     found = (home / "checkpoints").glob("step-*")
-    return [*sorted(path for path in found if not path.name.endswith(_PARTIAL) and (path / META).exists())]
+    return [*sorted(path for path in found if not path.name.endswith(PARTIAL) and (path / META).exists())]
 
 
 def newest(home: Location) -> Location | None:
@@ -89,7 +86,7 @@ def write(home: Location, state: dict[str, Any], meta: Meta, ranks: Ranks) -> Lo
     Raises `CheckpointError` on every rank when it cannot be written.
     """
     target = folder_of(home, meta.step)
-    aside = None if isinstance(target, Url) else target.with_name(target.name + _PARTIAL)
+    aside = None if isinstance(target, Url) else target.with_name(target.name + PARTIAL)
     try:
         if isinstance(target, Url):
             meta = msgspec.structs.replace(meta, part=checkpoint_store.upload(target, state, ranks))
@@ -120,14 +117,12 @@ def _finish(home: Location, target: Location, aside: Path | None, meta: Meta) ->
     if leading:
         meta = msgspec.structs.replace(meta, best=Best(read_meta(leading[0]).step, _ap(leading[1])))
     content = msgspec.json.format(msgspec.json.encode(meta), indent=2)
-    if isinstance(target, Url) or aside is None:
-        storage.write(str(target / META), content)
-        return
-    _write_synced(aside / META, content)
-    storage.sync_folder(aside)
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
-    storage.sync_folder(target.parent)
+    storage.write(str((aside or target) / META), content)
+    if aside and not isinstance(target, Url):
+        storage.sync_folder(aside)
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+        storage.sync_folder(target.parent)
 
 
 def load(
@@ -207,12 +202,12 @@ def _ap(metrics: Mapping[str, float]) -> float:
 
 def prune(home: Location, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, the best, and the milestones. Each vanishes at once."""
-    _clear(home)
+    checkpoint_store.clear(home, lambda path: read_meta(path).part)
     leading = best(home)
     whole = complete(home)
     for path in whole[:-keep]:
         if (leading is None or path != leading[0]) and not _is_milestone(path):
-            _discard(path)
+            checkpoint_store.discard(path)
 
 
 def _is_milestone(path: Location) -> bool:
@@ -220,30 +215,6 @@ def _is_milestone(path: Location) -> bool:
         return read_meta(path).milestone
     except CheckpointError:
         return False  # damaged, so of no use
-
-
-def _discard(path: Location) -> None:
-    if isinstance(path, Url):
-        checkpoint_store.discard(path)
-        return
-    doomed = path.rename(path.with_name(path.name + _DELETED))
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _clear(home: Location) -> None:
-    """Remove what kills left in the middle of writing or of pruning."""
-    if isinstance(home, Url):
-        checkpoint_store.clear(home, lambda path: read_meta(path).part)
-        return
-    for left in (home / "checkpoints").glob(f"*{_PARTIAL}"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _cause(error: BaseException) -> BaseException:

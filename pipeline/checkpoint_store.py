@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from pipeline.restricted import RestrictedReader
 from shards import storage
 
 META = "meta.json"
+PARTIAL = ".partial"
+_DELETED = ".deleted" + PARTIAL
 _CHECKPOINTS = "checkpoints"
 
 
@@ -101,14 +104,24 @@ def reader(path: Url, part: str) -> RestrictedReader:
     return RestrictedReader(str(path / part), _Files())
 
 
-def discard(path: Url) -> None:
+def discard(path: Location) -> None:
     """Remove a checkpoint, which counts no more from the first moment."""
+    if isinstance(path, Path):
+        shutil.rmtree(path.rename(path.with_name(path.name + _DELETED)), ignore_errors=True)
+        return
     for name in sorted(storage.listing(str(path)), key=lambda name: name != META):
         storage.remove(str(path / name))
 
 
-def clear(home: Url, part_of: Callable[[Url], str]) -> None:
-    """Remove what killed attempts left: steps that are not whole, and parts other than the one that `part_of` names."""
+def clear(home: Location, part_of: Callable[[Url], str]) -> None:
+    """Remove what kills left in the middle of writing or of discarding, while nothing is written.
+
+    part_of: which part of a checkpoint counts.
+    """
+    if isinstance(home, Path):
+        for left in (home / _CHECKPOINTS).glob(f"*{PARTIAL}"):
+            shutil.rmtree(left, ignore_errors=True)
+        return
     files = storage.listing(str(home / _CHECKPOINTS))
     steps = {name.partition("/")[0] for name in files if name.startswith("step-")}
     for step in steps:

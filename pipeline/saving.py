@@ -88,12 +88,17 @@ class Saver:
         self._writing = self._thread.submit(self._write, self._copy, meta)
         self.stalled_s += time.perf_counter() - start
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a checkpoint is being written, on this rank."""
+        return self._writing is not None and not self._writing.done()
+
     def asked(self) -> Asked:
         """What this rank asks for after the step at hand: a save when the clock says so.
 
         As well when the last one failed on it, so that all ranks hear of that now, and not at the next boundary.
         """
-        if self._writing and not self._writing.done():
+        if self.under_way:
             return NOTHING  # a store slower than the clock: not more than one at a time
         failed = self._writing is not None and self._writing.exception() is not None
         return Asked(save=failed or time.monotonic() - self._last >= self._every_s)

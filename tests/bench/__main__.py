@@ -161,7 +161,7 @@ RECOMPUTE = ("none", "encoder", "backbone", "both")
 
 
 def _data(module: str, function: str) -> Callable[[str, int], list[Row]]:
-    """A case of the data plane, whose packages a machine that trains only `detr` may lack: imported when it runs."""
+    """A case of other packages, which a machine that trains only `detr` may lack: imported when it runs."""
     return lambda device, rounds: getattr(importlib.import_module(f"tests.bench.{module}"), function)(device, rounds)
 
 
@@ -178,6 +178,7 @@ CASES: dict[str, Callable[[str, int], list[Row]]] = {
     "padding": _data("planning", "padding"),
     "streaming": _data("streaming", "streaming"),
     "orchestration": _data("orchestration", "orchestration"),
+    "checkpointing": _data("checkpointing", "checkpointing"),
 }
 # A case says nothing there; it still runs if asked for.
 LEFT_OUT = {

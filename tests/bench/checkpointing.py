@@ -1,0 +1,82 @@
+"""How long training stands still for a checkpoint of R50 with AdamW: written beside it, and waited for.
+
+Real training steps come between the saves. Their images are small, so that a step is short and hides little.
+"""
+
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detr.batch import Batch
+from pipeline import checkpoint
+from pipeline.meta import Meta
+from pipeline.optim import build_optimizer
+from pipeline.parallel import Ranks
+from pipeline.recipes import RECIPES
+from pipeline.saving import Saver
+from pipeline.step import train_step
+from pipeline.weights import build_trained
+from tests.bench import cases
+
+IMAGES, SIDE = 2, 256
+Row = dict[str, Any]
+
+
+def checkpointing(device: str, rounds: int) -> list[Row]:
+    """Seconds per save that training waits for it, as the median of `rounds` saves each way, in turn."""
+    config = RECIPES["detr-r50"]
+    config = replace(config, model=replace(config.model, backbone_weights="random"))
+    ranks = Ranks(device=torch.device(device))
+    model = build_trained(config, cases.CLASSES).to(ranks.device)
+    optimizer = build_optimizer(model, config.optim)
+    images = torch.randint(0, 256, (IMAGES, 3, SIDE, SIDE), dtype=torch.uint8)
+    batch = Batch(images, None, tuple(cases.targets(IMAGES, 7)), ((SIDE, SIDE),) * IMAGES)
+    number = 0
+
+    def step() -> float:
+        nonlocal number
+        number += 1
+        start = time.perf_counter()
+        train_step(model, [batch], optimizer, config, ranks, number)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def meta() -> Meta:
+        return Meta(number, 1.0, number, "r", 1, IMAGES, "d", cases.CLASSES, "c", 1, {})
+
+    waited, blocked, plain, beside = [], [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        saver = Saver(Path(folder) / "beside", optimizer, ranks, keep=1)
+        step()
+        for _ in range(rounds + 1):  # the first warms up
+            plain += [step(), step()]
+            start = time.perf_counter()
+            checkpoint.save(Path(folder) / "waited", model, optimizer, meta(), ranks)
+            waited.append(time.perf_counter() - start)
+            checkpoint.prune(Path(folder) / "waited", keep=1)
+            before = saver.stalled_s
+            saver.save(model, optimizer, meta())
+            while saver.under_way:
+                beside.append(step())
+            saver.finish()
+            blocked.append(saver.stalled_s - before)
+        saver.close()
+        size = sum(file.stat().st_size for file in Path(folder).glob("beside/checkpoints/*/*"))
+    asynchronous, synchronous = (statistics.median(found[1:]) for found in (blocked, waited))
+    title = f"checkpoint of R50 and AdamW, {size / 2**20:.0f} MiB"
+    print(
+        f"{title}: training waits {synchronous * 1e3:.0f} ms for a synchronous save, {asynchronous * 1e3:.1f} ms for an "
+        f"asynchronous one ({asynchronous / synchronous:.1%}); a step takes {statistics.median(plain) * 1e3:.0f} ms, "
+        f"{statistics.median(beside) * 1e3:.0f} ms beside a save",
+        flush=True,
+    )
+    sides = {"synchronous": waited[1:], "asynchronous": blocked[1:]}
+    return [{"case": title, "side": side, "blocked_s": found} for side, found in sides.items()] + [
+        {"case": title, "side": side, "step_s": found} for side, found in {"alone": plain, "beside": beside}.items()
+    ]
