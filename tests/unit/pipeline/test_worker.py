@@ -454,6 +454,29 @@ def test_a_run_goes_on_from_a_save_that_the_clock_asked_for(
     assert_same(weights(config, place.folder), weights(config, uninterrupted))
 
 
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_long_before_the_next_one(
+    config: RunConfig, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise CheckpointError("no room")
+
+    config = replace(
+        config,
+        optim=replace(config.optim, epochs=20),
+        checkpoint=replace(config.checkpoint, every_steps=0),
+        evaluate=replace(config.evaluate, every=20),
+    )
+    asked = Saver.asked
+    saved_by_the_clock(monkeypatch, 1)
+    at_first = Saver.asked
+    monkeypatch.setattr(Saver, "asked", lambda saver: Asked(save=at_first(saver).save or asked(saver).save))
+    monkeypatch.setattr(checkpoint, "write", full)
+    tracker = MemoryTracker()
+    with pytest.raises(CheckpointError, match="no room"):
+        run(config, place, Ranks(), tracker)
+    assert max(step for name, _, step in tracker.points if name == "train/loss") < 30
+
+
 def test_milestones_are_saved_and_stay(config: RunConfig, place: Place) -> None:
     tight = replace(
         config,
