@@ -431,7 +431,10 @@ def test_a_save_that_the_clock_asks_for_changes_neither_the_result_nor_the_curve
     run(config, place, Ranks(), plain)
     other = start(config, tmp_path / "clocked")
     saved_by_the_clock(monkeypatch, 1, 2, 4, 6)
+    written, write = [], checkpoint.write
+    monkeypatch.setattr(checkpoint, "write", lambda *more: (written.append(more[2].step), write(*more))[1])
     run(config, other, Ranks(), clocked)
+    assert written == [1, 2, 3, 4, 6]  # the last one is due in any case
     assert [path.name[-1] for path in checkpoint.complete(other.folder)] == ["1", "2", "3", "4", "6"]
     assert_same(weights(config, other.folder), weights(config, place.folder))
 
