@@ -3,7 +3,7 @@
 A lap ends a part: whatever passed since the lap before is the part's. On a CPU a lap is the time of day. A GPU is behind
 the host, so there it is an event in the stream of work, and the seconds between two are those that the device took, or
 had nothing to do; they are read when a log point waits for the device in any case. Either way the parts add up to all the
-time that passed. A step has eight laps, 3 microseconds together on a CPU.
+time that passed. A step has seven laps, which take 2 microseconds on a CPU, reading them included.
 """
 
 from __future__ import annotations

@@ -76,12 +76,12 @@ class RunView:
     def _update_bar(self, progress: Progress, total: int, epochs: float, phase: str, metrics: dict[str, float]) -> None:
         if self._bar is None:
             # The bar's own forecast knows of neither evaluations nor what it took before it was opened.
-            form = "{desc}: {percentage:3.0f}%|{bar}| {postfix}"
+            form = "{percentage:3.0f}%|{bar:8}| {desc}"
             self._bar = tqdm(total=total, file=self._stream, dynamic_ncols=True, leave=False, bar_format=form)
         self._bar.total, self._bar.n = total, progress.step
         said = [f"epoch {progress.epoch:.1f}/{epochs:g}", f"step {progress.step}/{total}", *_figures(progress, metrics)]
-        self._bar.set_description_str(phase, refresh=False)
-        self._bar.set_postfix_str("  ".join(said), refresh=True)
+        # As narrow as it can be: what a terminal has no room for is lost.
+        self._bar.set_description_str(" ".join(" ".join([phase, *said]).split()), refresh=True)
 
     def _warn(self, warnings: dict[str, str]) -> None:
         for name, text in warnings.items():
