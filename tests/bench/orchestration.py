@@ -3,9 +3,9 @@
 The bare loop is `train_step` over the loader and nothing else, in a process of its own. The whole is a Ray Train worker with
 the breakdown, the tracker (to a real SQLite MLflow, watched by the driver once a second) and checkpoints, as often as the
 demo writes them. Both take the same steps on the same images in turn, one waiting while the other runs, so that what else
-the machine does falls on both. A turn begins and ends half-way between two checkpoints and half-way between two log points,
-so that what is written aside is finished within it. Ray's own processes and the driver run beside both: their CPU
-seconds are told apart.
+the machine does falls on both. Turns begin and end half-way between two log points, and checkpoints are written at log
+points, so that what is done aside is finished within the turn. Ray's own processes and the driver run beside both: their CPU
+seconds are told apart. What the run says on stderr of waiting for data is the other's turn.
 """
 
 import json
@@ -26,8 +26,9 @@ import psutil
 import torch
 
 Row = dict[str, Any]
-TURN = 350  # steps, one checkpoint among them; the demo's 3,000 steps have eight
-WARM = 175  # to the middle between two checkpoints; a log point was 25 steps before, the next one is 25 steps away
+TURN = 50  # steps, with a log point in their middle
+ROUND = 7  # turns of each side, with one checkpoint; the demo's 3,000 steps have eight
+WARM = 175  # a log point was 25 steps before, the next one is 25 steps away
 _DRIVER = "DETR_BENCH_DRIVER"
 
 
@@ -38,7 +39,7 @@ def orchestration(device: str, rounds: int) -> list[Row]:
     bare, whole = turns["bare"], turns["whole"]
     rows = []
     for unit, what in (("s", "time"), ("cpu_s", "CPU")):
-        mine, its = ([one[unit] / TURN * 1e3 for one in side] for side in (whole, bare))
+        mine, its = (_per_step_ms(side, unit) for side in (whole, bare))
         ratios = [a / b for a, b in zip(mine, its, strict=True)]
         rows.append(
             {
@@ -48,7 +49,7 @@ def orchestration(device: str, rounds: int) -> list[Row]:
         )  # fmt: skip
         print(
             f"orchestration, {what:5} per step   bare {median(its):7.2f} ms, whole {median(mine):7.2f} ms, "
-            f"ratio {median(ratios):.4f} (of {len(ratios)} turns: {', '.join(f'{one:.3f}' for one in ratios)})",
+            f"ratio {median(ratios):.4f} (of {len(ratios)} rounds: {', '.join(f'{one:.3f}' for one in ratios)})",
             flush=True,
         )
     rows.append({"case": "orchestration", "side": "Ray and driver", "cpu_share": turns["beside"]})
@@ -56,6 +57,12 @@ def orchestration(device: str, rounds: int) -> list[Row]:
         f"orchestration, Ray's own processes and the driver beside both: {turns['beside']:.3f} CPU seconds per second"
     )
     return rows
+
+
+def _per_step_ms(turns: list[dict[str, float]], unit: str) -> list[float]:
+    """Of each round."""
+    sums = [sum(one[unit] for one in turns[at : at + ROUND]) for at in range(0, len(turns), ROUND)]
+    return [seconds / (ROUND * TURN) * 1e3 for seconds in sums]
 
 
 def _run(folder: Path, rounds: int) -> dict[str, Any]:
@@ -75,9 +82,9 @@ def _run(folder: Path, rounds: int) -> dict[str, Any]:
         model=replace(config.model, backbone_weights="random"),
         data=replace(config.data, train=str(folder / "train"), val=str(folder / "val"), built_in=False),
         # Weights that nobody has trained stay finite.
-        optim=replace(config.optim, lr=1e-7, lr_backbone=1e-7, max_steps=WARM + rounds * TURN + 1),
+        optim=replace(config.optim, lr=1e-7, lr_backbone=1e-7, max_steps=WARM + rounds * ROUND * TURN + 1),
         evaluate=replace(config.evaluate, every=config.optim.epochs, limit=2),
-        checkpoint=replace(config.checkpoint, every_steps=TURN),
+        checkpoint=replace(config.checkpoint, every_steps=ROUND * TURN),
         cluster=replace(config.cluster, workers=1, max_failures=0),
     )
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
@@ -102,17 +109,17 @@ def _measured_worker(job: dict[str, Any]) -> None:
     with _bare_loop(job["config"]) as bare_turn:
 
         def gated(*arguments: Any) -> Iterator[Any]:
-            start, before = _now(), {}
+            start, began_s, beside_cpu_s = _now(), 0.0, 0.0
             for number, batches in enumerate(original(*arguments)):
-                if number >= WARM and (number - WARM) % TURN == 0:
-                    if number == WARM:
-                        before = {"s": time.perf_counter(), "cpu_s": _beside_cpu_s()}
-                    else:
-                        turns["whole"].append(_since(start))
-                        turns["bare"].append(bare_turn())
+                if number == WARM:
+                    began_s, beside_cpu_s = time.perf_counter(), _beside_cpu_s()
+                    start = _now()
+                elif number > WARM and (number - WARM) % TURN == 0:
+                    turns["whole"].append(_since(start))
+                    turns["bare"].append(bare_turn())
+                    turns["beside"] = (_beside_cpu_s() - beside_cpu_s) / (time.perf_counter() - began_s)
                     start = _now()
                 yield batches
-            turns["beside"] = (_beside_cpu_s() - before["cpu_s"]) / (time.perf_counter() - before["s"])
 
         worker.training_batches = gated  # type: ignore[assignment]
         _ray_worker(job)
