@@ -1,4 +1,10 @@
-from pipeline.report import metrics_table
+from datetime import datetime
+from types import SimpleNamespace
+from typing import Any
+
+from pipeline.report import metrics_table, runs_table
+from pipeline.standing import TAG_PROGRESS, Progress
+from pipeline.track import TAG_PHASE
 from shards.score import MASK_METRICS, METRICS
 
 
@@ -16,3 +22,16 @@ def test_the_figures_of_masks_stand_next_to_those_of_boxes() -> None:
     assert lines[2].split() == ["AP", "0.250", "0.125", "IoU", "0.50:0.95"]
     assert lines[7].split()[:3] == ["APl", "0.250", "-"]
     assert len(lines) == 14
+
+
+def test_the_end_is_listed_of_runs_that_are_going_on() -> None:
+    noon = datetime.now().astimezone().replace(hour=12, minute=5, second=9, microsecond=0)
+    tags = {TAG_PHASE: "training", TAG_PROGRESS: Progress(7, 0.5, noon.isoformat()).to_json()}
+
+    def run(status: str, tags: dict[str, str]) -> Any:
+        info = SimpleNamespace(run_id="0123456789", run_name="one", status=status, start_time=0)
+        return SimpleNamespace(info=info, data=SimpleNamespace(tags=tags, metrics={}))
+
+    said = runs_table([run("RUNNING", tags), run("RUNNING", {}), run("FINISHED", tags)]).splitlines()
+    assert said[0].split()[-1] == "ends"
+    assert [line.split()[-1] for line in said[2:]] == ["12:05:09", "-", "-"]
