@@ -6,13 +6,16 @@ weights stand in the paper, and DETR goes on from it in the same way: batch norm
 
 Points rather than one name per cell, because a cell then knows where in it an object ends, which boxes need; and a
 small batch with a high rate, because 4,000 images are few: 16 at 1e-2 names four fifths of the objects' points rightly
-where 32 at 4e-3 names half of them after as many epochs.
+where 32 at 4e-3 names half of them after as many epochs. The first three of five epochs see smaller images, which takes 0.56
+of the work and costs nothing of what the demo reaches (AP 0.507 and AP50 0.856); three epochs instead of five do cost it
+(0.483 and 0.808).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +37,7 @@ _BATCH_SIZE = 16
 _LEARNING_RATE = 1e-2
 _WARMUP = 0.1  # of all steps
 _POINTS = 4  # along each side of a cell
+_SMALL = 0.6  # of the epochs, the first ones, on smaller images
 
 # (steps done, steps in all, loss of the last one); called after every step.
 Progress = Callable[[int, int, float], None]
@@ -71,22 +75,23 @@ def pretrain_backbone(
         head = nn.Conv2d(body.channels, (manifest.num_classes + 1) * _POINTS**2, 1)
     model = nn.Sequential(body, head).to(memory_format=torch.channels_last)  # 1.2x as fast on a CPU
     steps = -(-epochs * manifest.images // _BATCH_SIZE)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, steps, pct_start=_WARMUP)
     last_epoch: list[tuple[float, float]] = []
-    for step, batch in enumerate(_batches(manifest, transform_config, seed, epochs), start=1):
-        images = normalise(batch, transform_config).contiguous(memory_format=torch.channels_last)
-        logits = F.pixel_shuffle(model(images), _POINTS)
-        labels = point_labels(batch.targets, logits.shape[2], logits.shape[3], background=manifest.num_classes)
-        loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-        if steps - step < manifest.images / _BATCH_SIZE:
-            last_epoch.append((loss.item(), (logits.argmax(1) == labels).float().mean().item()))
-        if progress:
-            progress(step, steps, loss.item())
+    with _threads_beside_the_reader():
+        for step, batch in enumerate(_batches(manifest, transform_config, seed, epochs), start=1):
+            images = normalise(batch, transform_config).contiguous(memory_format=torch.channels_last)
+            logits = F.pixel_shuffle(model(images), _POINTS)
+            labels = point_labels(batch.targets, logits.shape[2], logits.shape[3], background=manifest.num_classes)
+            loss = F.cross_entropy(logits, labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            if steps - step < manifest.images / _BATCH_SIZE:
+                last_epoch.append((loss.item(), (logits.argmax(1) == labels).float().mean().item()))
+            if progress:
+                progress(step, steps, loss.item())
     path = Path(out_path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, save({name: value.contiguous() for name, value in body.state_dict().items()}))
@@ -107,8 +112,29 @@ def point_labels(targets: Sequence[Target], height: int, width: int, *, backgrou
     return labels
 
 
+@contextmanager
+def _threads_beside_the_reader() -> Iterator[None]:
+    """One thread fewer while the block runs, which the reader needs: more threads than cores wait for each other.
+
+    Two cores that others use too: 55 ms per step instead of 193.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(threads - 1, 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _batches(manifest: Manifest, transform_config: TransformConfig, seed: int, epochs: int) -> Iterator[Batch]:
-    transform = training_transform(seed, transform_config)
+    whole, small = (training_transform(seed, config) for config in (transform_config, _smaller(transform_config)))
     for epoch in range(epochs):
+        transform = small if epoch < _SMALL * epochs else whole
         plan = plan_epoch(manifest, seed=seed, epoch=epoch, batch_size=_BATCH_SIZE, epochs=epochs)
         yield from open_loader(manifest, plan, transform=transform, collate=collate, config=ReadConfig(threads=1))
+
+
+def _smaller(config: TransformConfig) -> TransformConfig:
+    """Images of two thirds of each side."""
+    scales = tuple(round(scale * 2 / 3) for scale in config.train_scales)
+    return replace(config, train_scales=scales, max_size=round(config.max_size * 2 / 3))
