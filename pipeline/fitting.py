@@ -18,14 +18,13 @@ from typing import Any
 
 import msgspec
 
+from pipeline import attempts
 from pipeline.errors import Interrupted, TrainingError
 from pipeline.mlflow_store import connect
 from pipeline.stopping import ask_to_stop, asked_to_stop, withdraw
 
 GRACE_S = 45.0  # a stopped job is killed after 60 s (`jobs/submit.py`)
 _FATAL = "fatal.json"
-_BEGUN = "begun"
-_DIED = "a worker died"
 _LOOK_S = 0.2
 
 
@@ -35,8 +34,8 @@ def fit_and_follow(fit: Callable[[], Any], run_id: str, folder: Path, say: Calla
     Raises `Interrupted` where the run was stopped, `TrainingError` in the workers' own words where it failed; an error
     that trying again cannot mend is raised as soon as a worker leaves word of it.
     """
-    for name in (_FATAL, _BEGUN):
-        (folder / name).unlink(missing_ok=True)
+    (folder / _FATAL).unlink(missing_ok=True)
+    attempts.forget(folder)
     withdraw(folder)
     fitting: Future[None] = Future()
     with _following(run_id), _signals() as heard:
@@ -44,29 +43,9 @@ def fit_and_follow(fit: Callable[[], Any], run_id: str, folder: Path, say: Calla
         _wait(fitting, folder, heard, say)
     _raise_fatal(folder)
     if error := fitting.exception():
-        raise TrainingError(_explain(error)) from error
+        raise TrainingError(_explain(error, folder)) from error
     if asked_to_stop(folder):
         raise Interrupted("stopped at a checkpoint")
-
-
-def begin(folder: Path) -> str:
-    """A worker says that it can be asked to stop from now on; returns why Ray started the workers again, if it did."""
-    before = _attempts(folder)
-    with (folder / _BEGUN).open("a") as file:
-        file.write(f"{_DIED}\n")  # stands unless one can say more: see `fail`
-    return f"{before[-1]}; restart {len(before)}" if before else ""
-
-
-def fail(folder: Path, message: str) -> None:
-    """A worker says why this attempt ends. The first one's word stands; the others' failures are its consequences."""
-    *before, last = _attempts(folder) or [_DIED]
-    if last == _DIED:
-        (folder / _BEGUN).write_text("".join(f"{line}\n" for line in [*before, message]))
-
-
-def _attempts(folder: Path) -> list[str]:
-    path = folder / _BEGUN
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def leave_word(folder: Path, message: str, rank: int) -> None:
@@ -84,7 +63,7 @@ def _wait(fitting: Future[None], folder: Path, heard: list[int], say: Callable[[
         time.sleep(_LOOK_S)
         _raise_fatal(folder)
         if heard and deadline is None:
-            if not (folder / _BEGUN).exists():
+            if not attempts.begun(folder):
                 raise Interrupted("interrupted before training began")
             ask_to_stop(folder)
             say("stopping: the workers save after the step they are at; once more ends them at once")
@@ -139,12 +118,9 @@ def _raise_fatal(folder: Path) -> None:
         raise TrainingError(msgspec.json.decode(path.read_bytes(), type=dict[str, str])["message"])
 
 
-def _explain(error: BaseException) -> str:
+def _explain(error: BaseException, folder: Path) -> str:
     """The workers' own words, one line: Ray wraps them in its account of the group."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for rank, failure in sorted(failures.items()):
-        cause = getattr(failure, "cause", None) or failure
-        lines = str(cause).strip().splitlines() or [type(failure).__name__]
-        return f"worker {rank} failed: {lines[-1]}"
+    if hasattr(error, "worker_failures") and (word := attempts.last_word(folder)):
+        return word.why
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return f"training failed: {lines[-1]}"

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pipeline.mlflow_store import TAG_EPOCHS, TAG_TOTAL_STEPS
 from pipeline.standing import Progress, clock_time, left, read_progress
-from pipeline.track import TAG_PHASE, TAG_WARNING
+from pipeline.track import TAG_PHASE, TAG_RESIZED, TAG_WARNING
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -46,7 +46,7 @@ class RunView:
         elif phase.split(" ")[0] != self._said and phase.startswith("starting"):
             self._said = phase.split(" ")[0]
             self._line(f"{phase} ...")
-        self._warn({name: text for name, text in tags.items() if name.startswith(TAG_WARNING)})
+        self._warn({name: text for name, text in tags.items() if name.startswith((TAG_WARNING, TAG_RESIZED))})
         if progress and "train/loss" in metrics:
             self._tell_epochs(progress, total, epochs, metrics)
         evaluated = metrics.get("evaluation/epoch", -1.0)
@@ -87,7 +87,7 @@ class RunView:
         for name, text in warnings.items():
             # The first are of before this view was opened.
             if self._warnings is not None and text not in ("", self._warnings.get(name)):
-                self._line(f"warning: {text}")
+                self._line(text if name == TAG_RESIZED else f"warning: {text}")
         self._warnings = warnings
 
     def _line(self, text: str) -> None:

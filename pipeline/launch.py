@@ -10,16 +10,16 @@ import os
 import secrets
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RunConfig, from_json, to_json
-from pipeline.errors import USER_ERRORS, RunConfigError, TrainingError, first_line
-from pipeline.fitting import begin, fail, fit_and_follow, leave_word
-from pipeline.mlflow_events import EventSender
+from pipeline.config import RunConfig, to_json
+from pipeline.errors import RunConfigError, TrainingError, first_line
+from pipeline.fitting import fit_and_follow
 from pipeline.mlflow_store import code_commit, tracking_uri
-from pipeline.track import TAG_PHASE, TAG_WARNING, SpoolTracker
+from pipeline.ray_worker import train_in_ray
+
+_RESIZE_S = 30.0  # between two looks whether the cluster has room for another number of workers
 
 
 def run_workers(
@@ -47,24 +47,31 @@ def run_workers(
         # Ray prints its own account of everything; the follower says what matters.
         os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if config.cluster.fewest < config.cluster.workers:
+        # What Ray knows of the nodes is up to 20 s old: where one is gone, it waits so long for workers that cannot start.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     import ray
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from pipeline.controller import GroupNotes
+
     _connect_ray(ray, config, address, verbose)
     try:
         gpu = _use_gpu(ray, config)
-        count = config.cluster.workers
-        say(f"{count} worker{'s' * (count > 1)} on {'GPUs, NCCL' if gpu else 'CPUs, gloo'}")
+        fewest, most = config.cluster.fewest, config.cluster.workers
+        count = f"{fewest} to {most}" if fewest < most else f"{most}"
+        say(f"{count} worker{'s' * (most > 1)} on {'GPUs, NCCL' if gpu else 'CPUs, gloo'}")
         _warn_of_sqlite(ray, say)
         scaling = ScalingConfig(
-            num_workers=config.cluster.workers,
+            num_workers=(fewest, most) if fewest < most else most,
+            elastic_resize_monitor_interval_s=_RESIZE_S,
             use_gpu=gpu,
             resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
         )
         trainer = TorchTrainer(
-            _ray_worker,
+            train_in_ray,
             train_loop_config={
                 "config": to_json(config).decode(),
                 "run_id": run_id,
@@ -74,12 +81,13 @@ def run_workers(
                 "accept_change": accept_change,
             },
             scaling_config=scaling,
-            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+            torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=config.cluster.collective_timeout_s),
             run_config=RayRunConfig(
                 # A name of its own for every attempt: Ray's record of an earlier one must not end this one at once.
                 name=f"attempt-{os.getpid()}-{os.urandom(4).hex()}",
                 storage_path=str(folder / "ray"),
                 failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+                callbacks=[GroupNotes(folder)],
             ),
         )
         fit_and_follow(trainer.fit, run_id, folder, say)
@@ -133,13 +141,15 @@ def _connect_ray(ray: Any, config: RunConfig, address: str | None, verbose: bool
 def _check_resources(ray: Any, config: RunConfig) -> None:
     """A cluster that can never fit the workers would wait for ever."""
     have = ray.cluster_resources()
-    need = {"CPU": config.cluster.workers * config.cluster.cpus_per_worker}
-    need |= {"GPU": config.cluster.workers} if config.cluster.gpu == "yes" else {}
+    fewest = config.cluster.fewest
+    need = {"CPU": fewest * config.cluster.cpus_per_worker}
+    need |= {"GPU": fewest} if config.cluster.gpu == "yes" else {}
     for kind, count in need.items():
         if have.get(kind, 0) < count:
+            flag = "--cluster.min-workers" if config.cluster.min_workers else "--cluster.workers"
             raise RunConfigError(
-                f"the cluster has {have.get(kind, 0):g} {kind}s but {config.cluster.workers} workers need {count}; "
-                "expected at least as many: lower --cluster.workers or add nodes"
+                f"the cluster has {have.get(kind, 0):g} {kind}s but {fewest} workers need {count}; "
+                f"expected at least as many: lower {flag} or add nodes"
             )
 
 
@@ -148,10 +158,12 @@ def _use_gpu(ray: Any, config: RunConfig) -> bool:
     if config.cluster.gpu != "auto":
         return config.cluster.gpu == "yes"
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    if 0 < gpus < config.cluster.workers:
+    fewest = config.cluster.fewest
+    if 0 < gpus < fewest:
+        flag = "--cluster.min-workers" if config.cluster.min_workers else "--cluster.workers"
         raise RunConfigError(
-            f"the cluster has {gpus} GPUs for {config.cluster.workers} workers; expected one each: "
-            f"--cluster.workers {gpus} (the result is the same), or --cluster.gpu no"
+            f"the cluster has {gpus} GPUs for {fewest} workers; expected one each: "
+            f"{flag} {gpus} (the result is the same), or --cluster.gpu no"
         )
     return gpus > 0
 
@@ -163,40 +175,3 @@ def _warn_of_sqlite(ray: Any, say: Callable[[str], None]) -> None:
             f"warning: the tracking store is a file on this machine, but the cluster has {len(hosts)} hosts; workers "
             "elsewhere cannot write it: set MLFLOW_TRACKING_URI to a server"
         )
-
-
-def _ray_worker(job: dict[str, Any]) -> None:
-    """What Ray Train runs in every worker process."""
-    import ray.train
-    import torch
-
-    from pipeline.parallel import Ranks
-    from pipeline.state import Place
-    from pipeline.telling import telling_warnings
-    from pipeline.worker import run
-
-    context = ray.train.get_context()
-    config = from_json(job["config"])
-    folder = Path(job["folder"])
-    torch.set_num_threads(config.cluster.cpus_per_worker)
-    ranks = Ranks(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    place = Place(job["run_id"], folder, job["code_commit"], job["accept_change"])
-    tracker = None
-    if ranks.first:
-        restarted = begin(folder)
-        spool = folder / "spool"
-        tracker = SpoolTracker(spool, EventSender(job["tracking_uri"], job["run_id"], spool))
-        tracker.tags({TAG_PHASE: "training"} | ({TAG_WARNING: restarted} if restarted else {}))
-    try:
-        with telling_warnings(tracker) if tracker else nullcontext():
-            run(config, place, ranks, tracker)
-    except USER_ERRORS as error:
-        # Trying again would fail again: leave word for the driver, which ends the run instead.
-        leave_word(folder, str(error), ranks.rank)
-        raise
-    except Exception as error:
-        fail(folder, f"worker {ranks.rank} failed: {first_line(error)}")
-        raise
-    finally:
-        if tracker:
-            tracker.close()

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -38,6 +39,8 @@ class Ranks:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: dist.ProcessGroup | None = None
     """Whom the collectives are among; None: all, in the group that training uses."""
+    timeout_s: float = 600.0
+    """So long a rank waits for the others in a group that is made here."""
 
     @property
     def first(self) -> bool:
@@ -67,7 +70,7 @@ class Ranks:
         """The same ranks with a group of their own on the host, for another thread; a collective call."""
         if self.world_size == 1:
             return self
-        group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
         assert isinstance(group, dist.ProcessGroup)  # every rank is in it
         return replace(self, group=group)
 

@@ -181,6 +181,8 @@ class ClusterConfig:
     """How many Ray Train workers, and with what. The result does not depend on their number."""
 
     workers: int = 1
+    min_workers: int = 0
+    """At least so many, where the run may go on with fewer while nodes are away; 0: always `workers`."""
     strategy: Literal["single", "ddp", "fsdp"] = "ddp"
     """single: one worker. ddp: each worker holds the whole model. fsdp: they divide weights, gradients and optimizer state
     among themselves. The result is the same, and so are checkpoints."""
@@ -188,7 +190,11 @@ class ClusterConfig:
     """auto: one GPU per worker where the cluster has any."""
     cpus_per_worker: int = 1
     max_failures: int = 3
-    """How often a failed worker group is restarted from the last checkpoint before the run gives up."""
+    """How often a failed worker group is restarted from the last checkpoint before the run gives up; -1: always. Nodes that
+    are taken away with notice, and changes of the number of workers, do not count."""
+    collective_timeout_s: int = 600
+    """So long a worker waits for the others before the group is restarted: for the slowest step, evaluation or first
+    compilation, and what a store's patience allows."""
 
     def __post_init__(self) -> None:
         require(self.workers >= 1, "cluster.workers", self.workers, "at least 1")
@@ -196,7 +202,16 @@ class ClusterConfig:
         alone = self.workers == 1 or self.strategy != "single"
         require(alone, "cluster.workers", self.workers, "1 with cluster.strategy 'single': choose ddp or fsdp for more")
         require(self.cpus_per_worker >= 1, "cluster.cpus_per_worker", self.cpus_per_worker, "at least 1")
-        require(self.max_failures >= 0, "cluster.max_failures", self.max_failures, "0 or more")
+        fits = 0 <= self.min_workers <= self.workers
+        require(fits, "cluster.min_workers", self.min_workers, "0 (a fixed number) to cluster.workers")
+        require(self.max_failures >= -1, "cluster.max_failures", self.max_failures, "0 or more, or -1 (no bound)")
+        timeout = self.collective_timeout_s
+        require(timeout >= 1, "cluster.collective_timeout_s", timeout, "at least 1 second")
+
+    @property
+    def fewest(self) -> int:
+        """The least number of workers that the run goes on with."""
+        return self.min_workers or self.workers
 
 
 @dataclass(frozen=True)

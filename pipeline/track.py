@@ -31,6 +31,8 @@ TAG_PHASE = "detr.phase"
 TAG_WARNING = "detr.warning"
 """Run tag: what went wrong last and may pass, such as a store that does not answer. A cause that has a tag of its own,
 named after this one and a dot, empties it when it has passed."""
+TAG_RESIZED = "detr.resized"
+"""Run tag: when the number of workers changed last because the cluster had room for another."""
 TAG_LEFT_OUT = "detr.left_out"
 """Run tag: images that are not trained on."""
 _BATCH = 1000  # MLflow's largest number of metrics in one request

@@ -24,6 +24,7 @@ from pipeline.data import check_cache, open_data
 from pipeline.forecast import Forecast
 from pipeline.guard import Guard
 from pipeline.identity import continuation
+from pipeline.memory import explaining
 from pipeline.meta import meta_of
 from pipeline.meter import Meter
 from pipeline.optim import Schedule, set_learning_rates
@@ -33,7 +34,7 @@ from pipeline.samples import training_batches
 from pipeline.saving import Saver, open_saver
 from pipeline.state import Place, State, Worker
 from pipeline.step import Diverged, train_step
-from pipeline.stopping import NOTHING, Asked, StopWatch
+from pipeline.stopping import NOBODY, NOTHING, Asked, Overseer, StopWatch
 from pipeline.telling import tell_left_out, tell_pictures
 from pipeline.track import Tracker
 from pipeline.validation import evaluation_due, validate
@@ -42,20 +43,22 @@ from shards.detections import Detections
 
 @dataclass(frozen=True)
 class Means:
-    """What steps are taken with: batches, what handles a bad one, what saves and measures, and what this rank asks for."""
+    """What steps are taken with: batches, what handles a bad one, what saves and measures, what this rank asks for, and who
+    hears of each step."""
 
     batches: Iterator[tuple[Batch, ...]]
     guard: Guard
     saver: Saver
     meter: Meter
     watch: Callable[[], Asked]
+    stepped: Callable[[int], None]
 
     def asks(self) -> Asked:
         """For the watch or for the saver."""
         return Asked(*(one or other for one, other in zip(self.watch(), self.saver.asked(), strict=True)))
 
 
-def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) -> None:
+def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None, overseer: Overseer = NOBODY) -> None:
     """Train until the last step, or until asked to stop, whatever was done before; a collective call."""
     train, val = open_data(config.data)
     check_cache(config.data, train, val)
@@ -75,10 +78,10 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None) 
         closing(training_batches(train, config, schedule, ranks, state.step, schedule.total_steps)) as batches,
         open_saver(home, state.optimizer, ranks, config.checkpoint.keep, config.checkpoint.every_minutes) as saver,
     ):
-        watch = StopWatch(place.folder).asked if ranks.first else Asked
+        watch = StopWatch(place.folder, overseer).asked if ranks.first else Asked
         guard = Guard(place.folder, config.guard, ranks, tracker, saver)
         meter = Meter(schedule, ranks, tracker, lambda: saver.stalled_s, Forecast(config, schedule, val.images))
-        means = Means(batches, guard, saver, meter, watch)
+        means = Means(batches, guard, saver, meter, watch, overseer.stepped)
         while True:
             if state.step and evaluation_due(worker, state.step):
                 with meter.evaluating():
@@ -106,9 +109,17 @@ def _train(worker: Worker, state: State, means: Means, until: int) -> Asked:
         lap("data_wait")
         set_learning_rates(state.optimizer, schedule.factor(state.step))
         try:
-            result = train_step(
-                state.model, micro_batches, state.optimizer, worker.config, worker.ranks, state.step, means.asks(), lap
-            )
+            with explaining(state.model, state.optimizer, micro_batches, worker.config, worker.ranks, state.step):
+                result = train_step(
+                    state.model,
+                    micro_batches,
+                    state.optimizer,
+                    worker.config,
+                    worker.ranks,
+                    state.step,
+                    means.asks(),
+                    lap,
+                )
             meter.add(result, schedule.samples(state.step + 1) - schedule.samples(state.step))
             if state.ema:
                 state.ema.update(state.step)
@@ -116,6 +127,7 @@ def _train(worker: Worker, state: State, means: Means, until: int) -> Asked:
         except Diverged as event:
             means.guard.handle(event, state.model, state.optimizer, state.averages)
         state.step += 1
+        means.stepped(state.step)
         if state.step % worker.config.track.log_every == 0 or state.step == until or asked.stop:
             meter.tell(state.step, state.optimizer)
         if asked.save and state.step < until and not asked.stop:

@@ -7,8 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.config import RunConfig
 
 # A model that learns nothing in no time: what is tested is that everything holds together.
 TINY = [
@@ -118,3 +124,27 @@ def ray_workers(driver: int) -> list[psutil.Process]:
     """The training workers below a driver that started its own Ray."""
     below = psutil.Process(driver).children(recursive=True)
     return [process for process in below if any("RayTrainWorker" in word for word in process.cmdline())]
+
+
+def config_of(folder: Path, run: str) -> "RunConfig":
+    """The configuration that MLflow keeps of the run of this name."""
+    from pipeline.config import from_json
+
+    artifacts = folder.glob("mlartifacts/**/config.json")
+    (artifact,) = [path for path in artifacts if f'"run_name": "{run}"' in path.read_text()]
+    return from_json(artifact.read_bytes())
+
+
+def final_weights(folder: Path, run: str) -> "dict[str, Tensor]":
+    """The weights that the run of this name ended with, read as anyone reads them."""
+    from detr.model import build_model
+    from pipeline.checkpoint import load_weights, newest
+    from shards.manifest import load_manifest
+
+    (run_folder,) = folder.glob(f"runs/{run}-*")
+    config = config_of(folder, run)
+    model = build_model(config.model, load_manifest(config.data.train).num_classes)
+    path = newest(run_folder)
+    assert path is not None
+    load_weights(path, model)
+    return model.state_dict()

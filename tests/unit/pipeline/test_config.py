@@ -111,7 +111,10 @@ def test_an_impossible_value_in_json_is_refused_as_in_python() -> None:
         (CheckpointConfig, "keep", 0),
         (ClusterConfig, "workers", 0),
         (ClusterConfig, "cpus_per_worker", 0),
-        (ClusterConfig, "max_failures", -1),
+        (ClusterConfig, "max_failures", -2),
+        (ClusterConfig, "min_workers", -1),
+        (ClusterConfig, "min_workers", 2),  # more than there may be
+        (ClusterConfig, "collective_timeout_s", 0),
         (TrackConfig, "experiment", ""),
         (TrackConfig, "log_every", 0),
         (TrackConfig, "register_as", "team/detr"),

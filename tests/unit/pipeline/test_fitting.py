@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from pipeline import fitting
+from pipeline.attempts import begin, end
 from pipeline.errors import Interrupted, TrainingError
-from pipeline.fitting import begin, fail, fit_and_follow, leave_word
-from pipeline.stopping import StopWatch, ask_to_stop, asked_to_stop
+from pipeline.fitting import fit_and_follow, leave_word
+from pipeline.stopping import Asked, Overseer, StopWatch, ask_to_stop, ask_to_yield, asked_to_stop, withdraw
 
 Fit = Callable[[Callable[[], None]], None]
 
@@ -74,7 +76,7 @@ def test_the_first_signal_asks_the_workers_and_waits_for_them(fit: Fit, tmp_path
     saved = []
 
     def work() -> None:
-        begin(tmp_path)
+        begin(tmp_path, 1)
         signal_this_process(number)
         until(lambda: asked_to_stop(tmp_path))
         time.sleep(0.5)
@@ -94,7 +96,7 @@ def test_workers_that_do_not_answer_are_not_waited_for(
         monkeypatch.setattr(fitting, "GRACE_S", 0.3)
 
     def hang() -> None:
-        begin(tmp_path)
+        begin(tmp_path, 1)
         signal_this_process(signal.SIGTERM)
         until(lambda: asked_to_stop(tmp_path))
         if reason == "a second signal":
@@ -115,19 +117,25 @@ def test_before_training_began_there_is_nobody_to_ask(fit: Fit, tmp_path: Path) 
         signal_this_process(signal.SIGINT)
         forever.wait(60)
 
-    begin(tmp_path)  # of an attempt before
+    begin(tmp_path, 1)  # of an attempt before
     with pytest.raises(Interrupted, match="before training began"):
         fit(start_slowly)
     assert not asked_to_stop(tmp_path)
     forever.set()
 
 
-def test_a_restart_says_why(tmp_path: Path) -> None:
-    assert begin(tmp_path) == ""
-    assert begin(tmp_path) == "a worker died; restart 1"
-    fail(tmp_path, "worker 1 failed: s3://shards does not answer")
-    fail(tmp_path, "worker 0 failed: connection closed by peer")
-    assert begin(tmp_path) == "worker 1 failed: s3://shards does not answer; restart 2"
+def test_a_failed_fit_is_told_in_the_words_of_who_knew_most(fit: Fit, tmp_path: Path) -> None:
+    class GroupFailed(RuntimeError):
+        worker_failures: ClassVar = {0: RuntimeError("connection closed")}
+
+    def fail() -> None:
+        begin(tmp_path, 2)
+        end(tmp_path, "worker 0 failed: connection closed", "consequence")
+        end(tmp_path, "worker 1 died: killed")
+        raise GroupFailed("Ray says much")
+
+    with pytest.raises(TrainingError, match=r"^worker 1 died: killed$"):
+        fit(fail)
 
 
 def test_the_watch_sees_the_note(tmp_path: Path) -> None:
@@ -135,3 +143,16 @@ def test_the_watch_sees_the_note(tmp_path: Path) -> None:
     assert not watch.asked().stop
     ask_to_stop(tmp_path)
     until(lambda: watch.asked().stop)
+
+
+def test_the_watch_sees_that_others_take_the_workers_place(tmp_path: Path) -> None:
+    watch = StopWatch(tmp_path)
+    ask_to_yield(tmp_path)
+    assert watch.asked() == Asked(stop=True)
+    withdraw(tmp_path)
+    assert StopWatch(tmp_path).asked() == Asked()
+
+
+def test_the_watch_asks_for_what_the_overseer_does(tmp_path: Path) -> None:
+    watch = StopWatch(tmp_path, Overseer(asks=lambda: Asked(save=True)))
+    assert watch.asked() == watch.asked() == Asked(save=True)

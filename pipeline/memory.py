@@ -1,0 +1,103 @@
+"""What is said when a worker's memory does not suffice: which step, of what size, what takes how much, and what to lower."""
+
+from __future__ import annotations
+
+import re
+import resource
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from detr.batch import Batch
+from pipeline.config import RunConfig
+from pipeline.errors import TrainingError
+from pipeline.parallel import Ranks
+from shards.room import size_text
+
+# "Tried to allocate 2.50 GiB" (CUDA), "you tried to allocate 4294967296 bytes" (CPU).
+_WANTED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?([KMG]i?B|bytes)")
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+
+
+class MemoryShortage(TrainingError):
+    """A worker has not enough memory for a step; trying again would end in the same way."""
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that memory is short: the device's, or this process's."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+@contextmanager
+def explaining(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    config: RunConfig,
+    ranks: Ranks,
+    step: int,
+) -> Iterator[None]:
+    """Raise `MemoryShortage`, one line, where memory runs short in the block, which takes step `step` with `batches`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_shortage(error):
+            raise
+        raise MemoryShortage(_told(error, _table(model, optimizer), batches, config, ranks, step)) from error
+
+
+def _told(
+    error: BaseException, table: dict[str, int], batches: Sequence[Batch], config: RunConfig, ranks: Ranks, step: int
+) -> str:
+    largest = max(batches, key=lambda batch: batch.images.numel())
+    count, _, height, width = largest.images.shape
+    where, peak = _peak(ranks.device)
+    wanted = _WANTED.search(str(error))
+    sizes = [f"{name} {size_text(size)}" for name, size in table.items()] + [peak]
+    if wanted:
+        more = size_text(int(wanted[1])) if wanted[2] == "bytes" else f"{wanted[1]} {wanted[2]}"
+        sizes.append(f"{more} more were wanted")
+    canvas = f"{count} image{'s' * (count != 1)} of {height}x{width}"
+    return (
+        f"step {step}: worker {ranks.rank} ran out of {where} memory in a pass of {canvas} ({', '.join(sizes)}); "
+        f"expected a step that fits: {' or '.join(_remedies(config, ranks, count))}"
+    )
+
+
+def _remedies(config: RunConfig, ranks: Ranks, images: int) -> list[str]:
+    """What to lower, none of which changes the result by more than rounding, the cheapest first."""
+    compute = config.compute
+    found = [f"--compute.max-microbatch {images // 2}"] if images > 1 else []
+    found += ["--compute.recompute both"] if compute.recompute != "both" and config.model.norm != "batch" else []
+    found += ["--compute.precision bf16"] if compute.precision == "fp32" else []
+    found += ["--cluster.strategy fsdp"] if ranks.world_size > 1 and config.cluster.strategy != "fsdp" else []
+    return found or ["smaller images (--transform.max-size)"]
+
+
+def _table(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes on this worker of what a step holds besides activations."""
+    parameters = list(model.parameters())
+    moments = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    return {
+        "weights": _bytes(parameters),
+        "gradients": _bytes(parameter.grad for parameter in parameters if parameter.grad is not None),
+        "optimizer": _bytes(moments),
+    }
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in local)
+
+
+def _peak(device: torch.device) -> tuple[str, str]:
+    """Whose memory it is, and the most of it that was in use."""
+    if device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(device)
+        return "GPU", f"peak {size_text(torch.cuda.max_memory_allocated(device))} of {size_text(total)}"
+    return "host", f"peak {size_text(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)}"

@@ -1,0 +1,98 @@
+"""Runs whose processes are killed at random steps, and one of whose workers hangs."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tests.e2e_command import TINY, Command, final_weights, kill, ray_workers
+from tests.recording import Recording
+
+pytestmark = pytest.mark.slow
+STEPS = 240
+TRAIN = ["train", "overfit", "--data.train", "data/train", "--data.val", "data/val", *TINY]
+TRAIN += ["--optim.max-steps", str(STEPS), "--evaluate.every", "100"]
+
+
+@pytest.fixture
+def recording(detr: Command, tmp_path: Path) -> Iterator[Recording]:
+    recording = Recording(tmp_path / "steps")
+    before = dict(detr.env)
+    detr.env |= recording.environment
+    yield recording
+    detr.env = before
+
+
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 150) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"not within {timeout_s} s: {what}"
+        time.sleep(0.01)
+
+
+def gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=90)
+    assert not alive, alive
+
+
+def reach(recording: Recording, driver: "subprocess.Popen[str]", step: int) -> None:
+    until(lambda: recording.last()[0] >= step or driver.poll() is not None, f"step {step}")
+
+
+def newest(recording: Recording) -> float:
+    """When the newest process that has taken a step began."""
+    return max(line.since for line in recording.lines())
+
+
+def test_kills_of_worker_driver_and_both_at_random_steps_change_no_weight(detr: Command, recording: Recording) -> None:
+    seed = int(os.environ.get("DETR_TEST_SEED", time.time_ns() % 100_000))
+    print(f"DETR_TEST_SEED={seed}")
+    chance = random.Random(seed)
+    kinds, steps = chance.sample(["worker", "driver", "both"], 3), sorted(chance.sample(range(15, STEPS - 15), 3))
+    recording.pace(0.03)
+    driver = detr.start(*TRAIN, "--track.run-name", "killed")
+    for kind, step in zip(kinds, steps, strict=True):
+        reach(recording, driver, step)
+        before = newest(recording)
+        below = psutil.Process(driver.pid).children(recursive=True)
+        if kind != "driver":
+            kill(chance.choice(ray_workers(driver.pid)))
+        if kind != "worker":
+            kill(psutil.Process(driver.pid))
+            driver.communicate()
+            gone(below)
+            driver = detr.start("resume", "killed")
+        while newest(recording) <= before and driver.poll() is None:
+            time.sleep(0.1)
+    output, _ = driver.communicate(timeout=200)
+    assert driver.returncode == 0, output
+    assert len({line.group for line in recording.lines()}) == 4, "not all kills met a run at work"
+
+    detr.env["DETR_RECORD"] = ""
+    detr(*TRAIN, "--track.run-name", "whole")
+    one, other = (final_weights(detr.folder, run) for run in ("whole", "killed"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert detr.points("whole", "train/loss") == detr.points("killed", "train/loss")
+
+
+def test_a_worker_that_hangs_is_named_and_the_run_goes_on(detr: Command, recording: Recording) -> None:
+    recording.pace(0.03)
+    driver = detr.start(*TRAIN, "--track.run-name", "hung", "--cluster.collective-timeout-s", "15")
+    reach(recording, driver, 30)
+    pid = next(int(path.name) for path in recording.folder.glob("[0-9]*") if path.read_text().split()[1] == "1")
+    os.kill(pid, signal.SIGSTOP)
+    output, _ = driver.communicate(timeout=200)
+    assert driver.returncode == 0, output
+    named = r"warning: worker 1 gives no sign of life; no step has ended for 1\d s, the last was step \d+; restart 1, goes on"
+    assert re.search(named, output), output
+    assert not psutil.pid_exists(pid)
+    assert [one.ranks for one in recording.kept()] == [2] * STEPS

@@ -1,0 +1,175 @@
+"""Real clusters of several nodes on this machine that lose nodes, and get them back, while a run goes on."""
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.weights import INITIAL_NAME
+from tests.e2e_command import TINY, Command, config_of
+from tests.ray_nodes import Node, free_port, node, wait_for_nodes
+from tests.recording import Kept, Recording, seen_per_epoch
+
+pytestmark = pytest.mark.slow
+IMAGES, BATCH_SIZE, STEPS = 24, 6, 160
+TRAIN = ["train", "overfit", "--data.train", "data/train", "--data.val", "data/val", *TINY]
+TRAIN += ["--optim.batch-size", str(BATCH_SIZE), "--optim.max-steps", str(STEPS), "--evaluate.every", "100"]
+# So that rounding, which differs between numbers of workers, changes no assignment of queries to objects.
+TRAIN += ["--model.dropout", "0", "--model.num-queries", "49", "--optim.lr", "1e-5", "--optim.lr-backbone", "1e-6"]
+
+
+@dataclass
+class Cluster:
+    """Nodes of one CPU each; the head is not to be lost."""
+
+    address: str
+    folder: Path
+    environment: dict[str, str]
+    stack: ExitStack
+
+    def add(self, alive: int) -> Node:
+        """Another node; returns when there are so many. One by one: two that start at a time choose the same ports."""
+        added = self.stack.enter_context(node(self.folder, self.environment, "--address", self.address))
+        wait_for_nodes(self.environment | {"RAY_ADDRESS": self.address}, alive)
+        return added
+
+    def drain(self, deadline_s: int) -> None:
+        """Tell Ray that the one node beside the head is about to be taken away, as a cloud tells of a spot machine."""
+        environment = self.environment | {"RAY_ADDRESS": self.address}
+        code = (
+            "import ray; ray.init(logging_level='ERROR'); print([node['NodeID'] for node in ray.nodes() "
+            "if node['Alive'] and 'node:__internal_head__' not in node['Resources']][0])"
+        )
+        found = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        ray = Path(sys.executable).with_name("ray")
+        words = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        words += ["--deadline-remaining-seconds", str(deadline_s), "--node-id", found.stdout.split()[-1]]
+        subprocess.run([str(ray), "drain-node", "--address", self.address, *words], env=environment, check=True)
+
+
+@pytest.fixture
+def recording(detr: Command, tmp_path: Path) -> Iterator[Recording]:
+    recording = Recording(tmp_path / "steps")
+    before = dict(detr.env)
+    detr.env |= recording.environment
+    yield recording
+    detr.env = before
+
+
+@pytest.fixture
+def cluster(detr: Command, recording: Recording) -> Iterator[Cluster]:
+    port = free_port()
+    (detr.folder / "token").write_text("a-token-of-this-test-alone-0123456789abcdef")
+    detr.env |= {"RAY_AUTH_TOKEN_PATH": str(detr.folder / "token")}
+    environment = detr.env | {"RAY_AUTH_MODE": "token"}
+    address = f"127.0.0.1:{port}"
+    with ExitStack() as stack:
+        head = ["--head", "--port", str(port), "--include-dashboard", "false"]
+        stack.enter_context(node(detr.folder, environment, *head))
+        wait_for_nodes(environment | {"RAY_ADDRESS": address}, 1)
+        yield Cluster(address, detr.folder, environment, stack)
+
+
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 150) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"not within {timeout_s} s: {what}"
+        time.sleep(0.3)
+
+
+def test_a_run_goes_on_with_the_nodes_that_are_there(
+    detr: Command, cluster: Cluster, recording: Recording, tmp_path: Path
+) -> None:
+    lost = cluster.add(2)
+    cluster.add(3)
+    recording.pace(0.3)
+    driver = detr.start(
+        *TRAIN,
+        *("--cluster.workers", "3", "--cluster.min-workers", "1", "--address", cluster.address),
+        *("--track.run-name", "elastic"),
+    )
+    until(lambda: recording.last() >= (25, 3) or driver.poll() is not None, "25 steps with 3 workers")
+    lost.kill()
+    recording.pace(0.7)
+    until(lambda: recording.last()[1] == 2 or driver.poll() is not None, "a step with 2 workers")
+    cluster.add(3)
+    until(lambda: recording.last()[1] == 3 or driver.poll() is not None, "a step with 3 workers again")
+    recording.pace(0)
+    output, _ = driver.communicate(timeout=200)
+    assert driver.returncode == 0, output
+    assert re.search(r"warning: worker \d died: .+; restart 1, 3 -> 2 workers, goes on after \d+ s at step \d+", output)
+    assert re.search(r"room for 3 workers.*; restart 2, 2 -> 3 workers, goes on after \d+ s at step \d+", output)
+
+    kept = recording.kept()
+    assert len(kept) == STEPS
+    sizes = [one.ranks for one in kept]
+    assert [size for size, before in zip(sizes, [0, *sizes[:-1]], strict=True) if size != before] == [3, 2, 3]
+    assert all(set(count.values()) == {1} and len(count) == IMAGES for count in seen_per_epoch(kept, IMAGES))
+
+    expected = alone(detr.folder, "elastic", tmp_path)
+    assert [sorted(one.ids) for one in kept] == [sorted(one.ids) for one in expected]
+    assert [one.loss for one in kept] == pytest.approx([one.loss for one in expected], rel=1e-5)
+
+
+def alone(folder: Path, run: str, empty: Path) -> list[Kept]:
+    """The steps of the run of this name as one process takes them in the folder `empty`, undisturbed."""
+    from pipeline import worker
+    from pipeline.config import ClusterConfig
+    from pipeline.parallel import Ranks
+    from pipeline.state import Place
+
+    config = replace(config_of(folder, run), cluster=ClusterConfig())
+    (weights,) = folder.glob(f"runs/{run}-*/{INITIAL_NAME}")
+    shutil.copy(weights, empty)
+    taken: list[Kept] = []
+    train_step = worker.train_step
+
+    def recorded(model: Any, batches: Any, *rest: Any) -> Any:
+        result = train_step(model, batches, *rest)
+        ids = [target.image_id for batch in batches for target in batch.targets]
+        taken.append(Kept(1, ids, float(result.losses.total.detach())))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "train_step", recorded)
+        worker.run(config, Place("run", empty, "commit"), Ranks(), None)
+    return taken
+
+
+def test_a_node_that_is_taken_away_with_notice_costs_no_failure(
+    detr: Command, cluster: Cluster, recording: Recording
+) -> None:
+    leaving = cluster.add(2)
+    recording.pace(0.5)
+    driver = detr.start(
+        *TRAIN,
+        *("--cluster.workers", "2", "--cluster.min-workers", "1", "--cluster.max-failures", "0"),
+        *("--checkpoint.every-steps", "0", "--address", cluster.address, "--track.run-name", "drained"),
+    )
+    until(lambda: recording.last() >= (10, 2) or driver.poll() is not None, "10 steps with 2 workers")
+    cluster.drain(deadline_s=45)
+    told_at = recording.last()[0]
+    detr.wait_for_checkpoint("drained", told_at, timeout_s=15)
+    until(lambda: recording.last()[1] == 1 or driver.poll() is not None, "a step with 1 worker")
+    leaving.kill()
+    recording.pace(0)
+    output, _ = driver.communicate(timeout=200)
+    assert driver.returncode == 0, output
+    assert re.search(r"the node of worker \d was taken away; restart 1, 2 -> 1 workers, goes on after", output)
+    kept = recording.kept()
+    assert len(kept) == STEPS
+    assert all(set(count.values()) == {1} and len(count) == IMAGES for count in seen_per_epoch(kept, IMAGES))
+    # The last checkpoint before the node went is of its last seconds, so that few steps were taken twice.
+    twice = Counter(line.step for line in recording.lines() if line.rank == 0)
+    assert sum(count > 1 for count in twice.values()) * 0.5 < 30

@@ -1,0 +1,54 @@
+"""A rank that does not come to a collective is named, with what it does instead, and the wait ends."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import attempts
+from pipeline.hangs import HangWatch
+from pipeline.parallel import Ranks, on_first
+from tests.ranks import run_ranks
+
+_TIMEOUT_S = 2.0
+
+
+def meet(ranks: Ranks, folder: Path, how: str) -> tuple[str, float]:
+    """What the first rank meets in a sum that the second does not come to, and after how long."""
+    pids = ranks.gather(os.getpid())
+    apart = Ranks(ranks.rank, ranks.world_size, timeout_s=_TIMEOUT_S).apart()
+    watch = HangWatch(folder, ranks.rank, ranks.world_size, _TIMEOUT_S)
+    watch.stepped(5)
+    start = time.monotonic()
+    said = ""
+    if not ranks.first:
+        if how == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            on_first(Ranks(), lambda: time.sleep(1.5 * _TIMEOUT_S))
+    else:
+        try:
+            apart.sum(torch.ones(1))
+        except RuntimeError as error:
+            said = str(error)
+        os.kill(pids[1], signal.SIGCONT)
+    watch.close()
+    return said, time.monotonic() - start
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [("busy", "worker 1 hangs in on_first (pipeline/parallel.py:"), ("stopped", "worker 1 gives no sign of life")],
+)
+def test_a_rank_that_does_not_come_is_named(tmp_path: Path, how: str, named: str) -> None:
+    attempts.begin(tmp_path, 2)
+    (said, waited_s), _ = run_ranks(2, meet, tmp_path, how)
+    assert "imed out" in said
+    assert waited_s == pytest.approx(_TIMEOUT_S, abs=1)
+    word = attempts.last_word(tmp_path)
+    assert word is not None
+    assert word.why.startswith(named)
+    assert word.why.endswith("the last was step 5")

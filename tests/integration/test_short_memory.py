@@ -1,0 +1,39 @@
+"""A real rank whose memory is bounded by the operating system."""
+
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline import worker
+from pipeline.config import RunConfig
+from pipeline.memory import MemoryShortage
+from pipeline.parallel import Ranks
+from pipeline.preflight import prepare
+from pipeline.state import Place
+from tests.ranks import run_ranks
+
+
+def with_less(ranks: Ranks, config: RunConfig, folder: Path, spare: int) -> str:
+    """What a run says that may take only so many bytes more of address space than it has at its start."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + spare
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        worker.run(config, Place("run", folder, "commit"), ranks, None)
+    except MemoryShortage as error:
+        return str(error)
+    return ""
+
+
+def test_a_step_that_does_not_fit_is_one_line_that_says_what_to_lower(tiny_config: RunConfig, tmp_path: Path) -> None:
+    config = replace(
+        tiny_config,
+        transform=replace(tiny_config.transform, train_scales=(1600,), max_size=1600),
+        optim=replace(tiny_config.optim, max_steps=1),
+    )
+    config, ready = prepare(config, lambda _: None)
+    ready.place(tmp_path)
+    (said,) = run_ranks(1, with_less, config, tmp_path, 700 << 20)
+    assert said.startswith("step 0: worker 0 ran out of host memory in a pass of 4 images of 1600x1600 (weights ")
+    assert "iB more were wanted); expected a step that fits: --compute.max-microbatch 2" in said
+    assert len(said.splitlines()) == 1

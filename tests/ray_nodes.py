@@ -1,0 +1,74 @@
+"""Ray nodes on this machine, each a real `ray start` with its own raylet, that a test can take away."""
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Node:
+    """A Ray node of one CPU; `folder` gets its log."""
+
+    def __init__(self, folder: Path, environment: dict[str, str], *flags: str) -> None:
+        ray = Path(sys.executable).with_name("ray")
+        command = [str(ray), "start", *flags, "--num-cpus", "1", "--disable-usage-stats", "--block"]
+        with (folder / "ray.log").open("a") as log:
+            self._process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        """SIGKILL it with all that it started, as a machine that loses its power does."""
+        process = self._process
+        below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.kill()
+        process.wait()
+        for child in below:
+            try:
+                child.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(below, timeout=20)
+
+
+@contextmanager
+def node(folder: Path, environment: dict[str, str], *flags: str) -> Iterator[Node]:
+    """A node that ends with the block."""
+    started = Node(folder, environment, *flags)
+    try:
+        yield started
+    finally:
+        started.kill()
+
+
+def wait_until_open(port: int, timeout_s: float = 90) -> None:
+    """Until something listens at the port."""
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.3)
+    raise AssertionError(f"nothing listens at port {port} after {timeout_s} s")
+
+
+def wait_for_nodes(environment: dict[str, str], count: int, timeout_s: float = 90) -> None:
+    """Until the cluster that the environment names has so many nodes."""
+    code = "import ray; ray.init(logging_level='ERROR'); print(sum(node['Alive'] for node in ray.nodes()))"
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        if answer.stdout.split()[-1:] == [str(count)]:
+            return
+        time.sleep(1)
+    raise AssertionError(f"the cluster did not reach {count} nodes: {answer.stderr[-500:]}")

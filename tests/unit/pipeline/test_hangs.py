@@ -1,0 +1,86 @@
+"""Who keeps the others waiting, from where their threads stand."""
+
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pipeline
+from pipeline import attempts
+from pipeline.hangs import HangWatch, Standing, judge, standing
+
+ROOT = Path(pipeline.__file__).parents[1]
+IN_SUM = Standing(12, "sum (pipeline/parallel.py:50)", True)
+IN_DATA = Standing(12, "next (shards/read.py:99)", False)
+
+
+@pytest.mark.parametrize(
+    ("standings", "said"),
+    [
+        ({0: IN_SUM, 1: None, 2: IN_SUM}, "worker 1 gives no sign of life"),
+        ({0: IN_SUM, 1: IN_SUM, 2: IN_DATA}, r"worker 2 hangs in next \(shards/read.py:99\)"),
+        (
+            {0: IN_SUM, 1: Standing(11, "sum (pipeline/parallel.py:50)", True)},
+            r"worker 1 hangs in sum \(pipeline/par.*\)",
+        ),
+        ({0: IN_SUM, 1: IN_SUM}, r"the workers wait for each other, worker 0 in sum \(.*\), worker 1 in sum \(.*\)"),
+        ({0: IN_DATA, 1: IN_DATA}, "the workers wait for each other, worker 0 in next .*"),
+        (
+            {0: IN_SUM} | dict.fromkeys(range(1, 9)),
+            "worker 1 gives no sign of life, .*, worker 4 gives no sign of life and 4 more",
+        ),
+    ],
+)
+def test_who_hangs_is_named(standings: dict[int, Standing | None], said: str) -> None:
+    line = judge(standings, 480.2)
+    assert re.fullmatch(said + "; no step has ended for 480 s, the last was step 12", line), line
+
+
+def called_through(*files: tuple[str, str]) -> Standing:
+    """Where a thread stands in the last of these functions, each of which calls the next; (path, name), outermost first."""
+    call: Callable[[], Standing] = lambda: standing(sys._getframe(1), 3)  # noqa: E731
+    for path, name in reversed(files):
+        scope: dict[str, Any] = {"call": call}
+        exec(compile(f"def {name}():\n    return call()", str(ROOT / path), "exec"), scope)
+        call = scope[name]
+    return call()
+
+
+def test_a_thread_stands_in_our_innermost_function() -> None:
+    loop, reading = ("pipeline/worker.py", "_train"), ("shards/read.py", "taken")
+    assert called_through(loop, reading) == Standing(3, "taken (shards/read.py:2)", False)
+    assert called_through(loop, reading, ("lib/queue.py", "get")) == Standing(3, "taken (shards/read.py:2)", False)
+    assert called_through(("lib/queue.py", "get")).where == "no code of ours"
+
+
+@pytest.mark.parametrize(
+    "deeper",
+    [
+        [("pipeline/parallel.py", "sum"), ("torch/distributed/distributed_c10d.py", "all_reduce")],
+        [("pipeline/step.py", "_pass"), ("torch/autograd/graph.py", "_engine_run_backward")],
+        [("pipeline/step.py", "train_step")],
+    ],
+)
+def test_a_thread_in_a_collective_or_in_the_backward_pass_waits_for_others(deeper: list[tuple[str, str]]) -> None:
+    assert called_through(("pipeline/worker.py", "_train"), *deeper).waits
+
+
+def test_a_worker_that_waits_says_so_and_takes_it_back_when_it_goes_on(tmp_path: Path) -> None:
+    attempts.begin(tmp_path, 2)
+    watch = HangWatch(tmp_path, 0, 2, 0.5)
+    try:
+        watch.stepped(7)
+        until = time.monotonic() + 10
+        while (word := attempts.last_word(tmp_path)) is None:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        assert word.why.startswith("worker 1 gives no sign of life; no step has ended for ")
+        watch.stepped(8)
+        assert attempts.last_word(tmp_path) is None
+        assert attempts.standings(tmp_path, 2, Standing) == {0: None, 1: None}
+    finally:
+        watch.close()

@@ -1,0 +1,82 @@
+"""What a worker asks for and tells beside the loop."""
+
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from ray.train.v2._internal.execution import context
+from ray.train.v2._internal.execution.preemption import PreemptionContext
+from ray.train.v2.api.preemption import PreemptionInfo
+
+from pipeline import ray_worker
+from pipeline.attempts import Restart, Word
+from pipeline.config import ClusterConfig, RunConfig
+from pipeline.ray_worker import FirstStep, Notice, bounded
+from pipeline.stopping import NOTHING, Asked
+from pipeline.track import TAG_RESIZED, TAG_WARNING, MemoryTracker
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> PreemptionContext:
+    """What Ray sets in a worker's process when a node is about to go."""
+    told = PreemptionContext()
+    monkeypatch.setattr(context, "get_train_context", lambda: SimpleNamespace(preemption_context=told))
+    return told
+
+
+def info(in_s: float | None, node: str = "n") -> PreemptionInfo:
+    deadline = None if in_s is None else int((time.time() + in_s) * 1000)
+    return PreemptionInfo(deadline_ms=deadline, preempted_node_to_ranks={node: [1]})
+
+
+def test_nothing_is_asked_while_all_nodes_stay(told: PreemptionContext) -> None:
+    notice = Notice()
+    assert [notice.asked(), notice.asked()] == [NOTHING, NOTHING]
+
+
+def test_a_node_that_goes_is_one_checkpoint_and_another_node_another(told: PreemptionContext) -> None:
+    notice = Notice()
+    told.preemption_info = info(None)
+    assert [notice.asked(), notice.asked()] == [Asked(save=True), NOTHING]
+    told.preemption_info = info(5, "m")
+    assert [notice.asked(), notice.asked()] == [Asked(save=True), NOTHING]
+
+
+def test_shortly_before_the_node_goes_there_is_a_second_checkpoint(
+    told: PreemptionContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notice = Notice()
+    told.preemption_info = info(100)
+    assert [notice.asked(), notice.asked()] == [Asked(save=True), NOTHING]
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 100 - ray_worker._BEFORE_S + 1)
+    assert [notice.asked(), notice.asked()] == [Asked(save=True), NOTHING]
+
+
+@pytest.mark.parametrize(("wanted", "tag"), [(False, TAG_WARNING), (True, TAG_RESIZED)])
+def test_the_first_step_tells_what_the_restart_cost(wanted: bool, tag: str) -> None:
+    tracker = MemoryTracker()
+    first = FirstStep(tracker, 2, Restart(1, Word("why", time.time() - 30, wanted), 3, 2))
+    first(41)
+    first(42)
+    assert tracker.last_tags[tag].startswith("why; restart 1, 3 -> 2 workers, goes on after 30 s at step 41")
+    assert [point[0] for point in tracker.points] == ["cluster/workers", "restart/seconds"]
+    assert dict((name, value) for name, value, _ in tracker.points)["restart/seconds"] == pytest.approx(30, abs=1)
+
+
+def test_the_first_attempt_tells_only_how_many_they_are() -> None:
+    tracker = MemoryTracker()
+    FirstStep(tracker, 2, None)(1)
+    FirstStep(None, 2, None)(1)
+    assert tracker.points == [("cluster/workers", 2.0, 1)]
+    assert not tracker.last_tags
+
+
+def test_fewer_workers_take_no_more_images_at_a_time(tiny_config: RunConfig) -> None:
+    fixed = replace(tiny_config, cluster=ClusterConfig(workers=3))
+    elastic = replace(tiny_config, cluster=ClusterConfig(workers=3, min_workers=1))
+    chosen = replace(elastic, compute=replace(elastic.compute, max_microbatch=1))
+    assert bounded(fixed) == fixed
+    assert bounded(elastic).compute.max_microbatch == 2  # of 4 images, 3 workers take 2, 1 and 1
+    assert bounded(chosen) == chosen
