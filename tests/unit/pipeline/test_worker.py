@@ -28,7 +28,7 @@ from pipeline.saving import Saver
 from pipeline.standing import Progress, read_progress
 from pipeline.state import Place
 from pipeline.step import RANDOMNESS, StepResult, train_step
-from pipeline.stopping import Asked
+from pipeline.stopping import NOTHING, Asked, Overseer
 from pipeline.track import MemoryTracker
 from pipeline.weights import build_trained, save_initial
 from pipeline.worker import run
@@ -546,3 +546,12 @@ def test_a_run_that_is_asked_to_stop_saves_after_the_step_and_goes_on_from_it(
     asked_at(99)
     run(config, whole, Ranks(), None)
     assert_same(weights(config, place.folder), weights(config, whole.folder))
+
+
+def test_the_overseer_hears_of_every_step_and_what_it_asks_for_is_done(config: RunConfig, place: Place) -> None:
+    heard: list[int] = []
+    asked = {0: Asked(save=True), 3: Asked(stop=True)}  # after so many steps, of the one that follows
+    overseer = Overseer(lambda: asked.get(len(heard), NOTHING), heard.append)
+    run(config, place, Ranks(), None, overseer)
+    assert heard == [1, 2, 3, 4]
+    assert [path.name for path in checkpoint.complete(place.folder)] == [f"step-{step:08d}" for step in (1, 3, 4)]
