@@ -551,6 +551,7 @@ def test_a_run_that_is_asked_to_stop_saves_after_the_step_and_goes_on_from_it(
 def test_the_overseer_hears_of_every_step_and_what_it_asks_for_is_done(config: RunConfig, place: Place) -> None:
     heard: list[int] = []
     asked = {0: Asked(save=True), 3: Asked(stop=True)}  # after so many steps, of the one that follows
+    config = replace(config, checkpoint=replace(config.checkpoint, every_steps=0, keep=9))
     overseer = Overseer(lambda: asked.get(len(heard), NOTHING), heard.append)
     run(config, place, Ranks(), None, overseer)
     assert heard == [1, 2, 3, 4]
