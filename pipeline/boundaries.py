@@ -15,6 +15,11 @@ def next_evaluation(config: RunConfig, schedule: Schedule, step: int) -> int:
     return min(schedule.steps(epoch), schedule.total_steps)
 
 
+def is_evaluated(config: RunConfig, schedule: Schedule, step: int) -> bool:
+    """Whether the checkpoint of `step` is to be evaluated."""
+    return step > 0 and next_evaluation(config, schedule, step - 1) == step
+
+
 def next_boundary(config: RunConfig, schedule: Schedule, step: int) -> int:
     """The first step after `step` at which a checkpoint or an evaluation is due."""
     every, milestones = config.checkpoint.every_steps, config.checkpoint.keep_every_epochs

@@ -15,7 +15,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -200,19 +200,26 @@ def _ap(metrics: Mapping[str, float]) -> float:
     return metrics.get("mask_AP", metrics["AP"])
 
 
+def waiting(home: Location) -> list[Location]:
+    """The whole checkpoints that are to be evaluated beside the training and have no figures yet, oldest first."""
+    return [path for path in complete(home) if read_evaluation(path) is None and _says(path, "evaluate")]
+
+
 def prune(home: Location, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, the best, and the milestones. Each vanishes at once."""
+    """Delete all but the newest `keep` checkpoints, the best, milestones, and what waits. Each vanishes at once."""
     checkpoint_store.clear(home, lambda path: read_meta(path).part)
-    leading = best(home)
     whole = complete(home)
-    for path in whole[:-keep]:
-        if (leading is None or path != leading[0]) and not _is_milestone(path):
+    # Before the best is looked up: one that gets its figures meanwhile is there or here.
+    kept = [*waiting(home), *whole[-keep:]]
+    leading = best(home)
+    for path in whole:
+        if path not in kept and (leading is None or path != leading[0]) and not _says(path, "milestone"):
             checkpoint_store.discard(path)
 
 
-def _is_milestone(path: Location) -> bool:
+def _says(path: Location, name: Literal["evaluate", "milestone"]) -> bool:
     try:
-        return read_meta(path).milestone
+        return bool(getattr(read_meta(path), name))
     except CheckpointError:
         return False  # damaged, so of no use
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.asynchronous import evaluator_on_ray
 from pipeline.config import RunConfig, to_json
 from pipeline.errors import RunConfigError, TrainingError, first_line
 from pipeline.fitting import fit_and_follow
@@ -70,16 +71,17 @@ def run_workers(
             use_gpu=gpu,
             resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
         )
+        job = {
+            "config": to_json(config).decode(),
+            "run_id": run_id,
+            "folder": str(folder),
+            "tracking_uri": tracking_uri(),
+            "code_commit": code_commit(),
+            "accept_change": accept_change,
+        }
         trainer = TorchTrainer(
             train_in_ray,
-            train_loop_config={
-                "config": to_json(config).decode(),
-                "run_id": run_id,
-                "folder": str(folder),
-                "tracking_uri": tracking_uri(),
-                "code_commit": code_commit(),
-                "accept_change": accept_change,
-            },
+            train_loop_config=job,
             scaling_config=scaling,
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=config.cluster.collective_timeout_s),
             run_config=RayRunConfig(
@@ -90,7 +92,12 @@ def run_workers(
                 callbacks=[GroupNotes(folder)],
             ),
         )
-        fit_and_follow(trainer.fit, run_id, folder, say)
+        if config.evaluate.asynchronous:
+            evaluator = evaluator_on_ray(config, job, gpu, say)
+            fit_and_follow(evaluator.around(trainer.fit), run_id, folder, say)
+            evaluator.raise_failure()
+        else:
+            fit_and_follow(trainer.fit, run_id, folder, say)
     finally:
         ray.shutdown()
 
@@ -121,7 +128,7 @@ def _connect_ray(ray: Any, config: RunConfig, address: str | None, verbose: bool
                 ray.init(address=address, **quiet)
             else:
                 # A laptop with fewer cores than workers still runs them, more slowly.
-                needed = config.cluster.workers * config.cluster.cpus_per_worker
+                needed = (config.cluster.workers + config.evaluate.asynchronous) * config.cluster.cpus_per_worker
                 # By its loopback address, which a laptop keeps when it changes networks.
                 ray.init(
                     address="local",

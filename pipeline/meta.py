@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from pipeline.boundaries import is_milestone
+from pipeline.boundaries import is_evaluated, is_milestone
 from pipeline.config import RunConfig, from_json, to_json
 from pipeline.step import RANDOMNESS
 from shards.plan import PLAN_VERSION
@@ -66,6 +66,8 @@ class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     best: Best | None = None
     milestone: bool = False
     """Kept for good; see `CheckpointConfig`."""
+    evaluate: bool = False
+    """To be evaluated beside the training, and kept until it is (`pipeline/asynchronous.py`)."""
     ema: bool = False
     """Whether averages of the weights (`pipeline/ema.py`) lie beside them."""
     config: dict[str, Any] = {}
@@ -104,6 +106,7 @@ def meta_of(worker: Worker, step: int) -> Meta:
         lr_factor=schedule.factor(step),
         randomness=RANDOMNESS,
         milestone=is_milestone(config, schedule, step),
+        evaluate=config.evaluate.asynchronous and is_evaluated(config, schedule, step),
         ema=config.optim.ema > 0,
         config=msgspec.json.decode(to_json(config)),
     )

@@ -8,6 +8,7 @@ from detr.execution import compile_shapes, set_channels_last, set_recompute
 from detr.model import DETR
 from pipeline import checkpoint
 from pipeline.checkpoint_store import Location
+from pipeline.config import RunConfig
 from pipeline.ema import Ema
 from pipeline.optim import build_optimizer
 from pipeline.parallel import distribute, unwrap
@@ -19,7 +20,7 @@ def restore(worker: Worker, newest: Location | None, step: int) -> State:
     """The state after `step` steps, which the checkpoint `newest` holds; a collective call."""
     config, ranks = worker.config, worker.ranks
     torch.manual_seed(config.seed)
-    model = build(worker)
+    model = build(config, worker.train.num_classes, ranks.device)
     if newest is None:
         read_initial(model, worker.place.folder)
     if config.compute.compile:
@@ -33,10 +34,10 @@ def restore(worker: Worker, newest: Location | None, step: int) -> State:
     return State(wrapped, optimizer, step, ema)
 
 
-def build(worker: Worker) -> DETR:
-    """The run's model on this worker's device, not yet one of several."""
-    compute = worker.config.compute
-    model = build_trained(worker.config, worker.train.num_classes).to(worker.ranks.device)
+def build(config: RunConfig, num_classes: int, device: torch.device) -> DETR:
+    """The run's model on a device, not yet one of several."""
+    compute = config.compute
+    model = build_trained(config, num_classes).to(device)
     if compute.channels_last:
         set_channels_last(model)
     set_recompute(model, compute.recompute)

@@ -140,6 +140,8 @@ class EvaluateConfig:
     """same_size: only images of one size share a batch, so nothing is padded and the figures are those of batch 1 whatever
     `batch_size` says. padded: images of like shape do, padded to the largest, as the original evaluates; padding changes
     a DETR's answer slightly. fixed: every image is padded to one square."""
+    asynchronous: bool = False
+    """Training does not wait: its checkpoints are evaluated beside it, on CPUs or a GPU of the cluster that no worker has."""
     limit: int = 0
     """Score only so many images, for a smoke test; 0 for all. Such figures are no result."""
     pictures: int = 4

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import checkpoint
+from pipeline.asynchronous import SPOOL
 from pipeline.checkpoint_store import Location, home_of
 from pipeline.config import RunConfig, from_json, to_json
 from pipeline.errors import CheckpointError, Interrupted, RunConfigError, TrainingError, first_line
@@ -136,7 +137,12 @@ def resume(name: str, changes: Changes | None = None, launch: Launch | None = No
     way = continuation(meta, config, train, changes.accept)
     schedule = Schedule(config.optim, train.images, config.data.epoch_tail, way.origin)
     step = meta.step if meta else 0
-    trained = newest is not None and step >= schedule.total_steps and checkpoint.read_evaluation(newest) is not None
+    trained = (
+        newest is not None
+        and step >= schedule.total_steps
+        and checkpoint.read_evaluation(newest) is not None
+        and not checkpoint.waiting(home)
+    )
     if trained and run.info.status == "FINISHED":
         raise RunConfigError(
             f"run {run.info.run_name} ({run_id[:8]}) is finished: {step} steps, registered; "
@@ -200,9 +206,9 @@ def _run(config: RunConfig, run_id: str, folder: Path, launch: Launch, accept_ch
             accept_change=accept_change,
         )
     finally:
-        spool = folder / "spool"
-        if not drain(spool, EventSender(tracking_uri(), run_id, spool)):
-            launch.say(f"warning: MLflow did not take all points; the rest is kept in {spool} for the next resume")
+        for spool in (folder / "spool", folder / SPOOL):
+            if not drain(spool, EventSender(tracking_uri(), run_id, spool)):
+                launch.say(f"warning: MLflow did not take all points; the rest is kept in {spool} for the next resume")
 
 
 @contextmanager

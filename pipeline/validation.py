@@ -1,24 +1,35 @@
-"""Evaluation inside a run: when it is due, and what is done with its figures."""
+"""Evaluation of a run: inside it, when it is due; or of a checkpoint, beside it; and what is done with its figures."""
 
 from __future__ import annotations
 
 import time
 
+import torch
+from torch import nn
+
 from detr.execution import uncompiled
 from pipeline import checkpoint
-from pipeline.boundaries import next_evaluation
-from pipeline.evaluate import evaluate
-from pipeline.parallel import whole
+from pipeline.boundaries import is_evaluated
+from pipeline.checkpoint_store import Location
+from pipeline.config import RunConfig
+from pipeline.data import open_data
+from pipeline.evaluate import Evaluation, Progress, evaluate
+from pipeline.parallel import Ranks, whole
 from pipeline.restoring import build
 from pipeline.saving import Saver
 from pipeline.state import State, Worker
 from pipeline.telling import tell_evaluation, tell_pictures
-from pipeline.track import TAG_PHASE
+from pipeline.track import TAG_PHASE, Tracker
+from shards.manifest import Manifest
 
 
 def evaluation_due(worker: Worker, step: int) -> bool:
-    """True at the end of every `evaluate.every` epochs and of the run, unless this checkpoint has its figures."""
-    if next_evaluation(worker.config, worker.schedule, step - 1) != step:
+    """True at the end of every `evaluate.every` epochs and of the run, unless this checkpoint has its figures.
+
+    Never where evaluations are made beside the training (`pipeline/asynchronous.py`).
+    """
+    config = worker.config
+    if config.evaluate.asynchronous or not is_evaluated(config, worker.schedule, step):
         return False
     path = checkpoint.folder_of(worker.home, step)
     return worker.ranks.gather(worker.ranks.first and checkpoint.read_evaluation(path) is None)[0] is True
@@ -26,36 +37,78 @@ def evaluation_due(worker: Worker, step: int) -> bool:
 
 def validate(worker: Worker, state: State, saver: Saver) -> None:
     """Score the state on the whole validation set, tell the figures and note them beside its checkpoint; a collective call."""
-    config, tracker = worker.config, worker.tracker
+    config, ranks, tracker = worker.config, worker.ranks, worker.tracker
     start = time.perf_counter()
 
+    def made() -> nn.Module:
+        return build(config, worker.train.num_classes, ranks.device)
+
+    with uncompiled():  # its canvases have any shape, each of which would be compiled
+        model = whole(state.model, made, state.averages)
+        evaluation = _score(config, model, worker.train, worker.val, ranks, _telling(tracker))
+    saver.finish()  # its figures are noted beside it
+    if evaluation is not None:
+        path, epoch = checkpoint.folder_of(worker.home, state.step), worker.schedule.epoch(state.step)
+        _tell_and_note(config, path, worker.val, evaluation, tracker, state.step, epoch, start)
+        if tracker:
+            tracker.tags({TAG_PHASE: "training"})
+        checkpoint.prune(worker.home, config.checkpoint.keep)
+    ranks.barrier()
+
+
+def evaluate_checkpoint(config: RunConfig, path: Location, device: torch.device, tracker: Tracker | None) -> None:
+    """Do the same with a checkpoint, in this process alone: the same figures, as whoever evaluates has the same batches."""
+    start = time.perf_counter()
+    train, val = open_data(config.data)
+    meta = checkpoint.read_meta(path)
+    model = build(config, meta.num_classes, device)
+    checkpoint.load_weights(path, model, averaged=meta.ema)
+    last = meta.step >= meta.total_steps  # before that the run's phase is that of its training
+    ranks = Ranks(device=device)
+    evaluation = _score(config, model, train, val, ranks, _telling(tracker if last else None))
+    assert evaluation is not None  # rank 0 of one
+    _tell_and_note(config, path, val, evaluation, tracker, meta.step, meta.epoch, start)
+
+
+def _telling(tracker: Tracker | None) -> Progress:
     def progress(done: int, total: int) -> None:
         if tracker:
             tracker.tags({TAG_PHASE: f"evaluating {done * 100 // max(total, 1)}%"})
 
     if tracker:
         tracker.tags({TAG_PHASE: "evaluating"})
-    with uncompiled():  # its canvases have any shape, each of which would be compiled
-        evaluation = evaluate(
-            whole(state.model, lambda: build(worker), state.averages),
-            worker.val,
-            worker.train.categories,
-            transform=config.transform,
-            batch_size=config.evaluate.batch_size,
-            batching=config.evaluate.batching,
-            ranks=worker.ranks,
-            threads=config.data.reader_threads,
-            limit=config.evaluate.limit,
-            progress=progress,
-        )
-    saver.finish()  # its figures are noted beside it
-    if evaluation is not None:
-        path = checkpoint.folder_of(worker.home, state.step)
-        if tracker:
-            tell_evaluation(tracker, path, state.step, worker.schedule.epoch(state.step), evaluation, start)
-            tell_pictures(tracker, worker.val, evaluation.detections, config.evaluate.pictures, state.step)
-            tracker.tags({TAG_PHASE: "training"})
-        # Told first, noted last: a kill between the two repeats what is then dropped as told before.
-        checkpoint.write_evaluation(path, evaluation.score.metrics)
-        checkpoint.prune(worker.home, config.checkpoint.keep)
-    worker.ranks.barrier()
+    return progress
+
+
+def _score(
+    config: RunConfig, model: nn.Module, train: Manifest, val: Manifest, ranks: Ranks, progress: Progress
+) -> Evaluation | None:
+    return evaluate(
+        model,
+        val,
+        train.categories,
+        transform=config.transform,
+        batch_size=config.evaluate.batch_size,
+        batching=config.evaluate.batching,
+        ranks=ranks,
+        threads=config.data.reader_threads,
+        limit=config.evaluate.limit,
+        progress=progress,
+    )
+
+
+def _tell_and_note(
+    config: RunConfig,
+    path: Location,
+    val: Manifest,
+    evaluation: Evaluation,
+    tracker: Tracker | None,
+    step: int,
+    epoch: float,
+    start: float,
+) -> None:
+    if tracker:
+        tell_evaluation(tracker, path, step, epoch, evaluation, start)
+        tell_pictures(tracker, val, evaluation.detections, config.evaluate.pictures, step)
+    # Told first, noted last: a kill between the two repeats what is then dropped as told before.
+    checkpoint.write_evaluation(path, evaluation.score.metrics)

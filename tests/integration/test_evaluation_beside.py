@@ -1,0 +1,112 @@
+"""Evaluations beside the training, on a real Ray: what a driver left behind, a process that is killed, and more training."""
+
+import os
+import threading
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from detr.model import build_model
+from pipeline import checkpoint
+from pipeline import train as driver
+from pipeline.config import RunConfig
+from pipeline.errors import TrainingError
+from pipeline.identity import Changes
+from pipeline.mlflow_store import connect, find_run
+from pipeline.parallel import Ranks
+from pipeline.registered import evaluate_registered
+from pipeline.state import Place
+from pipeline.train import Launch, resume, train
+from pipeline.weights import save_initial
+from pipeline.worker import run
+
+EPOCHS = 4  # of three steps
+
+
+def kill_first_evaluation(done: threading.Event, killed: list[int]) -> None:
+    """Kill the first process of this one's that evaluates, as soon as it does."""
+    while not done.wait(0.05):
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if process.name().startswith("ray::eval") or "ray::eval" in " ".join(process.cmdline()):
+                    process.kill()
+                    killed.append(process.pid)
+                    return
+            except psutil.Error:
+                continue
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own, in this process
+def test_what_a_driver_left_is_evaluated_while_training_goes_on_and_a_killed_evaluation_is_made_again(
+    tiny_config: RunConfig, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    )
+    beside = replace(
+        tiny_config,
+        storage=str(tmp_path / "runs"),
+        checkpoint=replace(tiny_config.checkpoint, keep=1),
+        evaluate=replace(tiny_config.evaluate, asynchronous=True),
+    )
+    expected = evaluated_inside(tiny_config, tmp_path / "inside")
+
+    def workers_whose_driver_dies(config: RunConfig, run_id: str, folder: Path, **_: object) -> None:
+        run(config, Place(run_id, folder, "commit"), Ranks(), None)
+        raise TrainingError("the driver is gone")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "run_workers", workers_whose_driver_dies)
+        with pytest.raises(TrainingError, match="the driver is gone"):
+            train(beside, Launch(say=lambda text: None))
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert [path.name for path in checkpoint.waiting(folder)] == ["step-00000003", "step-00000006"]
+
+    done, killed, said = threading.Event(), list[int](), list[str]()
+    killer = threading.Thread(target=kill_first_evaluation, args=(done, killed))
+    killer.start()
+    try:
+        outcome = resume("tiny", Changes(epochs=EPOCHS), Launch(say=said.append))
+    finally:
+        done.set()
+        killer.join()
+    assert len(killed) == 1
+    assert checkpoint.waiting(folder) == []
+    client = connect()
+    found = find_run(client, "tiny")
+    assert found.info.status == "FINISHED"
+    points = client.get_metric_history(found.info.run_id, "val/AP")
+    assert Counter(point.step for point in points) == {step: 1 for step in expected}
+    for point in points:
+        assert point.value == pytest.approx(expected[point.step]["AP"], abs=1e-6)
+    assert [point.value for point in client.get_metric_history(found.info.run_id, "evaluation/images")] == [
+        5.0
+    ] * EPOCHS
+    best = max(expected, key=lambda step: (expected[step]["AP"], step))
+    assert checkpoint.read_meta(outcome.best).step == best
+    assert outcome.metrics == pytest.approx(expected[best], abs=1e-6)
+    # One that waited is pruned once it has its figures.
+    assert {path.name for path in checkpoint.complete(folder)} == {f"step-{step:08d}" for step in (best, 3 * EPOCHS)}
+    registered = evaluate_registered("models:/detr-tiny@best", tiny_config.data.val)
+    assert registered.score.metrics == pytest.approx(expected[best], abs=1e-6)
+
+
+def evaluated_inside(config: RunConfig, folder: Path) -> dict[int, dict[str, float]]:
+    """The figures by step of the same run with its evaluations inside it."""
+    config = replace(
+        config,
+        optim=replace(config.optim, epochs=EPOCHS),
+        checkpoint=replace(config.checkpoint, keep=9),
+    )
+    torch.manual_seed(config.seed)
+    save_initial(build_model(config.model, 4), folder)
+    run(config, Place("run", folder, "commit"), Ranks(), None)
+    figures = {
+        checkpoint.read_meta(path).step: checkpoint.read_evaluation(path) for path in checkpoint.complete(folder)
+    }
+    return {step: metrics for step, metrics in figures.items() if metrics is not None}

@@ -1,0 +1,179 @@
+"""Evaluations beside the training: which are due, in which order, and when a run is done. Ray's part is in integration."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from detr.model import build_model
+from pipeline import asynchronous, checkpoint
+from pipeline.asynchronous import Evaluator
+from pipeline.checkpoint_store import Location
+from pipeline.config import RunConfig
+from pipeline.errors import TrainingError
+from pipeline.parallel import Ranks
+from pipeline.state import Place
+from pipeline.stopping import ask_to_stop
+from pipeline.track import MemoryTracker
+from pipeline.validation import evaluate_checkpoint
+from pipeline.weights import save_initial
+from pipeline.worker import run
+
+
+@pytest.fixture
+def config(tiny_config: RunConfig) -> RunConfig:
+    """Checkpoints after steps 1 to 6, of which only the newest would stay; those of 3 and 6 are evaluated."""
+    return replace(
+        tiny_config,
+        checkpoint=replace(tiny_config.checkpoint, every_steps=1, keep=1),
+        evaluate=replace(tiny_config.evaluate, asynchronous=True),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asynchronous, "_LOOK_S", 0.01)
+
+
+def place(config: RunConfig, folder: Path) -> Place:
+    torch.manual_seed(config.seed)
+    save_initial(build_model(config.model, 4), folder)
+    return Place("run", folder, "commit")
+
+
+def steps(paths: list[Location]) -> list[int]:
+    return [checkpoint.read_meta(path).step for path in paths]
+
+
+def test_what_waits_for_its_evaluation_is_kept_and_gets_the_figures_of_an_evaluation_inside(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    inside = replace(config, evaluate=replace(config.evaluate, asynchronous=False))
+    told: list[MemoryTracker] = []
+    for name, one in (("beside", config), ("inside", inside)):
+        told.append(MemoryTracker())
+        run(one, place(one, tmp_path / name), Ranks(), told[-1])
+    home = tmp_path / "beside"
+    assert "val/AP" not in {name for name, _, _ in told[0].points}
+    assert steps(checkpoint.complete(home)) == steps(checkpoint.waiting(home)) == [3, 6]
+    tracker = MemoryTracker()
+    for path in checkpoint.waiting(home):
+        evaluate_checkpoint(config, path, torch.device("cpu"), tracker)
+        checkpoint.prune(home, 1)
+    assert checkpoint.waiting(home) == []
+    expected = {(name, step): value for name, value, step in told[1].points if name.startswith("val/")}
+    assert {(name, step): value for name, value, step in tracker.points if name.startswith("val/")} == expected
+    assert len(expected) == 24
+    assert ("evaluation/images", 5.0, 6) in tracker.points
+    best = [checkpoint.best(tmp_path / name) for name in ("beside", "inside")]
+    assert best[0] is not None
+    assert best[1] is not None
+    assert (best[0][0].name, best[0][1]) == (best[1][0].name, best[1][1])
+
+
+class Run:
+    """A run whose `fit` saves checkpoints of one byte each, and whose evaluations are noted by hand."""
+
+    def __init__(self, config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.said = folder, list[str]()
+        self.saved, self.evaluated, self.pruned = list[int](), list[int](), list[bool]()
+        self.active, self.most = 0, 0
+        self.fails: Callable[[int], bool] = lambda step: False
+        self.hold = threading.Event()
+        self.hold.set()
+        monkeypatch.setattr(
+            checkpoint, "waiting", lambda home: [home / str(step) for step in self.saved if step not in self.evaluated]
+        )
+        monkeypatch.setattr(checkpoint, "prune", lambda home, keep: self.pruned.append(True))
+        self.evaluator = Evaluator(config, folder, self.evaluate, self.said.append)
+
+    def evaluate(self, path: Location) -> None:
+        self.active += 1
+        self.most = max(self.most, self.active)
+        self.hold.wait(10)
+        step = int(path.name)
+        self.active -= 1
+        if self.fails(step):
+            raise TrainingError(f"no figures for {step}")
+        self.evaluated.append(step)
+
+
+@pytest.fixture
+def fake(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    return Run(config, tmp_path, monkeypatch)
+
+
+def test_training_does_not_wait_and_the_run_ends_with_the_last_evaluation(fake: Run) -> None:
+    fake.hold.clear()
+
+    def fit() -> None:
+        for step in range(1, 6):
+            fake.saved.append(step)
+            time.sleep(0.02)
+        assert fake.evaluated == []  # the first is still held
+        threading.Timer(0.1, fake.hold.set).start()
+
+    fake.evaluator.around(fit)()
+    fake.evaluator.raise_failure()
+    assert fake.evaluated == [1, 2, 3, 4, 5]
+    assert fake.most == 1
+    assert fake.pruned == [True]
+    assert [line for line in fake.said if "slower than training" in line] == fake.said[:1]
+
+
+def test_one_that_fails_holds_up_no_other_and_is_tried_again_at_the_end(fake: Run) -> None:
+    tries: list[int] = []
+
+    def fails(step: int) -> bool:
+        tries.append(step)
+        return step == 1 and tries.count(1) == 1
+
+    def fit() -> None:
+        fake.saved += [1, 2]
+        while 2 not in fake.evaluated:
+            time.sleep(0.01)
+
+    fake.fails = fails
+    fake.evaluator.around(fit)()
+    fake.evaluator.raise_failure()
+    assert tries == [1, 2, 1]
+    assert fake.said == ["warning: no figures for 1; it is tried again when training has ended"]
+
+
+def test_one_that_fails_again_ends_the_run_after_training(fake: Run) -> None:
+    fake.fails = lambda step: step == 2
+    fake.evaluator.around(lambda: fake.saved.extend([1, 2]))()
+    with pytest.raises(TrainingError, match=r"^no figures for 2; training is done .* `detr resume` evaluates"):
+        fake.evaluator.raise_failure()
+    assert fake.evaluated == [1]
+    assert fake.pruned == []
+
+
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_evaluations(fake: Run) -> None:
+    fake.hold.clear()
+
+    def fit() -> None:
+        fake.saved.append(1)
+        ask_to_stop(fake.folder)
+
+    start = time.monotonic()
+    fake.evaluator.around(fit)()
+    assert time.monotonic() - start < 5
+    fake.hold.set()
+    assert fake.pruned == []
+
+
+def test_training_that_fails_says_so_at_once(fake: Run) -> None:
+    fake.hold.clear()
+
+    def fit() -> None:
+        fake.saved.append(1)
+        raise TrainingError("no")
+
+    with pytest.raises(TrainingError, match=r"^no$"):
+        fake.evaluator.around(fit)()
+    fake.hold.set()
