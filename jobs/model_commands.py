@@ -22,6 +22,8 @@ class Evaluate:
     """Folder or URL of the data set's shards."""
     json: Path | None = None
     """Also write the numbers here."""
+    curves: Path | None = None
+    """Also draw precision over recall here, as a PNG."""
     per_layer: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also score every decoder layer, without and with suppression of duplicates, and all of them merged: by boxes, not masks."""
     nms_iou: float = 0.7
@@ -31,8 +33,13 @@ class Evaluate:
 def evaluate(argv: list[str]) -> None:
     """detr evaluate models:/NAME@ALIAS --data URL."""
     options = parse(Evaluate, argv, "detr evaluate")
-    if options.json is not None:
-        _check_writable(options.json)
+    for flag, path in (("--json", options.json), ("--curves", options.curves)):
+        if path is not None:
+            _check_writable(flag, path)
+    if options.curves and options.per_layer:
+        raise UsageError(
+            "--curves with --per-layer: expected one of the two; without --per-layer the last layer is drawn"
+        )
     if not 0 < options.nms_iou <= 1:
         raise UsageError(f"--nms-iou {options.nms_iou:g}: expected an IoU above 0, at most 1; the paper's is 0.7")
     if options.nms_iou != Evaluate.nms_iou and not options.per_layer:
@@ -41,6 +48,7 @@ def evaluate(argv: list[str]) -> None:
         )
     import msgspec
 
+    from pipeline.curves import curves_picture
     from pipeline.registered import evaluate_registered, evaluate_registered_layers
     from pipeline.report import layers_table, metrics_table
 
@@ -51,17 +59,19 @@ def evaluate(argv: list[str]) -> None:
         numbers = {**metrics, "layers": scores}
         print(metrics_table(metrics), layers_table(scores), sep="\n\n")
     else:
-        metrics = evaluate_registered(options.model, options.data, progress=True).score.metrics
-        numbers = {**metrics}
-        print(metrics_table(metrics))
+        score = evaluate_registered(options.model, options.data, progress=True).score
+        numbers = {**score.metrics}
+        print(metrics_table(score.metrics))
+        if options.curves:
+            curves_picture(score.curves, score.mask_curves).save(options.curves, format="PNG")
     if options.json:
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(numbers), indent=2) + b"\n")
 
 
-def _check_writable(path: Path) -> None:
+def _check_writable(flag: str, path: Path) -> None:
     """Refuse now what would lose the numbers after an hour."""
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"--json {path} cannot be written; expected a file in a folder that exists: make it first")
+        raise UsageError(f"{flag} {path} cannot be written; expected a file in a folder that exists: make it first")
 
 
 @dataclass(frozen=True)

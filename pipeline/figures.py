@@ -1,4 +1,4 @@
-"""Pictures for people: detections next to the truth."""
+"""Pictures for people: detections next to the truth, and lines in a chart."""
 
 from __future__ import annotations
 
@@ -61,6 +61,43 @@ def _tinted(image: Image.Image, boxes: Boxes) -> Image.Image:
         colour = np.array(ImageColor.getrgb(COLOURS[label % len(COLOURS)]))
         pixels[mask] = (pixels[mask] + colour) // 2
     return Image.fromarray(pixels)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart: its name, its colour, and its values in 0..1, or below 0 where there are none."""
+
+    name: str
+    colour: str
+    ys: Sequence[float]
+
+
+def chart(lines: Sequence[Line], xs: Sequence[float], x_name: str, y_name: str) -> Image.Image:
+    """640 by 480 pixels: lines over `xs`, both axes from 0 to 1, the lines' names above. The last line lies on top."""
+    scale = 2  # drawn larger and then reduced, which smooths the lines
+    picture = Image.new("RGB", (640 * scale, 480 * scale), "white")
+    canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(14 * scale)
+    left, top, right, bottom = (one * scale for one in (48, 60, 620, 432))
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + x * (right - left), bottom - y * (bottom - top)
+
+    for tick in (0, 0.2, 0.4, 0.6, 0.8, 1):
+        canvas.line((*at(tick, 0), *at(tick, 1)), "#DDDDDD", scale)
+        canvas.line((*at(0, tick), *at(1, tick)), "#DDDDDD", scale)
+        canvas.text((at(tick, 0)[0], bottom + 6 * scale), f"{tick:.1f}", "black", font, anchor="mt")
+        canvas.text((left - 6 * scale, at(0, tick)[1]), f"{tick:.1f}", "black", font, anchor="rm")
+    canvas.line((*at(0, 1), *at(0, 0), *at(1, 0)), "black", scale)
+    canvas.text(((left + right) / 2, bottom + 26 * scale), x_name, "black", font, anchor="mt")
+    canvas.text((8 * scale, 36 * scale), y_name, "black", font)
+    start = float(left)
+    for line in lines:
+        points = [at(x, y) for x, y in zip(xs, line.ys, strict=True) if y >= 0]
+        canvas.line(points, line.colour, 2 * scale, joint="curve")
+        canvas.line((start, 18 * scale, start + 24 * scale, 18 * scale), line.colour, 3 * scale)
+        canvas.text((start + 30 * scale, 18 * scale), line.name, "black", font, anchor="lm")
+        start += 54 * scale + canvas.textlength(line.name, font)
+    return picture.resize((640, 480), Image.Resampling.LANCZOS)
 
 
 def side_by_side(left: Image.Image, right: Image.Image, captions: tuple[str, str]) -> Image.Image:

@@ -2,6 +2,7 @@
 
 It is a sum of what is left: so many steps at the mean of the last ones, checkpoint stalls included, and so many
 evaluations at what one took. Until the first evaluation is over, it is taken for a forward pass over its images.
+Where evaluations are made beside the training, only the last one is waited for, by one process instead of all.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ _WINDOW = 1000  # steps whose mean is what a step will take
 class Forecast:
     """Takes in what was measured, and says what is left."""
 
-    def __init__(self, config: RunConfig, schedule: Schedule, val_images: int) -> None:
+    def __init__(self, config: RunConfig, schedule: Schedule, val_images: int, workers: int = 1) -> None:
         self._config, self._schedule = config, schedule
         self._images = min(val_images, config.evaluate.limit or val_images)
+        self._alone = config.evaluate.asynchronous
+        self._workers = workers
         self._intervals: deque[tuple[int, float]] = deque()
         self._taken = 0
         self._forward_s = 0.0
@@ -50,12 +53,15 @@ class Forecast:
         evaluation_s = self._evaluation_s
         if evaluation_s is None:
             evaluation_s = self._forward_s * self._images / self._config.optim.batch_size
+            evaluation_s *= self._workers if self._alone else 1
         return (total - step) * step_s + self._evaluations_from(step) * evaluation_s
 
     def _in_window(self) -> int:
         return sum(steps for steps, _ in self._intervals)
 
     def _evaluations_from(self, step: int) -> int:
+        if self._alone:
+            return 1
         count, at, total = 0, step - 1, self._schedule.total_steps
         while at < total:
             at = next_evaluation(self._config, self._schedule, at)

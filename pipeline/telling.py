@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from pipeline.checkpoint_store import Location
+from pipeline.config import RunConfig
+from pipeline.curves import curves_picture, curves_table
 from pipeline.evaluate import Evaluation
 from pipeline.parallel import Ranks
 from pipeline.pictures import detection_pictures
 from pipeline.track import TAG_LEFT_OUT, TAG_WARNING, Tracker
 from shards.bad_samples import bad_samples
+from shards.curves import UNSCORED, Curves
 from shards.detections import Detections
 from shards.manifest import Manifest
 
@@ -38,6 +41,19 @@ def tell_evaluation(
     if "mask_AP" in metrics:
         columns |= {"mask_AP": [one.mask_ap for one in classes], "mask_AP50": [one.mask_ap50 for one in classes]}
     tracker.table("per_class_ap.json", columns)
+    curves = (evaluation.score.curves, evaluation.score.mask_curves)
+    tracker.table("precision_recall.json", curves_table(*curves))
+    _tell_curves(tracker, *curves, step)
+
+
+def tell_opening(config: RunConfig, tracker: Tracker, val: Manifest) -> None:
+    """What is known at step 0, where the slider of MLflow opens: the truth, and curves without lines."""
+    tell_pictures(tracker, val, Detections.empty(config.model.masks), config.evaluate.pictures, 0)
+    _tell_curves(tracker, UNSCORED, UNSCORED if config.model.masks else None, 0)
+
+
+def _tell_curves(tracker: Tracker, boxes: Curves, masks: Curves | None, step: int) -> None:
+    tracker.picture("curves/precision_recall", curves_picture(boxes, masks), step)
 
 
 def tell_pictures(tracker: Tracker, val: Manifest, detections: Detections, count: int, step: int) -> None:

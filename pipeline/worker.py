@@ -35,10 +35,9 @@ from pipeline.saving import Saver, open_saver
 from pipeline.state import Place, State, Worker
 from pipeline.step import Diverged, train_step
 from pipeline.stopping import NOBODY, NOTHING, Asked, Overseer, StopWatch
-from pipeline.telling import tell_left_out, tell_pictures
+from pipeline.telling import tell_left_out, tell_opening
 from pipeline.track import Tracker
 from pipeline.validation import evaluation_due, validate
-from shards.detections import Detections
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,7 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None, 
     worker = Worker(config, place, ranks, tracker, train, val, schedule)
     state = restore(worker, newest, 0 if meta is None else meta.step)
     if state.step == 0 and tracker:
-        # MLflow's slider opens at step 0: show there what is to be found.
-        tell_pictures(tracker, val, Detections.empty(config.model.masks), config.evaluate.pictures, 0)
+        tell_opening(config, tracker, val)
     # One stream to the end: neither checkpoints nor evaluations nor ends of epochs stop its threads.
     with (
         closing(training_batches(train, config, schedule, ranks, state.step, schedule.total_steps)) as batches,
@@ -80,7 +78,9 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None, 
     ):
         watch = StopWatch(place.folder, overseer).asked if ranks.first else Asked
         guard = Guard(place.folder, config.guard, ranks, tracker, saver)
-        meter = Meter(schedule, ranks, tracker, lambda: saver.stalled_s, Forecast(config, schedule, val.images))
+        meter = Meter(
+            schedule, ranks, tracker, lambda: saver.stalled_s, Forecast(config, schedule, val.images, ranks.world_size)
+        )
         means = Means(batches, guard, saver, meter, watch, overseer.stepped)
         while True:
             if state.step and evaluation_due(worker, state.step):

@@ -1,4 +1,4 @@
-"""Detections against the truth: the twelve COCO numbers and per-class AP, by pycocotools.
+"""Detections against the truth: the twelve COCO numbers, per-class AP and the curves behind them, by pycocotools.
 
 The truth comes from the data set's index, and that of masks from its shards, so that scoring needs no COCO JSON. As
 pycocotools does with results that hold only masks, a true object is small, medium or large by its annotation's area,
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from shards.curves import Curves, Precision, mean_curves
 from shards.detections import Detections
 from shards.errors import ShardError
 from shards.index import Index, Ints
@@ -21,7 +21,6 @@ from shards.segmentation import true_runs
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 MASK_METRICS = tuple(f"mask_{name}" for name in METRICS)
-Precision = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,14 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class Score:
-    """The twelve numbers by name (METRICS; and MASK_METRICS where masks were predicted), and every category's."""
+    """The twelve numbers by name (METRICS; and MASK_METRICS where masks were predicted), every category's, and the curves
+    that they are the means of; ``mask_curves`` is None where no masks were predicted.
+    """
 
     metrics: dict[str, float]
     classes: tuple[ClassScore, ...]
+    curves: Curves
+    mask_curves: Curves | None = None
 
 
 def coco_metrics(manifest: Manifest, detections: Detections, *, rows: Ints | None = None) -> dict[str, float]:
@@ -72,7 +75,7 @@ def per_class_ap(manifest: Manifest, detections: Detections, *, rows: Ints | Non
 
 
 def score_detections(manifest: Manifest, detections: Detections, *, rows: Ints | None = None) -> Score:
-    """Both the twelve numbers and per-class AP from one evaluation; arguments and errors as ``coco_metrics``."""
+    """The twelve numbers, per-class AP and the curves from one evaluation; arguments and errors as ``coco_metrics``."""
     index = manifest.index()
     rows = np.arange(manifest.images) if rows is None else np.unique(np.asarray(rows, np.int64))
     _check(manifest, index, detections, rows)
@@ -93,7 +96,10 @@ def score_detections(manifest: Manifest, detections: Detections, *, rows: Ints |
             entry["segmentation"] = runs
         mask_metrics, mask_precision = _evaluate("segm", dataset, truth, _with_pixel_areas(found))
         metrics |= dict(zip(MASK_METRICS, mask_metrics.values(), strict=True))
-    return Score(metrics, _class_scores(manifest, precision, mask_precision, truth))
+    mask_curves = None if mask_precision is None else mean_curves(mask_precision)
+    return Score(
+        metrics, _class_scores(manifest, precision, mask_precision, truth), mean_curves(precision), mask_curves
+    )
 
 
 def _evaluate(

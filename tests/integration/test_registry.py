@@ -143,7 +143,9 @@ def test_every_layer_of_a_version_is_scored_and_the_last_as_without_asking(
     trained: Trained, version: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["models:/tiny@best", "--data", trained.config.data.val, "--json"]
-    evaluate_command([*arguments, str(tmp_path / "plain.json")])
+    evaluate_command([*arguments, str(tmp_path / "plain.json"), "--curves", str(tmp_path / "curves")])
+    with Image.open(tmp_path / "curves") as picture:
+        assert (picture.format, picture.size) == ("PNG", (640, 480))
     plain = capsys.readouterr().out
     evaluate_command([*arguments, str(tmp_path / "layers.json"), "--per-layer", "--nms-iou", "0.5"])
     layers = capsys.readouterr().out

@@ -298,16 +298,22 @@ def test_an_error_of_the_system_is_one_line(
     assert said in got.line
 
 
-@pytest.mark.parametrize("path", ["absent/a.json", "."])
+@pytest.mark.parametrize(("flag", "path"), [("--json", "absent/a.json"), ("--json", "."), ("--curves", "absent/a.png")])
 def test_where_the_numbers_go_is_checked_before_they_are_computed(
-    detr: Detr, monkeypatch: pytest.MonkeyPatch, path: str
+    detr: Detr, monkeypatch: pytest.MonkeyPatch, flag: str, path: str
 ) -> None:
     from pipeline import registered
 
     monkeypatch.setattr(registered, "evaluate_registered", lambda *_, **__: pytest.fail("evaluated"))
-    said = detr("evaluate", "models:/a@b", "--data", "d", "--json", path)
+    said = detr("evaluate", "models:/a@b", "--data", "d", flag, path)
     assert said.status == 2
-    assert f"--json {path} cannot be written" in said.line
+    assert f"{flag} {path} cannot be written" in said.line
+
+
+def test_the_curves_of_every_layer_are_not_drawn(detr: Detr) -> None:
+    said = detr("evaluate", "models:/a@b", "--data", "absent", "--per-layer", "--curves", "curves.png")
+    assert said.status == 2
+    assert "--curves with --per-layer: expected one of the two" in said.line
 
 
 @pytest.mark.parametrize("value", ["0", "1.2", "nan"])

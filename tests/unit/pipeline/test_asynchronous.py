@@ -69,6 +69,10 @@ def test_what_waits_for_its_evaluation_is_kept_and_gets_the_figures_of_an_evalua
     assert {(name, step): value for name, value, step in tracker.points if name.startswith("val/")} == expected
     assert len(expected) == 24
     assert ("evaluation/images", 5.0, 6) in tracker.points
+    assert tracker.pictures == [one for one in told[1].pictures if one[1] > 0]
+    assert ("curves/precision_recall", 6) in tracker.pictures
+    assert tracker.tables == told[1].tables
+    assert tracker.tables.keys() == {"per_class_ap.json", "precision_recall.json"}
     best = [checkpoint.best(tmp_path / name) for name in ("beside", "inside")]
     assert best[0] is not None
     assert best[1] is not None

@@ -54,3 +54,18 @@ def test_the_beginning_and_what_was_long_ago_do_not_count() -> None:
     for _ in range(5):
         forecast.stepped(200, 400.0, 0.0)
     assert forecast.remaining_s(1400) == pytest.approx(28600 * 2.0)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_of_evaluations_beside_the_training_only_the_last_is_waited_for_and_one_process_makes_it(workers: int) -> None:
+    beside = replace(CONFIG, evaluate=replace(CONFIG.evaluate, asynchronous=True))
+    forecast = Forecast(beside, SCHEDULE, 50, workers)
+    forecast.stepped(100, 50.0, 0.2)  # ten images by all workers: 50 take 1 s, by one alone so many times as long
+    for step in (100, 101, 250, 400):  # those at 100, 200 and 300 keep nothing waiting
+        assert forecast.remaining_s(step) == pytest.approx((400 - step) * 0.5 + workers)
+
+
+def test_evaluations_inside_the_training_are_made_by_all_workers() -> None:
+    forecast = Forecast(CONFIG, SCHEDULE, 50, 4)
+    forecast.stepped(50, 50.0, 0.2)
+    assert forecast.remaining_s(50) == pytest.approx(350 + 4)

@@ -121,8 +121,11 @@ def test_a_run_saves_evaluates_and_tells_at_the_right_steps(config: RunConfig, p
     assert [step for name, _, step in tracker.points if name == "val/AP"] == [3, 6]
     assert [step for _, step in tracker.checkpoints] == [3, 6]
     # The first, without detections, shows the truth: the slider of MLflow opens at step 0.
-    assert tracker.pictures == [("detections/0", 0), ("detections/0", 3), ("detections/0", 6)]
+    assert [step for name, step in tracker.pictures if name == "detections/0"] == [0, 3, 6]
+    assert [step for name, step in tracker.pictures if name == "curves/precision_recall"] == [0, 3, 6]
+    assert len(tracker.pictures) == 6
     assert tracker.tables["per_class_ap.json"]["category_id"] == [1, 2, 3, 4]
+    assert len(tracker.tables["precision_recall.json"]["recall"]) == 101
     rates = {step: value for name, value, step in tracker.points if name == "optim/lr"}
     assert rates == pytest.approx({1: 1e-3, 2: 1e-3, 3: 1e-3, 4: 1e-4, 5: 1e-4, 6: 1e-4})
     assert [value for name, value, _ in tracker.points if name == "epoch"][-1] == 2.0
@@ -166,7 +169,10 @@ def test_a_run_with_masks_tells_their_losses_and_scores(masks_config: RunConfig,
     metrics = checkpoint.read_evaluation(checkpoint.folder_of(place.folder, 3))
     assert metrics is not None
     assert metrics["mask_AP"] == points["val/mask_AP"]
-    assert tracker.pictures == [("detections/0", 0), ("detections/0", 3)]
+    assert len(tracker.tables["precision_recall.json"]["mask_precision"]) == 101
+    assert sorted(tracker.pictures) == [
+        (name, step) for name in ("curves/precision_recall", "detections/0") for step in (0, 3)
+    ]
 
 
 def test_training_the_mask_head_changes_it_alone(masks_config: RunConfig, tmp_path: Path) -> None:
