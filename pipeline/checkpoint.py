@@ -64,7 +64,14 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, averages: Avera
 
     averages: those of the weights, where the run makes them (`pipeline/ema.py`).
     """
+    fresh = not optimizer.state
+    if fresh:
+        # Every step so far was left out by the guard: torch then takes zeros for the state, but not beside gradients.
+        optimizer.zero_grad(set_to_none=True)
     state, optimizer_state = get_state_dict(unwrap(model), optimizer)
+    if fresh:
+        for moments in optimizer.state.values():
+            moments["step"].zero_()  # torch made them with an update of nothing, which is not to count
     return {"model": state, "optimizer": optimizer_state} | ({} if averages is None else {_EMA: dict(averages)})
 
 
@@ -187,6 +194,11 @@ def read_evaluation(path: Location) -> dict[str, float] | None:
         return msgspec.json.decode(storage.read(str(path / _EVALUATION)), type=dict[str, float])
     except FileNotFoundError:
         return None
+    except msgspec.DecodeError as error:
+        raise CheckpointError(
+            f"{path / _EVALUATION} cannot be read ({error}); expected figures by name: delete it, and `detr resume` "
+            "evaluates the checkpoint again"
+        ) from None
 
 
 def best(home: Location) -> tuple[Location, dict[str, float]] | None:

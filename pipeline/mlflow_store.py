@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+import msgspec
+
 from pipeline.config import RunConfig, flatten, to_json
 from pipeline.errors import TrackingError, first_line
 
@@ -187,18 +189,25 @@ def _dataset_input(context: str, name: str, digest: str, url: str) -> Any:
 
 
 def read_config(client: MlflowClient, run_id: str) -> bytes:
-    """The configuration artifact of a run, as `pipeline.config.to_json` wrote it."""
+    """The configuration artifact of a run, as `pipeline.config.to_json` wrote it.
+
+    Runs of before `evaluate.batching` were evaluated in padded batches, and stay what they are.
+    """
     import tempfile
 
     from mlflow.exceptions import MlflowException
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return Path(client.download_artifacts(run_id, CONFIG_ARTIFACT, folder)).read_bytes()
+            stored = Path(client.download_artifacts(run_id, CONFIG_ARTIFACT, folder)).read_bytes()
         except (MlflowException, OSError) as error:
             raise TrackingError(
                 f"run {run_id} has no {CONFIG_ARTIFACT} ({first_line(error)}); expected a run of `detr train`"
             ) from None
+    config: dict[str, Any] = msgspec.json.decode(stored)
+    if "evaluate" in config:
+        config["evaluate"].setdefault("batching", "padded")
+    return msgspec.json.encode(config)
 
 
 def find_runs(client: MlflowClient, experiment: str | None = None, limit: int = 50) -> list[Run]:

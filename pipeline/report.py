@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from pipeline.standing import clock_time, read_progress
+from pipeline.standing import Progress, clock_time, read_progress
 from pipeline.track import TAG_PHASE
 
 if TYPE_CHECKING:
@@ -80,10 +80,16 @@ def runs_table(runs: Sequence[Run]) -> str:
                 f"{metrics['val/AP']:.3f}" if "val/AP" in metrics else "-",
                 f"{metrics['val/AP50']:.3f}" if "val/AP50" in metrics else "-",
                 started,
-                clock_time(progress.ends) if running and progress and progress.ends else "-",
+                _end(progress) if running else "-",
             )
         )
     return table(("run", "name", "status", "epoch", "AP", "AP50", "started", "ends"), rows)
+
+
+def _end(progress: Progress | None) -> str:
+    """When a run will end; one whose end has passed has a driver no more, or no forecast that is worth telling."""
+    end = progress.ends if progress else None
+    return clock_time(end) if end and end > datetime.now(UTC) else "-"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

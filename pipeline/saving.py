@@ -115,6 +115,7 @@ class Saver:
         """Let what is under way come to its end, whatever that is."""
         self._hook.remove()
         self._thread.shutdown()
+        self._stager.close()
 
     def _wait_for_copy(self) -> None:
         if self._copy and not self._copy.done():

@@ -54,14 +54,17 @@ class StepResult(NamedTuple):
 
 
 class Diverged(TrainingError):
-    """A step that must not be taken. `record` is what to keep of it: gradient norm, and losses and images by rank."""
+    """A step that must not be taken. `record` is what to keep of it: gradient norm, and losses and images by rank.
 
-    def __init__(self, message: str, step: int, record: dict[str, Any]) -> None:
+    asked: what any rank asks for after this step all the same.
+    """
+
+    def __init__(self, message: str, step: int, record: dict[str, Any], asked: Asked = NOTHING) -> None:
         super().__init__(message)
-        self.step, self.record = step, record
+        self.step, self.record, self.asked = step, record, asked
 
-    def __reduce__(self) -> tuple[type[Diverged], tuple[str, int, dict[str, Any]]]:
-        return type(self), (str(self), self.step, self.record)  # Ray sends it to the driver
+    def __reduce__(self) -> tuple[type[Diverged], tuple[str, int, dict[str, Any], Asked]]:
+        return type(self), (str(self), self.step, self.record, self.asked)  # Ray sends it to the driver
 
 
 class _Pass(NamedTuple):
@@ -137,15 +140,16 @@ def train_step(
         with averaging(model, now=number == len(batches) - 1):
             passes.append(_pass(model, batch.to(ranks.device), divider, config, lap))
     grad_norm = clip_gradients(optimizer, config.optim.clip_norm)
-    norm, *asked = torch.cat([grad_norm.double()[None], asking]).tolist()  # one wait for the device, for both
+    norm, *counts = torch.cat([grad_norm.double()[None], asking]).tolist()  # one wait for the device, for both
+    asked = Asked(*(count > 0 for count in counts))
     if not norm < (config.guard.max_grad_norm or math.inf):  # false for NaN
-        raise _diverged(passes, norm, ranks, step)
+        raise _diverged(passes, norm, ranks, step, asked)
     optimizer.step()
     lap("optimizer")
     return StepResult(
         _sum([(len(one.batch), one.losses) for one in passes]),
         grad_norm.detach(),
-        Asked(*(count > 0 for count in asked)),
+        asked,
     )
 
 
@@ -189,7 +193,7 @@ def _sum(found: Sequence[tuple[int, Losses]]) -> Losses:
     return Losses(torch.stack([losses.total.detach() for _, losses in found]).sum(), parts)
 
 
-def _diverged(passes: Sequence[_Pass], grad_norm: float, ranks: Ranks, step: int) -> Diverged:
+def _diverged(passes: Sequence[_Pass], grad_norm: float, ranks: Ranks, step: int, asked: Asked) -> Diverged:
     """The same error on every rank; a collective call."""
     mine = {
         "images": [target.image_id for one in passes for target in one.batch.targets],
@@ -209,7 +213,7 @@ def _diverged(passes: Sequence[_Pass], grad_norm: float, ranks: Ranks, step: int
         )
     else:
         message = f"step {step}: the gradient is not finite though every loss is; images {ids}: {remedy}"
-    return Diverged(message, step, record)
+    return Diverged(message, step, record, asked)
 
 
 def _words(one: _Pass) -> list[str]:

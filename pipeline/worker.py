@@ -125,7 +125,9 @@ def _train(worker: Worker, state: State, means: Means, until: int) -> Asked:
                 state.ema.update(state.step)
             asked = result.asked
         except Diverged as event:
-            means.guard.handle(event, state.model, state.optimizer, state.averages)
+            with meter.aside():
+                means.guard.handle(event, state.model, state.optimizer, state.averages)
+            asked = event.asked
         state.step += 1
         means.stepped(state.step)
         if state.step % worker.config.track.log_every == 0 or state.step == until or asked.stop:

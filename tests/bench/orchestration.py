@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -29,6 +30,8 @@ Row = dict[str, Any]
 TURN = 50  # steps, with a log point in their middle
 ROUND = 7  # turns of each side, with one checkpoint; the demo's 3,000 steps have eight
 WARM = 175  # a log point was 25 steps before, the next one is 25 steps away
+# What is replaced in the real run, as `unittest.mock.patch` names it.
+RAYS_WORKER, LOOPS_BATCHES = "pipeline.launch.train_in_ray", "pipeline.worker.training_batches"
 _DRIVER = "DETR_BENCH_DRIVER"
 
 
@@ -66,7 +69,6 @@ def _per_step_ms(turns: list[dict[str, float]], unit: str) -> list[float]:
 
 
 def _run(folder: Path, rounds: int) -> dict[str, Any]:
-    from pipeline import launch
     from pipeline.recipes import RECIPES
     from pipeline.train import Launch, train
     from shards.synthetic import write_synthetic
@@ -89,12 +91,8 @@ def _run(folder: Path, rounds: int) -> dict[str, Any]:
     )
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
     os.environ[_DRIVER] = str(os.getpid())
-    original = launch._ray_worker
-    launch._ray_worker = _measured_worker
-    try:
+    with patch(RAYS_WORKER, _measured_worker):
         train(config, Launch(say=lambda _: None))
-    finally:
-        launch._ray_worker = original
     turns: dict[str, Any] = json.loads((folder / "runs" / "turns.json").read_text())
     return turns
 
@@ -102,7 +100,7 @@ def _run(folder: Path, rounds: int) -> dict[str, Any]:
 def _measured_worker(job: dict[str, Any]) -> None:
     """In Ray's worker: the real one, with a gate in its stream of batches at which the bare loop has its turn."""
     from pipeline import worker
-    from pipeline.launch import _ray_worker
+    from pipeline.ray_worker import train_in_ray
 
     turns: dict[str, Any] = {"whole": [], "bare": []}
     original = worker.training_batches
@@ -121,8 +119,8 @@ def _measured_worker(job: dict[str, Any]) -> None:
                     start = _now()
                 yield batches
 
-        worker.training_batches = gated  # type: ignore[assignment]
-        _ray_worker(job)
+        with patch(LOOPS_BATCHES, gated):
+            train_in_ray(job)
     (Path(job["folder"]).parent / "turns.json").write_text(json.dumps(turns))
 
 

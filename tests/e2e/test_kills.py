@@ -56,7 +56,7 @@ def test_kills_of_worker_driver_and_both_at_random_steps_change_no_weight(detr: 
     seed = int(os.environ.get("DETR_TEST_SEED", time.time_ns() % 100_000))
     print(f"DETR_TEST_SEED={seed}")
     chance = random.Random(seed)
-    kinds, steps = chance.sample(["worker", "driver", "both"], 3), sorted(chance.sample(range(15, STEPS - 15), 3))
+    kinds, steps = chance.sample(["worker", "driver", "both"], 3), sorted(chance.sample(range(15, STEPS - 60), 3))
     recording.pace(0.03)
     driver = detr.start(*TRAIN, "--track.run-name", "killed")
     for kind, step in zip(kinds, steps, strict=True):

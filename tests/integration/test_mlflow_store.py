@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -53,6 +54,16 @@ def rows(store: str) -> dict[str, int]:
 
 def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_run_of_before_there_was_a_choice_of_batches_keeps_to_padded_ones(
+    client: MlflowClient, tiny_config: RunConfig
+) -> None:
+    run_id = created(client, tiny_config)
+    stored = msgspec.json.decode(read_config(client, run_id))
+    del stored["evaluate"]["batching"]
+    client.log_text(run_id, msgspec.json.encode(stored).decode(), CONFIG_ARTIFACT)
+    assert from_json(read_config(client, run_id)).evaluate.batching == "padded"
 
 
 def test_a_run_holds_its_configuration_code_and_data(client: MlflowClient, tiny_config: RunConfig) -> None:

@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -201,6 +203,25 @@ def test_a_card_of_before_there_was_a_choice_of_batches_is_evaluated_in_padded_o
     del card["evaluate_batching"], card["ema"]
     (tmp_path / "card.json").write_text(json.dumps(card))
     assert read_card(tmp_path).evaluate_batching == "padded"
+
+
+@pytest.mark.parametrize("batching", ["same_size", "padded"])
+def test_a_version_is_evaluated_in_the_batches_that_its_card_names(
+    trained: Trained, version: str, monkeypatch: pytest.MonkeyPatch, batching: str
+) -> None:
+    seen = []
+
+    def evaluate(*arguments: Any, **options: Any) -> Any:
+        seen.append(options["batching"])
+        raise InterruptedError
+
+    monkeypatch.setattr("pipeline.registered.evaluate", evaluate)
+    model, card = read_model(resolve("models:/tiny@best"))
+    card = msgspec.structs.replace(card, evaluate_batching=batching)
+    monkeypatch.setattr("pipeline.registered.read_model", lambda folder: (model, card))
+    with pytest.raises(InterruptedError):
+        evaluate_registered("models:/tiny@best", trained.config.data.val)
+    assert seen == [batching]
 
 
 def test_the_run_s_files_may_be_gone_once_it_is_registered(own: Trained) -> None:

@@ -1,6 +1,7 @@
 """What the loop does about steps that would spoil the weights."""
 
 import pickle
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,10 @@ from pipeline import worker as module
 from pipeline.config import GuardConfig, RunConfig
 from pipeline.errors import TrainingError
 from pipeline.parallel import Ranks
+from pipeline.saving import Saver
 from pipeline.state import Place
 from pipeline.step import Diverged, StepResult, train_step
+from pipeline.stopping import NOTHING, Asked, Overseer
 from pipeline.track import MemoryTracker
 from pipeline.weights import save_initial
 from pipeline.worker import run
@@ -136,3 +139,46 @@ def test_more_events_than_allowed_end_the_run_and_a_repeated_step_is_one_event(
         with pytest.raises(TrainingError, match=r"^step 5: .*this is event 3, and guard.max_events allows 2"):
             run(config, start, Ranks(), None)
         assert [event["step"] for event in events(start.folder)] == [2, 4, 5]
+
+
+def test_a_checkpoint_of_before_the_first_update_is_gone_on_from(
+    tiny_config: RunConfig, tmp_path: Path, poisoned: dict[int, list[int]]
+) -> None:
+    poisoned[0] = []
+    config = guarded(tiny_config, policy="skip")
+    found = []
+    for every, stops in ((1, (1, 0)), (0, (0,))):
+        place = Place("run", tmp_path / str(every), "commit")
+        torch.manual_seed(0)
+        save_initial(build_model(config.model, 4), place.folder)
+        for stop in stops:
+            saved = replace(config.checkpoint, every_steps=every)
+            run(replace(config, checkpoint=saved, optim=replace(config.optim, max_steps=stop)), place, Ranks(), None)
+        found.append(weights(config, place.folder, STEPS))
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_what_is_asked_for_at_a_step_that_is_left_out_is_done_all_the_same(
+    tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]]
+) -> None:
+    poisoned[0] = []
+    asked = iter([Asked(save=True)])
+    run(guarded(tiny_config, policy="skip"), start, Ranks(), None, Overseer(lambda: next(asked, NOTHING)))
+    assert checkpoint.complete(start.folder)[0] == checkpoint.folder_of(start.folder, 1)
+
+
+def test_the_wait_for_a_checkpoint_to_go_back_to_is_no_part_of_a_step(
+    tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(self: Saver, *more: Any) -> None:
+        time.sleep(0.3)
+        write(self, *more)
+
+    write = Saver._write
+    monkeypatch.setattr(Saver, "_write", slow)
+    poisoned[2] = []
+    tracker = MemoryTracker()
+    run(guarded(tiny_config, policy="rollback"), start, Ranks(), tracker)
+    parts = [value for name, value, _ in tracker.points if name.startswith("step/")]
+    assert parts
+    assert min(parts) >= 0

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 
 from detr.criterion import Losses
@@ -76,6 +77,26 @@ def test_the_predicted_end_is_told_as_soon_as_there_is_one() -> None:
     progress = read_progress(tracker.last_tags)
     assert progress is not None
     assert progress.ends is not None
+
+
+def test_an_evaluation_is_counted_for_the_predicted_end_without_the_wait_for_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, stalled = [0.0], [0.0]
+    monkeypatch.setattr("pipeline.meter.time.perf_counter", lambda: now[0])
+    forecast = Forecast(CONFIG, SCHEDULE, 50)
+    meter = Meter(SCHEDULE, Ranks(), None, lambda: stalled[0], forecast)
+    for _ in range(40):
+        meter.add(result(1.0), 10)
+    told(meter, FakeClock(forward=40.0), MemoryTracker(), 40)
+    before = forecast.remaining_s(40)
+    with meter.evaluating():
+        now[0], stalled[0] = 107.0, 7.0
+    assert before is not None
+    guess = before - (SCHEDULE.total_steps - 40) * 1.0
+    evaluations = forecast._evaluations_from(40)
+    assert guess != pytest.approx(evaluations * 100.0)
+    assert forecast.remaining_s(40) == pytest.approx(before - guess + evaluations * 100.0)
 
 
 def test_a_checkpoint_s_stall_is_its_own_and_not_the_optimizer_s() -> None:

@@ -1,9 +1,9 @@
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 
 from pipeline.report import metrics_table, runs_table
-from pipeline.standing import TAG_PROGRESS, Progress
+from pipeline.standing import TAG_PROGRESS, Progress, clock_time
 from pipeline.track import TAG_PHASE
 from shards.score import MASK_METRICS, METRICS
 
@@ -25,13 +25,18 @@ def test_the_figures_of_masks_stand_next_to_those_of_boxes() -> None:
 
 
 def test_the_end_is_listed_of_runs_that_are_going_on() -> None:
-    noon = datetime.now().astimezone().replace(hour=12, minute=5, second=9, microsecond=0)
-    tags = {TAG_PHASE: "training", TAG_PROGRESS: Progress(7, 0.5, noon.isoformat()).to_json()}
+    def tags(end: datetime) -> dict[str, str]:
+        return {TAG_PHASE: "training", TAG_PROGRESS: Progress(7, 0.5, end.isoformat()).to_json()}
+
+    end = datetime.now(UTC) + timedelta(hours=1)
+    past = end - timedelta(hours=2)  # its driver is gone
 
     def run(status: str, tags: dict[str, str]) -> Any:
         info = SimpleNamespace(run_id="0123456789", run_name="one", status=status, start_time=0)
         return SimpleNamespace(info=info, data=SimpleNamespace(tags=tags, metrics={}))
 
-    said = runs_table([run("RUNNING", tags), run("RUNNING", {}), run("FINISHED", tags)]).splitlines()
+    said = runs_table(
+        [run("RUNNING", tags(end)), run("RUNNING", {}), run("FINISHED", tags(end)), run("RUNNING", tags(past))]
+    ).splitlines()
     assert said[0].split()[-1] == "ends"
-    assert [line.split()[-1] for line in said[2:]] == ["12:05:09", "-", "-"]
+    assert [line.split()[-1] for line in said[2:]] == [clock_time(end).split()[-1], "-", "-", "-"]

@@ -117,14 +117,19 @@ def test_what_cannot_be_written_is_said_at_the_next_save_and_leaves_the_earlier_
     assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 1)
 
 
-def test_only_rank_0_s_clock_asks_for_a_save_and_starts_anew_with_each(tmp_path: Path) -> None:
-    run = made(1)
-    with open_saver(tmp_path, run[1], Ranks(), keep=9, every_minutes=0.3 / 60) as saver:
+def test_only_rank_0_s_clock_asks_for_a_save_and_starts_anew_with_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, now = made(1), [100.0]
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
+    with open_saver(tmp_path, run[1], Ranks(), keep=9, every_minutes=5) as saver:
+        now[0] += 299
         assert saver.asked() == Asked()
-        time.sleep(0.3)
+        now[0] += 1
         assert saver.asked() == Asked(save=True)
         saver.save(*run, meta(1))
         saver.finish()
+        now[0] += 299
         assert saver.asked() == Asked()
     for ranks, minutes in ((Ranks(), 0.0), (Ranks(1, 1), 1e-9)):
         with open_saver(tmp_path, run[1], ranks, keep=9, every_minutes=minutes) as saver:

@@ -1,4 +1,4 @@
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 
 import pytest
 
@@ -21,7 +21,10 @@ def test_the_time_that_is_left_is_told_in_two_units_at_most(seconds: float, said
 
 
 def test_the_end_is_told_by_this_machine_s_clock_with_the_day_where_it_is_another() -> None:
-    noon = datetime.now().astimezone().replace(hour=12, minute=5, second=9)
-    assert clock_time(noon.astimezone(UTC)) == "12:05:09"
-    assert clock_time(noon + timedelta(days=2)) == (noon + timedelta(days=2)).strftime("%a 12:05")
-    assert clock_time(noon + timedelta(days=40)) == (noon + timedelta(days=40)).strftime("%Y-%m-%d 12:05")
+    # A day at a time, as a change to summer time may lie between.
+    today, soon, late = (
+        datetime.combine(date.today() + timedelta(days=days), time(12, 5, 9)).astimezone(UTC) for days in (0, 2, 40)
+    )
+    assert clock_time(today) == "12:05:09"
+    assert clock_time(soon) == soon.strftime("%a 12:05")
+    assert clock_time(late) == late.strftime("%Y-%m-%d 12:05")
