@@ -87,6 +87,9 @@ def test_what_a_driver_left_is_evaluated_while_training_goes_on_and_a_killed_eva
     assert [point.value for point in client.get_metric_history(found.info.run_id, "evaluation/images")] == [
         5.0
     ] * EPOCHS
+    images = [one.path for one in client.list_artifacts(found.info.run_id, "images") if one.path.endswith(".png")]
+    drawn = [path.split("+")[2] for path in images if path.startswith("images/curves~precision_recall+step+")]
+    assert sorted(map(int, drawn)) == sorted(expected)
     best = max(expected, key=lambda step: (expected[step]["AP"], step))
     assert checkpoint.read_meta(outcome.best).step == best
     assert outcome.metrics == pytest.approx(expected[best], abs=1e-6)
