@@ -33,6 +33,8 @@ from pipeline.errors import RunConfigError, first_line
 from pipeline.parallel import Ranks
 from pipeline.restricted import RestrictedReader
 from shards import storage
+from shards.errors import ShardError
+from shards.retry import StoreError, hurried
 
 META = "meta.json"
 PARTIAL = ".partial"
@@ -72,12 +74,22 @@ def home_of(store: str, run_folder: Path) -> Location:
 def check(store: str) -> None:
     """Write a small file below the store's URL and remove it, before anything depends on it.
 
-    Raises `ShardError` where access is denied and `RunConfigError` where it cannot be written for another reason.
+    Raises `RunConfigError` where it cannot be, after a few attempts only: a person waits for the answer.
     """
-    probe = storage.join(store, f".detr-{secrets.token_hex(8)}")
+    if store.startswith("memory://"):
+        raise RunConfigError(
+            f"checkpoint.store {store} is the memory of each process, and what is saved there is lost with it; expected a "
+            "folder or URL that this machine and every worker may write: give another --checkpoint.store"
+        )
+    name = f".detr-{secrets.token_hex(8)}"
+    probe = storage.join(store, name)
     try:
-        storage.write(probe, b"may checkpoints be written here?")
-        storage.remove(probe)
+        with hurried():
+            storage.write(probe, b"may checkpoints be written here?")
+            storage.remove(probe)
+    except (StoreError, ShardError) as error:
+        # It begins with the address, says what to do, and is to name the store and not this file.
+        raise RunConfigError(f"checkpoint.store {str(error).replace('/' + name, '')}") from None
     except OSError as error:
         raise RunConfigError(
             f"checkpoint.store {store} cannot be written ({first_line(error)}); expected a folder or URL that this machine "

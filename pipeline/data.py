@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pipeline.config import DataConfig
 from pipeline.errors import RunConfigError
 from shards.cache import CacheConfig, cache_for
+from shards.errors import OtherFormatError, ShardError
 from shards.manifest import ANNOTATIONS_NAME, IMAGES_NAME, Manifest, load_manifest
 from shards.room import GIB, size_text
 
@@ -12,7 +15,17 @@ from shards.room import GIB, size_text
 def open_data(config: DataConfig) -> tuple[Manifest, Manifest]:
     """The manifests of training and validation, read through the cache that the run asks for."""
     cache = CacheConfig(config.cache, config.cache_gib)
-    return load_manifest(config.train, cache), load_manifest(config.val, cache)
+    try:
+        return load_manifest(config.train, cache), load_manifest(config.val, cache)
+    except OtherFormatError as error:
+        folder = Path(config.train).parent
+        # Where they were made together they have their source beside them; a person's own data is not to be deleted.
+        if not (config.built_in and folder == Path(config.val).parent and (folder / "source").is_dir()):
+            raise
+        said = str(error).rpartition(": ")[0]
+        raise ShardError(
+            f"{said}; the built-in data is made where it is absent: delete {folder} and start again"
+        ) from None
 
 
 def check_cache(config: DataConfig, train: Manifest, val: Manifest) -> None:

@@ -60,6 +60,7 @@ def run_workers(
 
     _connect_ray(ray, config, address, verbose)
     try:
+        _check_resources(ray, config, address)
         gpu = _use_gpu(ray, config)
         fewest, most = config.cluster.fewest, config.cluster.workers
         count = f"{fewest} to {most}" if fewest < most else f"{most}"
@@ -141,23 +142,25 @@ def _connect_ray(ray: Any, config: RunConfig, address: str | None, verbose: bool
             raise TrainingError(
                 f"no Ray cluster answers at {address} ({first_line(error)}); expected a running one: check --address"
             ) from None
-    if address:
-        _check_resources(ray, config)
 
 
-def _check_resources(ray: Any, config: RunConfig) -> None:
-    """A cluster that can never fit the workers would wait for ever."""
+def _check_resources(ray: Any, config: RunConfig, address: str | None) -> None:
+    """A cluster that can never fit the workers would wait for ever. One that was started here has CPUs as asked for."""
     have = ray.cluster_resources()
-    fewest = config.cluster.fewest
-    need = {"CPU": fewest * config.cluster.cpus_per_worker}
-    need |= {"GPU": fewest} if config.cluster.gpu == "yes" else {}
-    for kind, count in need.items():
-        if have.get(kind, 0) < count:
-            flag = "--cluster.min-workers" if config.cluster.min_workers else "--cluster.workers"
-            raise RunConfigError(
-                f"the cluster has {have.get(kind, 0):g} {kind}s but {fewest} workers need {count}; "
-                f"expected at least as many: lower {flag} or add nodes"
-            )
+    fewest, gpus, cpus = config.cluster.fewest, int(have.get("GPU", 0)), int(have.get("CPU", 0))
+    flag = "--cluster.min-workers" if config.cluster.min_workers else "--cluster.workers"
+    if config.cluster.gpu == "yes" and gpus < fewest:
+        raise RunConfigError(
+            f"{'the cluster' if address else 'this machine'} has {gpus} GPUs but {fewest} workers need one each; expected as "
+            f"many: name {'another' if address else 'a'} cluster with --address, lower {flag}, or train on CPUs with "
+            "--cluster.gpu no, or try two small steps with --smoke"
+        )
+    needed = fewest * config.cluster.cpus_per_worker
+    if address and cpus < needed:
+        raise RunConfigError(
+            f"the cluster has {cpus} CPUs but {fewest} workers need {needed}; expected at least as many: lower {flag} or add "
+            "nodes"
+        )
 
 
 def _use_gpu(ray: Any, config: RunConfig) -> bool:

@@ -84,7 +84,7 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, R
 def check_storage(config: RunConfig) -> None:
     """Fail before a run exists that could not be saved. Raises one of `USER_ERRORS`."""
     _check_folder(Path(config.storage), "storage")
-    store = config.checkpoint.store
+    store = config.checkpoint.store and storage.absolute(config.checkpoint.store)
     path = storage.local_path(store)
     if path is None:
         checkpoint_store.check(store)
@@ -98,9 +98,9 @@ def _check_folder(folder: Path, name: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
+        problem = "is a file" if folder.is_file() else f"cannot be written ({error.strerror})"
         raise RunConfigError(
-            f"{name} {folder} cannot be written ({error.strerror}); expected a folder that every worker may write: "
-            f"give another --{name}"
+            f"{name} {folder} {problem}; expected a folder that every worker may write: give another --{name}"
         ) from None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -31,10 +31,15 @@ State = dict[str, Any]
 
 @contextmanager
 def open_saver(
-    home: Location, optimizer: torch.optim.Optimizer, ranks: Ranks, keep: int, every_minutes: float = 0
+    home: Location,
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks,
+    keep: int,
+    every_minutes: float = 0,
+    saved: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Saver]:
     """A saver for the run at `home`, whose last checkpoint is whole when the block ends; a collective call."""
-    saver = Saver(home, optimizer, ranks, keep, every_minutes)
+    saver = Saver(home, optimizer, ranks, keep, every_minutes, saved)
     try:
         yield saver
         saver.finish()
@@ -48,14 +53,21 @@ class Saver:
     home: see `pipeline/checkpoint.py`.
     keep: how many of the newest stay, beside the best and the milestones.
     every_minutes: rank 0 asks for a save when the last one began so long ago; 0 for never.
+    saved: called by rank 0 with the step of each checkpoint that is whole.
     stalled_s: seconds that training has waited for it.
     """
 
     def __init__(
-        self, home: Location, optimizer: torch.optim.Optimizer, ranks: Ranks, keep: int, every_minutes: float = 0
+        self,
+        home: Location,
+        optimizer: torch.optim.Optimizer,
+        ranks: Ranks,
+        keep: int,
+        every_minutes: float = 0,
+        saved: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.stalled_s = 0.0
-        self.home, self._keep, self._device = home, keep, ranks.device
+        self.home, self._keep, self._device, self._saved = home, keep, ranks.device, saved
         self._every_s = every_minutes * 60 if ranks.first and every_minutes else math.inf
         self._last = time.monotonic()
         # Training's collectives go on meanwhile: two threads must not share a group.
@@ -135,7 +147,14 @@ class Saver:
         return staged
 
     def _write(self, copy: Future[State], meta: Meta) -> None:
-        checkpoint.write(self.home, copy.result(), meta, self._ranks)
+        path = checkpoint.write(self.home, copy.result(), meta, self._ranks)
+        try:
+            on_first(self._ranks, lambda: self._saved(meta.step))
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint {path} is whole, but that could not be noted in the run's folder ({first_line(error)}); "
+                "free disk space there and let it be written to, then `detr resume`"
+            ) from error
         try:
             on_first(self._ranks, lambda: checkpoint.prune(self.home, self._keep))
         except OSError as error:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import checkpoint
+from pipeline import checkpoint, saved
 from pipeline.asynchronous import SPOOL
 from pipeline.checkpoint_store import Location, home_of
 from pipeline.config import RunConfig, from_json, to_json
@@ -83,9 +83,9 @@ def train(config: RunConfig, launch: Launch | None = None) -> Outcome:
 
     launch = launch or Launch()
     check(config)
+    check_storage(config)
     client = connect()
     config, ready = prepare(config, launch.say)
-    check_storage(config)
     total = ready.schedule.total_steps
     run_id = create_run(
         client,
@@ -128,7 +128,7 @@ def resume(name: str, changes: Changes | None = None, launch: Launch | None = No
     run_id, folder = str(run.info.run_id), Path(run.data.tags[TAG_FOLDER])
     original = from_json(read_config(client, run_id))
     home = home_of(original.checkpoint.store, folder)
-    newest = checkpoint.newest(home)
+    newest = saved.newest(home, folder)
     if newest is None and not (folder / INITIAL_NAME).exists():
         raise CheckpointError(f"{home} holds no checkpoint of run {name}; expected one: is its storage mounted here?")
     config = changes.of(original)

@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 from detr.batch import Batch
-from pipeline import checkpoint
+from pipeline import checkpoint, saved
 from pipeline.boundaries import next_boundary
 from pipeline.checkpoint_store import home_of
 from pipeline.config import RunConfig
@@ -63,7 +64,7 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None, 
     check_cache(config.data, train, val)
     # Rank 0 decides for all: another rank could look a moment later, or at a folder that is not yet in sync.
     home = home_of(config.checkpoint.store, place.folder)
-    newest = ranks.gather(checkpoint.newest(home) if ranks.first else None)[0]
+    newest = ranks.gather(saved.newest(home, place.folder) if ranks.first else None)[0]
     meta = None if newest is None else checkpoint.read_meta(newest)
     origin = continuation(meta, config, train, place.accept_change).origin
     schedule = Schedule(config.optim, train.images, config.data.epoch_tail, origin)
@@ -74,7 +75,14 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None, 
     # One stream to the end: neither checkpoints nor evaluations nor ends of epochs stop its threads.
     with (
         closing(training_batches(train, config, schedule, ranks, state.step, schedule.total_steps)) as batches,
-        open_saver(home, state.optimizer, ranks, config.checkpoint.keep, config.checkpoint.every_minutes) as saver,
+        open_saver(
+            home,
+            state.optimizer,
+            ranks,
+            config.checkpoint.keep,
+            config.checkpoint.every_minutes,
+            partial(saved.note, place.folder),
+        ) as saver,
     ):
         watch = StopWatch(place.folder, overseer).asked if ranks.first else Asked
         guard = Guard(place.folder, config.guard, ranks, tracker, saver)

@@ -8,6 +8,10 @@ class ShardError(Exception):
     """
 
 
+class OtherFormatError(ShardError):
+    """A data set was written by a version of this package whose format is another."""
+
+
 class BadSampleError(ShardError):
     """The bytes of one sample are not those that were written, or are no picture; the message names it."""
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from shards import storage
 from shards.cache import CacheConfig, cache_for
-from shards.errors import ShardError
+from shards.errors import OtherFormatError, ShardError
 from shards.index import ANNOTATION_DTYPE, IMAGE_DTYPE, Index, Records, contradiction
 from shards.listed import File, load_listed, read_listed
 
@@ -172,7 +172,7 @@ def _parse(content: bytes, path: str) -> Manifest:
     try:
         version = msgspec.json.decode(content, type=_Version).format
         if version != FORMAT:
-            raise ShardError(
+            raise OtherFormatError(
                 f"{path}: got format {version}, expected {FORMAT}: write the data set again with this version"
             )
         manifest = msgspec.json.decode(content, type=Manifest)

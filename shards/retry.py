@@ -7,7 +7,9 @@ import errno
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 from shards.errors import ShardError, one_line
@@ -20,6 +22,8 @@ T = TypeVar("T")
 ATTEMPTS = 8
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 15.0
+HURRIED_ATTEMPTS = 3
+_hurried: ContextVar[bool] = ContextVar("hurried", default=False)
 
 # What a store says of a request that is wrong in itself (s3fs gives its answers such numbers).
 _REFUSED = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG}
@@ -31,13 +35,24 @@ class StoreError(OSError):
     """A store that gave no good answer, however often it was asked; asking later may mend it."""
 
 
+@contextmanager
+def hurried() -> Iterator[None]:
+    """Inside the block this thread asks ``HURRIED_ATTEMPTS`` times: where a person waits to hear whether an address is right."""
+    token = _hurried.set(True)
+    try:
+        yield
+    finally:
+        _hurried.reset(token)
+
+
 def patiently(ask: Callable[[], T], url: str) -> T:
     """What ``ask`` returns, asked again while the store's error may pass.
 
-    Raises ShardError at once where access is denied or the request refused, StoreError after ``ATTEMPTS`` attempts,
+    Raises ShardError at once where access is denied or the request refused, StoreError after ``ATTEMPTS`` attempts (see ``hurried``),
     each naming the url in one line; FileNotFoundError passes, because what an absent file means only the caller knows.
     """
-    for attempt in range(1, ATTEMPTS + 1):
+    attempts = min(HURRIED_ATTEMPTS, ATTEMPTS) if _hurried.get() else ATTEMPTS
+    for attempt in range(1, attempts + 1):
         try:
             return ask()
         except (FileNotFoundError, ShardError):
@@ -59,13 +74,13 @@ def patiently(ask: Callable[[], T], url: str) -> T:
                 ) from error
             if _refused(error):
                 raise ShardError(f"{url}: refused ({said}); check the address") from error
-            if attempt == ATTEMPTS:
+            if attempt == attempts:
                 raise StoreError(
-                    f"{url}: no good answer in {ATTEMPTS} attempts; check the address (for S3 also AWS_ENDPOINT_URL_S3) and "
+                    f"{url}: no good answer in {attempts} attempts; check the address (for S3 also AWS_ENDPOINT_URL_S3) and "
                     f"the network, then try again ({said})"
                 ) from error
             wait_s = min(FIRST_WAIT_S * 2 ** (attempt - 1), LONGEST_WAIT_S) * random.uniform(0.5, 1)
-            LOG.warning("%s: %s; attempt %d of %d in %.1f s", url, said, attempt + 1, ATTEMPTS, wait_s)
+            LOG.warning("%s: %s; attempt %d of %d in %.1f s", url, said, attempt + 1, attempts, wait_s)
             time.sleep(wait_s)
     raise AssertionError("unreachable")
 

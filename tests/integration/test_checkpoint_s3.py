@@ -19,7 +19,6 @@ from pipeline.meta import Meta
 from pipeline.parallel import Ranks, distribute, unwrap
 from pipeline.saving import open_saver
 from shards import retry, storage
-from shards.errors import ShardError
 from tests.ranks import run_ranks
 from tests.s3_server import S3Server
 
@@ -172,7 +171,29 @@ def test_wrong_credentials_and_an_absent_bucket_are_one_line_before_a_run_starts
     with monkeypatch.context() as patch:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "another")
         fsspec.filesystem("s3").clear_instance_cache()
-        with pytest.raises(ShardError, match=r"access denied .*expected credentials that allow it") as denied:
+        with pytest.raises(
+            RunConfigError,
+            match=r"^checkpoint\.store s3://sets/runs: access denied .*expected credentials that allow it",
+        ) as denied:
             checkpoint_store.check("s3://sets/runs")
     fsspec.filesystem("s3").clear_instance_cache()
     assert "\n" not in str(denied.value)
+
+
+def test_a_store_that_does_not_answer_is_one_line_within_seconds(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = time.perf_counter()
+    server.stop()
+    try:
+        with pytest.raises(RunConfigError) as caught:
+            checkpoint_store.check("s3://sets/runs/")
+    finally:
+        server.start()
+    assert time.perf_counter() - start < 10
+    said = str(caught.value)
+    assert said.startswith("checkpoint.store s3://sets/runs: no good answer in 3 attempts; check the address")
+    assert said.endswith('/sets/runs")')  # with the endpoint, whole, that was asked
+    assert said.count("s3://") == 1
+    assert "\n" not in said
+    assert ".detr-" not in said

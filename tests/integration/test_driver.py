@@ -112,6 +112,28 @@ def test_another_batch_size_is_refused_until_it_is_accepted_and_then_noted(
     assert checkpoint.read_meta(checkpoint.folder_of(folder, 8)).samples == 38
 
 
+def test_a_run_is_not_begun_anew_where_its_store_is_gone(
+    short_config: RunConfig, store: str, launch: Launch, workers: Callable[..., None], tmp_path: Path
+) -> None:
+    kept, away = tmp_path / "kept", tmp_path / "away"
+    workers(None)
+    train(replace(short_config, checkpoint=replace(short_config.checkpoint, store=str(kept))), launch)
+    kept.rename(away)
+    with pytest.raises(CheckpointError, match=rf"^{kept}/tiny-\w+ .* has saved step \d+ there: is its storage mounted"):
+        resume("tiny", Changes(epochs=2), launch)
+    away.rename(kept)
+    assert resume("tiny", Changes(epochs=2), launch).version == "2"
+
+
+def test_a_store_is_tried_before_data_and_model_are_made_ready(
+    short_config: RunConfig, store: str, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.preflight.prepare", lambda *_: pytest.fail("made ready"))
+    config = replace(short_config, checkpoint=replace(short_config.checkpoint, store="foo://bar"))
+    with pytest.raises(RunConfigError, match=r"^checkpoint\.store foo://bar: "):
+        train(config, launch)
+
+
 def test_storage_that_cannot_be_written_is_found_before_a_run_exists(
     short_config: RunConfig, store: str, launch: Launch, tmp_path: Path
 ) -> None:

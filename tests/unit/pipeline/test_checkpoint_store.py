@@ -170,9 +170,23 @@ def test_a_store_is_tried_before_a_run_exists(
     def stored(store: str) -> RunConfig:
         return replace(tiny_config, storage=str(tmp_path), checkpoint=replace(tiny_config.checkpoint, store=store))
 
-    check_storage(stored("memory://bucket/runs"))
-    assert storage.listing("memory://bucket/runs") == {}
+    with pytest.raises(RunConfigError, match=r"^checkpoint.store memory://bucket/runs is the memory of each process"):
+        check_storage(stored("memory://bucket/runs"))
+    with monkeypatch.context() as patch:
+        kept: dict[str, bytes] = {}
+        tried: list[str] = []
+        patch.setattr(storage, "write", lambda url, content: (tried.append(url), kept.update({url: content})))
+        patch.setattr(storage, "remove", kept.pop)
+        check_storage(stored("s3://bucket/runs"))
+        assert [url.rpartition("/")[0] for url in tried] == ["s3://bucket/runs"]
+        assert kept == {}
     (tmp_path / "file").write_text("")
+    with pytest.raises(RunConfigError, match=r"^checkpoint.store .*/file is a file; expected a folder"):
+        check_storage(stored(str(tmp_path / "file")))
+    with pytest.raises(
+        RunConfigError, match=r"^checkpoint.store foo://bar: cannot be reached: .*expected a path or a URL"
+    ):
+        check_storage(stored("foo://bar"))
     with pytest.raises(
         RunConfigError, match=r"^checkpoint.store .*file/x cannot be written .*give another --checkpoint"
     ):
@@ -182,15 +196,15 @@ def test_a_store_is_tried_before_a_run_exists(
         raise FileNotFoundError("The specified bucket does not exist")
 
     monkeypatch.setattr(storage, "write", absent)
-    with pytest.raises(
-        RunConfigError, match=r"^checkpoint.store memory://bucket/runs cannot be written .*bucket does not"
-    ):
-        checkpoint_store.check("memory://bucket/runs")
+    with pytest.raises(RunConfigError, match=r"^checkpoint.store s3://bucket/runs cannot be written .*bucket does not"):
+        checkpoint_store.check("s3://bucket/runs")
     monkeypatch.chdir(tmp_path)
     config, _ = prepare(stored("kept"), lambda _: None)
     assert config.checkpoint.store == str(tmp_path / "kept")
     with pytest.raises(ShardError, match="holds a password"):
         prepare(stored("s3://me:secret@host/runs"), lambda _: None)
+    with pytest.raises(ShardError, match="holds a password"):
+        check_storage(stored("s3://me:secret@host/runs"))
 
 
 def test_a_run_that_was_killed_goes_on_from_the_store(tiny_config: RunConfig, home: Url, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pipeline.data import check_cache, check_cache_limit, check_room, open_data
 from pipeline.errors import RunConfigError
 from shards import cache as caching
 from shards import room
+from shards.errors import ShardError
 from shards.listed import File
 from shards.manifest import ANNOTATIONS_NAME, IMAGES_NAME, Manifest, Shard
 from shards.room import GIB, size_text
@@ -42,6 +43,22 @@ def test_both_data_sets_are_read_through_the_cache_of_the_run(config: DataConfig
     train, val = open_data(replace(config, cache_gib=3))
     assert train.cache == val.cache == caching.CacheConfig(str(tmp_path / "kept"), 3)
     assert train.url == config.train
+
+
+@pytest.mark.parametrize("built_in", [True, False])
+def test_built_in_data_of_another_format_says_what_to_delete(tmp_path: Path, built_in: bool) -> None:
+    config = DataConfig(train=str(tmp_path / "train"), val=str(tmp_path / "val"), built_in=built_in)
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text('{"format": 1}')
+    said = r"train/manifest.json: got format 1, expected 2"
+    with pytest.raises(ShardError, match=rf"{said}: write the data set again"):
+        open_data(config)  # a person's own data has no source beside it, and is not to be deleted
+    (tmp_path / "source").mkdir()
+    advice = rf"; the built-in data .* delete {tmp_path} and start again$" if built_in else ": write the data set again"
+    with pytest.raises(ShardError, match=said + advice) as caught:
+        open_data(config)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("check", [check_cache, check_cache_limit])

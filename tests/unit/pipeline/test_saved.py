@@ -1,0 +1,53 @@
+"""A run that saved before begins anew only where a person says so."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline import checkpoint, saved
+from pipeline.config import RunConfig
+from pipeline.errors import CheckpointError
+from pipeline.parallel import Ranks
+from pipeline.track import MemoryTracker
+from pipeline.worker import run
+from tests.unit.pipeline.test_worker import Kill, KillingTracker, start
+
+
+def stored(config: RunConfig, store: Path) -> RunConfig:
+    return replace(config, checkpoint=replace(config.checkpoint, every_steps=2, store=str(store)))
+
+
+def losses(tracker: MemoryTracker) -> list[int]:
+    return [step for name, _, step in tracker.points if name == "train/loss"]
+
+
+def test_workers_that_start_again_without_the_store_refuse_to_begin_anew(
+    tiny_config: RunConfig, tmp_path: Path
+) -> None:
+    store, away = tmp_path / "store", tmp_path / "away"
+    config, place = stored(tiny_config, store), start(tiny_config, tmp_path / "tiny-1")
+    with pytest.raises(Kill):
+        run(config, place, Ranks(), KillingTracker("train", 4))
+    store.rename(away)
+    tracker = MemoryTracker()
+    with pytest.raises(
+        CheckpointError, match=r"store/tiny-1 .* has saved step 3 there: is its storage mounted"
+    ) as caught:
+        run(config, place, Ranks(), tracker)
+    assert "\n" not in str(caught.value)
+    assert tracker.points == []
+    assert not store.exists()
+    away.rename(store)
+    run(config, place, Ranks(), tracker)
+    assert losses(tracker) == [4, 5, 6]
+    assert saved.newest(store / "tiny-1", place.folder) == checkpoint.folder_of(store / "tiny-1", 6)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tiny_config: RunConfig, tmp_path: Path) -> None:
+    config, place = stored(tiny_config, tmp_path / "store"), start(tiny_config, tmp_path / "tiny-1")
+    with pytest.raises(Kill):
+        run(config, place, Ranks(), KillingTracker("train", 2))
+    tracker = MemoryTracker()
+    run(config, place, Ranks(), tracker)
+    assert losses(tracker) == [1, 2, 3, 4, 5, 6]
