@@ -119,9 +119,11 @@ def test_a_run_is_not_begun_anew_where_its_store_is_gone(
     workers(None)
     train(replace(short_config, checkpoint=replace(short_config.checkpoint, store=str(kept))), launch)
     kept.rename(away)
+    workers(AssertionError("the workers were started"))
     with pytest.raises(CheckpointError, match=rf"^{kept}/tiny-\w+ .* has saved step \d+ there: is its storage mounted"):
         resume("tiny", Changes(epochs=2), launch)
     away.rename(kept)
+    workers(None)
     assert resume("tiny", Changes(epochs=2), launch).version == "2"
 
 
