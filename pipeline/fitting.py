@@ -1,7 +1,8 @@
 """Ray Train's fit in a thread, while the main thread watches the run and hears who wants it to stop.
 
 The first Ctrl-C or SIGTERM asks the workers to save after the step they are at (`pipeline/stopping.py`). A second one, or
-none of them answering in time, ends them at once, which costs the steps since the last checkpoint.
+none of them answering in time, ends them at once, which costs the steps since the last checkpoint. Whatever fails from
+then on is part of the stop: a scheduler that signals all processes of a job ends Ray and its workers as well.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,19 @@ _FATAL = "fatal.json"
 _LOOK_S = 0.2
 
 
-def fit_and_follow(fit: Callable[[], Any], run_id: str, folder: Path, say: Callable[[str], None]) -> None:
+@dataclass(frozen=True)
+class Workers:
+    """What the driver knows of the workers without asking them. By default nothing."""
+
+    gone: Callable[[], bool] = lambda: False
+    """Whether they have ended for certain, although `fit` may not have noticed."""
+    saved: Callable[[], int | None] = lambda: None
+    """The newest step that is saved."""
+
+
+def fit_and_follow(
+    fit: Callable[[], Any], run_id: str, folder: Path, say: Callable[[str], None], workers: Workers | None = None
+) -> None:
     """Call `fit` and follow the run on stderr until it returns.
 
     Raises `Interrupted` where the run was stopped, `TrainingError` in the workers' own words where it failed; an error
@@ -40,9 +54,11 @@ def fit_and_follow(fit: Callable[[], Any], run_id: str, folder: Path, say: Calla
     fitting: Future[None] = Future()
     with _following(run_id), _signals() as heard:
         threading.Thread(target=_fill, args=(fitting, fit), name="fit", daemon=True).start()
-        _wait(fitting, folder, heard, say)
+        _wait(fitting, folder, heard, say, workers or Workers())
     _raise_fatal(folder)
     if error := fitting.exception():
+        if heard:
+            raise Interrupted("interrupted") from error
         raise TrainingError(_explain(error, folder)) from error
     if asked_to_stop(folder):
         raise Interrupted("stopped at a checkpoint")
@@ -56,7 +72,7 @@ def leave_word(folder: Path, message: str, rank: int) -> None:
         aside.rename(folder / _FATAL)
 
 
-def _wait(fitting: Future[None], folder: Path, heard: list[int], say: Callable[[str], None]) -> None:
+def _wait(fitting: Future[None], folder: Path, heard: list[int], say: Callable[[str], None], workers: Workers) -> None:
     """Until fit is over; raises where the workers are to be ended."""
     deadline = None
     while not fitting.done():
@@ -68,8 +84,18 @@ def _wait(fitting: Future[None], folder: Path, heard: list[int], say: Callable[[
             ask_to_stop(folder)
             say("stopping: the workers save after the step they are at; once more ends them at once")
             deadline = time.monotonic() + GRACE_S
-        if len(heard) > 1 or (deadline is not None and time.monotonic() > deadline):
+        if deadline is not None and time.monotonic() > deadline:
+            say(f"the workers did not answer within {GRACE_S:g} s: {_kept(workers.saved())}")
             raise Interrupted("interrupted")
+        if heard and workers.gone():
+            say(f"the workers ended before they could save: {_kept(workers.saved())}")
+            raise Interrupted("interrupted")
+        if len(heard) > 1:
+            raise Interrupted("interrupted")
+
+
+def _kept(step: int | None) -> str:
+    return "no step is saved yet" if step is None else f"the newest saved step is {step}"
 
 
 def _fill(fitting: Future[None], fit: Callable[[], Any]) -> None:

@@ -31,7 +31,10 @@ class RunView:
         self._bar: Any = None
         self._live = stream.isatty()
         self._told: Progress | None = None
-        self._evaluated = -1.0
+        self._evaluated: float | None = None
+        # The figures that an attempt before left, as long as this one has none of its own.
+        self._stale: Progress | None = None
+        self._last: tuple[Progress, int, float, dict[str, float]] | None = None
         self._said = ""
         self._warnings: dict[str, str] | None = None
 
@@ -41,15 +44,26 @@ class RunView:
         total, epochs = int(tags.get(TAG_TOTAL_STEPS, 0)), float(tags.get(TAG_EPOCHS, 1))
         progress = read_progress(tags)
         phase = tags.get(TAG_PHASE, "starting")
+        evaluated = metrics.get("evaluation/epoch", -1.0)
+        first = self._evaluated is None
+        if self._evaluated is None:
+            # Of before this view was opened: where the run stands is said once, below.
+            self._evaluated = evaluated
+        if phase.startswith("starting"):
+            self._stale = self._told = progress
+        fresh = progress if progress != self._stale else None
         if self._live:
-            self._update_bar(progress or Progress(0, 0.0), total, epochs, phase, metrics)
+            self._update_bar(fresh or Progress(0, 0.0), total, epochs, phase, metrics if fresh else {})
         elif phase.split(" ")[0] != self._said and phase.startswith("starting"):
             self._said = phase.split(" ")[0]
             self._line(f"{phase} ...")
         self._warn({name: text for name, text in tags.items() if name.startswith((TAG_WARNING, TAG_RESIZED))})
-        if progress and "train/loss" in metrics:
-            self._tell_epochs(progress, total, epochs, metrics)
-        evaluated = metrics.get("evaluation/epoch", -1.0)
+        if fresh and "train/loss" in metrics:
+            self._last = fresh, total, epochs, dict(metrics)
+            if first:
+                self._tell_standing(phase == "training")
+            else:
+                self._tell_epochs(fresh, total, epochs, metrics)
         if evaluated > self._evaluated and "val/AP" in metrics:
             self._evaluated = evaluated
             told = f"AP {metrics['val/AP']:.3f}  AP50 {metrics.get('val/AP50', -1):.3f}  AP75 {metrics.get('val/AP75', -1):.3f}"
@@ -62,14 +76,26 @@ class RunView:
         before = int(self._told.epoch + 1e-9) if self._told else 0
         now = int(progress.epoch + 1e-9)
         if now <= before:
+            if self._told and progress.step < self._told.step:
+                self._told = progress  # gone on from an earlier checkpoint: its epochs end again
             return
         self._told = progress
         ended = f"{now:>3}" if now == before + 1 or before == 0 else f"{before + 1}-{now}".rjust(3)
         said = "  ".join(_figures(progress, metrics))
         self._line(f"epoch {ended}/{epochs:g}  step {progress.step:>6}/{total}  {said}")
 
+    def _tell_standing(self, goes_on: bool) -> None:
+        """A line of the last state, unless the last line was; with the forecast where the run goes on."""
+        if self._last is None or (self._told and self._told.step == self._last[0].step):
+            return
+        progress, total, epochs, metrics = self._last
+        self._told = progress
+        said = "  ".join(_figures(progress if goes_on else Progress(progress.step, progress.epoch), metrics))
+        self._line(f"epoch {progress.epoch:>3.1f}/{epochs:g}  step {progress.step:>6}/{total}  {said}")
+
     def close(self) -> None:
-        """Leave the terminal clean."""
+        """Say where the run has come to, where that is news, and leave the terminal clean."""
+        self._tell_standing(goes_on=False)
         if self._bar is not None:
             self._bar.close()
 

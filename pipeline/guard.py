@@ -26,7 +26,7 @@ from pipeline.errors import TrainingError
 from pipeline.parallel import Ranks
 from pipeline.saving import Saver
 from pipeline.step import Diverged
-from pipeline.track import Tracker
+from pipeline.track import TAG_WARNING, Tracker
 
 
 class Guard:
@@ -58,22 +58,33 @@ class Guard:
         if self._tracker:
             self._tell(event, count)
         if policy == "stop":
-            raise event
+            raise Diverged(f"{event}; {self._kept(event)}", event.step, event.record, event.asked)
         if count > allowed:
-            raise TrainingError(f"{event}; this is event {count}, and guard.max_events allows {allowed}")
+            raise TrainingError(
+                f"{event}; this is event {count}, and guard.max_events allows {allowed}; {self._kept(event)}"
+            )
         if policy == "rollback":
             self._saver.finish()
             home = self._saver.home
             newest = self._ranks.gather(checkpoint.newest(home) if self._ranks.first else None)[0]
             if newest is None:
-                raise TrainingError(f"{event}; there is no checkpoint to go back to: lower --checkpoint.every-steps")
+                raise TrainingError(
+                    f"{event}, or leave such steps out (--guard.policy skip): there is no checkpoint to go back to yet; "
+                    f"{self._kept(event)}"
+                )
             checkpoint.load(newest, model, optimizer, self._ranks, averages)
+
+    def _path(self, event: Diverged) -> Path:
+        # One file per step: a step that a resumed run meets again is the same event.
+        return self._folder / f"step-{event.step:08d}.json"
+
+    def _kept(self, event: Diverged) -> str:
+        return f"kept in {self._path(event)}"
 
     def _note(self, event: Diverged) -> None:
         self._folder.mkdir(exist_ok=True)
         record = {"step": event.step, "policy": self._config.policy, "said": str(event)} | event.record
-        # One file per step: a step that a resumed run meets again is the same event.
-        path = self._folder / f"step-{event.step:08d}.json"
+        path = self._path(event)
         aside = path.with_suffix(".partial")
         aside.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2))
         aside.rename(path)
@@ -82,6 +93,12 @@ class Guard:
         assert self._tracker
         self._tracker.metrics({"guard/events": float(count)}, event.step)
         self._tracker.tags({"detr.guard": f"{count} {self._config.policy}: {event}"[:500]})
+        if self._config.policy != "stop" and count <= self._config.max_events:
+            done = "left out" if self._config.policy == "skip" else "left out and the newest checkpoint taken"
+            # A tag for each, so that none is lost between two looks of who watches.
+            name = f"{TAG_WARNING}.guard.{count}"
+            told = f"step {event.step} {done}: {event.reason[:400]} ({count} of {self._config.max_events})"
+            self._tracker.tags({name: told})
         rows = self._records(event.step)
         columns = {name: [str(row.get(name, "")) for row in rows] for name in ("step", "policy", "grad_norm", "said")}
         self._tracker.table("guard_events.json", columns)

@@ -13,10 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline import checkpoint
 from pipeline.asynchronous import evaluator_on_ray
+from pipeline.checkpoint_store import home_of
 from pipeline.config import RunConfig, to_json
 from pipeline.errors import RunConfigError, TrainingError, first_line
-from pipeline.fitting import fit_and_follow
+from pipeline.fitting import Workers, fit_and_follow
+from pipeline.local_ray import LocalRay
 from pipeline.mlflow_store import code_commit, tracking_uri
 from pipeline.ray_worker import train_in_ray
 
@@ -58,7 +61,10 @@ def run_workers(
 
     from pipeline.controller import GroupNotes
 
-    _connect_ray(ray, config, address, verbose)
+    local = LocalRay()
+    with local.outside_the_group():
+        _connect_ray(ray, config, address, verbose)
+    workers = Workers(local.gone, lambda: _saved(config, folder))
     try:
         _check_resources(ray, config, address)
         gpu = _use_gpu(ray, config)
@@ -95,12 +101,17 @@ def run_workers(
         )
         if config.evaluate.asynchronous:
             evaluator = evaluator_on_ray(config, job, gpu, say)
-            fit_and_follow(evaluator.around(trainer.fit), run_id, folder, say)
+            fit_and_follow(evaluator.around(trainer.fit), run_id, folder, say, workers)
             evaluator.raise_failure()
         else:
-            fit_and_follow(trainer.fit, run_id, folder, say)
+            fit_and_follow(trainer.fit, run_id, folder, say, workers)
     finally:
         ray.shutdown()
+
+
+def _saved(config: RunConfig, folder: Path) -> int | None:
+    path = checkpoint.newest(home_of(config.checkpoint.store, folder))
+    return None if path is None else checkpoint.read_meta(path).step
 
 
 def authenticate() -> None:

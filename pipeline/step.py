@@ -42,6 +42,9 @@ RANDOMNESS = "1: dropout from torch.manual_seed((seed * 1000003 + step) * 4099 +
 """The rule that `train_step` seeds by, for checkpoints to name: change the number with it."""
 
 
+_REMEDY = "lower --optim.lr or look at these images"
+
+
 class StepResult(NamedTuple):
     """A step's figures, on the device: losses of this rank (its share of the global loss), total gradient norm.
 
@@ -62,6 +65,11 @@ class Diverged(TrainingError):
     def __init__(self, message: str, step: int, record: dict[str, Any], asked: Asked = NOTHING) -> None:
         super().__init__(message)
         self.step, self.record, self.asked = step, record, asked
+
+    @property
+    def reason(self) -> str:
+        """The message without the step and without what to do."""
+        return str(self).removeprefix(f"step {self.step}: ").partition(f"; {_REMEDY}")[0]
 
     def __reduce__(self) -> tuple[type[Diverged], tuple[str, int, dict[str, Any], Asked]]:
         return type(self), (str(self), self.step, self.record, self.asked)  # Ray sends it to the driver
@@ -143,7 +151,7 @@ def train_step(
     norm, *counts = torch.cat([grad_norm.double()[None], asking]).tolist()  # one wait for the device, for both
     asked = Asked(*(count > 0 for count in counts))
     if not norm < (config.guard.max_grad_norm or math.inf):  # false for NaN
-        raise _diverged(passes, norm, ranks, step, asked)
+        raise _diverged(passes, norm, config.guard.max_grad_norm, ranks, step, asked)
     optimizer.step()
     lap("optimizer")
     return StepResult(
@@ -193,7 +201,9 @@ def _sum(found: Sequence[tuple[int, Losses]]) -> Losses:
     return Losses(torch.stack([losses.total.detach() for _, losses in found]).sum(), parts)
 
 
-def _diverged(passes: Sequence[_Pass], grad_norm: float, ranks: Ranks, step: int, asked: Asked) -> Diverged:
+def _diverged(
+    passes: Sequence[_Pass], grad_norm: float, bound: float, ranks: Ranks, step: int, asked: Asked
+) -> Diverged:
     """The same error on every rank; a collective call."""
     mine = {
         "images": [target.image_id for one in passes for target in one.batch.targets],
@@ -204,16 +214,13 @@ def _diverged(passes: Sequence[_Pass], grad_norm: float, ranks: Ranks, step: int
     record = {"grad_norm": str(grad_norm), "ranks": found}
     said = "; ".join(f"rank {rank}: {word}" for rank, one in enumerate(found) for word in one["words"])
     ids = [image_id for one in found for image_id in one["images"]]
-    remedy = "lower --optim.lr or look at these images"
     if said:
-        message = f"step {step}: not finite before the update: {said}; {remedy}"
+        said = f"not finite before the update: {said}"
     elif math.isfinite(grad_norm):
-        message = (
-            f"step {step}: the gradient's norm {grad_norm:.4g} is past guard.max_grad_norm; images {ids}: {remedy}"
-        )
+        said = f"the gradient's norm is past guard.max_grad_norm ({grad_norm:.4g} > {bound:g}); images {ids}"
     else:
-        message = f"step {step}: the gradient is not finite though every loss is; images {ids}: {remedy}"
-    return Diverged(message, step, record, asked)
+        said = f"the gradient is not finite though every loss is; images {ids}"
+    return Diverged(f"step {step}: {said}; {_REMEDY}", step, record, asked)
 
 
 def _words(one: _Pass) -> list[str]:

@@ -7,17 +7,17 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
 from pipeline import fitting
 from pipeline.attempts import begin, end
 from pipeline.errors import Interrupted, TrainingError
-from pipeline.fitting import fit_and_follow, leave_word
+from pipeline.fitting import Workers, fit_and_follow, leave_word
 from pipeline.stopping import Asked, Overseer, StopWatch, ask_to_stop, ask_to_yield, asked_to_stop, withdraw
 
-Fit = Callable[[Callable[[], None]], None]
+Fit = Callable[..., None]
 
 
 @pytest.fixture
@@ -25,9 +25,9 @@ def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
     monkeypatch.setattr(fitting, "_following", lambda _: nullcontext())
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
 
-    def run(work: Callable[[], None]) -> None:
+    def run(work: Callable[[], None], say: Callable[[str], None] = lambda _: None, **known: Any) -> None:
         try:
-            fit_and_follow(work, "run", tmp_path, lambda _: None)
+            fit_and_follow(work, "run", tmp_path, say, Workers(**known))
         finally:
             assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
@@ -103,10 +103,12 @@ def test_workers_that_do_not_answer_are_not_waited_for(
             signal_this_process(signal.SIGTERM)
         forever.wait(60)
 
-    start = time.monotonic()
+    start, said = time.monotonic(), list[str]()
     with pytest.raises(Interrupted, match=r"^interrupted$"):
-        fit(hang)
+        fit(hang, said.append, saved=lambda: 7)
     assert time.monotonic() - start < 20
+    if reason == "no answer in time":
+        assert said[-1] == "the workers did not answer within 0.3 s: the newest saved step is 7"
     forever.set()
 
 
@@ -156,3 +158,26 @@ def test_the_watch_sees_that_others_take_the_workers_place(tmp_path: Path) -> No
 def test_the_watch_asks_for_what_the_overseer_does(tmp_path: Path) -> None:
     watch = StopWatch(tmp_path, Overseer(asks=lambda: Asked(save=True)))
     assert watch.asked() == watch.asked() == Asked(save=True)
+
+
+@pytest.mark.parametrize("ray", ["fails", "hangs"])
+def test_after_a_signal_workers_that_end_without_a_word_are_part_of_the_stop(
+    fit: Fit, tmp_path: Path, ray: str
+) -> None:
+    """A scheduler may signal every process of a job: Ray and its workers end with what the driver hears."""
+    forever, gone, said = threading.Event(), threading.Event(), list[str]()
+
+    def work() -> None:
+        begin(tmp_path, 1)
+        signal_this_process(signal.SIGTERM)
+        if ray == "fails":
+            raise RuntimeError("RpcError Socket closed")
+        gone.set()
+        forever.wait(60)
+
+    start = time.monotonic()
+    with pytest.raises(Interrupted):
+        fit(work, said.append, gone=gone.is_set)
+    assert time.monotonic() - start < 5
+    assert ray == "fails" or said[-1] == "the workers ended before they could save: no step is saved yet"
+    forever.set()

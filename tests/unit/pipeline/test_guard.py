@@ -1,6 +1,7 @@
 """What the loop does about steps that would spoil the weights."""
 
 import pickle
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from pipeline.saving import Saver
 from pipeline.state import Place
 from pipeline.step import Diverged, StepResult, train_step
 from pipeline.stopping import NOTHING, Asked, Overseer
-from pipeline.track import MemoryTracker
+from pipeline.track import TAG_WARNING, MemoryTracker
 from pipeline.weights import save_initial
 from pipeline.worker import run
 
@@ -77,9 +78,12 @@ def test_stop_ends_the_run_before_the_update_and_keeps_what_happened(
     tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]]
 ) -> None:
     poisoned[3] = []
-    with pytest.raises(Diverged, match=r"step 3: not finite before the update: rank 0: .* target boxes of images \d+"):
+    with pytest.raises(
+        Diverged, match=r"step 3: not finite before the update: rank 0: .* target boxes of images \d+"
+    ) as raised:
         run(guarded(tiny_config), start, Ranks(), MemoryTracker())
     assert checkpoint.newest(start.folder) == checkpoint.folder_of(start.folder, 3)
+    assert f"; kept in {start.folder / 'events' / 'step-00000003.json'}" in str(raised.value)
     (event,) = events(start.folder)
     assert (event["step"], event["policy"], event["grad_norm"]) == (3, "stop", "nan")
     assert event["ranks"][0]["images"] == poisoned[3]
@@ -102,6 +106,11 @@ def test_skip_leaves_the_update_out_and_goes_on_to_the_last_step(
     assert ("guard/events", 1.0, 2) in tracker.points
     assert tracker.tables["guard_events.json"]["step"] == ["2"]
     assert tracker.last_tags["detr.guard"].startswith("1 skip: step 2: not finite")
+    assert re.fullmatch(
+        r"step 2 left out: not finite before the update: .* of images \[?\d+.* \(1 of 3\)",
+        tracker.last_tags[f"{TAG_WARNING}.guard.1"],
+    )
+    assert "--optim.lr" not in tracker.last_tags[f"{TAG_WARNING}.guard.1"]
 
 
 def test_rollback_takes_the_newest_checkpoint_s_weights_and_goes_on_in_the_stream(
@@ -121,12 +130,13 @@ def test_rollback_before_the_first_checkpoint_says_so(
     tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]]
 ) -> None:
     poisoned[1] = []
-    with pytest.raises(TrainingError, match="no checkpoint to go back to"):
+    with pytest.raises(TrainingError, match=r"skip\): there is no checkpoint to go back to yet"):
         run(guarded(tiny_config, policy="rollback"), start, Ranks(), None)
 
 
 def test_a_norm_past_the_bound_counts_as_well(tiny_config: RunConfig, start: Place) -> None:
-    with pytest.raises(Diverged, match=r"step 0: the gradient's norm \S+ is past guard.max_grad_norm; images \[\d+"):
+    said = r"step 0: the gradient's norm is past guard.max_grad_norm \(\S+ > 1e-06\); images \[\d+"
+    with pytest.raises(Diverged, match=said):
         run(guarded(tiny_config, max_grad_norm=1e-6), start, Ranks(), None)
 
 
