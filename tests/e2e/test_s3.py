@@ -19,7 +19,7 @@ def test_a_run_of_two_workers_trains_from_s3_and_fetches_each_shard_once(
     tiny_data: TinyData, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     detr = Command(tmp_path)
-    server = S3Server(tmp_path_factory.mktemp("s3"))
+    server = S3Server(tmp_path_factory.mktemp("s3"), written=True)
     try:
         urls = [server.put(Path(folder), Path(folder).name) for folder in (tiny_data.train, tiny_data.val)]
         detr.env |= server.environment | {"DETR_CACHE": str(tmp_path_factory.mktemp("kept"))}

@@ -38,7 +38,13 @@ def command(made: Path, out: Path) -> list[str]:
 def writing(made: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
     """The command, in a process group of its own, when a few of its shards are finished."""
     process = subprocess.Popen(
-        command(made, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command(made, out),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Where the tests run in the background of a shell they ignore Ctrl-C, and so would the command.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     below: list[psutil.Process] = []
     try:
