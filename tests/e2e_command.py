@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -148,3 +149,11 @@ def final_weights(folder: Path, run: str) -> "dict[str, Tensor]":
     assert path is not None
     load_weights(path, model)
     return model.state_dict()
+
+
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 150) -> None:
+    """Wait for it. Looks often: a kill at a step should not come many steps later."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"not within {timeout_s} s: {what}"
+        time.sleep(0.01)

@@ -6,14 +6,14 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from tests.e2e_command import TINY, Command, final_weights, kill, ray_workers
+from tests.e2e_command import TINY, Command, final_weights, kill, ray_workers, until
 from tests.recording import Recording
 
 pytestmark = pytest.mark.slow
@@ -29,13 +29,6 @@ def recording(detr: Command, tmp_path: Path) -> Iterator[Recording]:
     detr.env |= recording.environment
     yield recording
     detr.env = before
-
-
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 150) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"not within {timeout_s} s: {what}"
-        time.sleep(0.01)
 
 
 def gone(processes: list[psutil.Process]) -> None:

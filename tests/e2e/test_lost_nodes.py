@@ -4,9 +4,8 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline.weights import INITIAL_NAME
-from tests.e2e_command import TINY, Command, config_of
+from tests.e2e_command import TINY, Command, config_of, until
 from tests.ray_nodes import Node, free_port, node, wait_for_nodes
 from tests.recording import Kept, Recording, seen_per_epoch
 
@@ -79,13 +78,6 @@ def cluster(detr: Command, recording: Recording) -> Iterator[Cluster]:
         stack.enter_context(node(detr.folder, environment, *head))
         wait_for_nodes(environment | {"RAY_ADDRESS": address}, 1)
         yield Cluster(address, detr.folder, environment, stack)
-
-
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 150) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"not within {timeout_s} s: {what}"
-        time.sleep(0.3)
 
 
 def test_a_run_goes_on_with_the_nodes_that_are_there(
