@@ -126,8 +126,11 @@ def authenticate() -> None:
 
 
 def _lock_local_ray() -> None:
-    """Ray's ports are open to the network, and whoever speaks to them may run code: ask for a token of this run's own."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    """Ray's ports are open to the network, and whoever speaks to them may run code: ask for a token of this run's own.
+
+    Ray itself turns the asking on for what it starts, unless `RAY_AUTH_MODE` was chosen. Chosen here, it would bind the
+    servers but not this process, where ray was imported before; and without a token Ray would keep one below the home folder.
+    """
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
@@ -150,9 +153,14 @@ def _connect_ray(ray: Any, config: RunConfig, address: str | None, verbose: bool
                     **quiet,
                 )
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise TrainingError(
-                f"no Ray cluster answers at {address} ({first_line(error)}); expected a running one: check --address"
-            ) from None
+            if address:
+                why = f"no Ray cluster answers at {address} ({first_line(error)}); expected a running one: check --address"
+            else:
+                why = (
+                    f"Ray does not start on this machine ({first_line(error)}); expected its servers to: --verbose shows what "
+                    "they say, --address joins a cluster that runs"
+                )
+            raise TrainingError(why) from None
 
 
 def _check_resources(ray: Any, config: RunConfig, address: str | None) -> None:

@@ -20,7 +20,8 @@ class LocalRay:
 
         Ctrl-C in a terminal, `timeout`, and schedulers signal the driver's whole group, and Ray's servers would end
         before the workers have saved. Ray has no setting for it, so the class it starts them with is exchanged for the
-        time being. They still end with the driver, whatever kills it: the kernel sees to that (PR_SET_PDEATHSIG).
+        time being. They still end with the driver, whatever kills it: the kernel sees to that (PR_SET_PDEATHSIG). They
+        also end where the block fails, which Ray leaves to the end of this process.
         """
         from ray._private import services
 
@@ -34,6 +35,11 @@ class LocalRay:
         before, services.ConsolePopen = services.ConsolePopen, Leader
         try:
             yield
+        except BaseException:
+            for server in started:
+                server.kill()
+                server.wait()
+            raise
         finally:
             services.ConsolePopen = before
 

@@ -1,4 +1,4 @@
-"""A cluster that can never fit the workers is refused before they wait for it."""
+"""A cluster that does not answer, or can never fit the workers, is refused before they wait for it."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.config import ClusterConfig
-from pipeline.errors import RunConfigError
-from pipeline.launch import _check_resources
+from pipeline.errors import RunConfigError, TrainingError
+from pipeline.launch import _check_resources, _connect_ray
 from pipeline.recipes import RECIPES
 
 
@@ -35,3 +35,19 @@ def test_cpus_are_counted_on_a_cluster_and_not_on_this_machine() -> None:
     _check_resources(with_resources(CPU=6.0), config, "auto")
     with pytest.raises(RunConfigError, match=r"has 5 CPUs but 3 workers need 6; .* lower --cluster.min-workers"):
         _check_resources(with_resources(CPU=5.0), config, "auto")
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("10.0.0.7:6379", r"^no Ray cluster answers at 10\.0\.0\.7:6379 \(too late\); expected .*: check --address$"),
+        (None, r"^Ray does not start on this machine \(too late\); expected .*--verbose.*--address"),
+    ],
+)
+def test_a_ray_that_does_not_answer_is_one_line(address: str | None, said: str) -> None:
+    def init(**_: object) -> None:
+        raise ConnectionError("too late\nand more")
+
+    with pytest.raises(TrainingError, match=said) as caught:
+        _connect_ray(SimpleNamespace(init=init), RECIPES["demo"], address, verbose=False)
+    assert "\n" not in str(caught.value)
