@@ -87,7 +87,7 @@ def smoke(config: RunConfig) -> RunConfig:
         model=replace(config.model, backbone_weights="random"),
         optim=replace(config.optim, batch_size=2, max_steps=2),
         evaluate=replace(config.evaluate, limit=2, pictures=1),
-        cluster=replace(config.cluster, workers=1, cpus_per_worker=2, max_failures=0, gpu=gpu),
+        cluster=replace(config.cluster, workers=1, min_workers=0, cpus_per_worker=2, max_failures=0, gpu=gpu),
         track=replace(
             config.track, run_name=f"{config.run_name}-smoke", register_as=f"{config.model_name}-smoke", log_every=1
         ),

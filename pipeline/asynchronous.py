@@ -21,8 +21,8 @@ from pipeline.checkpoint_store import Location, home_of
 from pipeline.config import RunConfig, from_json
 from pipeline.errors import TrainingError, first_line
 from pipeline.mlflow_events import EventSender
+from pipeline.spool import SpoolTracker
 from pipeline.stopping import asked_to_stop
-from pipeline.track import SpoolTracker
 
 Say = Callable[[str], None]
 SPOOL = "spool-evaluation"
@@ -155,7 +155,7 @@ def _evaluate_in_ray(job: dict[str, Any], name: str, gpu: bool) -> None:
     with (spool / "lock").open("w") as lock:
         # Ray may think a task lost that still runs somewhere, and start it again.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        tracker = SpoolTracker(spool, EventSender(job["tracking_uri"], job["run_id"], spool))
+        tracker = SpoolTracker(spool, EventSender(job["tracking_uri"], job["run_id"], spool), any_order=True)
         try:
             with telling_warnings(tracker):
                 path = home_of(config.checkpoint.store, folder) / "checkpoints" / name

@@ -68,6 +68,12 @@ def begun(folder: Path) -> bool:
     return _count(folder) > 0
 
 
+def at_work(folder: Path) -> bool:
+    """Whether an attempt has begun and nobody knows of its end."""
+    number = _count(folder)
+    return number > 0 and not any(_path(folder, number, kind).exists() for kind in ("cause", "consequence"))
+
+
 def begin(folder: Path, workers: int) -> Restart | None:
     """Rank 0 says that an attempt begins; returns what came before it, unless it is the first."""
     number = _count(folder)

@@ -12,6 +12,7 @@ state: dropout is seeded by (seed, step, rank) and the schedule and the order of
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ from shards import storage
 from shards.errors import ShardError
 from shards.retry import StoreError
 
+LOG = logging.getLogger(__name__)
 _EMA = "ema"
 _EVALUATION = "evaluation.json"
 Averages = Mapping[str, Tensor]
@@ -218,22 +220,29 @@ def waiting(home: Location) -> list[Location]:
 
 
 def prune(home: Location, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, the best, milestones, and what waits. Each vanishes at once."""
-    checkpoint_store.clear(home, lambda path: read_meta(path).part)
-    whole = complete(home)
-    # Before the best is looked up: one that gets its figures meanwhile is there or here.
-    kept = [*waiting(home), *whole[-keep:]]
-    leading = best(home)
-    for path in whole:
-        if path not in kept and (leading is None or path != leading[0]) and not _says(path, "milestone"):
-            checkpoint_store.discard(path)
+    """Delete all but the newest `keep` checkpoints, the best, milestones, and what waits. Each vanishes at once.
+
+    Where something cannot be read or deleted it stays, with a warning: the next call tries again.
+    """
+    try:
+        checkpoint_store.clear(home, lambda path: read_meta(path).part)
+        whole = complete(home)
+        # Before the best is looked up: one that gets its figures meanwhile is there or here.
+        kept = [*waiting(home), *whole[-keep:]]
+        leading = best(home)
+        for path in whole:
+            if path not in kept and (leading is None or path != leading[0]) and not _says(path, "milestone"):
+                checkpoint_store.discard(path)
+    except (OSError, CheckpointError, ShardError) as error:
+        LOG.warning("old checkpoints in %s could not be deleted (%s); tried again at the next", home, first_line(error))
 
 
 def _says(path: Location, name: Literal["evaluate", "milestone"]) -> bool:
     try:
-        return bool(getattr(read_meta(path), name))
-    except CheckpointError:
-        return False  # damaged, so of no use
+        meta = msgspec.json.decode(storage.read(str(path / META)), type=Meta)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return False  # damaged, so of no use; what cannot be read for the time being may well be of use
+    return bool(getattr(meta, name))
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from typing import Any
 import msgspec
 
 from pipeline import attempts
-from pipeline.errors import Interrupted, TrainingError
+from pipeline.errors import Interrupted, PipelineError, TrainingError, first_line
 from pipeline.mlflow_store import connect
 from pipeline.stopping import ask_to_stop, asked_to_stop, withdraw
+from shards.errors import ShardError
 
 GRACE_S = 45.0  # a stopped job is killed after 60 s (`jobs/submit.py`)
 _FATAL = "fatal.json"
@@ -67,9 +68,11 @@ def fit_and_follow(
 def leave_word(folder: Path, message: str, rank: int) -> None:
     """A worker says why trying again is in vain: whole or absent, and the first rank's word stands."""
     aside = folder / f"{_FATAL}.{rank}"
-    aside.write_bytes(msgspec.json.encode({"message": message}))
-    if not (folder / _FATAL).exists():
-        aside.rename(folder / _FATAL)
+    # Where the folder is not there, or its disk is full, the driver hears of it from Ray, after it has tried again.
+    with suppress(OSError):
+        aside.write_bytes(msgspec.json.encode({"message": message}))
+        if not (folder / _FATAL).exists():
+            aside.rename(folder / _FATAL)
 
 
 def _wait(fitting: Future[None], folder: Path, heard: list[int], say: Callable[[str], None], workers: Workers) -> None:
@@ -85,16 +88,20 @@ def _wait(fitting: Future[None], folder: Path, heard: list[int], say: Callable[[
             say("stopping: the workers save after the step they are at; once more ends them at once")
             deadline = time.monotonic() + GRACE_S
         if deadline is not None and time.monotonic() > deadline:
-            say(f"the workers did not answer within {GRACE_S:g} s: {_kept(workers.saved())}")
+            say(f"the workers did not answer within {GRACE_S:g} s: {_kept(workers)}")
             raise Interrupted("interrupted")
         if heard and workers.gone():
-            say(f"the workers ended before they could save: {_kept(workers.saved())}")
+            say(f"the workers ended before they could save: {_kept(workers)}")
             raise Interrupted("interrupted")
         if len(heard) > 1:
             raise Interrupted("interrupted")
 
 
-def _kept(step: int | None) -> str:
+def _kept(workers: Workers) -> str:
+    try:
+        step = workers.saved()
+    except (OSError, PipelineError, ShardError) as error:
+        return f"what is saved cannot be seen now ({first_line(error)})"
     return "no step is saved yet" if step is None else f"the newest saved step is {step}"
 
 

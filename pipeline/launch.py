@@ -22,6 +22,8 @@ from pipeline.fitting import Workers, fit_and_follow
 from pipeline.local_ray import LocalRay
 from pipeline.mlflow_store import code_commit, tracking_uri
 from pipeline.ray_worker import train_in_ray
+from pipeline.waiting import room, telling_of_waits
+from shards.retry import hurried
 
 _RESIZE_S = 30.0  # between two looks whether the cluster has room for another number of workers
 
@@ -99,19 +101,20 @@ def run_workers(
                 callbacks=[GroupNotes(folder)],
             ),
         )
-        if config.evaluate.asynchronous:
-            evaluator = evaluator_on_ray(config, job, gpu, say)
-            fit_and_follow(evaluator.around(trainer.fit), run_id, folder, say, workers)
+        evaluator = evaluator_on_ray(config, job, gpu, say) if config.evaluate.asynchronous else None
+        fit = evaluator.around(trainer.fit) if evaluator else trainer.fit
+        with telling_of_waits(run_id, folder, lambda: room(ray, config.cluster, gpu)):
+            fit_and_follow(fit, run_id, folder, say, workers)
+        if evaluator:
             evaluator.raise_failure()
-        else:
-            fit_and_follow(trainer.fit, run_id, folder, say, workers)
     finally:
         ray.shutdown()
 
 
 def _saved(config: RunConfig, folder: Path) -> int | None:
-    path = checkpoint.newest(home_of(config.checkpoint.store, folder))
-    return None if path is None else checkpoint.read_meta(path).step
+    with hurried():  # who asks is being stopped
+        path = checkpoint.newest(home_of(config.checkpoint.store, folder))
+        return None if path is None else checkpoint.read_meta(path).step
 
 
 def authenticate() -> None:

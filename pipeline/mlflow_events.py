@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +11,13 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import first_line
 from pipeline.mlflow_store import connect
-from pipeline.track import LOG, Event
+from pipeline.track import Event
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+
+LOG = logging.getLogger(__name__)
 
 
 class EventSender:
@@ -78,7 +82,9 @@ class EventSender:
 
         run = client.get_run(self._run_id)
         known = client.search_logged_models([run.info.experiment_id], filter_string=f"source_run_id = '{self._run_id}'")
-        model = next((model for model in known if model.tags.get("checkpoint_uri") == event.name), None)
+        # A version that was registered before this was sent names the checkpoint that it was made of, too.
+        mine = (one for one in known if one.model_type == "checkpoint" and one.tags.get("checkpoint_uri") == event.name)
+        model = next(mine, None)
         if model is not None and model.status == "READY":
             return
         # One that is not ready was left halfway by an attempt that died: what follows completes it.

@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,20 @@ _PAGE = 1000  # runs fetched at once
 def tracking_uri() -> str:
     """The store in use, absolute so that workers elsewhere on this machine mean the same one."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+
+
+@contextmanager
+def answering(remedy: str = "check MLFLOW_TRACKING_URI and the server, then try again") -> Iterator[None]:
+    """Raises `TrackingError`, one line, where MLflow does not answer inside the block, or refuses."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        uri = tracking_uri()
+        raise TrackingError(
+            f"the MLflow store {without_secret(uri)} did not do as it was asked ({_reason(error, uri)}); {remedy}"
+        ) from error
 
 
 def connect(uri: str | None = None) -> MlflowClient:

@@ -78,7 +78,7 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, R
     model, said = initial_model(config, train.categories, resolved)
     for line in said:
         say(line)
-    return config, Ready(train, val, Schedule(config.optim, train.images), model, said)
+    return config, Ready(train, val, Schedule(config.optim, train.images, config.data.epoch_tail), model, said)
 
 
 def check_storage(config: RunConfig) -> None:

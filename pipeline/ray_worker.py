@@ -15,8 +15,9 @@ from pipeline.errors import USER_ERRORS, first_line
 from pipeline.fitting import leave_word
 from pipeline.hangs import HangWatch
 from pipeline.mlflow_events import EventSender
+from pipeline.spool import SpoolTracker
 from pipeline.stopping import NOTHING, Asked, Overseer, yielded
-from pipeline.track import TAG_PHASE, TAG_RESIZED, TAG_WARNING, SpoolTracker, Tracker
+from pipeline.track import TAG_PHASE, TAG_RESIZED, TAG_WARNING, Tracker
 
 _LESS = "expected a run that fits: lower --evaluate.batch-size, --data.reader-threads or the workers of a node"
 _BEFORE_S = 20.0  # a second checkpoint so long before the node goes, unless it goes sooner

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pipeline import checkpoint
 from pipeline.checkpoint_store import Location
 from pipeline.config import RunConfig
 from pipeline.curves import curves_picture, curves_table
@@ -40,9 +41,9 @@ def tell_evaluation(
     }
     if "mask_AP" in metrics:
         columns |= {"mask_AP": [one.mask_ap for one in classes], "mask_AP50": [one.mask_ap50 for one in classes]}
-    tracker.table("per_class_ap.json", columns)
+    tracker.table("per_class_ap.json", columns, step)
     curves = (evaluation.score.curves, evaluation.score.mask_curves)
-    tracker.table("precision_recall.json", curves_table(*curves))
+    tracker.table("precision_recall.json", curves_table(*curves), step)
     _tell_curves(tracker, *curves, step)
 
 
@@ -64,13 +65,15 @@ def tell_pictures(tracker: Tracker, val: Manifest, detections: Detections, count
 
 @contextmanager
 def telling_warnings(tracker: Tracker) -> Iterator[None]:
-    """Whatever the data plane warns of inside the block is said with the run: Ray keeps workers' logs to itself."""
-    handler, logger = _Teller(tracker), logging.getLogger("shards")
-    logger.addHandler(handler)
+    """Whatever the data plane and the checkpoints warn of in the block is said with the run: Ray keeps workers' logs."""
+    handler, loggers = _Teller(tracker), (logging.getLogger("shards"), checkpoint.LOG)
+    for logger in loggers:
+        logger.addHandler(handler)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 class _Teller(logging.Handler):

@@ -29,19 +29,22 @@ from pipeline.mlflow_store import (
     TAG_STREAM,
     TAG_TOTAL_STEPS,
     TAG_TRAIN_DIGEST,
+    answering,
     connect,
     create_run,
     find_run,
     read_config,
     tracking_uri,
 )
-from pipeline.track import TAG_LEFT_OUT, TAG_PHASE, drain
+from pipeline.spool import drain, unsent
+from pipeline.track import TAG_LEFT_OUT, TAG_PHASE
 from pipeline.weights import INITIAL_NAME
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 Say = Callable[[str], None]
+_SPOOLS = ("spool", SPOOL)
 
 
 def say(text: str) -> None:
@@ -87,24 +90,25 @@ def train(config: RunConfig, launch: Launch | None = None) -> Outcome:
     client = connect()
     config, ready = prepare(config, launch.say)
     total = ready.schedule.total_steps
-    run_id = create_run(
-        client,
-        config,
-        {
-            "training": (ready.train.name, ready.train.digest, ready.train.url),
-            "validation": (ready.val.name, ready.val.digest, ready.val.url),
-        },
-        {
-            TAG_TRAIN_DIGEST: ready.train.digest,
-            "detr.val_digest": ready.val.digest,
-            "detr.initial_weights": "; ".join(ready.said),
-            TAG_TOTAL_STEPS: str(total),
-            TAG_EPOCHS: str(min(config.optim.epochs, ready.schedule.epoch(total))),
-            TAG_PHASE: "starting",
-        },
-    )
-    folder = Path(config.storage) / f"{config.run_name}-{run_id[:8]}"
-    client.set_tag(run_id, TAG_FOLDER, str(folder))
+    with answering():
+        run_id = create_run(
+            client,
+            config,
+            {
+                "training": (ready.train.name, ready.train.digest, ready.train.url),
+                "validation": (ready.val.name, ready.val.digest, ready.val.url),
+            },
+            {
+                TAG_TRAIN_DIGEST: ready.train.digest,
+                "detr.val_digest": ready.val.digest,
+                "detr.initial_weights": "; ".join(ready.said),
+                TAG_TOTAL_STEPS: str(total),
+                TAG_EPOCHS: str(min(config.optim.epochs, ready.schedule.epoch(total))),
+                TAG_PHASE: "starting",
+            },
+        )
+        folder = Path(config.storage) / f"{config.run_name}-{run_id[:8]}"
+        client.set_tag(run_id, TAG_FOLDER, str(folder))
     with _only_driver(folder, run_id), _recorded(client, run_id):
         ready.place(folder)
         home = home_of(config.checkpoint.store, folder)
@@ -124,9 +128,10 @@ def resume(name: str, changes: Changes | None = None, launch: Launch | None = No
 
     launch, changes = launch or Launch(), changes or Changes()
     client = connect()
-    run = find_run(client, run_of(client, name) if name.startswith("models:/") else name)
-    run_id, folder = str(run.info.run_id), Path(run.data.tags[TAG_FOLDER])
-    original = from_json(read_config(client, run_id))
+    with answering():
+        run = find_run(client, run_of(client, name) if name.startswith("models:/") else name)
+        run_id, folder = str(run.info.run_id), Path(run.data.tags[TAG_FOLDER])
+        original = from_json(read_config(client, run_id))
     home = home_of(original.checkpoint.store, folder)
     newest = saved.newest(home, folder)
     if newest is None and not (folder / INITIAL_NAME).exists():
@@ -143,7 +148,8 @@ def resume(name: str, changes: Changes | None = None, launch: Launch | None = No
         and checkpoint.read_evaluation(newest) is not None
         and not checkpoint.waiting(home)
     )
-    if trained and run.info.status == "FINISHED":
+    told = not any(unsent(folder / name) for name in _SPOOLS)
+    if trained and told and run.info.status == "FINISHED":
         raise RunConfigError(
             f"run {run.info.run_name} ({run_id[:8]}) is finished: {step} steps, registered; "
             "expected one that has steps left: give --epochs N to train it further"
@@ -160,7 +166,9 @@ def resume(name: str, changes: Changes | None = None, launch: Launch | None = No
         client.set_tag(run_id, TAG_TOTAL_STEPS, str(schedule.total_steps))
         client.set_tag(run_id, TAG_EPOCHS, str(schedule.epoch(schedule.total_steps)))
         client.set_tag(run_id, TAG_PHASE, "starting")
-        if not trained:
+        if trained:
+            _send_rest(run_id, folder, launch)
+        else:
             client.update_run(run_id, status="RUNNING")
             _run(config, run_id, folder, launch, accept_change=bool(way.changes))
         return _conclude(client, config, run_id, folder, launch)
@@ -168,9 +176,13 @@ def resume(name: str, changes: Changes | None = None, launch: Launch | None = No
 
 @contextmanager
 def _recorded(client: MlflowClient, run_id: str) -> Iterator[None]:
-    """Whatever ends the block, MLflow says so: finished, stopped or failed."""
+    """Whatever ends the block, MLflow says so: finished, stopped or failed.
+
+    Raises `TrackingError` where MLflow does not answer the driver.
+    """
     try:
-        yield
+        with answering(f"everything that the run has saved is kept: `detr resume {run_id[:8]}` does the rest"):
+            yield
     except (KeyboardInterrupt, SystemExit, Interrupted):
         _set_status(client, run_id, "stopped", "KILLED")
         raise Interrupted(
@@ -206,9 +218,16 @@ def _run(config: RunConfig, run_id: str, folder: Path, launch: Launch, accept_ch
             accept_change=accept_change,
         )
     finally:
-        for spool in (folder / "spool", folder / SPOOL):
-            if not drain(spool, EventSender(tracking_uri(), run_id, spool)):
-                launch.say(f"warning: MLflow did not take all points; the rest is kept in {spool} for the next resume")
+        _send_rest(run_id, folder, launch)
+
+
+def _send_rest(run_id: str, folder: Path, launch: Launch) -> None:
+    """Send what those who wrote the run's spools could not."""
+    for spool in (folder / name for name in _SPOOLS):
+        if not drain(spool, EventSender(tracking_uri(), run_id, spool)):
+            launch.say(
+                f"warning: MLflow did not take all points; the rest is kept in {spool} for the next `detr resume`"
+            )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from detr.original import (
 )
 from detr.segmentation import MASK_MODULES, freeze_detector
 from pipeline.config import RunConfig
-from pipeline.errors import RunConfigError, first_line
+from pipeline.errors import CheckpointError, RunConfigError, first_line
 from pipeline.predict import UNNAMED, WEIGHTS_NAME, read_card
 from pipeline.recipes import RECIPES
 from pipeline.state_file import read_state_file
@@ -94,8 +95,17 @@ def save_initial(model: DETR, folder: Path) -> None:
 
 
 def read_initial(model: DETR, folder: Path) -> None:
-    """Fill a model with the run's first weights."""
-    load_original_state_dict(model, load_file(folder / INITIAL_NAME))
+    """Fill a model with the run's first weights.
+
+    Raises `CheckpointError` where they are not: the driver has put them there before any worker starts.
+    """
+    path = folder / INITIAL_NAME
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} is not there on {platform.node()}; expected the run's folder as the driver made it: give a --storage that "
+            "every node sees, mounted at the same place"
+        )
+    load_original_state_dict(model, load_file(path))
 
 
 def _load_initial(

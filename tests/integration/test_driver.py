@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from pipeline import checkpoint
 from pipeline import train as driver
 from pipeline.config import RunConfig
-from pipeline.errors import CheckpointError, Interrupted, RunConfigError, TrainingError
+from pipeline.errors import CheckpointError, Interrupted, RunConfigError, TrackingError, TrainingError
 from pipeline.identity import Changes
 from pipeline.mlflow_store import TAG_STREAM, TAG_TOTAL_STEPS, connect, find_run
 from pipeline.parallel import Ranks
+from pipeline.spool import SpoolTracker
 from pipeline.state import Place
 from pipeline.train import BusyError, Launch, resume, train
 from pipeline.worker import run
@@ -143,3 +145,57 @@ def test_storage_that_cannot_be_written_is_found_before_a_run_exists(
     with pytest.raises(RunConfigError, match="storage"):
         train(replace(short_config, storage=str(tmp_path / "file" / "runs")), launch)
     assert not connect().search_experiments(filter_string="name = 'detr'")
+
+
+def test_what_mlflow_did_not_take_by_the_end_is_sent_by_the_next_resume(
+    short_config: RunConfig, store: str, workers: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ConnectionError("away")
+
+    class Away:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        __call__ = refuse
+
+    def trained(config: RunConfig, run_id: str, folder: Path, **_: Any) -> None:
+        tracker = SpoolTracker(folder / "spool", refuse)
+        run(config, Place(run_id, folder, "commit"), Ranks(), tracker)
+        tracker.close()
+
+    monkeypatch.setattr(driver, "run_workers", trained)
+    said: list[str] = []
+    with monkeypatch.context() as away:
+        away.setattr(driver, "EventSender", Away)
+        train(replace(short_config, storage=str(tmp_path / "runs")), Launch(say=said.append))
+    assert any("for the next `detr resume`" in line for line in said)
+    client = connect()
+    found = find_run(client, "tiny")
+    assert found.info.status == "FINISHED"
+    assert "train/loss" not in found.data.metrics
+    assert resume("tiny", launch=Launch(say=said.append)).version == "1", "registered already"
+    metrics = find_run(client, "tiny").data.metrics
+    assert {"train/loss", "val/AP"} <= set(metrics)
+    with pytest.raises(RunConfigError, match="is finished"):
+        resume("tiny", launch=Launch(say=said.append))
+
+
+def test_an_mlflow_that_goes_away_is_one_line_that_says_what_is_kept(
+    short_config: RunConfig, store: str, launch: Launch, workers: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise MlflowException("API request to http://host failed\nwith much more")
+
+    workers(None)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.registry.register", away)
+        with pytest.raises(TrackingError, match=r"did not do as it was asked .*kept: `detr resume \w+` does") as caught:
+            train(short_config, launch)
+    assert "\n" not in str(caught.value)
+    assert find_run(connect(), "tiny").info.status == "FAILED"
+    assert resume("tiny", launch=launch).version == "1"
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "create_run", away)
+        with pytest.raises(TrackingError, match="check MLFLOW_TRACKING_URI"):
+            train(short_config, launch)

@@ -29,7 +29,8 @@ from pipeline.mlflow_store import (
     read_config,
     without_secret,
 )
-from pipeline.track import Event, SpoolTracker
+from pipeline.spool import SpoolTracker
+from pipeline.track import Event
 from shards.manifest import load_manifest
 
 
@@ -219,7 +220,7 @@ def spooled(folder: Path) -> list[Event]:
         tracker.metrics({"train/loss": 3.0 - step, "optim/lr": 0.1}, step)
     tracker.picture("detections/0", Image.new("RGB", (8, 6), "red"), 3)
     tracker.checkpoint("/runs/one/checkpoints/step-00000003", 3, {"val/AP": 0.25, "val/APs": -1.0})
-    tracker.table("per_class_ap.json", {"name": ["cat", "dog"], "AP": [0.5, 0.0]})
+    tracker.table("per_class_ap.json", {"name": ["cat", "dog"], "AP": [0.5, 0.0]}, 3)
     tracker.tags({"detr.phase": "evaluating"})
     tracker.close()
     return taken

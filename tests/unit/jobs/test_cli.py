@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -378,6 +378,8 @@ def test_any_field_is_set_from_the_command_line(detr: Detr) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_smoke_run_is_the_recipe_but_for_its_size(name: str) -> None:
     small = run_commands.smoke(RECIPES[name])
+    elastic = replace(RECIPES[name], cluster=replace(RECIPES[name].cluster, workers=3, min_workers=2))
+    assert run_commands.smoke(elastic) == small
     assert (small.optim.max_steps, small.optim.batch_size, small.cluster.workers) == (2, 2, 1)
     assert small.model.backbone_weights == "random"
     assert small.model_name.endswith("-smoke")

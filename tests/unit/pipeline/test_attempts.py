@@ -16,6 +16,17 @@ def test_the_first_attempt_is_no_restart(tmp_path: Path) -> None:
     assert attempts.last_word(tmp_path) is None
 
 
+def test_an_attempt_is_at_work_until_somebody_knows_of_its_end(tmp_path: Path) -> None:
+    kinds: tuple[attempts.Kind, ...] = ("cause", "consequence")
+    for kind in kinds:
+        assert not attempts.at_work(tmp_path)
+        attempts.begin(tmp_path, 2)
+        attempts.end(tmp_path, "worker 1 waits for images", "hang")
+        assert attempts.at_work(tmp_path)
+        attempts.end(tmp_path, "worker 1 died", kind)
+    assert not attempts.at_work(tmp_path)
+
+
 def test_a_restart_says_why_with_how_many_and_how_long_it_took(tmp_path: Path) -> None:
     attempts.begin(tmp_path, 3)
     attempts.end(tmp_path, "worker 1 died: of cold")

@@ -16,6 +16,7 @@ from pipeline import checkpoint
 from pipeline.errors import CheckpointError
 from pipeline.meta import Best
 from pipeline.parallel import Ranks
+from shards import storage
 
 
 def small(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -195,6 +196,28 @@ def test_pruning_keeps_milestones_for_good(tmp_path: Path) -> None:
         checkpoint.save(tmp_path, *small(0), said, Ranks())
         checkpoint.prune(tmp_path, keep=1)
     assert [path.name[-1] for path in checkpoint.complete(tmp_path)] == ["1", "3", "5"]
+
+
+def test_what_cannot_be_read_for_the_time_being_is_not_pruned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in range(1, 6):
+        said = msgspec.structs.replace(meta(step), milestone=step == 1, evaluate=step == 2)
+        checkpoint.save(tmp_path, *small(0), said, Ranks())
+    read = storage.read
+
+    def busy(url: str) -> bytes:
+        if "step-00000001/meta" in url or "step-00000002/meta" in url:
+            raise OSError(24, "Too many open files")
+        return read(url)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "read", busy)
+        checkpoint.prune(tmp_path, keep=2)
+    assert len(checkpoint.complete(tmp_path)) == 5
+    assert "Too many open files" in caplog.text
+    checkpoint.prune(tmp_path, keep=2)
+    assert [path.name[-1] for path in checkpoint.complete(tmp_path)] == ["1", "2", "4", "5"]
 
 
 def test_pruning_clears_what_kills_left_in_the_middle_of_writing_and_of_pruning(tmp_path: Path) -> None:

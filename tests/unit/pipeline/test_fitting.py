@@ -16,6 +16,7 @@ from pipeline.attempts import begin, end
 from pipeline.errors import Interrupted, TrainingError
 from pipeline.fitting import Workers, fit_and_follow, leave_word
 from pipeline.stopping import Asked, Overseer, StopWatch, ask_to_stop, ask_to_yield, asked_to_stop, withdraw
+from shards.retry import StoreError
 
 Fit = Callable[..., None]
 
@@ -110,6 +111,31 @@ def test_workers_that_do_not_answer_are_not_waited_for(
     if reason == "no answer in time":
         assert said[-1] == "the workers did not answer within 0.3 s: the newest saved step is 7"
     forever.set()
+
+
+def test_a_store_that_does_not_answer_does_not_make_a_stop_a_failure(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forever, said = threading.Event(), list[str]()
+    monkeypatch.setattr(fitting, "GRACE_S", 0.3)
+
+    def hang() -> None:
+        begin(tmp_path, 1)
+        signal_this_process(signal.SIGTERM)
+        forever.wait(60)
+
+    def away() -> int:
+        raise StoreError("s3://bucket/runs: no good answer")
+
+    with pytest.raises(Interrupted, match=r"^interrupted$"):
+        fit(hang, said.append, saved=away)
+    assert said[-1].endswith("what is saved cannot be seen now (s3://bucket/runs: no good answer)")
+    forever.set()
+
+
+def test_a_worker_without_the_run_s_folder_fails_in_its_own_words(tmp_path: Path) -> None:
+    leave_word(tmp_path / "not mounted", "the run's folder is not there", 1)
+    assert not (tmp_path / "not mounted").exists()
 
 
 def test_before_training_began_there_is_nobody_to_ask(fit: Fit, tmp_path: Path) -> None:

@@ -30,6 +30,17 @@ def test_a_run_that_can_start_is_made_ready_and_says_what_it_starts_from(tiny_co
     assert said == ["the backbone starts from random weights, as asked"] == list(ready.said)
 
 
+@pytest.mark.parametrize(("tail", "steps"), [("straddle", 8), ("short", 9)])
+def test_the_steps_that_are_told_are_those_that_are_taken(tiny_config: RunConfig, tail: Any, steps: int) -> None:
+    config = replace(
+        tiny_config,
+        data=replace(tiny_config.data, epoch_tail=tail),
+        optim=replace(tiny_config.optim, batch_size=5, epochs=3),
+    )
+    _, ready = prepare(config, lambda line: None)
+    assert ready.schedule.total_steps == steps
+
+
 def test_paths_become_absolute(tiny_config: RunConfig, tiny_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tiny_data.root)
     relative = replace(tiny_config, data=replace(tiny_config.data, train="train", val="./val"), storage="runs")

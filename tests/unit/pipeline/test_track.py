@@ -1,286 +1,8 @@
-"""The spool: nothing lost, nothing twice, whatever happens to the server or to the process."""
+"""The rule by which nothing is told twice."""
 
-import logging
 import math
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import BinaryIO
 
-import msgspec
-import pytest
-from PIL import Image
-
-from pipeline import track
-from pipeline.track import Event, MemoryTracker, SpoolTracker
-
-
-class Server:
-    """Takes events while it is up; keeps the calls that it took."""
-
-    def __init__(self, up: bool = True) -> None:
-        self.up = up
-        self.taken: list[Event] = []
-        self.asked = threading.Semaphore(0)
-
-    def __call__(self, events: Sequence[Event]) -> None:
-        self.asked.release()
-        if not self.up:
-            raise ConnectionError("down")
-        self.taken += events
-
-    def points(self, name: str = "train/loss") -> list[tuple[int, float]]:
-        return [(event.step, event.values[name]) for event in self.taken if name in event.values]
-
-
-Open = Callable[[Server], SpoolTracker]
-
-
-@pytest.fixture
-def open_spool(tmp_path: Path) -> Iterator[Open]:
-    opened: list[SpoolTracker] = []
-
-    def spool(server: Server) -> SpoolTracker:
-        opened.append(SpoolTracker(tmp_path / "spool", server, interval_s=0.01))
-        return opened[-1]
-
-    yield spool
-    for tracker in opened:
-        if not tracker._file.closed:
-            tracker.close()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.005)
-
-
-def test_everything_arrives_in_order(open_spool: Open) -> None:
-    server = Server()
-    tracker = open_spool(server)
-    tracker.tags({"detr.phase": "training"})
-    tracker.metrics({"train/loss": 2.0, "optim/lr": 0.1}, 1)
-    tracker.picture("detections/0", Image.new("RGB", (4, 4), "red"), 1)
-    tracker.table("per_class_ap.json", {"name": ["cat"], "AP": [0.5]})
-    tracker.checkpoint("/run/step-1", 1, {"val/AP": 0.5})
-    tracker.metrics({"train/loss": 1.0}, 2)
-    tracker.close()
-    assert [event.kind for event in server.taken] == ["tags", "metrics", "picture", "table", "checkpoint", "metrics"]
-    assert server.taken[1].values == {"train/loss": 2.0, "optim/lr": 0.1}
-    assert server.taken[3].columns == {"name": ["cat"], "AP": [0.5]}
-    assert (server.taken[4].name, server.taken[4].values) == ("/run/step-1", {"val/AP": 0.5})
-    times = [event.time_ms for event in server.taken]
-    assert times == sorted(times)
-
-
-def test_points_arrive_while_the_run_goes_on(open_spool: Open) -> None:
-    server = Server()
-    tracker = open_spool(server)
-    tracker.metrics({"train/loss": 2.0}, 1)
-    wait_for(lambda: server.points() == [(1, 2.0)])
-
-
-def test_an_outage_delays_and_loses_nothing(open_spool: Open, caplog: pytest.LogCaptureFixture) -> None:
-    server = Server(up=False)
-    tracker = open_spool(server)
-    with caplog.at_level(logging.WARNING, track.LOG.name):
-        for step in range(20):
-            tracker.metrics({"train/loss": float(step)}, step)
-        for _ in range(3):
-            assert server.asked.acquire(timeout=10)
-    assert [record.message for record in caplog.records if "behind" in record.message] == [
-        f"tracking is behind (down); events are kept in {tracker._path} and sent later"
-    ]
-    server.up = True
-    wait_for(lambda: len(server.points()) == 20)
-    tracker.metrics({"train/loss": 20.0}, 20)
-    tracker.close()
-    assert server.points() == [(step, float(step)) for step in range(21)]
-
-
-def test_a_batch_that_fails_is_sent_whole_again(open_spool: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(track, "_BATCH", 4)
-    server = Server(up=False)
-    tracker = open_spool(server)
-    for step in range(10):
-        tracker.metrics({"train/loss": 1.0}, step)
-    server.up = True
-    tracker.close()
-    assert [step for step, _ in server.points()] == list(range(10))
-
-
-def test_what_a_server_did_not_take_is_sent_at_the_next_start(
-    open_spool: Open, caplog: pytest.LogCaptureFixture
-) -> None:
-    first = open_spool(Server(up=False))
-    first.metrics({"train/loss": 1.0}, 1)
-    with caplog.at_level(logging.WARNING, track.LOG.name):
-        first.close()
-    assert "the rest is kept in" in caplog.text
-    server = Server()
-    second = open_spool(server)
-    second.metrics({"train/loss": 2.0}, 2)
-    second.close()
-    assert server.points() == [(1, 1.0), (2, 2.0)]
-
-
-def test_a_restart_drops_the_steps_told_before_and_keeps_the_new_ones(open_spool: Open) -> None:
-    first_server = Server()
-    first = open_spool(first_server)
-    for step in (10, 20, 30):
-        first.metrics({"train/loss": float(step), "optim/lr": 0.1}, step)
-    first.checkpoint("/c/20", 20, {"val/AP": 0.2})
-    first.picture("detections/0", Image.new("RGB", (4, 4)), 20)
-    first.close()
-    server = Server()
-    second = open_spool(server)  # goes on from the checkpoint of step 20
-    second.checkpoint("/c/20", 20, {"val/AP": 0.2})
-    second.picture("detections/0", Image.new("RGB", (4, 4)), 20)
-    for step in (25, 30, 40):
-        second.metrics({"train/loss": -1.0, "optim/lr": 0.1}, step)
-    second.checkpoint("/c/40", 40, {"val/AP": 0.4})
-    second.close()
-    assert [(event.kind, event.step) for event in server.taken] == [("metrics", 40), ("checkpoint", 40)]
-
-
-def test_families_of_metrics_are_counted_apart(open_spool: Open) -> None:
-    server = Server()
-    tracker = open_spool(server)
-    tracker.metrics({"train/loss": 1.0}, 30)
-    tracker.metrics({"val/AP": 0.5, "train/loss": 9.0}, 20)
-    tracker.close()
-    assert server.points("val/AP") == [(20, 0.5)]
-    assert server.points() == [(30, 1.0)]
-
-
-def test_what_is_not_finite_is_left_out(open_spool: Open) -> None:
-    server = Server()
-    tracker = open_spool(server)
-    tracker.metrics({"train/loss": math.nan, "train/loss_ce": 1.0}, 1)
-    tracker.metrics({"train/loss": math.inf}, 2)
-    tracker.close()
-    assert [event.values for event in server.taken] == [{"train/loss_ce": 1.0}]
-
-
-WRITER = """
-import sys, time
-sys.path.insert(0, sys.argv[2])
-from pathlib import Path
-from pipeline.track import SpoolTracker
-def send(events):
-    raise ConnectionError
-tracker = SpoolTracker(Path(sys.argv[1]), send, interval_s=0.01)
-step = 0
-while True:
-    step += 1
-    tracker.metrics({"train/loss": float(step)}, step)
-    print(step, flush=True)
-"""
-
-
-def test_a_killed_process_loses_no_line_and_a_torn_one_is_cut_off(tmp_path: Path, open_spool: Open) -> None:
-    root = Path(track.__file__).parent.parent
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(tmp_path / "spool"), str(root)], stdout=subprocess.PIPE
-    )
-    assert process.stdout
-    try:
-        while int(process.stdout.readline()) < 200:
-            pass
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-    path = tmp_path / "spool" / "events.jsonl"
-    whole = path.read_bytes().count(b"\n")
-    assert whole >= 200
-    torn = msgspec.json.encode(Event("metrics", 0, step=whole + 1, values={"train/loss": 1.0}))
-    with path.open("ab") as file:
-        file.write(torn[: len(torn) // 2])
-    server = Server()
-    tracker = open_spool(server)
-    tracker.metrics({"train/loss": 0.5}, whole)  # computed again: dropped
-    tracker.metrics({"train/loss": 0.5}, whole + 1)  # the torn one: told now
-    tracker.close()
-    assert server.points() == [(step, float(step)) for step in range(1, whole + 1)] + [(whole + 1, 0.5)]
-
-
-def test_a_picture_lies_in_the_spool_until_it_is_sent(open_spool: Open, tmp_path: Path) -> None:
-    server = Server()
-    tracker = open_spool(server)
-    tracker.picture("detections/0", Image.new("RGB", (4, 4), "red"), 7)
-    tracker.close()
-    with Image.open(tmp_path / "spool" / server.taken[0].tags["file"]) as image:
-        assert image.getpixel((0, 0)) == (255, 0, 0)
-
-
-class FullDisk:
-    """A file that has room for so many bytes."""
-
-    def __init__(self, file: BinaryIO, room: int) -> None:
-        self.file, self.room = file, room
-        self.closed = False
-
-    def write(self, line: bytes) -> int:
-        if not self.room:
-            raise OSError(28, "No space left on device")
-        written = self.file.write(line[: self.room])
-        self.room -= written
-        return written
-
-    def close(self) -> None:
-        self.file.close()
-        self.closed = True
-
-
-def test_a_full_disk_takes_nothing_down_and_its_lines_come_later(
-    open_spool: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    server = Server()
-    tracker = open_spool(server)
-    disk = FullDisk(tracker._file, room=100)
-    monkeypatch.setattr(tracker, "_file", disk)
-    with caplog.at_level(logging.WARNING, track.LOG.name):
-        for step in range(1, 5):
-            tracker.metrics({"train/loss": float(step)}, step)
-    assert len([record for record in caplog.records if "No space left" in record.message]) == 1
-    disk.room = 10_000
-    tracker.metrics({"train/loss": 5.0}, 5)
-    tracker.close()
-    assert server.points() == [(step, float(step)) for step in range(1, 6)]
-
-
-def test_a_picture_that_cannot_be_written_takes_nothing_down(open_spool: Open, tmp_path: Path) -> None:
-    server = Server()
-    tracker = open_spool(server)
-    (tmp_path / "spool" / "detections-0-00000007.png").mkdir()
-    tracker.picture("detections/0", Image.new("RGB", (4, 4)), 7)
-    tracker.close()
-    assert server.taken == []
-
-
-def test_a_damaged_line_is_left_out_and_those_after_it_arrive(
-    open_spool: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    tracker = open_spool(Server(up=False))
-    for step in (1, 2, 3):
-        tracker.metrics({"train/loss": float(step)}, step)
-    tracker.close()
-    path = tmp_path / "spool" / "events.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(lines[0] + b"\x00" * (len(lines[1]) - 1) + b"\n" + lines[2])
-    server = Server()
-    with caplog.at_level(logging.WARNING, track.LOG.name):
-        tracker = open_spool(server)
-        tracker.metrics({"train/loss": 4.0}, 4)
-        tracker.close()
-    assert server.points() == [(1, 1.0), (3, 3.0), (4, 4.0)]
-    assert any("a damaged line of" in record.message for record in caplog.records)
+from pipeline.track import MemoryTracker, Told
 
 
 def test_the_tracker_in_memory_keeps_the_same_rule() -> None:
@@ -291,3 +13,33 @@ def test_the_tracker_in_memory_keeps_the_same_rule() -> None:
     tracker.checkpoint("/c", 5, {"val/AP": 0.5})
     assert tracker.points == [("train/loss", 1.0, 10), ("val/AP", 0.5, 5)]
     assert tracker.checkpoints == [("/c", 5)]
+
+
+def test_what_is_of_an_attempt_is_told_at_the_step_of_the_attempt_before() -> None:
+    tracker = MemoryTracker()
+    for workers in (4, 2, 1):
+        tracker.metrics({"cluster/workers": float(workers), "train/loss": float(workers)}, 101)
+        if workers < 4:
+            tracker.metrics({"restart/seconds": 10.0 * workers}, 101)
+    assert [point for point in tracker.points if point[0] != "train/loss"] == [
+        ("cluster/workers", 4.0, 101),
+        ("cluster/workers", 2.0, 101),
+        ("restart/seconds", 20.0, 101),
+        ("cluster/workers", 1.0, 101),
+        ("restart/seconds", 10.0, 101),
+    ]
+    assert [point for point in tracker.points if point[0] == "train/loss"] == [("train/loss", 4.0, 101)]
+
+
+def test_a_table_of_an_earlier_step_replaces_none() -> None:
+    tracker = MemoryTracker()
+    for step in (2, 3, 1, 3):
+        tracker.table("t.json", {"step": [step]}, step)
+    assert tracker.tables == {"t.json": {"step": [3]}}
+
+
+def test_in_any_order_a_step_is_known_when_it_was_told() -> None:
+    told = Told(any_order=True)
+    assert told.fresh({"val/AP": 0.5}, 7) == {"val/AP": 0.5}
+    assert told.fresh({"val/AP": 0.5}, 7) == {}
+    assert told.fresh({"val/AP": 0.4, "val/AP50": math.nan}, 3) == {"val/AP": 0.4}

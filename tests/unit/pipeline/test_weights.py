@@ -10,7 +10,7 @@ from torch import Tensor
 from detr.model import DETR, build_model
 from detr.original import to_original_state_dict
 from pipeline.config import RunConfig
-from pipeline.errors import RunConfigError, first_line
+from pipeline.errors import CheckpointError, RunConfigError, first_line
 from pipeline.predict import Card, write_folder
 from pipeline.recipes import RECIPES
 from pipeline.weights import build_trained, initial_model, read_initial, save_initial, settle
@@ -302,6 +302,11 @@ def test_a_shape_that_was_asked_for_is_not_dropped_silently(tiny_config: RunConf
         RunConfigError, match=r"--model\.decoder-layers, --model\.num-queries.*from --initial: leave out"
     ):
         settle(asked, tmp_path)
+
+
+def test_a_folder_that_is_not_the_driver_s_is_one_line(tiny_config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"initial\.safetensors is not there on .*--storage that every node sees"):
+        read_initial(seeded(tiny_config, 4), tmp_path)
 
 
 def test_the_first_weights_stay_with_the_run(tiny_config: RunConfig, tmp_path: Path) -> None:
