@@ -180,7 +180,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """How many Ray Train workers, and with what. The result does not depend on their number."""
+    """How many Ray Train workers, and with what. Their number changes dropout's draws and the canvases that images are
+    padded to, and nothing else of what is learned."""
 
     workers: int = 1
     min_workers: int = 0
