@@ -22,7 +22,9 @@ from tests.integration.test_gradients_of_ranks import CONFIG, UNEVEN, samples
 from tests.ranks import run_ranks
 
 WORLD: dict[Strategy, int] = {"single": 1, "ddp": 2, "fsdp": 2}
-RUN = replace(CONFIG, optim=replace(CONFIG.optim, lr=1e-3, lr_backbone=3e-4, clip_norm=0.1))
+# The paper's rate. At ten times that, what processors round otherwise becomes another assignment of queries to objects
+# within thirty steps, and then other losses.
+RUN = replace(CONFIG, optim=replace(CONFIG.optim, lr=1e-4, lr_backbone=3e-5, clip_norm=0.1))
 State = dict[str, Tensor]
 
 
@@ -57,7 +59,7 @@ def losses(ranks: Ranks, strategy: Strategy, steps: int) -> list[float]:
 
 def test_fifty_steps_have_the_losses_of_a_single_process() -> None:
     (expected,) = run_ranks(1, losses, "single", 50)
-    assert expected[-1] < 0.8 * expected[0]
+    assert expected[-1] < 0.85 * expected[0]
     for strategy in ("ddp", "fsdp"):
         for found in run_ranks(2, losses, strategy, 50):
             assert found == pytest.approx(expected, rel=1e-5)
