@@ -1,57 +1,21 @@
-"""The command line: help is quick, and a mistake is one line on stderr with the right exit status."""
+"""The command line: help is quick, recipes are shown and set, and data sets are written, described and verified."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from jobs import cli, run_commands
-from jobs.cli import COMMANDS, run
+from jobs.cli import COMMANDS
 from pipeline.config import from_json
 from pipeline.recipes import NOTES, RECIPES
-
-ROOT = Path(cli.__file__).parent.parent
-
-
-@dataclass(frozen=True)
-class Said:
-    status: int
-    out: str
-    err: str
-
-    @property
-    def line(self) -> str:
-        """What was said on stderr, which must be exactly one line."""
-        assert self.err.endswith("\n")
-        assert self.err.count("\n") == 1, self.err
-        return self.err.strip()
-
-
-Detr = Callable[..., Said]
-
-
-@pytest.fixture
-def detr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Detr:
-    """The command in this process, in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_quiet", lambda: None)  # it would silence the warnings of the tests that follow
-
-    def call(*argv: object) -> Said:
-        try:
-            status = run([str(word) for word in argv])
-        except SystemExit as exit_:
-            status = int(exit_.code or 0)
-        return Said(status, *capsys.readouterr())
-
-    return call
-
+from tests.unit.jobs.conftest import ROOT, Detr
 
 HELPS: list[list[str]] = [
     [],
@@ -117,216 +81,6 @@ def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == "detr: there is no command 'tarin'; did you mean train? `detr --help` lists them\n"
     assert done.stdout == ""
-
-
-@pytest.mark.parametrize(
-    ("argv", "nearest"),
-    [
-        ("tarin", "did you mean train?"),
-        ("evalute models:/a@b", "did you mean evaluate?"),
-        ("train detr-r5", "did you mean detr-r50?"),
-        ("train detr-r101-dc", "did you mean detr-r101-dc5?"),
-        ("show dem", "did you mean demo?"),
-        ("train detr-r50 --optim.lrr 1", "did you mean --optim.lr"),
-        ("train detr-r50 --model.num_querys 1", "did you mean --model.num-queries"),
-        ("show demo --sed 1", "did you mean --seed"),
-        ("shard coc", "expected one of coco|voc|yolo|index|verify|info"),
-        ("shard", "expected one of coco|voc|yolo|index|verify|info"),
-        ("jobs lst", "expected one of list|status|logs|stop"),
-        ("train", "which recipe?"),
-        ("submit local", "nothing to run"),
-        ("evaluate models:/a@b", "--data"),
-        ("shard coco --images a", "--annotations"),
-        ("shard voc --root a", "--out"),
-        ("shard yolo --root a --out b --splt c", "did you mean --split"),
-        ("train detr-r50 --optim.lr fast", "fast"),
-        ("train detr-r50 --optim.epochs 1.5", "1.5"),
-        ("train detr-r50 --model.backbone vgg", "vgg"),
-        ("resume", "RUN"),
-        ("predict models:/a@b --out x", "picture"),
-        ("import w.pth", "--name"),
-        ("import --name a", "PATH"),
-        ("export models:/a@b", "expected --original FILE.pth or --onnx FILE.onnx"),
-        ("export models:/a@b --orignal x", "did you mean --original"),
-    ],
-)  # fmt: skip
-def test_a_mistyped_command_line_is_one_line_with_status_2(detr: Detr, argv: str, nearest: str) -> None:
-    said = detr(*argv.split())
-    assert said.status == 2
-    assert said.line.startswith("detr: ")
-    assert nearest.lower() in said.line.lower()
-
-
-@pytest.mark.parametrize(
-    ("argv", "status", "expected"),
-    [
-        ("show detr-r50 --optim.batch-size 0", 1, "optim.batch_size is 0; expected at least 1"),
-        ("shard yolo --root absent --out o --workers -1", 1, "got --workers -1, expected 0 or more"),
-        ("shard index absent --workers -1", 1, "got --workers -1, expected 0 or more"),
-        ("train detr-r50 --optim.lr -1", 1, "optim.lr is -1.0; expected a positive learning rate"),
-        ("train detr-r50 --cluster.workers 100", 1, "cluster.workers is 100 but optim.batch_size"),
-        # The parser reports what `detr` refuses, since its error is a ValueError.
-        ("show detr-r50 --model.num-queries 0", 2, "num_queries: got 0, expected at least 1; "),
-        (
-            "show detr-r50 --model.backbone resnet18 --model.dilation",
-            2,
-            "dilation: got True, expected False for resnet18; use resnet50 or resnet101; ",
-        ),
-    ],
-)
-def test_an_impossible_value_is_one_line(detr: Detr, argv: str, status: int, expected: str) -> None:
-    said = detr(*argv.split())
-    assert said.status == status
-    assert expected in said.line
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
-def test_the_line_is_clean_on_any_terminal(tmp_path: Path, encoding: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", "show", "detr-r50", "--optim.lrr", "1"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding},
-    )
-    assert done.stderr == (
-        "detr: Unrecognized options: --optim.lrr, 1; did you mean --optim.lr?; "
-        "`detr show detr-r50 --help` lists what there is\n"
-    )
-
-
-@pytest.fixture
-def coco(tmp_path: Path) -> Path:
-    (tmp_path / "images").mkdir()
-    (tmp_path / "empty.json").write_text("{}")
-    (tmp_path / "text.json").write_text("no JSON")
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("argv", "expected"),
-    [
-        ("shard coco --images absent --annotations empty.json --out o", "absent"),
-        ("shard coco --images images --annotations absent.json --out o", "absent.json"),
-        ("shard coco --images images --annotations text.json --out o", "not valid JSON|not JSON|JSON"),
-        ("shard coco --images images --annotations empty.json --out o", "images"),
-        ("shard coco --images text.json --annotations empty.json --out o", "text.json"),
-        ("shard voc --root absent --out o", "absent: no such folder"),
-        ("shard voc --root images --out o", "images: has no XML files"),
-        ("shard yolo --root absent --out o", "absent: no such folder"),
-        ("shard yolo --root . --out o", "has images but no labels"),
-        ("shard index absent", "absent: no such folder"),
-        ("shard index images", "expected WebDataset tars (*.tar), found none"),
-        ("shard info absent", "no manifest.json here"),
-        ("shard verify absent", "no manifest.json here"),
-        ("train detr-r50 --data.train absent --data.val absent", "no manifest.json here"),
-        ("train overfit", "no manifest.json here"),
-        ("evaluate models:/none@best --data absent", "no manifest.json here"),
-        ("predict models:/none@best absent.jpg --out o", "no such file"),
-        ("predict models:/none@best text.json --out o", "not a picture"),
-        ("import absent.pth --name a", "absent.pth: no such file"),
-        ("import text.json --name a", "text.json: not a state dict"),
-        ("export models:/none@best --original o/x.pth", "expected a file in a folder that exists"),
-        ("export models:/none@best --original x.pth", "there is no registered model 'none'"),
-        ("export models:/none@best --onnx x.onnx", "there is no registered model 'none'"),
-        ("submit nowhere -- train demo", "there is no spec 'nowhere'"),
-        ("submit local -- tarin demo", "did you mean train?"),
-        ("submit local -- train detr-r50 --data.train absent", "no manifest.json here"),
-        ("train finetune", "finetune needs --initial models:/NAME@ALIAS or FILE"),
-        ("submit local -- train finetune", "finetune needs --initial models:/NAME@ALIAS or FILE"),
-    ],
-)
-def test_a_missing_or_foreign_file_is_one_line_with_status_1(
-    detr: Detr, coco: Path, store: str, argv: str, expected: str
-) -> None:
-    said = detr(*argv.split())
-    assert said.status == 1
-    assert any(word in said.line for word in expected.split("|"))
-    assert not (coco / "o").exists()
-
-
-@pytest.mark.parametrize(
-    ("argv", "expected"),
-    [
-        ("evaluate models:/none@best --data {val}", "there is no registered model 'none'; expected one of: none yet"),
-        ("evaluate runs/one --data {val}", "expected models:/NAME@ALIAS"),
-        ("resume none", "there is no run 'none'"),
-        ("resume models:/none@best", "there is no registered model 'none'"),
-        ("runs none", "there is no run 'none'"),
-        ("register none --name a", "there is no run 'none'"),
-    ],
-)
-def test_an_unknown_run_or_registered_name_is_one_line_with_status_1(
-    detr: Detr, store: str, tiny_data: object, argv: str, expected: str
-) -> None:
-    said = detr(*argv.format(val=tiny_data.val).split())  # type: ignore[attr-defined]
-    assert said.status == 1
-    assert expected in said.line
-
-
-def test_a_store_that_does_not_answer_is_one_line(detr: Detr, monkeypatch: pytest.MonkeyPatch, store: str) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ada:hunter2@127.0.0.1:9")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    said = detr("runs")
-    assert said.status == 1
-    assert "http://***@127.0.0.1:9 does not answer" in said.line
-    assert "hunter2" not in said.line
-
-
-def test_a_cluster_that_does_not_answer_is_one_line(detr: Detr, tmp_path: Path) -> None:
-    said = detr("jobs", "list", "--address", "http://127.0.0.1:9")
-    assert said.status == 1
-    assert "no Ray job server answers at http://127.0.0.1:9" in said.line
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (PermissionError(13, "Permission denied", "/proc/x"), "/proc/x: Permission denied; expected a path"),
-        (OSError("memory://a: cannot be read\nmore"), "memory://a: cannot be read"),
-    ],
-)
-def test_an_error_of_the_system_is_one_line(
-    detr: Detr, monkeypatch: pytest.MonkeyPatch, error: OSError, said: str
-) -> None:
-    def fails(argv: list[str]) -> None:
-        raise error
-
-    monkeypatch.setitem(COMMANDS, "ui", cli.Command("", fails))
-    got = detr("ui")
-    assert got.status == 1
-    assert said in got.line
-
-
-@pytest.mark.parametrize(("flag", "path"), [("--json", "absent/a.json"), ("--json", "."), ("--curves", "absent/a.png")])
-def test_where_the_numbers_go_is_checked_before_they_are_computed(
-    detr: Detr, monkeypatch: pytest.MonkeyPatch, flag: str, path: str
-) -> None:
-    from pipeline import registered
-
-    monkeypatch.setattr(registered, "evaluate_registered", lambda *_, **__: pytest.fail("evaluated"))
-    said = detr("evaluate", "models:/a@b", "--data", "d", flag, path)
-    assert said.status == 2
-    assert f"{flag} {path} cannot be written" in said.line
-
-
-def test_the_curves_of_every_layer_are_not_drawn(detr: Detr) -> None:
-    said = detr("evaluate", "models:/a@b", "--data", "absent", "--per-layer", "--curves", "curves.png")
-    assert said.status == 2
-    assert "--curves with --per-layer: expected one of the two" in said.line
-
-
-@pytest.mark.parametrize("value", ["0", "1.2", "nan"])
-def test_a_threshold_that_is_no_iou_is_refused_before_anything_is_read(detr: Detr, value: str) -> None:
-    said = detr("evaluate", "models:/a@b", "--data", "absent", "--per-layer", "--nms-iou", value)
-    assert said.status == 2
-    assert f"--nms-iou {value}: expected an IoU above 0, at most 1" in said.line
-
-
-def test_an_overlap_without_layers_to_suppress_in_is_not_ignored(detr: Detr) -> None:
-    said = detr("evaluate", "models:/a@b", "--data", "absent", "--nms-iou", "0.5")
-    assert said.status == 2
-    assert "--nms-iou 0.5: expected --per-layer with it" in said.line
 
 
 def test_an_interrupt_ends_with_status_130(detr: Detr, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from pipeline.worker import run
 from shards import storage
 from shards.errors import ShardError
 from tests.unit.pipeline.test_checkpoint import assert_same, meta, small
-from tests.unit.pipeline.test_worker import Kill, KillingTracker, start
+from tests.unit.pipeline.conftest import Kill, KillingTracker, start
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pipeline.errors import CheckpointError
 from pipeline.parallel import Ranks
 from pipeline.track import MemoryTracker
 from pipeline.worker import run
-from tests.unit.pipeline.test_worker import Kill, KillingTracker, start
+from tests.unit.pipeline.conftest import Kill, KillingTracker, start
 
 
 def stored(config: RunConfig, store: Path) -> RunConfig:

@@ -1,6 +1,8 @@
-"""A small COCO data set that holds what the real one holds, to write and to damage."""
+"""Data to read, to write and to damage: a small COCO data set that holds what the real one holds, files, foreign tars."""
 
+import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shards import storage
+from shards.fetch import Item
 from shards.manifest import Manifest
 from shards.write import WriteConfig, write_coco
+from tests.foreign_tars import picture, tar, thing
 
 
 @dataclass
@@ -82,3 +87,59 @@ def coco(tmp_path: Path) -> Coco:
     ]
     data = {"info": {"year": 2017}, "images": images, "annotations": annotations, "categories": categories}
     return Coco(tmp_path, data)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The (file, offset) of every range that is asked of the store, in order."""
+    found: list[tuple[str, int]] = []
+    read = storage.read_range
+
+    def reading(url: str, offset: int, length: int) -> bytes:
+        found.append((url.rpartition("/")[2], offset))
+        return read(url, offset, length)
+
+    monkeypatch.setattr(storage, "read_range", reading)
+    return found
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Callable[..., Item]:
+    """Makes files of random bytes that stand for a store's: an Item each."""
+    (tmp_path / "store").mkdir()
+
+    def make(name: str, size: int = 1000) -> Item:
+        content = np.random.default_rng(size).bytes(size)
+        (tmp_path / "store" / name).write_bytes(content)
+        return Item(str(tmp_path / "store" / name), size, hashlib.sha256(content).hexdigest())
+
+    return make
+
+
+@pytest.fixture
+def names(tmp_path: Path) -> Path:
+    """A file that names the categories 3 and 7 of `tars`."""
+    path = tmp_path / "names.json"
+    path.write_text('{"categories": [{"id": 3, "name": "cat", "supercategory": "animal"}, {"id": 7, "name": "dog"}]}')
+    return path
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    """Three samples in two tars, with keys of words, in three forms of annotations."""
+    folder = tmp_path / "tars"
+    tar(
+        folder / "b.tar",
+        ("./deep/three.json", []),
+        ("./deep/three.img.png", picture(20, 10, "PNG")),
+    )
+    tar(
+        folder / "a.tar",
+        ("one.jpg", picture()),
+        ("one.json", {"image": {"id": 5, "width": 40, "height": 30}, "annotations": [thing(1, 2, 3, 4, id=8, area=9)]}),
+        ("two.cls", b"7"),
+        ("two.jpeg", picture(30, 30)),
+        ("two.json", {"objects": [thing(5, 6, 7, 8, category_id=None, category="dog", iscrowd=1), thing(0, 0, 2, 2)]}),
+        ("two.mask.png", picture()),
+    )
+    return folder

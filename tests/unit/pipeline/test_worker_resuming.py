@@ -1,0 +1,189 @@
+"""A stop costs nothing: a run that goes on ends as one that was never stopped, and refuses to go on as another one."""
+
+import json
+import shutil
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from pipeline import checkpoint
+from pipeline import worker as module
+from pipeline.config import RunConfig
+from pipeline.errors import CheckpointError
+from pipeline.identity import continuation
+from pipeline.parallel import Ranks
+from pipeline.state import Place
+from pipeline.track import MemoryTracker
+from pipeline.worker import run
+from shards.manifest import load_manifest
+from shards.plan import epoch_order
+from shards.steps import Origin
+from tests.unit.pipeline.conftest import Kill, KillingTracker, assert_same, evaluated, shown_images, start, weights
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 6])
+def test_an_interrupted_run_ends_with_the_very_weights_of_an_uninterrupted_one(
+    config: RunConfig, place: Place, uninterrupted: Path, step: int
+) -> None:
+    tracker = KillingTracker("train", step)
+    with pytest.raises(Kill):
+        run(config, place, Ranks(), tracker)
+    torch.manual_seed(999)  # a new process has another state of the global generator
+    run(config, place, Ranks(), MemoryTracker())
+    assert_same(weights(config, place.folder), weights(config, uninterrupted))
+    assert evaluated(place.folder) == ["03", "06"]
+
+
+def test_a_run_that_is_lengthened_ends_as_one_that_was_long_from_the_start(
+    config: RunConfig, place: Place, uninterrupted: Path
+) -> None:
+    run(replace(config, optim=replace(config.optim, max_steps=2)), place, Ranks(), None)
+    assert evaluated(place.folder) == ["02"]
+    run(replace(config, optim=replace(config.optim, max_steps=5)), place, Ranks(), None)
+    run(config, place, Ranks(), None)
+    assert_same(weights(config, place.folder), weights(config, uninterrupted))
+
+
+def test_a_checkpoint_that_was_saved_but_not_evaluated_is_evaluated_first(config: RunConfig, place: Place) -> None:
+    with pytest.raises(Kill):
+        run(config, place, Ranks(), KillingTracker("evaluation", 3))
+    assert checkpoint.newest(place.folder) == checkpoint.folder_of(place.folder, 3)
+    assert evaluated(place.folder) == []
+    tracker = MemoryTracker()
+    run(config, place, Ranks(), tracker)
+    assert tracker.points[0][2] == 3
+    assert evaluated(place.folder) == ["03", "06"]
+
+
+def test_a_kill_between_telling_and_noting_an_evaluation_repeats_it(
+    config: RunConfig, place: Place, uninterrupted: Path
+) -> None:
+    def killed(*_: object) -> None:
+        raise Kill
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.checkpoint, "write_evaluation", killed)
+        with pytest.raises(Kill):
+            run(config, place, Ranks(), MemoryTracker())
+    run(config, place, Ranks(), None)
+    figures = [checkpoint.read_evaluation(checkpoint.folder_of(folder, 6)) for folder in (place.folder, uninterrupted)]
+    assert figures[0] == figures[1] is not None
+
+
+def test_a_finished_run_that_is_entered_again_does_nothing(config: RunConfig, uninterrupted: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+    tracker = MemoryTracker()
+    run(config, Place("run", uninterrupted, "commit"), Ranks(), tracker)
+    assert tracker.points == []
+    assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
+
+
+def test_another_seed_batch_size_or_data_set_is_refused(config: RunConfig, uninterrupted: Path) -> None:
+    place = Place("run", uninterrupted, "commit")
+    others = {
+        "seed 42, now it is 43": replace(config, seed=43),
+        "optim.batch_size 4, now it is 6": replace(config, optim=replace(config.optim, batch_size=6)),
+        "training data digest": replace(config, data=replace(config.data, train=config.data.val)),
+    }
+    for said, other in others.items():
+        with pytest.raises(CheckpointError, match=said) as caught:
+            run(other, place, Ranks(), None)
+        assert "\n" not in str(caught.value)
+
+
+def test_another_plan_is_refused_and_so_are_other_classes(config: RunConfig, uninterrupted: Path) -> None:
+    place = Place("run", uninterrupted, "commit", accept_change=False)
+    others = {
+        "data.sort_window 1, now it is 2": replace(config.data, sort_window=2),
+        "data.shuffle_shards 0, now it is 1": replace(config.data, shuffle_shards=1),
+        "data.epoch_tail straddle, now it is short": replace(config.data, epoch_tail="short"),
+    }
+    for said, data in others.items():
+        with pytest.raises(CheckpointError, match=said):
+            run(replace(config, data=data), place, Ranks(), None)
+    meta = checkpoint.read_meta(checkpoint.folder_of(uninterrupted, 4))
+    fewer = msgspec.structs.replace(meta, num_classes=3)
+    with pytest.raises(CheckpointError, match=r"is of 3 classes and .* has 4"):
+        continuation(fewer, config, load_manifest(config.data.train), accept_change=True)
+
+
+def test_an_accepted_batch_size_goes_on_at_the_next_sample(
+    config: RunConfig, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = shown_images(monkeypatch)
+    run(replace(config, optim=replace(config.optim, max_steps=2)), place, Ranks(), None)
+    wider = replace(config, optim=replace(config.optim, batch_size=5))
+    changed = replace(place, accept_change=True)
+    with pytest.raises(Kill):
+        run(wider, changed, Ranks(), KillingTracker("train", 5))
+    meta = checkpoint.read_meta(checkpoint.folder_of(place.folder, 4))
+    assert (meta.samples, meta.batch_size, meta.origin_step, meta.origin_samples) == (18, 5, 2, 8)
+    run(wider, place, Ranks(), None)  # what was accepted once is the run's own from then on
+    # The stream as it was, from the very sample on.
+    ids = load_manifest(config.data.train).index().images["image_id"]
+    stream = np.concatenate([ids[epoch_order(config.seed, epoch, 12)] for epoch in range(3)]).tolist()
+    starts = [0, 4, 8, 13, 18, 23, 28]
+    for step, (begin, end) in enumerate(pairwise(starts)):
+        assert sorted(seen[step]) == sorted(stream[begin:end])
+    assert len(seen) == 6
+    assert evaluated(place.folder)[-1] == "06"
+
+
+def test_accepted_data_is_entered_at_the_same_number_of_samples(
+    config: RunConfig, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = shown_images(monkeypatch)
+    run(replace(config, optim=replace(config.optim, max_steps=2)), place, Ranks(), None)
+    other = replace(config, data=replace(config.data, train=config.data.val), optim=replace(config.optim, epochs=3))
+    run(other, replace(place, accept_change=True), Ranks(), None)  # 8 of 3 times 5 samples were seen
+    assert list(seen) == [0, 1, 2, 3]
+    way = continuation(
+        checkpoint.read_meta(checkpoint.folder_of(place.folder, 2)), other, load_manifest(config.data.val), True
+    )
+    assert (way.origin, way.exact) == (Origin(2, 8), False)
+    assert way.told(5).startswith("another stream of samples from step 2 (8 samples) on: training data digest")
+    assert "entered at epoch 1.60 and may show images of that epoch again or never" in way.told(5)
+
+
+def test_a_checkpoint_from_before_there_were_options_of_the_plan_goes_on(
+    config: RunConfig, place: Place, uninterrupted: Path
+) -> None:
+    run(replace(config, optim=replace(config.optim, max_steps=2)), place, Ranks(), None)
+    path = checkpoint.folder_of(place.folder, 2) / "meta.json"
+    meta = json.loads(path.read_text())
+    for name in ("sort_window", "shuffle_shards", "epoch_tail", "origin_step", "origin_samples"):
+        del meta[name]
+    path.write_text(json.dumps(meta))
+    run(config, place, Ranks(), None)
+    assert_same(weights(config, place.folder), weights(config, uninterrupted))
+
+
+def test_with_short_tails_and_windows_an_interrupted_run_ends_with_the_very_weights(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    data = replace(config.data, sort_window=2, shuffle_shards=2, epoch_tail="short")
+    config = replace(config, data=data, optim=replace(config.optim, batch_size=5))
+    whole, parts = start(config, tmp_path / "whole"), start(config, tmp_path / "parts")
+    tracker = MemoryTracker()
+    run(config, whole, Ranks(), tracker)
+    assert [step for name, _, step in tracker.points if name == "val/AP"] == [3, 6]
+    assert {step: value for name, value, step in tracker.points if name == "epoch"}[3] == 1.0
+    with pytest.raises(Kill):
+        run(config, parts, Ranks(), KillingTracker("train", 5))
+    run(config, parts, Ranks(), None)
+    assert_same(weights(config, parts.folder), weights(config, whole.folder))
+
+
+def test_the_data_set_may_lie_elsewhere_when_the_run_goes_on(
+    config: RunConfig, place: Place, uninterrupted: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(config.data.train, moved)
+    run(replace(config, optim=replace(config.optim, max_steps=2)), place, Ranks(), None)
+    run(replace(config, data=replace(config.data, train=str(moved))), place, Ranks(), None)
+    assert_same(weights(config, place.folder), weights(config, uninterrupted))

@@ -1,0 +1,136 @@
+"""When a run saves because it was asked to, what it keeps, and that a save changes nothing."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import checkpoint
+from pipeline import worker as module
+from pipeline.config import RunConfig
+from pipeline.errors import CheckpointError
+from pipeline.parallel import Ranks
+from pipeline.saving import Saver
+from pipeline.state import Place
+from pipeline.stopping import NOTHING, Asked, Overseer
+from pipeline.track import MemoryTracker
+from pipeline.worker import run
+from tests.unit.pipeline.conftest import Kill, KillingTracker, assert_same, shown_images, start, weights
+
+
+def saved_by_the_clock(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Rank 0's clock asks while these steps are taken, counted from 1."""
+    seen = shown_images(monkeypatch)
+    monkeypatch.setattr(Saver, "asked", lambda _: Asked(save=len(seen) + 1 in steps))
+
+
+def test_a_save_that_the_clock_asks_for_changes_neither_the_result_nor_the_curves(
+    config: RunConfig, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(
+        config,
+        checkpoint=replace(config.checkpoint, every_steps=0),
+        track=replace(config.track, log_every=3),
+    )
+    plain, clocked = MemoryTracker(), MemoryTracker()
+    run(config, place, Ranks(), plain)
+    other = start(config, tmp_path / "clocked")
+    saved_by_the_clock(monkeypatch, 1, 2, 4, 6)
+    written, write = [], checkpoint.write
+    monkeypatch.setattr(checkpoint, "write", lambda *more: (written.append(more[2].step), write(*more))[1])
+    run(config, other, Ranks(), clocked)
+    assert written == [1, 2, 3, 4, 6]  # the last one is due in any case
+    assert [path.name[-1] for path in checkpoint.complete(other.folder)] == ["1", "2", "3", "4", "6"]
+    assert_same(weights(config, other.folder), weights(config, place.folder))
+
+    def curves(tracker: MemoryTracker) -> list[Any]:
+        measured = ("speed", "step", "step_share", "evaluation")
+        return [point for point in tracker.points if point[0].split("/")[0] not in measured]
+
+    assert curves(clocked) == curves(plain) != []
+
+
+def test_a_run_goes_on_from_a_save_that_the_clock_asked_for(
+    config: RunConfig, place: Place, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, checkpoint=replace(config.checkpoint, every_steps=0))
+    saved_by_the_clock(monkeypatch, 5)
+    with pytest.raises(Kill):
+        run(config, place, Ranks(), KillingTracker("train", 6))
+    assert checkpoint.newest(place.folder) == checkpoint.folder_of(place.folder, 5)
+    run(config, place, Ranks(), None)
+    assert_same(weights(config, place.folder), weights(config, uninterrupted))
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_long_before_the_next_one(
+    config: RunConfig, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise CheckpointError("no room")
+
+    config = replace(
+        config,
+        optim=replace(config.optim, epochs=20),
+        checkpoint=replace(config.checkpoint, every_steps=0),
+        evaluate=replace(config.evaluate, every=20),
+    )
+    asked = Saver.asked
+    saved_by_the_clock(monkeypatch, 1)
+    at_first = Saver.asked
+    monkeypatch.setattr(Saver, "asked", lambda saver: Asked(save=at_first(saver).save or asked(saver).save))
+    monkeypatch.setattr(checkpoint, "write", full)
+    tracker = MemoryTracker()
+    with pytest.raises(CheckpointError, match="no room"):
+        run(config, place, Ranks(), tracker)
+    assert max(step for name, _, step in tracker.points if name == "train/loss") < 30
+
+
+def test_milestones_are_saved_and_stay(config: RunConfig, place: Place) -> None:
+    tight = replace(
+        config,
+        optim=replace(config.optim, epochs=4),
+        evaluate=replace(config.evaluate, every=3),
+        checkpoint=replace(config.checkpoint, every_steps=0, keep=1, keep_every_epochs=2),
+    )
+    run(tight, place, Ranks(), None)
+    best = checkpoint.best(place.folder)
+    assert best is not None
+    left = {path.name[-2:]: checkpoint.read_meta(path).milestone for path in checkpoint.complete(place.folder)}
+    assert left == {best[0].name[-2:]: False} | {"06": True, "12": True}
+
+
+def test_old_checkpoints_go_and_the_best_stays(config: RunConfig, place: Place) -> None:
+    tight = replace(config, checkpoint=replace(config.checkpoint, every_steps=1, keep=1))
+    run(tight, place, Ranks(), None)
+    names = [path.name[-1] for path in checkpoint.complete(place.folder)]
+    best = checkpoint.best(place.folder)
+    assert best is not None
+    assert set(names) == {"6", best[0].name[-1]}
+
+
+def test_a_run_that_is_asked_to_stop_saves_after_the_step_and_goes_on_from_it(
+    config: RunConfig, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked_at(step: int) -> None:
+        seen = shown_images(monkeypatch)
+        monkeypatch.setattr(module.StopWatch, "asked", lambda _: Asked(stop=len(seen) == step))
+
+    run(config, place, Ranks(), None)
+    whole = start(config, tmp_path / "stopped")
+    asked_at(1)  # while the second step is taken
+    run(config, whole, Ranks(), None)
+    assert checkpoint.newest(whole.folder) == checkpoint.folder_of(whole.folder, 2)
+    asked_at(99)
+    run(config, whole, Ranks(), None)
+    assert_same(weights(config, place.folder), weights(config, whole.folder))
+
+
+def test_the_overseer_hears_of_every_step_and_what_it_asks_for_is_done(config: RunConfig, place: Place) -> None:
+    heard: list[int] = []
+    asked = {0: Asked(save=True), 3: Asked(stop=True)}  # after so many steps, of the one that follows
+    config = replace(config, checkpoint=replace(config.checkpoint, every_steps=0, keep=9))
+    overseer = Overseer(lambda: asked.get(len(heard), NOTHING), heard.append)
+    run(config, place, Ranks(), None, overseer)
+    assert heard == [1, 2, 3, 4]
+    assert [path.name for path in checkpoint.complete(place.folder)] == [f"step-{step:08d}" for step in (1, 3, 4)]
