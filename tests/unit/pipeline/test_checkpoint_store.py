@@ -20,8 +20,8 @@ from pipeline.track import MemoryTracker
 from pipeline.worker import run
 from shards import storage
 from shards.errors import ShardError
-from tests.unit.pipeline.test_checkpoint import assert_same, meta, small
 from tests.unit.pipeline.conftest import Kill, KillingTracker, start
+from tests.unit.pipeline.test_checkpoint import assert_same, meta, small
 
 
 @pytest.fixture
