@@ -66,6 +66,8 @@ def run_workers(
     local = LocalRay()
     with local.outside_the_group():
         _connect_ray(ray, config, address, verbose)
+    if not verbose:
+        be_brief()
     workers = Workers(local.gone, lambda: _saved(config, folder))
     try:
         _check_resources(ray, config, address)
@@ -164,6 +166,22 @@ def _connect_ray(ray: Any, config: RunConfig, address: str | None, verbose: bool
                     "they say, --address joins a cluster that runs"
                 )
             raise TrainingError(why) from None
+
+
+def be_brief() -> None:
+    """Have Ray tell of a lost node in one line: it adds the last twenty of the node's log, and a run tells what it lost."""
+    from ray._private import worker
+
+    tell = worker.print_to_stdstream
+    if getattr(tell, "is_brief", False):
+        return
+
+    def brief(data: dict[str, Any], ignore_prefix: bool) -> None:
+        lines = [line.strip().partition("\n")[0].rstrip(": \t") for line in data["lines"]]
+        tell({**data, "lines": [line[:250] for line in lines]}, ignore_prefix)
+
+    brief.is_brief = True  # type: ignore[attr-defined]
+    worker.print_to_stdstream = brief
 
 
 def _check_resources(ray: Any, config: RunConfig, address: str | None) -> None:

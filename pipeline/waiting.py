@@ -61,7 +61,8 @@ def _watch(run_id: str, folder: Path, why: Callable[[], str], done: threading.Ev
         if over or attempts.at_work(folder):
             since = now
         try:
-            text = why() if now - since >= _PATIENCE_S else ""
+            # Once for each wait: what is free changes all the time.
+            text = (told or why()) if now - since >= _PATIENCE_S else ""
             if text != told:
                 connect().set_tag(run_id, TAG_ROOM, text)
                 told = text

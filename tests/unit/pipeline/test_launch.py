@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config import ClusterConfig
 from pipeline.errors import RunConfigError, TrainingError
-from pipeline.launch import _check_resources, _connect_ray
+from pipeline.launch import _check_resources, _connect_ray, be_brief
 from pipeline.recipes import RECIPES
 
 
@@ -51,3 +51,21 @@ def test_a_ray_that_does_not_answer_is_one_line(address: str | None, said: str) 
     with pytest.raises(TrainingError, match=said) as caught:
         _connect_ray(SimpleNamespace(init=init), RECIPES["demo"], address, verbose=False)
     assert "\n" not in str(caught.value)
+
+
+def test_ray_tells_of_a_lost_node_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ray._private import worker
+
+    monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)  # put back at the end
+    be_brief()
+    once = worker.print_to_stdstream
+    be_brief()
+    assert worker.print_to_stdstream is once
+    said = (
+        "Raylet is terminated. Last 20 lines of the Raylet logs:\n    [state-dump] NodeManager\n    [state-dump] more"
+    )
+    worker.print_to_stdstream({"lines": [said], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith("Raylet is terminated. Last 20 lines of the Raylet logs")

@@ -62,6 +62,16 @@ def test_a_wait_is_told_and_taken_back_when_workers_are_there(
     assert told() == "", "nobody waits for a run that is over"
 
 
+def test_a_wait_is_told_once_though_what_is_free_changes(
+    run_id: str, tmp_path: Path, told: Callable[[], str | None]
+) -> None:
+    free = iter(range(1000))
+    with telling_of_waits(run_id, tmp_path, lambda: f"{next(free)} free"):
+        until(lambda: told() == "0 free")
+        time.sleep(0.5)
+        assert told() == "0 free"
+
+
 def test_workers_that_start_or_work_are_not_told_of(
     run_id: str, tmp_path: Path, told: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
