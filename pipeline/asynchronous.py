@@ -3,7 +3,7 @@
 A checkpoint that is due says so in its `meta.json` and is not pruned before it has its figures. The driver looks for
 such checkpoints and has them evaluated, the oldest first and one at a time, as a Ray task with resources of its own.
 What is due is read from the checkpoints alone: whatever is killed, the next `detr resume` evaluates what is left. The
-task writes a spool of its own (`pipeline/track.py`: one process writes a spool), with the step of the checkpoint.
+task writes a spool of its own (`pipeline/spool.py`: one process writes a spool), with the step of the checkpoint.
 
 Not Ray Train's `ValidationConfig`: it evaluates what workers report to Ray, which forgets it when the driver dies.
 """

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -222,19 +223,36 @@ def waiting(home: Location) -> list[Location]:
 def prune(home: Location, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, the best, milestones, and what waits. Each vanishes at once.
 
-    Where something cannot be read or deleted it stays, with a warning: the next call tries again.
+    What cannot be read or deleted stays, with a warning: the next call tries again.
     """
-    try:
+    failures: list[Exception] = []
+    with _noted(failures):
         checkpoint_store.clear(home, lambda path: read_meta(path).part)
-        whole = complete(home)
-        # Before the best is looked up: one that gets its figures meanwhile is there or here.
-        kept = [*waiting(home), *whole[-keep:]]
-        leading = best(home)
-        for path in whole:
-            if path not in kept and (leading is None or path != leading[0]) and not _says(path, "milestone"):
-                checkpoint_store.discard(path)
+    with _noted(failures):
+        for path in _superfluous(home, keep):
+            with _noted(failures):
+                if not _says(path, "milestone"):
+                    checkpoint_store.discard(path)
+    if failures:
+        said = "of what is old in %s, %d could not be deleted (%s); tried again at the next checkpoint"
+        LOG.warning(said, home, len(failures), first_line(failures[0]))
+
+
+@contextmanager
+def _noted(failures: list[Exception]) -> Iterator[None]:
+    try:
+        yield
     except (OSError, CheckpointError, ShardError) as error:
-        LOG.warning("old checkpoints in %s could not be deleted (%s); tried again at the next", home, first_line(error))
+        failures.append(error)
+
+
+def _superfluous(home: Location, keep: int) -> list[Location]:
+    """What may go, unless it is a milestone."""
+    whole = complete(home)
+    # Before the best is looked up: one that gets its figures meanwhile is there or here.
+    kept = [*waiting(home), *whole[-keep:]]
+    leading = best(home)
+    return [path for path in whole if path not in kept and (leading is None or path != leading[0])]
 
 
 def _says(path: Location, name: Literal["evaluate", "milestone"]) -> bool:

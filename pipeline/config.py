@@ -81,7 +81,7 @@ class RunConfig:
         if self.cluster.workers > 1 and self.model.norm == "batch":
             raise RunConfigError(
                 f"model.norm is 'batch' with {self.cluster.workers} workers, each of which would normalise by its own "
-                "images; expected a result that does not depend on the workers: use frozen_batch, group or one worker"
+                "images; expected losses that do not depend on the workers: use frozen_batch, group or one worker"
             )
         if self.compute.recompute in ("backbone", "both") and self.model.norm == "batch":
             raise RunConfigError(

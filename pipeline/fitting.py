@@ -56,7 +56,7 @@ def fit_and_follow(
     with _following(run_id), _signals() as heard:
         threading.Thread(target=_fill, args=(fitting, fit), name="fit", daemon=True).start()
         _wait(fitting, folder, heard, say, workers or Workers())
-    _raise_fatal(folder)
+    _raise_fatal(folder, heard, say)
     if error := fitting.exception():
         if heard:
             raise Interrupted("interrupted") from error
@@ -80,7 +80,7 @@ def _wait(fitting: Future[None], folder: Path, heard: list[int], say: Callable[[
     deadline = None
     while not fitting.done():
         time.sleep(_LOOK_S)
-        _raise_fatal(folder)
+        _raise_fatal(folder, heard, say)
         if heard and deadline is None:
             if not attempts.begun(folder):
                 raise Interrupted("interrupted before training began")
@@ -145,10 +145,15 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _raise_fatal(folder: Path) -> None:
+def _raise_fatal(folder: Path, heard: list[int], say: Callable[[str], None]) -> None:
     path = folder / _FATAL
-    if path.exists():
-        raise TrainingError(msgspec.json.decode(path.read_bytes(), type=dict[str, str])["message"])
+    if not path.exists():
+        return
+    message = msgspec.json.decode(path.read_bytes(), type=dict[str, str])["message"]
+    if heard:
+        say(f"the workers failed while they were to stop: {message}")
+        raise Interrupted("interrupted")
+    raise TrainingError(message)
 
 
 def _explain(error: BaseException, folder: Path) -> str:

@@ -101,7 +101,7 @@ class Guard:
             self._tracker.tags({name: told})
         rows = self._records(event.step)
         columns = {name: [str(row.get(name, "")) for row in rows] for name in ("step", "policy", "grad_norm", "said")}
-        self._tracker.table("guard_events.json", columns, event.step)
+        self._tracker.table("guard_events.json", columns)
 
     def _records(self, step: int) -> list[dict[str, Any]]:
         """The events up to a step; later ones were met before the run went on from an earlier checkpoint."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import secrets
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,6 @@ def run_workers(
     local = LocalRay()
     with local.outside_the_group():
         _connect_ray(ray, config, address, verbose)
-    if not verbose:
-        be_brief()
     workers = Workers(local.gone, lambda: _saved(config, folder))
     try:
         _check_resources(ray, config, address)
@@ -105,7 +104,8 @@ def run_workers(
         )
         evaluator = evaluator_on_ray(config, job, gpu, say) if config.evaluate.asynchronous else None
         fit = evaluator.around(trainer.fit) if evaluator else trainer.fit
-        with telling_of_waits(run_id, folder, lambda: room(ray, config.cluster, gpu)):
+        brief = nullcontext() if verbose else brief_losses()
+        with brief, telling_of_waits(run_id, folder, lambda: room(ray, config.cluster, gpu)):
             fit_and_follow(fit, run_id, folder, say, workers)
         if evaluator:
             evaluator.raise_failure()
@@ -168,20 +168,23 @@ def _connect_ray(ray: Any, config: RunConfig, address: str | None, verbose: bool
             raise TrainingError(why) from None
 
 
-def be_brief() -> None:
-    """Have Ray tell of a lost node in one line: it adds the last twenty of the node's log, and a run tells what it lost."""
+@contextmanager
+def brief_losses() -> Iterator[None]:
+    """In the block, Ray tells of a lost node in one line: it adds forty of the node's log, and a run says what it lost."""
     from ray._private import worker
 
     tell = worker.print_to_stdstream
-    if getattr(tell, "is_brief", False):
-        return
 
-    def brief(data: dict[str, Any], ignore_prefix: bool) -> None:
-        lines = [line.strip().partition("\n")[0].rstrip(": \t") for line in data["lines"]]
-        tell({**data, "lines": [line[:250] for line in lines]}, ignore_prefix)
+    def briefly(data: dict[str, Any], ignore_prefix: bool) -> None:
+        if data.get("pid") == "raylet":
+            data = {**data, "lines": [line.strip().partition("\n")[0].rstrip(": \t")[:250] for line in data["lines"]]}
+        tell(data, ignore_prefix)
 
-    brief.is_brief = True  # type: ignore[attr-defined]
-    worker.print_to_stdstream = brief
+    worker.print_to_stdstream = briefly
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = tell
 
 
 def _check_resources(ray: Any, config: RunConfig, address: str | None) -> None:
@@ -213,7 +216,7 @@ def _use_gpu(ray: Any, config: RunConfig) -> bool:
         flag = "--cluster.min-workers" if config.cluster.min_workers else "--cluster.workers"
         raise RunConfigError(
             f"the cluster has {gpus} GPUs for {fewest} workers; expected one each: "
-            f"{flag} {gpus} (the result is the same), or --cluster.gpu no"
+            f"{flag} {gpus} (the batch stays the same), or --cluster.gpu no"
         )
     return gpus > 0
 

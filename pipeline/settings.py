@@ -181,14 +181,14 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class ClusterConfig:
     """How many Ray Train workers, and with what. Their number changes dropout's draws and the canvases that images are
-    padded to, and nothing else of what is learned."""
+    padded to; with `optim.normalise global`, nothing else of what is learned."""
 
     workers: int = 1
     min_workers: int = 0
     """At least so many, where the run may go on with fewer while nodes are away; 0: always `workers`."""
     strategy: Literal["single", "ddp", "fsdp"] = "ddp"
     """single: one worker. ddp: each worker holds the whole model. fsdp: they divide weights, gradients and optimizer state
-    among themselves. The result is the same, and so are checkpoints."""
+    among themselves. Losses and checkpoints are the same."""
     gpu: Literal["auto", "yes", "no"] = "auto"
     """auto: one GPU per worker where the cluster has any."""
     cpus_per_worker: int = 1

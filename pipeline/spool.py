@@ -75,10 +75,10 @@ class SpoolTracker:
         self._told.add(family, step)
         self._append(Event("picture", _now_ms(), step=step, name=key, tags={"file": path.name}))
 
-    def table(self, name: str, columns: Mapping[str, list[Any]], step: int) -> None:
+    def table(self, name: str, columns: Mapping[str, list[Any]], step: int | None = None) -> None:
         """See `Tracker.table`."""
-        if not self._told.replaced(f"table:{name}", step):
-            self._append(Event("table", _now_ms(), step=step, name=name, columns=dict(columns)))
+        if step is None or not self._told.replaced(f"table:{name}", step):
+            self._append(Event("table", _now_ms(), step=step or 0, name=name, columns=dict(columns)))
 
     def tags(self, values: Mapping[str, str]) -> None:
         """See `Tracker.tags`."""
@@ -124,6 +124,8 @@ class SpoolTracker:
         if len(whole) < len(text):
             with self._path.open("r+b") as file:
                 file.truncate(len(whole))
+        if _sent(self._folder) == 0:
+            self._cursor.unlink(missing_ok=True)  # one past the end must not count the lines to come
         for event in _decode(whole.splitlines(), self._path):
             families = {name.split("/")[0] for name in event.values}
             if event.kind in ("picture", "table"):
@@ -155,11 +157,11 @@ class SpoolTracker:
         """Send up to `_BATCH` lines; false when none is left."""
         start = _sent(self._folder)
         with self._path.open("rb") as file:
-            os.fsync(file.fileno())  # the cursor must not outlive the lines that it counts
             file.seek(start)
             lines = [line for _, line in zip(range(_BATCH), file, strict=False) if line.endswith(b"\n")]
-        if not lines:
-            return False
+            if not lines:
+                return False
+            os.fsync(file.fileno())  # the cursor must not outlive the lines that it counts
         self._send(_decode(lines, self._path))
         aside = self._cursor.with_suffix(".partial")
         aside.write_text(str(start + sum(map(len, lines))))

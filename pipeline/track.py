@@ -36,8 +36,10 @@ class Tracker(Protocol):
     def picture(self, key: str, image: Image.Image, step: int) -> None:
         """One frame of the picture series `key`."""
 
-    def table(self, name: str, columns: Mapping[str, list[Any]], step: int) -> None:
-        """A table by columns, kept as the artifact `name`: that of the last step, whatever the order they are told in."""
+    def table(self, name: str, columns: Mapping[str, list[Any]], step: int | None = None) -> None:
+        """A table by columns, kept as the artifact `name`: that of the last step, whatever the order they are told in, or
+        without a step the newest.
+        """
 
     def tags(self, values: Mapping[str, str]) -> None:
         """What the run is doing now, for people and for `detr runs`."""
@@ -80,9 +82,9 @@ class MemoryTracker:
         """See `Tracker.picture`."""
         self.pictures.append((key, step))
 
-    def table(self, name: str, columns: Mapping[str, list[Any]], step: int) -> None:
+    def table(self, name: str, columns: Mapping[str, list[Any]], step: int | None = None) -> None:
         """See `Tracker.table`."""
-        if not self._told.replaced(f"table:{name}", step):
+        if step is None or not self._told.replaced(f"table:{name}", step):
             self.tables[name] = columns
 
     def tags(self, values: Mapping[str, str]) -> None:

@@ -38,6 +38,7 @@ from pipeline.mlflow_store import (
 )
 from pipeline.spool import drain, unsent
 from pipeline.track import TAG_LEFT_OUT, TAG_PHASE
+from pipeline.waiting import TAG_ROOM
 from pipeline.weights import INITIAL_NAME
 
 if TYPE_CHECKING:
@@ -148,8 +149,11 @@ def resume(name: str, changes: Changes | None = None, launch: Launch | None = No
         and checkpoint.read_evaluation(newest) is not None
         and not checkpoint.waiting(home)
     )
-    told = not any(unsent(folder / name) for name in _SPOOLS)
-    if trained and told and run.info.status == "FINISHED":
+    if trained and run.info.status == "FINISHED":
+        if any(unsent(folder / name) for name in _SPOOLS):
+            with _only_driver(folder, run_id):
+                launch.say("sending what MLflow had not taken when the run ended")
+                _send_rest(run_id, folder, launch)
         raise RunConfigError(
             f"run {run.info.run_name} ({run_id[:8]}) is finished: {step} steps, registered; "
             "expected one that has steps left: give --epochs N to train it further"
@@ -166,6 +170,8 @@ def resume(name: str, changes: Changes | None = None, launch: Launch | None = No
         client.set_tag(run_id, TAG_TOTAL_STEPS, str(schedule.total_steps))
         client.set_tag(run_id, TAG_EPOCHS, str(schedule.epoch(schedule.total_steps)))
         client.set_tag(run_id, TAG_PHASE, "starting")
+        if run.data.tags.get(TAG_ROOM):
+            client.set_tag(run_id, TAG_ROOM, "")  # of a driver that was killed while it waited
         if trained:
             _send_rest(run_id, folder, launch)
         else:

@@ -17,12 +17,14 @@ from pipeline import attempts
 from pipeline.config import ClusterConfig
 from pipeline.errors import first_line
 from pipeline.mlflow_store import connect
+from pipeline.stopping import asked_to_yield
 from pipeline.track import TAG_WARNING
 
 LOG = logging.getLogger(__name__)
 TAG_ROOM = f"{TAG_WARNING}.room"
 _PATIENCE_S = 90.0  # a group of workers starts in 15 to 60 s, most of which are imports
 _LOOK_S = 5.0
+_ANSWER_S = 10.0  # for the last word, at the end
 
 
 def room(ray: Any, cluster: ClusterConfig, gpu: bool) -> str:
@@ -34,7 +36,7 @@ def room(ray: Any, cluster: ClusterConfig, gpu: bool) -> str:
     there = " and ".join(f"{have.get(kind, 0):g} {kind} ({free.get(kind, 0):g} free)" for kind in each)
     wanted = f"{'at least ' if fewest < cluster.workers else ''}{fewest} {'worker' if fewest == 1 else 'workers'}"
     return (
-        f"no worker is running: there is to be room for {wanted}, {needed} in all, and the cluster has {there}; the run goes on "
+        f"the workers have not begun: wanted is room for {wanted}, {needed} in all, and the cluster has {there}; the run goes on "
         "by itself when there is, Ctrl-C ends it"
     )
 
@@ -50,15 +52,16 @@ def telling_of_waits(run_id: str, folder: Path, why: Callable[[], str]) -> Itera
         yield
     finally:
         done.set()
-        thread.join(_LOOK_S)
+        thread.join(_ANSWER_S)
 
 
 def _watch(run_id: str, folder: Path, why: Callable[[], str], done: threading.Event) -> None:
-    told, since, over = "", time.monotonic(), False
+    told, since, over, warned = "", time.monotonic(), False, False
     while not over:
         over = done.wait(_LOOK_S)
         now = time.monotonic()
-        if over or attempts.at_work(folder):
+        # Workers that are to make room for another number of them are at work until they have saved.
+        if over or attempts.at_work(folder) or asked_to_yield(folder):
             since = now
         try:
             # Once for each wait: what is free changes all the time.
@@ -66,6 +69,9 @@ def _watch(run_id: str, folder: Path, why: Callable[[], str], done: threading.Ev
             if text != told:
                 connect().set_tag(run_id, TAG_ROOM, text)
                 told = text
+            warned = False
         except Exception as error:
             # It is news for people: neither a store nor a Ray that does not answer may end a run for it.
-            LOG.warning("no word of a wait for workers: %s", first_line(error))
+            if not warned:
+                LOG.warning("no word of a wait for workers: %s", first_line(error))
+            warned = True

@@ -17,6 +17,7 @@ from pipeline.mlflow_store import TAG_STREAM, TAG_TOTAL_STEPS, connect, find_run
 from pipeline.parallel import Ranks
 from pipeline.spool import SpoolTracker
 from pipeline.state import Place
+from pipeline.track import Event
 from pipeline.train import BusyError, Launch, resume, train
 from pipeline.worker import run
 
@@ -147,18 +148,23 @@ def test_storage_that_cannot_be_written_is_found_before_a_run_exists(
     assert not connect().search_experiments(filter_string="name = 'detr'")
 
 
+def refuse(events: list[Event]) -> None:
+    raise ConnectionError("away")
+
+
+class Away:
+    """Sends to an MLflow that is away."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, events: list[Event]) -> None:
+        refuse(events)
+
+
 def test_what_mlflow_did_not_take_by_the_end_is_sent_by_the_next_resume(
     short_config: RunConfig, store: str, workers: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise ConnectionError("away")
-
-    class Away:
-        def __init__(self, *_: object) -> None:
-            pass
-
-        __call__ = refuse
-
     def trained(config: RunConfig, run_id: str, folder: Path, **_: Any) -> None:
         tracker = SpoolTracker(folder / "spool", refuse)
         run(config, Place(run_id, folder, "commit"), Ranks(), tracker)
@@ -174,11 +180,42 @@ def test_what_mlflow_did_not_take_by_the_end_is_sent_by_the_next_resume(
     found = find_run(client, "tiny")
     assert found.info.status == "FINISHED"
     assert "train/loss" not in found.data.metrics
-    assert resume("tiny", launch=Launch(say=said.append)).version == "1", "registered already"
-    metrics = find_run(client, "tiny").data.metrics
-    assert {"train/loss", "val/AP"} <= set(metrics)
+    client.set_registered_model_alias("detr-tiny", "kept", "1")
+    client.delete_registered_model_alias("detr-tiny", "best")
     with pytest.raises(RunConfigError, match="is finished"):
         resume("tiny", launch=Launch(say=said.append))
+    assert said[-1] == "sending what MLflow had not taken when the run ended"
+    found = find_run(client, "tiny")
+    assert found.info.status == "FINISHED"
+    assert {"train/loss", "val/AP"} <= set(found.data.metrics)
+    assert set(client.get_registered_model("detr-tiny").aliases) == {"kept"}, "nothing is registered again"
+    with pytest.raises(RunConfigError, match="is finished"):
+        resume("tiny", launch=Launch(say=said.append))
+    assert said.count("sending what MLflow had not taken when the run ended") == 1
+
+
+@pytest.mark.parametrize("status", ["FAILED", "KILLED"])
+def test_what_mlflow_did_not_take_of_a_trained_run_is_sent_before_it_is_registered(
+    short_config: RunConfig, store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: str
+) -> None:
+    def trained(config: RunConfig, run_id: str, folder: Path, **_: Any) -> None:
+        tracker = SpoolTracker(folder / "spool", refuse)
+        run(config, Place(run_id, folder, "commit"), Ranks(), tracker)
+        tracker.close()
+
+    def ended(*_: object, **__: object) -> None:
+        raise TrainingError("away") if status == "FAILED" else KeyboardInterrupt
+
+    monkeypatch.setattr(driver, "run_workers", trained)
+    launch = Launch(say=lambda text: None)
+    with monkeypatch.context() as away:
+        away.setattr(driver, "EventSender", Away)
+        away.setattr("pipeline.registry.register", ended)
+        with pytest.raises(TrainingError):
+            train(replace(short_config, storage=str(tmp_path / "runs")), launch)
+    assert find_run(connect(), "tiny").info.status == status
+    assert resume("tiny", launch=launch).version == "1"
+    assert {"train/loss", "val/AP"} <= set(find_run(connect(), "tiny").data.metrics)
 
 
 def test_an_mlflow_that_goes_away_is_one_line_that_says_what_is_kept(

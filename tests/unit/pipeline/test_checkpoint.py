@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import checkpoint
+from pipeline import checkpoint, checkpoint_store
 from pipeline.errors import CheckpointError
 from pipeline.meta import Best
 from pipeline.parallel import Ranks
@@ -216,8 +216,21 @@ def test_what_cannot_be_read_for_the_time_being_is_not_pruned(
         checkpoint.prune(tmp_path, keep=2)
     assert len(checkpoint.complete(tmp_path)) == 5
     assert "Too many open files" in caplog.text
-    checkpoint.prune(tmp_path, keep=2)
-    assert [path.name[-1] for path in checkpoint.complete(tmp_path)] == ["1", "2", "4", "5"]
+    caplog.clear()
+    discard = checkpoint_store.discard
+
+    def held(path: Path) -> None:
+        if path.name.endswith("3"):
+            raise PermissionError(13, "Permission denied")
+        discard(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_store, "discard", held)
+        checkpoint.prune(tmp_path, keep=1)
+    assert [path.name[-1] for path in checkpoint.complete(tmp_path)] == ["1", "2", "3", "5"], "others are deleted"
+    assert "1 could not be deleted" in caplog.text
+    checkpoint.prune(tmp_path, keep=1)
+    assert [path.name[-1] for path in checkpoint.complete(tmp_path)] == ["1", "2", "5"]
 
 
 def test_pruning_clears_what_kills_left_in_the_middle_of_writing_and_of_pruning(tmp_path: Path) -> None:

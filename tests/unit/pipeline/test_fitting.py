@@ -133,6 +133,22 @@ def test_a_store_that_does_not_answer_does_not_make_a_stop_a_failure(
     forever.set()
 
 
+def test_workers_that_cannot_save_do_not_make_a_stop_a_failure(fit: Fit, tmp_path: Path) -> None:
+    forever, said = threading.Event(), list[str]()
+
+    def fail() -> None:
+        begin(tmp_path, 1)
+        signal_this_process(signal.SIGTERM)
+        until(lambda: asked_to_stop(tmp_path))
+        leave_word(tmp_path, "checkpoint s3://bucket/runs could not be written", 0)
+        forever.wait(60)
+
+    with pytest.raises(Interrupted, match=r"^interrupted$"):
+        fit(fail, said.append)
+    assert said[-1] == "the workers failed while they were to stop: checkpoint s3://bucket/runs could not be written"
+    forever.set()
+
+
 def test_a_worker_without_the_run_s_folder_fails_in_its_own_words(tmp_path: Path) -> None:
     leave_word(tmp_path / "not mounted", "the run's folder is not there", 1)
     assert not (tmp_path / "not mounted").exists()

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config import ClusterConfig
 from pipeline.errors import RunConfigError, TrainingError
-from pipeline.launch import _check_resources, _connect_ray, be_brief
+from pipeline.launch import _check_resources, _connect_ray, brief_losses
 from pipeline.recipes import RECIPES
 
 
@@ -53,19 +53,18 @@ def test_a_ray_that_does_not_answer_is_one_line(address: str | None, said: str) 
     assert "\n" not in str(caught.value)
 
 
-def test_ray_tells_of_a_lost_node_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ray_tells_of_a_lost_node_in_one_line_and_of_all_else_as_ever(capsys: pytest.CaptureFixture[str]) -> None:
     from ray._private import worker
 
-    monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)  # put back at the end
-    be_brief()
-    once = worker.print_to_stdstream
-    be_brief()
-    assert worker.print_to_stdstream is once
-    said = (
+    before = worker.print_to_stdstream
+    lost = (
         "Raylet is terminated. Last 20 lines of the Raylet logs:\n    [state-dump] NodeManager\n    [state-dump] more"
     )
-    worker.print_to_stdstream({"lines": [said], "pid": "raylet", "is_err": False}, ignore_prefix=False)
-    (line,) = capsys.readouterr().out.splitlines()
+    said = "  " + "x" * 300
+    with brief_losses():
+        worker.print_to_stdstream({"lines": [lost], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+        worker.print_to_stdstream({"lines": [said], "pid": 7, "ip": "10.0.0.7", "is_err": False}, ignore_prefix=True)
+    assert worker.print_to_stdstream is before
+    line, other = capsys.readouterr().out.splitlines()
     assert line.endswith("Raylet is terminated. Last 20 lines of the Raylet logs")
+    assert said in other
