@@ -20,7 +20,7 @@ from pipeline.stopping import NOTHING, Asked, Overseer, yielded
 from pipeline.track import TAG_PHASE, TAG_RESIZED, TAG_WARNING, Tracker
 
 _LESS = "expected a run that fits: lower --evaluate.batch-size, --data.reader-threads or the workers of a node"
-_BEFORE_S = 20.0  # a second checkpoint so long before the node goes, unless it goes sooner
+_BEFORE_S = 20.0  # a second checkpoint so long before the node goes, unless that is at once
 
 
 def train_in_ray(job: dict[str, Any]) -> None:
@@ -136,7 +136,7 @@ class Notice:
         if info != self._known:
             self._known = info
             until = (info.deadline_ms or 0) / 1000 - time.time()
-            self._again_at = time.time() + until - _BEFORE_S if until > 2 * _BEFORE_S else 0.0
+            self._again_at = time.time() + until - _BEFORE_S if until > 1.5 * _BEFORE_S else 0.0
             return Asked(save=True)
         if self._again_at and time.time() >= self._again_at:
             self._again_at = 0.0

@@ -54,6 +54,18 @@ def test_shortly_before_the_node_goes_there_is_a_second_checkpoint(
     assert [notice.asked(), notice.asked()] == [Asked(save=True), NOTHING]
 
 
+@pytest.mark.parametrize(("left_s", "again"), [(35, True), (25, False)])
+def test_a_notice_that_comes_late_still_gives_a_second_checkpoint_where_it_is_worth_one(
+    told: PreemptionContext, monkeypatch: pytest.MonkeyPatch, left_s: float, again: bool
+) -> None:
+    notice = Notice()
+    told.preemption_info = info(left_s)
+    assert notice.asked() == Asked(save=True)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + left_s - ray_worker._BEFORE_S + 1)
+    assert notice.asked() == Asked(save=again)
+
+
 @pytest.mark.parametrize(("wanted", "tag"), [(False, TAG_WARNING), (True, TAG_RESIZED)])
 def test_the_first_step_tells_what_the_restart_cost(wanted: bool, tag: str) -> None:
     tracker = MemoryTracker()
