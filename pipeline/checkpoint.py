@@ -49,17 +49,17 @@ def folder_of(home: Location, step: int) -> Location:
     return home / "checkpoints" / f"step-{step:08d}"
 
 
-def complete(home: Location) -> list[Location]:
+def list_checkpoints(home: Location) -> list[Location]:
     """The whole checkpoints of a run, oldest first. Unfinished ones do not count."""
     if isinstance(home, Url):
-        return [*checkpoint_store.complete(home)]
+        return [*checkpoint_store.complete_in_store(home)]
     found = (home / "checkpoints").glob("step-*")
     return [*sorted(path for path in found if not path.name.endswith(PARTIAL) and (path / META).exists())]
 
 
 def newest(home: Location) -> Location | None:
     """The newest whole checkpoint, or None."""
-    return next(reversed(complete(home)), None)
+    return next(reversed(list_checkpoints(home)), None)
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, averages: Averages | None = None) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def read_evaluation(path: Location) -> dict[str, float] | None:
 
 def best(home: Location) -> tuple[Location, dict[str, float]] | None:
     """The evaluated checkpoint of highest AP (of masks where the run predicts them), the newest of equals, and its figures."""
-    evaluated = [(path, read_evaluation(path)) for path in complete(home)]
+    evaluated = [(path, read_evaluation(path)) for path in list_checkpoints(home)]
     scored = [(path, metrics) for path, metrics in evaluated if metrics is not None]
     return max(scored, key=lambda pair: (_ap(pair[1]), pair[0].name), default=None)
 
@@ -217,7 +217,7 @@ def _ap(metrics: Mapping[str, float]) -> float:
 
 def waiting(home: Location) -> list[Location]:
     """The whole checkpoints that are to be evaluated beside the training and have no figures yet, oldest first."""
-    return [path for path in complete(home) if read_evaluation(path) is None and _says(path, "evaluate")]
+    return [path for path in list_checkpoints(home) if read_evaluation(path) is None and _says(path, "evaluate")]
 
 
 def prune(home: Location, keep: int) -> None:
@@ -248,7 +248,7 @@ def _noted(failures: list[Exception]) -> Iterator[None]:
 
 def _superfluous(home: Location, keep: int) -> list[Location]:
     """What may go, unless it is a milestone."""
-    whole = complete(home)
+    whole = list_checkpoints(home)
     # Before the best is looked up: one that gets its figures meanwhile is there or here.
     kept = [*waiting(home), *whole[-keep:]]
     leading = best(home)

@@ -97,7 +97,7 @@ def check(store: str) -> None:
         ) from None
 
 
-def complete(home: Url) -> list[Url]:
+def complete_in_store(home: Url) -> list[Url]:
     """The whole checkpoints of a run, oldest first."""
     found = [name.split("/") for name in storage.listing(str(home / _CHECKPOINTS))]
     steps = sorted(names[0] for names in found if names[0].startswith("step-") and names[1:] == [META])

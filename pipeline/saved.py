@@ -15,12 +15,12 @@ from shards import storage
 _NOTE = "saved"
 
 
-def note(folder: Path, step: int) -> None:
+def note_saved(folder: Path, step: int) -> None:
     """Rank 0 says that the checkpoint of `step` is whole. Raises `OSError` where the run's folder cannot be written."""
     storage.write(str(folder / _NOTE), str(step).encode())
 
 
-def newest(home: Location, folder: Path) -> Location | None:
+def newest_of_run(home: Location, folder: Path) -> Location | None:
     """The newest whole checkpoint of the run of this folder, or None where none was ever saved.
 
     Raises `CheckpointError` where the run has saved and nothing of it is found: it must not begin anew in silence.

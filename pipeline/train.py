@@ -134,7 +134,7 @@ def resume(name: str, changes: Changes | None = None, launch: Launch | None = No
         run_id, folder = str(run.info.run_id), Path(run.data.tags[TAG_FOLDER])
         original = from_json(read_config(client, run_id))
     home = home_of(original.checkpoint.store, folder)
-    newest = saved.newest(home, folder)
+    newest = saved.newest_of_run(home, folder)
     if newest is None and not (folder / INITIAL_NAME).exists():
         raise CheckpointError(f"{home} holds no checkpoint of run {name}; expected one: is its storage mounted here?")
     config = changes.of(original)

@@ -64,7 +64,7 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None, 
     check_cache(config.data, train, val)
     # Rank 0 decides for all: another rank could look a moment later, or at a folder that is not yet in sync.
     home = home_of(config.checkpoint.store, place.folder)
-    newest = ranks.gather(saved.newest(home, place.folder) if ranks.first else None)[0]
+    newest = ranks.gather(saved.newest_of_run(home, place.folder) if ranks.first else None)[0]
     meta = None if newest is None else checkpoint.read_meta(newest)
     origin = continuation(meta, config, train, place.accept_change).origin
     schedule = Schedule(config.optim, train.images, config.data.epoch_tail, origin)
@@ -81,7 +81,7 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None, 
             ranks,
             config.checkpoint.keep,
             config.checkpoint.every_minutes,
-            partial(saved.note, place.folder),
+            partial(saved.note_saved, place.folder),
         ) as saver,
     ):
         watch = StopWatch(place.folder, overseer).asked if ranks.first else Asked

@@ -57,7 +57,7 @@ def outlive(*disks: str) -> None:
     """
     for home, read_only_after in zip(map(Path, disks), (0, 2), strict=True):
         print("\n".join(run_ranks(2, train, home, read_only_after)))
-        for number, path in enumerate(checkpoint.complete(home), start=1):
+        for number, path in enumerate(checkpoint.list_checkpoints(home), start=1):
             run = made()
             checkpoint.load(path, *run, Ranks())
             assert all((parameter == number).all() for parameter in run[0].parameters())

@@ -104,7 +104,7 @@ def load_of_ranks(ranks: Ranks, environment: dict[str, str]) -> dict[str, torch.
 
 def test_two_ranks_save_to_the_store_and_any_number_loads_from_it(server: S3Server) -> None:
     kept, _ = run_ranks(2, save_of_ranks, server.environment)
-    assert [str(path) for path in checkpoint.complete(HOME)] == [f"{HOME}/checkpoints/step-0000000{n}" for n in (1, 2)]
+    assert [str(path) for path in checkpoint.list_checkpoints(HOME)] == [f"{HOME}/checkpoints/step-0000000{n}" for n in (1, 2)]
     names = [name for name in storage.listing(str(HOME)) if name.endswith(".distcp")]
     assert sorted(name.rpartition("/")[2] for name in names) == ["__0_0.distcp"] * 2 + ["__1_0.distcp"] * 2
     assert_same(loaded(2), kept)

@@ -94,7 +94,7 @@ def test_what_a_driver_left_is_evaluated_while_training_goes_on_and_a_killed_eva
     assert checkpoint.read_meta(outcome.best).step == best
     assert outcome.metrics == pytest.approx(expected[best], abs=1e-6)
     # One that waited is pruned once it has its figures.
-    assert {path.name for path in checkpoint.complete(folder)} == {f"step-{step:08d}" for step in (best, 3 * EPOCHS)}
+    assert {path.name for path in checkpoint.list_checkpoints(folder)} == {f"step-{step:08d}" for step in (best, 3 * EPOCHS)}
     registered = evaluate_registered("models:/detr-tiny@best", tiny_config.data.val)
     assert registered.score.metrics == pytest.approx(expected[best], abs=1e-6)
 
@@ -110,6 +110,6 @@ def evaluated_inside(config: RunConfig, folder: Path) -> dict[int, dict[str, flo
     save_initial(build_model(config.model, 4), folder)
     run(config, Place("run", folder, "commit"), Ranks(), None)
     figures = {
-        checkpoint.read_meta(path).step: checkpoint.read_evaluation(path) for path in checkpoint.complete(folder)
+        checkpoint.read_meta(path).step: checkpoint.read_evaluation(path) for path in checkpoint.list_checkpoints(folder)
     }
     return {step: metrics for step, metrics in figures.items() if metrics is not None}

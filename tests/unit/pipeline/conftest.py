@@ -57,7 +57,9 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 
 def evaluated(folder: Path) -> list[str]:
-    return [path.name[-2:] for path in checkpoint.complete(folder) if checkpoint.read_evaluation(path) is not None]
+    return [
+        path.name[-2:] for path in checkpoint.list_checkpoints(folder) if checkpoint.read_evaluation(path) is not None
+    ]
 
 
 def shown_images(patch: pytest.MonkeyPatch) -> dict[int, list[int]]:

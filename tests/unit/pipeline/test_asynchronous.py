@@ -59,7 +59,7 @@ def test_what_waits_for_its_evaluation_is_kept_and_gets_the_figures_of_an_evalua
         run(one, place(one, tmp_path / name), Ranks(), told[-1])
     home = tmp_path / "beside"
     assert "val/AP" not in {name for name, _, _ in told[0].points}
-    assert steps(checkpoint.complete(home)) == steps(checkpoint.waiting(home)) == [3, 6]
+    assert steps(checkpoint.list_checkpoints(home)) == steps(checkpoint.waiting(home)) == [3, 6]
     tracker = MemoryTracker()
     for path in checkpoint.waiting(home):
         evaluate_checkpoint(config, path, torch.device("cpu"), tracker)

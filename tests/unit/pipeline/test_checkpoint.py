@@ -79,7 +79,11 @@ def test_the_newest_is_that_of_the_highest_step_and_unfinished_ones_do_not_count
         save(tmp_path, step)
     save(tmp_path, 5000).rename(tmp_path / "checkpoints" / "step-00005000.partial")
     save(tmp_path, 6000).joinpath("meta.json").unlink()
-    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-00000200", "step-00000900", "step-00001000"]
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == [
+        "step-00000200",
+        "step-00000900",
+        "step-00001000",
+    ]
     assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 1000)
 
 
@@ -134,7 +138,7 @@ def test_after_a_kill_in_the_middle_of_writing_the_newest_is_whole(tmp_path: Pat
         aside = checkpoint.folder_of(tmp_path, done + 1).with_suffix(".partial")
         until = time.monotonic() + 20
         while not aside.exists() and time.monotonic() < until:
-            done = max([done, *(int(path.name.split("-")[1]) for path in checkpoint.complete(tmp_path))])
+            done = max([done, *(int(path.name.split("-")[1]) for path in checkpoint.list_checkpoints(tmp_path))])
             aside = checkpoint.folder_of(tmp_path, done + 1).with_suffix(".partial")
         os.kill(process.pid, signal.SIGKILL)
     finally:
@@ -187,7 +191,7 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
         "step-00000006",
     ]
     checkpoint.prune(tmp_path, keep=2)
-    assert len(checkpoint.complete(tmp_path)) == 3
+    assert len(checkpoint.list_checkpoints(tmp_path)) == 3
 
 
 def test_pruning_keeps_milestones_for_good(tmp_path: Path) -> None:
@@ -195,7 +199,7 @@ def test_pruning_keeps_milestones_for_good(tmp_path: Path) -> None:
         said = msgspec.structs.replace(meta(step), milestone=step in (1, 3))
         checkpoint.save(tmp_path, *small(0), said, Ranks())
         checkpoint.prune(tmp_path, keep=1)
-    assert [path.name[-1] for path in checkpoint.complete(tmp_path)] == ["1", "3", "5"]
+    assert [path.name[-1] for path in checkpoint.list_checkpoints(tmp_path)] == ["1", "3", "5"]
 
 
 def test_what_cannot_be_read_for_the_time_being_is_not_pruned(
@@ -214,7 +218,7 @@ def test_what_cannot_be_read_for_the_time_being_is_not_pruned(
     with monkeypatch.context() as patch:
         patch.setattr(storage, "read", busy)
         checkpoint.prune(tmp_path, keep=2)
-    assert len(checkpoint.complete(tmp_path)) == 5
+    assert len(checkpoint.list_checkpoints(tmp_path)) == 5
     assert "Too many open files" in caplog.text
     caplog.clear()
     discard = checkpoint_store.discard
@@ -227,10 +231,12 @@ def test_what_cannot_be_read_for_the_time_being_is_not_pruned(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_store, "discard", held)
         checkpoint.prune(tmp_path, keep=1)
-    assert [path.name[-1] for path in checkpoint.complete(tmp_path)] == ["1", "2", "3", "5"], "others are deleted"
+    assert [path.name[-1] for path in checkpoint.list_checkpoints(tmp_path)] == ["1", "2", "3", "5"], (
+        "others are deleted"
+    )
     assert "1 could not be deleted" in caplog.text
     checkpoint.prune(tmp_path, keep=1)
-    assert [path.name[-1] for path in checkpoint.complete(tmp_path)] == ["1", "2", "5"]
+    assert [path.name[-1] for path in checkpoint.list_checkpoints(tmp_path)] == ["1", "2", "5"]
 
 
 def test_pruning_clears_what_kills_left_in_the_middle_of_writing_and_of_pruning(tmp_path: Path) -> None:

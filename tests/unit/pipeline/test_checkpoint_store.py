@@ -76,7 +76,7 @@ def test_figures_the_best_and_pruning_are_as_in_a_folder(home: Url) -> None:
     assert found is not None
     assert (found[0].name, found[1]) == ("step-00000003", {"AP": 0.4})
     checkpoint.prune(home, keep=1)
-    assert [path.name[-1] for path in checkpoint.complete(home)] == ["3", "5"]
+    assert [path.name[-1] for path in checkpoint.list_checkpoints(home)] == ["3", "5"]
     assert {name[0] for name in files(home)} == {"3", "5"}
 
 

@@ -174,7 +174,7 @@ def test_what_is_asked_for_at_a_step_that_is_left_out_is_done_all_the_same(
     poisoned[0] = []
     asked = iter([Asked(save=True)])
     run(guarded(tiny_config, policy="skip"), start, Ranks(), None, Overseer(lambda: next(asked, NOTHING)))
-    assert checkpoint.complete(start.folder)[0] == checkpoint.folder_of(start.folder, 1)
+    assert checkpoint.list_checkpoints(start.folder)[0] == checkpoint.folder_of(start.folder, 1)
 
 
 def test_the_wait_for_a_checkpoint_to_go_back_to_is_no_part_of_a_step(

@@ -41,7 +41,7 @@ def test_workers_that_start_again_without_the_store_refuse_to_begin_anew(
     away.rename(store)
     run(config, place, Ranks(), tracker)
     assert losses(tracker) == [4, 5, 6]
-    assert saved.newest(store / "tiny-1", place.folder) == checkpoint.folder_of(store / "tiny-1", 6)
+    assert saved.newest_of_run(store / "tiny-1", place.folder) == checkpoint.folder_of(store / "tiny-1", 6)
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tiny_config: RunConfig, tmp_path: Path) -> None:

@@ -169,4 +169,4 @@ def test_no_more_than_asked_for_are_kept(tmp_path: Path) -> None:
     with open_saver(tmp_path, run[1], Ranks(), keep=2) as saver:
         for number in range(5):
             saver.save(*run, meta(number))
-    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-00000003", "step-00000004"]
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]

@@ -38,7 +38,7 @@ def trained_weights(config: RunConfig, folder: Path) -> dict[str, torch.Tensor]:
 def test_a_run_saves_evaluates_and_tells_at_the_right_steps(config: RunConfig, place: Place) -> None:
     tracker = MemoryTracker()
     run(config, place, Ranks(), tracker)
-    assert [path.name[-1] for path in checkpoint.complete(place.folder)] == ["2", "3", "4", "6"]
+    assert [path.name[-1] for path in checkpoint.list_checkpoints(place.folder)] == ["2", "3", "4", "6"]
     assert evaluated(place.folder) == ["03", "06"]
     assert [step for name, _, step in tracker.points if name == "train/loss"] == [1, 2, 3, 4, 5, 6]
     assert [step for name, _, step in tracker.points if name == "val/AP"] == [3, 6]

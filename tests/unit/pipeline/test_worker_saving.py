@@ -41,7 +41,7 @@ def test_a_save_that_the_clock_asks_for_changes_neither_the_result_nor_the_curve
     monkeypatch.setattr(checkpoint, "write", lambda *more: (written.append(more[2].step), write(*more))[1])
     run(config, other, Ranks(), clocked)
     assert written == [1, 2, 3, 4, 6]  # the last one is due in any case
-    assert [path.name[-1] for path in checkpoint.complete(other.folder)] == ["1", "2", "3", "4", "6"]
+    assert [path.name[-1] for path in checkpoint.list_checkpoints(other.folder)] == ["1", "2", "3", "4", "6"]
     assert_same(weights(config, other.folder), weights(config, place.folder))
 
     def curves(tracker: MemoryTracker) -> list[Any]:
@@ -96,14 +96,14 @@ def test_milestones_are_saved_and_stay(config: RunConfig, place: Place) -> None:
     run(tight, place, Ranks(), None)
     best = checkpoint.best(place.folder)
     assert best is not None
-    left = {path.name[-2:]: checkpoint.read_meta(path).milestone for path in checkpoint.complete(place.folder)}
+    left = {path.name[-2:]: checkpoint.read_meta(path).milestone for path in checkpoint.list_checkpoints(place.folder)}
     assert left == {best[0].name[-2:]: False} | {"06": True, "12": True}
 
 
 def test_old_checkpoints_go_and_the_best_stays(config: RunConfig, place: Place) -> None:
     tight = replace(config, checkpoint=replace(config.checkpoint, every_steps=1, keep=1))
     run(tight, place, Ranks(), None)
-    names = [path.name[-1] for path in checkpoint.complete(place.folder)]
+    names = [path.name[-1] for path in checkpoint.list_checkpoints(place.folder)]
     best = checkpoint.best(place.folder)
     assert best is not None
     assert set(names) == {"6", best[0].name[-1]}
@@ -133,4 +133,4 @@ def test_the_overseer_hears_of_every_step_and_what_it_asks_for_is_done(config: R
     overseer = Overseer(lambda: asked.get(len(heard), NOTHING), heard.append)
     run(config, place, Ranks(), None, overseer)
     assert heard == [1, 2, 3, 4]
-    assert [path.name for path in checkpoint.complete(place.folder)] == [f"step-{step:08d}" for step in (1, 3, 4)]
+    assert [path.name for path in checkpoint.list_checkpoints(place.folder)] == [f"step-{step:08d}" for step in (1, 3, 4)]
