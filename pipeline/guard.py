@@ -54,7 +54,7 @@ class Guard:
         if self._ranks.first:
             self._note(event)
         self._ranks.barrier()
-        count = self._ranks.gather(len(self._records(event.step)))[0]
+        count = self._ranks.broadcast(len(self._records(event.step)))
         if self._tracker:
             self._tell(event, count)
         if policy == "stop":
@@ -66,7 +66,7 @@ class Guard:
         if policy == "rollback":
             self._saver.finish()
             home = self._saver.home
-            newest = self._ranks.gather(checkpoint.newest(home) if self._ranks.first else None)[0]
+            newest = self._ranks.broadcast(checkpoint.newest(home) if self._ranks.first else None)
             if newest is None:
                 raise TrainingError(
                     f"{event}, or leave such steps out (--guard.policy skip): there is no checkpoint to go back to yet; "

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from pipeline.errors import USER_ERRORS, first_line
 
 _SAID: tuple[type[Exception], ...] = (OSError, *USER_ERRORS)
 Strategy = Literal["single", "ddp", "fsdp"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,14 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's value on every rank; the value that the others pass is not looked at. For small or rare things."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world_size > 1:
@@ -86,7 +95,7 @@ def on_first(ranks: Ranks, act: Callable[[], None]) -> None:
             act()
         except _SAID as error:
             reason = first_line(error)
-    reason = ranks.gather(reason)[0]
+    reason = ranks.broadcast(reason)
     if reason:
         raise OSError(reason)
 

@@ -1,0 +1,34 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.parallel import Ranks, on_first
+from tests.ranks import run_ranks
+
+
+def broadcast_of_rank(ranks: Ranks) -> list[Any]:
+    own = Path(f"rank-{ranks.rank}") if ranks.first else None
+    return [ranks.broadcast(own), ranks.broadcast(ranks.rank), ranks.apart().broadcast([ranks.rank])]
+
+
+def fail_on_first(ranks: Ranks) -> str:
+    def fail() -> None:
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        on_first(ranks, fail)
+    return "raised"
+
+
+def test_broadcast_returns_the_value_of_rank_0_on_every_rank() -> None:
+    assert run_ranks(2, broadcast_of_rank) == [[Path("rank-0"), 0, [0]]] * 2
+
+
+def test_broadcast_in_a_world_of_one_returns_the_value_itself() -> None:
+    value = object()
+    assert Ranks().broadcast(value) is value
+
+
+def test_an_error_of_rank_0_is_raised_on_every_rank() -> None:
+    assert run_ranks(2, fail_on_first) == ["raised"] * 2
