@@ -15,7 +15,8 @@ import msgspec
 
 from shards import storage
 from shards.categories import numbered, parse_categories, read_categories
-from shards.defects import REPORT_NAME, DefectReport, Policy, SourceError, make_report, parse_report, printable
+from shards.config import IndexConfig
+from shards.defects import REPORT_NAME, DefectReport, SourceError, make_report, parse_report, printable
 from shards.document import each
 from shards.errors import ShardError
 from shards.foreign import ForeignTar, read_tar
@@ -36,32 +37,6 @@ from shards.manifest import (
 from shards.records import npy
 from shards.source import without_entries
 from shards.write import Progress, WriteConfig
-
-
-@dataclass(frozen=True)
-class IndexConfig:
-    """How to index tars.
-
-    Attributes:
-        categories: a file of categories (``shards.document.read_categories``). By default those of ``source.json``
-            beside the tars, else the names in the tars, in alphabetical order. The COCO JSON that the tars were made
-            from also gives the data set its name and its digest back.
-        name: name of the data set; the categories file's where it is the source, else the folder's.
-        unannotated: samples without annotations are images without objects, not defects.
-        on_defect: what becomes of samples that cannot be used: ``fail`` writes nothing but a report, ``quarantine``
-            leaves them out of the index and reports them.
-        workers: threads, each reading whole tars.
-    """
-
-    categories: Path | None = None
-    name: str | None = None
-    unannotated: bool = False
-    on_defect: Policy = "fail"
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise ShardError(f"got --workers {self.workers}, expected 0 or more")
 
 
 @dataclass(frozen=True)
@@ -87,7 +62,7 @@ def index_tars(
     config = config or IndexConfig()
     url = storage.absolute(os.fspath(url))
     names = _tars(url)
-    tars = each(lambda name: _read(url, name, not config.unannotated), names, config.workers, progress)
+    tars = each(lambda name: _read(url, name, not config.without_annotations), names, config.workers, progress)
     ids = image_ids(tars)
     origin = _origin(url, config, tars, ids)
     index = gather(tars, ids, origin.categories)

@@ -11,10 +11,10 @@ from typing import Literal
 
 import msgspec
 
+from shards.config import Policy
 from shards.errors import ShardError
 
 Severity = Literal["rejected", "noted"]
-Policy = Literal["fail", "quarantine"]
 REPORT_NAME = "report.json"
 NAMED_DEFECTS = 3
 _SHOWN_IDS = 4

@@ -21,6 +21,7 @@ from typing import Any
 from xml.etree.ElementTree import Element, ParseError
 
 from shards.categories import numbered, read_categories
+from shards.config import VocConfig
 from shards.defects import Defect
 from shards.document import (
     IMAGE_SUFFIXES,
@@ -41,26 +42,6 @@ NAMES = (
     *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 _KEPT = ("pose", "truncated", "occluded", "difficult")  # what else is said of an object
-
-
-@dataclass(frozen=True)
-class VocConfig:
-    """How to read a VOC folder.
-
-    Attributes:
-        split: name of a list in ``ImageSets/Main``, such as trainval; every image where None.
-        categories: a file of categories (``shards.document.read_categories``); by default VOC's twenty where all names
-            are among them, else the names found in all of ``Annotations``, in alphabetical order.
-        keep_difficult: objects marked difficult are ordinary ones.
-        zero_based: coordinates count from 0, and xmax and ymax are edges.
-        workers: threads that read.
-    """
-
-    split: str | None = None
-    categories: Path | None = None
-    keep_difficult: bool = False
-    zero_based: bool = False
-    workers: int = 0
 
 
 @dataclass(frozen=True)

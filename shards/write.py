@@ -10,15 +10,15 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import get_args
+from dataclasses import replace
 
 import msgspec
 import numpy as np
 
 from shards import storage
 from shards.checks import MAX_IMAGE_ID
-from shards.defects import REPORT_NAME, Defect, Lost, Policy, SourceError, make_report, printable, told
+from shards.config import WriteConfig
+from shards.defects import REPORT_NAME, Defect, Lost, SourceError, make_report, printable, told
 from shards.errors import ShardError
 from shards.existing import check_same, existing_data_set
 from shards.index import Ints
@@ -44,35 +44,6 @@ from shards.staging import Stage, staging
 Progress = Callable[[int, int], None]
 # A function of one part over many parts, results in their order; the function and what it takes and gives are picklable.
 Map = Callable[[Callable[[Part], Written], Iterable[Part]], Iterable[Written]]
-
-
-@dataclass(frozen=True)
-class WriteConfig:
-    """How to write a data set.
-
-    Attributes:
-        samples_per_shard: images per tar (1,000 of COCO are about 160 MB).
-        workers: processes, each writing whole shards; 0 writes in the calling one. It never changes the result. Scripts
-            need the usual ``if __name__ == "__main__":``.
-        name: name of the data set; the annotation file's name without its ending where None.
-        limit: write only so many images, those of lowest id; 0 for all. The data set's name then says so.
-        on_defect: what becomes of images and annotations that cannot be used: ``fail`` writes nothing but a report,
-            ``quarantine`` leaves them out and reports them.
-    """
-
-    samples_per_shard: int = 1000
-    workers: int = 0
-    name: str | None = None
-    limit: int = 0
-    on_defect: Policy = "fail"
-
-    def __post_init__(self) -> None:
-        for field, least in (("samples_per_shard", 1), ("workers", 0), ("limit", 0)):
-            if getattr(self, field) < least:
-                flag = field.replace("_", "-")
-                raise ShardError(f"got --{flag} {getattr(self, field)}, expected {least} or more")
-        if self.on_defect not in get_args(Policy):
-            raise ShardError(f"got on_defect {self.on_defect!r}, expected one of {', '.join(get_args(Policy))}")
 
 
 def write_coco(

@@ -17,12 +17,12 @@ Names of classes: ``names`` of ``data.yaml`` (or of the only YAML file there), `
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from shards.categories import read_categories
+from shards.config import YoloConfig
 from shards.defects import Defect
 from shards.document import (
     IMAGE_SUFFIXES,
@@ -39,22 +39,6 @@ from shards.write import Progress
 
 _NAME_FILES = ("classes.txt", "labels/classes.txt", "obj.names")
 _DECIMALS = 4  # of a pixel: labels have six of an image's side
-
-
-@dataclass(frozen=True)
-class YoloConfig:
-    """How to read a folder of YOLO labels.
-
-    Attributes:
-        split: the subfolder to take, such as train; all of ``images`` where None.
-        categories: a file with the names of classes, YAML as well as what ``shards.document.read_categories`` takes; the
-            folder's own by default.
-        workers: threads that read.
-    """
-
-    split: str | None = None
-    categories: Path | None = None
-    workers: int = 0
 
 
 class _DataYaml(msgspec.Struct):

@@ -21,7 +21,7 @@ def test_images_without_annotations_are_a_data_set_only_when_told_so(tmp_path, n
         SourceError, match=r"2 defects: a.tar: sample a: has no JSON; got jpg; .* neither 'annotations'"
     ):
         index(tmp_path / "tars", categories=names)
-    assert index(tmp_path / "tars", categories=names, unannotated=True).annotations == 0
+    assert index(tmp_path / "tars", categories=names, without_annotations=True).annotations == 0
 
 
 def test_every_defect_is_named_with_its_sample(tmp_path, names):
