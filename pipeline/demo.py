@@ -20,9 +20,10 @@ from pipeline.recipes import RECIPES
 from pipeline.report import metrics_table
 from pipeline.train import Launch, train
 from shards import storage
+from shards.config import WriteConfig
 from shards.manifest import MANIFEST_NAME, load_manifest
 from shards.synthetic import write_synthetic
-from shards.write import WriteConfig, write_coco
+from shards.write import write_coco
 
 SUMMARY_NAME = "summary.json"
 _SAMPLES_PER_SHARD = 1000

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shards.config import WriteConfig as WriteConfig
     from shards.detections import Detections as Detections
     from shards.errors import ShardError as ShardError
     from shards.index import Index as Index
@@ -37,10 +38,10 @@ if TYPE_CHECKING:
     from shards.steps import Steps as Steps
     from shards.steps import first_step as first_step
     from shards.synthetic import write_synthetic as write_synthetic
-    from shards.write import WriteConfig as WriteConfig
     from shards.write import write_coco as write_coco
 
 _HOMES = {
+    "config": ("WriteConfig",),
     "detections": ("Detections",),
     "errors": ("ShardError",),
     "manifest": ("Category", "Manifest", "load_manifest"),
@@ -53,7 +54,7 @@ _HOMES = {
     "source": ("SourceError",),
     "steps": ("Origin", "Steps", "first_step"),
     "synthetic": ("write_synthetic",),
-    "write": ("WriteConfig", "write_coco"),
+    "write": ("write_coco",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

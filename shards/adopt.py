@@ -15,7 +15,7 @@ import msgspec
 
 from shards import storage
 from shards.categories import numbered, parse_categories, read_categories
-from shards.config import IndexConfig
+from shards.config import IndexConfig, WriteConfig
 from shards.defects import REPORT_NAME, DefectReport, SourceError, make_report, parse_report, printable
 from shards.document import each
 from shards.errors import ShardError
@@ -36,7 +36,7 @@ from shards.manifest import (
 )
 from shards.records import npy
 from shards.source import without_entries
-from shards.write import Progress, WriteConfig
+from shards.write import Progress
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 import msgspec
 from PIL import Image
 
+from shards.config import WriteConfig
 from shards.defects import Defect, Lost, SourceError, printable
 from shards.manifest import Category, Manifest
 from shards.tars import IMAGE_ENDINGS
-from shards.write import Map, Progress, WriteConfig, write_coco
+from shards.write import Map, Progress, write_coco
 
 # Endings by which a file in a folder is taken for an image; what it truly is, its content says.
 IMAGE_SUFFIXES = frozenset("." + ending for ending in IMAGE_ENDINGS)

@@ -3,7 +3,8 @@
 import numpy as np
 
 from shards import storage
-from shards.defects import REPORT_NAME, DefectReport, Policy, parse_report
+from shards.config import Policy
+from shards.defects import REPORT_NAME, DefectReport, parse_report
 from shards.errors import ShardError
 from shards.images import read_image
 from shards.manifest import MANIFEST_NAME, Manifest, load_manifest
