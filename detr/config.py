@@ -1,6 +1,6 @@
-"""What a DETR is, how it is trained, and how its images are augmented: frozen values, checked when built.
+"""Configuration of the model, its losses and its augmentation: frozen dataclasses that check themselves when built.
 
-The defaults are the paper's. Departures from it, all off by default:
+The docstrings of the fields are the help texts of the flags. The defaults are the paper's. Departures from it, all off by default:
 
 - `norm="batch" | "group"`: trainable normalisation in the backbone instead of frozen batch norm. Frozen statistics need
   pre-trained weights, so a backbone that starts from random ones needs this.
@@ -14,16 +14,35 @@ The defaults are the paper's. Departures from it, all off by default:
 - `tied_attention_init`: query and key projections start equal in the encoder's self-attention and the decoder's
   cross-attention, so that attention starts local.
 
-Only int, float, str, bool and tuples of them are used, so every config survives JSON. This module imports no torch.
+Fields hold only int, float, str, bool and tuples of them, so every config survives JSON. This module imports no torch.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot work. The message is one line: what was got, what was expected, what to do."""
+    """Raised for a configuration that cannot work. The message is one line: got, expected, what to do."""
+
+
+@cache
+def literal_fields(kind: type) -> dict[str, tuple[str, ...]]:
+    """Return the allowed values of each field of the dataclass `kind` that is annotated as a `Literal`."""
+    hints = get_type_hints(kind).items()
+    return {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
+
+
+def check_literals(config: object, require: Callable[[bool, str, object, str], None], prefix: str = "") -> None:
+    """Call `require(holds, field, got, expected)` for each `Literal` field of the dataclass instance `config`.
+
+    `require` raises the caller's error if `holds` is false. `prefix` is put in front of the field's name.
+    """
+    for name, choices in literal_fields(type(config)).items():
+        got = getattr(config, name)
+        require(got in choices, prefix + name, got, f"one of {', '.join(choices)}")
 
 
 def _require(condition: bool, field: str, got: object, expected: str, remedy: str = "") -> None:
@@ -40,46 +59,69 @@ def _require_each(config: Any, fields: str, lowest: float, expected: str) -> Non
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture. Sizes are in channels, layers and queries; `build_model` adds the number of classes."""
+    """Architecture of the model. The defaults are the paper's R50; the number of classes comes from the data."""
 
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "tiny"] = "resnet50"
+    """Backbone network. resnet50 and resnet101 are the paper's; resnet18 and resnet34 are smaller; tiny is for
+    images of about 100 pixels on a CPU."""
     norm: Literal["frozen_batch", "batch", "group"] = "frozen_batch"
+    """Normalisation layers of the backbone. frozen_batch: fixed statistics, as in the paper; needs pre-trained
+    weights. batch: trainable, one worker only. group: trainable, any number of workers. Use batch or group if the
+    backbone starts from random weights."""
     backbone_weights: str = "imagenet"
-    """What the backbone starts from: `imagenet` (torchvision's own weights), `random`, or the path of a state dict.
-
-    `build_model` loads nothing; the caller reads this and calls `load_backbone_weights`."""
+    """Initial weights of the backbone. imagenet: torchvision's. random: start untrained. Otherwise the path of
+    a state dict."""
     dilation: bool = False
-    """Dilate the last stage instead of striding it (DC5): stride 16 instead of 32, 4x the encoder's cells."""
+    """Dilate the last stage of the backbone instead of striding it (DC5): stride 16 instead of 32. Better on small
+    objects, about twice the compute. Needs resnet50 or resnet101."""
     frozen_stages: int = 2
-    """How many backbone stages do not train: 0 none, 1 the stem, 2 the stem and layer1 (the paper), ..., 5 all."""
+    """Number of backbone stages that are not trained. 0: none. 1: the stem. 2: the stem and layer1, as in the
+    paper. 5: all. Use 0 with random weights."""
     position: Literal["sine", "learned"] = "sine"
+    """Position encoding. sine: fixed, for any image size, as in the paper. learned: trained, 50 x 50 cells,
+    stretched over larger feature maps."""
     hidden_dim: int = 256
+    """Number of channels of the transformer, a multiple of `heads` and of 4."""
     heads: int = 8
+    """Number of attention heads."""
     encoder_layers: int = 6
+    """Number of encoder layers. 0: no encoder."""
     decoder_layers: int = 6
+    """Number of decoder layers, at least 1."""
     feedforward_dim: int = 2048
+    """Number of hidden units of the feed-forward networks in the transformer."""
     dropout: float = 0.1
+    """Dropout probability of the transformer in training, 0 to below 1. 0: none."""
     num_queries: int = 100
+    """Number of object queries, the maximum number of objects found per image. Set it well above the largest number
+    of objects in one of your images."""
     pre_norm: bool = False
+    """Normalise before attention and feed-forward instead of after, as in the original's --pre_norm. The paper
+    normalises after; before can be easier to train."""
     auxiliary: bool = True
-    """Return the prediction of every decoder layer, for auxiliary losses."""
+    """Return the predictions of every decoder layer, as the auxiliary losses need (`loss.auxiliary`), and not only
+    of the last."""
     masks: bool = False
-    """Add the mask head of section 4.4: one mask per query, from the last decoder layer."""
+    """Add the mask head for instance segmentation (section 4.4 of the paper). The data must hold segmentations."""
     position_temperature: float = 10000.0
+    """Temperature of the sine position encoding, above 1. Lower it, such as to 20, for images of few cells. 10000
+    in the paper."""
     position_at_input: bool = False
+    """Add the position encoding once to the encoder's input as well, besides to queries and keys of its layers. Not
+    in the paper."""
     decoder_input: Literal["zeros", "queries"] = "zeros"
+    """Input of the first decoder layer. zeros: as in the paper. queries: the query embeddings, which helps short
+    trainings."""
     query_init: Literal["normal", "grid"] = "normal"
+    """Initial query embeddings. normal: random, as in the paper. grid: positions of a square grid, which helps
+    short trainings; `num_queries` must be a square number."""
     tied_attention_init: bool = False
+    """Start with equal query and key projections, so that attention is local at first. Not in the paper; helps
+    short trainings."""
 
     def __post_init__(self) -> None:
-        backbones = ("resnet18", "resnet34", "resnet50", "resnet101", "tiny")
-        _require(self.backbone in backbones, "backbone", self.backbone, f"one of {', '.join(backbones)}")
-        norms = ("frozen_batch", "batch", "group")
-        _require(self.norm in norms, "norm", self.norm, f"one of {', '.join(norms)}")
+        check_literals(self, _require)
         _require(bool(self.backbone_weights), "backbone_weights", "", "imagenet, random or the path of a state dict")
-        _require(self.position in ("sine", "learned"), "position", self.position, "sine or learned")
-        _require(self.decoder_input in ("zeros", "queries"), "decoder_input", self.decoder_input, "zeros or queries")
-        _require(self.query_init in ("normal", "grid"), "query_init", self.query_init, "normal or grid")
         _require_each(self, "hidden_dim heads decoder_layers feedforward_dim num_queries", 1, "at least 1")
         _require_each(self, "encoder_layers", 0, "0 or more")
         _require(0 <= self.frozen_stages <= 5, "frozen_stages", self.frozen_stages, "0 (none) to 5 (all)")
@@ -104,24 +146,34 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Matching costs and loss weights, section 3.1 and appendix A.4 of the paper.
+    """Matching costs and loss weights (section 3.1 and appendix A.4 of the paper).
 
-    A cost or weight of 0 switches its term off, as the paper's ablations do (section 4.2: class and L1 alone, class and
-    GIoU alone). A term that is off takes no part in the loss whatever its value, NaN included; it is still reported.
+    A cost or weight of 0 switches its term off, as in the paper's ablations (section 4.2). A term that is off never
+    changes the loss, whatever its value, NaN included; it is still reported.
     """
 
     cost_class: float = 1.0
+    """Matching cost of the class probability. 0: off."""
     cost_bbox: float = 5.0
+    """Matching cost of the L1 distance between boxes. 0: off."""
     cost_giou: float = 2.0
+    """Matching cost of the generalised IoU of boxes. 0: off."""
     weight_ce: float = 1.0
+    """Weight of the classification loss (cross entropy). 0: off."""
     weight_bbox: float = 5.0
+    """Weight of the L1 loss of boxes. 0: off."""
     weight_giou: float = 2.0
+    """Weight of the generalised IoU loss of boxes. 0: off."""
     weight_mask: float = 1.0
+    """Weight of the focal loss of masks, for models with masks. 0: off."""
     weight_dice: float = 1.0
+    """Weight of the DICE loss of masks, for models with masks. 0: off."""
     eos_coef: float = 0.1
-    """Weight of the no-object class in the cross entropy."""
+    """Weight of the class "no object" in the cross entropy; real classes have weight 1. Raise it if most queries
+    have an object to match."""
     auxiliary: bool = True
-    """Add the losses of the decoder layers before the last, where the model returns them."""
+    """Compute the losses of every decoder layer, as in the paper, and not only of the last. Needs
+    `model.auxiliary`."""
 
     def __post_init__(self) -> None:
         fields = "cost_class cost_bbox cost_giou weight_ce weight_bbox weight_giou weight_mask weight_dice eos_coef"
@@ -132,28 +184,39 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class TransformConfig:
-    """The augmentation: appendix A.4 of the paper. Sizes are pixels of the shorter side if not said otherwise.
+    """Image sizes and augmentation (appendix A.4 of the paper). Sizes are pixels of the shorter side.
 
     `TransformConfig(train_scales=(96,), flip=0.0, crop=False)` gives the same input in every epoch.
     """
 
     train_scales: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    """Sizes for training images, in pixels of the shorter side; one is drawn at random for each image."""
     eval_size: int = 800
+    """Size for evaluation and prediction, in pixels of the shorter side."""
     max_size: int = 1333
-    """Bound of the longer side; the original's rounding can give one pixel more."""
+    """Maximum of the longer side in pixels, in training and evaluation. Larger images are scaled down; rounding, as
+    in the original, can give one pixel more."""
     flip: float = 0.5
-    """Probability of a horizontal flip."""
+    """Probability of a horizontal flip in training, 0 to 1."""
     crop: bool = True
-    """With probability 0.5 resize to one of `crop_scales` and crop before the resize to one of `train_scales`."""
+    """Crop half of the training images at random: resize to one of `crop_scales`, crop, then resize to one of
+    `train_scales`."""
     crop_scales: tuple[int, ...] = (400, 500, 600)
+    """Sizes before a random crop, in pixels of the shorter side; one is drawn at random for each image."""
     crop_range: tuple[int, int] = (384, 600)
-    """Smallest and largest side of the crop, bounded by the image."""
+    """Minimum and maximum side of a random crop in pixels; never larger than the image."""
     pixels: Literal["parity", "fast"] = "parity"
-    """parity: the original's steps one by one. fast: the crop is cut before the one resize, up to half a pixel off."""
+    """Resampling of cropped images. parity: resize, crop, resize, exactly as in the original. fast: crop first and
+    resize once, up to half a pixel off."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of the red, green and blue channels that images are normalised with, for values from 0 to 1. ImageNet's;
+    match it to the backbone's weights."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation of the red, green and blue channels that images are normalised with, above 0. ImageNet's;
+    match it to the backbone's weights."""
 
     def __post_init__(self) -> None:
+        check_literals(self, _require)
         for field in ("train_scales", "crop_scales"):
             scales = getattr(self, field)
             _require(len(scales) > 0 and min(scales) > 0, field, scales, "one or more positive sizes")
@@ -161,5 +224,4 @@ class TransformConfig:
         _require(0 <= self.flip <= 1, "flip", self.flip, "a probability, 0 to 1")
         low, high = self.crop_range
         _require(0 < low <= high, "crop_range", self.crop_range, "(smallest, largest) with 0 < smallest <= largest")
-        _require(self.pixels in ("parity", "fast"), "pixels", self.pixels, "'parity' or 'fast'")
         _require(min(self.std) > 0, "std", self.std, "three numbers above 0")

@@ -1,91 +1,112 @@
-"""The parts of a `RunConfig` that `pipeline` defines, one class for each thing a person decides about.
+"""Sections of a `RunConfig`: data, optimizer, compute, evaluation, checkpoints, cluster, guard and tracking.
 
-Every class checks itself when it is built, so that a wrong number fails on the laptop and not on 64 GPUs. Those of the
-model, its losses and its augmentation are in `detr.config`.
+Every class checks itself when it is built, so a wrong value fails on the laptop and not on 64 GPUs. The sections for the
+model, its losses and its augmentation are in `detr.config`. The docstrings of the fields are the help texts of the flags.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
+from detr.config import check_literals
 from pipeline.errors import RunConfigError
 
 Batching = Literal["same_size", "padded", "fixed"]
-"""Which images an evaluation puts into one batch; see `EvaluateConfig`."""
+"""Rule for grouping images into evaluation batches; see `EvaluateConfig`."""
 
 
 def require(holds: bool, name: str, got: object, expected: str) -> None:
-    # Infinity would pass a bound and be lost in JSON, which has no word for it.
+    """Raise `RunConfigError` unless `holds` is true and `got` is finite."""
+    # Infinity would pass a lower bound, but JSON cannot represent it.
     if not holds or got == math.inf:
         raise RunConfigError(f"{name} is {got!r}; expected {expected}")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the shards are (folders or URLs that hold a `manifest.json`) and how they are read."""
+    """Training and validation data, and how they are read."""
 
     train: str = "shards/train"
+    """Folder or URL of the training data: the one that holds `manifest.json`, written by `detr shard`."""
     val: str = "shards/val"
+    """Folder or URL of the validation data: the one that holds `manifest.json`, written by `detr shard`."""
     built_in: bool = False
-    """Generate the built-in data set, and pre-train the small backbone on it, where `train` and `val` are absent."""
+    """Generate the built-in data set and pre-train the small backbone on it if `train` and `val` are missing. For
+    the demo only."""
     reader_threads: int = 2
-    """Threads per worker that read, decode and resize; each releases the GIL while it does."""
+    """Threads per worker that read, decode and augment images. Raise it if MLflow's `step_share/data_wait` is not
+    close to 0 and cores are idle."""
     sort_window: int = 1
-    """Global batches whose images are sorted by shape together. 1: inside each, so which images a step sees does not
-    change; more: less padding and steps of like images, but other batches."""
+    """Number of global batches whose images are sorted by shape together. 1 sorts inside each batch only, so the
+    images of a step do not change. A larger window pads less and is faster, but puts similar images into one
+    step."""
     shuffle_shards: int = 0
-    """Shuffle in blocks of so many shards, for data that does not fit a node's disk; 0: over the whole epoch."""
+    """Number of shards per shuffle block. 0 shuffles the whole epoch. Set it if the data does not fit the disk of a
+    node."""
     epoch_tail: Literal["straddle", "short"] = "straddle"
-    """straddle: the step in which an epoch ends begins the next. short: it holds what is left of the epoch."""
+    """Treatment of the last, incomplete batch of an epoch. straddle: fill it with the first images of the next
+    epoch. short: take a smaller step."""
     cache: str = ""
-    """Folder on each node that keeps what was fetched, each shard once; `off` asks the store for every sample. Empty: for
-    remote data the folder that DETR_CACHE names, or ~/.cache/detr-cluster/shards; local data is read where it lies."""
+    """Folder on each node that keeps downloaded shards. `off` reads every sample from the store. Empty: for remote
+    data the folder in DETR_CACHE, or ~/.cache/detr-cluster/shards; local data is read in place."""
     cache_gib: float = 0.0
-    """At most so many GiB in that folder; 0 for as much as its disk has room for."""
+    """Maximum size of the cache folder in GiB. 0: as much as its disk has free."""
     max_bad_samples: int = 0
-    """So many training images whose bytes are bad are left out by each worker, with a warning; one more ends the run."""
+    """Maximum number of corrupt training images that each worker may skip, with a warning, before the run fails. 0:
+    the first one ends the run."""
 
     def __post_init__(self) -> None:
+        check_literals(self, require, "data.")
         require(self.cache_gib >= 0, "data.cache_gib", self.cache_gib, "0 (no limit) or more")
         require(self.max_bad_samples >= 0, "data.max_bad_samples", self.max_bad_samples, "0 or more")
         require(self.reader_threads >= 1, "data.reader_threads", self.reader_threads, "at least 1")
         require(self.sort_window >= 1, "data.sort_window", self.sort_window, "at least 1 global batch")
         require(self.shuffle_shards >= 0, "data.shuffle_shards", self.shuffle_shards, "0 (the whole epoch) or more")
-        require(self.epoch_tail in ("straddle", "short"), "data.epoch_tail", self.epoch_tail, "straddle or short")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with two learning rates, clipping and a schedule (paper, appendix A.4)."""
+    """AdamW, gradient clipping and the learning-rate schedule (appendix A.4 of the paper)."""
 
     batch_size: int = 64
-    """Images per optimizer step over all workers together."""
+    """Number of images per optimizer step, over all workers together. The learning rates belong to this number:
+    change them together."""
     epochs: int = 300
+    """Number of passes over the training data."""
     lr: float = 1e-4
+    """Learning rate of everything but the backbone."""
     lr_backbone: float = 1e-5
-    """0 freezes the backbone."""
+    """Learning rate of the backbone. 0 freezes it."""
     weight_decay: float = 1e-4
+    """Weight decay of AdamW, for both learning rates."""
     clip_norm: float = 0.1
-    """Largest total norm of the gradient."""
+    """Maximum L2 norm of the gradient; larger gradients are scaled down to it."""
     decay: Literal["step", "linear"] = "step"
-    """step: both rates times `decay_factor` from `decay_epoch` on. linear: from there down to it at the last step."""
+    """Shape of the learning-rate decay. step: multiply both rates by `decay_factor` once, at `decay_epoch`. linear:
+    go from 1 to `decay_factor` between `decay_epoch` and the last step."""
     decay_epoch: int = 200
+    """Epoch at which the decay of the learning rates starts."""
     decay_factor: float = 0.1
+    """Factor on both learning rates after the decay, above 0 and at most 1."""
     warmup_epochs: float = 0.0
+    """Length of the linear warm-up of both learning rates, in epochs (fractions allowed). 0: none, as in the
+    paper."""
     max_steps: int = 0
-    """Stop after so many steps, whatever `epochs` says; 0 for no such bound."""
+    """Maximum number of optimizer steps, for short trials. 0: no limit, `epochs` decides."""
     ema: float = 0.0
-    """Evaluate and register an average of the weights that keeps this much of itself at each step, such as 0.9997; 0: the
-    weights themselves, as in the paper."""
+    """Decay of an exponential moving average of the weights, which is then evaluated and registered (such as
+    0.9997). 0: off, as in the paper."""
     train: Literal["all", "mask_head"] = "all"
-    """mask_head: only the mask head learns, on top of the detector that `initial` names (paper, section 4.4)."""
+    """Parameters that are trained. all: the whole model. mask_head: only the mask head, on top of the detector in
+    `initial` (section 4.4 of the paper)."""
     normalise: Literal["global", "per_rank"] = "global"
-    """What losses are divided by: the global batch's sums, or, as in the original, each worker's own, by which the result
-    depends on the number of workers; see `pipeline/step.py`."""
+    """Scope of the sums that losses are divided by. global: the whole batch, so the result does not depend on the
+    number of workers. per_rank: the images of each worker, as in the original."""
 
     def __post_init__(self) -> None:
+        check_literals(self, require, "optim.")
         require(self.batch_size >= 1, "optim.batch_size", self.batch_size, "at least 1")
         require(self.epochs >= 1, "optim.epochs", self.epochs, "at least 1")
         require(self.lr > 0, "optim.lr", self.lr, "a positive learning rate")
@@ -97,79 +118,82 @@ class OptimConfig:
         require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
         require(self.max_steps >= 0, "optim.max_steps", self.max_steps, "0 (no bound) or more")
         require(0 <= self.ema < 1, "optim.ema", self.ema, "0 (off) or a decay below 1, such as 0.9997")
-        require(self.train in ("all", "mask_head"), "optim.train", self.train, "all or mask_head")
-        require(self.normalise in ("global", "per_rank"), "optim.normalise", self.normalise, "global or per_rank")
 
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """How the arithmetic is done: speed and memory, not the experiment. The defaults are the paper's fp32."""
+    """Speed and memory of the computation. The defaults compute in fp32, as the paper does."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: the network under autocast; costs, boxes, losses, weights and optimizer stay fp32."""
+    """Arithmetic of the network. fp32: as in the paper. bf16: autocast, faster on recent GPUs; costs, losses,
+    weights and optimizer stay in fp32."""
     channels_last: bool = True
-    """Lay images and the backbone's convolutions out as [B, H, W, C]: the same sums, faster kernels."""
+    """Store images and convolution weights in channels-last memory layout: the same results up to rounding, usually
+    faster."""
     compile: bool = False
-    """Compile the network, once per canvas shape: round canvases with `canvas_multiple` so that there are few."""
+    """Compile the network with torch.compile. It is compiled once per canvas shape: raise `canvas_multiple` so that
+    there are few shapes."""
     canvas_multiple: int = 1
-    """Pad a batch's canvas up to a multiple of so many pixels each way; 1: to the largest image only. Padding changes
-    answers slightly."""
+    """Pad each batch up to a multiple of this many pixels in height and width. 1: only up to the largest image. Set
+    it, such as to 64, if you compile; padding changes predictions slightly."""
     max_microbatch: int = 0
-    """Most images of a worker in one forward pass; 0 for no bound. A larger part of the batch is cut into so many
-    passes whose gradients add up."""
+    """Maximum number of images per worker in one forward pass. 0: no limit. Lower it if a GPU runs out of memory:
+    larger batches are split, and the gradients are added up."""
     recompute: Literal["none", "encoder", "backbone", "both"] = "none"
-    """Activation checkpointing: forget what the backward pass needs of these parts, and compute it again there."""
+    """Modules whose activations are recomputed in the backward pass instead of stored. Set it if a GPU runs out of
+    memory; a step then takes longer."""
 
     def __post_init__(self) -> None:
-        require(self.precision in ("fp32", "bf16"), "compute.precision", self.precision, "fp32 or bf16")
-        parts = ("none", "encoder", "backbone", "both")
-        require(self.recompute in parts, "compute.recompute", self.recompute, f"one of {', '.join(parts)}")
+        check_literals(self, require, "compute.")
         require(self.max_microbatch >= 0, "compute.max_microbatch", self.max_microbatch, "0 (no bound) or more")
         require(self.canvas_multiple >= 1, "compute.canvas_multiple", self.canvas_multiple, "at least 1 pixel")
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """The evaluation inside a run: the whole validation set, each image once."""
+    """Evaluation during a run, on the validation data; each image counts once."""
 
     every: int = 1
-    """Epochs between evaluations; the last step is always evaluated."""
+    """Number of epochs between evaluations. The last step is always evaluated."""
     batch_size: int = 2
-    """Most images per forward. Batches are fixed by the plan, so the figures do not depend on the number of workers."""
+    """Maximum number of images per forward pass in evaluation. The scores do not depend on the number of
+    workers."""
     batching: Batching = "same_size"
-    """same_size: only images of one size share a batch, so nothing is padded and the figures are those of batch 1 whatever
-    `batch_size` says. padded: images of like shape do, padded to the largest, as the original evaluates; padding changes
-    a DETR's answer slightly. fixed: every image is padded to one square."""
+    """Rule for images that share an evaluation batch. same_size: only images of the same size, so nothing is padded and
+    scores do not depend on `batch_size`. padded: images of similar shape, padded to the largest, as in the
+    original; changes scores slightly. fixed: pad all images to one square."""
     asynchronous: bool = False
-    """Training does not wait: its checkpoints are evaluated beside it, on CPUs or a GPU of the cluster that no worker has."""
+    """Evaluate checkpoints in the background, on CPUs or a GPU of the cluster that no worker uses, while training
+    continues."""
     limit: int = 0
-    """Score only so many images, for a smoke test; 0 for all. Such figures are no result."""
+    """Maximum number of validation images, for a smoke test only. 0: all of them."""
     pictures: int = 4
-    """Validation images drawn with detections next to the truth at each evaluation."""
+    """Number of validation images that are logged at each evaluation with detections next to the ground truth."""
 
     def __post_init__(self) -> None:
+        check_literals(self, require, "evaluate.")
         require(self.limit >= 0, "evaluate.limit", self.limit, "0 (all) or more")
         require(self.every >= 1, "evaluate.every", self.every, "at least 1 epoch")
         require(self.batch_size >= 1, "evaluate.batch_size", self.batch_size, "at least 1")
-        require(self.batching in get_args(Batching), "evaluate.batching", self.batching, "same_size, padded or fixed")
         require(self.pictures >= 0, "evaluate.pictures", self.pictures, "0 or more")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the state is saved, where, and what stays. The newest and the best are always kept."""
+    """Interval, storage and retention of checkpoints. The newest and the best are always kept."""
 
     every_steps: int = 500
-    """Steps between saves inside an epoch; 0 saves at the ends of epochs only."""
+    """Number of steps between checkpoints. 0: save only before evaluations and at the end. A failure costs the
+    steps since the last checkpoint."""
     every_minutes: float = 0.0
-    """Save as well when the last save began so many minutes ago; 0 for no such clock."""
+    """Minutes between checkpoints, in addition to `every_steps`. 0: no time limit."""
     keep: int = 2
-    """How many of the newest to keep, besides the best."""
+    """Number of newest checkpoints to keep, in addition to the best."""
     keep_every_epochs: int = 0
-    """Keep the checkpoint at the end of every so many epochs for good; 0 for none."""
+    """Keep the checkpoint at the end of every N epochs forever. 0: none."""
     store: str = ""
-    """Folder or URL that takes the checkpoints of runs (s3://bucket/runs, or any other that fsspec opens), each below the
-    name of its run's folder. Empty: the run's folder itself."""
+    """Folder or URL for checkpoints (s3://bucket/runs, or any other that fsspec opens); each run gets a folder in
+    it. Empty: the folder of the run."""
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "0 or more")
@@ -180,28 +204,36 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """How many Ray Train workers, and with what. Their number changes dropout's draws and the canvases that images are
-    padded to; with `optim.normalise global`, nothing else of what is learned."""
+    """Number of Ray Train workers and their resources.
+
+    The number of workers changes only the random numbers of dropout and the padding of images, as long as
+    `optim.normalise` is global.
+    """
 
     workers: int = 1
+    """Number of worker processes, usually one per GPU. The global batch is divided among them."""
     min_workers: int = 0
-    """At least so many, where the run may go on with fewer while nodes are away; 0: always `workers`."""
+    """Minimum number of workers with which the run may continue while nodes are missing. 0: always exactly
+    `workers`."""
     strategy: Literal["single", "ddp", "fsdp"] = "ddp"
-    """single: one worker. ddp: each worker holds the whole model. fsdp: they divide weights, gradients and optimizer state
-    among themselves. Losses and checkpoints are the same."""
+    """Distribution of the model over workers. single: one worker. ddp: each worker holds the whole model. fsdp: workers share
+    weights, gradients and optimizer state, for less memory per GPU. Losses and checkpoints are the same."""
     gpu: Literal["auto", "yes", "no"] = "auto"
-    """auto: one GPU per worker where the cluster has any."""
+    """Use of GPUs. auto: one per worker if the cluster has any. yes: one per worker; refuse a cluster without GPUs.
+    no: train on CPUs."""
     cpus_per_worker: int = 1
+    """Number of CPU cores to reserve for each worker. Give each worker at least as many as
+    `data.reader_threads`."""
     max_failures: int = 3
-    """How often a failed worker group is restarted from the last checkpoint before the run gives up; -1: always. Nodes that
-    are taken away with notice, and changes of the number of workers, do not count."""
+    """Maximum number of restarts after failures before the run ends; each resumes from the last checkpoint. -1: no
+    limit. Announced node removals and changes of the number of workers do not count."""
     collective_timeout_s: int = 600
-    """So long a worker waits for the others before the group is restarted: for the slowest step, evaluation or first
-    compilation, and what a store's patience allows."""
+    """Seconds a collective may take before the workers are restarted. Allow for the slowest step, evaluation, first
+    compilation and store retries."""
 
     def __post_init__(self) -> None:
+        check_literals(self, require, "cluster.")
         require(self.workers >= 1, "cluster.workers", self.workers, "at least 1")
-        require(self.strategy in ("single", "ddp", "fsdp"), "cluster.strategy", self.strategy, "single, ddp or fsdp")
         alone = self.workers == 1 or self.strategy != "single"
         require(alone, "cluster.workers", self.workers, "1 with cluster.strategy 'single': choose ddp or fsdp for more")
         require(self.cpus_per_worker >= 1, "cluster.cpus_per_worker", self.cpus_per_worker, "at least 1")
@@ -213,42 +245,45 @@ class ClusterConfig:
 
     @property
     def fewest(self) -> int:
-        """The least number of workers that the run goes on with."""
+        """Minimum number of workers that the run continues with."""
         return self.min_workers or self.workers
 
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """What happens before an update that would spoil the weights; see `pipeline/guard.py`."""
+    """Handling of steps whose loss or gradient is not finite, before they change the weights."""
 
     policy: Literal["stop", "skip", "rollback"] = "stop"
-    """stop: end the run. skip: leave the update out. rollback: take the newest checkpoint's weights and go on."""
+    """Reaction to a step whose loss or gradient is not finite. stop: end the run. skip: leave the update out. rollback: load the newest
+    checkpoint's weights and continue."""
     max_grad_norm: float = 0.0
-    """A total norm above it counts as not finite does; 0 for no bound. Clipping (`optim.clip_norm`) comes after."""
+    """Maximum gradient norm, before clipping; a larger one counts as not finite. 0: no limit."""
     max_events: int = 3
-    """So many are skipped or rolled back in a run; one more ends it."""
+    """Maximum number of steps that may be skipped or rolled back before the run fails."""
 
     def __post_init__(self) -> None:
-        require(self.policy in ("stop", "skip", "rollback"), "guard.policy", self.policy, "stop, skip or rollback")
+        check_literals(self, require, "guard.")
         require(self.max_grad_norm >= 0, "guard.max_grad_norm", self.max_grad_norm, "0 (no bound) or more")
         require(self.max_events >= 1, "guard.max_events", self.max_events, "at least 1")
 
 
 @dataclass(frozen=True)
 class TrackConfig:
-    """What MLflow shows of the run."""
+    """Names in MLflow and its model registry, and how often curves get a point."""
 
     experiment: str = "detr"
+    """MLflow experiment of the run."""
     run_name: str = ""
-    """Empty: the recipe's name."""
+    """Name of the run in MLflow and of its folder. Empty: the name of the recipe."""
     register_as: str = ""
-    """Registered model that the best checkpoint becomes a version of; empty: `detr-` and the recipe's name."""
+    """Registered model that gets the best checkpoint as a new version. Empty: the name of the recipe, with `detr-`
+    in front."""
     log_every: int = 50
-    """Steps between points of the training curves."""
+    """Number of steps between points of the training curves."""
 
     def __post_init__(self) -> None:
         require(bool(self.experiment), "track.experiment", self.experiment, "a name")
-        # The registry refuses them, but only when the run has ended.
+        # The registry would refuse them too, but only at the end of the run.
         nameable = not set(self.register_as) & set("/:")
         require(nameable, "track.register_as", self.register_as, "a name without / and :")
         require(self.log_every >= 1, "track.log_every", self.log_every, "at least 1 step")

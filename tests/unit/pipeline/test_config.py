@@ -1,11 +1,12 @@
+import dataclasses
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgspec
 import pytest
 
-from detr.config import ConfigError, ModelConfig
+from detr.config import ConfigError, ModelConfig, literal_fields
 from pipeline.config import (
     CheckpointConfig,
     ClusterConfig,
@@ -34,15 +35,60 @@ def changed(path: str, value: Any) -> str:
     return msgspec.json.encode(raw).decode()
 
 
-def test_a_mask_head_that_the_model_lacks_cannot_be_trained() -> None:
+def test_training_a_mask_head_needs_a_model_with_masks() -> None:
     with pytest.raises(
         RunConfigError, match=r"optim.train is 'mask_head' but the model has none.*--model.masks"
     ) as caught:
         RunConfig(optim=OptimConfig(train="mask_head"))
     assert "\n" not in str(caught.value)
     assert RunConfig(optim=OptimConfig(train="mask_head"), model=ModelConfig(masks=True)).model.masks
-    with pytest.raises(RunConfigError, match=r"optim\.train is 'head'; expected all or mask_head"):
-        OptimConfig(train="head")  # type: ignore[arg-type]
+
+
+def config_classes() -> dict[str, type]:
+    """The classes of a run's configuration, by the prefix of their fields."""
+    hints = get_type_hints(RunConfig)
+    sections = {f"{name}.": hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    return {"": RunConfig, **sections}
+
+
+LITERALS = [
+    (kind, prefix, name, choices)
+    for prefix, kind in config_classes().items()
+    for name, choices in literal_fields(kind).items()
+]
+
+
+def test_choices_are_found_in_every_section_that_has_them() -> None:
+    found = {prefix + name for _, prefix, name, _ in LITERALS}
+    assert {"optim.decay", "cluster.gpu", "evaluate.batching", "model.norm", "transform.pixels"} <= found
+    annotated = {
+        prefix + field.name
+        for prefix, kind in config_classes().items()
+        for field in dataclasses.fields(kind)
+        if "Literal" in str(field.type) or str(field.type) == "Batching"
+    }
+    assert found == annotated
+
+
+@pytest.mark.parametrize(("kind", "prefix", "name", "choices"), LITERALS)
+def test_a_value_that_is_no_choice_of_its_field_is_refused(
+    kind: type, prefix: str, name: str, choices: tuple[str, ...]
+) -> None:
+    with pytest.raises((RunConfigError, ConfigError), match=rf"{name}.*'neither'.*expected one of") as caught:
+        kind(**{name: "neither"})
+    assert all(choice in str(caught.value) for choice in choices)
+    if kind.__module__ == "pipeline.settings":
+        assert isinstance(caught.value, RunConfigError)
+        assert str(caught.value).startswith(f"{prefix}{name} is 'neither'")
+    else:
+        assert isinstance(caught.value, ConfigError)
+
+
+def test_unknown_decay_and_gpu_are_refused() -> None:
+    with pytest.raises(RunConfigError, match=r"optim\.decay is 'cosine'; expected one of step, linear"):
+        OptimConfig(decay="cosine")  # type: ignore[arg-type]
+    with pytest.raises(RunConfigError, match=r"cluster\.gpu is 'maybe'; expected one of auto, yes, no"):
+        ClusterConfig(gpu="maybe")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -70,7 +116,7 @@ def test_a_mistyped_field_is_named_with_its_path(path: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "lr: 1", "[]", '{"seed": 1', b"\xff"])
-def test_what_is_no_configuration_is_one_clear_line(text: str | bytes) -> None:
+def test_text_that_is_no_configuration_gives_a_one_line_error(text: str | bytes) -> None:
     with pytest.raises(RunConfigError, match=r"not valid.*expected what `detr show` prints") as caught:
         from_json(text)
     assert "\n" not in str(caught.value)
@@ -143,7 +189,7 @@ def test_parameters_are_listed_by_path_with_every_leaf_once() -> None:
     assert not {"optim", "model", "data"} & flat.keys()
 
 
-def test_a_run_and_its_model_are_named_after_the_recipe_unless_told() -> None:
+def test_run_and_model_are_named_after_the_recipe_by_default() -> None:
     paper = RECIPES["detr-r50"]
     assert (paper.run_name, paper.model_name) == ("detr-r50", "detr-r50")
     assert RECIPES["demo"].model_name == "detr-demo"
@@ -153,7 +199,7 @@ def test_a_run_and_its_model_are_named_after_the_recipe_unless_told() -> None:
 
 
 @pytest.mark.parametrize("parts", ["backbone", "both"])
-def test_statistics_that_would_take_in_every_image_twice_are_refused(parts: str) -> None:
+def test_recomputing_trainable_batch_norm_is_refused(parts: str) -> None:
     trained = ModelConfig(norm="batch")
     RunConfig(model=trained, compute=ComputeConfig(recompute="encoder"))
     with pytest.raises(
