@@ -1,6 +1,6 @@
 """DETR in plain PyTorch: End-to-End Object Detection with Transformers (Carion et al., 2020).
 
-The public names below are resolved on first use, so that importing `detr.config` alone never imports torch.
+The public names below are resolved on first use, so that importing `detr.config` does not import torch.
 """
 
 from importlib import import_module
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from detr.model import DETR as DETR
     from detr.model import Outputs as Outputs
     from detr.model import build_model as build_model
+    from detr.model import freeze_detector as freeze_detector
     from detr.original import load_backbone_weights as load_backbone_weights
     from detr.original import load_detector_state_dict as load_detector_state_dict
     from detr.original import load_original_state_dict as load_original_state_dict
     from detr.original import to_original_state_dict as to_original_state_dict
     from detr.postprocess import Detection as Detection
     from detr.postprocess import detect as detect
-    from detr.segmentation import freeze_detector as freeze_detector
 
 _MODULES = {
     "batch": ("Batch", "Target", "collate", "normalise"),
     "config": ("ConfigError", "LossConfig", "ModelConfig", "TransformConfig"),
     "criterion": ("Losses", "ce_weight_sum", "compute_losses"),
     "matcher": ("NonFiniteError", "match"),
-    "model": ("DETR", "Outputs", "build_model"),
+    "model": ("DETR", "Outputs", "build_model", "freeze_detector"),
     "original": (
         "load_backbone_weights",
         "load_detector_state_dict",
@@ -44,7 +44,6 @@ _MODULES = {
         "to_original_state_dict",
     ),
     "postprocess": ("Detection", "detect"),
-    "segmentation": ("freeze_detector",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""DETR: a backbone, a transformer, and heads that read a class, a box and, if configured, a mask off each query."""
+"""DETR: a backbone, a transformer, and heads that predict a class, a box and, if configured, a mask per query."""
 
 import math
 from typing import NamedTuple
@@ -7,18 +7,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detr.backbone import Backbone
+from detr.backbone import Backbone, FrozenBatchNorm
 from detr.config import ConfigError, ModelConfig
 from detr.position import LearnedPosition, SinePosition, sine_vectors
-from detr.segmentation import AttentionMap, MaskHead
+from detr.segmentation import MASK_MODULES, AttentionMap, MaskHead
 from detr.transformer import Transformer
 
 
 class Outputs(NamedTuple):
-    """The predictions of one decoder layer; a named tuple, so that DDP, FSDP and compile see through it.
+    """Predictions of one decoder layer; a named tuple, which DDP, FSDP and `torch.compile` can look into.
 
-    logits: [B, Q, K + 1], the last class is "no object". boxes: [B, Q, 4] cxcywh in 0 to 1 of the image.
-    auxiliary: the predictions of the decoder layers before the last, first to last; empty if not configured.
+    logits: [B, Q, K + 1], the last class is "no object". boxes: [B, Q, 4] cxcywh as fractions of the image.
+    auxiliary: predictions of the decoder layers before the last, first to last; empty if not configured.
     masks: logits [B, Q, h, w] of each query's mask on the backbone's stride-4 grid over the canvas; None without a
     mask head, and in `auxiliary`.
     """
@@ -30,7 +30,7 @@ class Outputs(NamedTuple):
 
 
 class BoxHead(nn.Module):
-    """Three linear layers; the box is the sigmoid of what they return."""
+    """Three linear layers whose output's sigmoid is the box."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -42,14 +42,14 @@ class BoxHead(nn.Module):
 
 
 class DETR(nn.Module):
-    """The detector. Build it with `build_model`."""
+    """Detector, built by `build_model`."""
 
     def __init__(self, config: ModelConfig, num_classes: int) -> None:
         super().__init__()
         channels = config.hidden_dim
         self.config = config
         self.num_classes = num_classes
-        # Modules are named and ordered as the original's, whose state dicts therefore load as they are.
+        # The names and the order of modules are the original's, so that its state dicts load unchanged.
         self.transformer = Transformer(config)
         self.class_embed = nn.Linear(channels, num_classes + 1)
         self.bbox_embed = BoxHead(channels)
@@ -62,14 +62,14 @@ class DETR(nn.Module):
         if config.query_init == "grid":
             self.query_embed.weight.detach().copy_(_grid(config))
         if config.masks:
-            # Last, so that a seed gives the detector the same first weights with and without them.
+            # Built last, so that a seed gives the detector the same initial weights with and without masks.
             self.bbox_attention = AttentionMap(channels, config.heads)
             self.mask_head = MaskHead(channels, config.heads, backbone.body.stage_channels[2::-1])
 
     def forward(self, images: Tensor, padding: Tensor | None = None) -> Outputs:
-        """Detect in normalised float images [B, 3, H, W]; padding is bool [B, H, W], true = pad, None = none anywhere.
+        """Return predictions for normalised float images [B, 3, H, W]; B may be 0.
 
-        B may be 0.
+        padding: bool [B, H, W], true where there is no image; None if no image is padded.
         """
         backbone, position = self.backbone
         stages, padding = backbone(images, padding)
@@ -81,25 +81,47 @@ class DETR(nn.Module):
         if not self.config.auxiliary:
             decoded = decoded[-1:]
         logits = self.class_embed(decoded)
-        # Boxes stay in fp32 under autocast: bf16 tells 256 places apart along an image.
+        # Boxes stay in fp32 under autocast: bf16 has 8 bits, so it distinguishes only 256 positions along an image.
         boxes = self.bbox_embed(decoded).float().sigmoid()
         *auxiliary, last = map(Outputs, logits.unbind(), boxes.unbind())
         masks = None
         if self.config.masks:
             attention = self.bbox_attention(decoded[-1], memory, padding).unflatten(-1, features.shape[-2:])
             masks = self.mask_head(features, attention, stages[2::-1])
-        # Not `_replace`, which torch 2.11 cannot compile.
+        # `last._replace` would be shorter, but torch 2.11 cannot compile it.
         return Outputs(last.logits, last.boxes, tuple(auxiliary), masks)
 
 
 def build_model(config: ModelConfig, num_classes: int) -> DETR:
-    """Build a DETR with random weights for labels 0 to num_classes - 1. Nothing is downloaded.
+    """Build a DETR with random weights for labels 0 to num_classes - 1; nothing is downloaded.
 
-    Pre-trained weights come in through `load_backbone_weights` or `load_original_state_dict`.
+    `load_backbone_weights` and `load_original_state_dict` load pre-trained weights. Raise `ConfigError` for less than
+    one class.
     """
     if num_classes < 1:
         raise ConfigError(f"num_classes: got {num_classes}, expected at least 1; take it from the manifest")
     return DETR(config, num_classes)
+
+
+def freeze_detector(model: DETR) -> None:
+    """Let only the mask head train, as the original's `--frozen_weights` does (section 4.4).
+
+    No parameter of the detector gets a gradient, whatever the losses, and trainable batch norm becomes frozen. As in the
+    original, `model.train()` still turns on the detector's dropout, so that the head learns from the same features as in
+    joint training. Call it before the optimizer is built and before the model is wrapped. Raise `ConfigError` for a
+    model without a mask head.
+    """
+    if not model.config.masks:
+        raise ConfigError("masks: got a model without a mask head, expected one to train; build it with masks=True")
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                frozen = FrozenBatchNorm(child.num_features).to(child.weight.device)
+                frozen.load_state_dict({key: child.state_dict()[key] for key in frozen.state_dict()})
+                setattr(module, name, frozen)
+    for name, parameter in model.named_parameters():
+        if not name.startswith(MASK_MODULES):
+            parameter.requires_grad_(False)
 
 
 def _grid(config: ModelConfig) -> Tensor:

@@ -1,39 +1,30 @@
-"""The mask head of section 4.4: an attention map per query and head, refined to a mask over the backbone's stages.
+"""Mask head of section 4.4: an attention map per query and head, refined to a mask over the backbone's stages.
 
-Parameters and results are the original's; the arithmetic is not, since convolutions are linear:
+Parameters and results are the original's, but since convolutions are linear, the arithmetic is cheaper:
 
-- What all queries of an image share, its features beside the attention maps and the finer stages on top of what they
-  refine, is convolved once per image and added to every query's part. The original copies it for each query.
-- A convolution over cells that were each repeated 2 x 2 is one transposed convolution over the cells, with 16 products
-  in place of 36 per cell and pair of channels, and the repeated cells are never stored.
+- The inputs that all queries of an image share (its features, and the finer stages of the backbone) are convolved once
+  per image, and the result is added to each query's own. The original copies the inputs for each query.
+- A convolution over cells that were each repeated 2 x 2 becomes one transposed convolution over the cells: 16 products
+  instead of 36 per cell and pair of channels, and the repeated cells are never stored.
 
-On one CPU core, an image of 320 x 448 and 100 queries, the head's forward pass takes 0.42 of the plain form's time and
-0.54 of its peak memory, forward and backward 0.46 and 0.63. Sizes that are not twice each other (canvases that are no
-multiple of 32) take the plain form in the steps where they are not.
+On one CPU core, for an image of 320 x 448 and 100 queries, the forward pass takes 0.42 of the plain form's time and
+0.54 of its peak memory; forward and backward take 0.46 and 0.63. Where a stage is not exactly twice as large as the one
+before it (canvases that are no multiple of 32), the plain form is used.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detr.backbone import FrozenBatchNorm
-from detr.config import ConfigError
-
-if TYPE_CHECKING:
-    from detr.model import DETR
-
 MASK_MODULES = ("bbox_attention", "mask_head")
-"""The modules of a `DETR` that only a model with masks has, under the original's names."""
-_GROUPS = 8  # of every group norm, as in the original; `ModelConfig` checks that the channels are multiples
+"""Modules of a `DETR` that only a model with masks has, under the original's names."""
+_GROUPS = 8  # groups of every group norm, as in the original; `ModelConfig` checks that the channels are multiples
 
 
 class AttentionMap(nn.Module):
-    """Where each query looks in the encoded image: attention without values."""
+    """Attention weights of each query over the encoded image; there are no values."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -47,7 +38,7 @@ class AttentionMap(nn.Module):
     def forward(self, queries: Tensor, memory: Tensor, padding: Tensor | None) -> Tensor:
         """Return [B, Q, heads, N] for queries [B, Q, C], memory [B, N, C] and padding [B, N], true = ignore.
 
-        The maps of all heads of a query sum to 1 together, as in the original, whose weights rely on it.
+        The softmax is over the cells of all heads of a query together, as in the original.
         """
         q = self.q_linear(queries).unflatten(-1, (self.heads, -1))
         k = self.k_linear(memory).unflatten(-1, (self.heads, -1))
@@ -58,10 +49,12 @@ class AttentionMap(nn.Module):
 
 
 class MaskHead(nn.Module):
-    """Convolutions that refine attention maps to mask logits, each step at the size of a finer stage (FPN)."""
+    """Convolutions that refine attention maps to mask logits, each step at the size of a finer stage (FPN).
+
+    finer: channels of the three stages that `forward` takes.
+    """
 
     def __init__(self, channels: int, heads: int, finer: Sequence[int]) -> None:
-        """`finer`: the channels of the three stages that `forward` takes."""
         super().__init__()
         both = channels + heads
         widths = [both, both, channels // 2, channels // 4, channels // 8, channels // 16]
@@ -101,11 +94,11 @@ class MaskHead(nn.Module):
 
 
 def _convolve_enlarged(weight: Tensor, x: Tensor, size: Sequence[int]) -> Tensor:
-    """Return a 3x3 convolution, zeros around it, of x [N, C, h, w] brought to `size` by taking the nearest cell."""
+    """Return the zero-padded 3x3 convolution of x [N, C, h, w] after a nearest-neighbour resize to `size`."""
     height, width = x.shape[-2:]
     if tuple(size) != (2 * height, 2 * width):
         return F.conv2d(F.interpolate(x, tuple(size), mode="nearest"), weight, padding=1)
-    # The weights that meet the same cell, added up: along each axis w2, w1 + w2, w0 + w1, w0.
+    # Add up the weights that are multiplied with the same cell: along each axis w2, w1 + w2, w0 + w1, w0.
     kernel = weight.flip(2, 3).transpose(0, 1)
     kernel = F.pad(kernel, (0, 1)) + F.pad(kernel, (1, 0))
     kernel = F.pad(kernel, (0, 0, 0, 1)) + F.pad(kernel, (0, 0, 1, 0))
@@ -113,27 +106,7 @@ def _convolve_enlarged(weight: Tensor, x: Tensor, size: Sequence[int]) -> Tensor
 
 
 def _add_to_each(shared: Tensor, x: Tensor) -> Tensor:
-    """Return x [B * Q, C, h, w] plus what the queries of an image share [B, C, h, w]."""
+    """Return x [B * Q, C, h, w] plus `shared` [B, C, h, w], which is the same for all queries of an image."""
     batch = len(shared)
     queries = x.shape[0] // batch if batch else 0
     return (x.view(batch, queries, *x.shape[1:]) + shared[:, None]).flatten(0, 1)
-
-
-def freeze_detector(model: DETR) -> None:
-    """Let only the mask head train, after a detector has been trained: section 4.4, the original's `--frozen_weights`.
-
-    No parameter of the detector gets a gradient, whatever the losses, and trainable batch norm becomes frozen. As in the
-    original, `model.train()` still turns on the detector's dropout: the head learns from what it would see in joint
-    training. Call it before the optimizer is built and before the model is wrapped.
-    """
-    if not model.config.masks:
-        raise ConfigError("masks: got a model without a mask head, expected one to train; build it with masks=True")
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                frozen = FrozenBatchNorm(child.num_features).to(child.weight.device)
-                frozen.load_state_dict({key: child.state_dict()[key] for key in frozen.state_dict()})
-                setattr(module, name, frozen)
-    for name, parameter in model.named_parameters():
-        if not name.startswith(MASK_MODULES):
-            parameter.requires_grad_(False)

@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from detr.config import ModelConfig
-from detr.model import DETR, build_model
+from detr.model import DETR, build_model, freeze_detector
 from detr.original import (
     load_backbone_weights,
     load_detector_state_dict,
     load_original_state_dict,
     to_original_state_dict,
 )
-from detr.segmentation import MASK_MODULES, freeze_detector
+from detr.segmentation import MASK_MODULES
 from pipeline.config import RunConfig
 from pipeline.errors import CheckpointError, RunConfigError, first_line
 from pipeline.predict import UNNAMED, WEIGHTS_NAME, read_card
