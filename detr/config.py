@@ -62,24 +62,28 @@ class ModelConfig:
     """Architecture of the model. The defaults are the paper's R50; the number of classes comes from the data."""
 
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "tiny"] = "resnet50"
-    """Backbone network. resnet50 and resnet101 are the paper's; resnet18 and resnet34 are smaller; tiny is for
-    images of about 100 pixels on a CPU."""
+    """Backbone network.
+    resnet50 and resnet101 are the paper's; resnet18 and resnet34 are smaller; tiny is for images of about 100 px."""
     norm: Literal["frozen_batch", "batch", "group"] = "frozen_batch"
-    """Normalisation layers of the backbone. frozen_batch: fixed statistics, as in the paper; needs pre-trained
-    weights. batch: trainable, one worker only. group: trainable, any number of workers. Use batch or group if the
-    backbone starts from random weights."""
+    """Normalisation layers of the backbone.
+    frozen_batch: fixed statistics, as in the paper; needs pre-trained weights.
+    batch: trainable, one worker only.
+    group: trainable, any number of workers. Use batch or group if the backbone starts from random weights."""
     backbone_weights: str = "imagenet"
-    """Initial weights of the backbone. imagenet: torchvision's. random: start untrained. Otherwise the path of
-    a state dict."""
+    """Initial weights of the backbone.
+    imagenet: torchvision's.
+    random: start untrained.
+    Otherwise the path of a state dict."""
     dilation: bool = False
-    """Dilate the last stage of the backbone instead of striding it (DC5): stride 16 instead of 32. Better on small
-    objects, about twice the compute. Needs resnet50 or resnet101."""
+    """Dilate the last stage of the backbone instead of striding it (DC5): stride 16 instead of 32.
+    Better on small objects, about twice the compute. Needs resnet50 or resnet101."""
     frozen_stages: int = 2
-    """Number of backbone stages that are not trained. 0: none. 1: the stem. 2: the stem and layer1, as in the
-    paper. 5: all. Use 0 with random weights."""
+    """Number of backbone stages that are not trained. 0: none. 1: the stem. 2: the stem and layer1, as in the paper.
+    5: all. Use 0 with random weights."""
     position: Literal["sine", "learned"] = "sine"
-    """Position encoding. sine: fixed, for any image size, as in the paper. learned: trained, 50 x 50 cells,
-    stretched over larger feature maps."""
+    """Position encoding.
+    sine: fixed, for any image size, as in the paper.
+    learned: trained, 50 x 50 cells, stretched over larger feature maps."""
     hidden_dim: int = 256
     """Number of channels of the transformer, a multiple of `heads` and of 4."""
     heads: int = 8
@@ -93,31 +97,32 @@ class ModelConfig:
     dropout: float = 0.1
     """Dropout probability of the transformer in training, 0 to below 1. 0: none."""
     num_queries: int = 100
-    """Number of object queries, the maximum number of objects found per image. Set it well above the largest number
-    of objects in one of your images."""
+    """Number of object queries, the maximum number of objects found per image.
+    Set it well above the largest number of objects in one of your images."""
     pre_norm: bool = False
-    """Normalise before attention and feed-forward instead of after, as in the original's --pre_norm. The paper
-    normalises after; before can be easier to train."""
+    """Normalise before attention and feed-forward instead of after, as in the original's --pre_norm.
+    The paper normalises after; before can be easier to train."""
     auxiliary: bool = True
-    """Return the predictions of every decoder layer, as the auxiliary losses need (`loss.auxiliary`), and not only
-    of the last."""
+    """Return the predictions of every decoder layer, not only of the last. `loss.auxiliary` needs them."""
     masks: bool = False
     """Add the mask head for instance segmentation (section 4.4 of the paper). The data must hold segmentations."""
     position_temperature: float = 10000.0
-    """Temperature of the sine position encoding, above 1. Lower it, such as to 20, for images of few cells. 10000
-    in the paper."""
+    """Temperature of the sine position encoding, above 1. Lower it, such as to 20, for images of few cells.
+    10000 in the paper."""
     position_at_input: bool = False
-    """Add the position encoding once to the encoder's input as well, besides to queries and keys of its layers. Not
-    in the paper."""
+    """Add the position encoding to the encoder's input too, not only to queries and keys of its layers.
+    Not in the paper."""
     decoder_input: Literal["zeros", "queries"] = "zeros"
-    """Input of the first decoder layer. zeros: as in the paper. queries: the query embeddings, which helps short
-    trainings."""
+    """Input of the first decoder layer.
+    zeros: as in the paper.
+    queries: the query embeddings, which helps short trainings."""
     query_init: Literal["normal", "grid"] = "normal"
-    """Initial query embeddings. normal: random, as in the paper. grid: positions of a square grid, which helps
-    short trainings; `num_queries` must be a square number."""
+    """Initial query embeddings.
+    normal: random, as in the paper.
+    grid: positions of a square grid, which helps short trainings; `num_queries` must be a square number."""
     tied_attention_init: bool = False
-    """Start with equal query and key projections, so that attention is local at first. Not in the paper; helps
-    short trainings."""
+    """Start with equal query and key projections, so that attention is local at first.
+    Not in the paper; helps short trainings."""
 
     def __post_init__(self) -> None:
         check_literals(self, _require)
@@ -169,11 +174,10 @@ class LossConfig:
     weight_dice: float = 1.0
     """Weight of the DICE loss of masks, for models with masks. 0: off."""
     eos_coef: float = 0.1
-    """Weight of the class "no object" in the cross entropy; real classes have weight 1. Raise it if most queries
-    have an object to match."""
+    """Weight of the class "no object" in the cross entropy; real classes have weight 1.
+    Raise it if most queries have an object to match."""
     auxiliary: bool = True
-    """Compute the losses of every decoder layer, as in the paper, and not only of the last. Needs
-    `model.auxiliary`."""
+    """Compute the losses of every decoder layer, as in the paper, not only of the last. Needs `model.auxiliary`."""
 
     def __post_init__(self) -> None:
         fields = "cost_class cost_bbox cost_giou weight_ce weight_bbox weight_giou weight_mask weight_dice eos_coef"
@@ -194,26 +198,26 @@ class TransformConfig:
     eval_size: int = 800
     """Size for evaluation and prediction, in pixels of the shorter side."""
     max_size: int = 1333
-    """Maximum of the longer side in pixels, in training and evaluation. Larger images are scaled down; rounding, as
-    in the original, can give one pixel more."""
+    """Maximum of the longer side in pixels, in training and evaluation.
+    Larger images are scaled down; rounding, as in the original, can give one pixel more."""
     flip: float = 0.5
     """Probability of a horizontal flip in training, 0 to 1."""
     crop: bool = True
-    """Crop half of the training images at random: resize to one of `crop_scales`, crop, then resize to one of
-    `train_scales`."""
+    """Crop half of the training images: resize to one of `crop_scales`, crop, then resize to one of `train_scales`."""
     crop_scales: tuple[int, ...] = (400, 500, 600)
     """Sizes before a random crop, in pixels of the shorter side; one is drawn at random for each image."""
     crop_range: tuple[int, int] = (384, 600)
     """Minimum and maximum side of a random crop in pixels; never larger than the image."""
     pixels: Literal["parity", "fast"] = "parity"
-    """Resampling of cropped images. parity: resize, crop, resize, exactly as in the original. fast: crop first and
-    resize once, up to half a pixel off."""
+    """Resampling of cropped images.
+    parity: resize, crop, resize, exactly as in the original.
+    fast: crop first and resize once, up to half a pixel off."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Mean of the red, green and blue channels that images are normalised with, for values from 0 to 1. ImageNet's;
-    match it to the backbone's weights."""
+    """Mean of the red, green and blue channels that images are normalised with, for values from 0 to 1.
+    ImageNet's; match it to the backbone's weights."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Standard deviation of the red, green and blue channels that images are normalised with, above 0. ImageNet's;
-    match it to the backbone's weights."""
+    """Standard deviation of the red, green and blue channels that images are normalised with, above 0.
+    ImageNet's; match it to the backbone's weights."""
 
     def __post_init__(self) -> None:
         check_literals(self, _require)

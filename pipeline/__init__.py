@@ -1,6 +1,6 @@
-"""Joins `shards` and `detr` with Ray Train and MLflow: configuration, recipes, training, checkpoints, registry.
+"""Training of `detr` on `shards` with Ray Train and MLflow: configuration, recipes, checkpoints, registry.
 
-The public names are resolved on first use, so that importing `pipeline.config` imports neither torch nor ray nor mlflow.
+The public names are imported on first use, so that importing `pipeline.config` imports neither torch nor ray nor mlflow.
 """
 
 from importlib import import_module

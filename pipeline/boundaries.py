@@ -1,4 +1,4 @@
-"""The steps at which training pauses to save or to evaluate: functions of the step, so a resumed run meets the same."""
+"""Steps at which a run saves and evaluates: pure functions of the step, so a resumed run uses the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pipeline.optim import Schedule
 
 
 def next_evaluation(config: RunConfig, schedule: Schedule, step: int) -> int:
-    """The first step after `step` at which an evaluation is due."""
+    """Return the first step after `step` at which an evaluation is due."""
     every = config.evaluate.every
     epoch = int(schedule.epoch(step)) // every * every
     while schedule.steps(epoch) <= step:
@@ -16,12 +16,12 @@ def next_evaluation(config: RunConfig, schedule: Schedule, step: int) -> int:
 
 
 def is_evaluated(config: RunConfig, schedule: Schedule, step: int) -> bool:
-    """Whether the checkpoint of `step` is to be evaluated."""
+    """Return true if the checkpoint of `step` is to be evaluated."""
     return step > 0 and next_evaluation(config, schedule, step - 1) == step
 
 
 def next_boundary(config: RunConfig, schedule: Schedule, step: int) -> int:
-    """The first step after `step` at which a checkpoint or an evaluation is due."""
+    """Return the first step after `step` at which a checkpoint or an evaluation is due."""
     every, milestones = config.checkpoint.every_steps, config.checkpoint.keep_every_epochs
     nearest = next_evaluation(config, schedule, step)
     if milestones:
@@ -30,7 +30,7 @@ def next_boundary(config: RunConfig, schedule: Schedule, step: int) -> int:
 
 
 def is_milestone(config: RunConfig, schedule: Schedule, step: int) -> bool:
-    """Whether the checkpoint of `step` stays for good: the first one at or after every so many epochs."""
+    """Return true if the checkpoint of `step` is never deleted (`checkpoint.keep_every_epochs`)."""
     every = config.checkpoint.keep_every_epochs
     return bool(every) and step > 0 and _next_milestone(every, schedule, step - 1) == step
 

@@ -1,9 +1,9 @@
-"""One frozen tree says everything about a run: `RunConfig`.
+"""Configuration of a run: one tree of frozen dataclasses, `RunConfig`.
 
-Every class checks itself when it is built, so that a wrong number fails on the laptop and not on 64 GPUs. Durations are
+Every class checks itself when it is built, so a wrong value fails on the laptop and not on 64 GPUs. Durations are
 in epochs and the batch size is global; `pipeline.optim` converts them to steps once. Fields hold only numbers, strings,
-booleans and tuples, so a configuration survives JSON unchanged (`to_json`, `from_json`). Class counts are absent on
-purpose: they come from the manifest. This module imports neither torch nor ray nor mlflow.
+booleans and tuples, so a configuration survives JSON unchanged (`to_json`, `from_json`). The number of
+classes is not here: it comes from the manifest. This module imports neither torch nor ray nor mlflow.
 """
 
 from __future__ import annotations
@@ -47,14 +47,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything about a run. `detr show RECIPE` prints it; MLflow keeps it."""
+    """Complete configuration of a run. `detr show RECIPE` prints it; MLflow stores it."""
 
     recipe: str = ""
+    """Name of the recipe that these options started from; the default name of the run and of the registered model."""
     seed: int = 42
+    """Seed of initial weights, data order, augmentation and dropout. The same seed repeats a run."""
     storage: str = "runs"
-    """Folder of run folders: checkpoints and the tracking spool. Every worker must see it."""
+    """Folder for the folders of runs, which hold checkpoints and unsent metrics. Every worker must see it."""
     initial: str = ""
-    """Start from these weights: `models:/NAME@ALIAS`, or a state dict with the original's keys (.safetensors, .pth)."""
+    """Initial weights of the whole model: `models:/NAME@ALIAS` or a file in the original's format (.safetensors, .pth).
+    Empty: only the backbone is pre-trained (`model.backbone_weights`)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     transform: TransformConfig = field(default_factory=TransformConfig)
@@ -81,11 +84,11 @@ class RunConfig:
         if self.cluster.workers > 1 and self.model.norm == "batch":
             raise RunConfigError(
                 f"model.norm is 'batch' with {self.cluster.workers} workers, each of which would normalise by its own "
-                "images; expected losses that do not depend on the workers: use frozen_batch, group or one worker"
+                "images; expected losses that do not depend on the number of workers: use frozen_batch, group or one worker"
             )
         if self.compute.recompute in ("backbone", "both") and self.model.norm == "batch":
             raise RunConfigError(
-                f"compute.recompute is {self.compute.recompute!r} with model.norm 'batch', whose statistics would take in "
+                f"compute.recompute is {self.compute.recompute!r} with model.norm 'batch', whose statistics would count "
                 "every image twice; expected the same model as without it: recompute the encoder only, or use frozen_batch "
                 "or group"
             )
@@ -97,17 +100,17 @@ class RunConfig:
 
     @property
     def model_name(self) -> str:
-        """Name of the registered model that this run's best checkpoint becomes a version of."""
+        """Name of the registered model that gets this run's best checkpoint as a version."""
         return self.track.register_as or (self.recipe if self.recipe.startswith("detr-") else f"detr-{self.recipe}")
 
 
 def to_json(config: RunConfig) -> bytes:
-    """The configuration as indented JSON, fields in order of declaration."""
+    """Return the configuration as indented JSON, with the fields in order of declaration."""
     return msgspec.json.format(msgspec.json.encode(config), indent=2)
 
 
 def from_json(text: bytes | str) -> RunConfig:
-    """Read what `to_json` wrote. An unknown or mistyped field is an error that names its path."""
+    """Parse the JSON of `to_json`; raise `RunConfigError` with the path of an unknown or mistyped field."""
     try:
         raw = msgspec.json.decode(text)
         config = msgspec.convert(raw, RunConfig)
@@ -129,7 +132,7 @@ def _unknown_fields(got: Any, known: Any, path: str) -> list[str]:
 
 
 def flatten(config: RunConfig) -> dict[str, str]:
-    """`{"optim.lr": "0.0001", ...}`: the parameters that MLflow lists and compares runs by."""
+    """Return every field by its path, such as `{"optim.lr": "0.0001"}`: the parameters of the run in MLflow."""
 
     def walk(node: Any, prefix: str) -> dict[str, str]:
         flat: dict[str, str] = {}

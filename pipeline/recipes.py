@@ -1,12 +1,12 @@
-"""Named runs. A recipe is a `RunConfig`; any field is overridden on the command line (`--optim.lr 2e-4`).
+"""Named configurations. A recipe is a `RunConfig`; any field can be overridden by a flag (`--optim.lr 2e-4`).
 
-The `detr-*` recipes are the paper's, every default the original's: AdamW 1e-4 and 1e-5, weight decay 1e-4, clip 0.1,
-300 epochs, drop at 200, global batch 64. `demo`, `overfit` and their model options depart from the paper and say so.
+The `detr-*` recipes are the paper's, with the original's defaults: AdamW 1e-4 and 1e-5, weight decay 1e-4, clip 0.1,
+300 epochs, drop at 200, global batch 64. `demo` and `overfit` depart from the paper; the comments beside them say how.
 
-**Learning rate and batch.** The batch is global: 64 images per step, whatever the number of workers, so the rates stay the
-paper's on 1, 8, 16 or 64 GPUs and no recipe scales them by that number. Only where the batch itself is another do they
-change: AdamW's by the square root of the ratio of batches (Malladi et al., 2022, whose rule also changes betas and
-epsilon, which are left as they are here), with a warm-up. `NOTES` says it of each recipe that is about a cluster's size.
+**Learning rate and batch.** The batch is global: 64 images per step for any number of workers. The learning rates are
+therefore the paper's on 1, 8, 16 or 64 GPUs, and no recipe scales them by that number. They change only with the batch
+size: by the square root of the ratio of batch sizes (Malladi et al., 2022; their rule also changes betas and epsilon,
+which are left alone here), with a warm-up. `NOTES` states this for each recipe that is made for a cluster size.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ DETR_R50_DC5 = replace(DETR_R50, recipe="detr-r50-dc5", model=replace(DETR_R50.m
 DETR_R101 = replace(DETR_R50, recipe="detr-r101", model=replace(DETR_R50.model, backbone="resnet101"))
 DETR_R101_DC5 = replace(DETR_R101, recipe="detr-r101-dc5", model=replace(DETR_R101.model, dilation=True))
 
-# Half the epochs, drop at 100: AP 39.5 for half the bill.
+# Half the epochs, drop at 100: AP 39.5 for half the compute.
 DETR_R50_150EP = replace(DETR_R50, recipe="detr-r50-150ep", optim=replace(DETR_R50.optim, epochs=150, decay_epoch=100))
 
-# The paper's run on clusters of three sizes. Which images a step holds and what is learned from them does not depend on the
-# size; how quickly does. All are fp32: bf16 (`--compute.precision bf16`) is quicker and has not been tried to the end.
-# Workers need GPUs, so that a cluster without them is refused instead of taking months. Four reading threads are ample: an
-# image takes 4.5 ms of a core (BENCHMARKS.md); MLflow's `step_share/data_wait` says whether that holds.
+# The paper's run on clusters of three sizes. The images of each step and the result do not depend on the size; the time
+# does. All use fp32: bf16 (`--compute.precision bf16`) is faster, but no full training has been done with it. Workers
+# need GPUs, so that a cluster without them is refused instead of training for months. Four reader threads are enough: an
+# image takes 4.5 ms of a core (BENCHMARKS.md). MLflow's `step_share/data_wait` shows if they are not.
 _NODE = ClusterConfig(workers=8, gpu="yes", cpus_per_worker=4)
 
-# One node: 8 images to a GPU. The original says of such a run on V100s: almost 6 days. A kill costs five minutes of them.
+# One node: 8 images per GPU. The original reports almost 6 days on V100s. A failure costs at most five minutes.
 DETR_R50_8GPU = replace(DETR_R50, recipe="detr-r50-8gpu", checkpoint=CheckpointConfig(every_minutes=5.0), cluster=_NODE)
 
-# Two nodes, the paper's own: 4 images to a GPU (section 4: 16 V100, 3 days). Steps wait for the network between nodes.
+# Two nodes, as in the paper: 4 images per GPU (section 4: 16 V100, 3 days). Steps wait for the network between nodes.
 DETR_R50_16GPU = replace(DETR_R50_8GPU, recipe="detr-r50-16gpu", cluster=replace(_NODE, workers=16, max_failures=10))
 
-# Eight nodes. One image to a GPU pads nothing, but every step adds up 166 MB of gradients over 64 GPUs for 64 images.
-# Whoever restarts 64 workers meets failures often: more of them are allowed. Steps are quick, so twice as many of them
-# between checkpoints cost no more time.
+# Eight nodes. One image per GPU needs no padding, but every step sums 166 MB of gradients over 64 GPUs for 64 images.
+# 64 workers fail often, so more failures are allowed. Steps are short, so a failure between checkpoints that are twice
+# as many steps apart costs no more time.
 DETR_R50_64GPU = replace(
     DETR_R50,
     recipe="detr-r50-64gpu",
@@ -57,8 +57,8 @@ DETR_R50_64GPU = replace(
     cluster=replace(_NODE, workers=64, max_failures=100),
 )
 
-# The same cluster with work for its GPUs: 256 = 64 x 4. Both rates twice the paper's, sqrt(256 / 64), reached over the
-# first 2 epochs (924 steps). A quarter of the steps. UNTRIED: no figure is known, and AP may be lower than the paper's.
+# The same cluster with enough work for its GPUs: 256 = 64 x 4, so a quarter of the steps. Both learning rates are twice
+# the paper's, sqrt(256 / 64), reached over the first 2 epochs (924 steps). UNTRIED: AP may be lower than the paper's.
 DETR_R50_64GPU_B256 = replace(
     DETR_R50_64GPU,
     recipe="detr-r50-64gpu-b256",
@@ -76,9 +76,9 @@ NOTES: dict[str, str] = {
         "2e-5), with a warm-up of 2 epochs; UNTRIED, its AP is not known"
     ),
 }
-"""How learning rate and batch are treated, of the recipes that are made for a cluster's size; `detr show` says it."""
+"""Batch size and learning rates of the recipes that are made for a cluster size, as `detr show` prints them."""
 
-# The mask head on top of a trained detector (`--initial`), which stays as it is (section 4.4): 25 epochs, drop at 15.
+# The mask head on top of a trained, frozen detector (`--initial`; section 4.4): 25 epochs, drop at 15.
 DETR_R50_MASKS = replace(
     DETR_R50,
     recipe="detr-r50-masks",
@@ -86,8 +86,8 @@ DETR_R50_MASKS = replace(
     optim=replace(DETR_R50.optim, epochs=25, decay_epoch=15, train="mask_head"),
 )
 
-# Any COCO-format data from a checkpoint (`--initial`): a tenth of the learning rate, 50 epochs, drop at 40.
-# The model's shape comes from the checkpoint; a class head of other classes is replaced, and that is said.
+# Any COCO-format data from a trained model (`--initial`): a tenth of the learning rate, 50 epochs, drop at 40.
+# The architecture comes from that model; a class head for other classes is replaced, with a message.
 FINETUNE = replace(
     DETR_R50,
     recipe="finetune",
@@ -96,9 +96,9 @@ FINETUNE = replace(
 )
 
 # The built-in demonstration: 4,000 images of 96 px, four classes, minutes on two CPU cores. The backbone comes from
-# `pipeline.pretrain`, which stands where ImageNet weights stand; as in the paper its batch norm, stem and first stage
-# are frozen. The departures make a DETR converge in 3,000 steps: pre-norm, no dropout, attention and queries that start
-# local. A worker trains with one thread, so two of them fill two cores.
+# `pipeline.pretrain` instead of ImageNet; as in the paper, its batch norm, stem and first stage are frozen. The
+# departures let a DETR converge in 3,000 steps: pre-norm, no dropout, attention and queries that start local. A worker
+# trains with one thread, so two workers use two cores.
 DEMO = RunConfig(
     recipe="demo",
     model=ModelConfig(
@@ -118,8 +118,8 @@ DEMO = RunConfig(
         query_init="grid",
         tied_attention_init=True,
     ),
-    # Few queries and short training: no object weighs more, because 13 such queries stand against 3 objects (the paper's
-    # 93 against 7), and classes count twice. After 6 epochs AP is 0.40, with the paper's weights 0.33.
+    # Few queries and a short training: "no object" gets more weight, because an image has 13 such queries for 3 objects
+    # (in the paper 93 for 7), and classes count twice. After 6 epochs AP is 0.40; with the paper's weights it is 0.33.
     loss=LossConfig(cost_class=2.0, weight_ce=2.0, eos_coef=0.4),
     transform=TransformConfig(train_scales=(96,), max_size=96, eval_size=96, crop=False),
     data=DataConfig(train="runs/demo/data/train", val="runs/demo/data/val", built_in=True, reader_threads=1),
@@ -137,10 +137,10 @@ DEMO = RunConfig(
     cluster=ClusterConfig(workers=2, gpu="no"),
 )
 
-# A sanity check of data and pipeline on a handful of real images: can they be learned by heart? ResNet-18 from random
-# weights, all of it trainable, with GroupNorm (frozen BatchNorm over random weights cannot work), at most 288 px, no
-# augmentation, evaluated on the images it was trained on: point `--data.train` and `--data.val` at the same shards.
-# The options of the demo make it converge in minutes on two CPU cores.
+# A sanity check of data and pipeline: overfit a few real images. ResNet-18 from random weights, all of it trainable,
+# with GroupNorm (frozen BatchNorm over random weights cannot work), at most 288 px, no augmentation. It is evaluated on
+# the training images: point `--data.train` and `--data.val` at the same shards. The options of the demo let it converge
+# in minutes on two CPU cores.
 OVERFIT = RunConfig(
     recipe="overfit",
     model=replace(

@@ -33,29 +33,30 @@ class DataConfig:
     val: str = "shards/val"
     """Folder or URL of the validation data: the one that holds `manifest.json`, written by `detr shard`."""
     built_in: bool = False
-    """Generate the built-in data set and pre-train the small backbone on it if `train` and `val` are missing. For
-    the demo only."""
+    """Generate the built-in data set and pre-train the small backbone on it if `train` and `val` are missing.
+    For the demo only."""
     reader_threads: int = 2
-    """Threads per worker that read, decode and augment images. Raise it if MLflow's `step_share/data_wait` is not
-    close to 0 and cores are idle."""
+    """Threads per worker that read, decode and augment images.
+    Raise it if MLflow's `step_share/data_wait` is not close to 0 and cores are idle."""
     sort_window: int = 1
-    """Number of global batches whose images are sorted by shape together. 1 sorts inside each batch only, so the
-    images of a step do not change. A larger window pads less and is faster, but puts similar images into one
-    step."""
+    """Number of global batches whose images are sorted by shape together.
+    1 sorts inside each batch only, so the images of a step do not change.
+    A larger window pads less and is faster, but puts similar images into one step."""
     shuffle_shards: int = 0
-    """Number of shards per shuffle block. 0 shuffles the whole epoch. Set it if the data does not fit the disk of a
-    node."""
+    """Number of shards per shuffle block. 0 shuffles the whole epoch.
+    Set it if the data does not fit the disk of a node."""
     epoch_tail: Literal["straddle", "short"] = "straddle"
-    """Treatment of the last, incomplete batch of an epoch. straddle: fill it with the first images of the next
-    epoch. short: take a smaller step."""
+    """Treatment of the last, incomplete batch of an epoch.
+    straddle: fill it with the first images of the next epoch.
+    short: take a smaller step."""
     cache: str = ""
-    """Folder on each node that keeps downloaded shards. `off` reads every sample from the store. Empty: for remote
-    data the folder in DETR_CACHE, or ~/.cache/detr-cluster/shards; local data is read in place."""
+    """Folder on each node that keeps downloaded shards. `off` reads every sample from the store.
+    Empty: for remote data the folder in DETR_CACHE, or ~/.cache/detr-cluster/shards; local data is read in place."""
     cache_gib: float = 0.0
     """Maximum size of the cache folder in GiB. 0: as much as its disk has free."""
     max_bad_samples: int = 0
-    """Maximum number of corrupt training images that each worker may skip, with a warning, before the run fails. 0:
-    the first one ends the run."""
+    """Maximum number of corrupt training images that each worker may skip, with a warning, before the run fails.
+    0: the first one ends the run."""
 
     def __post_init__(self) -> None:
         check_literals(self, require, "data.")
@@ -71,8 +72,8 @@ class OptimConfig:
     """AdamW, gradient clipping and the learning-rate schedule (appendix A.4 of the paper)."""
 
     batch_size: int = 64
-    """Number of images per optimizer step, over all workers together. The learning rates belong to this number:
-    change them together."""
+    """Number of images per optimizer step, over all workers together.
+    The learning rates belong to this number: change them together."""
     epochs: int = 300
     """Number of passes over the training data."""
     lr: float = 1e-4
@@ -84,26 +85,28 @@ class OptimConfig:
     clip_norm: float = 0.1
     """Maximum L2 norm of the gradient; larger gradients are scaled down to it."""
     decay: Literal["step", "linear"] = "step"
-    """Shape of the learning-rate decay. step: multiply both rates by `decay_factor` once, at `decay_epoch`. linear:
-    go from 1 to `decay_factor` between `decay_epoch` and the last step."""
+    """Shape of the learning-rate decay.
+    step: multiply both rates by `decay_factor` once, at `decay_epoch`.
+    linear: go from 1 to `decay_factor` between `decay_epoch` and the last step."""
     decay_epoch: int = 200
     """Epoch at which the decay of the learning rates starts."""
     decay_factor: float = 0.1
     """Factor on both learning rates after the decay, above 0 and at most 1."""
     warmup_epochs: float = 0.0
-    """Length of the linear warm-up of both learning rates, in epochs (fractions allowed). 0: none, as in the
-    paper."""
+    """Length of the linear warm-up of both learning rates, in epochs (fractions allowed). 0: none, as in the paper."""
     max_steps: int = 0
     """Maximum number of optimizer steps, for short trials. 0: no limit, `epochs` decides."""
     ema: float = 0.0
-    """Decay of an exponential moving average of the weights, which is then evaluated and registered (such as
-    0.9997). 0: off, as in the paper."""
+    """Decay of an exponential moving average of the weights, which is then evaluated and registered (such as 0.9997).
+    0: off, as in the paper."""
     train: Literal["all", "mask_head"] = "all"
-    """Parameters that are trained. all: the whole model. mask_head: only the mask head, on top of the detector in
-    `initial` (section 4.4 of the paper)."""
+    """Parameters that are trained.
+    all: the whole model.
+    mask_head: only the mask head, on top of the detector in `initial` (section 4.4 of the paper)."""
     normalise: Literal["global", "per_rank"] = "global"
-    """Scope of the sums that losses are divided by. global: the whole batch, so the result does not depend on the
-    number of workers. per_rank: the images of each worker, as in the original."""
+    """Scope of the sums that losses are divided by.
+    global: the whole batch, so the result does not depend on the number of workers.
+    per_rank: the images of each worker, as in the original."""
 
     def __post_init__(self) -> None:
         check_literals(self, require, "optim.")
@@ -125,23 +128,23 @@ class ComputeConfig:
     """Speed and memory of the computation. The defaults compute in fp32, as the paper does."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the network. fp32: as in the paper. bf16: autocast, faster on recent GPUs; costs, losses,
-    weights and optimizer stay in fp32."""
+    """Arithmetic of the network.
+    fp32: as in the paper.
+    bf16: autocast, faster on recent GPUs; costs, losses, weights and optimizer stay in fp32."""
     channels_last: bool = True
-    """Store images and convolution weights in channels-last memory layout: the same results up to rounding, usually
-    faster."""
+    """Store images and convolution weights in channels-last layout: usually faster, the same results up to rounding."""
     compile: bool = False
-    """Compile the network with torch.compile. It is compiled once per canvas shape: raise `canvas_multiple` so that
-    there are few shapes."""
+    """Compile the network with torch.compile.
+    It is compiled once per canvas shape: raise `canvas_multiple` so that there are few shapes."""
     canvas_multiple: int = 1
-    """Pad each batch up to a multiple of this many pixels in height and width. 1: only up to the largest image. Set
-    it, such as to 64, if you compile; padding changes predictions slightly."""
+    """Pad each batch up to a multiple of this many pixels in height and width. 1: only up to the largest image.
+    Set it, such as to 64, if you compile; padding changes predictions slightly."""
     max_microbatch: int = 0
-    """Maximum number of images per worker in one forward pass. 0: no limit. Lower it if a GPU runs out of memory:
-    larger batches are split, and the gradients are added up."""
+    """Maximum number of images per worker in one forward pass. 0: no limit.
+    Lower it if a GPU runs out of memory: larger batches are split, and the gradients are added up."""
     recompute: Literal["none", "encoder", "backbone", "both"] = "none"
-    """Modules whose activations are recomputed in the backward pass instead of stored. Set it if a GPU runs out of
-    memory; a step then takes longer."""
+    """Modules whose activations are recomputed in the backward pass instead of stored.
+    Set it if a GPU runs out of memory; a step then takes longer."""
 
     def __post_init__(self) -> None:
         check_literals(self, require, "compute.")
@@ -156,15 +159,14 @@ class EvaluateConfig:
     every: int = 1
     """Number of epochs between evaluations. The last step is always evaluated."""
     batch_size: int = 2
-    """Maximum number of images per forward pass in evaluation. The scores do not depend on the number of
-    workers."""
+    """Maximum number of images per forward pass in evaluation. The scores do not depend on the number of workers."""
     batching: Batching = "same_size"
-    """Rule for images that share an evaluation batch. same_size: only images of the same size, so nothing is padded and
-    scores do not depend on `batch_size`. padded: images of similar shape, padded to the largest, as in the
-    original; changes scores slightly. fixed: pad all images to one square."""
+    """Rule for images that share an evaluation batch.
+    same_size: only images of the same size, so nothing is padded and scores do not depend on `batch_size`.
+    padded: images of similar shape, padded to the largest, as in the original; changes scores slightly.
+    fixed: pad all images to one square."""
     asynchronous: bool = False
-    """Evaluate checkpoints in the background, on CPUs or a GPU of the cluster that no worker uses, while training
-    continues."""
+    """Evaluate checkpoints in the background while training continues, on CPUs or a GPU that no worker uses."""
     limit: int = 0
     """Maximum number of validation images, for a smoke test only. 0: all of them."""
     pictures: int = 4
@@ -183,17 +185,17 @@ class CheckpointConfig:
     """Interval, storage and retention of checkpoints. The newest and the best are always kept."""
 
     every_steps: int = 500
-    """Number of steps between checkpoints. 0: save only before evaluations and at the end. A failure costs the
-    steps since the last checkpoint."""
+    """Number of steps between checkpoints. 0: save only before evaluations and at the end.
+    A failure costs the steps since the last checkpoint."""
     every_minutes: float = 0.0
-    """Minutes between checkpoints, in addition to `every_steps`. 0: no time limit."""
+    """Maximum number of minutes between checkpoints, in addition to `every_steps`. 0: no time limit."""
     keep: int = 2
     """Number of newest checkpoints to keep, in addition to the best."""
     keep_every_epochs: int = 0
-    """Keep the checkpoint at the end of every N epochs forever. 0: none."""
+    """Number of epochs between checkpoints that are never deleted. 0: none."""
     store: str = ""
-    """Folder or URL for checkpoints (s3://bucket/runs, or any other that fsspec opens); each run gets a folder in
-    it. Empty: the folder of the run."""
+    """Folder or URL for checkpoints (s3://bucket/runs, or any other that fsspec opens); each run gets a folder in it.
+    Empty: the folder of the run."""
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "0 or more")
@@ -213,23 +215,27 @@ class ClusterConfig:
     workers: int = 1
     """Number of worker processes, usually one per GPU. The global batch is divided among them."""
     min_workers: int = 0
-    """Minimum number of workers with which the run may continue while nodes are missing. 0: always exactly
-    `workers`."""
+    """Minimum number of workers with which the run may continue while nodes are missing.
+    0: always exactly `workers`."""
     strategy: Literal["single", "ddp", "fsdp"] = "ddp"
-    """Distribution of the model over workers. single: one worker. ddp: each worker holds the whole model. fsdp: workers share
-    weights, gradients and optimizer state, for less memory per GPU. Losses and checkpoints are the same."""
+    """Distribution of the model over workers.
+    single: one worker.
+    ddp: each worker holds the whole model.
+    fsdp: workers split weights, gradients and optimizer state, for less memory per GPU.
+    Losses and checkpoints are the same."""
     gpu: Literal["auto", "yes", "no"] = "auto"
-    """Use of GPUs. auto: one per worker if the cluster has any. yes: one per worker; refuse a cluster without GPUs.
+    """Use of GPUs.
+    auto: one per worker if the cluster has any.
+    yes: one per worker; refuse a cluster without GPUs.
     no: train on CPUs."""
     cpus_per_worker: int = 1
-    """Number of CPU cores to reserve for each worker. Give each worker at least as many as
-    `data.reader_threads`."""
+    """Number of CPU cores to reserve for each worker. Give each worker at least as many as `data.reader_threads`."""
     max_failures: int = 3
-    """Maximum number of restarts after failures before the run ends; each resumes from the last checkpoint. -1: no
-    limit. Announced node removals and changes of the number of workers do not count."""
+    """Maximum number of restarts after failures before the run ends; each resumes from the last checkpoint.
+    -1: no limit. Announced node removals and changes of the number of workers do not count."""
     collective_timeout_s: int = 600
-    """Seconds a collective may take before the workers are restarted. Allow for the slowest step, evaluation, first
-    compilation and store retries."""
+    """Seconds a collective may take before the workers are restarted.
+    Allow for the slowest step, evaluation, first compilation and store retries."""
 
     def __post_init__(self) -> None:
         check_literals(self, require, "cluster.")
@@ -254,8 +260,10 @@ class GuardConfig:
     """Handling of steps whose loss or gradient is not finite, before they change the weights."""
 
     policy: Literal["stop", "skip", "rollback"] = "stop"
-    """Reaction to a step whose loss or gradient is not finite. stop: end the run. skip: leave the update out. rollback: load the newest
-    checkpoint's weights and continue."""
+    """Reaction to a step whose loss or gradient is not finite.
+    stop: end the run.
+    skip: leave the update out.
+    rollback: load the newest checkpoint's weights and continue."""
     max_grad_norm: float = 0.0
     """Maximum gradient norm, before clipping; a larger one counts as not finite. 0: no limit."""
     max_events: int = 3
@@ -276,8 +284,8 @@ class TrackConfig:
     run_name: str = ""
     """Name of the run in MLflow and of its folder. Empty: the name of the recipe."""
     register_as: str = ""
-    """Registered model that gets the best checkpoint as a new version. Empty: the name of the recipe, with `detr-`
-    in front."""
+    """Registered model that gets the best checkpoint as a new version.
+    Empty: the name of the recipe, with `detr-` in front."""
     log_every: int = 50
     """Number of steps between points of the training curves."""
 
