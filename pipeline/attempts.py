@@ -1,13 +1,12 @@
-"""What became of each attempt at a run: Ray starts the workers again after a failure, and when their number changes.
+"""Records of the attempts at a run: Ray restarts the workers after a failure and when their number changes.
 
-    <run folder>/attempts/0001.begun         how many workers, and when
-                          0001.cause         why it ended, and when: of those who know, the first
-                          0001.at-3          where worker 3 stands, as long as no step ends
-                          0001.hang          who therefore keeps the others waiting
-                          0001.consequence   what the others met when it ended: said only where nobody knows more
+    <run folder>/attempts/0001.begun         number of workers and start time
+                          0001.cause         why the attempt ended, and when
+                          0001.at-3          position of worker 3, written while no step finishes
+                          0001.hang          which worker is stuck and keeps the others waiting
+                          0001.consequence   error of a worker whose peer had died; used only if there is no cause
 
-A file is whole or absent, and of several writers the first one's word stands. The folder is of one driver: the next
-begins it anew.
+Every file is written atomically, and the first writer wins. The records belong to one driver: the next driver deletes them.
 """
 
 from __future__ import annotations
@@ -24,10 +23,11 @@ import msgspec
 _UNKNOWN = "a worker died"
 T = TypeVar("T", bound=msgspec.Struct)
 Kind = Literal["cause", "hang", "consequence"]
+_KINDS: tuple[Kind, ...] = ("cause", "hang", "consequence")  # the most specific report first
 
 
 class Word(msgspec.Struct, frozen=True):
-    """Why an attempt ended, and when, in seconds since 1970. `wanted`: it was ended to go on with more or fewer workers."""
+    """Reason and time (seconds since 1970) of the end of an attempt; `wanted`: ended to change the number of workers."""
 
     why: str
     at: float
@@ -40,7 +40,7 @@ class _Begun(msgspec.Struct, frozen=True):
 
 
 class Restart(msgspec.Struct, frozen=True):
-    """An attempt that is not the first. number: 1 for the second attempt."""
+    """A restart of the workers. `number` is 1 for the second attempt; `before` and `workers` are numbers of workers."""
 
     number: int
     ended: Word
@@ -48,36 +48,40 @@ class Restart(msgspec.Struct, frozen=True):
     workers: int
 
     def told(self, step: int, now: float) -> str:
-        """One line, once `step` steps are done: what happened, and what it cost."""
-        resized = f"{self.before} -> {self.workers} workers" if self.before != self.workers else ""
-        after = f"goes on after {max(0.0, now - self.ended.at):.0f} s at step {step}"
-        return ", ".join(part for part in (f"{self.ended.why}; restart {self.number}", resized, after) if part)
+        """Return one line about the cause and the cost of the restart, once `step` steps are done."""
+        facts = [f"{self.ended.why}; restart {self.number}"]
+        if self.before != self.workers:
+            facts.append(f"{self.before} -> {self.workers} workers")
+        facts.append(f"resumed after {self.seconds(now):.0f} s at step {step}")
+        return ", ".join(facts)
 
     def seconds(self, now: float) -> float:
-        """From the end of the attempt before until `now`."""
+        """Return the seconds from the end of the previous attempt until `now`."""
         return max(0.0, now - self.ended.at)
 
 
 def forget(folder: Path) -> None:
-    """A driver starts: attempts of the one before are not its own."""
+    """Delete the records of the previous driver."""
     shutil.rmtree(folder / "attempts", ignore_errors=True)
 
 
 def begun(folder: Path) -> bool:
-    """Whether workers have entered the loop, so that they can be asked for something."""
+    """Return True if workers have entered the loop, so that they can receive requests."""
     return _count(folder) > 0
 
 
 def at_work(folder: Path) -> bool:
-    """Whether an attempt has begun and nobody knows of its end."""
+    """Return True if an attempt has started and no end of it is recorded."""
     number = _count(folder)
-    return number > 0 and not any(_path(folder, number, kind).exists() for kind in ("cause", "consequence"))
+    if number == 0:
+        return False
+    return not (_path(folder, number, "cause").exists() or _path(folder, number, "consequence").exists())
 
 
 def begin(folder: Path, workers: int) -> Restart | None:
-    """Rank 0 says that an attempt begins; returns what came before it, unless it is the first."""
+    """Record the start of an attempt (rank 0 only); return the restart, or None for the first attempt."""
     number = _count(folder)
-    _leave(folder, f"{number + 1:04d}.begun", _Begun(workers, time.time()))
+    _write_once(folder, f"{number + 1:04d}.begun", _Begun(workers, time.time()))
     if number == 0:
         return None
     before = msgspec.json.decode(_path(folder, number, "begun").read_bytes(), type=_Begun)
@@ -85,17 +89,17 @@ def begin(folder: Path, workers: int) -> Restart | None:
 
 
 def end(folder: Path, why: str, kind: Kind = "cause", *, wanted: bool = False) -> None:
-    """Say why the attempt at hand ends, or what hangs in it."""
-    _leave(folder, f"{_count(folder):04d}.{kind}", Word(why, time.time(), wanted))
+    """Record why the current attempt ends, or (kind "hang") which worker is stuck in it."""
+    _write_once(folder, f"{_count(folder):04d}.{kind}", Word(why, time.time(), wanted))
 
 
 def stand(folder: Path, rank: int, where: msgspec.Struct) -> None:
-    """A worker that has waited for long says where it stands."""
-    _leave(folder, f"{_count(folder):04d}.at-{rank}", where)
+    """Record the position of a worker that has not finished a step for long."""
+    _write_once(folder, f"{_count(folder):04d}.at-{rank}", where)
 
 
 def standings(folder: Path, world_size: int, kind: type[T]) -> dict[int, T | None]:
-    """Where each worker stands, or None where it says nothing."""
+    """Return the recorded position of each worker, by rank; None for a worker without a record."""
     paths = {rank: _path(folder, _count(folder), f"at-{rank}") for rank in range(world_size)}
     return {
         rank: msgspec.json.decode(path.read_bytes(), type=kind) if path.exists() else None
@@ -104,29 +108,28 @@ def standings(folder: Path, world_size: int, kind: type[T]) -> dict[int, T | Non
 
 
 def goes_on(folder: Path, rank: int) -> None:
-    """What hung hangs no more."""
+    """Delete the hang report and this rank's position: it has made progress."""
     for kind in ("hang", f"at-{rank}"):
         _path(folder, _count(folder), kind).unlink(missing_ok=True)
 
 
 def last_word(folder: Path, number: int | None = None) -> Word | None:
-    """Why an attempt ended, by default the one at hand: in the words of who knew most, at the time of who knew first."""
+    """Return why an attempt (by default the current one) ended: the most specific report, with the earliest time."""
     number = _count(folder) if number is None else number
-    said: dict[Kind, Word] = {}
-    kinds: tuple[Kind, ...] = ("cause", "hang", "consequence")
-    for kind in kinds:
+    reports: dict[Kind, Word] = {}
+    for kind in _KINDS:
         path = _path(folder, number, kind)
         if path.exists():
-            said[kind] = msgspec.json.decode(path.read_bytes(), type=Word)
-    if not said:
+            reports[kind] = msgspec.json.decode(path.read_bytes(), type=Word)
+    if not reports:
         return None
-    first = next(iter(said.values()))
-    why = first.why
-    if "hang" in said and "cause" in said:
-        # What was waited for too long ends in many ways: what hung says more, and is not always the cause.
-        why = f"{said['hang'].why} ({why})"
-    ends = [word.at for kind, word in said.items() if kind != "hang"]
-    return Word(why, min(ends, default=first.at), first.wanted)
+    best = next(iter(reports.values()))
+    why = best.why
+    if "hang" in reports and "cause" in reports:
+        # A hang ends in many ways. Its report is more specific than the cause, but it is not always the reason.
+        why = f"{reports['hang'].why} ({why})"
+    ends = [report.at for kind, report in reports.items() if kind != "hang"]
+    return Word(why, min(ends, default=best.at), best.wanted)
 
 
 def _count(folder: Path) -> int:
@@ -137,14 +140,15 @@ def _path(folder: Path, number: int, kind: str) -> Path:
     return folder / "attempts" / f"{number:04d}.{kind}"
 
 
-def _leave(folder: Path, name: str, word: msgspec.Struct) -> None:
+def _write_once(folder: Path, name: str, record: msgspec.Struct) -> None:
+    """Write a record atomically, unless it exists already."""
     target = folder / "attempts" / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f"{name}.{secrets.token_hex(4)}")
-    aside.write_bytes(msgspec.json.encode(word))
+    temporary = target.with_name(f"{name}.{secrets.token_hex(4)}")
+    temporary.write_bytes(msgspec.json.encode(record))
     try:
-        os.link(aside, target)  # unlike a rename, it leaves what is there
+        os.link(temporary, target)  # unlike a rename, it does not replace an existing file
     except FileExistsError:
         pass
     finally:
-        aside.unlink()
+        temporary.unlink()

@@ -1,53 +1,66 @@
-"""The errors a person can cause or must act on, each one line: what was got, what was expected, what to do.
+"""The errors that users can cause or must act on. Each message is one line: what was got, what was expected, what to do.
 
-`PipelineError` is the root of what this package raises. `detr` and `shards` know nothing of each other or of this
-package, so each has a root of its own (`detr.config.ConfigError`, `shards.errors.ShardError`); `USER_ERRORS` joins
-the three for the command line, which prints them without a traceback and exits with status 1.
+* Exception
+  * PipelineError: raised in `pipeline` and `jobs`
+    * RunConfigError
+    * CheckpointError
+    * TrackingError
+    * RegistryError
+    * ExchangeError
+    * TrainingError
+      * BusyError: another driver trains the run (`pipeline.train`)
+      * Diverged: a loss or gradient is not finite or too large (`pipeline.step`)
+      * MemoryShortage: a worker ran out of memory (`pipeline.memory`)
+      * Interrupted
+    * JobError: a cluster job failed (`jobs.submit`)
+  * ShardError: raised in `shards` (`shards.errors`)
+    * SourceError, DigestError, OtherFormatError, BadSampleError
+  * ConfigError: raised in `detr` (`detr.config`), a ValueError
+
+`detr` and `shards` import neither each other nor this package, so there are three roots. `USER_ERRORS` joins them:
+the command line prints such an error without a traceback and exits with status 1.
 """
 
 from __future__ import annotations
 
 from detr.config import ConfigError
-from shards.errors import ShardError
+from shards.errors import ShardError, one_line
 
 
 class PipelineError(Exception):
-    """Root of the errors of `pipeline` and `jobs`."""
+    """Base class of the errors of `pipeline` and `jobs`."""
 
 
 class RunConfigError(PipelineError):
-    """A run's configuration is impossible, or does not fit its data."""
+    """Raised when a run's configuration is impossible or does not fit its data."""
 
 
 class CheckpointError(PipelineError):
-    """A checkpoint is absent, incomplete or of another run."""
+    """Raised when a checkpoint is missing, incomplete or of another run."""
 
 
 class TrackingError(PipelineError):
-    """The tracking server does not answer, or does not know the run."""
+    """Raised when the tracking server does not answer or does not know the run."""
 
 
 class RegistryError(PipelineError):
-    """No such registered model, version or alias, or it cannot be used this way."""
+    """Raised when a registered model, version or alias does not exist or cannot be used as asked."""
 
 
 class ExchangeError(PipelineError):
-    """A file of weights cannot be imported, or a model cannot be exported as asked."""
+    """Raised when a weights file cannot be imported or a model cannot be exported as asked."""
 
 
 class TrainingError(PipelineError):
-    """Training stopped for a reason that the message names."""
+    """Raised when training ended early; the message says why."""
 
 
 class Interrupted(TrainingError):
-    """Stopped by a person or a scheduler; goes on with `detr resume`, as its exit status says."""
+    """Raised when a user or a scheduler stopped the run; `detr resume` continues it."""
 
     exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 USER_ERRORS: tuple[type[Exception], ...] = (PipelineError, ConfigError, ShardError)
 
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, at most 200 characters; the name of its class where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+first_line = one_line

@@ -1,9 +1,9 @@
-"""Who keeps the others waiting, said before the wait is over.
+"""Detection of hung workers: report which worker is stuck, and where, before the collective times out.
 
-Workers take their steps together, so one that hangs stops all. After `cluster.collective_timeout_s` the waiting collective
-fails (gloo raises, NCCL ends the process) and Ray starts the group again, but neither knows who did not come. So a thread
-of each worker, when no step has ended for most of that time, writes down where the training thread stands. The worker that
-writes nothing, or stands elsewhere than in a collective, is the one.
+Workers take their steps together, so a hung worker stops all of them. After `cluster.collective_timeout_s` the waiting
+collective fails (gloo raises, NCCL ends the process) and Ray restarts the workers, but neither knows which worker was
+missing. So a thread in each worker records the position of the training thread when no step has finished for most of
+that time. The hung worker is the one that records nothing, or whose position is not in a collective.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from types import FrameType
 import msgspec
 
 from pipeline import attempts
+from pipeline.step import train_step
 
-_NOTE, _JUDGE = 0.7, 0.85  # of the timeout: first all say where they stand, then whoever can reads it
+_RECORD, _JUDGE = 0.7, 0.85  # fractions of the timeout: first every worker records its position, then they are compared
 _ROOT = Path(__file__).parents[1]
-_OURS = tuple(f"{_ROOT / package}/" for package in ("pipeline", "shards", "detr"))
-# Where a worker stands that waits for others: in a collective, in the backward pass that averages gradients, or for its
-# device, which is in either.
-_WAITING = ("torch/distributed/", "torch/autograd/", "torch/nn/parallel/")
-_TOLD = 4  # of many that hang
+_OUR_PACKAGES = tuple(f"{_ROOT / package}/" for package in ("pipeline", "shards", "detr"))
+# A worker that waits for others is in a collective, or in the backward pass, which averages gradients.
+_WAITING_PATHS = ("torch/distributed/", "torch/autograd/", "torch/nn/parallel/")
+# With NCCL a collective returns at once; the host then waits in this function, where it reads the step's results.
+_WAITING_CODE = train_step.__code__
+_MAX_NAMED = 4  # workers named in the report
 
 
 class Standing(msgspec.Struct, frozen=True):
-    """Where a worker's training thread is: so many steps done, in our own innermost function, waiting for others or not."""
+    """Position of a worker's training thread: steps done, innermost function of our own, and if it waits for others."""
 
     step: int
     where: str
@@ -36,22 +38,22 @@ class Standing(msgspec.Struct, frozen=True):
 
 
 class HangWatch:
-    """Watches the thread that builds it, from a thread of its own, until it is closed."""
+    """Watcher of the thread that creates it; runs in a thread of its own until it is closed."""
 
     def __init__(self, run_folder: Path, rank: int, world_size: int, timeout_s: float) -> None:
         self._folder, self._rank, self._world_size, self._timeout_s = run_folder, rank, world_size, timeout_s
-        self._training = threading.get_ident()
-        self._step, self._since, self._noted = -1, time.monotonic(), False
+        self._training_thread = threading.get_ident()
+        self._step, self._since, self._recorded = -1, time.monotonic(), False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hangs", daemon=True)
         if world_size > 1:
             self._thread.start()
 
     def stepped(self, step: int) -> None:
-        """`step` steps are done."""
+        """Note that `step` steps are done."""
         self._step, self._since = step, time.monotonic()
-        if self._noted:
-            self._noted = False
+        if self._recorded:
+            self._recorded = False
             attempts.goes_on(self._folder, self._rank)
 
     def close(self) -> None:
@@ -61,42 +63,44 @@ class HangWatch:
     def _watch(self) -> None:
         while not self._closed.wait(min(5.0, self._timeout_s / 40)):
             quiet_s = time.monotonic() - self._since
-            if quiet_s > _NOTE * self._timeout_s and not self._noted:
-                self._noted = True
-                attempts.stand(self._folder, self._rank, self._standing())
-            if quiet_s > _JUDGE * self._timeout_s and self._noted:
+            if quiet_s > _RECORD * self._timeout_s and not self._recorded:
+                self._recorded = True
+                attempts.stand(self._folder, self._rank, self._position())
+            if quiet_s > _JUDGE * self._timeout_s and self._recorded:
                 standings = attempts.standings(self._folder, self._world_size, Standing)
                 attempts.end(self._folder, judge(standings, quiet_s), "hang")
 
-    def _standing(self) -> Standing:
-        return standing(sys._current_frames().get(self._training), self._step)
+    def _position(self) -> Standing:
+        return standing(sys._current_frames().get(self._training_thread), self._step)
 
 
 def standing(frame: FrameType | None, step: int) -> Standing:
-    """Of a thread whose innermost frame is `frame`, after so many steps."""
+    """Return the position of a thread from its innermost frame; `step`: steps it has done."""
     waits = False
     while frame is not None:
-        path = frame.f_code.co_filename
-        if path.startswith(_OURS):
-            # With NCCL a collective returns at once, and the host waits where it looks at the step's figures.
-            waits |= frame.f_code.co_name == "train_step"
-            place = f"{Path(path).relative_to(_ROOT)}:{frame.f_lineno}"
-            return Standing(step, f"{frame.f_code.co_name} ({place})", waits)
-        waits |= any(part in path for part in _WAITING)
+        code = frame.f_code
+        if code.co_filename.startswith(_OUR_PACKAGES):
+            location = f"{Path(code.co_filename).relative_to(_ROOT)}:{frame.f_lineno}"
+            return Standing(step, f"{code.co_name} ({location})", waits or code is _WAITING_CODE)
+        waits |= any(path in code.co_filename for path in _WAITING_PATHS)
         frame = frame.f_back
     return Standing(step, "no code of ours", waits)
 
 
 def judge(standings: dict[int, Standing | None], quiet_s: float) -> str:
-    """One line that names who hangs and where; a rank that says nothing has None."""
-    said = {rank: one for rank, one in standings.items() if one is not None}
-    last = max((one.step for one in said.values()), default=0)
-    silent = [f"worker {rank} gives no sign of life" for rank, one in standings.items() if one is None]
-    behind = [(rank, one) for rank, one in said.items() if one.step < last]
-    busy = [(rank, one) for rank, one in said.items() if not one.waits]
-    hanging = [f"worker {rank} hangs in {one.where}" for rank, one in behind or busy]
-    found = silent or (hanging if len(hanging) < len(said) else [])
-    if not found:
-        found = ["the workers wait for each other"] + [f"worker {rank} in {one.where}" for rank, one in said.items()]
-    more = f" and {len(found) - _TOLD} more" if len(found) > _TOLD else ""
-    return f"{', '.join(found[:_TOLD])}{more}; no step has ended for {quiet_s:.0f} s, the last was step {last}"
+    """Return one line that names the hung workers and their positions; `standings` has None for a silent worker."""
+    known = {rank: position for rank, position in standings.items() if position is not None}
+    last = max((position.step for position in known.values()), default=0)
+    silent = [f"worker {rank} does not respond" for rank in standings if rank not in known]
+    behind = [rank for rank, position in known.items() if position.step < last]
+    busy = [rank for rank, position in known.items() if not position.waits]
+    hung = [f"worker {rank} hangs in {known[rank].where}" for rank in behind or busy]
+    if silent:
+        found = silent
+    elif 0 < len(hung) < len(known):
+        found = hung
+    else:
+        positions = [f"worker {rank} in {position.where}" for rank, position in known.items()]
+        found = ["the workers wait for each other", *positions]
+    more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
+    return f"{', '.join(found[:_MAX_NAMED])}{more}; no step has ended for {quiet_s:.0f} s, the last was step {last}"

@@ -88,7 +88,7 @@ def test_a_worker_that_hangs_is_named_and_the_run_goes_on(detr: Command, recordi
     os.kill(pid, signal.SIGSTOP)
     output, _ = driver.communicate(timeout=200)
     assert driver.returncode == 0, output
-    named = r"warning: worker 1 gives no sign of life; no step has ended for 1\d s, the last was step \d+; restart 1, goes on"
+    named = r"warning: worker 1 does not respond; no step has ended for 1\d s, the last was step \d+; restart 1, resumed"
     assert re.search(named, output), output
     assert not psutil.pid_exists(pid)
     assert [one.ranks for one in recording.kept()] == [2] * STEPS

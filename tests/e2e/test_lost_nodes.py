@@ -100,8 +100,8 @@ def test_a_run_goes_on_with_the_nodes_that_are_there(
     recording.pace(0)
     output, _ = driver.communicate(timeout=200)
     assert driver.returncode == 0, output
-    assert re.search(r"warning: worker \d died: .+; restart 1, 3 -> 2 workers, goes on after \d+ s at step \d+", output)
-    assert re.search(r"room for 3 workers.*; restart 2, 2 -> 3 workers, goes on after \d+ s at step \d+", output)
+    assert re.search(r"warning: worker \d died: .+; restart 1, 3 -> 2 workers, resumed after \d+ s at step \d+", output)
+    assert re.search(r"room for 3 workers.*; restart 2, 2 -> 3 workers, resumed after \d+ s at step \d+", output)
 
     kept = recording.kept()
     assert len(kept) == STEPS
@@ -158,7 +158,7 @@ def test_a_node_that_is_taken_away_with_notice_costs_no_failure(
     recording.pace(0)
     output, _ = driver.communicate(timeout=200)
     assert driver.returncode == 0, output
-    assert re.search(r"the node of worker \d was taken away; restart 1, 2 -> 1 workers, goes on after", output)
+    assert re.search(r"the node of worker \d was taken away; restart 1, 2 -> 1 workers, resumed after", output)
     kept = recording.kept()
     assert len(kept) == STEPS
     assert all(set(count.values()) == {1} and len(count) == IMAGES for count in seen_per_epoch(kept, IMAGES))

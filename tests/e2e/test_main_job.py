@@ -30,7 +30,7 @@ def test_a_run_goes_on_by_itself_when_a_worker_is_killed(worker_killed: Command)
     assert steps == sorted(set(steps))
     assert steps[-1] == STEPS
     said = worker_killed.tag("worker-killed", "detr.warning")
-    assert re.search(r"^worker \d died: .*exit.*; restart 1, goes on after \d+ s at step \d+$", said), said
+    assert re.search(r"^worker \d died: .*exit.*; restart 1, resumed after \d+ s at step \d+$", said), said
     assert len(worker_killed.points("worker-killed", "restart/seconds")) == 1
 
 

@@ -1,4 +1,4 @@
-"""A rank that does not come to a collective is named, with what it does instead, and the wait ends."""
+"""A rank that is missing from a collective is named with its position, and the wait ends."""
 
 import os
 import signal
@@ -17,13 +17,13 @@ _TIMEOUT_S = 2.0
 
 
 def meet(ranks: Ranks, folder: Path, how: str) -> tuple[str, float]:
-    """What the first rank meets in a sum that the second does not come to, and after how long."""
+    """Return the first rank's error in a sum that misses the second rank, and the seconds it waited."""
     pids = ranks.gather(os.getpid())
     apart = Ranks(ranks.rank, ranks.world_size, timeout_s=_TIMEOUT_S).apart()
     watch = HangWatch(folder, ranks.rank, ranks.world_size, _TIMEOUT_S)
     watch.stepped(5)
     start = time.monotonic()
-    said = ""
+    message = ""
     if not ranks.first:
         if how == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -33,20 +33,20 @@ def meet(ranks: Ranks, folder: Path, how: str) -> tuple[str, float]:
         try:
             apart.sum(torch.ones(1))
         except RuntimeError as error:
-            said = str(error)
+            message = str(error)
         os.kill(pids[1], signal.SIGCONT)
     watch.close()
-    return said, time.monotonic() - start
+    return message, time.monotonic() - start
 
 
 @pytest.mark.parametrize(
     ("how", "named"),
-    [("busy", "worker 1 hangs in on_first (pipeline/parallel.py:"), ("stopped", "worker 1 gives no sign of life")],
+    [("busy", "worker 1 hangs in on_first (pipeline/parallel.py:"), ("stopped", "worker 1 does not respond")],
 )
-def test_a_rank_that_does_not_come_is_named(tmp_path: Path, how: str, named: str) -> None:
+def test_the_missing_rank_is_named(tmp_path: Path, how: str, named: str) -> None:
     attempts.begin(tmp_path, 2)
-    (said, waited_s), _ = run_ranks(2, meet, tmp_path, how)
-    assert "imed out" in said
+    (message, waited_s), _ = run_ranks(2, meet, tmp_path, how)
+    assert "imed out" in message
     assert waited_s == pytest.approx(_TIMEOUT_S, abs=1)
     word = attempts.last_word(tmp_path)
     assert word is not None

@@ -1,4 +1,4 @@
-"""Who keeps the others waiting, from where their threads stand."""
+"""Detection of hung workers from the positions of their threads."""
 
 import re
 import sys
@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import pipeline
 from pipeline import attempts
+from pipeline.config import RunConfig
 from pipeline.hangs import HangWatch, Standing, judge, standing
+from pipeline.parallel import Ranks
+from pipeline.step import train_step
 
 ROOT = Path(pipeline.__file__).parents[1]
 IN_SUM = Standing(12, "sum (pipeline/parallel.py:50)", True)
@@ -19,9 +24,9 @@ IN_DATA = Standing(12, "next (shards/read.py:99)", False)
 
 
 @pytest.mark.parametrize(
-    ("standings", "said"),
+    ("standings", "report"),
     [
-        ({0: IN_SUM, 1: None, 2: IN_SUM}, "worker 1 gives no sign of life"),
+        ({0: IN_SUM, 1: None, 2: IN_SUM}, "worker 1 does not respond"),
         ({0: IN_SUM, 1: IN_SUM, 2: IN_DATA}, r"worker 2 hangs in next \(shards/read.py:99\)"),
         (
             {0: IN_SUM, 1: Standing(11, "sum (pipeline/parallel.py:50)", True)},
@@ -31,17 +36,17 @@ IN_DATA = Standing(12, "next (shards/read.py:99)", False)
         ({0: IN_DATA, 1: IN_DATA}, "the workers wait for each other, worker 0 in next .*"),
         (
             {0: IN_SUM} | dict.fromkeys(range(1, 9)),
-            "worker 1 gives no sign of life, .*, worker 4 gives no sign of life and 4 more",
+            "worker 1 does not respond, .*, worker 4 does not respond and 4 more",
         ),
     ],
 )
-def test_who_hangs_is_named(standings: dict[int, Standing | None], said: str) -> None:
+def test_the_report_names_the_hung_workers(standings: dict[int, Standing | None], report: str) -> None:
     line = judge(standings, 480.2)
-    assert re.fullmatch(said + "; no step has ended for 480 s, the last was step 12", line), line
+    assert re.fullmatch(report + "; no step has ended for 480 s, the last was step 12", line), line
 
 
 def called_through(*files: tuple[str, str]) -> Standing:
-    """Where a thread stands in the last of these functions, each of which calls the next; (path, name), outermost first."""
+    """Return the position in the last of these functions, (path, name), each of which calls the next."""
     call: Callable[[], Standing] = lambda: standing(sys._getframe(1), 3)  # noqa: E731
     for path, name in reversed(files):
         scope: dict[str, Any] = {"call": call}
@@ -50,7 +55,7 @@ def called_through(*files: tuple[str, str]) -> Standing:
     return call()
 
 
-def test_a_thread_stands_in_our_innermost_function() -> None:
+def test_the_position_is_our_innermost_function() -> None:
     loop, reading = ("pipeline/worker.py", "_train"), ("shards/read.py", "taken")
     assert called_through(loop, reading) == Standing(3, "taken (shards/read.py:2)", False)
     assert called_through(loop, reading, ("lib/queue.py", "get")) == Standing(3, "taken (shards/read.py:2)", False)
@@ -62,14 +67,28 @@ def test_a_thread_stands_in_our_innermost_function() -> None:
     [
         [("pipeline/parallel.py", "sum"), ("torch/distributed/distributed_c10d.py", "all_reduce")],
         [("pipeline/step.py", "_pass"), ("torch/autograd/graph.py", "_engine_run_backward")],
-        [("pipeline/step.py", "train_step")],
     ],
 )
-def test_a_thread_in_a_collective_or_in_the_backward_pass_waits_for_others(deeper: list[tuple[str, str]]) -> None:
+def test_collectives_and_the_backward_pass_count_as_waiting(deeper: list[tuple[str, str]]) -> None:
     assert called_through(("pipeline/worker.py", "_train"), *deeper).waits
 
 
-def test_a_worker_that_waits_says_so_and_takes_it_back_when_it_goes_on(tmp_path: Path) -> None:
+def test_the_step_function_counts_as_waiting(tiny_config: RunConfig) -> None:
+    positions: list[Standing] = []
+
+    def record(_: str) -> None:
+        positions.append(standing(sys._getframe(1), 3))
+        raise InterruptedError
+
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(InterruptedError):
+        train_step(model, [], optimizer, tiny_config, Ranks(), 3, lap=record)
+    assert positions[0].where.startswith("train_step (pipeline/step.py:")
+    assert positions[0].waits
+
+
+def test_a_hang_report_is_withdrawn_when_the_worker_continues(tmp_path: Path) -> None:
     attempts.begin(tmp_path, 2)
     watch = HangWatch(tmp_path, 0, 2, 0.5)
     try:
@@ -78,7 +97,7 @@ def test_a_worker_that_waits_says_so_and_takes_it_back_when_it_goes_on(tmp_path:
         while (word := attempts.last_word(tmp_path)) is None:
             assert time.monotonic() < until
             time.sleep(0.02)
-        assert word.why.startswith("worker 1 gives no sign of life; no step has ended for ")
+        assert word.why.startswith("worker 1 does not respond; no step has ended for ")
         watch.stepped(8)
         assert attempts.last_word(tmp_path) is None
         assert attempts.standings(tmp_path, 2, Standing) == {0: None, 1: None}

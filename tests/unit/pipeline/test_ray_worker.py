@@ -72,7 +72,7 @@ def test_the_first_step_tells_what_the_restart_cost(wanted: bool, tag: str) -> N
     first = FirstStep(tracker, 2, Restart(1, Word("why", time.time() - 30, wanted), 3, 2))
     first(41)
     first(42)
-    assert tracker.last_tags[tag].startswith("why; restart 1, 3 -> 2 workers, goes on after 30 s at step 41")
+    assert tracker.last_tags[tag].startswith("why; restart 1, 3 -> 2 workers, resumed after 30 s at step 41")
     assert [point[0] for point in tracker.points] == ["cluster/workers", "restart/seconds"]
     assert dict((name, value) for name, value, _ in tracker.points)["restart/seconds"] == pytest.approx(30, abs=1)
 
