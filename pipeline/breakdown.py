@@ -1,9 +1,9 @@
-"""Where a step's time goes: the wait for data and each part of the step, measured without waiting for the device.
+"""Time of a step by phase, measured without waiting for the device.
 
-A lap ends a part: whatever passed since the lap before is the part's. On a CPU a lap is the time of day. A GPU is behind
-the host, so there it is an event in the stream of work, and the seconds between two are those that the device took, or
-had nothing to do; they are read when a log point waits for the device in any case. Either way the parts add up to all the
-time that passed. A step has seven laps, which take 2 microseconds on a CPU, reading them included.
+A lap ends a phase: the time since the previous lap is counted to it. On a CPU a lap reads the clock. A GPU runs behind
+the host, so there a lap records an event in the stream, and the time between two events is what the device took or
+idled; the events are read at log points, which wait for the device anyway. In both cases the phases add up to the total
+time. A step has seven laps, which take 2 microseconds on a CPU, reading included.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import torch
 Part = Literal["data_wait", "forward", "loss", "backward", "optimizer", "checkpoint_stall", "other"]
 PARTS: tuple[Part, ...] = get_args(Part)
 """forward and backward: the network; backward also averages gradients over ranks. loss: matching and losses. optimizer:
-clip, the look at the norm, update. checkpoint_stall: see `Saver.stalled_s`. other: what ranks wait for each other before
-a step, and bookkeeping."""
+clipping, the check of the norm, and the update. checkpoint_stall: see `Saver.stalled_s`. other: ranks waiting for each
+other before a step, and bookkeeping."""
 Lap = Callable[[Part], None]
 
 
 def no_lap(part: Part) -> None:
-    """For who does not measure."""
+    """Do nothing: the lap of callers that do not measure."""
 
 
 class StepClock:
-    """Adds up the seconds of each part until they are read."""
+    """Sums of the seconds of each phase since they were last read."""
 
     def __init__(self, device: torch.device) -> None:
         self._marks: _HostMarks | _DeviceMarks = _DeviceMarks() if device.type == "cuda" else _HostMarks()
@@ -37,15 +37,15 @@ class StepClock:
         self.start()
 
     def start(self) -> None:
-        """Leave out what passed since the last lap."""
+        """Discard the time since the last lap."""
         self._laps.append((None, self._marks.mark()))
 
     def lap(self, part: Part) -> None:
-        """What passed since the last lap was spent on `part`."""
+        """Count the time since the last lap to `part`."""
         self._laps.append((part, self._marks.mark()))
 
     def read(self) -> dict[Part, float]:
-        """Seconds of each part since it was read before. On a GPU it waits for the work before the last lap."""
+        """Return the seconds of each phase since the last call; on a GPU, wait for the work before the last lap."""
         self._marks.wait(self._laps[-1][1])
         seconds: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
         for (_, start), (part, end) in pairwise(self._laps):
@@ -70,7 +70,7 @@ class _HostMarks:
 
 
 class _DeviceMarks:
-    """Events, used again once they have been read."""
+    """CUDA events, reused after they have been read."""
 
     def __init__(self) -> None:
         self._free: list[torch.cuda.Event] = []
@@ -91,7 +91,7 @@ class _DeviceMarks:
 
 
 def memory_gib(device: torch.device) -> float:
-    """The most that was allocated on a GPU so far; on a CPU the process's resident size now."""
+    """Return the peak memory allocated on a GPU, or the current resident size of the process on a CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:

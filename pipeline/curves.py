@@ -1,4 +1,4 @@
-"""Precision over recall of an evaluation, as a picture and as a table."""
+"""Precision-recall curves of an evaluation, as a picture and as a table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shards.curves import RECALLS, Curves
 
 
 def curves_picture(boxes: Curves, masks: Curves | None = None) -> Image.Image:
-    """The curves at IoU 0.50, 0.75 and 0.50:0.95, each with the figure that is its mean; of masks on the right."""
+    """Return a chart of the curves at IoU 0.50, 0.75 and 0.50:0.95 with their means; those of masks on the right."""
     if masks is None:
         return _chart(boxes)
     return side_by_side(_chart(boxes), _chart(masks), ("boxes", "masks"))
@@ -31,7 +31,7 @@ def _chart(curves: Curves) -> Image.Image:
 
 
 def curves_table(boxes: Curves, masks: Curves | None = None) -> dict[str, list[Any]]:
-    """By columns: recall, and precision at IoU 0.50:0.95, 0.50 and 0.75; of masks with `mask_` before the name."""
+    """Return columns by name: recall, and precision at IoU 0.50:0.95, 0.50 and 0.75; of masks with a prefix `mask_`."""
     columns: dict[str, list[Any]] = {"recall": list(RECALLS)}
     for prefix, curves in (("", boxes), ("mask_", masks)):
         if curves:

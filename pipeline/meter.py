@@ -1,4 +1,4 @@
-"""What the curves of a run are made of: losses, rates, speed and where the time goes, averaged between two log points."""
+"""Curves of a run: losses, learning rates, speed and step time by phase, averaged between two log points."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from pipeline.forecast import Forecast
 from pipeline.optim import Schedule
 from pipeline.parallel import Ranks
 from pipeline.standing import TAG_PROGRESS, Progress
-from pipeline.step import StepResult
 from pipeline.track import TAG_WARNING, Tracker
 
 TAG_DATA_WAIT = f"{TAG_WARNING}.data_wait"
-_MOST_WAIT = 0.05
-_JUDGED_STEPS = 20  # a share of less time is chance
+_MOST_WAIT = 0.05  # share of a step
+_JUDGED_STEPS = 20  # over fewer steps the share of waiting is mostly noise
 
 
 class Interval(NamedTuple):
-    """Means over ranks between two log points."""
+    """Means over the steps and ranks between two log points."""
 
     losses: list[float]
-    parts: dict[str, float]
-    """Seconds per step."""
+    phases: dict[str, float]
+    """Seconds per step in each phase."""
     waits: list[float]
-    """Each rank's wait for data, seconds per step."""
+    """Seconds per step that each rank waits for data."""
     memory_gib: float
-    """Of the rank that has most."""
+    """Maximum over ranks."""
 
     @property
     def step_s(self) -> float:
-        return sum(self.parts.values())
+        """Seconds per step."""
+        return sum(self.phases.values())
 
 
 class Meter:
-    """Sums losses on the device between log points, so that no step waits for a figure nobody reads yet.
+    """Sums of losses and times between log points; losses stay on the device, so that no step waits for them.
 
-    stalled_s: how long training has waited for checkpoints so far.
+    `stalled_s` returns the seconds that training has waited for checkpoints so far.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Meter:
         self._schedule, self._ranks, self._tracker, self._forecast = schedule, ranks, tracker, forecast
         self._stalled_s = stalled_s
         self._stalled_before = stalled_s()
-        self._stalled_aside = 0.0
+        self._stalled_paused = 0.0
         self._watch = WaitWatch()
         self.clock = StepClock(ranks.device)
         self._reset()
@@ -71,24 +71,25 @@ class Meter:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """The block saves or evaluates: of the time that it takes, only the wait for a checkpoint is a step's."""
+        """Stop the clock while the block saves or evaluates; of its time only waits for a checkpoint count as step time."""
         self.clock.lap("other")
         stalled = self._stalled_s()
         yield
-        self._stalled_aside += self._stalled_s() - stalled
+        self._stalled_paused += self._stalled_s() - stalled
         self.clock.start()
 
-    def add(self, result: StepResult, images: int) -> None:
-        """Take in one step over so many images of all ranks."""
-        names, values = _figures(result.losses)
-        self._names, self._sum = names, values if self._sum is None else self._sum + values
-        self._norm = result.grad_norm
+    def add(self, losses: Losses, grad_norm: Tensor, images: int) -> None:
+        """Add a step: this rank's share of the losses, the gradient norm and the number of images over all ranks."""
+        values = torch.stack([losses.total.detach(), *losses.parts.values()])
+        self._names = ["loss", *losses.parts]
+        self._sum = values if self._sum is None else self._sum + values
+        self._norm = grad_norm
         self._steps += 1
         self._images += images
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """The block evaluates; how long it keeps training waiting is part of the forecast."""
+        """Stop the clock while the block evaluates, and give the time to the forecast."""
         start, stalled = time.perf_counter(), self._stalled_s()
         with self.aside():
             yield
@@ -96,100 +97,102 @@ class Meter:
             self._forecast.evaluated(time.perf_counter() - start - (self._stalled_s() - stalled))
 
     def tell(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Average over the interval and over ranks, and give it to the tracker; a collective call."""
+        """Send the means over the steps since the last call and over ranks to the tracker; a collective call."""
         if self._sum is None or self._norm is None:
             return  # no step was taken
-        told = self._interval(self._sum)
+        interval = self._interval(self._sum)
         if self._forecast:
-            self._forecast.stepped(self._steps, self._steps * told.step_s, told.parts["forward"])
+            self._forecast.stepped(self._steps, self._steps * interval.step_s, interval.phases["forward"])
         if self._tracker:
             epoch = self._schedule.epoch(step)
             rates = [group["lr"] for group in optimizer.param_groups]
-            values = {_chart(name): value for name, value in zip(self._names, told.losses, strict=True)}
+            values = {_chart(name): value for name, value in zip(self._names, interval.losses, strict=True)}
             values |= {"optim/lr": rates[0], "optim/grad_norm": float(self._norm), "epoch": epoch}
-            values |= {"optim/lr_backbone": rates[1]} if len(rates) > 1 else {}
-            speed = self._images / max(self._steps * told.step_s, 1e-9)
-            values |= {"speed/images_per_s": speed, "speed/memory_gib": told.memory_gib}
-            self._tracker.metrics(values | _breakdown(told), step)
-            self._tracker.tags(self._tags(step, epoch, told))
+            if len(rates) > 1:
+                values["optim/lr_backbone"] = rates[1]
+            values["speed/images_per_s"] = self._images / max(self._steps * interval.step_s, 1e-9)
+            values["speed/memory_gib"] = interval.memory_gib
+            self._tracker.metrics(values | _breakdown(interval), step)
+            self._tracker.tags(self._tags(step, epoch, interval))
         self._reset()
 
     def _interval(self, losses: Tensor) -> Interval:
         self.clock.lap("other")
-        parts = self.clock.read()
+        phases = self.clock.read()
         stalled = self._stalled_s()
-        parts["checkpoint_stall"] = stalled - self._stalled_before
-        # What was not waited aside was waited by the optimizer's update.
-        parts["optimizer"] -= parts["checkpoint_stall"] - self._stalled_aside
-        self._stalled_before, self._stalled_aside = stalled, 0.0
-        alone = torch.zeros(2, self._ranks.world_size, dtype=torch.float64)
-        alone[:, self._ranks.rank] = torch.tensor([parts["data_wait"], memory_gib(self._ranks.device)])
-        host = torch.cat([torch.tensor([parts[name] for name in PARTS], dtype=torch.float64), alone.flatten()])
+        phases["checkpoint_stall"] = stalled - self._stalled_before
+        # Waits outside of pauses were measured as a part of the optimizer's update.
+        phases["optimizer"] -= phases["checkpoint_stall"] - self._stalled_paused
+        self._stalled_before, self._stalled_paused = stalled, 0.0
+        # One reduction for everything: losses and phases are summed; waits and memory have a column for each rank.
+        by_rank = torch.zeros(2, self._ranks.world_size, dtype=torch.float64)
+        by_rank[:, self._ranks.rank] = torch.tensor([phases["data_wait"], memory_gib(self._ranks.device)])
+        seconds = torch.tensor([phases[name] for name in PARTS], dtype=torch.float64)
+        host = torch.cat([seconds, by_rank.flatten()])
         sums = self._ranks.sum(torch.cat([losses.double(), host.to(losses.device)])).cpu()
-        total, rest = sums[: len(losses)], sums[len(losses) :]
-        seconds, (waits, memory) = rest[: len(PARTS)], rest[len(PARTS) :].view(2, -1)
+        losses, seconds, by_rank = sums.split([len(losses), len(PARTS), by_rank.numel()])
+        waits, memory = by_rank.view(2, -1)
         # Each rank's loss is its share times the world size, so the mean over ranks is the global batch's loss.
         per_step = self._steps * self._ranks.world_size
         return Interval(
-            (total / per_step).tolist(),
+            (losses / per_step).tolist(),
             dict(zip(PARTS, (seconds / per_step).tolist(), strict=True)),
             (waits / self._steps).tolist(),
             float(memory.max()),
         )
 
-    def _tags(self, step: int, epoch: float, told: Interval) -> dict[str, str]:
+    def _tags(self, step: int, epoch: float, interval: Interval) -> dict[str, str]:
         left_s = self._forecast.remaining_s(step) if self._forecast else None
         end = "" if left_s is None else (datetime.now(UTC) + timedelta(seconds=left_s)).isoformat(timespec="seconds")
         tags = {TAG_PROGRESS: Progress(step, round(epoch, 4), end).to_json()}
-        warning = self._watch.judge(self._steps, told)
+        warning = self._watch.judge(self._steps, interval)
         return tags if warning is None else tags | {TAG_DATA_WAIT: warning}
 
 
 class WaitWatch:
-    """Says when workers wait for data for too long, once, and when that has passed."""
+    """Warning that workers wait too long for data, given once and cleared when it has passed."""
 
     def __init__(self) -> None:
         self._steps, self._wait_s, self._all_s = 0, 0.0, 0.0
         self._judged, self._warned = 0, False
 
-    def judge(self, steps: int, told: Interval) -> str | None:
-        """A warning, an empty one where the last one has passed, or None where nothing has changed.
+    def judge(self, steps: int, interval: Interval) -> str | None:
+        """Return a new warning, an empty text if the last one has passed, or None if nothing has changed.
 
-        The slowest rank counts, because all wait for it. The first share is not judged: it has the stream's beginning.
+        The slowest rank counts, because all wait for it. The first `_JUDGED_STEPS` are ignored: they include the start of
+        the reader threads.
         """
         self._steps += steps
-        self._wait_s += steps * max(told.waits)
-        self._all_s += steps * told.step_s
+        self._wait_s += steps * max(interval.waits)
+        self._all_s += steps * interval.step_s
         if self._steps < _JUDGED_STEPS:
             return None
         share = self._wait_s / max(self._all_s, 1e-9)
         self._steps, self._wait_s, self._all_s = 0, 0.0, 0.0
         self._judged += 1
-        # Half of it before it has passed, so that a share about the bound is one warning and not many.
-        waits = self._judged > 1 and share > (_MOST_WAIT / 2 if self._warned else _MOST_WAIT)
-        if waits == self._warned:
+        # The warning ends at half the limit, so that a share close to the limit is one warning and not many.
+        slow = self._judged > 1 and share > (_MOST_WAIT / 2 if self._warned else _MOST_WAIT)
+        if slow == self._warned:
             return None
-        self._warned = waits
-        rank = told.waits.index(max(told.waits))
-        return waits * (
+        self._warned = slow
+        if not slow:
+            return ""
+        rank = interval.waits.index(max(interval.waits))
+        return (
             f"worker {rank} waits for data {share:.0%} of the time; expected at most {_MOST_WAIT:.0%}: more "
             "--data.reader-threads (and --cluster.cpus-per-worker), --transform.pixels fast, or --data.cache on a fast disk"
         )
 
 
-def _figures(losses: Losses) -> tuple[list[str], Tensor]:
-    names = ["loss", *losses.parts]
-    return names, torch.stack([losses.total.detach(), *losses.parts.values()])
-
-
-def _breakdown(told: Interval) -> dict[str, float]:
-    """Two groups of charts: seconds per step, and shares of it."""
-    seconds = {f"step/{name}_s": value for name, value in told.parts.items()}
-    seconds |= {"step/slowest_data_wait_s": max(told.waits), "step/total_s": told.step_s}
-    whole = max(told.step_s, 1e-9)
-    return seconds | {f"step_share/{name}": value / whole for name, value in told.parts.items()}
+def _breakdown(interval: Interval) -> dict[str, float]:
+    """Return two groups of charts: seconds per step, and shares of it."""
+    seconds = {f"step/{name}_s": value for name, value in interval.phases.items()}
+    seconds |= {"step/slowest_data_wait_s": max(interval.waits), "step/total_s": interval.step_s}
+    total = max(interval.step_s, 1e-9)
+    return seconds | {f"step_share/{name}": value / total for name, value in interval.phases.items()}
 
 
 def _chart(name: str) -> str:
-    """Charts are grouped by what stands before the slash: the last layer's parts together, the other layers' aside."""
-    return f"train_layers/{name}" if name.rpartition("_")[2].isdigit() else f"train/{name}"
+    """Return the chart of a loss: `train` for the last decoder layer, `train_layers` for the others (`loss_ce_0`)."""
+    is_numbered = name.rpartition("_")[2].isdigit()
+    return f"train_layers/{name}" if is_numbered else f"train/{name}"

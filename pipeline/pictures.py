@@ -1,4 +1,4 @@
-"""Which pictures a run shows: the first validation images by id, detections next to the truth."""
+"""Pictures of validation images: detections next to the ground truth."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from shards.manifest import Manifest
 from shards.read import ReadConfig, read_samples
 from shards.segmentation import Masks, decode_masks
 
-THRESHOLD = 0.5  # a detection below it is not drawn
+THRESHOLD = 0.5  # lowest score of a detection that is drawn
 
 
 def detection_pictures(manifest: Manifest, detections: Detections, count: int) -> Iterator[Image.Image]:
-    """Side by side, for the `count` images of lowest id: what was found (score 0.5 or more), and the truth.
+    """Yield detections (score 0.5 or more) beside the ground truth, for the `count` images with the lowest ids.
 
-    The same images each time, so that the series of an image shows how the run learned.
+    The images are the same at each call, so that a series of pictures shows how the detections change during the run.
     """
     index = manifest.index()
     rows = np.argsort(index.images["image_id"], kind="stable")[:count].astype(np.int64)

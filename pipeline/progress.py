@@ -1,4 +1,4 @@
-"""Progress bars for long work in this process: seen in a terminal, silent in a file."""
+"""Progress bars for long work in this process, shown only in a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 @contextmanager
 def progress_bar(description: str, unit: str = "image") -> Iterator[Callable[[int, int], None]]:
-    """Yields what to call with (done, total); the bar vanishes when the work is done."""
+    """Yield a function to call with (done, total); the bar is removed at the end of the block."""
     with tqdm(desc=description, unit=unit, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
 
         def advance(done: int, total: int) -> None:

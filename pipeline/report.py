@@ -1,4 +1,4 @@
-"""Tables that people read in a terminal."""
+"""Tables for the terminal."""
 
 from __future__ import annotations
 
@@ -31,39 +31,42 @@ _MEANINGS = {
 
 
 def metrics_table(metrics: Mapping[str, float]) -> str:
-    """The twelve COCO numbers, of masks as well where there are; `-` where the data set has no such truth."""
+    """Return a table of the twelve COCO metrics, with a column for masks if there are any; `-` without ground truth."""
     masks = "mask_AP" in metrics
 
     def shown(name: str) -> str:
         return "-" if metrics[name] < 0 else f"{metrics[name]:.3f}"
 
-    rows = [
-        (name, shown(name), *((shown(f"mask_{name}"),) if masks else ()), meaning)
-        for name, meaning in _MEANINGS.items()
-    ]
-    return table(("metric", "boxes", "masks", "of") if masks else ("metric", "value", "of"), rows)
+    if masks:
+        rows = [(name, shown(name), shown(f"mask_{name}"), meaning) for name, meaning in _MEANINGS.items()]
+        return table(("metric", "boxes", "masks", "of"), rows)
+    return table(("metric", "value", "of"), [(name, shown(name), meaning) for name, meaning in _MEANINGS.items()])
 
 
 def layers_table(scores: Sequence[LayerScore]) -> str:
-    """AP and AP50 of each decoder layer without and with suppression of duplicates, then of all of them merged."""
+    """Return a table of AP and AP50 without and with NMS: of each decoder layer, then of all layers merged."""
+
+    def shown(value: float) -> str:
+        return "-" if value < 0 else f"{value:.3f}"
+
     cells: dict[int | None, dict[bool, tuple[str, str]]] = {}
     for score in scores:
-        values = tuple("-" if score.metrics[name] < 0 else f"{score.metrics[name]:.3f}" for name in ("AP", "AP50"))
-        cells.setdefault(score.layer, {})[score.nms is not None] = (values[0], values[1])
+        with_nms = score.nms is not None
+        cells.setdefault(score.layer, {})[with_nms] = (shown(score.metrics["AP"]), shown(score.metrics["AP50"]))
     threshold = next(score.nms for score in scores if score.nms is not None)
     header = ("decoder layer", "AP", "AP50", f"AP, NMS {threshold:g}", f"AP50, NMS {threshold:g}")
     absent = ("-", "-")
     return table(
         header,
         [
-            ("all merged" if layer is None else str(layer), *both.get(False, absent), *both.get(True, absent))
-            for layer, both in cells.items()
+            ("all merged" if layer is None else str(layer), *of_layer.get(False, absent), *of_layer.get(True, absent))
+            for layer, of_layer in cells.items()
         ],
     )
 
 
 def runs_table(runs: Sequence[Run]) -> str:
-    """Runs, newest first: what they are, how far they are, how good."""
+    """Return a table of runs in the given order: id, name, status, progress, best figures, start and predicted end."""
     rows = []
     for run in runs:
         metrics = run.data.metrics
@@ -87,13 +90,13 @@ def runs_table(runs: Sequence[Run]) -> str:
 
 
 def _end(progress: Progress | None) -> str:
-    """When a run will end; one whose end has passed has a driver no more, or no forecast that is worth telling."""
+    """Return the predicted end, `-` if it is unknown or has passed (the driver is dead or the forecast wrong)."""
     end = progress.ends if progress else None
     return clock_time(end) if end and end > datetime.now(UTC) else "-"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Left-aligned columns under a ruled header."""
+    """Return rows as text with left-aligned columns under a ruled header."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

@@ -1,9 +1,9 @@
-"""Checkpoints that training does not wait for.
+"""Save checkpoints in the background.
 
-At a boundary the state is only looked up. A thread copies it to the host while the next step's forward and backward
-pass run, which read weights and do not change them, and writes the copy afterwards; the optimizer's update alone waits
-for the copy, where that is not finished by then. One checkpoint is under way at a time, and it is as whole or absent as
-one that is waited for (`pipeline/checkpoint.py`).
+`Saver.save` only collects references to the state. A thread copies it to the host during the next step's forward and
+backward pass, which read weights but do not change them, and then writes the copy. Only the optimizer's update waits
+for the copy, if it is not finished by then. At most one checkpoint is written at a time, as atomically as one that is
+saved synchronously.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from pipeline.checkpoint_store import Location
 from pipeline.errors import CheckpointError, first_line
 from pipeline.meta import Meta
 from pipeline.parallel import Ranks, on_first, unwrap
-from pipeline.stopping import NOTHING, Asked
 
 State = dict[str, Any]
 
@@ -38,7 +37,7 @@ def open_saver(
     every_minutes: float = 0,
     saved: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Saver]:
-    """A saver for the run at `home`, whose last checkpoint is whole when the block ends; a collective call."""
+    """Yield a `Saver` and wait for its last checkpoint at the end of the block; a collective call."""
     saver = Saver(home, optimizer, ranks, keep, every_minutes, saved)
     try:
         yield saver
@@ -48,13 +47,11 @@ def open_saver(
 
 
 class Saver:
-    """Writes one checkpoint after the other in a thread. Every rank calls the same methods in the same order.
+    """Writer of checkpoints in a thread, one after the other. Every rank must call the same methods in the same order.
 
-    home: see `pipeline/checkpoint.py`.
-    keep: how many of the newest stay, beside the best and the milestones.
-    every_minutes: rank 0 asks for a save when the last one began so long ago; 0 for never.
-    saved: called by rank 0 with the step of each checkpoint that is whole.
-    stalled_s: seconds that training has waited for it.
+    `home` holds the folder `checkpoints`. Of those, the newest `keep`, the best and the milestones are kept. On rank 0
+    a save is due `every_minutes` after the start of the last one (0: never), and `saved` is called with the step of each
+    complete checkpoint. `stalled_s` counts the seconds that training has waited for saving.
     """
 
     def __init__(
@@ -70,7 +67,7 @@ class Saver:
         self.home, self._keep, self._device, self._saved = home, keep, ranks.device, saved
         self._every_s = every_minutes * 60 if ranks.first and every_minutes else math.inf
         self._last = time.monotonic()
-        # Training's collectives go on meanwhile: two threads must not share a group.
+        # Training runs collectives at the same time, and two threads must not share a process group.
         self._ranks = ranks.apart()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         cuda = ranks.device.type == "cuda"
@@ -86,12 +83,12 @@ class Saver:
         meta: Meta,
         averages: checkpoint.Averages | None = None,
     ) -> None:
-        """Begin to save; the checkpoint before it is whole when this returns. Raises `CheckpointError` if it is not."""
+        """Start to save, after the previous checkpoint is complete; raise `CheckpointError` if that one failed."""
         self.finish()
         start = time.perf_counter()
         self._last = time.monotonic()
         state = checkpoint.state_of(model, optimizer, averages)
-        # The statistics of a trainable batch norm change in a forward pass.
+        # Unlike weights, the statistics of a trainable batch norm change in a forward pass.
         state["model"] |= {
             name: buffer.clone() for name, buffer in unwrap(model).named_buffers() if name in state["model"]
         }
@@ -102,21 +99,21 @@ class Saver:
 
     @property
     def under_way(self) -> bool:
-        """Whether a checkpoint is being written, on this rank."""
+        """True while this rank writes a checkpoint."""
         return self._writing is not None and not self._writing.done()
 
-    def asked(self) -> Asked:
-        """What this rank asks for after the step at hand: a save when the clock says so.
+    def due(self) -> bool:
+        """Return whether this rank needs a save now: its interval has passed, or its last save has failed.
 
-        As well when the last one failed on it, so that all ranks hear of that now, and not at the next boundary.
+        The next save raises the failure on every rank, which is earlier than the next regular one would.
         """
         if self.under_way:
-            return NOTHING  # a store slower than the clock: not more than one at a time
+            return False  # the store is slower than the interval: still only one checkpoint at a time
         failed = self._writing is not None and self._writing.exception() is not None
-        return Asked(save=failed or time.monotonic() - self._last >= self._every_s)
+        return failed or time.monotonic() - self._last >= self._every_s
 
     def finish(self) -> None:
-        """Wait until the checkpoint under way is whole. Raises `CheckpointError` if it cannot be written."""
+        """Wait until the current checkpoint is complete; raise `CheckpointError` if it could not be written."""
         start = time.perf_counter()
         writing, self._copy, self._writing = self._writing, None, None
         if writing:
@@ -124,7 +121,7 @@ class Saver:
         self.stalled_s += time.perf_counter() - start
 
     def close(self) -> None:
-        """Let what is under way come to its end, whatever that is."""
+        """Wait for the current checkpoint and release the thread; do not raise if it failed."""
         self._hook.remove()
         self._thread.shutdown()
         self._stager.close()
@@ -132,16 +129,16 @@ class Saver:
     def _wait_for_copy(self) -> None:
         if self._copy and not self._copy.done():
             start = time.perf_counter()
-            self._copy.exception()  # which the writing raises again
+            self._copy.exception()  # waits; if the copy failed, `_write` raises it again
             self.stalled_s += time.perf_counter() - start
 
     def _stage(self, state: State, ready: torch.cuda.Event | None) -> State:
-        aside: AbstractContextManager[Any] = nullcontext()
+        stream_context: AbstractContextManager[Any] = nullcontext()
         if ready is not None:
             stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             stream.wait_event(ready)
-            aside = torch.cuda.stream(stream)
-        with aside, torch.inference_mode(False), torch.no_grad():
+            stream_context = torch.cuda.stream(stream)
+        with stream_context, torch.inference_mode(False), torch.no_grad():
             staged = self._stager.stage(state)
         assert isinstance(staged, dict)
         return staged
@@ -152,7 +149,7 @@ class Saver:
             on_first(self._ranks, lambda: self._saved(meta.step))
         except OSError as error:
             raise CheckpointError(
-                f"checkpoint {path} is whole, but that could not be noted in the run's folder ({first_line(error)}); "
-                "free disk space there and let it be written to, then `detr resume`"
+                f"checkpoint {path} is complete, but the run's folder could not be updated ({first_line(error)}); "
+                "free disk space there and make it writable, then `detr resume`"
             ) from error
         on_first(self._ranks, lambda: checkpoint.prune(self.home, self._keep))

@@ -1,10 +1,10 @@
-"""Tracking that never takes training down and loses nothing.
+"""Spool of a run's tracking events: training never waits for the server, and no event is lost.
 
 `SpoolTracker` appends every event (metrics, pictures, tables, tags, checkpoints) to a JSON-lines file beside the run's
-checkpoints and returns at once; a thread sends the file's lines to MLflow in order and remembers in a cursor how far it
-came. An outage of the server therefore delays points and loses none: the next flush, or the next start of the run,
-sends the rest. Measured reasons: a synchronous call blocks for minutes of retries and then kills training, and MLflow's
-own asynchronous logging drops what it could not send.
+checkpoints and returns at once. A thread sends the lines to MLflow in order and keeps the number of bytes sent in a
+cursor file. An outage of the server therefore delays events: the next flush, or the next start of the run, sends them.
+Measured reasons: a synchronous call blocks for minutes of retries and then kills training, and MLflow's own asynchronous
+logging drops what it could not send.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,15 @@ from pipeline.track import Event, Told
 
 LOG = logging.getLogger(__name__)
 _BATCH = 1000  # MLflow's largest number of metrics in one request
+_EVENTS = "events.jsonl"
+_CURSOR = "cursor"
 
 
 class SpoolTracker:
-    """Appends to `folder/events.jsonl`; a thread hands the lines on to `send`, in order, until it takes them.
+    """Tracker that appends events to `folder/events.jsonl`; a thread passes them to `send`, in order, until it succeeds.
 
-    folder: beside the run's checkpoints, so that it survives as they do. One process writes it: rank 0.
-    send: takes a list of events or raises; sending an event twice must do no harm.
-    any_order: steps may come in any order, each once.
+    Only one process may write to `folder`: rank 0. `send` takes a list of events or raises; sending an event twice must do
+    no harm. With `any_order` steps may come in any order, each once.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class SpoolTracker:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._send, self._interval_s = folder, send, interval_s
-        self._path, self._cursor = folder / "events.jsonl", folder / "cursor"
+        self._path = folder / _EVENTS
         self._told = Told(any_order)
         self._read_told()
         self._file = self._path.open("ab", buffering=0)
@@ -91,20 +93,20 @@ class SpoolTracker:
             self._append(Event("checkpoint", _now_ms(), step=step, name=uri, values=fresh))
 
     def close(self, timeout_s: float = 60.0) -> None:
-        """Flush and stop the thread. What the server did not take stays in the spool: see `drain`."""
+        """Flush and stop the thread; events that the server did not accept stay in the spool, see `drain`."""
         self._stop.set()
         self._thread.join(timeout_s)
         self._file.close()
         if not self.empty:
-            LOG.warning("the tracking server did not take everything; the rest is kept in %s", self._path)
+            LOG.warning("the tracking server did not accept all events; the rest is kept in %s", self._path)
 
     @property
     def empty(self) -> bool:
-        """Whether everything in the file has been sent."""
+        """True if all events in the file have been sent."""
         return not unsent(self._folder)
 
     def _append(self, event: Event) -> None:
-        """Write the line; what a full disk refuses waits in memory and is tried again with the next line."""
+        """Write a line; if the disk is full, keep it in memory and try again with the next line."""
         self._unwritten += msgspec.json.encode(event) + b"\n"
         try:
             while self._unwritten:
@@ -116,17 +118,13 @@ class SpoolTracker:
             self._full = True
 
     def _read_told(self) -> None:
-        """What earlier attempts told, from their spool; cuts off a line that a kill left half written."""
+        """Read from the spool which steps earlier attempts have reported."""
         if not self._path.exists():
             return
-        text = self._path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
-            with self._path.open("r+b") as file:
-                file.truncate(len(whole))
+        _cut_half_line(self._folder)
         if _sent(self._folder) == 0:
-            self._cursor.unlink(missing_ok=True)  # one past the end must not count the lines to come
-        for event in _decode(whole.splitlines(), self._path):
+            (self._folder / _CURSOR).unlink(missing_ok=True)  # a cursor past the end must not skip the lines to come
+        for event in _decode(self._path.read_bytes().splitlines(), self._path):
             families = {name.split("/")[0] for name in event.values}
             if event.kind in ("picture", "table"):
                 families = {f"{event.kind}:{event.name}"}
@@ -139,11 +137,11 @@ class SpoolTracker:
         while True:
             stopping = self._stop.wait(wait_s)
             try:
-                while self._flush():
+                while flush(self._folder, self._send):
                     pass
                 wait_s, warned = self._interval_s, False
             except Exception as error:
-                # Whatever the server's client raises: training goes on, the lines stay, the next round tries again.
+                # Whatever the client raises, training continues: the lines stay and are sent in a later round.
                 wait_s = min(60.0, wait_s * 2)
                 if not warned:
                     LOG.warning(
@@ -153,58 +151,80 @@ class SpoolTracker:
             if stopping:
                 return
 
-    def _flush(self) -> bool:
-        """Send up to `_BATCH` lines; false when none is left."""
-        start = _sent(self._folder)
-        with self._path.open("rb") as file:
-            file.seek(start)
-            lines = [line for _, line in zip(range(_BATCH), file, strict=False) if line.endswith(b"\n")]
-            if not lines:
-                return False
-            os.fsync(file.fileno())  # the cursor must not outlive the lines that it counts
-        self._send(_decode(lines, self._path))
-        aside = self._cursor.with_suffix(".partial")
-        aside.write_text(str(start + sum(map(len, lines))))
-        aside.replace(self._cursor)
+
+def flush(folder: Path, send: Callable[[list[Event]], None]) -> bool:
+    """Send the next `_BATCH` lines of a spool at most and move its cursor; return False if there were none.
+
+    Raise what `send` raises; the cursor then stays, so that the next call sends the same lines.
+    """
+    path, cursor = folder / _EVENTS, folder / _CURSOR
+    start = _sent(folder)
+    with path.open("rb") as file:
+        file.seek(start)
+        lines = [line for line in islice(file, _BATCH) if line.endswith(b"\n")]
+        if not lines:
+            return False
+        os.fsync(file.fileno())  # the cursor must not survive a power loss that the lines do not
+    send(_decode(lines, path))
+    partial = cursor.with_suffix(".partial")
+    partial.write_text(str(start + sum(map(len, lines))))
+    partial.replace(cursor)
+    return True
+
+
+def drain(folder: Path, send: Callable[[list[Event]], None]) -> bool:
+    """Send what is left in a spool whose writer has ended; return False if the server does not accept it either."""
+    if not (folder / _EVENTS).exists():
         return True
+    _cut_half_line(folder)
+    try:
+        while flush(folder, send):
+            pass
+    except Exception as error:  # the client of the server may raise anything
+        LOG.warning(
+            "the tracking server did not accept all events (%s); the rest is kept in %s", first_line(error), folder
+        )
+        return False
+    return True
+
+
+def unsent(folder: Path) -> bool:
+    """Return whether a spool has events that were not sent."""
+    return _sent(folder) < _size(folder)
 
 
 def _sent(folder: Path) -> int:
-    """How many bytes of the spool were sent."""
-    path = folder / "cursor"
-    # Empty after a power loss between rename and write-back: sending again does no harm.
+    """Return how many bytes of the spool were sent."""
+    path = folder / _CURSOR
+    # The file is empty after a power loss between rename and write-back: sending again does no harm.
     sent = int(path.read_text() or 0) if path.exists() else 0
-    # Past the end where the power took lines that were sent: those written since then were not.
+    # The cursor is past the end if a power loss took lines that were sent: the lines written since then were not.
     return sent if sent <= _size(folder) else 0
 
 
 def _size(folder: Path) -> int:
-    path = folder / "events.jsonl"
+    path = folder / _EVENTS
     return path.stat().st_size if path.exists() else 0
 
 
-def unsent(folder: Path) -> bool:
-    """Whether the spool holds what no server has taken yet."""
-    return _sent(folder) < _size(folder)
-
-
-def drain(folder: Path, send: Callable[[list[Event]], None]) -> bool:
-    """Send what the spool's writer, which has ended, could not; false when the server does not take it either."""
-    if not folder.exists():
-        return True
-    spool = SpoolTracker(folder, send)
-    spool.close()
-    return spool.empty
+def _cut_half_line(folder: Path) -> None:
+    """Remove the last line if a kill left it without an end."""
+    path = folder / _EVENTS
+    text = path.read_bytes()
+    length = text.rfind(b"\n") + 1
+    if length < len(text):
+        with path.open("r+b") as file:
+            file.truncate(length)
 
 
 def _decode(lines: Iterable[bytes], path: Path) -> list[Event]:
-    """The events of a spool's lines. One damaged line must neither stop a run nor hold back the lines after it."""
+    """Return the events of lines. A damaged line is skipped: it must neither stop a run nor block the lines after it."""
     events = []
     for line in lines:
         try:
             events.append(msgspec.json.decode(line, type=Event))
         except msgspec.DecodeError as error:
-            LOG.warning("a damaged line of %s is left out (%s)", path, error)
+            LOG.warning("a damaged line of %s is skipped (%s)", path, error)
     return events
 
 

@@ -1,4 +1,4 @@
-"""How far a run is and when it will end: the tag that the workers set and that people's views read."""
+"""Progress of a run and its predicted end: a run tag that the workers set and the views read."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ TAG_PROGRESS = "detr.progress"
 
 
 class Progress(msgspec.Struct, omit_defaults=True):
-    """A run at its last log point; `end`: when it will end, ISO 8601, empty as long as it is too early to say."""
+    """State of a run at its last log point; `end` is the predicted end in ISO 8601, empty if it is too early to say."""
 
     step: int
     epoch: float
     end: str = ""
 
     def to_json(self) -> str:
-        """The tag's text."""
+        """Return the text of the tag."""
         return msgspec.json.encode(self).decode()
 
     @property
     def ends(self) -> datetime | None:
-        """The predicted end, with its time zone."""
+        """Predicted end, with its time zone."""
         return datetime.fromisoformat(self.end) if self.end else None
 
 
 def read_progress(tags: Mapping[str, str]) -> Progress | None:
-    """How far the run of these tags is; None before its first log point."""
+    """Return the progress from a run's tags; None before its first log point."""
     text = tags.get(TAG_PROGRESS)
     return msgspec.json.decode(text, type=Progress) if text else None
 
 
 def left(end: datetime) -> str:
-    """The time until `end`: `41s`, `12m40s`, `5h02m` or `3d04h`."""
+    """Return the time until `end` as text: `41s`, `12m40s`, `5h02m` or `3d04h`."""
     seconds = max(round((end - datetime.now(UTC)).total_seconds()), 0)
     if seconds < 60:
         return f"{seconds}s"
@@ -46,8 +46,8 @@ def left(end: datetime) -> str:
 
 
 def clock_time(end: datetime) -> str:
-    """`end` on this machine's clock: the hour, with the day where it is not today."""
-    here, now = end.astimezone(), datetime.now().astimezone()
-    if here.date() == now.date():
-        return here.strftime("%H:%M:%S")
-    return here.strftime("%a %H:%M" if here - now < timedelta(days=6) else "%Y-%m-%d %H:%M")
+    """Return `end` in local time as text, with the day or date unless it is today."""
+    local, now = end.astimezone(), datetime.now().astimezone()
+    if local.date() == now.date():
+        return local.strftime("%H:%M:%S")
+    return local.strftime("%a %H:%M" if local - now < timedelta(days=6) else "%Y-%m-%d %H:%M")

@@ -54,8 +54,9 @@ class Means:
     stepped: Callable[[int], None]
 
     def asks(self) -> Asked:
-        """For the watch or for the saver."""
-        return Asked(*(one or other for one, other in zip(self.watch(), self.saver.asked(), strict=True)))
+        """Return the watch's requests, with a save if the saver needs one."""
+        request = self.watch()
+        return request._replace(save=request.save or self.saver.due())
 
 
 def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None, overseer: Overseer = NOBODY) -> None:
@@ -128,7 +129,8 @@ def _train(worker: Worker, state: State, means: Means, until: int) -> Asked:
                     means.asks(),
                     lap,
                 )
-            meter.add(result, schedule.samples(state.step + 1) - schedule.samples(state.step))
+            images = schedule.samples(state.step + 1) - schedule.samples(state.step)
+            meter.add(result.losses, result.grad_norm, images)
             if state.ema:
                 state.ema.update(state.step)
             asked = result.asked

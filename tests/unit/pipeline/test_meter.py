@@ -1,4 +1,4 @@
-"""What is told at a log point: figures of an interval, averaged over steps and ranks, and a warning that passes."""
+"""Curves at a log point, averaged over steps and ranks, and the warning about waits for data."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,6 @@ from pipeline.meter import TAG_DATA_WAIT, Interval, Meter, WaitWatch
 from pipeline.optim import Schedule
 from pipeline.parallel import Ranks
 from pipeline.standing import read_progress
-from pipeline.step import StepResult
 from pipeline.track import MemoryTracker
 from tests.ranks import run_ranks
 
@@ -25,7 +24,7 @@ OPTIMIZER = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
 
 
 class FakeClock:
-    """Says that each part took so long."""
+    """Clock with fixed seconds for each phase."""
 
     def __init__(self, **seconds: float) -> None:
         self.seconds = seconds
@@ -40,22 +39,23 @@ class FakeClock:
         return dict.fromkeys(PARTS, 0.0) | self.seconds
 
 
-def result(loss: float) -> StepResult:
-    return StepResult(Losses(torch.tensor(loss), {"loss_ce_0": torch.tensor(2 * loss)}), torch.tensor(3.0))
+def add(meter: Meter, loss: float) -> None:
+    """Add a step of 10 images with this loss and gradient norm 3."""
+    meter.add(Losses(torch.tensor(loss), {"loss_ce_0": torch.tensor(2 * loss)}), torch.tensor(3.0), 10)
 
 
-def told(meter: Meter, clock: FakeClock, tracker: MemoryTracker, step: int) -> dict[str, float]:
+def logged(meter: Meter, clock: FakeClock, tracker: MemoryTracker, step: int) -> dict[str, float]:
     meter.clock = clock  # type: ignore[assignment]
     meter.tell(step, OPTIMIZER)
     return {name: value for name, value, at in tracker.points if at == step}
 
 
-def test_an_interval_is_told_per_step_and_in_shares() -> None:
+def test_times_are_logged_per_step_and_as_shares() -> None:
     tracker = MemoryTracker()
     meter = Meter(SCHEDULE, Ranks(), tracker, forecast=Forecast(CONFIG, SCHEDULE, 50))
-    meter.add(result(1.0), 10)
-    meter.add(result(2.0), 10)
-    points = told(meter, FakeClock(data_wait=0.5, forward=1.0, other=0.5), tracker, 100)
+    add(meter, 1.0)
+    add(meter, 2.0)
+    points = logged(meter, FakeClock(data_wait=0.5, forward=1.0, other=0.5), tracker, 100)
     assert (points["train/loss"], points["train_layers/loss_ce_0"]) == (1.5, 3.0)
     assert (points["step/forward_s"], points["step/data_wait_s"], points["step/total_s"]) == (0.5, 0.25, 1.0)
     assert (points["step_share/forward"], points["step_share/data_wait"]) == (0.5, 0.25)
@@ -68,18 +68,18 @@ def test_an_interval_is_told_per_step_and_in_shares() -> None:
     assert (progress.step, progress.epoch, progress.ends) == (100, 1.0, None)
 
 
-def test_the_predicted_end_is_told_as_soon_as_there_is_one() -> None:
+def test_the_predicted_end_is_logged_once_there_is_one() -> None:
     tracker = MemoryTracker()
     meter = Meter(SCHEDULE, Ranks(), tracker, forecast=Forecast(CONFIG, SCHEDULE, 50))
     for _ in range(40):
-        meter.add(result(1.0), 10)
-    told(meter, FakeClock(forward=40.0), tracker, 40)
+        add(meter, 1.0)
+    logged(meter, FakeClock(forward=40.0), tracker, 40)
     progress = read_progress(tracker.last_tags)
     assert progress is not None
     assert progress.ends is not None
 
 
-def test_an_evaluation_is_counted_for_the_predicted_end_without_the_wait_for_a_checkpoint(
+def test_the_forecast_counts_an_evaluation_without_its_checkpoint_stall(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now, stalled = [0.0], [0.0]
@@ -87,8 +87,8 @@ def test_an_evaluation_is_counted_for_the_predicted_end_without_the_wait_for_a_c
     forecast = Forecast(CONFIG, SCHEDULE, 50)
     meter = Meter(SCHEDULE, Ranks(), None, lambda: stalled[0], forecast)
     for _ in range(40):
-        meter.add(result(1.0), 10)
-    told(meter, FakeClock(forward=40.0), MemoryTracker(), 40)
+        add(meter, 1.0)
+    logged(meter, FakeClock(forward=40.0), MemoryTracker(), 40)
     before = forecast.remaining_s(40)
     with meter.evaluating():
         now[0], stalled[0] = 107.0, 7.0
@@ -99,37 +99,37 @@ def test_an_evaluation_is_counted_for_the_predicted_end_without_the_wait_for_a_c
     assert forecast.remaining_s(40) == pytest.approx(before - guess + evaluations * 100.0)
 
 
-def test_a_checkpoint_s_stall_is_its_own_and_not_the_optimizer_s() -> None:
+def test_a_checkpoint_stall_is_not_counted_as_optimizer_time() -> None:
     tracker, stalled = MemoryTracker(), [0.25]
     meter = Meter(SCHEDULE, Ranks(), tracker, lambda: stalled[0])
-    for seconds in (0.0625, 0.25):  # of each two, the first while it is being saved, when the clock stands still
+    for seconds in (0.0625, 0.25):  # the first 0.0625 s of each while saving, with the clock stopped
         with meter.aside():
             stalled[0] += 0.0625
-        stalled[0] += seconds - 0.0625  # in the update, which waits for the copy
-    meter.add(result(1.0), 10)
-    points = told(meter, FakeClock(forward=1.0, optimizer=0.5), tracker, 1)
+        stalled[0] += seconds - 0.0625  # the rest in the optimizer's update, which waits for the copy
+    add(meter, 1.0)
+    points = logged(meter, FakeClock(forward=1.0, optimizer=0.5), tracker, 1)
     assert (points["step/optimizer_s"], points["step/checkpoint_stall_s"]) == (0.3125, 0.3125)
     assert points["step/total_s"] == 1.625
-    meter.add(result(1.0), 10)
-    points = told(meter, FakeClock(forward=1.0, optimizer=0.5), tracker, 2)
+    add(meter, 1.0)
+    points = logged(meter, FakeClock(forward=1.0, optimizer=0.5), tracker, 2)
     assert (points["step/optimizer_s"], points["step/checkpoint_stall_s"]) == (0.5, 0.0)
 
 
-def test_an_interval_without_a_step_tells_nothing() -> None:
+def test_nothing_is_logged_without_a_step() -> None:
     tracker = MemoryTracker()
     Meter(SCHEDULE, Ranks(), tracker).tell(3, OPTIMIZER)
     assert not tracker.points
 
 
-def told_by_ranks(ranks: Ranks) -> dict[str, float]:
+def logged_by_ranks(ranks: Ranks) -> dict[str, float]:
     tracker = MemoryTracker()
     meter = Meter(SCHEDULE, ranks, tracker)
-    meter.add(result(1.0 + ranks.rank), 10)
-    return told(meter, FakeClock(data_wait=0.5 * ranks.rank, forward=1.0 + ranks.rank), tracker, 1)
+    add(meter, 1.0 + ranks.rank)
+    return logged(meter, FakeClock(data_wait=0.5 * ranks.rank, forward=1.0 + ranks.rank), tracker, 1)
 
 
-def test_ranks_tell_their_mean_and_the_longest_wait_for_data() -> None:
-    for points in run_ranks(2, told_by_ranks):
+def test_the_mean_over_ranks_and_the_longest_wait_are_logged() -> None:
+    for points in run_ranks(2, logged_by_ranks):
         assert points["train/loss"] == 1.5
         assert (points["step/forward_s"], points["step/data_wait_s"]) == (1.5, 0.25)
         assert points["step/slowest_data_wait_s"] == 0.5
@@ -137,14 +137,14 @@ def test_ranks_tell_their_mean_and_the_longest_wait_for_data() -> None:
 
 def watched(*shares: float, steps: int = 20) -> list[str | None]:
     watch = WaitWatch()
-    told: list[dict[str, Any]] = [
-        {"parts": {"data_wait": 0.0, "forward": 1.0}, "waits": [0.0, share], "losses": [], "memory_gib": 0.0}
+    intervals: list[dict[str, Any]] = [
+        {"phases": {"data_wait": 0.0, "forward": 1.0}, "waits": [0.0, share], "losses": [], "memory_gib": 0.0}
         for share in shares
     ]
-    return [watch.judge(steps, Interval(**one)) for one in told]
+    return [watch.judge(steps, Interval(**interval)) for interval in intervals]
 
 
-def test_waiting_for_data_is_warned_of_once_with_what_to_do_and_not_at_the_beginning() -> None:
+def test_a_long_wait_for_data_is_one_warning_with_remedies() -> None:
     first, second, third = watched(0.5, 0.06, 0.07)
     assert (first, third) == (None, None)
     assert second is not None
@@ -153,24 +153,24 @@ def test_waiting_for_data_is_warned_of_once_with_what_to_do_and_not_at_the_begin
         assert remedy in second
 
 
-def test_the_warning_goes_when_it_has_passed_and_comes_again() -> None:
-    said = watched(0.0, 0.06, 0.03, 0.02, 0.04, 0.2)
-    assert [None if text is None else bool(text) for text in said] == [None, True, None, False, None, True]
+def test_the_warning_is_cleared_and_can_come_again() -> None:
+    warnings = watched(0.0, 0.06, 0.03, 0.02, 0.04, 0.2)
+    assert [None if text is None else bool(text) for text in warnings] == [None, True, None, False, None, True]
 
 
-def test_few_steps_are_judged_together() -> None:
-    # The first twenty are the beginning; of the next twenty, ten waited 8% and ten not at all.
-    said = watched(0.0, 0.0, 0.08, 0.0, 0.2, 0.2, steps=10)
-    assert said[:5] == [None] * 5
-    assert said[5]
+def test_short_intervals_are_judged_together() -> None:
+    # The first twenty steps are ignored; of the next twenty, ten waited 8% and ten not at all.
+    warnings = watched(0.0, 0.0, 0.08, 0.0, 0.2, 0.2, steps=10)
+    assert warnings[:5] == [None] * 5
+    assert warnings[5]
 
 
-def test_the_warning_is_told_under_a_tag_of_its_own() -> None:
+def test_the_warning_has_its_own_tag() -> None:
     tracker = MemoryTracker()
     meter = Meter(SCHEDULE, Ranks(), tracker)
     for step, wait in ((20, 0.0), (40, 2.0), (60, 0.0)):
         for _ in range(20):
-            meter.add(result(1.0), 10)
-        told(meter, FakeClock(data_wait=wait, forward=10.0), tracker, step)
-        said = tracker.last_tags.get(TAG_DATA_WAIT, "")
-        assert bool(said) == (step == 40)
+            add(meter, 1.0)
+        logged(meter, FakeClock(data_wait=wait, forward=10.0), tracker, step)
+        warning = tracker.last_tags.get(TAG_DATA_WAIT, "")
+        assert bool(warning) == (step == 40)

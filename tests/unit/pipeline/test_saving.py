@@ -10,7 +10,6 @@ from pipeline import checkpoint, saving
 from pipeline.errors import CheckpointError
 from pipeline.parallel import Ranks
 from pipeline.saving import Saver, open_saver
-from pipeline.stopping import Asked
 
 Run = tuple[nn.Module, torch.optim.Optimizer]
 
@@ -50,9 +49,9 @@ def loaded(folder: Path, number: int) -> dict[str, torch.Tensor]:
     return values(run)
 
 
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert [name for name, value in one.items() if not torch.equal(value, other[name])] == []
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert [name for name, value in actual.items() if not torch.equal(value, expected[name])] == []
 
 
 @pytest.fixture
@@ -67,8 +66,8 @@ def slow_copy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("slow_copy")
-def test_what_is_saved_is_the_state_of_the_call_though_training_goes_on(tmp_path: Path) -> None:
-    """The forward pass moves the batch norm's statistics while the copy is made, and the update waits for it."""
+def test_a_checkpoint_has_the_state_of_the_time_of_the_call(tmp_path: Path) -> None:
+    """Forward passes change batch norm statistics during the copy, and the optimizer's update waits for the copy."""
     run = made(1)
     with open_saver(tmp_path, run[1], Ranks(), keep=9) as saver:
         expected = []
@@ -82,7 +81,7 @@ def test_what_is_saved_is_the_state_of_the_call_though_training_goes_on(tmp_path
     assert saver.stalled_s > 0.5
 
 
-def test_the_last_checkpoint_is_whole_when_the_block_ends_even_by_an_error(tmp_path: Path) -> None:
+def test_leaving_the_block_completes_the_last_checkpoint_even_on_error(tmp_path: Path) -> None:
     run = made(1)
     expected = values(run)
 
@@ -94,11 +93,11 @@ def test_the_last_checkpoint_is_whole_when_the_block_ends_even_by_an_error(tmp_p
     with pytest.raises(ZeroDivisionError):
         fail_after_a_save()
     assert_same(loaded(tmp_path, 5), expected)
-    step(run)  # nothing of the saver is left in the optimizer
+    step(run)  # the saver's hook is gone from the optimizer
     assert not run[1]._optimizer_step_pre_hooks
 
 
-def test_what_cannot_be_written_is_said_at_the_next_save_and_leaves_the_earlier_ones(
+def test_the_next_save_raises_a_failed_write_and_keeps_earlier_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = made(1)
@@ -117,39 +116,35 @@ def test_what_cannot_be_written_is_said_at_the_next_save_and_leaves_the_earlier_
     assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 1)
 
 
-def test_only_rank_0_s_clock_asks_for_a_save_and_starts_anew_with_each(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_is_due_after_the_interval_on_rank_0_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, now = made(1), [100.0]
     monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
     with open_saver(tmp_path, run[1], Ranks(), keep=9, every_minutes=5) as saver:
         now[0] += 299
-        assert saver.asked() == Asked()
+        assert not saver.due()
         now[0] += 1
-        assert saver.asked() == Asked(save=True)
+        assert saver.due()
         saver.save(*run, meta(1))
         saver.finish()
         now[0] += 299
-        assert saver.asked() == Asked()
+        assert not saver.due()
     for ranks, minutes in ((Ranks(), 0.0), (Ranks(1, 1), 1e-9)):
         with open_saver(tmp_path, run[1], ranks, keep=9, every_minutes=minutes) as saver:
-            assert saver.asked() == Asked()
+            assert not saver.due()
 
 
-def test_the_clock_does_not_ask_while_a_checkpoint_is_under_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, go_on = made(1), threading.Event()
-    monkeypatch.setattr(saving.checkpoint, "write", lambda *_: go_on.wait(10))
+def test_no_save_is_due_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, release = made(1), threading.Event()
+    monkeypatch.setattr(saving.checkpoint, "write", lambda *_: release.wait(10))
     with open_saver(tmp_path, run[1], Ranks(), keep=9, every_minutes=1e-9) as saver:
         saver.save(*run, meta(1))
-        assert saver.asked() == Asked()
-        go_on.set()
+        assert not saver.due()
+        release.set()
         saver.finish()
-        assert saver.asked() == Asked(save=True)
+        assert saver.due()
 
 
-def test_a_rank_that_could_not_write_asks_all_to_hear_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_is_due_on_a_rank_that_failed_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = made(1)
 
     def full(*_: object, **__: object) -> None:
@@ -160,11 +155,11 @@ def test_a_rank_that_could_not_write_asks_all_to_hear_of_it(tmp_path: Path, monk
     saver.save(*run, meta(1))
     assert saver._writing is not None
     assert isinstance(saver._writing.exception(10), CheckpointError)
-    assert saver.asked() == Asked(save=True)
+    assert saver.due()
     saver.close()
 
 
-def test_no_more_than_asked_for_are_kept(tmp_path: Path) -> None:
+def test_only_the_newest_keep_checkpoints_are_kept(tmp_path: Path) -> None:
     run = made(1)
     with open_saver(tmp_path, run[1], Ranks(), keep=2) as saver:
         for number in range(5):

@@ -1,4 +1,4 @@
-"""The spool: nothing lost, nothing twice, whatever happens to the server or to the process."""
+"""The spool loses no event and sends no step twice, whatever happens to the server or to the process."""
 
 import logging
 import math
@@ -20,15 +20,15 @@ from pipeline.track import Event
 
 
 class Server:
-    """Takes events while it is up; keeps the calls that it took."""
+    """Receiver that accepts events while it is up and keeps them."""
 
     def __init__(self, up: bool = True) -> None:
         self.up = up
         self.taken: list[Event] = []
-        self.asked = threading.Semaphore(0)
+        self.calls = threading.Semaphore(0)
 
     def __call__(self, events: Sequence[Event]) -> None:
-        self.asked.release()
+        self.calls.release()
         if not self.up:
             raise ConnectionError("down")
         self.taken += events
@@ -79,7 +79,7 @@ def test_everything_arrives_in_order(open_spool: Open) -> None:
     assert times == sorted(times)
 
 
-def test_points_arrive_while_the_run_goes_on(open_spool: Open) -> None:
+def test_points_arrive_while_the_tracker_is_open(open_spool: Open) -> None:
     server = Server()
     tracker = open_spool(server)
     tracker.metrics({"train/loss": 2.0}, 1)
@@ -93,7 +93,7 @@ def test_an_outage_delays_and_loses_nothing(open_spool: Open, caplog: pytest.Log
         for step in range(20):
             tracker.metrics({"train/loss": float(step)}, step)
         for _ in range(3):
-            assert server.asked.acquire(timeout=10)
+            assert server.calls.acquire(timeout=10)
     assert [record.message for record in caplog.records if "behind" in record.message] == [
         f"tracking is behind (down); events are kept in {tracker._path} and sent later"
     ]
@@ -104,7 +104,7 @@ def test_an_outage_delays_and_loses_nothing(open_spool: Open, caplog: pytest.Log
     assert server.points() == [(step, float(step)) for step in range(21)]
 
 
-def test_a_batch_that_fails_is_sent_whole_again(open_spool: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_fails_is_sent_again_completely(open_spool: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spool, "_BATCH", 4)
     server = Server(up=False)
     tracker = open_spool(server)
@@ -115,9 +115,7 @@ def test_a_batch_that_fails_is_sent_whole_again(open_spool: Open, monkeypatch: p
     assert [step for step, _ in server.points()] == list(range(10))
 
 
-def test_what_a_server_did_not_take_is_sent_at_the_next_start(
-    open_spool: Open, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unsent_events_are_sent_at_the_next_start(open_spool: Open, caplog: pytest.LogCaptureFixture) -> None:
     first = open_spool(Server(up=False))
     first.metrics({"train/loss": 1.0}, 1)
     with caplog.at_level(logging.WARNING, spool.LOG.name):
@@ -130,7 +128,7 @@ def test_what_a_server_did_not_take_is_sent_at_the_next_start(
     assert server.points() == [(1, 1.0), (2, 2.0)]
 
 
-def test_a_restart_drops_the_steps_told_before_and_keeps_the_new_ones(open_spool: Open) -> None:
+def test_a_restart_drops_steps_that_were_reported_before(open_spool: Open) -> None:
     first_server = Server()
     first = open_spool(first_server)
     for step in (10, 20, 30):
@@ -139,7 +137,7 @@ def test_a_restart_drops_the_steps_told_before_and_keeps_the_new_ones(open_spool
     first.picture("detections/0", Image.new("RGB", (4, 4)), 20)
     first.close()
     server = Server()
-    second = open_spool(server)  # goes on from the checkpoint of step 20
+    second = open_spool(server)  # continues from the checkpoint of step 20
     second.checkpoint("/c/20", 20, {"val/AP": 0.2})
     second.picture("detections/0", Image.new("RGB", (4, 4)), 20)
     for step in (25, 30, 40):
@@ -149,7 +147,7 @@ def test_a_restart_drops_the_steps_told_before_and_keeps_the_new_ones(open_spool
     assert [(event.kind, event.step) for event in server.taken] == [("metrics", 40), ("checkpoint", 40)]
 
 
-def test_families_of_metrics_are_counted_apart(open_spool: Open) -> None:
+def test_each_metric_family_has_its_own_last_step(open_spool: Open) -> None:
     server = Server()
     tracker = open_spool(server)
     tracker.metrics({"train/loss": 1.0}, 30)
@@ -159,7 +157,7 @@ def test_families_of_metrics_are_counted_apart(open_spool: Open) -> None:
     assert server.points() == [(30, 1.0)]
 
 
-def test_what_is_not_finite_is_left_out(open_spool: Open) -> None:
+def test_values_that_are_not_finite_are_dropped(open_spool: Open) -> None:
     server = Server()
     tracker = open_spool(server)
     tracker.metrics({"train/loss": math.nan, "train/loss_ce": 1.0}, 1)
@@ -168,9 +166,7 @@ def test_what_is_not_finite_is_left_out(open_spool: Open) -> None:
     assert [event.values for event in server.taken] == [{"train/loss_ce": 1.0}]
 
 
-def test_steps_that_come_in_any_order_are_told_once_each_and_tables_stay_those_of_the_last(
-    tmp_path: Path, open_spool: Open
-) -> None:
+def test_with_any_order_each_step_is_sent_once_and_tables_only_advance(tmp_path: Path, open_spool: Open) -> None:
     for attempt in range(2):
         server = Server()
         tracker = SpoolTracker(tmp_path / "spool", server, any_order=True)
@@ -179,15 +175,17 @@ def test_steps_that_come_in_any_order_are_told_once_each_and_tables_stay_those_o
             tracker.table("per_class_ap.json", {"step": [step]}, step)
             tracker.picture("curves/precision_recall", Image.new("RGB", (4, 4)), step)
         tracker.close()
-        told = [(event.kind, event.step) for event in server.taken]
-        tables = [("table", 200)] * (not attempt) + [("table", 300)]
-        assert [one for one in told if one[0] == "table"] == tables
-        others = [("checkpoint", 200), ("picture", 200), ("checkpoint", 300), ("picture", 300)]
-        others += [("checkpoint", 100), ("picture", 100)]
-        assert [one for one in told if one[0] != "table"] == (others if not attempt else [])
+        sent = [(event.kind, event.step) for event in server.taken]
+        tables = [event for event in sent if event[0] == "table"]
+        others = [event for event in sent if event[0] != "table"]
+        if attempt == 0:
+            assert tables == [("table", 200), ("table", 300)]
+            assert others == [(kind, step) for step in (200, 300, 100) for kind in ("checkpoint", "picture")]
+        else:
+            assert (tables, others) == ([("table", 300)], [])
 
 
-def test_lines_that_follow_others_which_the_power_took_are_sent(open_spool: Open, tmp_path: Path) -> None:
+def test_a_cursor_past_the_end_after_a_power_loss_loses_no_line(open_spool: Open, tmp_path: Path) -> None:
     tracker = open_spool(Server())
     for step in range(10):
         tracker.metrics({"train/loss": float(step)}, step)
@@ -203,13 +201,41 @@ def test_lines_that_follow_others_which_the_power_took_are_sent(open_spool: Open
     assert server.points() == [(step, float(step)) for step in range(30)]
 
 
-def test_it_is_known_whether_a_spool_holds_what_was_not_sent(open_spool: Open, tmp_path: Path) -> None:
-    assert not spool.unsent(tmp_path / "spool")
+def test_drain_sends_what_a_closed_tracker_could_not(open_spool: Open, tmp_path: Path) -> None:
+    folder = tmp_path / "spool"
+    assert not spool.unsent(folder)
+    assert spool.drain(folder, Server())
     tracker = open_spool(Server(up=False))
     tracker.metrics({"train/loss": 1.0}, 1)
     tracker.close()
+    assert spool.unsent(folder)
+    server = Server()
+    assert spool.drain(folder, server)
+    assert server.points() == [(1, 1.0)]
+    assert not spool.unsent(folder)
+
+
+def test_drain_keeps_events_when_the_server_is_down(
+    open_spool: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = open_spool(Server(up=False))
+    tracker.metrics({"train/loss": 1.0}, 1)
+    tracker.close()
+    caplog.clear()
+    assert not spool.drain(tmp_path / "spool", Server(up=False))
+    assert "did not accept all events (down)" in caplog.text
     assert spool.unsent(tmp_path / "spool")
-    assert spool.drain(tmp_path / "spool", Server())
+
+
+def test_drain_removes_a_half_line_of_a_killed_writer(open_spool: Open, tmp_path: Path) -> None:
+    tracker = open_spool(Server(up=False))
+    tracker.metrics({"train/loss": 1.0}, 1)
+    tracker.close()
+    with (tmp_path / "spool" / "events.jsonl").open("ab") as file:
+        file.write(b'{"kind": "metr')
+    server = Server()
+    assert spool.drain(tmp_path / "spool", server)
+    assert server.points() == [(1, 1.0)]
     assert not spool.unsent(tmp_path / "spool")
 
 
@@ -229,7 +255,7 @@ while True:
 """
 
 
-def test_a_killed_process_loses_no_line_and_a_torn_one_is_cut_off(tmp_path: Path, open_spool: Open) -> None:
+def test_a_killed_process_loses_only_its_half_written_line(tmp_path: Path, open_spool: Open) -> None:
     root = Path(spool.__file__).parent.parent
     process = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(tmp_path / "spool"), str(root)], stdout=subprocess.PIPE
@@ -251,12 +277,12 @@ def test_a_killed_process_loses_no_line_and_a_torn_one_is_cut_off(tmp_path: Path
     server = Server()
     tracker = open_spool(server)
     tracker.metrics({"train/loss": 0.5}, whole)  # computed again: dropped
-    tracker.metrics({"train/loss": 0.5}, whole + 1)  # the torn one: told now
+    tracker.metrics({"train/loss": 0.5}, whole + 1)  # the half-written one: sent now
     tracker.close()
     assert server.points() == [(step, float(step)) for step in range(1, whole + 1)] + [(whole + 1, 0.5)]
 
 
-def test_a_picture_lies_in_the_spool_until_it_is_sent(open_spool: Open, tmp_path: Path) -> None:
+def test_a_picture_is_kept_in_the_spool_until_it_is_sent(open_spool: Open, tmp_path: Path) -> None:
     server = Server()
     tracker = open_spool(server)
     tracker.picture("detections/0", Image.new("RGB", (4, 4), "red"), 7)
@@ -266,17 +292,17 @@ def test_a_picture_lies_in_the_spool_until_it_is_sent(open_spool: Open, tmp_path
 
 
 class FullDisk:
-    """A file that has room for so many bytes."""
+    """File on a disk with a limited number of free bytes."""
 
-    def __init__(self, file: BinaryIO, room: int) -> None:
-        self.file, self.room = file, room
+    def __init__(self, file: BinaryIO, free: int) -> None:
+        self.file, self.free = file, free
         self.closed = False
 
     def write(self, line: bytes) -> int:
-        if not self.room:
+        if not self.free:
             raise OSError(28, "No space left on device")
-        written = self.file.write(line[: self.room])
-        self.room -= written
+        written = self.file.write(line[: self.free])
+        self.free -= written
         return written
 
     def close(self) -> None:
@@ -284,24 +310,24 @@ class FullDisk:
         self.closed = True
 
 
-def test_a_full_disk_takes_nothing_down_and_its_lines_come_later(
+def test_a_full_disk_delays_lines_but_raises_nothing(
     open_spool: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = Server()
     tracker = open_spool(server)
-    disk = FullDisk(tracker._file, room=100)
+    disk = FullDisk(tracker._file, free=100)
     monkeypatch.setattr(tracker, "_file", disk)
     with caplog.at_level(logging.WARNING, spool.LOG.name):
         for step in range(1, 5):
             tracker.metrics({"train/loss": float(step)}, step)
     assert len([record for record in caplog.records if "No space left" in record.message]) == 1
-    disk.room = 10_000
+    disk.free = 10_000
     tracker.metrics({"train/loss": 5.0}, 5)
     tracker.close()
     assert server.points() == [(step, float(step)) for step in range(1, 6)]
 
 
-def test_a_picture_that_cannot_be_written_takes_nothing_down(open_spool: Open, tmp_path: Path) -> None:
+def test_a_picture_that_cannot_be_written_raises_nothing(open_spool: Open, tmp_path: Path) -> None:
     server = Server()
     tracker = open_spool(server)
     (tmp_path / "spool" / "detections-0-00000007.png").mkdir()
@@ -310,9 +336,7 @@ def test_a_picture_that_cannot_be_written_takes_nothing_down(open_spool: Open, t
     assert server.taken == []
 
 
-def test_a_damaged_line_is_left_out_and_those_after_it_arrive(
-    open_spool: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_line_is_skipped(open_spool: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = open_spool(Server(up=False))
     for step in (1, 2, 3):
         tracker.metrics({"train/loss": float(step)}, step)

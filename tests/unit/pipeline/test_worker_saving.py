@@ -20,9 +20,9 @@ from tests.unit.pipeline.conftest import Kill, KillingTracker, assert_same, show
 
 
 def saved_by_the_clock(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-    """Rank 0's clock asks while these steps are taken, counted from 1."""
+    """Make a save due on rank 0 while these steps are taken, counted from 1."""
     seen = shown_images(monkeypatch)
-    monkeypatch.setattr(Saver, "asked", lambda _: Asked(save=len(seen) + 1 in steps))
+    monkeypatch.setattr(Saver, "due", lambda _: len(seen) + 1 in steps)
 
 
 def test_a_save_that_the_clock_asks_for_changes_neither_the_result_nor_the_curves(
@@ -75,10 +75,10 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_long_before_the_next_o
         checkpoint=replace(config.checkpoint, every_steps=0),
         evaluate=replace(config.evaluate, every=20),
     )
-    asked = Saver.asked
+    due = Saver.due
     saved_by_the_clock(monkeypatch, 1)
-    at_first = Saver.asked
-    monkeypatch.setattr(Saver, "asked", lambda saver: Asked(save=at_first(saver).save or asked(saver).save))
+    due_at_first = Saver.due
+    monkeypatch.setattr(Saver, "due", lambda saver: due_at_first(saver) or due(saver))
     monkeypatch.setattr(checkpoint, "write", full)
     tracker = MemoryTracker()
     with pytest.raises(CheckpointError, match="no room"):
@@ -133,4 +133,6 @@ def test_the_overseer_hears_of_every_step_and_what_it_asks_for_is_done(config: R
     overseer = Overseer(lambda: asked.get(len(heard), NOTHING), heard.append)
     run(config, place, Ranks(), None, overseer)
     assert heard == [1, 2, 3, 4]
-    assert [path.name for path in checkpoint.list_checkpoints(place.folder)] == [f"step-{step:08d}" for step in (1, 3, 4)]
+    assert [path.name for path in checkpoint.list_checkpoints(place.folder)] == [
+        f"step-{step:08d}" for step in (1, 3, 4)
+    ]
