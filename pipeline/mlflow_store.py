@@ -1,7 +1,7 @@
-"""A run in an MLflow store: created, found and read; what happens in it is sent by `pipeline/mlflow_events.py`.
+"""Runs in an MLflow store: create, find and read them, and set their final status.
 
-The driver creates the run and sets its final status; workers send events to the run by its id (`start_run` would unset
-the id and could mark a shared run as finished). SQLite in the working folder is the default store; a tracking URI in
+The driver creates the run and sets its status; workers send events to the run by its id (`start_run` would unset the id
+and could mark a shared run as finished). The default store is SQLite in the working folder; a tracking URI in
 `MLFLOW_TRACKING_URI` takes precedence, as everywhere in MLflow.
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ import msgspec
 
 from pipeline.config import RunConfig, flatten, to_json
 from pipeline.errors import TrackingError, first_line
+from pipeline.track import TAG_PHASE
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,17 +36,17 @@ TAG_STREAM = "detr.stream_changes"
 TAG_IMPORTED = "detr.imported_from"
 TAG_COMMIT = "mlflow.source.git.commit"
 _MAX_PARAMS = 100  # MLflow's largest number of parameters in one request
-_PAGE = 1000  # runs fetched at once
+_PAGE = 1000  # runs fetched in one request
 
 
 def tracking_uri() -> str:
-    """The store in use, absolute so that workers elsewhere on this machine mean the same one."""
+    """Return the address of the store; paths are absolute, because workers have other working folders."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
 
 
 @contextmanager
 def answering(remedy: str = "check MLFLOW_TRACKING_URI and the server, then try again") -> Iterator[None]:
-    """Raises `TrackingError`, one line, where MLflow does not answer inside the block, or refuses."""
+    """Raise a one-line `TrackingError` for an MLflow error in the block."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -53,14 +54,14 @@ def answering(remedy: str = "check MLFLOW_TRACKING_URI and the server, then try 
     except MlflowException as error:
         uri = tracking_uri()
         raise TrackingError(
-            f"the MLflow store {without_secret(uri)} did not do as it was asked ({_reason(error, uri)}); {remedy}"
+            f"the MLflow store {without_secret(uri)} failed ({_reason(error, uri)}); {remedy}"
         ) from error
 
 
 def connect(uri: str | None = None) -> MlflowClient:
-    """A client of the store. Short retries: the spool is what survives an outage, not a blocked call.
+    """Return a client of the store; raise `TrackingError` if the store does not answer.
 
-    Raises `TrackingError` when the store does not answer.
+    Retries are short: the spool bridges an outage, not a blocked call.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
@@ -86,46 +87,59 @@ def connect(uri: str | None = None) -> MlflowClient:
     return client
 
 
-def without_secret(uri: str) -> str:
-    """The address with user, password and query masked, for people's eyes.
+def unavailable() -> tuple[type[Exception], ...]:
+    """Return the errors of a store that does not answer; a function, because importing MLflow is slow."""
+    from mlflow.exceptions import MlflowException
 
-    Not `urllib.parse.urlsplit`: databases take passwords with a slash in, which it counts as the path.
-    """
+    return MlflowException, OSError
+
+
+# SQLAlchemy's `make_url(uri).render_as_string(hide_password=True)` is not enough for the three functions below: it shows
+# passwords in the query (`?password=`, `?odbc_connect=`), tokens in place of the user, and the rest of a password behind
+# an "@". `urllib.parse.urlsplit` counts a password with a slash as the path.
+def without_secret(uri: str) -> str:
+    """Return the address for messages, with user, password and query masked."""
     scheme, separator, rest = uri.partition("://")
     if not separator:
         return uri
-    place, mark, query = _split_query(rest)
+    address, mark, query = _split_query(rest)
     if "@" in query:
-        return f"{scheme}://***"  # a password with a question mark in, or one in the query: nothing here is safe
-    if "@" in place and not place.startswith("/"):
-        place = f"***@{place.rpartition('@')[2]}"
-    return f"{scheme}://{place}{mark}{'***' if query else ''}"
+        return f"{scheme}://***"  # the password has a question mark, or the query a password: nothing is safe to show
+    if _has_user(address):
+        address = f"***@{address.rpartition('@')[2]}"
+    return f"{scheme}://{address}{mark}{'***' if query else ''}"
 
 
 def holds_secret(uri: str) -> bool:
-    """Whether the address names a user or a password, before its host or in its query."""
-    place, _, query = _split_query(uri.partition("://")[2])
-    return (
-        "@" in query
-        or ("@" in place and not place.startswith("/"))
-        or bool(re.search(r"pass|pwd|secret|token|key|credential", unquote(query), re.IGNORECASE))
-    )
+    """Return whether the address has a user or a password, before its host or in its query."""
+    address, _, query = _split_query(uri.partition("://")[2])
+    if "@" in query or _has_user(address):
+        return True
+    return bool(re.search(r"pass|pwd|secret|token|key|credential", unquote(query), re.IGNORECASE))
+
+
+def _has_user(address: str) -> bool:
+    """Return whether an address without its scheme has a user; an "@" in the path of a SQLite file is none."""
+    return "@" in address and not address.startswith("/")
 
 
 def _split_query(rest: str) -> tuple[str, str, str]:
+    """Return what precedes the query or fragment, the mark `?` or `#`, and what follows it."""
     found = re.search("[?#]", rest)
     return (rest, "", "") if found is None else (rest[: found.start()], found[0], rest[found.end() :])
 
 
 def _reason(error: Exception, uri: str) -> str:
-    """What an error says. MLflow repeats the address in its messages, a driver perhaps a part of it."""
-    said, shown = first_line(error).replace(uri, without_secret(uri)), without_secret(uri)
-    hidden = [part for part in re.split(r"[/:@?&=;#]+", uri) if len(part) > 2 and part not in shown]
-    return type(error).__name__ if any(part in said or unquote(part) in said for part in hidden) else said
+    """Return an error's first line without secrets of `uri`: MLflow repeats the address, a driver perhaps a piece of it."""
+    shown = without_secret(uri)
+    message = first_line(error).replace(uri, shown)
+    pieces = [piece for piece in re.split(r"[/:@?&=;#]+", uri) if len(piece) > 2 and piece not in shown]
+    leaks = any(piece in message or unquote(piece) in message for piece in pieces)
+    return type(error).__name__ if leaks else message
 
 
 def code_commit() -> str:
-    """Git commit of this code, with `-dirty` when the tree differs from it; `unknown` outside a checkout."""
+    """Return the Git commit of this code, with `-dirty` if files differ from it, or `unknown` outside a checkout."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
@@ -141,27 +155,28 @@ def code_commit() -> str:
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:
-    """The experiment's id, created when new; its artifacts lie beside the database where there is no server."""
+    """Return the id of an experiment, which is created if needed; without a server, artifacts are kept beside the database."""
     found = client.get_experiment_by_name(name)
     if found is not None:
         if found.lifecycle_stage == "deleted":
             raise TrackingError(f"the experiment {name!r} is deleted; restore it or choose --track.experiment NAME")
         return str(found.experiment_id)
     uri = tracking_uri()
-    beside = None
+    artifacts = None
     if uri.startswith("sqlite:///"):
-        beside = (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
+        folder = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts"
+        artifacts = f"{folder.as_uri()}/{name}"
     # Without this tag the UI opens the experiment as one of language-model traces.
     tags = {"mlflow.experimentKind": "custom_model_development"}
-    return str(client.create_experiment(name, artifact_location=beside and f"{beside}/{name}", tags=tags))
+    return str(client.create_experiment(name, artifact_location=artifacts, tags=tags))
 
 
 def create_run(
     client: MlflowClient, config: RunConfig, datasets: Mapping[str, tuple[str, str, str]], tags: Mapping[str, str]
 ) -> str:
-    """Create the run with its configuration, code and data; return its id.
+    """Create a run with its configuration, code and data; return its id.
 
-    datasets: context ("training", "validation") -> (name, digest, url).
+    `datasets` maps a context ("training", "validation") to (name, digest, url).
     """
     run = client.create_run(
         experiment_id(client, config.track.experiment),
@@ -175,12 +190,12 @@ def create_run(
     for start in range(0, len(parameters), _MAX_PARAMS):
         client.log_batch(run_id, params=parameters[start : start + _MAX_PARAMS])
     client.log_text(run_id, to_json(config).decode(), CONFIG_ARTIFACT)
-    client.log_inputs(run_id, [_dataset_input(context, *said) for context, said in datasets.items()])
+    client.log_inputs(run_id, [_dataset_input(context, *dataset) for context, dataset in datasets.items()])
     return run_id
 
 
 def origin_tags(command: str) -> dict[str, str]:
-    """Who and what made a run; MLflow's client does not add them by itself."""
+    """Return MLflow's tags for the source of a run, which its client does not set: command, user and commit."""
     import getpass
 
     return {
@@ -197,15 +212,15 @@ def _dataset_input(context: str, name: str, digest: str, url: str) -> Any:
     from mlflow.entities import DatasetInput, InputTag
 
     source = resolve_dataset_source(url)
-    # MLflow bounds a digest at 36 characters; the tag on the run holds it whole.
+    # MLflow allows 36 characters; a tag of the run has the full digest.
     dataset = MetaDataset(source=source, name=name, digest=digest[:36])
     return DatasetInput(dataset=dataset._to_mlflow_entity(), tags=[InputTag("mlflow.data.context", context)])
 
 
 def read_config(client: MlflowClient, run_id: str) -> bytes:
-    """The configuration artifact of a run, as `pipeline.config.to_json` wrote it.
+    """Return the configuration of a run as JSON; raise `TrackingError` if the run has none.
 
-    Runs of before `evaluate.batching` were evaluated in padded batches, and stay what they are.
+    A run from before the option `evaluate.batching` keeps the padded batches that it was evaluated in.
     """
     import tempfile
 
@@ -225,18 +240,18 @@ def read_config(client: MlflowClient, run_id: str) -> bytes:
 
 
 def find_runs(client: MlflowClient, experiment: str | None = None, limit: int = 50) -> list[Run]:
-    """The newest runs of `detr train`, of one experiment or of all."""
+    """Return the newest runs of `detr train`, of one experiment or of all."""
     return list(islice(_runs(client, experiment), limit))
 
 
-def _runs(client: MlflowClient, experiment: str | None = None) -> Iterator[Run]:
-    """All runs of `detr train`, the newest first, fetched page by page. The server filters: there may be many others."""
+def _runs(client: MlflowClient, experiment: str | None = None, condition: str = "") -> Iterator[Run]:
+    """Yield the runs of `detr train`, newest first, that meet a condition; fetched in pages and filtered by the server."""
     ids = [e.experiment_id for e in client.search_experiments() if experiment is None or e.name == experiment]
     token: str | None = None
     while ids:
         page = client.search_runs(
             ids,
-            filter_string=f"tags.`{TAG_FOLDER}` != ''",
+            filter_string=f"tags.`{TAG_FOLDER}` != ''" + (f" and {condition}" if condition else ""),
             max_results=_PAGE,
             order_by=["start_time DESC"],
             page_token=token,
@@ -248,21 +263,31 @@ def _runs(client: MlflowClient, experiment: str | None = None) -> Iterator[Run]:
 
 
 def find_run(client: MlflowClient, name_or_id: str) -> Run:
-    """The run with this id, the start of an id (4 characters or more), or this name; the newest of several of a name."""
-    from mlflow.exceptions import MlflowException
+    """Return the run with this id, name or start of an id (4 characters or more), the newest if there are several.
 
-    if re.fullmatch(r"[0-9a-f]{32}", name_or_id):
-        with suppress(MlflowException):  # it may be a name all the same
-            run = client.get_run(name_or_id)
-            if TAG_FOLDER in run.data.tags:
-                return run
-    names: list[str] = []
-    for run in _runs(client):
-        if run.info.run_name == name_or_id or (len(name_or_id) >= 4 and run.info.run_id.startswith(name_or_id)):
-            return run
-        names.append(str(run.info.run_name))
-    newest = list(dict.fromkeys(names))
-    known = ", ".join(newest[:20]) + (", ..." if len(newest) > 20 else "") or "none"
+    Raise `TrackingError` if there is none.
+    """
+    conditions = []
+    if re.fullmatch(r"[0-9a-f]{4,32}", name_or_id):
+        conditions.append(f"attributes.run_id LIKE '{name_or_id}%'")
+    quotes = [quote for quote in "'\"" if quote not in name_or_id]  # MLflow's filters have no escapes
+    if name_or_id and quotes:
+        conditions.append(f"attributes.run_name = {quotes[0]}{name_or_id}{quotes[0]}")
+    for condition in conditions:
+        found = next(_runs(client, condition=condition), None)
+        if found is not None:
+            return found
+    names = list(dict.fromkeys(str(run.info.run_name) for run in find_runs(client)))
+    known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") or "none"
     raise TrackingError(
-        f"there is no run {name_or_id!r}; expected a run's id or name (known: {known}): see `detr runs`"
+        f"there is no run {name_or_id!r}; expected a run's id or name (newest: {known}): see `detr runs`"
     )
+
+
+def set_final_status(client: MlflowClient, run_id: str, phase: str, status: str, warn: Callable[[str], None]) -> None:
+    """Set phase and status of a run that has ended; only `warn` on failure, to not hide why the run ended."""
+    try:
+        client.set_tag(run_id, TAG_PHASE, phase)
+        client.set_terminated(run_id, status)
+    except unavailable() as error:
+        warn(f"warning: could not set the run's status in MLflow to {phase} ({first_line(error)})")

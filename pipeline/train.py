@@ -18,7 +18,7 @@ from pipeline import checkpoint, saved
 from pipeline.asynchronous import SPOOL
 from pipeline.checkpoint_store import Location, home_of
 from pipeline.config import RunConfig, from_json, to_json
-from pipeline.errors import CheckpointError, Interrupted, RunConfigError, TrainingError, first_line
+from pipeline.errors import CheckpointError, Interrupted, RunConfigError, TrainingError
 from pipeline.identity import Changes, continuation
 from pipeline.launch import run_workers
 from pipeline.mlflow_events import EventSender
@@ -34,6 +34,7 @@ from pipeline.mlflow_store import (
     create_run,
     find_run,
     read_config,
+    set_final_status,
     tracking_uri,
 )
 from pipeline.spool import drain, unsent
@@ -190,25 +191,14 @@ def _recorded(client: MlflowClient, run_id: str) -> Iterator[None]:
         with answering(f"everything that the run has saved is kept: `detr resume {run_id[:8]}` does the rest"):
             yield
     except (KeyboardInterrupt, SystemExit, Interrupted):
-        _set_status(client, run_id, "stopped", "KILLED")
+        set_final_status(client, run_id, "stopped", "KILLED", say)
         raise Interrupted(
             f"stopped; everything up to the last checkpoint is kept: `detr resume {run_id[:8]}` goes on"
         ) from None
     except BaseException:
-        _set_status(client, run_id, "failed", "FAILED")
+        set_final_status(client, run_id, "failed", "FAILED", say)
         raise
-    _set_status(client, run_id, "finished", "FINISHED")
-
-
-def _set_status(client: MlflowClient, run_id: str, phase: str, status: str) -> None:
-    """Best effort: a store that is away must not hide why the run ended."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.set_tag(run_id, TAG_PHASE, phase)
-        client.set_terminated(run_id, status)
-    except (MlflowException, OSError) as error:
-        say(f"warning: MLflow could not be told that the run is {phase} ({first_line(error)})")
+    set_final_status(client, run_id, "finished", "FINISHED", say)
 
 
 def _run(config: RunConfig, run_id: str, folder: Path, launch: Launch, accept_change: bool = False) -> None:

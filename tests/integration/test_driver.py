@@ -227,7 +227,7 @@ def test_an_mlflow_that_goes_away_is_one_line_that_says_what_is_kept(
     workers(None)
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.registry.register", away)
-        with pytest.raises(TrackingError, match=r"did not do as it was asked .*kept: `detr resume \w+` does") as caught:
+        with pytest.raises(TrackingError, match=r"failed .*kept: `detr resume \w+` does") as caught:
             train(short_config, launch)
     assert "\n" not in str(caught.value)
     assert find_run(connect(), "tiny").info.status == "FAILED"

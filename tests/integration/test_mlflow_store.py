@@ -109,8 +109,8 @@ def test_a_run_is_found_by_id_by_the_start_of_it_and_by_name(client: MlflowClien
 
 def test_an_unknown_run_is_one_line_that_names_what_there_is(client: MlflowClient, tiny_config: RunConfig) -> None:
     created(client, tiny_config, "mine")
-    for word in ("yours", "ffff", ""):
-        with pytest.raises(TrackingError, match=r"there is no run .*known: mine") as caught:
+    for word in ("yours", "ffff", "", "it's \"quoted\"", "%"):
+        with pytest.raises(TrackingError, match=r"there is no run .*newest: mine") as caught:
             find_run(client, word)
         assert "\n" not in str(caught.value)
 
