@@ -1,120 +1,108 @@
-"""detr shard coco|voc|yolo|index|verify|info."""
+"""Subcommand shard: coco|voc|yolo|index make data sets, verify and info read them."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
-from jobs.command_line import choose, parse
+from jobs.command_line import Command, choose, parse
+from shards.config import IndexConfig, VocConfig, WriteConfig, YoloConfig
+
+_WORKERS = 2  # the default of commands; functions default to 0, since workers need a guarded main module
+_FLAGS = (tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff)
+
+
+@dataclass(frozen=True)
+class _VocFlags(VocConfig):
+    workers: tyro.conf.Suppress[int] = 0  # one flag sets this and the writer's
+
+
+@dataclass(frozen=True)
+class _YoloFlags(YoloConfig):
+    workers: tyro.conf.Suppress[int] = 0  # one flag sets this and the writer's
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writing:
-    """What every `detr shard FORMAT` takes."""
+class Target:
+    """Options of every subcommand that writes a data set."""
 
     out: str
-    """Folder or URL (s3://... and others) to write."""
-    samples_per_shard: int = 1000
-    """Images in each tar, which is what is fetched at once; 1,000 of COCO are about 160 MB."""
-    workers: int = 2
-    """Processes, each writing whole shards; the result does not depend on them. 0 for none but this one."""
-    limit: int = 0
-    """Only so many images, those of lowest id; 0 for all."""
-    on_defect: Literal["fail", "quarantine"] = "fail"
-    """Images and annotations that cannot be used: write nothing but a report, or leave them out and report them."""
+    """Folder or URL (such as s3://BUCKET/NAME) of the new data set."""
+    write: Annotated[WriteConfig, *_FLAGS] = WriteConfig(workers=_WORKERS)
     address: str | None = None
-    """Of a Ray cluster whose nodes write the shards instead (HOST:6379, ray://HOST:10001 or auto)."""
+    """Address of a Ray cluster whose nodes write the shards: HOST:6379, ray://HOST:10001 or auto. The default writes them
+    on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardCoco(Writing):
-    """Turn a COCO folder and its annotation file into WebDataset shards with a manifest."""
+class ShardCoco(Target):
+    """Convert a COCO folder and its annotation file to a data set of WebDataset shards."""
 
     images: str
     """Folder or URL of the image files."""
     annotations: Path
-    """COCO instances JSON."""
+    """COCO instances JSON file."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardVoc(Writing):
-    """Turn a Pascal VOC folder into WebDataset shards with a manifest."""
+class ShardVoc(Target):
+    """Convert a Pascal VOC folder to a data set of WebDataset shards."""
 
     root: Path
     """Folder with JPEGImages, Annotations and ImageSets, or with images and an XML file beside each."""
-    split: str | None = None
-    """A list in ImageSets/Main, such as trainval; every image by default."""
-    categories: Path | None = None
-    """COCO JSON, JSON list or text with the names of categories; by default VOC's twenty, or those found."""
-    keep_difficult: bool = False
-    """Objects marked difficult are ordinary ones; by default crowd regions, which training and scoring leave out."""
-    zero_based: bool = False
-    """Coordinates count from 0 and xmax, ymax are edges; by default pixels from 1, both ends included, as in VOC."""
+    read: Annotated[_VocFlags, *_FLAGS] = _VocFlags()
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardYolo(Writing):
-    """Turn a folder of images and YOLO labels into WebDataset shards with a manifest."""
+class ShardYolo(Target):
+    """Convert a folder of images and YOLO labels to a data set of WebDataset shards."""
 
     root: Path
     """Folder with images and labels."""
-    split: str | None = None
-    """Subfolder to take, such as train (images/train or train/images); all of images by default."""
-    categories: Path | None = None
-    """Names of classes: data.yaml, COCO JSON, JSON list or text; by default data.yaml or classes.txt of the folder."""
+    read: Annotated[_YoloFlags, *_FLAGS] = _YoloFlags()
 
 
 def shard(argv: list[str]) -> None:
-    """detr shard coco|voc|yolo|index|verify|info."""
-    words: dict[str, Callable[[list[str]], None]] = {
-        "coco": _shard_coco,
-        "voc": _shard_voc,
-        "yolo": _shard_yolo,
-        "index": _shard_index,
-        "verify": _shard_verify,
-        "info": _shard_info,
-    }
-    choose(argv, words, "detr shard")
-
-
-def _config(options: Writing) -> Any:
-    from shards.write import WriteConfig
-
-    return WriteConfig(
-        samples_per_shard=options.samples_per_shard,
-        workers=options.workers,
-        limit=options.limit,
-        on_defect=options.on_defect,
+    """Run `detr shard coco|voc|yolo|index|verify|info`."""
+    choose(
+        argv,
+        {
+            "coco": Command("Convert a COCO folder to a data set", _shard_coco),
+            "voc": Command("Convert a Pascal VOC folder to a data set", _shard_voc),
+            "yolo": Command("Convert a folder of YOLO labels to a data set", _shard_yolo),
+            "index": Command("Make a data set of WebDataset tars without copying them", _shard_index),
+            "verify": Command("Check every byte of a data set", _shard_verify),
+            "info": Command("Describe a data set", _shard_info),
+        },
+        "detr shard",
     )
 
 
-def _write(options: Writing, write: Callable[..., Any]) -> None:
-    """What every format ends in: ``write(config, progress, map)``, and what was found told."""
+def _write(options: Target, write: Callable[..., Any]) -> None:
+    """Call `write(config, progress, map)` on this machine or on a Ray cluster, and print the result."""
     from pipeline.progress import progress_bar
     from pipeline.sharding import cluster_map
 
-    config = _config(options)
+    def make() -> Any:
+        with cluster_map(options.address) as part_map, progress_bar("sharding") as progress:
+            return write(options.write, progress, part_map)
 
-    def act() -> Any:
-        with cluster_map(options.address) as spread, progress_bar("sharding") as progress:
-            return write(config, progress, spread)
-
-    _tell(act)
+    _make_and_report(make)
 
 
-def _tell(act: Callable[[], Any]) -> None:
-    """Make a data set, and tell what it is and what was found in its source."""
+def _make_and_report(make: Callable[[], Any]) -> None:
+    """Make a data set, then print its summary and the defects of its source; they are printed as well if it fails."""
     from shards.defects import SourceError, defect_table
     from shards.existing import load_report
 
     try:
-        manifest = act()
+        manifest = make()
     except SourceError as error:
         print(defect_table(error.defects), file=sys.stderr)
         raise
@@ -126,7 +114,7 @@ def _tell(act: Callable[[], Any]) -> None:
         if images or annotations:
             print(
                 f"WARNING: left out {images} of {report.images_listed} images and {annotations} of "
-                f"{report.annotations_listed} annotations; each is in {manifest.url}/report.json",
+                f"{report.annotations_listed} annotations; all are listed in {manifest.url}/report.json",
                 file=sys.stderr,
             )
 
@@ -140,28 +128,25 @@ def _shard_coco(argv: list[str]) -> None:
 
 def _shard_voc(argv: list[str]) -> None:
     options = parse(ShardVoc, argv, "detr shard voc")
-    from shards.voc import VocConfig, voc_document
+    from shards.voc import voc_document
 
-    config = VocConfig(
-        options.split, options.categories, options.keep_difficult, options.zero_based, workers=options.workers
-    )
+    config = replace(options.read, workers=options.write.workers)
     _shard_document(lambda progress: voc_document(options.root, config, progress), options)
 
 
 def _shard_yolo(argv: list[str]) -> None:
     options = parse(ShardYolo, argv, "detr shard yolo")
-    from shards.yolo import YoloConfig, yolo_document
+    from shards.yolo import yolo_document
 
-    config = YoloConfig(options.split, options.categories, workers=options.workers)
+    config = replace(options.read, workers=options.write.workers)
     _shard_document(lambda progress: yolo_document(options.root, config, progress), options)
 
 
-def _shard_document(convert: Callable[[Callable[[int, int], None]], Any], options: Writing) -> None:
-    """Both steps of every format that becomes a COCO document first."""
+def _shard_document(convert: Callable[[Callable[[int, int], None]], Any], options: Target) -> None:
+    """Convert labels of another format to a COCO document, then write it."""
     from pipeline.progress import progress_bar
     from shards.document import write_document
 
-    _config(options)  # refused before the labels are read
     with progress_bar("reading labels", "file") as progress:
         document = convert(progress)
     _write(options, functools.partial(write_document, document, options.out))
@@ -169,50 +154,49 @@ def _shard_document(convert: Callable[[Callable[[int, int], None]], Any], option
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """Make a data set of WebDataset tars where they lie: index and manifest are written beside them."""
+    """Make a data set of WebDataset tars that were written elsewhere, without copying or changing them.
 
-    url: tyro.conf.Positional[str]
+    Its index and manifest are written beside the tars.
+    """
+
+    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")]
     """Folder or URL of the tars."""
-    categories: Path | None = None
-    """COCO JSON, JSON list or text with the names of categories; by default source.json beside the tars, or those found."""
-    name: str | None = None
-    """Name of the data set; the folder's by default."""
-    without_annotations: bool = False
-    """Samples without annotations are images without objects."""
-    on_defect: Literal["fail", "quarantine"] = "fail"
-    """Samples that cannot be used: write nothing but a report, or leave them out of the index and report them."""
-    workers: int = 2
-    """Threads, each reading whole tars."""
+    index: Annotated[IndexConfig, *_FLAGS] = IndexConfig(workers=_WORKERS)
 
 
 def _shard_index(argv: list[str]) -> None:
     options = parse(ShardIndex, argv, "detr shard index")
     from pipeline.progress import progress_bar
-    from shards.adopt import IndexConfig, index_tars
+    from shards.adopt import index_tars
 
-    config = IndexConfig(
-        options.categories, options.name, options.without_annotations, options.on_defect, options.workers
-    )
-
-    def act() -> Any:
+    def make() -> Any:
         with progress_bar("indexing", "tar") as progress:
-            return index_tars(options.url, config, progress)
+            return index_tars(options.url, options.index, progress)
 
-    _tell(act)
+    _make_and_report(make)
 
 
 @dataclass(frozen=True)
-class DataSet:
-    """A data set written by `detr shard`."""
+class Info:
+    """Describe a data set: its size, classes, digests and categories."""
 
-    url: tyro.conf.Positional[str]
-    """Its folder or URL."""
+    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")]
+    """Folder or URL of the data set."""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check that every byte of a data set is as it was written."""
+
+    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")]
+    """Folder or URL of the data set."""
 
 
 def _shard_info(argv: list[str]) -> None:
+    options = parse(Info, argv, "detr shard info")
     from shards.manifest import load_manifest
 
-    manifest = load_manifest(parse(DataSet, argv, "detr shard info").url)
+    manifest = load_manifest(options.url)
     print(_describe(manifest))
     print("categories  " + ", ".join(f"{category.id} {category.name}" for category in manifest.categories))
 
@@ -231,17 +215,27 @@ def _describe(manifest: Any) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Verification(DataSet):
+    """Check a data set against its manifest."""
+
+    stock: bool = False
+    """Read every sample through webdataset's own pipeline, as other training code does, instead of hashing the files."""
+
+
 def _shard_verify(argv: list[str]) -> None:
-    options = parse(DataSet, argv, "detr shard verify")
+    options = parse(Verification, argv, "detr shard verify")
     from pipeline.progress import progress_bar
     from shards.errors import ShardError
+    from shards.stock import verify_stock
     from shards.verify import verify
 
     with progress_bar("verifying", "shard") as progress:
-        report = verify(options.url, progress)
+        report = (verify_stock if options.stock else verify)(options.url, progress)
     for problem in report.problems:
         print(problem, file=sys.stderr)
     if not report.ok:
         number = "1 problem" if len(report.problems) == 1 else f"{len(report.problems)} problems"
         raise ShardError(f"{options.url}: {number}; expected the data set as it was written")
-    print(f"{options.url}: {report.images} images in {report.shards} shards, every byte as written")
+    result = "read through webdataset as indexed" if options.stock else "every byte as written"
+    print(f"{options.url}: {report.images} images in {report.shards} shards, {result}")

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from shards.steps import Origin as Origin
     from shards.steps import Steps as Steps
     from shards.steps import first_step as first_step
+    from shards.stock import open_webdataset as open_webdataset
+    from shards.stock import verify_stock as verify_stock
     from shards.synthetic import write_synthetic as write_synthetic
     from shards.write import write_coco as write_coco
 
@@ -53,6 +55,7 @@ _HOMES = {
     "segmentation": ("check_segmentations", "decode_masks", "encode_masks"),
     "source": ("SourceError",),
     "steps": ("Origin", "Steps", "first_step"),
+    "stock": ("open_webdataset", "verify_stock"),
     "synthetic": ("write_synthetic",),
     "write": ("write_coco",),
 }

@@ -1,7 +1,4 @@
-"""The oracle: a stock torch DataLoader over the plain webdataset library delivers what this reader delivers.
-
-It cannot resume, divides shards and not samples, and is slower, but it shares no code with the reader.
-"""
+"""Compare the reader and the stock pipeline with webdataset, which shares no code with the reader."""
 
 import hashlib
 import json
@@ -10,12 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
+from shards.cache import CacheConfig
+from shards.manifest import load_manifest
 from shards.plan import plan_epoch
 from shards.read import ReadConfig, open_loader
+from shards.stock import open_webdataset, verify_stock
 from shards.write import WriteConfig, write_coco
+from tests.s3_server import S3Server
 
 COCO_TINY = Path(os.environ.get("DETR_COCO_TINY", Path(__file__).parents[2] / "../shared/data/coco-tiny"))
 pytestmark = pytest.mark.skipif(
@@ -31,17 +33,17 @@ webdataset.utils.enforce_security = True
 
 def sample(parts):
     entry = parts["json"]
-    truth = [one for one in entry["annotations"] if not one["iscrowd"]]
+    truth = [thing for thing in entry["annotations"] if not thing["iscrowd"]]
     pixels = hashlib.sha256(parts["jpg"].tobytes()).hexdigest()
-    return entry["image"]["id"], parts["jpg"].shape, pixels, [[*one["bbox"], one["category_id"]] for one in truth]
+    return entry["image"]["id"], parts["jpg"].shape, pixels, [[*thing["bbox"], thing["category_id"]] for thing in truth]
 
 if __name__ == "__main__":
     samples = webdataset.WebDataset(sys.argv[1:], shardshuffle=False).decode("rgb8").map(sample)
-    print(json.dumps([one for one in DataLoader(samples, batch_size=None, num_workers=2)]))
+    print(json.dumps(list(DataLoader(samples, batch_size=None, num_workers=2))))
 """
 
 
-def test_the_stock_loader_and_this_reader_deliver_the_same(tmp_path):
+def test_reader_delivers_what_a_plain_webdataset_loader_delivers(tmp_path):
     annotations = COCO_TINY / "annotations" / "instances_train2017.json"
     manifest = write_coco(COCO_TINY / "train2017", annotations, tmp_path / "out", WriteConfig(samples_per_shard=20))
     script = tmp_path / "oracle.py"  # a file, so that its workers can import it
@@ -68,3 +70,34 @@ def test_the_stock_loader_and_this_reader_deliver_the_same(tmp_path):
         np.testing.assert_array_equal(sample.boxes_xyxy, corners.astype(np.float32))
         assert [ids[label] for label in sample.labels] == [category for *_, category in truth]
     assert not expected
+
+
+def test_stock_pipeline_reads_coco_tiny_as_indexed(tmp_path):
+    annotations = COCO_TINY / "annotations" / "instances_val2017.json"
+    manifest = write_coco(COCO_TINY / "val2017", annotations, tmp_path / "out", WriteConfig(samples_per_shard=20))
+    report = verify_stock(tmp_path / "out")
+    assert (report.problems, report.images) == ((), manifest.images)
+    samples = [sample["json"] for sample in open_webdataset(tmp_path / "out").decode("rgb8")]
+    assert [entry["image"]["id"] for entry in samples] == manifest.index().images["image_id"].tolist()
+
+    record = manifest.index().images[30]
+    path = tmp_path / "out" / manifest.shards[int(record["shard"])].name
+    content = bytearray(path.read_bytes())
+    content[int(record["offset"]) + 1000] ^= 1
+    path.write_bytes(content)
+    (problem,) = verify_stock(tmp_path / "out").problems
+    assert f"such as image {record['image_id']}:" in problem
+
+
+def test_stock_pipeline_reads_from_s3(tmp_path, tiny_data, monkeypatch):
+    server = S3Server(tmp_path)
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem("s3").clear_instance_cache()  # of another test's server
+    try:
+        url = server.put(Path(tiny_data.train), "tiny")
+        images = sum(1 for _ in open_webdataset(url, CacheConfig(folder="off")))
+        assert verify_stock(url).ok
+    finally:
+        server.stop()
+    assert images == load_manifest(tiny_data.train).images

@@ -152,12 +152,14 @@ def test_a_data_set_is_written_described_and_verified(detr: Detr, tiny_data: obj
     info = detr("shard", "info", tmp_path / "out")
     assert "categories  1 circle, 2 square, 3 triangle, 4 cross" in info.out
     assert detr("shard", "verify", tmp_path / "out").out.endswith("every byte as written\n")
+    assert detr("shard", "verify", tmp_path / "out", "--stock").out.endswith("read through webdataset as indexed\n")
     shard = tmp_path / "out" / "shard-000000.tar"
     content = bytearray(shard.read_bytes())
     content[2000] ^= 1
     shard.write_bytes(content)
     damaged = detr("shard", "verify", tmp_path / "out")
     assert damaged.status == 1
+    assert detr("shard", "verify", tmp_path / "out", "--stock").status == 1
     assert "shard-000000.tar" in damaged.err
     assert ": 1 problem; expected" in damaged.err
 
