@@ -1,1 +1,1 @@
-"""jobs"""
+"""The command line: the command `detr`, its subcommands, and running them as jobs of a Ray cluster."""

@@ -1,8 +1,7 @@
-"""The command `detr`: parse, then call one function.
+"""The command `detr`: the table of commands, and the exit status and message of errors.
 
-Flags are built from frozen dataclasses, so a mistyped one is refused with the nearest that exists. Help must answer in
-under a second: nothing here imports torch, ray or mlflow before a command is known to be well formed. A user's mistake
-is one line on stderr and exit status 1 (2 for the command line itself), never a traceback.
+Help must answer in under a second, so no torch, ray or mlflow is imported before a command line has been parsed. A
+user's mistake is one line on stderr and exit status 1 (2 for the command line itself), never a traceback.
 """
 
 from __future__ import annotations
@@ -11,51 +10,64 @@ import difflib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from jobs import cluster_commands, data_commands, exchange_commands, model_commands, run_commands
-from jobs.command_line import UsageError
-
-_USAGE = "usage: detr COMMAND ...   (detr COMMAND --help says more)"
+from jobs.command_line import Command, UsageError, command_table
 
 
-@dataclass(frozen=True)
-class Command:
-    """One word of the command line: what it does, and the function that parses the rest and acts."""
+def check(argv: Sequence[str]) -> None:
+    """Raise the error that `detr ARGV` would fail with on a cluster, as far as this machine can tell.
 
-    summary: str
-    act: Callable[[list[str]], None]
+    Checked are the command's name, secrets in its arguments and, for `train`, the recipe, the flags and the data.
+    """
+    from jobs.submit import JobError
+    from shards.storage import refuse_secret
+
+    if argv[0] not in COMMANDS:
+        raise JobError(f"there is no command {argv[0]!r} to submit; did you mean {nearest(argv[0], COMMANDS)}?")
+    for argument in argv:
+        refuse_secret(argument)  # Ray shows a job's command to everyone who can see the job
+    if argv[0] != "train":
+        return
+    config = run_commands.check_train(list(argv[1:]))
+    if config is None:
+        raise JobError("`train --help` needs no cluster; expected `train RECIPE ...`")
+    from pipeline import preflight
+
+    preflight.check(config)
 
 
 COMMANDS: dict[str, Command] = {
-    "demo": Command("the whole product on built-in data, in minutes", run_commands.demo),
-    "shard": Command(
-        "images and labels to WebDataset shards: shard coco|voc|yolo|index|verify|info", data_commands.shard
+    "demo": Command("Train and evaluate a small model on built-in data, in a few minutes", run_commands.demo),
+    "shard": Command("Make, verify and describe data sets: shard coco|voc|yolo|index|verify|info", data_commands.shard),
+    "train": Command("Train a recipe: train RECIPE [--any.field value ...]", run_commands.train),
+    "show": Command("Print the configuration of a recipe: show RECIPE [--any.field value ...]", run_commands.show),
+    "resume": Command("Resume a run from its newest checkpoint: resume RUN", run_commands.resume),
+    "runs": Command("List runs, or follow one: runs [RUN [--follow]]", run_commands.runs),
+    "evaluate": Command("Score a registered model on a data set", model_commands.evaluate),
+    "predict": Command("Detect objects in image files with a registered model", model_commands.predict),
+    "register": Command("Register the best checkpoint of a run: register RUN --name NAME", model_commands.register),
+    "import": Command(
+        "Register a checkpoint of the original DETR: import FILE.pth --name NAME", exchange_commands.import_file
     ),
-    "train": Command("train RECIPE [--any.field value ...]", run_commands.train),
-    "show": Command("print a recipe's resolved configuration", run_commands.show),
-    "resume": Command("go on with a run, or with the run of a registered version", run_commands.resume),
-    "runs": Command("list runs; runs RUN --follow watches one", run_commands.runs),
-    "evaluate": Command("score a registered version on a data set", model_commands.evaluate),
-    "predict": Command("detect on pictures with a registered version", model_commands.predict),
-    "register": Command("register the best checkpoint of a run", model_commands.register),
-    "import": Command("register a file of the original's: import FILE.pth --name NAME", exchange_commands.import_file),
-    "export": Command("write a registered version as --original FILE or --onnx FILE", exchange_commands.export),
-    "ui": Command("open the MLflow UI", run_commands.ui),
-    "submit": Command("submit SPEC -- COMMAND ...: run a command on a Ray cluster", cluster_commands.submit),
-    "jobs": Command("jobs list|status|logs|stop", cluster_commands.jobs),
+    "export": Command("Write a registered model to a file: --original FILE, --onnx FILE", exchange_commands.export),
+    "ui": Command("Open the MLflow UI", run_commands.ui),
+    "submit": Command(
+        "Run a command on a Ray cluster: submit SPEC -- COMMAND ...", lambda argv: cluster_commands.submit(argv, check)
+    ),
+    "jobs": Command("List, print and stop jobs of a Ray cluster: jobs list|status|logs|stop", cluster_commands.jobs),
 }
 
 
 def main() -> NoReturn:
-    """Entry point of the installed command."""
+    """Run the installed command `detr`."""
     sys.exit(run(sys.argv[1:]))
 
 
 def run(argv: Sequence[str]) -> int:
-    """Carry out one command line and return its exit status."""
+    """Run one command line and return its exit status."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_help())
         return 0
@@ -77,29 +89,30 @@ def run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:
-        # The reader of our output went away (`detr runs | head`); that is its right.
+        # The reader of the output has exited, as in `detr runs | head`: not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         if error.filename is None:
             return _fail(first_line(error), 1)
-        return _fail(f"{error.filename}: {error.strerror}; expected a path that can be used here", 1)
+        return _fail(f"{error.filename}: {error.strerror}; expected a path that can be used", 1)
     return 0
 
 
-def nearest(word: str, known: Sequence[str] | dict[str, Command]) -> str:
-    """The known word most like this one."""
-    return max(known, key=lambda other: difflib.SequenceMatcher(None, word, other).ratio())
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the known name that is most similar to this one."""
+    return max(known, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
 
 
 def _help() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name.ljust(width)}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(["Train DETR on COCO-format data, on a laptop or a GPU cluster.", "", _USAGE, "", *lines])
+    return (
+        "Train DETR on COCO-format data, on a laptop or a GPU cluster.\n\n"
+        "usage: detr COMMAND ...   (`detr COMMAND --help` lists its options)\n\n" + command_table(COMMANDS)
+    )
 
 
 def _quiet() -> None:
-    """Libraries' chatter is for `--verbose`."""
+    """Hide the warnings of libraries; `--verbose` shows them."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
 

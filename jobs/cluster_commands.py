@@ -1,74 +1,97 @@
-"""Words about clusters: submit, jobs list|status|logs|stop."""
+"""Subcommands that run jobs on a Ray cluster: submit, jobs list|status|logs|stop."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
-from jobs.command_line import UsageError, choose, parse
+from jobs.command_line import Command, Flag, UsageError, choose, parse
 
 
 @dataclass(frozen=True)
 class Submit:
-    """Run `detr COMMAND ...` on a Ray cluster: `detr submit SPEC [--address URL] -- COMMAND ...`."""
+    """Run a command on a Ray cluster: `detr submit SPEC [--address URL] -- COMMAND ...`.
 
-    spec: tyro.conf.Positional[str]
-    """Where and with what it runs; `local` is the cluster at the given address."""
+    The command is checked on this machine before it is sent.
+    """
+
+    spec: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SPEC")]
+    """Name of an entry in jobs/spec.py. `local` uses this machine's Python and current folder."""
     address: str | None = None
-    """Of the cluster's job server; by default the spec's, or RAY_API_SERVER_ADDRESS."""
-    follow: bool = False
-    """Show the job's log until it ends."""
+    """URL of the cluster's job server, http(s)://HOST:8265. The default is the spec's own address; for `local` that is
+    RAY_API_SERVER_ADDRESS, or this machine if it is not set."""
+    follow: Flag = False
+    """Print the job's log until the job ends."""
 
 
-def submit(argv: list[str]) -> None:
-    """detr submit SPEC -- COMMAND ..."""
-    mine, _, command = (
-        (argv[: argv.index("--")], "--", argv[argv.index("--") + 1 :]) if "--" in argv else (argv, "", [])
-    )
-    options = parse(Submit, mine, "detr submit")
+def submit(argv: list[str], check: Callable[[Sequence[str]], None]) -> None:
+    """Run `detr submit SPEC -- COMMAND ...`; `check` raises for a command that would fail on the cluster."""
+    own, command = argv, []
+    if "--" in argv:
+        separator = argv.index("--")
+        own, command = argv[:separator], argv[separator + 1 :]
+    options = parse(Submit, own, "detr submit")
     if not command:
         raise UsageError("nothing to run; expected `detr submit SPEC -- train RECIPE ...`")
     from jobs.submit import follow_logs, spec_named
     from jobs.submit import submit as send
 
     spec = spec_named(options.spec, options.address)
+    check(command)
     job_id = send(spec, command)
-    print(
-        f"submitted {job_id} to {spec.address}\nfollow it   detr jobs logs {job_id} --follow\nstop it     detr jobs stop {job_id}"
-    )
+    print(f"submitted {job_id} to {spec.address}")
+    print(f"follow it   detr jobs logs {job_id} --follow")
+    print(f"stop it     detr jobs stop {job_id}")
     if options.follow:
         follow_logs(spec, job_id, sys.stdout)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Which cluster's jobs."""
+    """List the jobs of a cluster, newest first."""
 
     address: str | None = None
-    """Of the cluster's job server; by default RAY_API_SERVER_ADDRESS, else this machine's."""
+    """URL of the cluster's job server, http(s)://HOST:8265. The default is RAY_API_SERVER_ADDRESS, or this machine if it
+    is not set."""
 
 
 @dataclass(frozen=True)
 class Job(Cluster):
-    """A job on a cluster."""
+    """Print the status of a job: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
 
-    id: tyro.conf.Positional[str] = tyro.MISSING
-    """The job's id, as `detr submit` printed it."""
+    id: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="JOB")] = tyro.MISSING
+    """Id of the job, as printed by `detr submit` and `detr jobs list`."""
 
 
 @dataclass(frozen=True)
 class JobLogs(Job):
-    """What a job has printed."""
+    """Print the output of a job."""
 
-    follow: bool = False
-    """Go on until it ends."""
+    follow: Flag = False
+    """Continue until the job ends."""
+
+
+@dataclass(frozen=True)
+class JobStop(Job):
+    """Interrupt a job and wait until it has ended. A training run saves a checkpoint first."""
 
 
 def jobs(argv: list[str]) -> None:
-    """detr jobs list|status|logs|stop."""
-    choose(argv, {"list": _jobs_list, "status": _jobs_status, "logs": _jobs_logs, "stop": _jobs_stop}, "detr jobs")
+    """Run `detr jobs list|status|logs|stop`."""
+    choose(
+        argv,
+        {
+            "list": Command("List the jobs of a cluster", _jobs_list),
+            "status": Command("Print the status of a job", _jobs_status),
+            "logs": Command("Print the output of a job", _jobs_logs),
+            "stop": Command("Interrupt a job and wait until it has ended", _jobs_stop),
+        },
+        "detr jobs",
+    )
 
 
 def _jobs_list(argv: list[str]) -> None:
@@ -97,7 +120,7 @@ def _jobs_logs(argv: list[str]) -> None:
 
 
 def _jobs_stop(argv: list[str]) -> None:
-    options = parse(Job, argv, "detr jobs stop")
+    options = parse(JobStop, argv, "detr jobs stop")
     from jobs.submit import spec_named, stop
 
     print(stop(spec_named("local", options.address), options.id))

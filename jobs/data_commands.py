@@ -11,10 +11,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from jobs.command_line import Command, choose, parse
+from jobs.command_line import Command, Flag, choose, parse
 from shards.config import IndexConfig, VocConfig, WriteConfig, YoloConfig
 
-_WORKERS = 2  # the default of commands; functions default to 0, since workers need a guarded main module
+# Commands use workers by default. Functions do not, since a script that does needs an `if __name__ == "__main__":`.
+_WRITE = WriteConfig(workers=2)
+_INDEX = IndexConfig(workers=2)
 _FLAGS = (tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff)
 
 
@@ -34,7 +36,7 @@ class Target:
 
     out: str
     """Folder or URL (such as s3://BUCKET/NAME) of the new data set."""
-    write: Annotated[WriteConfig, *_FLAGS] = WriteConfig(workers=_WORKERS)
+    write: Annotated[WriteConfig, *_FLAGS] = _WRITE
     address: str | None = None
     """Address of a Ray cluster whose nodes write the shards: HOST:6379, ray://HOST:10001 or auto. The default writes them
     on this machine."""
@@ -161,7 +163,7 @@ class ShardIndex:
 
     url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")]
     """Folder or URL of the tars."""
-    index: Annotated[IndexConfig, *_FLAGS] = IndexConfig(workers=_WORKERS)
+    index: Annotated[IndexConfig, *_FLAGS] = _INDEX
 
 
 def _shard_index(argv: list[str]) -> None:
@@ -177,23 +179,15 @@ def _shard_index(argv: list[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Info:
+class DataSet:
     """Describe a data set: its size, classes, digests and categories."""
 
     url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")]
     """Folder or URL of the data set."""
 
 
-@dataclass(frozen=True)
-class Verify:
-    """Check that every byte of a data set is as it was written."""
-
-    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")]
-    """Folder or URL of the data set."""
-
-
 def _shard_info(argv: list[str]) -> None:
-    options = parse(Info, argv, "detr shard info")
+    options = parse(DataSet, argv, "detr shard info")
     from shards.manifest import load_manifest
 
     manifest = load_manifest(options.url)
@@ -217,10 +211,10 @@ def _describe(manifest: Any) -> str:
 
 @dataclass(frozen=True)
 class Verification(DataSet):
-    """Check a data set against its manifest."""
+    """Check that every byte of a data set is as it was written."""
 
-    stock: bool = False
-    """Read every sample through webdataset's own pipeline, as other training code does, instead of hashing the files."""
+    stock: Flag = False
+    """Instead of hashing the files, read every sample through webdataset's own pipeline, as other training code does."""
 
 
 def _shard_verify(argv: list[str]) -> None:

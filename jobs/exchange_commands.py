@@ -1,35 +1,36 @@
-"""Words about models from and for elsewhere: import, export."""
+"""Subcommands that exchange models with other programs: import, export."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
-from jobs.command_line import UsageError, parse
+from jobs.command_line import Flag, UsageError, parse
 
 
 @dataclass(frozen=True)
 class Import:
-    """Register the model of one of the original's files (published or of a training) like one trained here."""
+    """Register a checkpoint of the original DETR, published or trained with its code, as a model version."""
 
-    file: tyro.conf.Positional[Path]
-    """The .pth file. It is read without running code that it might bring."""
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """The .pth file. It is read without running any code that it contains."""
     name: str
-    """Registered model."""
+    """Name of the registered model."""
     alias: str = "best"
-    """Alias that will point at the new version."""
+    """Alias to set to the new version."""
     heads: int | None = None
-    """Attention heads, where the file does not say; by default the paper's 8."""
-    dilation: bool = False
-    """It is a DC5 model, where the file does not say."""
+    """Number of attention heads, for a file that does not tell. The default is the paper's 8."""
+    dilation: Flag = False
+    """Import the model as a DC5 model; the file does not tell."""
     categories: Path | None = None
-    """JSON with COCO's `categories`, by whose ids the labels are named; not needed for COCO itself."""
+    """JSON file with COCO's `categories`, which name the labels by their ids. Not needed for COCO itself."""
 
 
 def import_file(argv: list[str]) -> None:
-    """detr import FILE.pth --name NAME."""
+    """Run `detr import FILE.pth --name NAME`."""
     options = parse(Import, argv, "detr import")
     from pipeline.importing import import_file
 
@@ -41,39 +42,39 @@ def import_file(argv: list[str]) -> None:
         dilation=options.dilation,
         categories=options.categories,
     )
-    for line in imported.said:
-        print(line)
+    for note in imported.said:
+        print(note)
     print(f"registered models:/{options.name}@{options.alias} (version {imported.registered.version})")
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write a registered version as a file that other programs read."""
+    """Write a registered version to a file that other programs read."""
 
-    model: tyro.conf.Positional[str]
-    """models:/NAME@ALIAS or models:/NAME/VERSION."""
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Registered version, models:/NAME@ALIAS or models:/NAME/VERSION."""
     original: Path | None = None
-    """Write the original's format here: {"model": state dict}, labels at their category ids."""
+    """File for the original's format, {"model": state dict}, whose labels are category ids."""
     onnx: Path | None = None
-    """Write ONNX here, checked in onnxruntime (needs `pip install 'detr-cluster[onnx]'`)."""
+    """File for ONNX, which is checked with onnxruntime. Needs `pip install 'detr-cluster[onnx]'`."""
 
 
 def export(argv: list[str]) -> None:
-    """detr export models:/NAME@ALIAS --original FILE.pth --onnx FILE.onnx."""
+    """Run `detr export MODEL --original FILE.pth --onnx FILE.onnx`."""
     options = parse(Export, argv, "detr export")
     if options.original is None and options.onnx is None:
         raise UsageError("nothing to write; expected --original FILE.pth or --onnx FILE.onnx, or both")
     if options.original is not None:
         from pipeline.exporting import export_original
 
-        _say(options.original, export_original(options.model, options.original))
+        _report(options.original, export_original(options.model, options.original))
     if options.onnx is not None:
         from pipeline.onnx_file import export_onnx
 
-        _say(options.onnx, export_onnx(options.model, options.onnx))
+        _report(options.onnx, export_onnx(options.model, options.onnx))
 
 
-def _say(path: Path, said: tuple[str, ...]) -> None:
-    for line in said:
-        print(line)
+def _report(path: Path, notes: tuple[str, ...]) -> None:
+    for note in notes:
+        print(note)
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -1,120 +1,114 @@
-"""Words about registered models: evaluate, predict, register."""
+"""Subcommands for registered models: evaluate, predict, register."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from jobs.command_line import UsageError, parse
+from jobs.command_line import Flag, UsageError, parse
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score a registered version on a data set: the twelve COCO numbers."""
+    """Score a registered version on a data set with COCO's twelve metrics."""
 
-    model: tyro.conf.Positional[str]
-    """models:/NAME@ALIAS or models:/NAME/VERSION."""
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Registered version, models:/NAME@ALIAS or models:/NAME/VERSION."""
     data: str
-    """Folder or URL of the data set's shards."""
+    """Folder or URL of a data set made by `detr shard`."""
     json: Path | None = None
-    """Also write the numbers here."""
+    """File for the metrics, as JSON."""
     curves: Path | None = None
-    """Also draw precision over recall here, as a PNG."""
-    per_layer: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Also score every decoder layer, without and with suppression of duplicates, and all of them merged: by boxes, not masks."""
+    """File for a picture of precision over recall, as PNG."""
+    per_layer: Flag = False
+    """Also score each decoder layer with and without non-maximum suppression (NMS), and the detections of all layers
+    merged with it. Masks are not scored this way."""
     nms_iou: float = 0.7
-    """With --per-layer: of two detections of one class that overlap by more than this IoU, the better is kept."""
+    """IoU threshold of NMS, above 0, at most 1; only with --per-layer. Of two detections of one class that overlap more,
+    only the one with the higher score is kept."""
 
 
 def evaluate(argv: list[str]) -> None:
-    """detr evaluate models:/NAME@ALIAS --data URL."""
+    """Run `detr evaluate MODEL --data URL`."""
     options = parse(Evaluate, argv, "detr evaluate")
-    for flag, path in (("--json", options.json), ("--curves", options.curves)):
-        if path is not None:
-            _check_writable(flag, path)
     if options.curves and options.per_layer:
         raise UsageError(
-            "--curves with --per-layer: expected one of the two; without --per-layer the last layer is drawn"
+            "--curves with --per-layer: expected only one of the two; without --per-layer the last layer is drawn"
         )
     if not 0 < options.nms_iou <= 1:
         raise UsageError(f"--nms-iou {options.nms_iou:g}: expected an IoU above 0, at most 1; the paper's is 0.7")
     if options.nms_iou != Evaluate.nms_iou and not options.per_layer:
         raise UsageError(
-            f"--nms-iou {options.nms_iou:g}: expected --per-layer with it, since nothing else is suppressed"
+            f"--nms-iou {options.nms_iou:g}: expected --per-layer with it, since NMS is used for nothing else"
         )
     import msgspec
 
     from pipeline.curves import curves_picture
+    from pipeline.exporting import check_target
     from pipeline.registered import evaluate_registered, evaluate_registered_layers
     from pipeline.report import layers_table, metrics_table
 
-    numbers: dict[str, object]
+    for path in (options.json, options.curves):
+        if path is not None:
+            check_target(path)
+    metrics: dict[str, object]
     if options.per_layer:
         scores = evaluate_registered_layers(options.model, options.data, nms=options.nms_iou, progress=True)
-        metrics = next(score.metrics for score in reversed(scores) if score.nms is None)  # the last layer's
-        numbers = {**metrics, "layers": scores}
-        print(metrics_table(metrics), layers_table(scores), sep="\n\n")
+        last = next(score for score in reversed(scores) if score.nms is None)  # the last layer, without NMS
+        metrics = {**last.metrics, "layers": scores}
+        print(metrics_table(last.metrics), layers_table(scores), sep="\n\n")
     else:
         score = evaluate_registered(options.model, options.data, progress=True).score
-        numbers = {**score.metrics}
+        metrics = {**score.metrics}
         print(metrics_table(score.metrics))
         if options.curves:
             curves_picture(score.curves, score.mask_curves).save(options.curves, format="PNG")
     if options.json:
-        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(numbers), indent=2) + b"\n")
-
-
-def _check_writable(flag: str, path: Path) -> None:
-    """Refuse now what would lose the numbers after an hour."""
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{flag} {path} cannot be written; expected a file in a folder that exists: make it first")
+        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(metrics), indent=2) + b"\n")
 
 
 @dataclass(frozen=True)
 class Predict:
-    """Detect on pictures: annotated copies and a COCO-style detections.json."""
+    """Detect objects in image files; write annotated copies and a COCO-style detections.json."""
 
-    model: tyro.conf.Positional[str]
-    """models:/NAME@ALIAS or models:/NAME/VERSION."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """Picture files."""
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Registered version, models:/NAME@ALIAS or models:/NAME/VERSION."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")]
+    """Image files."""
     out: Path
-    """Folder to write into."""
+    """Folder for the results."""
     threshold: float = 0.5
-    """Leave out detections of a lower score."""
+    """Lowest score of a detection that is kept, 0 to 1."""
 
 
 def predict(argv: list[str]) -> None:
-    """detr predict models:/NAME@ALIAS IMAGE... --out DIR."""
+    """Run `detr predict MODEL IMAGE... --out DIR`."""
     options = parse(Predict, argv, "detr predict")
     if not options.images:
-        raise UsageError("no picture given; expected `detr predict models:/NAME@ALIAS IMAGE... --out DIR`")
+        raise UsageError("no image given; expected `detr predict models:/NAME@ALIAS IMAGE... --out DIR`")
     from pipeline.registered import predict as detect
 
-    found = detect(options.model, options.images, options.out, threshold=options.threshold)
-    print(
-        f"{len(found)} detections in {len(options.images)} pictures: see {options.out} and {options.out / 'detections.json'}"
-    )
+    detections = detect(options.model, options.images, options.out, threshold=options.threshold)
+    print(f"{len(detections)} detections in {len(options.images)} images: see {options.out / 'detections.json'}")
 
 
 @dataclass(frozen=True)
 class Register:
-    """Register the best checkpoint of a run, finished or not."""
+    """Register the best checkpoint of a run, whether the run has finished or not."""
 
-    run: tyro.conf.Positional[str]
-    """The run's id, the start of it, or its name."""
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Id of the run, the first characters of the id, or the run's name."""
     name: str
-    """Registered model."""
+    """Name of the registered model."""
     alias: str = "best"
-    """Alias that will point at the new version."""
+    """Alias to set to the new version."""
 
 
 def register(argv: list[str]) -> None:
-    """detr register RUN --name NAME --alias ALIAS."""
+    """Run `detr register RUN --name NAME --alias ALIAS`."""
     options = parse(Register, argv, "detr register")
     from pipeline.registry import register_run
 

@@ -1,6 +1,6 @@
-"""Words about runs: train, show, demo, resume, runs, ui.
+"""Subcommands for runs: train, show, demo, resume, runs, ui.
 
-Imports of heavy packages stand inside the functions, after parsing, so that help is quick.
+Heavy packages are imported inside the functions, after parsing, so that help is quick.
 """
 
 from __future__ import annotations
@@ -12,33 +12,39 @@ from typing import Annotated, Any
 
 import tyro
 
-from jobs.command_line import UsageError, parse
+from jobs.command_line import Flag, UsageError, parse
 from pipeline.config import RunConfig, to_json
 from pipeline.recipes import NOTES, RECIPES
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a run starts; none of it changes the result."""
+    """Options of the driver, which do not change the result of a run."""
 
     address: str | None = None
-    """A Ray cluster to train on (`auto`, HOST:6379); by default RAY_ADDRESS, else a local one is started."""
-    verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Show what Ray, MLflow and the workers print."""
+    """Address of the Ray cluster to train on, `auto` or HOST:6379. The default is RAY_ADDRESS; if that is not set, Ray is
+    started on this machine."""
+    verbose: Flag = False
+    """Show the output of Ray, MLflow and the workers."""
+
+
+@dataclass(frozen=True)
+class Demo(Start):
+    """Train a small model on built-in data, then evaluate, register and use it. Takes a few minutes on a laptop."""
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train a recipe. Any of its fields can be overridden."""
+    """Train a recipe; each of its fields can be changed by a flag."""
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     start: Annotated[Start, tyro.conf.arg(name="")]
-    smoke: bool = False
-    """Two steps of the recipe, on two images each with random backbone weights: does everything fit together?"""
+    smoke: Flag = False
+    """Only test that the recipe runs: two steps of two images on one worker, with random backbone weights."""
 
 
 def train(argv: list[str]) -> None:
-    """detr train RECIPE [--any.field value ...]."""
+    """Run `detr train RECIPE [--any.field value ...]`."""
     options = _train_options(argv, "detr train")
     if options is None:
         return
@@ -51,25 +57,23 @@ def train(argv: list[str]) -> None:
 
 
 def check_train(argv: list[str]) -> RunConfig | None:
-    """The configuration that `detr train ARGV` would run, checked as far as it can be without data; None for help."""
+    """Return the configuration that `detr train ARGV` would run, checked without its data; None if `argv` asks for help."""
     options = _train_options(argv, "detr train")
     return None if options is None else options.config
 
 
 def _train_options(argv: list[str], prog: str) -> Train | None:
     if not argv or argv[0] in ("-h", "--help"):
-        print(
-            f"usage: {prog} RECIPE [--any.field value ...]   ({prog} RECIPE --help lists every field)\n\n{_recipe_list()}"
-        )
+        print(_recipe_help(prog))
         if not argv:
-            raise UsageError("which recipe?")
+            raise UsageError("got no recipe; expected one of those above")
         return None
     recipe = recipe_named(argv[0])
     return parse(Train, argv[1:], f"{prog} {argv[0]}", default=Train(recipe, Start()))
 
 
 def recipe_named(name: str) -> RunConfig:
-    """The recipe; an unknown name is refused with the nearest that exists."""
+    """Return the recipe of this name; raise `UsageError` with the most similar known name for an unknown one."""
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, 1, 0.0)
         raise UsageError(f"there is no recipe {name!r}; did you mean {close[0]}? Expected one of: {', '.join(RECIPES)}")
@@ -77,9 +81,9 @@ def recipe_named(name: str) -> RunConfig:
 
 
 def smoke(config: RunConfig) -> RunConfig:
-    """Two steps of a recipe that fit on a laptop: everything as it is but the batch, the workers and the weights.
+    """Return the recipe shrunk to two steps on a laptop: small batch, one worker, random backbone weights.
 
-    Where a recipe asks for GPUs, one is used if there is one.
+    A recipe that requires GPUs uses one if there is one.
     """
     gpu = "auto" if config.cluster.gpu == "yes" else config.cluster.gpu
     return replace(
@@ -94,13 +98,16 @@ def smoke(config: RunConfig) -> RunConfig:
     )
 
 
-def _recipe_list() -> str:
+def _recipe_help(prog: str) -> str:
     width = max(map(len, RECIPES))
-    return "recipes\n" + "\n".join(
-        f"  {name.ljust(width)}  {config.model.backbone}{' DC5' if config.model.dilation else ''}, {config.optim.epochs} epochs, "
-        f"batch {config.optim.batch_size}, {config.cluster.workers} workers"
-        for name, config in RECIPES.items()
-    )
+    lines = [f"usage: {prog} RECIPE [--any.field value ...]   (`{prog} RECIPE --help` lists all fields)", "", "recipes"]
+    for name, config in RECIPES.items():
+        backbone = f"{config.model.backbone} DC5" if config.model.dilation else config.model.backbone
+        workers = "1 worker" if config.cluster.workers == 1 else f"{config.cluster.workers} workers"
+        lines.append(
+            f"  {name.ljust(width)}  {backbone}, {config.optim.epochs} epochs, batch {config.optim.batch_size}, {workers}"
+        )
+    return "\n".join(lines)
 
 
 def _launch(start: Start) -> Any:
@@ -119,9 +126,9 @@ def _print_outcome(outcome: Any) -> None:
 
 
 def show(argv: list[str]) -> None:
-    """detr show RECIPE."""
+    """Run `detr show RECIPE [--any.field value ...]`."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: detr show RECIPE [--any.field value ...]\n\n{_recipe_list()}")
+        print(_recipe_help("detr show"))
         return
     config = parse(RunConfig, argv[1:], f"detr show {argv[0]}", default=recipe_named(argv[0]))
     if note := NOTES.get(config.recipe):
@@ -130,8 +137,8 @@ def show(argv: list[str]) -> None:
 
 
 def demo(argv: list[str]) -> None:
-    """detr demo."""
-    start = parse(Start, argv, "detr demo")
+    """Run `detr demo`."""
+    start = parse(Demo, argv, "detr demo")
     from pipeline.demo import demo as run_demo
 
     run_demo(_launch(start))
@@ -139,45 +146,47 @@ def demo(argv: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Resume:
-    """Go on with a run from its newest checkpoint, at the exact next sample."""
+    """Resume a run from its newest checkpoint, at exactly the next sample."""
 
-    run: tyro.conf.Positional[str]
-    """The run's id, the start of it, or its name; or models:/NAME@ALIAS for the run a version came from."""
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Id of the run, the first characters of the id, or the run's name; or models:/NAME@ALIAS for the run that a
+    registered version came from."""
     start: Annotated[Start, tyro.conf.arg(name="")]
     epochs: int | None = None
-    """Train to this many epochs instead of those it was started with."""
+    """Total number of epochs to train, at least as many as before. The default leaves it unchanged."""
     batch_size: int | None = None
-    """Take so many images per step from here on; needs --accept-change."""
+    """Number of images per step from now on, over all workers; needs --accept-change."""
     data: str | None = None
-    """Folder or URL of other training shards, of the same categories; needs --accept-change."""
-    accept_change: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on although the training data or the batch size are not those of the checkpoint: at the same number of samples,
-    in the stream as it now is."""
+    """Folder or URL of another training data set with the same categories; needs --accept-change."""
+    accept_change: Flag = False
+    """Resume even if the training data or the batch size differ from the checkpoint's. The run then continues at the same
+    number of samples in the new order of samples."""
 
 
 def resume(argv: list[str]) -> None:
-    """detr resume RUN."""
+    """Run `detr resume RUN`."""
     options = parse(Resume, argv, "detr resume")
     from pipeline.identity import Changes
-    from pipeline.train import resume as go_on
+    from pipeline.train import resume as resume_run
 
     changes = Changes(options.epochs, options.batch_size, options.data, options.accept_change)
-    _print_outcome(go_on(options.run, changes, _launch(options.start)))
+    _print_outcome(resume_run(options.run, changes, _launch(options.start)))
 
 
 @dataclass(frozen=True)
 class Runs:
-    """List the newest runs, or show one."""
+    """List the newest runs, or show one run."""
 
-    run: tyro.conf.Positional[str | None] = None
-    """A run's id, the start of it, or its name."""
-    follow: bool = False
-    """Watch it until it ends."""
+    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = None
+    """Id of a run, the first characters of the id, or the run's name. The default lists the newest runs."""
+    follow: Flag = False
+    """Print the run's progress until it ends; only with RUN."""
     limit: int = 20
+    """Maximum number of runs in the list."""
 
 
 def runs(argv: list[str]) -> None:
-    """detr runs [RUN [--follow]]."""
+    """Run `detr runs [RUN [--follow]]`."""
     options = parse(Runs, argv, "detr runs")
     from pipeline.mlflow_store import connect, find_run, find_runs
     from pipeline.report import runs_table
@@ -196,14 +205,16 @@ def runs(argv: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Ui:
-    """Open the MLflow UI on the local store (on loopback), or say where the tracking server is."""
+    """Start the MLflow UI on the local store. With a tracking server, print its address instead."""
 
     port: int = 5000
+    """Port that the UI listens on."""
     host: str = "127.0.0.1"
+    """Address that the UI listens on. The default accepts connections from this machine only."""
 
 
 def ui(argv: list[str]) -> None:
-    """detr ui."""
+    """Run `detr ui`."""
     options = parse(Ui, argv, "detr ui")
     from pipeline.ui import serve_ui
 

@@ -1,6 +1,6 @@
-"""Where and with what a job runs: one small typed entry per cluster.
+"""Clusters that jobs run on: one small typed entry each.
 
-To add a cluster, add an entry to `SPECS`. The command that runs there is the same `detr ...` as anywhere.
+To add a cluster, add a function to `SPECS` that returns its `Spec`.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Spec:
-    """A place to run. The code is installed and the storage mounted there already."""
+    """A cluster that has this project installed and the storage mounted."""
 
     name: str
     address: str
-    """The cluster's job server, http(s)://HOST:8265."""
+    """URL of the cluster's job server, http(s)://HOST:8265."""
     python: str = "python"
-    """The interpreter on the cluster that has this project installed."""
+    """Python interpreter on the cluster that has this project installed."""
     directory: str = "."
-    """Folder on the cluster in which the command runs; relative paths in it are meant from here."""
+    """Working folder of the command on the cluster; relative paths in the command start here."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables for the job. No secrets: Ray shows a job's environment to whoever may see the job."""
+    """Environment variables of the job. No secrets: Ray shows them to everyone who can see the job."""
 
 
 def _local() -> Spec:
-    """The cluster at the given address on this machine: same interpreter, same folder."""
+    """Return a cluster whose nodes have the same interpreter and folder as this process, such as this machine."""
     address = os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
     return Spec("local", address, python=sys.executable, directory=str(Path.cwd()))
 

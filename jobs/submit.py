@@ -1,4 +1,4 @@
-"""The same command on a Ray cluster, through Ray Jobs; checked here before anything is sent."""
+"""Client of Ray Jobs: submit a `detr` command to a cluster, list jobs, read their logs and stop them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from typing import TYPE_CHECKING, TextIO
 from jobs.spec import SPECS, Spec
 from pipeline.errors import PipelineError, RunConfigError, first_line
 from pipeline.launch import authenticate
-from shards.storage import refuse_secret
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-# A stop is a Ctrl-C with a minute to leave in order: Ray's default kills after three seconds.
+# A stopped job gets a Ctrl-C and a minute to save a checkpoint; Ray's default kills it after three seconds.
 _STOP = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
 
 
 class JobError(PipelineError):
-    """The cluster's job server does not answer, or knows no such job."""
+    """Raised if the cluster's job server does not answer, or knows no such job."""
 
 
 def spec_named(name: str, address: str | None = None) -> Spec:
-    """The spec of this name, at another address where one is given."""
+    """Return the spec of this name, with another address if one is given; raise `JobError` for an unknown name."""
     if name not in SPECS:
         raise JobError(f"there is no spec {name!r}; expected one of: {', '.join(SPECS)}")
     spec = SPECS[name]()
@@ -37,8 +36,7 @@ def spec_named(name: str, address: str | None = None) -> Spec:
 
 
 def submit(spec: Spec, argv: Sequence[str]) -> str:
-    """Check `detr ARGV` on this machine, then run it on the cluster; return the job's id."""
-    check(argv)
+    """Start `detr ARGV` on the cluster and return the job's id; raise `RunConfigError` for secrets that Ray would show."""
     from pipeline.mlflow_store import holds_secret, tracking_uri
 
     uri = tracking_uri()
@@ -58,29 +56,10 @@ def submit(spec: Spec, argv: Sequence[str]) -> str:
     return str(job_id)
 
 
-def check(argv: Sequence[str]) -> None:
-    """Refuse here what would fail there: unknown commands, recipes and flags, and data that is not there."""
-    from jobs.cli import COMMANDS, nearest
-    from jobs.run_commands import check_train
-
-    if argv[0] not in COMMANDS:
-        raise JobError(f"there is no command {argv[0]!r} to submit; did you mean {nearest(argv[0], COMMANDS)}?")
-    for word in argv:
-        refuse_secret(word)  # Ray shows a job's command to whoever may see the job
-    if argv[0] != "train":
-        return
-    config = check_train(list(argv[1:]))
-    if config is None:
-        raise JobError("`train --help` needs no cluster; expected `train RECIPE ...`")
-    from pipeline import preflight
-
-    preflight.check(config)
-
-
 def connect(spec: Spec) -> JobSubmissionClient:
-    """A client of the cluster's job server."""
+    """Return a client of the cluster's job server; raise `JobError` if it does not answer or refuses the token."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray takes this variable for more than the address it is given; the one that was asked for must win.
+    # Ray prefers this variable to the address that its client is given, so both must be the same.
     os.environ["RAY_API_SERVER_ADDRESS"] = spec.address
     authenticate()
     from ray.exceptions import AuthenticationError
@@ -101,7 +80,7 @@ def connect(spec: Spec) -> JobSubmissionClient:
 
 
 def jobs_table(spec: Spec) -> str:
-    """The cluster's jobs, newest first."""
+    """Return a table of the cluster's jobs, newest first."""
     from pipeline.report import table
 
     known = [job for job in connect(spec).list_jobs() if job.submission_id]
@@ -119,7 +98,7 @@ def jobs_table(spec: Spec) -> str:
 
 
 def status(spec: Spec, job_id: str) -> str:
-    """One word: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+    """Return PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED; raise `JobError` for an unknown job."""
     try:
         return str(connect(spec).get_job_status(job_id).value)
     except RuntimeError:
@@ -127,13 +106,13 @@ def status(spec: Spec, job_id: str) -> str:
 
 
 def logs(spec: Spec, job_id: str) -> str:
-    """All that the job has printed so far."""
+    """Return all output of the job so far."""
     status(spec, job_id)
     return str(connect(spec).get_job_logs(job_id))
 
 
 def follow_logs(spec: Spec, job_id: str, stream: TextIO) -> None:
-    """Copy the job's log until it ends; raises `JobError` when it did not succeed."""
+    """Copy the job's log to `stream` until the job ends; raise `JobError` if it did not succeed."""
     status(spec, job_id)
     client = connect(spec)
 
@@ -149,9 +128,9 @@ def follow_logs(spec: Spec, job_id: str, stream: TextIO) -> None:
 
 
 def stop(spec: Spec, job_id: str, *, wait_s: float = 75.0) -> str:
-    """Interrupt the job, wait until it has left, and return how it ended."""
+    """Interrupt the job, wait at most `wait_s` seconds until it has ended, and return a line that says how it ended."""
     if status(spec, job_id) in ("SUCCEEDED", "FAILED", "STOPPED"):
-        return f"{job_id} had ended already"
+        return f"{job_id} had already ended"
     client = connect(spec)
     client.stop_job(job_id)
     until = time.monotonic() + wait_s
