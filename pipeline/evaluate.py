@@ -1,10 +1,10 @@
-"""Evaluation: every image of a data set scored exactly once, whatever the number of workers.
+"""Evaluation: score every image of a data set exactly once, for any number of workers.
 
 Batches are fixed by the plan, ranks take whole batches, and rank 0 scores all detections together. Padding changes a
-DETR's answer slightly, so a batch holds images of one size only: the figures are then the same for every batch size. This
-departs from the original, which pads images of a batch to the largest (`evaluate.batching padded`). With either no
-batch depends on who computes it, so the figures of a run and those of `detr evaluate` on the registered version are the
-same.
+DETR's predictions slightly, so by default a batch holds images of one size only, and the metrics are the same for every
+batch size. This departs from the original, which pads the images of a batch to the largest (`evaluate.batching padded`).
+In both cases batches do not depend on the workers, so `detr evaluate` on the registered version gives the metrics of the
+run.
 """
 
 from __future__ import annotations
@@ -36,62 +36,60 @@ from shards.segmentation import encode_masks
 # Called after each batch with (images done by this rank, images of this rank).
 Progress = Callable[[int, int], None]
 
-# How detections are read off the predictions for a batch: one Detection per image.
+# Converts the predictions for a batch to one Detection per image.
 Reading = Callable[[Outputs, Batch], list[Detection]]
 
 
 def read_queries(outputs: Outputs, batch: Batch) -> list[Detection]:
-    """As the paper reads them: one detection per query of the last layer, with its mask where the model has them."""
+    """Return one detection per query of the last layer, as the paper does, with masks if the model has them."""
     canvas = (batch.images.shape[2], batch.images.shape[3])
     sizes = [target.original_size for target in batch.targets]
     return detect(outputs, sizes, sizes=batch.sizes, canvas=canvas)
 
 
 @dataclass(frozen=True)
+class EvaluateOptions:
+    """Options of an evaluation: image size, batches, reader threads."""
+
+    transform: TransformConfig
+    batch_size: int
+    """Maximum number of images per forward pass."""
+    batching: Batching = "same_size"
+    """Rule for images that share a batch; see `EvaluateConfig`."""
+    threads: int = 2
+    """Number of threads that read and decode images."""
+    limit: int = 0
+    """Maximum number of images, for a smoke test; 0: all."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """The figures of one evaluation, and the detections they were made from."""
+    """Metrics of one evaluation, and the detections that were scored."""
 
     score: Score
     detections: Detections
     images: int
-    """How many images were scored, each once."""
+    """Number of images that were scored, each once."""
 
 
 def evaluate(
     model: nn.Module,
     manifest: Manifest,
     categories: Sequence[Category],
+    options: EvaluateOptions,
     *,
-    transform: TransformConfig,
-    batch_size: int,
-    batching: Batching = "same_size",
     ranks: Ranks | None = None,
-    threads: int = 2,
-    limit: int = 0,
     progress: Progress | None = None,
 ) -> Evaluation | None:
-    """Score `model` on the whole of `manifest`; a collective call whose answer is on rank 0, None elsewhere.
+    """Score `model` on all images of `manifest`, and its masks if it predicts any.
 
-    Where the model predicts masks, they are scored as well.
-
-    model: gives `Outputs`; its labels are positions in `categories`, which are matched to the data set's by id.
-    batch_size: most images per forward. batching: which of them share one; see `EvaluateConfig`.
-    limit: score only so many images, for a smoke test; 0 for all.
+    A collective call: return the evaluation on rank 0 and None on the other ranks. `model` returns `Outputs`; its labels
+    are positions in `categories`, which are matched to the categories of the data set by id.
     """
-    found = evaluate_readings(
-        model,
-        manifest,
-        categories,
-        (read_queries,),
-        transform=transform,
-        batch_size=batch_size,
-        batching=batching,
-        ranks=ranks,
-        threads=threads,
-        limit=limit,
-        progress=progress,
+    evaluations = evaluate_readings(
+        model, manifest, categories, (read_queries,), options, ranks=ranks, progress=progress
     )
-    return found[0] if found else None
+    return evaluations[0] if evaluations else None
 
 
 def evaluate_readings(
@@ -99,21 +97,21 @@ def evaluate_readings(
     manifest: Manifest,
     categories: Sequence[Category],
     readings: Sequence[Reading],
+    options: EvaluateOptions,
     *,
-    transform: TransformConfig,
-    batch_size: int,
-    batching: Batching = "same_size",
     ranks: Ranks | None = None,
-    threads: int = 2,
-    limit: int = 0,
     progress: Progress | None = None,
 ) -> list[Evaluation] | None:
-    """As `evaluate`, one score per reading, all from the same single forward pass over each image."""
+    """Do the same as `evaluate` for several readings of the predictions, from one forward pass per image.
+
+    Return one evaluation per reading.
+    """
     ranks = ranks or Ranks()
+    transform = options.transform
     labels = match_categories(categories, manifest)
-    planned = evaluation_plan(manifest, transform, batch_size, batching, limit)
+    planned = evaluation_plan(manifest, transform, options.batch_size, options.batching, options.limit)
     batches = planned[ranks.rank :: ranks.world_size]
-    parts: list[list[Detections]] = [[] for _ in readings]
+    collected: list[list[Detections]] = [[] for _ in readings]  # per reading, one item per batch
     seen: list[int] = []
     total = sum(map(len, batches))
     training = model.training
@@ -123,34 +121,34 @@ def evaluate_readings(
             manifest,
             batches,
             transform=evaluation_transform(transform),
-            collate=evaluation_collate(transform, batching),
-            config=ReadConfig(threads=threads),
+            collate=evaluation_collate(transform, options.batching),
+            config=ReadConfig(threads=options.threads),
         )
         for batch in loader:
             found = detect_batch(model, batch, labels, transform, ranks.device, readings)
-            for part, detections in zip(parts, found, strict=True):
-                part.append(detections)
+            for of_reading, detections in zip(collected, found, strict=True):
+                of_reading.append(detections)
             seen += [target.image_id for target in batch.targets]
             if progress:
                 progress(len(seen), total)
     finally:
         model.train(training)
-    gathered = ranks.gather(([Detections.concatenate(part) for part in parts], seen))
+    gathered = ranks.gather(([Detections.concatenate(of_reading) for of_reading in collected], seen))
     if not ranks.first:
         return None
     rows = np.concatenate(planned)
     _check_each_once(manifest, rows, [image_id for _, ids in gathered for image_id in ids])
     evaluations = []
-    for of_ranks in zip(*(found for found, _ in gathered), strict=True):
-        detections = in_image_order(Detections.concatenate(of_ranks))
+    for number in range(len(readings)):
+        detections = in_image_order(Detections.concatenate([of_rank[number] for of_rank, _ in gathered]))
         evaluations.append(Evaluation(score_detections(manifest, detections, rows=rows), detections, len(rows)))
     return evaluations
 
 
 def match_categories(categories: Sequence[Category], manifest: Manifest) -> Ints:
-    """For each of the model's labels the data set's label of the same category id, or -1 where it has none.
+    """Return the data set's label for each label of the model, matched by category id; -1 if it has none.
 
-    Raises `RunConfigError` when an id stands for another name, or when nothing is shared: scoring would be nonsense.
+    Raise `RunConfigError` if an id has different names, or if no category is shared: scores would be meaningless.
     """
     own = {category.id: (label, category.name) for label, category in enumerate(manifest.categories)}
     for category in categories:
@@ -161,8 +159,8 @@ def match_categories(categories: Sequence[Category], manifest: Manifest) -> Ints
                 "expected the same categories: evaluate on data of the classes it was trained for, or fine-tune"
             )
     shared = [own.get(category.id, (-1, "")) for category in categories]
-    # A label without a category is no class of the data set's, whatever that calls the id.
-    known = [label if name == one.name else -1 for (label, name), one in zip(shared, categories, strict=True)]
+    # A label without a category (UNNAMED) matches nothing, whatever the data set calls its id.
+    known = [label if name == category.name else -1 for (label, name), category in zip(shared, categories, strict=True)]
     labels = np.array(known, dtype=np.int64)
     if not (labels >= 0).any():
         raise RunConfigError(
@@ -180,9 +178,9 @@ def detect_batch(
     device: torch.device,
     readings: Sequence[Reading] = (read_queries,),
 ) -> list[Detections]:
-    """Of each reading the detections of one batch in pixels of the original images, from one forward pass.
+    """Run the model once on a batch and return one `Detections` per reading, in pixels of the original images.
 
-    Those of classes the data set lacks are left out.
+    Detections of classes that the data set lacks are left out.
     """
     moved = batch.to(device)
     outputs = model(normalise(moved, transform), moved.padding)
@@ -190,14 +188,14 @@ def detect_batch(
 
 
 def _columns(found: Sequence[Detection], batch: Batch, labels: Ints) -> Detections:
-    """The detections of a batch's images as columns, with the data set's labels."""
-    parts = []
+    """Return the detections of a batch as columns, with the labels of the data set."""
+    images = []
     for target, detection in zip(batch.targets, found, strict=True):
         mapped = labels[detection.labels.cpu().numpy()]
         known = mapped >= 0
         boxes = detection.boxes_xyxy.double().cpu().numpy()
         boxes_xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-        parts.append(
+        images.append(
             Detections(
                 np.full(int(known.sum()), target.image_id, dtype=np.int64),
                 mapped[known],
@@ -206,18 +204,21 @@ def _columns(found: Sequence[Detection], batch: Batch, labels: Ints) -> Detectio
                 None if detection.masks is None else _encoded(detection.masks, known),
             )
         )
-    return Detections.concatenate(parts)
+    return Detections.concatenate(images)
 
 
 def _encoded(masks: Tensor, known: npt.NDArray[np.bool_]) -> npt.NDArray[np.object_]:
-    """Run lengths of the known masks, bool [Q, H, W], made at once: a thousand images' masks would not fit."""
-    # Columns become contiguous where the masks are, which is faster than on the host.
+    """Return the run lengths of the known masks, bool [Q, H, W].
+
+    They are encoded after each batch, because the masks of a whole data set would not fit in memory.
+    """
+    # Make columns contiguous on the device, which is faster than on the host.
     columns = masks[torch.from_numpy(known).to(masks.device)].transpose(1, 2).contiguous()
     return encode_masks(columns.cpu().numpy().transpose(0, 2, 1))
 
 
 def in_image_order(detections: Detections) -> Detections:
-    """Sorted by image, ties as they were, so that no figure depends on which rank delivered first."""
+    """Sort detections by image, stably, so that no metric depends on the order in which ranks delivered."""
     return detections.take(np.argsort(detections.image_ids, kind="stable"))
 
 

@@ -1,42 +1,49 @@
-"""What each decoder layer finds, with and without suppression of duplicates: the paper's analysis of section 4.2.
+"""Evaluation per decoder layer, with and without non-maximum suppression: the analysis of section 4.2 of the paper.
 
-The first layer has no self-attention over what the queries found, so it predicts the same object several times, and
-suppression helps it; the layers after it learn to suppress by themselves.
+The first layer cannot see what other queries have found, so it predicts an object several times, and suppression helps.
+The later layers learn to suppress duplicates by themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from detr.batch import Batch
 from detr.config import ConfigError
 from detr.model import DETR, Outputs
 from detr.postprocess import Detection, detect
-from pipeline.evaluate import Reading, evaluate_readings
+from pipeline.evaluate import EvaluateOptions, Progress, Reading, evaluate_readings
+from pipeline.parallel import Ranks
 from shards.manifest import Category, Manifest
 
 
 @dataclass(frozen=True)
 class LayerScore:
-    """The twelve COCO numbers of one reading of the decoder.
-
-    layer: 1 is the first, None all of them merged. nms: IoU above which duplicates were suppressed, None: none were.
-    """
+    """The twelve COCO metrics of one decoder layer, or of all layers merged."""
 
     layer: int | None
+    """Number of the layer, counted from 1; None: all of them merged."""
     nms: float | None
+    """IoU above which duplicates were suppressed; None: no suppression."""
     metrics: dict[str, float]
 
 
 def evaluate_layers(
-    model: DETR, manifest: Manifest, categories: Sequence[Category], *, nms: float = 0.7, **options: Any
+    model: DETR,
+    manifest: Manifest,
+    categories: Sequence[Category],
+    options: EvaluateOptions,
+    *,
+    nms: float = 0.7,
+    ranks: Ranks | None = None,
+    progress: Progress | None = None,
 ) -> list[LayerScore] | None:
-    """Score every decoder layer without and with suppression, then all of them merged; on rank 0, None elsewhere.
+    """Score every decoder layer without and with suppression, then all of them merged.
 
-    Each image goes through the model once. `options` are those of `pipeline.evaluate.evaluate`, whose figures are
-    those of the last layer without suppression. Raises `ConfigError` for an `nms` that is no IoU.
+    A collective call: return the scores on rank 0 and None on the other ranks. Each image goes through the model once.
+    The last layer without suppression has the metrics of `pipeline.evaluate.evaluate`. Raise `ConfigError` if `nms` is
+    not an IoU above 0.
     """
     if not 0 < nms <= 1:
         raise ConfigError(f"nms: got {nms}, expected an IoU above 0, at most 1; the paper's is 0.7")
@@ -44,15 +51,19 @@ def evaluate_layers(
     kinds: list[tuple[int | None, float | None]] = [(layer, iou) for layer in layers for iou in (None, nms)]
     kinds.append((None, nms))
     config = model.config
-    # The decoder computes every layer anyway; this only says whether the predictions of all are returned.
+    # The decoder computes every layer anyway; this only makes the model return the predictions of all of them.
     model.config = replace(config, auxiliary=True)
     try:
-        found = evaluate_readings(model, manifest, categories, [_reading(*kind) for kind in kinds], **options)
+        readings = [_reading(layer, iou) for layer, iou in kinds]
+        evaluations = evaluate_readings(model, manifest, categories, readings, options, ranks=ranks, progress=progress)
     finally:
         model.config = config
-    if found is None:
+    if evaluations is None:
         return None
-    return [LayerScore(*kind, one.score.metrics) for kind, one in zip(kinds, found, strict=True)]
+    return [
+        LayerScore(layer, iou, evaluation.score.metrics)
+        for (layer, iou), evaluation in zip(kinds, evaluations, strict=True)
+    ]
 
 
 def _reading(layer: int | None, nms: float | None) -> Reading:

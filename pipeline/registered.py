@@ -1,4 +1,4 @@
-"""What is done with a registered version: evaluate it on a data set, detect on pictures."""
+"""Use of a registered version: evaluate it on a data set, detect objects in picture files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.data import check_room
 from pipeline.errors import PipelineError
-from pipeline.evaluate import Evaluation, evaluate
+from pipeline.evaluate import EvaluateOptions, Evaluation, evaluate
 from pipeline.figures import Boxes, contact_sheet, draw
 from pipeline.layers import LayerScore, evaluate_layers
 from pipeline.parallel import Ranks
@@ -33,45 +33,39 @@ _Scored = TypeVar("_Scored")
 
 
 def default_device() -> torch.device:
-    """The GPU where there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def evaluate_registered(uri: str, data: str, *, progress: bool = False) -> Evaluation:
-    """Score a registered version on a data set, in the same batches as its run did, so with the same figures."""
+    """Score a registered version on a data set, in the same batches as its run, and so with the same metrics."""
     return _score(evaluate, uri, data, progress)
 
 
 def evaluate_registered_layers(uri: str, data: str, *, nms: float = 0.7, progress: bool = False) -> list[LayerScore]:
-    """Score every decoder layer of a registered version as `evaluate_registered` scores the last."""
+    """Score every decoder layer of a registered version, in the same batches as `evaluate_registered`."""
     return _score(partial(evaluate_layers, nms=nms), uri, data, progress)
 
 
-def _score(how: Callable[..., _Scored | None], uri: str, data: str, progress: bool) -> _Scored:
+def _score(evaluator: Callable[..., _Scored | None], uri: str, data: str, progress: bool) -> _Scored:
     manifest = load_manifest(data)
     check_sizes(manifest)
     check_room(manifest)
     model, card = read_model(resolve(uri))
-    if card.model.masks and how is evaluate:  # layers are scored by their boxes
+    if card.model.masks and evaluator is evaluate:  # layers are scored by their boxes only
         check_segmentations(manifest)
     device = default_device()
+    options = EvaluateOptions(card.transform, card.evaluate_batch_size, card.evaluate_batching)
     with progress_bar("evaluating") if progress else nullcontext() as advance:
-        scored = how(
-            model.to(device),
-            manifest,
-            card.categories,
-            transform=card.transform,
-            batch_size=card.evaluate_batch_size,
-            batching=card.evaluate_batching,
-            ranks=Ranks(device=device),
-            progress=advance,
+        scored = evaluator(
+            model.to(device), manifest, card.categories, options, ranks=Ranks(device=device), progress=advance
         )
-    assert scored is not None  # rank 0 of one
+    assert scored is not None  # a single process is rank 0
     return scored
 
 
 def picture_sheet(detections: Detections, manifest: Manifest, count: int = 6) -> Image.Image:
-    """Some validation images on one sheet: detections next to the truth."""
+    """Draw `count` validation images on one sheet, detections next to the ground truth."""
     return contact_sheet(list(detection_pictures(manifest, detections, count)))
 
 
@@ -97,7 +91,7 @@ def predict(uri: str, images: Sequence[Path], out: Path, *, threshold: float = 0
 
 
 def _open(path: Path) -> Image.Image:
-    """The picture with its header read; its pixels are not in memory yet."""
+    """Open a picture file and read its header, not yet its pixels."""
     try:
         return Image.open(path)
     except (OSError, ValueError, SyntaxError) as error:
@@ -118,12 +112,12 @@ def _no_picture(path: Path, error: Exception) -> PipelineError:
 
 
 def _boxes(found: Sequence[Found], height: int, width: int) -> Boxes:
-    boxes = np.array([one.box_xyxy for one in found], dtype=np.float64).reshape(-1, 4)
-    runs = [one.segmentation for one in found if one.segmentation is not None]
+    boxes = np.array([detection.box_xyxy for detection in found], dtype=np.float64).reshape(-1, 4)
+    runs = [detection.segmentation for detection in found if detection.segmentation is not None]
     return Boxes(
         boxes,
-        [one.label for one in found],
-        [one.name for one in found],
-        [one.score for one in found],
+        [detection.label for detection in found],
+        [detection.name for detection in found],
+        [detection.score for detection in found],
         decode_masks(runs, height, width) if runs else None,
     )

@@ -1,4 +1,4 @@
-"""Evaluation of a run: inside it, when it is due; or of a checkpoint, beside it; and what is done with its figures."""
+"""Evaluation of a run: of the current weights during training, or of a checkpoint in the background."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.boundaries import is_evaluated
 from pipeline.checkpoint_store import Location
 from pipeline.config import RunConfig
 from pipeline.data import open_data
-from pipeline.evaluate import Evaluation, Progress, evaluate
+from pipeline.evaluate import EvaluateOptions, Evaluation, Progress, evaluate
 from pipeline.parallel import Ranks, whole
 from pipeline.restoring import build
 from pipeline.saving import Saver
@@ -24,29 +24,33 @@ from shards.manifest import Manifest
 
 
 def evaluation_due(worker: Worker, step: int) -> bool:
-    """True at the end of every `evaluate.every` epochs and of the run, unless this checkpoint has its figures.
+    """Return true if the checkpoint of `step` must be evaluated now; a collective call.
 
-    Never where evaluations are made beside the training (`pipeline/asynchronous.py`).
+    That is at the end of every `evaluate.every` epochs and of the run, unless its metrics are already written. Always
+    false if evaluations run in the background (`evaluate.asynchronous`).
     """
     config = worker.config
     if config.evaluate.asynchronous or not is_evaluated(config, worker.schedule, step):
         return False
     path = checkpoint.folder_of(worker.home, step)
-    return worker.ranks.gather(worker.ranks.first and checkpoint.read_evaluation(path) is None)[0] is True
+    return worker.ranks.broadcast(worker.ranks.first and checkpoint.read_evaluation(path) is None)
 
 
 def validate(worker: Worker, state: State, saver: Saver) -> None:
-    """Score the state on the whole validation set, tell the figures and note them beside its checkpoint; a collective call."""
+    """Score the state on the validation data, report the metrics and write them beside its checkpoint.
+
+    A collective call.
+    """
     config, ranks, tracker = worker.config, worker.ranks, worker.tracker
     start = time.perf_counter()
 
-    def made() -> nn.Module:
+    def build_model() -> nn.Module:
         return build(config, worker.train.num_classes, ranks.device)
 
-    with uncompiled():  # its canvases have any shape, each of which would be compiled
-        model = whole(state.model, made, state.averages)
+    with uncompiled():  # evaluation batches have many canvas shapes, and each would be compiled
+        model = whole(state.model, build_model, state.averages)
         evaluation = _score(config, model, worker.train, worker.val, ranks, _telling(tracker))
-    saver.finish()  # its figures are noted beside it
+    saver.finish()  # the metrics are written beside the checkpoint
     if evaluation is not None:
         path, epoch = checkpoint.folder_of(worker.home, state.step), worker.schedule.epoch(state.step)
         _tell_and_note(config, path, worker.val, evaluation, tracker, state.step, epoch, start)
@@ -57,16 +61,16 @@ def validate(worker: Worker, state: State, saver: Saver) -> None:
 
 
 def evaluate_checkpoint(config: RunConfig, path: Location, device: torch.device, tracker: Tracker | None) -> None:
-    """Do the same with a checkpoint, in this process alone: the same figures, as whoever evaluates has the same batches."""
+    """Score a checkpoint in this process alone; the metrics equal those of `validate`, because batches are the same."""
     start = time.perf_counter()
     train, val = open_data(config.data)
     meta = checkpoint.read_meta(path)
     model = build(config, meta.num_classes, device)
     checkpoint.load_weights(path, model, averaged=meta.ema)
-    last = meta.step >= meta.total_steps  # before that the run's phase is that of its training
+    last = meta.step >= meta.total_steps  # before the last step, the phase of the run is that of its training
     ranks = Ranks(device=device)
     evaluation = _score(config, model, train, val, ranks, _telling(tracker if last else None))
-    assert evaluation is not None  # rank 0 of one
+    assert evaluation is not None  # a single process is rank 0
     _tell_and_note(config, path, val, evaluation, tracker, meta.step, meta.epoch, start)
 
 
@@ -83,18 +87,14 @@ def _telling(tracker: Tracker | None) -> Progress:
 def _score(
     config: RunConfig, model: nn.Module, train: Manifest, val: Manifest, ranks: Ranks, progress: Progress
 ) -> Evaluation | None:
-    return evaluate(
-        model,
-        val,
-        train.categories,
-        transform=config.transform,
-        batch_size=config.evaluate.batch_size,
-        batching=config.evaluate.batching,
-        ranks=ranks,
-        threads=config.data.reader_threads,
-        limit=config.evaluate.limit,
-        progress=progress,
+    options = EvaluateOptions(
+        config.transform,
+        config.evaluate.batch_size,
+        config.evaluate.batching,
+        config.data.reader_threads,
+        config.evaluate.limit,
     )
+    return evaluate(model, val, train.categories, options, ranks=ranks, progress=progress)
 
 
 def _tell_and_note(
@@ -110,5 +110,5 @@ def _tell_and_note(
     if tracker:
         tell_evaluation(tracker, path, step, epoch, evaluation, start)
         tell_pictures(tracker, val, evaluation.detections, config.evaluate.pictures, step)
-    # Told first, noted last: a kill between the two repeats what is then dropped as told before.
+    # Report first, write last: after a kill in between, the evaluation is repeated and its reports are dropped as duplicates.
     checkpoint.write_evaluation(path, evaluation.score.metrics)

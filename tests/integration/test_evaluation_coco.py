@@ -12,7 +12,7 @@ from detr.config import ModelConfig, TransformConfig
 from detr.model import DETR, build_model
 from pipeline import checkpoint
 from pipeline.config import Batching, DataConfig, EvaluateConfig, RunConfig
-from pipeline.evaluate import Evaluation, evaluate
+from pipeline.evaluate import EvaluateOptions, Evaluation, evaluate
 from pipeline.parallel import Ranks
 from pipeline.recipes import OVERFIT
 from pipeline.state import Place
@@ -48,9 +48,8 @@ def val(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 def evaluated(
     model: DETR, data: Manifest, batch_size: int, batching: Batching, transform: TransformConfig = SMALL
 ) -> Evaluation:
-    found = evaluate(
-        model, data, data.categories, transform=transform, batch_size=batch_size, batching=batching, threads=1
-    )
+    options = EvaluateOptions(transform, batch_size, batching, threads=1)
+    found = evaluate(model, data, data.categories, options)
     assert found is not None
     return found
 

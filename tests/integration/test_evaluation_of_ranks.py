@@ -9,7 +9,7 @@ import torch
 from detr.model import build_model
 from pipeline import checkpoint
 from pipeline.config import RunConfig
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import EvaluateOptions, evaluate
 from pipeline.parallel import Ranks
 from pipeline.state import Place
 from pipeline.weights import save_initial
@@ -24,9 +24,8 @@ def evaluated(ranks: Ranks, config: RunConfig, limit: int = 0) -> Evaluated:
     torch.manual_seed(0)
     model = build_model(config.model, 4)
     val = load_manifest(config.data.val)
-    found = evaluate(
-        model, val, val.categories, transform=config.transform, batch_size=2, ranks=ranks, threads=1, limit=limit
-    )
+    options = EvaluateOptions(config.transform, batch_size=2, threads=1, limit=limit)
+    found = evaluate(model, val, val.categories, options, ranks=ranks)
     if found is None:
         return None
     detections = found.detections

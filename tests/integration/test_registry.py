@@ -22,7 +22,7 @@ from jobs.model_commands import evaluate as evaluate_command
 from pipeline import checkpoint
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError, RegistryError, TrackingError
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import EvaluateOptions, evaluate
 from pipeline.mlflow_store import TAG_FOLDER, connect, create_run
 from pipeline.parallel import Ranks
 from pipeline.predict import read_card, read_model
@@ -167,7 +167,7 @@ def test_a_registered_version_evaluates_as_the_model_in_memory(trained: Trained,
     model = build_model(trained.config.model, 4)
     checkpoint.load_weights(best[0], model)
     val = load_manifest(trained.config.data.val)
-    expected = evaluate(model, val, val.categories, transform=trained.config.transform, batch_size=2)
+    expected = evaluate(model, val, val.categories, EvaluateOptions(trained.config.transform, batch_size=2))
     found = evaluate_registered("models:/tiny@best", trained.config.data.val)
     assert expected is not None
     assert found.score.metrics == pytest.approx(expected.score.metrics, abs=1e-6)

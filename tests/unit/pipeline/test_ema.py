@@ -16,7 +16,7 @@ from pipeline import worker as module
 from pipeline.config import GuardConfig, OptimConfig, RunConfig
 from pipeline.ema import Ema, decay_at
 from pipeline.errors import RunConfigError
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import EvaluateOptions, evaluate
 from pipeline.parallel import Ranks
 from pipeline.state import Place
 from pipeline.step import StepResult, train_step
@@ -119,9 +119,8 @@ def test_the_average_is_what_is_evaluated(config: RunConfig, tmp_path: Path, mon
         True
     ] * 2
     val = load_manifest(config.data.val)
-    expected = evaluate(
-        loaded(config, tmp_path, 6, True), val, val.categories, transform=config.transform, batch_size=2
-    )
+    averaged = loaded(config, tmp_path, 6, True)
+    expected = evaluate(averaged, val, val.categories, EvaluateOptions(config.transform, batch_size=2))
     assert expected is not None
     assert checkpoint.read_evaluation(checkpoint.folder_of(tmp_path, 6)) == pytest.approx(expected.score.metrics)
 

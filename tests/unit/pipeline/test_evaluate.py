@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from detr.config import TransformConfig
 from detr.model import Outputs
 from pipeline.errors import RunConfigError, TrainingError
-from pipeline.evaluate import Evaluation, evaluate, match_categories
+from pipeline.evaluate import EvaluateOptions, Evaluation, Progress, evaluate, match_categories
 from pipeline.parallel import Ranks
 from shards.manifest import Category, Manifest, load_manifest
 from shards.score import to_coco_json
 from shards.write import WriteConfig, write_coco
 
 TRANSFORM = TransformConfig(eval_size=64, max_size=64)
+OPTIONS = EvaluateOptions(TRANSFORM, batch_size=2, threads=1)
 NAMES = ("circle", "square", "triangle", "cross")
 
 
 class Oracle(nn.Module):
-    """Answers with the truth of the images it is given, by recognising their pixels: AP 1 where all goes right."""
+    """A model that recognises images by their pixels and returns their ground truth, so that AP is 1."""
 
     def __init__(self, manifest: Manifest, categories: tuple[Category, ...], masks: bool = False) -> None:
         super().__init__()
@@ -75,9 +76,9 @@ def renumbered(tiny_data: Any, tmp_path: Path) -> Renumbered:
     def make(mapping: dict[int, tuple[int, str]]) -> Manifest:
         coco = json.loads((tiny_data.root / "coco" / "annotations" / "instances_val.json").read_text())
         coco["annotations"] = [
-            one | {"category_id": mapping[one["category_id"]][0]}
-            for one in coco["annotations"]
-            if one["category_id"] in mapping
+            annotation | {"category_id": mapping[annotation["category_id"]][0]}
+            for annotation in coco["annotations"]
+            if annotation["category_id"] in mapping
         ]
         coco["categories"] = [{"id": number, "name": name} for number, name in mapping.values()]
         path = tmp_path / "instances.json"
@@ -89,25 +90,29 @@ def renumbered(tiny_data: Any, tmp_path: Path) -> Renumbered:
 
 
 def score(
-    manifest: Manifest, categories: tuple[Category, ...], masks: bool = False, **more: Any
+    manifest: Manifest,
+    categories: tuple[Category, ...],
+    masks: bool = False,
+    options: EvaluateOptions = OPTIONS,
+    progress: Progress | None = None,
 ) -> tuple[Oracle, Evaluation]:
     oracle = Oracle(manifest, categories, masks)
-    found = evaluate(oracle, manifest, categories, transform=TRANSFORM, batch_size=2, threads=1, **more)
+    found = evaluate(oracle, manifest, categories, options, progress=progress)
     assert found is not None
     return oracle, found
 
 
-def test_a_model_that_knows_the_truth_scores_1_and_sees_each_image_once(tiny_data: Any) -> None:
+def test_perfect_predictions_score_1_and_each_image_is_seen_once(tiny_data: Any) -> None:
     manifest = load_manifest(tiny_data.val)
-    told: list[tuple[int, int]] = []
-    oracle, found = score(manifest, manifest.categories, progress=lambda done, total: told.append((done, total)))
+    reported: list[tuple[int, int]] = []
+    oracle, found = score(manifest, manifest.categories, progress=lambda done, total: reported.append((done, total)))
     assert found.score.metrics["AP"] == pytest.approx(1.0)
     assert oracle.calls == [2, 2, 1]
-    assert told == [(2, 5), (4, 5), (5, 5)]
+    assert reported == [(2, 5), (4, 5), (5, 5)]
     assert np.unique(found.detections.image_ids).tolist() == sorted(manifest.index().images["image_id"].tolist())
 
 
-def test_a_model_that_knows_where_each_object_is_scores_1_in_masks_as_well(tiny_data: Any) -> None:
+def test_perfect_masks_score_1(tiny_data: Any) -> None:
     manifest = load_manifest(tiny_data.val)
     _, found = score(manifest, manifest.categories, masks=True)
     assert found.score.metrics["AP"] == pytest.approx(1.0)
@@ -116,20 +121,20 @@ def test_a_model_that_knows_where_each_object_is_scores_1_in_masks_as_well(tiny_
     assert len(found.detections.masks) == 5 * 8
 
 
-def test_masks_of_classes_that_the_data_set_lacks_are_left_out_with_their_boxes(renumbered: Renumbered) -> None:
+def test_masks_of_unknown_classes_are_left_out_with_their_boxes(renumbered: Renumbered) -> None:
     subset = renumbered.make({2: (13, "square"), 4: (90, "cross")})
     categories = tuple(Category(number, name) for number, name in zip((7, 13, 21, 90), NAMES, strict=True))
     _, found = score(subset, categories, masks=True)
     assert found.score.metrics["mask_AP"] == pytest.approx(1.0)
-    assert [one.mask_ap for one in found.score.classes] == pytest.approx([1.0, 1.0])
+    assert [score.mask_ap for score in found.score.classes] == pytest.approx([1.0, 1.0])
 
 
-def test_the_model_is_evaluated_in_evaluation_mode_and_left_as_it_was(tiny_data: Any) -> None:
+def test_evaluation_mode_is_set_and_the_previous_mode_restored(tiny_data: Any) -> None:
     manifest = load_manifest(tiny_data.val)
     oracle = Oracle(manifest, manifest.categories)
     for mode in (True, False):
         oracle.train(mode)
-        evaluate(oracle, manifest, manifest.categories, transform=TRANSFORM, batch_size=5, threads=1)
+        evaluate(oracle, manifest, manifest.categories, replace(OPTIONS, batch_size=5))
         assert oracle.training is mode
     assert oracle.modes == [False, False]
 
@@ -139,38 +144,38 @@ def test_the_model_is_evaluated_in_evaluation_mode_and_left_as_it_was(tiny_data:
     [(0, 1, 2, 3), (1, 2, 3, 4), (7, 13, 21, 90), (90, 21, 13, 7)],
     ids=["0-based", "1-based", "gaps", "permuted"],
 )
-def test_category_ids_of_any_numbering_come_back_in_the_results(renumbered: Renumbered, ids: tuple[int, ...]) -> None:
+def test_results_have_the_category_ids_of_any_numbering(renumbered: Renumbered, ids: tuple[int, ...]) -> None:
     manifest = renumbered.make({old: (new, NAMES[old - 1]) for old, new in zip((1, 2, 3, 4), ids, strict=True)})
     _, found = score(manifest, manifest.categories)
     assert found.score.metrics["AP"] == pytest.approx(1.0)
     results = to_coco_json(manifest, found.detections)
-    sure = sorted((one["image_id"], one["category_id"]) for one in results if one["score"] > 0.5)
+    sure = sorted((result["image_id"], result["category_id"]) for result in results if result["score"] > 0.5)
     index = manifest.index()
     truth = [
-        (int(index.images["image_id"][one["image"]]), manifest.categories[one["label"]].id) for one in index.annotations
+        (int(index.images["image_id"][row["image"]]), manifest.categories[row["label"]].id) for row in index.annotations
     ]
     assert sure == sorted(truth)
 
 
-def test_a_data_set_that_lists_the_categories_in_another_way_is_mapped_by_id(renumbered: Renumbered) -> None:
+def test_labels_are_mapped_by_category_id(renumbered: Renumbered) -> None:
     """A model of ids 7 to 90 meets a data set with two of them: its labels 1 and 3 are the data set's 0 and 1."""
     subset = renumbered.make({2: (13, "square"), 4: (90, "cross")})
     categories = tuple(Category(number, name) for number, name in zip((7, 13, 21, 90), NAMES, strict=True))
     assert match_categories(categories, subset).tolist() == [-1, 0, -1, 1]
     _, found = score(subset, categories)
     assert found.score.metrics["AP"] == pytest.approx(1.0)
-    assert [one.name for one in found.score.classes] == ["square", "cross"]
+    assert [score.name for score in found.score.classes] == ["square", "cross"]
 
 
-def test_a_data_set_with_more_classes_than_the_model_scores_the_missing_ones_0(renumbered: Renumbered) -> None:
+def test_classes_that_the_model_lacks_score_0(renumbered: Renumbered) -> None:
     manifest = renumbered.make({number: (number, name) for number, name in enumerate(NAMES, start=1)})
     _, found = score(manifest, (Category(2, "square"),))
-    aps = {one.name: one.ap for one in found.score.classes}
+    aps = {score.name: score.ap for score in found.score.classes}
     assert aps["square"] == pytest.approx(1.0)
     assert all(ap <= 0 for name, ap in aps.items() if name != "square")
 
 
-def test_an_id_that_stands_for_another_name_is_refused(tiny_data: Any) -> None:
+def test_a_category_id_with_another_name_is_refused(tiny_data: Any) -> None:
     manifest = load_manifest(tiny_data.val)
     with pytest.raises(RunConfigError, match=r"category 2 is 'bus' to the model and 'square' in .*expected the same"):
         match_categories((Category(1, "circle"), Category(2, "bus")), manifest)
@@ -181,9 +186,9 @@ def test_a_data_set_that_shares_no_category_is_refused(tiny_data: Any) -> None:
         match_categories((Category(70, "toaster"),), load_manifest(tiny_data.val))
 
 
-def test_a_limit_scores_so_many_images_alone(tiny_data: Any) -> None:
+def test_a_limit_scores_only_that_many_images(tiny_data: Any) -> None:
     manifest = load_manifest(tiny_data.val)
-    oracle, found = score(manifest, manifest.categories, limit=3)
+    oracle, found = score(manifest, manifest.categories, options=replace(OPTIONS, limit=3))
     assert oracle.calls == [2, 1]
     assert len(np.unique(found.detections.image_ids)) == found.images == 3
     assert found.score.metrics["AP"] == pytest.approx(1.0)
@@ -197,7 +202,7 @@ def test_an_image_that_two_ranks_delivered_is_refused(tiny_data: Any, monkeypatc
 
 
 def test_boxes_come_back_in_pixels_of_the_original_image(tiny_data: Any) -> None:
-    """The model sees 64 px images at 96 px; what it finds is told in the 64 px."""
+    """The model sees 64 px images at 96 px; its boxes are in pixels of the 64 px images."""
     manifest = load_manifest(tiny_data.val)
 
     class Centre(nn.Module):
@@ -206,13 +211,7 @@ def test_boxes_come_back_in_pixels_of_the_original_image(tiny_data: Any) -> None
             logits = torch.zeros(len(images), 1, 5)
             return Outputs(logits, torch.tensor([[[0.5, 0.5, 0.25, 0.5]]]).expand(len(images), 1, 4))
 
-    found = evaluate(
-        Centre(),
-        manifest,
-        manifest.categories,
-        transform=replace(TRANSFORM, eval_size=96, max_size=96),
-        batch_size=2,
-        threads=1,
-    )
+    options = replace(OPTIONS, transform=replace(TRANSFORM, eval_size=96, max_size=96))
+    found = evaluate(Centre(), manifest, manifest.categories, options)
     assert found is not None
     np.testing.assert_allclose(found.detections.boxes_xywh, np.tile([24.0, 16.0, 16.0, 32.0], (5, 1)), atol=1e-5)

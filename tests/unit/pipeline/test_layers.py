@@ -16,11 +16,11 @@ from pipeline.evaluate import Evaluation, evaluate, evaluate_readings
 from pipeline.layers import LayerScore, evaluate_layers
 from pipeline.report import layers_table
 from shards.manifest import Manifest, load_manifest
-from tests.unit.pipeline.test_evaluate import TRANSFORM, Oracle
+from tests.unit.pipeline.test_evaluate import OPTIONS, Oracle
 
 
 class ThreeLayers(nn.Module):
-    """The first layer finds every object twice, each time as sure as before; the second sees nothing; the third knows."""
+    """A model whose first layer finds every object twice, whose second finds none and whose third finds each once."""
 
     def __init__(self, oracle: Oracle, config: Any) -> None:
         super().__init__()
@@ -46,18 +46,18 @@ def three_layers(manifest: Manifest, tiny_config: RunConfig, auxiliary: bool = T
 
 
 def scores(model: Any, manifest: Manifest, **more: Any) -> list[LayerScore]:
-    found = evaluate_layers(model, manifest, manifest.categories, transform=TRANSFORM, batch_size=2, threads=1, **more)
+    found = evaluate_layers(model, manifest, manifest.categories, OPTIONS, **more)
     assert found is not None
     return found
 
 
 @pytest.mark.parametrize("auxiliary", [True, False])
-def test_suppression_mends_the_layer_that_finds_objects_twice(
+def test_suppression_repairs_a_layer_that_finds_objects_twice(
     manifest: Manifest, tiny_config: RunConfig, auxiliary: bool
 ) -> None:
     model = three_layers(manifest, tiny_config, auxiliary)
     found = scores(model, manifest)
-    ap = {(one.layer, one.nms): one.metrics["AP"] for one in found}
+    ap = {(score.layer, score.nms): score.metrics["AP"] for score in found}
     assert list(ap) == [(1, None), (1, 0.7), (2, None), (2, 0.7), (3, None), (3, 0.7), (None, 0.7)]
     assert 0.1 < ap[1, None] < 0.9
     assert ap[2, None] < 0.5
@@ -71,17 +71,17 @@ def test_each_image_goes_through_the_model_once(manifest: Manifest, tiny_config:
     assert model.oracle.calls == [2, 2, 1]
 
 
-def test_the_threshold_is_the_callers_and_has_to_be_an_iou(manifest: Manifest, tiny_config: RunConfig) -> None:
+def test_the_nms_threshold_is_an_option_and_must_be_an_iou(manifest: Manifest, tiny_config: RunConfig) -> None:
     model = three_layers(manifest, tiny_config)
     found = scores(model, manifest, nms=0.99)  # the two sights of an object overlap by less
-    assert [one.nms for one in found] == [None, 0.99] * 3 + [0.99]
+    assert [score.nms for score in found] == [None, 0.99] * 3 + [0.99]
     assert found[0].metrics == found[1].metrics
     with pytest.raises(ConfigError, match="nms: got 7, expected an IoU above 0, at most 1"):
         scores(model, manifest, nms=7)
 
 
 @pytest.mark.parametrize("auxiliary", [True, False])
-def test_the_last_layer_of_a_detr_without_suppression_is_what_an_evaluation_scores(
+def test_the_last_layer_without_suppression_equals_an_evaluation(
     manifest: Manifest, tiny_config: RunConfig, auxiliary: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[Evaluation] = []
@@ -93,10 +93,10 @@ def test_the_last_layer_of_a_detr_without_suppression_is_what_an_evaluation_scor
     monkeypatch.setattr(layers, "evaluate_readings", keeping)
     torch.manual_seed(0)
     model = build_model(replace(tiny_config.model, auxiliary=auxiliary), 4)
-    plain = evaluate(model, manifest, manifest.categories, transform=TRANSFORM, batch_size=2, threads=1)
+    plain = evaluate(model, manifest, manifest.categories, OPTIONS)
     scores(model, manifest)
     assert plain is not None
-    first, _, last, _, merged = [one.detections for one in kept]
+    first, _, last, _, merged = [evaluation.detections for evaluation in kept]
     np.testing.assert_allclose(last.boxes_xywh, plain.detections.boxes_xywh, rtol=1e-6)
     np.testing.assert_allclose(last.scores, plain.detections.scores, rtol=1e-6)
     assert not np.allclose(first.scores, last.scores, rtol=1e-3)
@@ -104,7 +104,7 @@ def test_the_last_layer_of_a_detr_without_suppression_is_what_an_evaluation_scor
     assert len(merged) < len(first) + len(last)
 
 
-def test_the_table_has_a_line_per_layer_and_one_for_all_of_them() -> None:
+def test_the_table_has_a_line_per_layer_and_one_for_all() -> None:
     kinds = [(1, None, 0.25), (1, 0.6, 0.5), (2, None, -1.0), (2, 0.6, 0.75), (None, 0.6, 1.0)]
     table = layers_table([LayerScore(layer, nms, {"AP": ap, "AP50": ap / 2}) for layer, nms, ap in kinds])
     assert [line.split() for line in table.splitlines()[2:]] == [
