@@ -1,7 +1,7 @@
-"""One shard, from the image files to the tar: what a worker does, wherever it runs.
+"""Write one shard from its image files, in any process or on any node.
 
-The bytes are a function of the input alone. Beside the finished tar lies a note of what went into it and what it holds,
-so that a later run can tell that it is the one it would write.
+The bytes are a function of the input alone. A note beside the finished tar lists its images and contents, so that a later
+run can recognise it as the shard it would write.
 """
 
 import socket
@@ -23,7 +23,7 @@ from shards.tars import SEGMENTATIONS, TarMember, TarWriter, file_digest, sample
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and the JSON of it and its annotations, as the source has them."""
+    """An image, and its entry and annotations as JSON text of the source."""
 
     image: ImageSource
     text: bytes
@@ -32,10 +32,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Part:
-    """The samples of one shard in their order; ``folder`` is that of the images. Goes to other processes.
+    """A shard to be written: its samples in their order, and the folder or URL of their images. Picklable.
 
-    ``write`` is false where it is clear by now that nothing will be written, and defects alone are asked for. ``masks`` is
-    true where the source has segmentations, which are then looked at.
+    Without `write` the shard is only checked for defects, as the data set cannot be written anyway. `masks`: the source
+    has segmentations, so check them too.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Part:
 
 
 class Place(msgspec.Struct, frozen=True, gc=False, array_like=True):
-    """Where the members of a sample lie: encoded image, and segmentations (length 0 where it has none)."""
+    """Offsets of a sample's members: encoded image, and segmentations (length 0 when there are none)."""
 
     image_id: int
     offset: int
@@ -59,13 +59,10 @@ class Place(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 
 class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What became of a part.
+    """Result of writing a shard.
 
-    Attributes:
-        shard: the tar; None where no sample is left for one.
-        read: crc32 of each image file of the part, -1 where there was none.
-        places: of the samples in the tar, in their order.
-        defects: what was found in the image files and the segmentations.
+    `shard` is the tar, or None when it has no samples or was not to be written; `read` the crc32 of each image file, -1
+    when it is missing; `places` the samples in the tar, in their order; `defects` those of image files and segmentations.
     """
 
     shard: Shard | None
@@ -75,9 +72,9 @@ class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def write_part(part: Part, stage: Stage, done: Callable[[int], None]) -> Written:
-    """Write one shard, or take the finished one of a run that was stopped; ``done`` is told of images gone through.
+    """Write one shard, or reuse the finished one of a stopped run; call `done` with the number of images processed.
 
-    Raises ShardError where this process does not see the images or the stage, and OSError where it cannot write.
+    Raise `ShardError` when this process does not see the images or the stage, and `OSError` when it cannot write.
     """
     folder = storage.local_path(part.folder)
     if folder is not None and not folder.is_dir():
@@ -102,7 +99,7 @@ def write_part(part: Part, stage: Stage, done: Callable[[int], None]) -> Written
             read.append(image.crc32)
             defects += image.defects
             failed = failed or not (image.sound or part.quarantine)
-            with _few_brackets(sample):
+            with _refuse_deep_nesting(sample):
                 if part.masks and image.sound:
                     _, _, width, height = sample.image
                     defects += outline_defects(sample.image.image_id, sample.annotations, height, width)
@@ -119,28 +116,31 @@ def write_part(part: Part, stage: Stage, done: Callable[[int], None]) -> Written
 
 
 def sample_texts(sample: Sample) -> tuple[bytes, bytes]:
-    """A sample's JSON, and that of its segmentations (empty where none of its annotations has one).
+    """Return a sample's JSON, and that of its segmentations (empty when none of its annotations has one).
 
-    They go apart: they are most of the text, and detection never reads them. Numbers stay as they are written.
+    Segmentations are a member of their own: they are most of the text, and detection never reads them. Numbers keep the
+    digits of the source.
     """
     annotations = [msgspec.json.decode(text, type=dict[str, msgspec.Raw]) for text in sample.annotations]
     segmentations = [annotation.pop("segmentation", _NULL) for annotation in annotations]
     entry = msgspec.json.encode({"image": msgspec.Raw(sample.text), "annotations": annotations})
-    some = any(bytes(one) != b"null" for one in segmentations)
-    text = msgspec.json.format(msgspec.json.encode(segmentations), indent=-1) if some else b""
+    text = b""
+    if any(bytes(segmentation) != b"null" for segmentation in segmentations):
+        text = msgspec.json.format(msgspec.json.encode(segmentations), indent=-1)
     return msgspec.json.format(entry, indent=-1), text
 
 
 @contextmanager
-def _few_brackets(sample: Sample) -> Iterator[None]:
-    """The deeper in calls a process is, the fewer brackets it can follow, so a worker may find too many first."""
+def _refuse_deep_nesting(sample: Sample) -> Iterator[None]:
+    """Raise `ShardError` for JSON that nests too deeply.
+
+    The source was parsed before, but a worker may have less of the recursion limit left than the parent had.
+    """
     try:
         yield
     except RecursionError:
-        who = f"image {sample.image.image_id} ({sample.image.name})"
-        raise ShardError(
-            f"{who}: brackets in its JSON are nested too deeply; expected COCO's instances format"
-        ) from None
+        name = f"image {sample.image.image_id} ({sample.image.name})"
+        raise ShardError(f"{name}: its JSON is nested too deeply; expected COCO's instances format") from None
 
 
 _NULL = msgspec.Raw(b"null")
@@ -150,16 +150,22 @@ _NO_MEMBER = TarMember("", 0, 0, 0)
 def _add(tar: TarWriter, sample: Sample, image: ImageFile) -> Place:
     key = sample_key(sample.image.image_id)
     entry, text = sample_texts(sample)
-    picture = tar.add(f"{key}.{image.extension}", image.content, image.crc32)
+    encoded = tar.add(f"{key}.{image.extension}", image.content, image.crc32)
     tar.add(f"{key}.json", entry)
-    texts = tar.add(key + SEGMENTATIONS, text) if text else _NO_MEMBER
+    segmentations = tar.add(key + SEGMENTATIONS, text) if text else _NO_MEMBER
     return Place(
-        sample.image.image_id, picture.offset, picture.length, picture.crc32, texts.offset, texts.length, texts.crc32
+        image_id=sample.image.image_id,
+        offset=encoded.offset,
+        length=encoded.length,
+        crc32=encoded.crc32,
+        text_offset=segmentations.offset,
+        text_length=segmentations.length,
+        text_crc32=segmentations.crc32,
     )
 
 
 def _finished(part: Part, stage: Stage) -> Written | None:
-    """The shard of an earlier run where it is whole and of the same images."""
+    """Return the shard of an earlier run if it is complete and of the same images."""
     note = stage.read_note(part.name)
     if note is None:
         return None
@@ -167,7 +173,7 @@ def _finished(part: Part, stage: Stage) -> Written | None:
         written = msgspec.json.decode(note, type=Written)
     except msgspec.DecodeError:
         return None
-    if written.shard is not None and not _whole(storage.join(stage.url, part.name), written.shard):
+    if written.shard is not None and not _is_complete(storage.join(stage.url, part.name), written.shard):
         return None
     same = all(
         checksum(read_content(part.folder, sample.image.name)) == expected
@@ -176,12 +182,12 @@ def _finished(part: Part, stage: Stage) -> Written | None:
     return written if same and len(written.read) == len(part.samples) else None
 
 
-def _whole(url: str, shard: Shard) -> bool:
+def _is_complete(url: str, shard: Shard) -> bool:
     try:
         if storage.size(url) != shard.bytes:
             return False
     except FileNotFoundError:
         return False
     path = storage.local_path(url)
-    # What was uploaded whole stays as it is; a local file may have been cut by a crash of the machine, or touched.
+    # An uploaded file is complete; a local one may have been truncated by a crash of the machine, or changed.
     return path is None or file_digest(path) == shard.sha256

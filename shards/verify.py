@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,14 @@ from shards.manifest import Manifest, Shard, check_file, load_index, load_manife
 from shards.retry import StoreError
 from shards.tars import TarMember, file_digest, image_members, scan_tar, text_members
 
-# (shards checked, shards in all)
+# Called with (shards checked, shards in all).
 Progress = Callable[[int, int], None]
+_FIELDS = ("offset", "length", "crc32")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was checked, and everything that is wrong, each in one line; ``ok`` where nothing is."""
+    """Result of a check: sizes of the data set, and its problems in one line each."""
 
     url: str
     images: int
@@ -30,15 +31,15 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether the data set is exactly what was written."""
+        """True when no problem was found."""
         return not self.problems
 
 
 def verify(url: str | os.PathLike[str], progress: Progress | None = None) -> Report:
-    """Hash every file of a data set again and compare every sample with the index.
+    """Hash every file of a data set and compare every sample with the index.
 
-    Damage is reported, not raised, and told as closely as possible: which shard is absent, truncated or changed, and
-    which images of it are hit. Raises ShardError only where there is no manifest to check against.
+    Damage is reported and not raised, as precisely as possible: which shard is missing, truncated or changed, and which
+    of its images are affected. Raise `ShardError` only when there is no manifest to check against.
     """
     manifest = load_manifest(url)
     problems = [problem for file in manifest.files if (problem := check_file(manifest, file.name)) is not None]
@@ -58,11 +59,11 @@ def verify(url: str | os.PathLike[str], progress: Progress | None = None) -> Rep
 
 
 def check_sizes(manifest: Manifest) -> None:
-    """Look at every shard's size, without reading it: finds absent and truncated shards in moments.
+    """Compare the size of every shard with the manifest, without reading it: fast, and finds missing or truncated shards.
 
-    Raises ShardError naming the first that is not as the manifest says.
+    Raise `ShardError` naming the first shard that differs.
     """
-    with ThreadPoolExecutor(16) as pool:  # a remote store takes tens of milliseconds for each answer
+    with ThreadPoolExecutor(16) as pool:  # each answer of a remote store takes tens of milliseconds
         for _ in pool.map(lambda shard: _check_size(storage.join(manifest.url, shard.name), shard), manifest.shards):
             pass
 
@@ -107,31 +108,32 @@ def _check_tar(url: str, path: Path, length: int, shard: Shard, records: Records
     try:
         members = scan_tar(path)
     except ShardError:
-        members = []  # the hash says so as well
+        members = []  # the hash differs as well
     problem = _difference(members, shard, records)
     if changed:
-        where = problem or "its images are whole, but something beside them changed"
-        return [f"{url}: its sha256 is not the manifest's: {where}: copy it again"]
+        problem = problem or "its images are unchanged, but other bytes of it differ"
+        return [f"{url}: its sha256 is not the manifest's: {problem}: copy it again"]
     return [f"{url}: {problem}: write the data set again"] if problem else []
 
 
 def _difference(members: list[TarMember], shard: Shard, records: Records | None) -> str | None:
-    """What distinguishes a tar's samples from the manifest's count and the index's records."""
+    """Return how a tar's samples differ from the manifest's count and the index's records, or None."""
     images = image_members(members)
-    if len(images) < shard.samples:  # a foreign sample may have more, such as masks
+    if len(images) < shard.samples:  # foreign samples may have more, such as masks
         return f"got {len(images)} images, expected {shard.samples}"
     if records is None:
         return None
-    # By place and not by name, since names of foreign tars do not tell the id.
-    for what, prefix, found in (("images", "", images), ("segmentations", "text_", text_members(members).values())):
-        places = {_place(member) for member in found} | ({(0, 0, 0)} if prefix else set())
-        fields = ("image_id", f"{prefix}offset", f"{prefix}length", f"{prefix}crc32")
-        expected = zip(*(records[field].tolist() for field in fields), strict=True)
-        wrong = [one for one, *place in expected if tuple(place) not in places]
-        if wrong:
-            return f"{what} of {len(wrong)} samples differ from the index, such as image {wrong[0]}"
-    return None
+    no_member = TarMember("", 0, 0, 0)  # a sample may have no segmentations
+    return _wrong_samples("images", images, records, "") or _wrong_samples(
+        "segmentations", [no_member, *text_members(members).values()], records, "text_"
+    )
 
 
-def _place(member: TarMember) -> tuple[int, int, int]:
-    return member.offset, member.length, member.crc32
+def _wrong_samples(kind: str, members: Iterable[TarMember], records: Records, prefix: str) -> str | None:
+    """Compare members by offset, not by name: names in foreign tars do not give the image id."""
+    found = {(member.offset, member.length, member.crc32) for member in members}
+    ids, *columns = (records[name].tolist() for name in ("image_id", *(prefix + name for name in _FIELDS)))
+    wrong = [
+        image_id for image_id, expected in zip(ids, zip(*columns, strict=True), strict=True) if expected not in found
+    ]
+    return f"{kind} of {len(wrong)} samples differ from the index, such as image {wrong[0]}" if wrong else None

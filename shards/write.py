@@ -1,9 +1,9 @@
-"""A COCO data set into reproducible WebDataset tars with an index and a manifest.
+"""Write a COCO data set as reproducible WebDataset tars with an index and a manifest.
 
-A data set is whole or absent: everything is written aside, flushed and renamed, or, where ``out`` is a URL, marked by a
-manifest that comes last. The bytes are a function of the input alone: images are ordered by a hash of their id, tar
-headers are fixed, and workers take whole shards. A run that was stopped leaves its finished shards, and the same command
-goes on from there.
+A data set is complete or absent: everything is written to another folder, flushed and renamed; at a URL, the manifest is
+written last. The bytes are a function of the input alone: images are ordered by a hash of their id, tar headers are
+fixed, and each worker writes whole shards. A stopped run leaves its finished shards, and the same command continues from
+them.
 """
 
 import functools
@@ -40,9 +40,9 @@ from shards.records import annotation_records, image_records, npy
 from shards.source import Source, read_source
 from shards.staging import Stage, staging
 
-# (images done, images in all), never called from two threads at once.
+# Called with (images done, images in all), never from two threads at once.
 Progress = Callable[[int, int], None]
-# A function of one part over many parts, results in their order; the function and what it takes and gives are picklable.
+# Applies a function to many parts and returns the results in their order; function, parts and results are picklable.
 Map = Callable[[Callable[[Part], Written], Iterable[Part]], Iterable[Written]]
 
 
@@ -55,16 +55,15 @@ def write_coco(
     map: Map | None = None,
     lost: Lost | None = None,
 ) -> Manifest:
-    """Write the COCO data set (image folder or URL, JSON file) as a data set in the new folder or URL ``out``.
+    """Write a COCO data set (image folder or URL, JSON file) to the new folder or URL `out` and return its manifest.
 
-    Where ``out`` already holds exactly this data set, it is left as it is. ``map`` runs the parts elsewhere instead of in
-    ``config.workers`` processes; images and ``out`` must be visible from there. ``lost`` counts and is reported with what
-    the JSON lists.
+    If `out` already holds exactly this data set, it is left unchanged. `map` runs the shard jobs elsewhere instead of in
+    `config.workers` processes; images and `out` must be visible from there. `lost` is counted and reported with the
+    entries of the JSON.
 
-    Raises:
-        ShardError: an input is absent or not COCO, or ``out`` is not free or cannot be written.
-        SourceError: images or annotations are defective (all are collected) and ``config.on_defect`` is ``fail``; nothing
-            is left behind but ``OUT.report.json``.
+    Raise `ShardError` when an input is missing or not COCO, or `out` is not free or cannot be written; `SourceError` with
+    all defects when images or annotations are defective and `config.on_defect` is `fail`: then only `OUT.report.json` is
+    written.
     """
     config = config or WriteConfig()
     out = storage.absolute(os.fspath(out))
@@ -95,8 +94,8 @@ def write_coco(
             _write_rest(source, written, defects, stage, config, name)
         storage.remove(report_url)  # of an earlier run that failed
     except OSError as error:
-        absent = isinstance(error, FileNotFoundError) and storage.local_path(out) is None
-        remedy = "make the bucket first, or correct the address" if absent else "make room or choose another place"
+        no_bucket = isinstance(error, FileNotFoundError) and storage.local_path(out) is None
+        remedy = "make the bucket first, or correct the address" if no_bucket else "free space or choose another folder"
         raise ShardError(f"{out}: cannot be written: {error}; {remedy}") from error
     return load_manifest(out)
 
@@ -104,24 +103,24 @@ def write_coco(
 def _with_lost(source: Source, lost: Lost) -> Source:
     listed = source.listed[0] + lost.images, source.listed[1] + lost.annotations
     last = int(source.images.ids.max(initial=0)) if source.limited else MAX_IMAGE_ID
-    told = (defect for defect in lost.defects if defect.image_id is None or defect.image_id <= last)
-    return replace(source, listed=listed, defects=(*told, *source.defects))
+    defects = (defect for defect in lost.defects if defect.image_id is None or defect.image_id <= last)
+    return replace(source, listed=listed, defects=(*defects, *source.defects))
 
 
 def shard_rows(images: int, samples_per_shard: int) -> list[range]:
-    """The rows of each shard."""
+    """Return the rows of each shard."""
     starts = range(0, images, samples_per_shard)
     return [range(start, min(start + samples_per_shard, images)) for start in starts]
 
 
 def _order(source: Source) -> Ints:
-    """Images by a hash of their id, so that every shard is a fair sample, whatever the order of the JSON."""
+    """Return image rows by a hash of their id, so that every shard is a fair sample whatever the order of the JSON."""
     ids = source.images.ids
     return np.lexsort((ids, hashes((), ids)))
 
 
 def _key(source: Source, config: WriteConfig, name: str) -> str:
-    parts = (FORMAT, source.digest, config.samples_per_shard, name, config.on_defect)  # the name tells a limit
+    parts = (FORMAT, source.digest, config.samples_per_shard, name, config.on_defect)  # the name includes a limit
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 
 
@@ -135,7 +134,7 @@ def _parts(source: Source, config: WriteConfig) -> Iterator[Part]:
         samples = []
         for row in order[rows.start : rows.stop]:
             first, count = int(source.first[row]), int(source.count[row])
-            annotations = [bytes(texts[one]) for one in source.rows[first : first + count].tolist()]
+            annotations = [bytes(texts[position]) for position in source.rows[first : first + count].tolist()]
             samples.append(Sample(source.image(row), bytes(source.images.texts[row]), annotations))
         yield Part(f"shard-{number:06d}.tar", source.folder, samples, write, quarantine, masks)
 
@@ -145,7 +144,7 @@ def _write_parts(
 ) -> Iterator[Written]:
     total, count = len(source.images), 0
 
-    def so_far(done: int) -> None:
+    def report(done: int) -> None:
         nonlocal count
         if done > count and progress is not None:
             progress(done, total)
@@ -154,13 +153,13 @@ def _write_parts(
     parts = _parts(source, config)
     if map is not None:
         for written in map(functools.partial(write_part, stage=stage, done=_ignore), parts):
-            so_far(count + len(written.read))
+            report(count + len(written.read))
             yield written
     elif config.workers:
-        yield from process_map(functools.partial(_write_part, stage), parts, config.workers, so_far)
+        yield from process_map(functools.partial(_write_part, stage), parts, config.workers, report)
     else:
         for part in parts:
-            yield write_part(part, stage, lambda done: so_far(count + done))
+            yield write_part(part, stage, lambda done: report(count + done))
 
 
 def _write_part(stage: Stage, part: Part, done: Callable[[int], None]) -> Written:
@@ -168,13 +167,13 @@ def _write_part(stage: Stage, part: Part, done: Callable[[int], None]) -> Writte
 
 
 def _ignore(_: int) -> None:
-    """What no one counts."""
+    """Progress of a shard job elsewhere, which is counted when it ends."""
 
 
 def _write_rest(
     source: Source, written: list[Written], defects: list[Defect], stage: Stage, config: WriteConfig, name: str
 ) -> None:
-    """The index, the report, and last of all the manifest."""
+    """Write the index, the report and, last, the manifest."""
     images, rows = image_records(source, written)
     annotations = annotation_records(source, rows)
     report = make_report(config.on_defect, defects, source.listed, (len(images), len(annotations)))
@@ -187,7 +186,7 @@ def _write_rest(
     _check_there(stage, {shard.name: shard.bytes for shard in shards})
     for file_name, content in contents.items():
         stage.write(file_name, content)
-    # Beside the manifest and not in it: words of another version of a decoder make no other data set.
+    # Not in the manifest: messages of another decoder version must not change the data set's digest.
     stage.write(REPORT_NAME, report.to_json())
     manifest = Manifest(
         format=FORMAT,
@@ -207,11 +206,11 @@ def _write_rest(
 
 
 def _check_there(stage: Stage, shards: dict[str, int]) -> None:
-    """Workers elsewhere said that they wrote them; only what is seen from here is there."""
+    """Raise `ShardError` when shards that workers reported as written are not visible to this process."""
     present = storage.listing(stage.url)
     absent = [name for name, length in shards.items() if present.get(name) != length]
     if absent:
         raise ShardError(
-            f"{stage.url}: {len(absent)} shards that workers wrote are not seen from here, such as {absent[0]}; expected "
+            f"{stage.url}: {len(absent)} shards that workers wrote are not visible here, such as {absent[0]}; expected "
             "--out to be visible from every process and node: give a shared folder or a URL"
         )

@@ -150,7 +150,7 @@ def test_area_and_iscrowd_may_be_absent(coco):
     assert record["iscrowd"] == 0
 
 
-def test_endless_brackets_are_one_line(coco):
+def test_endlessly_nested_json_is_one_line(coco):
     text = json.dumps(coco.data)
     deep = "[" * 3000 + "]" * 3000
     for content in (text.replace('"bbox"', f'"x": {deep}, "bbox"', 1), text[:-1] + f', "x": {deep}}}'):
@@ -160,12 +160,12 @@ def test_endless_brackets_are_one_line(coco):
 
 
 @pytest.mark.parametrize("where", ["sample_texts", "outline_defects"])
-def test_brackets_that_only_a_worker_finds_too_deep_are_one_line(coco, monkeypatch, where):
+def test_json_too_deep_for_a_worker_is_one_line(coco, monkeypatch, where):
     def fails(*_):
         raise RecursionError
 
     monkeypatch.setattr(part, where, fails)
-    with pytest.raises(ShardError, match=r"image \d+ \(picture \d.*\): brackets in its JSON are nested too deeply"):
+    with pytest.raises(ShardError, match=r"image \d+ \(picture \d.*\): its JSON is nested too deeply"):
         coco.write()
 
 

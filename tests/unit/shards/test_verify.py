@@ -47,7 +47,7 @@ def test_a_flipped_bit_beside_the_images_is_noticed(coco, written):
     end = record["offset"] + record["length"]
     damage(coco.root / "out" / "shard-000001.tar", (end + 511) // 512 * 512 + 512 + 10)  # inside the annotations
     (problem,) = problems(coco)
-    assert "its images are whole, but something beside them changed" in problem
+    assert "its images are unchanged, but other bytes of it differ" in problem
 
 
 def test_a_flipped_bit_of_segmentations_names_the_image(coco, written):

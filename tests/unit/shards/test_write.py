@@ -228,7 +228,7 @@ def test_parts_may_run_elsewhere_and_must_be_seen_from_here(coco):
             (coco.root / "lost.partial" / written.shard.name).unlink()
             yield written
 
-    with pytest.raises(ShardError, match=r"4 shards that workers wrote are not seen from here, .*shard-000000.tar"):
+    with pytest.raises(ShardError, match=r"4 shards that workers wrote are not visible here, .*shard-000000.tar"):
         write_coco(*places, coco.root / "lost", config, map=somewhere_else)
     assert not (coco.root / "lost").exists()
 
