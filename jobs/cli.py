@@ -40,7 +40,7 @@ def check(argv: Sequence[str]) -> None:
 
 
 COMMANDS: dict[str, Command] = {
-    "demo": Command("Train and evaluate a small model on built-in data, in a few minutes", run_commands.demo),
+    "demo": Command("Train, register and evaluate a small model on built-in data, in minutes", run_commands.demo),
     "shard": Command("Make, verify and describe data sets: shard coco|voc|yolo|index|verify|info", data_commands.shard),
     "train": Command("Train a recipe: train RECIPE [--any.field value ...]", run_commands.train),
     "show": Command("Print the configuration of a recipe: show RECIPE [--any.field value ...]", run_commands.show),

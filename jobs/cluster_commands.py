@@ -22,8 +22,8 @@ class Submit:
     spec: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SPEC")]
     """Name of an entry in jobs/spec.py. `local` uses this machine's Python and current folder."""
     address: str | None = None
-    """URL of the cluster's job server, http(s)://HOST:8265. The default is the spec's own address; for `local` that is
-    RAY_API_SERVER_ADDRESS, or this machine if it is not set."""
+    """URL of the cluster's job server, http(s)://HOST:8265.
+    The default is the spec's own address: for `local`, RAY_API_SERVER_ADDRESS or else this machine."""
     follow: Flag = False
     """Print the job's log until the job ends."""
 
@@ -55,8 +55,8 @@ class Cluster:
     """List the jobs of a cluster, newest first."""
 
     address: str | None = None
-    """URL of the cluster's job server, http(s)://HOST:8265. The default is RAY_API_SERVER_ADDRESS, or this machine if it
-    is not set."""
+    """URL of the cluster's job server, http(s)://HOST:8265.
+    The default is RAY_API_SERVER_ADDRESS, or this machine if it is not set."""
 
 
 @dataclass(frozen=True)

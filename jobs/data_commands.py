@@ -38,8 +38,8 @@ class Target:
     """Folder or URL (such as s3://BUCKET/NAME) of the new data set."""
     write: Annotated[WriteConfig, *_FLAGS] = _WRITE
     address: str | None = None
-    """Address of a Ray cluster whose nodes write the shards: HOST:6379, ray://HOST:10001 or auto. The default writes them
-    on this machine."""
+    """Address of a Ray cluster whose nodes write the shards: HOST:6379, ray://HOST:10001 or auto.
+    The default writes them on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,11 +24,11 @@ class Evaluate:
     curves: Path | None = None
     """File for a picture of precision over recall, as PNG."""
     per_layer: Flag = False
-    """Also score each decoder layer with and without non-maximum suppression (NMS), and the detections of all layers
-    merged with it. Masks are not scored this way."""
+    """Also score each decoder layer with and without non-maximum suppression (NMS).
+    The detections of all layers are also scored together, with NMS. Only boxes are scored this way, no masks."""
     nms_iou: float = 0.7
-    """IoU threshold of NMS, above 0, at most 1; only with --per-layer. Of two detections of one class that overlap more,
-    only the one with the higher score is kept."""
+    """IoU threshold of NMS, above 0, at most 1; only with --per-layer.
+    Of two detections of one class that overlap more, only the one with the higher score is kept."""
 
 
 def evaluate(argv: list[str]) -> None:

@@ -22,15 +22,15 @@ class Start:
     """Options of the driver, which do not change the result of a run."""
 
     address: str | None = None
-    """Address of the Ray cluster to train on, `auto` or HOST:6379. The default is RAY_ADDRESS; if that is not set, Ray is
-    started on this machine."""
+    """Address of the Ray cluster to train on, `auto` or HOST:6379.
+    The default is RAY_ADDRESS; if that is not set, Ray is started on this machine."""
     verbose: Flag = False
     """Show the output of Ray, MLflow and the workers."""
 
 
 @dataclass(frozen=True)
 class Demo(Start):
-    """Train a small model on built-in data, then evaluate, register and use it. Takes a few minutes on a laptop."""
+    """Train a small model on built-in data, register it and evaluate it. Takes a few minutes on a laptop."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ class Resume:
     """Resume a run from its newest checkpoint, at exactly the next sample."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Id of the run, the first characters of the id, or the run's name; or models:/NAME@ALIAS for the run that a
-    registered version came from."""
+    """Id of the run, the first characters of the id, or the run's name.
+    With models:/NAME@ALIAS, the run that this registered version came from is resumed."""
     start: Annotated[Start, tyro.conf.arg(name="")]
     epochs: int | None = None
     """Total number of epochs to train, at least as many as before. The default leaves it unchanged."""
@@ -159,8 +159,8 @@ class Resume:
     data: str | None = None
     """Folder or URL of another training data set with the same categories; needs --accept-change."""
     accept_change: Flag = False
-    """Resume even if the training data or the batch size differ from the checkpoint's. The run then continues at the same
-    number of samples in the new order of samples."""
+    """Resume even if the training data or the batch size differ from the checkpoint's.
+    The run then continues at the same number of samples in the new order of samples."""
 
 
 def resume(argv: list[str]) -> None:
@@ -177,7 +177,7 @@ def resume(argv: list[str]) -> None:
 class Runs:
     """List the newest runs, or show one run."""
 
-    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = None
+    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RUN]")] = None
     """Id of a run, the first characters of the id, or the run's name. The default lists the newest runs."""
     follow: Flag = False
     """Print the run's progress until it ends; only with RUN."""

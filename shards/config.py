@@ -25,8 +25,8 @@ class WriteConfig:
     limit: int = 0
     """Write only this many images, those with the lowest ids, and say so in the data set's name. 0: all images."""
     on_defect: Policy = "fail"
-    """Handling of unusable images and annotations. fail: write nothing but a report. quarantine: leave them out and
-    report them."""
+    """Handling of unusable images and annotations.
+    fail: write nothing but a report. quarantine: leave them out and report them."""
 
     def __post_init__(self) -> None:
         for field, least in (("samples_per_shard", 1), ("workers", 0), ("limit", 0)):
@@ -41,14 +41,14 @@ class VocConfig:
     split: str | None = None
     """Name of a list in ImageSets/Main, such as trainval. The default is every image."""
     categories: Path | None = None
-    """File with the category names: COCO JSON, a JSON list, or text with one name per line. The default is VOC's twenty
-    if all names are among them, else the names found in Annotations, in alphabetical order."""
+    """File with the category names: COCO JSON, a JSON list, or text with one name per line.
+    The default is VOC's twenty if all names are among them, else the names found in Annotations, sorted."""
     keep_difficult: bool = False
-    """Treat objects marked difficult as ordinary objects. The default makes them crowd regions, which training and
-    scoring leave out."""
+    """Treat objects marked difficult as ordinary objects.
+    The default makes them crowd regions, which training and scoring leave out."""
     zero_based: bool = False
-    """Read coordinates as counted from 0, with xmax and ymax as edges. The default is VOC's convention: pixels counted
-    from 1, both ends included."""
+    """Read coordinates as counted from 0, with xmax and ymax as edges.
+    The default is VOC's convention: pixels counted from 1, both ends included."""
     workers: int = 0
     """Number of threads that read label files; 0 reads them in the main thread."""
 
@@ -60,8 +60,8 @@ class YoloConfig:
     split: str | None = None
     """Subfolder to read, such as train (images/train or train/images). The default is all of images."""
     categories: Path | None = None
-    """File with the class names: data.yaml, COCO JSON, a JSON list, or text with one name per line. The default is the
-    folder's own data.yaml, classes.txt or obj.names."""
+    """File with the class names: data.yaml, COCO JSON, a JSON list, or text with one name per line.
+    The default is the folder's own data.yaml, classes.txt or obj.names."""
     workers: int = 0
     """Number of threads that read label files; 0 reads them in the main thread."""
 
@@ -71,16 +71,16 @@ class IndexConfig:
     """Options for indexing WebDataset tars that were written elsewhere."""
 
     categories: Path | None = None
-    """File with the category names: COCO JSON, a JSON list, or text with one name per line. The default is source.json
-    beside the tars, else the names found in the tars, in alphabetical order. The COCO JSON that the tars were made from
-    also restores the data set's name and digest."""
+    """File with the category names: COCO JSON, a JSON list, or text with one name per line.
+    The COCO JSON that the tars were made from also restores the data set's name and digest.
+    The default is source.json beside the tars, else the names found in the tars, sorted."""
     name: str | None = None
     """Name of the data set. The default is that of the source JSON, if there is one, else the folder's name."""
     without_annotations: bool = False
     """Take samples without annotations as images without objects. The default reports them as defects."""
     on_defect: Policy = "fail"
-    """Handling of unusable samples. fail: write nothing but a report. quarantine: leave them out of the index and
-    report them."""
+    """Handling of unusable samples.
+    fail: write nothing but a report. quarantine: leave them out of the index and report them."""
     workers: int = 0
     """Number of threads, each reading whole tars; 0 reads them in the main thread."""
 

@@ -1,4 +1,4 @@
-"""The command in the test's own process."""
+"""Fixture that runs the command in the test's own process."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,33 +13,33 @@ ROOT = Path(cli.__file__).parent.parent
 
 
 @dataclass(frozen=True)
-class Said:
+class Result:
     status: int
     out: str
     err: str
 
     @property
     def line(self) -> str:
-        """What was said on stderr, which must be exactly one line."""
+        """The text on stderr, which must be exactly one line."""
         assert self.err.endswith("\n")
         assert self.err.count("\n") == 1, self.err
         return self.err.strip()
 
 
-Detr = Callable[..., Said]
+Detr = Callable[..., Result]
 
 
 @pytest.fixture
 def detr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Detr:
-    """The command in this process, in a folder of its own."""
+    """Return a function that runs a command line in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_quiet", lambda: None)  # it would silence the warnings of the tests that follow
+    monkeypatch.setattr(cli, "_quiet", lambda: None)  # it would hide the warnings of later tests
 
-    def call(*argv: object) -> Said:
+    def call(*argv: object) -> Result:
         try:
-            status = run([str(word) for word in argv])
+            status = run([str(argument) for argument in argv])
         except SystemExit as exit_:
             status = int(exit_.code or 0)
-        return Said(status, *capsys.readouterr())
+        return Result(status, *capsys.readouterr())
 
     return call

@@ -1,5 +1,6 @@
-"""The command line: help is quick, recipes are shown and set, and data sets are written, described and verified."""
+"""The command line: help, recipes and their flags, and the commands for data sets."""
 
+import itertools
 import json
 import os
 import shutil
@@ -24,9 +25,9 @@ HELPS: list[list[str]] = [
     ["train", "detr-r50", "--help"],
     ["show", "--help"],
     ["shard", "--help"],
-    *([command, word, "--help"] for command, words in {
+    *([command, name, "--help"] for command, names in {
         "shard": ("coco", "voc", "yolo", "index", "verify", "info"), "jobs": ("list", "status", "logs", "stop")
-    }.items() for word in words),
+    }.items() for name in names),
     ["jobs", "--help"],
     *([name, "--help"] for name in COMMANDS if name not in ("train", "show", "shard", "jobs")),
 ]  # fmt: skip
@@ -35,7 +36,7 @@ LOOK = f"""
 import contextlib, io, json, sys
 sys.path.insert(0, {str(ROOT)!r})
 from jobs.cli import run
-said = {{}}
+helps = {{}}
 for argv in json.loads(sys.argv[1]):
     out = io.StringIO()
     try:
@@ -44,22 +45,24 @@ for argv in json.loads(sys.argv[1]):
     except SystemExit as error:
         status = error.code or 0
     heavy = sorted({{"torch", "torchvision", "ray", "mlflow", "pycocotools", "webdataset"}} & sys.modules.keys())
-    said[" ".join(argv)] = [status, out.getvalue(), heavy]
-print(json.dumps(said))
+    helps[" ".join(argv)] = [status, out.getvalue(), heavy]
+print(json.dumps(helps))
 """
 
 
 @pytest.fixture(scope="module")
 def helps() -> dict[str, tuple[int, str, list[str]]]:
-    """Every help in one fresh process: exit status, text, and the heavy packages imported by then."""
+    """Run every help in one fresh process: exit status, text, and the heavy packages imported until then."""
     done = subprocess.run([sys.executable, "-c", LOOK, json.dumps(HELPS)], capture_output=True, text=True, check=True)
     assert done.stderr == ""
-    said: dict[str, tuple[int, str, list[str]]] = json.loads(done.stdout)
-    return said
+    result: dict[str, tuple[int, str, list[str]]] = json.loads(done.stdout)
+    return result
 
 
 @pytest.mark.parametrize("argv", HELPS, ids=" ".join)
-def test_help_works_and_imports_nothing_heavy(argv: list[str], helps: dict[str, tuple[int, str, list[str]]]) -> None:
+def test_help_prints_usage_and_imports_no_heavy_package(
+    argv: list[str], helps: dict[str, tuple[int, str, list[str]]]
+) -> None:
     status, text, heavy = helps[" ".join(argv)]
     assert status == 0
     assert "usage" in text.lower()
@@ -73,7 +76,33 @@ def test_help_lists_every_command_and_every_recipe(helps: dict[str, tuple[int, s
     assert all(flag in fields for flag in ("--optim.lr", "--model.num-queries", "--seed", "--cluster.workers"))
 
 
-def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
+def test_help_of_a_flag_that_is_on_by_default_names_both_forms(helps: dict[str, tuple[int, str, list[str]]]) -> None:
+    text = " ".join(helps["train detr-r50 --help"][1].replace("│", " ").split())
+    assert "--loss.auxiliary, --loss.no-auxiliary Compute the losses of every decoder layer" in text
+    assert "--model.dilation, --model.no-dilation Dilate the last stage" in text
+
+
+def test_flags_of_commands_that_only_switch_on_have_one_form(helps: dict[str, tuple[int, str, list[str]]]) -> None:
+    assert all("--no-" not in text for name, (_, text, _) in helps.items() if not name.startswith("train detr-r50"))
+    assert "--keep-difficult" in helps["shard voc --help"][1]
+
+
+def test_every_flag_has_a_help_text(helps: dict[str, tuple[int, str, list[str]]]) -> None:
+    for _, text, _ in helps.values():
+        lines = [line.strip("│ ") for line in text.splitlines()]
+        for line, following in itertools.pairwise(lines):
+            if line.startswith("--") and line[2:3].isalpha():
+                _, _, description = line.partition("  ")
+                described = description.strip() or following
+                assert not described.startswith(("(", "--")), line
+
+
+def test_flag_that_is_on_by_default_can_be_switched_off(detr: Detr) -> None:
+    assert not from_json(detr("show", "detr-r50", "--loss.no-auxiliary").out).loss.auxiliary
+    assert from_json(detr("show", "detr-r50", "--loss.auxiliary").out).loss.auxiliary
+
+
+def test_module_runs_as_a_command(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "jobs.cli", "tarin"], capture_output=True, text=True, cwd=tmp_path, env=environment
@@ -83,16 +112,16 @@ def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
-def test_an_interrupt_ends_with_status_130(detr: Detr, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_ends_with_status_130(detr: Detr, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(argv: list[str]) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setitem(COMMANDS, "runs", cli.Command("", interrupted))
-    said = detr("runs")
-    assert (said.status, said.line) == (130, "detr: interrupted")
+    result = detr("runs")
+    assert (result.status, result.line) == (130, "detr: interrupted")
 
 
-def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+def test_closed_output_pipe_is_not_an_error(tmp_path: Path) -> None:
     done = subprocess.run(
         f"{sys.executable} -m jobs.cli show detr-r50 | head -1",
         shell=True,
@@ -105,14 +134,14 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_show_prints_the_recipe_as_it_would_run(detr: Detr, name: str) -> None:
-    said = detr("show", name)
-    assert (said.status, said.err.removesuffix("\n")) == (0, NOTES.get(name, ""))
-    assert from_json(said.out) == RECIPES[name]
+def test_show_prints_the_resolved_recipe(detr: Detr, name: str) -> None:
+    result = detr("show", name)
+    assert (result.status, result.err.removesuffix("\n")) == (0, NOTES.get(name, ""))
+    assert from_json(result.out) == RECIPES[name]
 
 
-def test_any_field_is_set_from_the_command_line(detr: Detr) -> None:
-    words = [
+def test_any_field_can_be_set_by_a_flag(detr: Detr) -> None:
+    flags = [
         "--optim.lr",
         "2e-4",
         "--transform.train-scales",
@@ -124,13 +153,13 @@ def test_any_field_is_set_from_the_command_line(detr: Detr) -> None:
         "--data.train",
         "here",
     ]
-    config = from_json(detr("show", "detr-r50", *words).out)
+    config = from_json(detr("show", "detr-r50", *flags).out)
     assert (config.optim.lr, config.transform.train_scales, config.seed) == (2e-4, (400, 500), 7)
     assert (config.model.dilation, config.data.train) == (True, "here")
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_smoke_run_is_the_recipe_but_for_its_size(name: str) -> None:
+def test_smoke_run_differs_from_the_recipe_only_in_size(name: str) -> None:
     small = run_commands.smoke(RECIPES[name])
     elastic = replace(RECIPES[name], cluster=replace(RECIPES[name].cluster, workers=3, min_workers=2))
     assert run_commands.smoke(elastic) == small
@@ -141,7 +170,7 @@ def test_a_smoke_run_is_the_recipe_but_for_its_size(name: str) -> None:
     assert (small.loss, small.optim.lr) == (RECIPES[name].loss, RECIPES[name].optim.lr)
 
 
-def test_a_data_set_is_written_described_and_verified(detr: Detr, tiny_data: object, tmp_path: Path) -> None:
+def test_coco_data_set_is_written_described_and_verified(detr: Detr, tiny_data: object, tmp_path: Path) -> None:
     source = tiny_data.root / "coco"  # type: ignore[attr-defined]
     made = detr(
         "shard", "coco", "--images", source / "val", "--annotations", source / "annotations" / "instances_val.json",
@@ -164,52 +193,52 @@ def test_a_data_set_is_written_described_and_verified(detr: Detr, tiny_data: obj
     assert ": 1 problem; expected" in damaged.err
 
 
-def test_labels_of_other_formats_become_a_data_set(detr: Detr, tmp_path: Path) -> None:
+def test_yolo_and_voc_labels_become_a_data_set(detr: Detr, tmp_path: Path) -> None:
     (tmp_path / "images" / "train").mkdir(parents=True)
     (tmp_path / "labels" / "train").mkdir(parents=True)
     Image.new("RGB", (40, 30)).save(tmp_path / "images" / "train" / "12.jpg")
     (tmp_path / "labels" / "train" / "12.txt").write_text("1 0.5 0.5 0.5 0.5\n")
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
-    said = detr("shard", "yolo", "--root", ".", "--split", "train", "--out", "yolo", "--workers", "0")
-    assert (said.status, said.err) == (0, "")
-    assert f"data set    {tmp_path.name}-train in {tmp_path}/yolo" in said.out
+    result = detr("shard", "yolo", "--root", ".", "--split", "train", "--out", "yolo", "--workers", "0")
+    assert (result.status, result.err) == (0, "")
+    assert f"data set    {tmp_path.name}-train in {tmp_path}/yolo" in result.out
     xml = "<annotation><object><name>dog</name><difficult>1</difficult><bndbox><xmin>11</xmin><ymin>8</ymin>"
     xml += "<xmax>30</xmax><ymax>23</ymax></bndbox></object></annotation>"
     (tmp_path / "images" / "train" / "12.xml").write_text(xml)
-    said = detr("shard", "voc", "--root", "images/train", "--out", "voc", "--limit", "1", "--zero-based")
-    assert (said.status, said.err) == (0, "")
-    assert "annotations 1 (1 crowd regions)" in said.out
-    said = detr("shard", "info", "voc")
-    assert "classes     20" in said.out
-    assert "categories  1 aeroplane, 2 bicycle" in said.out
+    result = detr("shard", "voc", "--root", "images/train", "--out", "voc", "--limit", "1", "--zero-based")
+    assert (result.status, result.err) == (0, "")
+    assert "annotations 1 (1 crowd regions)" in result.out
+    result = detr("shard", "info", "voc")
+    assert "classes     20" in result.out
+    assert "categories  1 aeroplane, 2 bicycle" in result.out
 
 
-def test_bad_labels_are_told_and_left_out_when_asked(detr: Detr, tmp_path: Path) -> None:
+def test_bad_labels_are_reported_and_left_out_on_request(detr: Detr, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()
     Image.new("RGB", (40, 30)).save(tmp_path / "images" / "12.jpg")
     (tmp_path / "labels" / "12.txt").write_text("1 0.5 0.5 0.5 0.5\n7 0.5 0.5 0.5 0.5\n")
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     argv = "shard", "yolo", "--root", ".", "--out", "o", "--workers", "0", "--categories", "names.txt"
-    said = detr(*argv)
-    assert said.status == 1
-    assert said.err.splitlines()[-1].startswith(
+    result = detr(*argv)
+    assert result.status == 1
+    assert result.err.splitlines()[-1].startswith(
         "detr: .: 1 defect: labels/12.txt line 2: got class 7, expected one of the 2"
     )
     assert not (tmp_path / "o").exists()
-    said = detr(*argv, "--on-defect", "quarantine")
-    assert said.status == 0
-    assert "WARNING: left out 0 of 1 images and 1 of 2 annotations" in said.err
+    result = detr(*argv, "--on-defect", "quarantine")
+    assert result.status == 0
+    assert "WARNING: left out 0 of 1 images and 1 of 2 annotations" in result.err
 
 
-def test_tars_become_a_data_set_where_they_lie(detr: Detr, tiny_data: object, tmp_path: Path) -> None:
+def test_tars_are_indexed_in_their_folder(detr: Detr, tiny_data: object, tmp_path: Path) -> None:
     shutil.copytree(tiny_data.val, tmp_path / "tars")  # type: ignore[attr-defined]
     before = detr("shard", "info", "tars")
     (tmp_path / "tars" / "manifest.json").unlink()
-    said = detr("shard", "index", "tars", "--name", "val", "--workers", "0")
-    assert (said.status, said.err) == (0, "")
-    assert "data set    val in" in said.out
+    result = detr("shard", "index", "tars", "--name", "val", "--workers", "0")
+    assert (result.status, result.err) == (0, "")
+    assert "data set    val in" in result.out
     counts = [line for line in before.out.splitlines() if line.startswith(("images", "annotations", "classes"))]
-    assert set(counts) <= set(said.out.splitlines())
+    assert set(counts) <= set(result.out.splitlines())
     assert detr("shard", "verify", "tars").status == 0
     assert "is a data set already" in detr("shard", "index", "tars").line

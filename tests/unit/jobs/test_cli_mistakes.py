@@ -1,4 +1,4 @@
-"""A mistake on the command line, in a file or in a name is one line on stderr with the right exit status."""
+"""A user's mistake gives one line on stderr and the right exit status."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ from tests.unit.jobs.conftest import ROOT, Detr
         ("shard coc", "expected one of coco|voc|yolo|index|verify|info"),
         ("shard", "expected one of coco|voc|yolo|index|verify|info"),
         ("jobs lst", "expected one of list|status|logs|stop"),
-        ("train", "which recipe?"),
+        ("train", "got no recipe"),
         ("submit local", "nothing to run"),
         ("evaluate models:/a@b", "--data"),
         ("shard coco --images a", "--annotations"),
@@ -36,18 +36,18 @@ from tests.unit.jobs.conftest import ROOT, Detr
         ("train detr-r50 --optim.epochs 1.5", "1.5"),
         ("train detr-r50 --model.backbone vgg", "vgg"),
         ("resume", "RUN"),
-        ("predict models:/a@b --out x", "picture"),
+        ("predict models:/a@b --out x", "no image given"),
         ("import w.pth", "--name"),
-        ("import --name a", "PATH"),
+        ("import --name a", "FILE"),
         ("export models:/a@b", "expected --original FILE.pth or --onnx FILE.onnx"),
         ("export models:/a@b --orignal x", "did you mean --original"),
     ],
 )  # fmt: skip
-def test_a_mistyped_command_line_is_one_line_with_status_2(detr: Detr, argv: str, nearest: str) -> None:
-    said = detr(*argv.split())
-    assert said.status == 2
-    assert said.line.startswith("detr: ")
-    assert nearest.lower() in said.line.lower()
+def test_mistyped_command_line_gives_one_line_and_status_2(detr: Detr, argv: str, nearest: str) -> None:
+    result = detr(*argv.split())
+    assert result.status == 2
+    assert result.line.startswith("detr: ")
+    assert nearest.lower() in result.line.lower()
 
 
 @pytest.mark.parametrize(
@@ -67,14 +67,14 @@ def test_a_mistyped_command_line_is_one_line_with_status_2(detr: Detr, argv: str
         ),
     ],
 )
-def test_an_impossible_value_is_one_line(detr: Detr, argv: str, status: int, expected: str) -> None:
-    said = detr(*argv.split())
-    assert said.status == status
-    assert expected in said.line
+def test_impossible_value_gives_one_line(detr: Detr, argv: str, status: int, expected: str) -> None:
+    result = detr(*argv.split())
+    assert result.status == status
+    assert expected in result.line
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
-def test_the_line_is_clean_on_any_terminal(tmp_path: Path, encoding: str) -> None:
+def test_error_line_is_clean_on_any_terminal(tmp_path: Path, encoding: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "jobs.cli", "show", "detr-r50", "--optim.lrr", "1"],
         capture_output=True,
@@ -84,7 +84,7 @@ def test_the_line_is_clean_on_any_terminal(tmp_path: Path, encoding: str) -> Non
     )
     assert done.stderr == (
         "detr: Unrecognized options: --optim.lrr, 1; did you mean --optim.lr?; "
-        "`detr show detr-r50 --help` lists what there is\n"
+        "`detr show detr-r50 --help` lists the options\n"
     )
 
 
@@ -129,12 +129,12 @@ def coco(tmp_path: Path) -> Path:
         ("submit local -- train finetune", "finetune needs --initial models:/NAME@ALIAS or FILE"),
     ],
 )
-def test_a_missing_or_foreign_file_is_one_line_with_status_1(
+def test_missing_or_foreign_file_gives_one_line_and_status_1(
     detr: Detr, coco: Path, store: str, argv: str, expected: str
 ) -> None:
-    said = detr(*argv.split())
-    assert said.status == 1
-    assert any(word in said.line for word in expected.split("|"))
+    result = detr(*argv.split())
+    assert result.status == 1
+    assert any(word in result.line for word in expected.split("|"))
     assert not (coco / "o").exists()
 
 
@@ -149,74 +149,74 @@ def test_a_missing_or_foreign_file_is_one_line_with_status_1(
         ("register none --name a", "there is no run 'none'"),
     ],
 )
-def test_an_unknown_run_or_registered_name_is_one_line_with_status_1(
+def test_unknown_run_or_model_gives_one_line_and_status_1(
     detr: Detr, store: str, tiny_data: object, argv: str, expected: str
 ) -> None:
-    said = detr(*argv.format(val=tiny_data.val).split())  # type: ignore[attr-defined]
-    assert said.status == 1
-    assert expected in said.line
+    result = detr(*argv.format(val=tiny_data.val).split())  # type: ignore[attr-defined]
+    assert result.status == 1
+    assert expected in result.line
 
 
-def test_a_store_that_does_not_answer_is_one_line(detr: Detr, monkeypatch: pytest.MonkeyPatch, store: str) -> None:
+def test_unreachable_store_gives_one_line(detr: Detr, monkeypatch: pytest.MonkeyPatch, store: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ada:hunter2@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    said = detr("runs")
-    assert said.status == 1
-    assert "http://***@127.0.0.1:9 does not answer" in said.line
-    assert "hunter2" not in said.line
+    result = detr("runs")
+    assert result.status == 1
+    assert "http://***@127.0.0.1:9 does not answer" in result.line
+    assert "hunter2" not in result.line
 
 
-def test_a_cluster_that_does_not_answer_is_one_line(detr: Detr, tmp_path: Path) -> None:
-    said = detr("jobs", "list", "--address", "http://127.0.0.1:9")
-    assert said.status == 1
-    assert "no Ray job server answers at http://127.0.0.1:9" in said.line
+def test_unreachable_cluster_gives_one_line(detr: Detr, tmp_path: Path) -> None:
+    result = detr("jobs", "list", "--address", "http://127.0.0.1:9")
+    assert result.status == 1
+    assert "no Ray job server answers at http://127.0.0.1:9" in result.line
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "expected"),
     [
         (PermissionError(13, "Permission denied", "/proc/x"), "/proc/x: Permission denied; expected a path"),
         (OSError("memory://a: cannot be read\nmore"), "memory://a: cannot be read"),
     ],
 )
-def test_an_error_of_the_system_is_one_line(
-    detr: Detr, monkeypatch: pytest.MonkeyPatch, error: OSError, said: str
+def test_operating_system_error_gives_one_line(
+    detr: Detr, monkeypatch: pytest.MonkeyPatch, error: OSError, expected: str
 ) -> None:
     def fails(argv: list[str]) -> None:
         raise error
 
     monkeypatch.setitem(COMMANDS, "ui", cli.Command("", fails))
-    got = detr("ui")
-    assert got.status == 1
-    assert said in got.line
+    result = detr("ui")
+    assert result.status == 1
+    assert expected in result.line
 
 
 @pytest.mark.parametrize(("flag", "path"), [("--json", "absent/a.json"), ("--json", "."), ("--curves", "absent/a.png")])
-def test_where_the_numbers_go_is_checked_before_they_are_computed(
+def test_output_files_are_checked_before_evaluation(
     detr: Detr, monkeypatch: pytest.MonkeyPatch, flag: str, path: str
 ) -> None:
     from pipeline import registered
 
     monkeypatch.setattr(registered, "evaluate_registered", lambda *_, **__: pytest.fail("evaluated"))
-    said = detr("evaluate", "models:/a@b", "--data", "d", flag, path)
-    assert said.status == 2
-    assert f"{flag} {path} cannot be written" in said.line
+    result = detr("evaluate", "models:/a@b", "--data", "d", flag, path)
+    assert result.status == 1
+    assert f"{path} cannot be written; expected a file in a folder that exists" in result.line
 
 
-def test_the_curves_of_every_layer_are_not_drawn(detr: Detr) -> None:
-    said = detr("evaluate", "models:/a@b", "--data", "absent", "--per-layer", "--curves", "curves.png")
-    assert said.status == 2
-    assert "--curves with --per-layer: expected one of the two" in said.line
+def test_curves_with_per_layer_are_refused(detr: Detr) -> None:
+    result = detr("evaluate", "models:/a@b", "--data", "absent", "--per-layer", "--curves", "curves.png")
+    assert result.status == 2
+    assert "--curves with --per-layer: expected only one of the two" in result.line
 
 
 @pytest.mark.parametrize("value", ["0", "1.2", "nan"])
-def test_a_threshold_that_is_no_iou_is_refused_before_anything_is_read(detr: Detr, value: str) -> None:
-    said = detr("evaluate", "models:/a@b", "--data", "absent", "--per-layer", "--nms-iou", value)
-    assert said.status == 2
-    assert f"--nms-iou {value}: expected an IoU above 0, at most 1" in said.line
+def test_nms_iou_outside_its_range_is_refused_before_reading(detr: Detr, value: str) -> None:
+    result = detr("evaluate", "models:/a@b", "--data", "absent", "--per-layer", "--nms-iou", value)
+    assert result.status == 2
+    assert f"--nms-iou {value}: expected an IoU above 0, at most 1" in result.line
 
 
-def test_an_overlap_without_layers_to_suppress_in_is_not_ignored(detr: Detr) -> None:
-    said = detr("evaluate", "models:/a@b", "--data", "absent", "--nms-iou", "0.5")
-    assert said.status == 2
-    assert "--nms-iou 0.5: expected --per-layer with it" in said.line
+def test_nms_iou_without_per_layer_is_refused(detr: Detr) -> None:
+    result = detr("evaluate", "models:/a@b", "--data", "absent", "--nms-iou", "0.5")
+    assert result.status == 2
+    assert "--nms-iou 0.5: expected --per-layer with it" in result.line

@@ -5,22 +5,24 @@ from typing import Any
 
 import pytest
 
+from jobs import cluster_commands
 from jobs import submit as module
+from jobs.cli import check
 from jobs.spec import Spec
-from jobs.submit import JobError, check, spec_named, submit
+from jobs.submit import JobError, spec_named, submit
 from pipeline.errors import PipelineError
 from shards.errors import ShardError
 
 
 class Server:
-    """Takes a job and remembers how it was asked for."""
+    """Job server that records the request of a submitted job."""
 
     def __init__(self) -> None:
-        self.asked: dict[str, Any] = {}
+        self.request: dict[str, Any] = {}
 
-    def submit_job(self, **asked: Any) -> str:
-        self.asked = asked
-        return str(asked["submission_id"])
+    def submit_job(self, **request: Any) -> str:
+        self.request = request
+        return str(request["submission_id"])
 
 
 @pytest.fixture
@@ -31,14 +33,19 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     return made
 
 
-def test_the_job_is_the_same_command_in_the_spec_s_folder(server: Server) -> None:
+def submit_here(*command: str) -> None:
+    """Run `detr submit local -- COMMAND`."""
+    cluster_commands.submit(["local", "--", *command], check)
+
+
+def test_job_runs_the_same_command_in_the_folder_of_the_spec(server: Server) -> None:
     spec = Spec("here", "http://127.0.0.1:8265", python="/opt/py thon", directory="/data/my run")
     job_id = submit(spec, ["train", "demo", "--track.run-name", "it's mine"])
     assert job_id.startswith("detr-")
-    assert server.asked["entrypoint"] == (
+    assert server.request["entrypoint"] == (
         "cd '/data/my run' && exec '/opt/py thon' -m jobs.cli train demo --track.run-name 'it'\"'\"'s mine'"
     )
-    variables = server.asked["runtime_env"]["env_vars"]
+    variables = server.request["runtime_env"]["env_vars"]
     assert variables["MLFLOW_TRACKING_URI"] == "http://tracking:5000"
     assert variables["RAY_JOB_STOP_SIGNAL"] == "SIGINT"
 
@@ -52,36 +59,35 @@ def test_the_job_is_the_same_command_in_the_spec_s_folder(server: Server) -> Non
         "postgresql://db/mlflow?user=ada&password=hunter2",
     ],
 )
-def test_a_password_is_never_sent_where_others_can_read_it(
-    server: Server, monkeypatch: pytest.MonkeyPatch, uri: str
-) -> None:
+def test_password_in_the_tracking_uri_is_not_sent(server: Server, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(PipelineError, match="MLFLOW_TRACKING_URI holds a user name or password") as caught:
         submit(spec_named("local"), ["train", "demo"])
     assert "hunter2" not in str(caught.value)
-    assert server.asked == {}
+    assert server.request == {}
 
 
-def test_what_would_fail_there_is_refused_here(server: Server, tmp_path: Path) -> None:
-    spec = spec_named("local")
+def test_command_that_would_fail_on_the_cluster_is_not_sent(server: Server, tmp_path: Path) -> None:
     with pytest.raises(JobError, match="did you mean train"):
-        submit(spec, ["tarin", "demo"])
+        submit_here("tarin", "demo")
     with pytest.raises(ShardError, match=r"no manifest\.json here"):
-        submit(spec, ["train", "detr-r50", "--data.train", str(tmp_path)])
+        submit_here("train", "detr-r50", "--data.train", str(tmp_path))
     with pytest.raises(PipelineError, match="finetune needs --initial"):
-        submit(spec, ["train", "finetune"])
+        submit_here("train", "finetune")
     with pytest.raises(PipelineError, match=r"optim\.epochs is 0"):
-        submit(spec, ["train", "demo", "--optim.epochs", "0"])
+        submit_here("train", "demo", "--optim.epochs", "0")
     with pytest.raises(JobError, match="needs no cluster"):
-        submit(spec, ["train", "--help"])
-    assert server.asked == {}
+        submit_here("train", "--help")
+    assert server.request == {}
 
 
-def test_commands_other_than_train_are_sent_as_they_are() -> None:
-    check(["resume", "anything"])
+def test_commands_other_than_train_are_sent_unchecked(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    submit_here("resume", "anything")
+    assert server.request["entrypoint"].endswith("-m jobs.cli resume anything")
+    assert f"detr jobs stop {server.request['submission_id']}" in capsys.readouterr().out
 
 
-def test_the_local_spec_is_this_interpreter_and_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_local_spec_is_this_interpreter_and_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://head:8265")
     spec = spec_named("local")
@@ -89,26 +95,23 @@ def test_the_local_spec_is_this_interpreter_and_folder(monkeypatch: pytest.Monke
     assert spec_named("local", "http://other:1").address == "http://other:1"
 
 
-def test_an_unknown_spec_names_those_there_are() -> None:
+def test_unknown_spec_error_lists_the_known_ones() -> None:
     with pytest.raises(JobError, match="there is no spec 'k8s'; expected one of: local"):
         spec_named("k8s")
 
 
-def test_truncated_data_is_refused_here(server: Server, tiny_data: Any, tmp_path: Path) -> None:
+def test_command_with_truncated_data_is_not_sent(server: Server, tiny_data: Any, tmp_path: Path) -> None:
     shutil.copytree(tiny_data.train, tmp_path / "train")
     shard = next((tmp_path / "train").glob("*.tar"))
     shard.write_bytes(shard.read_bytes()[:-512])
     with pytest.raises(ShardError, match="truncated"):
-        submit(
-            spec_named("local"),
-            ["train", "overfit", "--data.train", str(tmp_path / "train"), "--data.val", tiny_data.val],
-        )
-    assert server.asked == {}
+        submit_here("train", "overfit", "--data.train", str(tmp_path / "train"), "--data.val", tiny_data.val)
+    assert server.request == {}
 
 
-@pytest.mark.parametrize("words", [["--out", "s3://ada:hunter2@sets/x"], ["--out=s3://ada:hunter2@sets/x"]])
-def test_a_secret_in_an_address_is_never_sent_either(server: Server, words: list[str]) -> None:
+@pytest.mark.parametrize("flags", [["--out", "s3://ada:hunter2@sets/x"], ["--out=s3://ada:hunter2@sets/x"]])
+def test_password_in_a_flag_is_not_sent(server: Server, flags: list[str]) -> None:
     with pytest.raises(ShardError, match="holds a password") as caught:
-        submit(spec_named("local"), ["shard", "coco", *words])
+        submit_here("shard", "coco", *flags)
     assert "hunter2" not in str(caught.value)
-    assert not server.asked
+    assert not server.request
