@@ -1,4 +1,4 @@
-"""The only home of collectives: who this process is among the workers, and how they speak.
+"""Ranks and collectives, and the distribution of the model by DDP or FSDP.
 
 A world of one needs no process group, so the same loop runs in a unit test, on a laptop and on a cluster.
 """
@@ -24,38 +24,40 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detr.execution import parts
 from detr.model import DETR
-from pipeline.errors import USER_ERRORS, first_line
+from pipeline.errors import USER_ERRORS
+from shards.errors import one_line
 
-_SAID: tuple[type[Exception], ...] = (OSError, *USER_ERRORS)
+_EXPECTED: tuple[type[Exception], ...] = (OSError, *USER_ERRORS)
+_BACKENDS = ("gloo", "NCCL")  # in the text of an error of a collective
 Strategy = Literal["single", "ddp", "fsdp"]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place: `rank` of `world_size`, and the device it computes on."""
+    """This process among the workers: its rank, their number, its device, and the collectives between them."""
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: dist.ProcessGroup | None = None
-    """Whom the collectives are among; None: all, in the group that training uses."""
+    """Process group of the collectives. None: the default group, which training uses."""
     timeout_s: float = 600.0
-    """So long a rank waits for the others in a group that is made here."""
+    """Timeout in seconds of process groups created here."""
 
     @property
     def first(self) -> bool:
-        """True on the one rank that writes, logs and decides."""
+        """True on rank 0, which writes, logs and decides."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over all ranks, in place and returned."""
+        """Sum `values` over all ranks, in place; return them."""
         if self.world_size > 1:
             dist.all_reduce(values, group=self.group)
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in order of rank, on every rank. For small or rare things."""
+        """Return the values of all ranks, in order of rank, on every rank. Pickles: only for small values."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -63,7 +65,7 @@ class Ranks:
         return values
 
     def broadcast(self, value: T) -> T:
-        """Return rank 0's value on every rank; the value that the others pass is not looked at. For small or rare things."""
+        """Return rank 0's value on every rank; the others' values are ignored. Pickles: only for small values."""
         if self.world_size == 1:
             return value
         values = [value]
@@ -76,7 +78,7 @@ class Ranks:
             dist.barrier(group=self.group)
 
     def apart(self) -> Ranks:
-        """The same ranks with a group of their own on the host, for another thread; a collective call."""
+        """Return the same ranks with a new gloo group, for collectives in another thread; a collective call."""
         if self.world_size == 1:
             return self
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
@@ -85,27 +87,32 @@ class Ranks:
 
 
 def on_first(ranks: Ranks, act: Callable[[], None]) -> None:
-    """Let rank 0 act while the others wait; a collective call.
+    """Call `act` on rank 0 while the others wait; a collective call.
 
-    What goes wrong is raised on every rank, as an OSError: none is left waiting for one that has gone.
+    Its error is raised on every rank, as an `OSError`, so that no rank is left waiting.
     """
     reason = ""
     if ranks.first:
         try:
             act()
-        except _SAID as error:
-            reason = first_line(error)
+        except _EXPECTED as error:
+            reason = one_line(error)
     reason = ranks.broadcast(reason)
     if reason:
         raise OSError(reason)
 
 
-def distribute(model: nn.Module, ranks: Ranks, strategy: Strategy = "ddp") -> nn.Module:
-    """Make the model one of several that train together; a collective call.
+def is_peer_failure(error: BaseException | str) -> bool:
+    """Return True if an error, or its message, is one that a collective raises when another rank has died."""
+    return isinstance(error, dist.DistError) or any(backend in str(error) for backend in _BACKENDS)
 
-    ddp: every rank holds all of it, beginning with rank 0's weights. fsdp: parameters, gradients and the optimizer's
-    state are divided among the ranks, under the same names; the optimizer is to be built afterwards. A world of one has
-    nothing to divide or to average.
+
+def distribute(model: nn.Module, ranks: Ranks, strategy: Strategy = "ddp") -> nn.Module:
+    """Return the model wrapped for training on several ranks; a collective call.
+
+    ddp: every rank holds the whole model, with rank 0's weights. fsdp: parameters, gradients and optimizer state are
+    sharded over the ranks, under the same names; build the optimizer afterwards. In a world of one the model is
+    returned as it is.
     """
     if ranks.world_size == 1:
         return model
@@ -113,60 +120,62 @@ def distribute(model: nn.Module, ranks: Ranks, strategy: Strategy = "ddp") -> nn
 
 
 def _shard(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """FSDP2: a group for each of the model's parts, gathered while it computes, and one for the rest."""
-    # What it warns of, changing an output in place, is not done here.
+    """Apply FSDP2: one sharding group for each block of the model, and one for the rest."""
+    # The warning is about changing an output in place, which is not done here.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     for parameter in model.parameters():
-        # It divides contiguous memory only; the backbone's activations keep the layout that they come in with.
+        # FSDP shards contiguous memory only; the backbone's activations keep the layout of the input.
         parameter.data = parameter.data.contiguous()
-    for part in parts(model) if isinstance(model, DETR) else []:
-        fully_shard(part, mesh=mesh)
+    for block in parts(model) if isinstance(model, DETR) else []:
+        fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
 
 
 def whole(model: nn.Module, build: Callable[[], nn.Module], averages: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """A model that this rank can run alone: what DDP wraps, or a new one filled with what FSDP has divided; collective.
+    """Return a model that this rank can run alone; a collective call.
 
-    Under FSDP every forward pass is a collective, and ranks evaluate different numbers of batches. What is filled is a
-    copy of the weights only (166 MB for a ResNet-50). averages: parameters, divided as the model's, that stand where
-    those would in a copy.
+    With DDP it is the wrapped model. With FSDP, where every forward pass is a collective although ranks evaluate
+    different numbers of batches, it is a new one from `build`, with a full copy of the weights (166 MB for a ResNet-50).
+    With `averages` (sharded like the model's parameters) it is always a copy, with these in place of the parameters.
     """
     bare = unwrap(model)
     if averages is None and not isinstance(bare, FSDPModule):
         return bare
-    filled = build()
+    copy = build()
     weights = get_model_state_dict(bare, options=StateDictOptions(full_state_dict=True))
     for name, value in (averages or {}).items():
         weights[name] = value.full_tensor() if isinstance(value, DTensor) else value
-    filled.load_state_dict(weights)
-    return filled
+    copy.load_state_dict(weights)
+    return copy
 
 
 @contextmanager
 def averaging(model: nn.Module, *, now: bool) -> Iterator[None]:
-    """Whether the backward pass inside averages gradients over ranks, or only adds to this rank's own.
+    """Average gradients over ranks in the backward pass inside the block if `now`; otherwise accumulate locally.
 
-    The last of a step's passes averages the sum of all.
+    The last pass of a step averages the accumulated gradients of all its passes.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
-    waiting = isinstance(model, DistributedDataParallel) and not now
-    with model.no_sync() if waiting else nullcontext():  # type: ignore[operator]
+    accumulate = isinstance(model, DistributedDataParallel) and not now
+    with model.no_sync() if accumulate else nullcontext():  # type: ignore[operator]
         yield
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, norm: float) -> Tensor:
-    """Scale the gradients down to a total norm of at most `norm`; return the norm before, over all ranks' parts."""
+    """Scale the gradients down to a total norm of at most `norm`; return the norm before, over all ranks' shards."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     total = nn.utils.clip_grad_norm_(parameters, norm)
     return total.full_tensor() if isinstance(total, DTensor) else total
 
 
 def _replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """DDP. Buffers are not sent again: those of a frozen batch norm are constants (53,000 floats for a ResNet-50), and a
-    trainable one is refused with several workers, since each would normalise by its own images.
+    """Apply DDP without sending buffers at each step.
+
+    The buffers of a frozen batch norm are constants (53,000 floats for a ResNet-50). A trainable one is refused with
+    several workers, since each would normalise by its own images.
     """
     devices = [ranks.device] if ranks.device.type == "cuda" else None
     # torch 2.15 renamed the flag; 2.11 knows only the old name.
@@ -177,5 +186,5 @@ def _replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside the wrapper, with the original's parameter names."""
+    """Return the model inside a DDP wrapper, whose parameter names have no prefix."""
     return model.module if isinstance(model, DistributedDataParallel) else model

@@ -2,8 +2,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
-from pipeline.parallel import Ranks, on_first
+from pipeline.parallel import Ranks, is_peer_failure, on_first
 from tests.ranks import run_ranks
 
 
@@ -32,3 +33,19 @@ def test_broadcast_in_a_world_of_one_returns_the_value_itself() -> None:
 
 def test_an_error_of_rank_0_is_raised_on_every_rank() -> None:
     assert run_ranks(2, fail_on_first) == ["raised"] * 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        dist.DistError("timed out"),
+        RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"),
+        "NCCL communicator was aborted on rank 0.",
+    ],
+)
+def test_errors_of_collectives_are_peer_failures(error: BaseException | str) -> None:
+    assert is_peer_failure(error)
+
+
+def test_other_errors_are_no_peer_failures() -> None:
+    assert not is_peer_failure(RuntimeError("shapes differ"))
