@@ -1,4 +1,4 @@
-"""Is there a data set already, and is it the one that would be written?"""
+"""Check for an existing data set, and compare it with the one that would be written."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from shards.source import Source, file_sizes
 
 
 def load_report(manifest: Manifest) -> DefectReport | None:
-    """What was found in the source of a data set, and left out; None where the data set was not written here."""
+    """Return the report of defects in a data set's source; None when there is none, as for foreign tars."""
     url = storage.join(manifest.url, REPORT_NAME)
     try:
         return parse_report(storage.read(url), url)
@@ -21,7 +21,7 @@ def load_report(manifest: Manifest) -> DefectReport | None:
 
 
 def existing_data_set(out: str) -> Manifest | None:
-    """The data set at ``out``; None where the place is free. Raises ShardError where something else is there."""
+    """Return the data set at `out`, or None when nothing is there; raise `ShardError` when something else is."""
     folder = storage.local_path(out)
     if folder is not None and folder.exists() and not folder.is_dir():
         raise ShardError(f"{out}: is a file, expected a new or empty folder: choose another one")
@@ -33,12 +33,12 @@ def existing_data_set(out: str) -> Manifest | None:
 
 
 def check_same(manifest: Manifest, source: Source, name: str, samples_per_shard: int, policy: Policy) -> None:
-    """Raises ShardError, saying what differs, unless ``manifest`` is what these would be written to."""
+    """Raise `ShardError` with the difference unless `manifest` is what this source and options would be written as."""
     if (manifest.source_digest, manifest.name) != (source.digest, name):
-        made = "an annotation file of other content" if manifest.source_digest != source.digest else "the same file"
+        origin = "an annotation file of other content" if manifest.source_digest != source.digest else "the same file"
         raise ShardError(
             f"{manifest.url}: already holds another data set ({manifest.name}, {manifest.images} images, digest "
-            f"{manifest.digest[:12]}, made of {made}; this one would be {name}), expected a new or empty place: choose "
+            f"{manifest.digest[:12]}, made of {origin}; this one would be {name}), expected a new or empty folder: choose "
             "another one or delete it first"
         )
     problem = (
@@ -51,12 +51,12 @@ def check_same(manifest: Manifest, source: Source, name: str, samples_per_shard:
 def _other_options(manifest: Manifest, samples_per_shard: int, policy: Policy) -> str:
     report = load_report(manifest)
     if manifest.samples_per_shard != samples_per_shard:
-        was, asked = f"--samples-per-shard {manifest.samples_per_shard}", str(samples_per_shard)
+        written, wanted = f"--samples-per-shard {manifest.samples_per_shard}", str(samples_per_shard)
     elif report is not None and report.policy != policy:
-        was, asked = f"--on-defect {report.policy}", policy
+        written, wanted = f"--on-defect {report.policy}", policy
     else:
         return ""
-    return f"written with {was}, not {asked}: choose another place, give the same, or delete it first"
+    return f"written with {written}, not {wanted}: choose another folder, give the same, or delete it first"
 
 
 def _damage(manifest: Manifest) -> str:
@@ -69,24 +69,26 @@ def _damage(manifest: Manifest) -> str:
         return ""
     first = bad[0]
     state = f"has {present[first]} bytes, not {expected[first]}" if first in present else "is missing"
-    more = f" (and {len(bad) - 1} more of its files are not whole)" if len(bad) > 1 else ""
+    more = f" (and {len(bad) - 1} more of its files are missing or incomplete)" if len(bad) > 1 else ""
     return f"its {first} {state}{more}: copy it back, or delete the data set and run again"
 
 
 def _other_images(manifest: Manifest, source: Source) -> str:
-    """By the length of each file; those left out are few, so whether they still deserve it is worth a look."""
+    """Compare the length of each image file; decode those that were left out, which are few, as they may be sound now."""
     index = manifest.index().images
     names = dict(zip(source.images.ids.tolist(), source.images.names, strict=True))
     sizes = file_sizes(source.folder, source.images.names)
     written = zip(index["image_id"].tolist(), index["length"].tolist(), strict=True)
     changed = [image_id for image_id, length in written if sizes.get(names.get(image_id, "")) != length]
     if not changed:
-        absent = np.flatnonzero(~np.isin(source.images.ids, index["image_id"])).tolist()
-        changed = [int(source.images.ids[row]) for row in absent if read_image(source.folder, source.image(row)).sound]
+        left_out = np.flatnonzero(~np.isin(source.images.ids, index["image_id"])).tolist()
+        changed = [
+            int(source.images.ids[row]) for row in left_out if read_image(source.folder, source.image(row)).sound
+        ]
     if not changed:
         return ""
     number = "an image is" if len(changed) == 1 else f"{len(changed)} images are"
     return (
-        f"{number} not as in {source.folder} now, such as image {changed[0]}: choose another place, or delete the data "
+        f"{number} not as in {source.folder} now, such as image {changed[0]}: choose another folder, or delete the data "
         "set and run again"
     )

@@ -1,15 +1,15 @@
-"""What a data set is: its shards, its index, its categories and their digests.
+"""The manifest of a data set: its shards, index, categories and their digests.
 
-A data set is a folder::
+A data set is a folder:
 
     manifest.json           this module's Manifest
-    source.json             the COCO JSON without its images and annotations (info, licenses, categories as they came)
+    source.json             the COCO JSON without its images and annotations (info, licenses, categories unchanged)
     index/images.npy        one record per image (IMAGE_DTYPE)
     index/annotations.npy   one record per annotation (ANNOTATION_DTYPE), grouped by image
     shard-000000.tar ...    WebDataset shards
 
-Inside the project a category is a *label*: 0..K-1 in ascending order of the original category ids. Every other id is
-the original one. What the index holds stands in ``shards.index``.
+Inside the project a category is a *label*: 0..K-1 in ascending order of the original category ids, so labels are
+contiguous where the original DETR leaves holes. Every other id is the original one.
 """
 
 import functools
@@ -34,7 +34,7 @@ ANNOTATIONS_NAME = "index/annotations.npy"
 
 
 class Category(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A category: its original id and name. Its position in ``Manifest.categories`` is its label."""
+    """A category: original id and name. Its position in `Manifest.categories` is its label."""
 
     id: int
     name: str
@@ -50,8 +50,11 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """A data set. ``url`` says where it was found, ``cache`` where what was fetched from there is kept: both belong
-    neither to the file nor to the digest."""
+    """A data set.
+
+    `url` is where it was loaded from and `cache` where fetched files are kept; both are part of neither the file nor the
+    digest.
+    """
 
     format: int
     name: str
@@ -67,31 +70,31 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     @property
     def digest(self) -> str:
-        """sha256 of the canonical JSON: equal exactly when categories, index and every shard's bytes are equal."""
+        """Sha256 of the canonical JSON: equal exactly when categories, index and every shard's bytes are equal."""
         return hashlib.sha256(self.to_json()).hexdigest()
 
     @property
     def num_classes(self) -> int:
-        """K; labels are 0..K-1."""
+        """Number of categories, K; labels are 0..K-1."""
         return len(self.categories)
 
     def to_json(self) -> bytes:
-        """The canonical JSON, without ``url`` and ``cache``."""
+        """Return the canonical JSON, without `url` and `cache`."""
         return msgspec.json.encode(msgspec.structs.replace(self, url="", cache=CacheConfig()))
 
     def index(self) -> Index:
-        """The index of this data set, loaded (and checked against its digests) once per process."""
+        """Return the index of this data set, loaded and checked against its digests once per process."""
         return _cached_index(self)
 
 
 def load_manifest(url: str | os.PathLike[str], cache: CacheConfig | None = None) -> Manifest:
-    """Read the manifest of the data set in the folder ``url`` (a path, or a URL that fsspec knows).
+    """Read the manifest of the data set in the folder `url` (a path, or a URL that fsspec knows).
 
-    A path is kept as an absolute one, so that the manifest is good in another working directory as well. Index and
-    shards are then read through ``cache``; by default, remote ones are kept in a folder of this node.
+    A path is made absolute, so that the manifest is valid in another working directory as well. Index and shards are then
+    read through `cache`; by default, remote ones are kept in a folder of this node.
 
-    Raises ShardError where there is none, and where a field is unknown, absent or mistyped (naming its path); OSError,
-    naming the address, where trying again may mend it.
+    Raise `ShardError` when there is no manifest, or a field is unknown, missing or of another type (naming its path), and
+    `OSError`, naming the address, when a retry may help.
     """
     url = storage.absolute(os.fspath(url)).removesuffix("/" + MANIFEST_NAME)
     path = storage.join(url, MANIFEST_NAME)
@@ -106,10 +109,10 @@ def load_manifest(url: str | os.PathLike[str], cache: CacheConfig | None = None)
 
 
 def load_index(manifest: Manifest) -> Index:
-    """Map the index into memory (a remote one is read whole) and check it against the manifest and its digests.
+    """Map the index into memory (a remote one is read completely) and check it against the manifest and its digests.
 
-    Raises ShardError naming the file that is absent, differs or contradicts the manifest, and OSError as
-    ``load_manifest`` does.
+    Raise `ShardError` naming the file that is missing, differs or contradicts the manifest, and `OSError` as
+    `load_manifest` does.
     """
     images = _load_records(manifest, IMAGES_NAME, IMAGE_DTYPE, manifest.images)
     annotations = _load_records(manifest, ANNOTATIONS_NAME, ANNOTATION_DTYPE, manifest.annotations)
@@ -126,7 +129,7 @@ def load_index(manifest: Manifest) -> Index:
 
 
 def check_file(manifest: Manifest, name: str) -> str | None:
-    """What is wrong with one of ``manifest.files``, in one line, or None."""
+    """Return the problem of one of `manifest.files` in one line, or None."""
     try:
         read_listed(storage.join(manifest.url, name), _listed(manifest, name))
     except (ShardError, OSError) as error:
@@ -160,7 +163,7 @@ def _cached_index(manifest: Manifest) -> Index:
 def _read_manifest(path: str) -> bytes:
     try:
         return storage.read(path)
-    except NotADirectoryError as error:  # the address is a file's
+    except NotADirectoryError as error:  # the address is that of a file
         raise FileNotFoundError(path) from error
 
 
@@ -188,7 +191,7 @@ def _inconsistency(manifest: Manifest) -> str | None:
     ids = [category.id for category in manifest.categories]
     names = [shard.name for shard in manifest.shards] + [file.name for file in manifest.files]
     if manifest.url or manifest.cache != CacheConfig():
-        return "the file may not say its own url or cache"
+        return "the file must not contain its own url or cache"
     if ids != sorted(set(ids)) or not ids:
         return f"category ids are not ascending and distinct: {ids[:8]}"
     if manifest.images < 1 or manifest.annotations < 0 or manifest.samples_per_shard < 1:
@@ -196,11 +199,11 @@ def _inconsistency(manifest: Manifest) -> str | None:
     if sum(shard.samples for shard in manifest.shards) != manifest.images:
         return f"the shards hold {sum(shard.samples for shard in manifest.shards)} samples, not {manifest.images}"
     if any(shard.samples < 0 or shard.bytes < 0 for shard in manifest.shards):
-        return "a shard holds less than nothing"
-    # A manifest may come from elsewhere: it must not be able to name files outside its own folder.
+        return "a shard has a negative number of samples or bytes"
+    # A manifest may come from someone else: it must not name files outside its own folder.
     outside = [name for name in names if name.startswith("/") or ".." in name.split("/") or "://" in name]
     if outside:
         return f"file names leave the data set's folder: {outside[0]!r}"
-    # A cache keeps shards by their names.
+    # The cache stores shards by their names.
     nested = [shard.name for shard in manifest.shards if "/" in shard.name or not shard.name.strip(".")]
-    return f"shards have names that are no plain file names: {nested[0]!r}" if nested else None
+    return f"shards have names that are not plain file names: {nested[0]!r}" if nested else None

@@ -1,4 +1,4 @@
-"""Work spread over processes of this machine: results in order, a live count, and a clean end in every case.
+"""A map over processes of this machine, with results in order, live progress and a clean end in every case.
 
 Processes are spawned and never forked: a fork of a process with threads, or of one that uses Ray, may hang.
 """
@@ -19,11 +19,11 @@ from shards.errors import ShardError
 P = TypeVar("P")
 R = TypeVar("R")
 _POLL_S = 0.1
-_AHEAD = 2  # parts per process that are ready or under way
+_AHEAD = 2  # items per process that are submitted and not yet yielded
 
 
 class _Stopped(Exception):
-    """The parent wants no more of it."""
+    """Raised in a worker process when the parent has stopped the map."""
 
 
 def process_map(
@@ -32,26 +32,26 @@ def process_map(
     workers: int,
     progress: Callable[[int], None],
 ) -> Iterator[R]:
-    """``function(part, done)`` of every part, in order, in ``workers`` processes; both must be picklable.
+    """Yield `function(part, done)` of every part, in order, from `workers` processes; both must be picklable.
 
-    What the function tells ``done`` (how much it has got through) is added up for ``progress``, which is called here.
-    Closing the iterator ends the processes within one ``done``. Raises ShardError where a process was killed.
+    The function calls `done` with increments of its progress; `progress` is called in this process with their sum.
+    Closing the iterator ends the processes at their next call of `done`. Raise `ShardError` when a process was killed.
     """
     context = multiprocessing.get_context("spawn")
     window = _AHEAD * workers
-    # Each part under way counts in a slot of its own: a lock would stay locked when its holder is killed.
+    # Each submitted part has its own counter: a lock would stay locked when its holder is killed.
     counts, stop = context.RawArray("q", window), context.RawValue("b", 0)
     executor = ProcessPoolExecutor(workers, context, initializer=_enter, initargs=(counts, stop))
-    waiting: deque[tuple[Future[R], int]] = deque()
+    pending: deque[tuple[Future[R], int]] = deque()
     before = 0
     try:
         for number, part in enumerate(parts):
-            if len(waiting) == window:
-                before = yield from _next(waiting, counts, before, progress)
+            if len(pending) == window:
+                before = yield from _next(pending, counts, before, progress)
             with _interrupts_blocked():
-                waiting.append((executor.submit(_run, function, part, number % window), number % window))
-        while waiting:
-            before = yield from _next(waiting, counts, before, progress)
+                pending.append((executor.submit(_run, function, part, number % window), number % window))
+        while pending:
+            before = yield from _next(pending, counts, before, progress)
     except BrokenProcessPool:
         raise ShardError(
             "a worker process was killed (by the system, if memory ran out); finished shards are kept: run the same "
@@ -63,14 +63,15 @@ def process_map(
 
 
 def _next(
-    waiting: deque[tuple[Future[R], int]], counts: Any, before: int, progress: Callable[[int], None]
+    pending: deque[tuple[Future[R], int]], counts: Any, before: int, progress: Callable[[int], None]
 ) -> Generator[R, None, int]:
-    future, slot = waiting[0]
+    """Yield the result of the first pending part; return the progress of all parts that are finished."""
+    future, slot = pending[0]
     while not future.done():
         wait([future], timeout=_POLL_S)
         progress(before + sum(counts))
     result = future.result()
-    waiting.popleft()
+    pending.popleft()
     before += counts[slot]
     counts[slot] = 0
     progress(before + sum(counts))
@@ -80,7 +81,7 @@ def _next(
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Processes started here inherit that they are deaf to Ctrl-C, which is for the parent to answer."""
+    """Block SIGINT in the processes started here, so that only the parent handles Ctrl-C."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

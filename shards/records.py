@@ -1,4 +1,4 @@
-"""The index of a data set from its source and from what was written."""
+"""Make the records of the index from the source and the written shards."""
 
 import io
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from shards.source import Source
 
 
 def image_records(source: Source, written: Sequence[Written]) -> tuple[Records, Ints]:
-    """IMAGE_DTYPE [images written], in the order of the shards, and the row of each in the source."""
+    """Return IMAGE_DTYPE [written images], in the order of the shards, and the row of each in the source."""
     shards = [part for part in written if part.shard is not None]
     places = [place for part in shards for place in part.places]
     records = np.zeros(len(places), IMAGE_DTYPE)
@@ -27,7 +27,7 @@ def image_records(source: Source, written: Sequence[Written]) -> tuple[Records, 
 
 
 def annotation_records(source: Source, rows: Ints) -> Records:
-    """ANNOTATION_DTYPE [their annotations] of images in the order of ``rows``."""
+    """Return ANNOTATION_DTYPE [annotations] of the source's images `rows`, in their order."""
     count = source.count[rows]
     starts = np.cumsum(count) - count
     within = np.arange(count.sum()) - np.repeat(starts, count)
@@ -45,7 +45,7 @@ def annotation_records(source: Source, rows: Ints) -> Records:
 
 
 def npy(records: Records) -> bytes:
-    """The bytes of a .npy file."""
+    """Return the bytes of a .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, records, allow_pickle=False)
     return buffer.getvalue()

@@ -1,8 +1,8 @@
-"""Where a data set is written before it is one, and how it becomes one.
+"""Stage a data set while it is written, and publish it when it is complete.
 
-A local one is written into ``OUT.partial`` and renamed. A remote one is written where it will lie, each file from a
-local copy that is whole, and its manifest last. Either way a *note* about every finished shard, which tells its digest,
-lets a run that was stopped go on behind the last of them; the notes go when the data set is whole.
+A local data set is written into `OUT.partial`, which is then renamed. A remote one is written to its final URL, each file
+from a complete local copy, and its manifest last. In both cases a *note* for every finished shard, with its digest, lets
+a stopped run continue after the last of them; the notes are removed when the data set is complete.
 """
 
 import fcntl
@@ -23,20 +23,21 @@ from shards.manifest import ANNOTATIONS_NAME, IMAGES_NAME, MANIFEST_NAME, SOURCE
 
 _NOTES = ".partial"
 _KEY = f"{_NOTES}/key"
-# Seconds: a writer leaves a note with every shard, which takes less by far, and of those written at once the last are
-# among the last by name.
-YOUNG_S, _LAST_NOTES = 120.0, 64
+# A writer whose newest note is younger than this many seconds may still be running: a shard takes far less.
+YOUNG_S = 120.0
+# Shards are written several at a time, so the newest note is among the last by name.
+_LAST_NOTES = 64
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The folder or URL that is written into; ``key`` tells one data set from another. Goes to other processes."""
+    """The folder or URL that is written to; `key` identifies the data set. Picklable."""
 
     url: str
     key: str
 
     def check_visible(self) -> None:
-        """Raises ShardError where this process, on whatever machine, does not see the same folder."""
+        """Raise `ShardError` if this process, maybe on another machine, does not see the same folder."""
         try:
             found = storage.read(storage.join(self.url, _KEY))
         except OSError:
@@ -46,55 +47,55 @@ class Stage:
         if found or storage.exists(storage.join(self.url, MANIFEST_NAME)):
             raise self._taken()
         raise ShardError(
-            f"{self.url}: is not what it should be, seen from a worker on {socket.gethostname()}; expected images and "
+            f"{self.url}: a worker on {socket.gethostname()} sees another folder, or none; expected images and "
             "--out to be visible from every process and node: give a shared folder or a URL"
         )
 
     def check_ours(self) -> None:
-        """Raises ShardError where another process has taken a URL since; nothing locks one as ``flock`` does a folder."""
+        """Raise `ShardError` if another process has taken the URL since; a URL cannot be locked like a folder."""
         if storage.local_path(self.url) is None and not self.is_ours():
             raise self._taken()
 
     def _taken(self) -> ShardError:
         return ShardError(
-            f"{self.url}: another process has meanwhile begun or finished a data set there; expected to be alone: choose "
-            "another place, or write one after the other"
+            f"{self.url}: another process has started or finished a data set there; expected no other writer: choose "
+            "another folder or URL, or write one after the other"
         )
 
     def is_ours(self) -> bool:
-        """Whether what is being written there is this data set."""
+        """Return true if the data set that is being written there is this one."""
         try:
             return storage.read(storage.join(self.url, _KEY)) == self.key.encode()
         except FileNotFoundError:
             return False
 
     def read_note(self, name: str) -> bytes | None:
-        """The note about a finished shard; None where it is not finished."""
+        """Return the note of a finished shard; None when it is not finished."""
         try:
             return storage.read(storage.join(self.url, _NOTES, f"{name}.json"))
         except FileNotFoundError:
             return None
 
     def write_note(self, name: str, content: bytes) -> None:
-        """Mark a shard as finished, after everything of it is there."""
+        """Mark a shard as finished; call it after the shard itself is stored."""
         self.check_ours()
         storage.write(storage.join(self.url, _NOTES, f"{name}.json"), content)
 
     @contextmanager
     def draft(self, name: str) -> Iterator["Draft"]:
-        """A file to write into. It appears under ``name``, whole and flushed, if it was finished when the block ends."""
+        """Yield a file to write; it appears under `name`, complete and flushed, if it is finished when the block ends."""
         local = storage.local_path(self.url)
         if local is None:
-            # Without a name, so that a process that is killed leaves nothing on the disk.
+            # An unnamed file, so that a killed process leaves nothing on the disk.
             with tempfile.TemporaryFile() as file:
                 draft = Draft(cast(BinaryIO, file))
                 yield draft
                 file.flush()
                 if draft.finished:
-                    self.check_ours()  # not to put it over one of theirs
+                    self.check_ours()  # do not overwrite another writer's shard
                     storage.upload(Path(f"/proc/self/fd/{file.fileno()}"), storage.join(self.url, name))
             return
-        # A name of its own, as Ray may try a shard again while the first try still goes on elsewhere.
+        # A name per process: Ray may retry a shard while the first attempt is still running elsewhere.
         path = local / f".{name}.{socket.gethostname()}.{os.getpid()}"
         try:
             with path.open("wb") as file:
@@ -108,14 +109,14 @@ class Stage:
             path.unlink(missing_ok=True)
 
     def write(self, name: str, content: bytes) -> None:
-        """A small file, whole or absent."""
+        """Write a small file; it is complete or absent."""
         self.check_ours()
         storage.write(storage.join(self.url, name), content)
 
 
 @dataclass
 class Draft:
-    """A file that is being written, and whether it is to be kept."""
+    """A file that is being written; it is kept only if `finished`."""
 
     file: BinaryIO
     finished: bool = False
@@ -123,9 +124,9 @@ class Draft:
 
 @contextmanager
 def staging(out: str, key: str) -> Iterator[Stage]:
-    """Where to write the data set ``out``, holding nothing but finished shards of the same ``key``; published at the end.
+    """Yield a stage for the data set `out` that holds only finished shards of the same `key`; publish it at the end.
 
-    An interruption leaves it for the next run of the same key; a source that is not sound removes it.
+    An interruption leaves it for the next run of the same key; a `SourceError` removes it.
     """
     folder = storage.local_path(out)
     opened = _remote(out, key) if folder is None else _local(folder, key)
@@ -151,7 +152,7 @@ def _local(folder: Path, key: str) -> Iterator[Stage]:
         key_file = path / _KEY
         if not key_file.exists() and any(entry.name != _NOTES for entry in path.iterdir()):
             raise ShardError(
-                f"{path}: is not empty and no run that was stopped has left it; expected no such folder, as it would be "
+                f"{path}: is not empty and was not left by a stopped run; expected no such folder, as it would be "
                 "cleared: move it away or choose another --out"
             )
         same = key_file.exists() and key_file.read_text() == key
@@ -167,9 +168,9 @@ def _local(folder: Path, key: str) -> Iterator[Stage]:
         storage.sync_folder(path)
         path.rename(folder)
         storage.sync_folder(folder.parent)
-        shutil.rmtree(folder / _NOTES)  # last, as without its key the folder would not be taken for one of ours
+        shutil.rmtree(folder / _NOTES)  # last: without the key in it, the folder would not be recognised as ours
     finally:
-        os.close(descriptor)  # and with it the lock
+        os.close(descriptor)  # releases the lock
 
 
 @contextmanager
@@ -177,31 +178,29 @@ def _remote(out: str, key: str) -> Iterator[Stage]:
     stage = Stage(out, key)
     found = storage.listing(out)
     if found and _KEY not in found:
-        raise ShardError(
-            f"{out}: is not empty and holds no data set, expected a new or empty place: choose another one"
-        )
+        raise ShardError(f"{out}: is not empty and holds no data set, expected a new or empty URL: choose another one")
     if found and not stage.is_ours():
         _check_left(out, sorted(name for name in found if name.startswith(f"{_NOTES}/")))
         _discard(stage)
     storage.write(storage.join(out, _KEY), key.encode())
     yield stage
     stage_files = [name for name in storage.listing(out) if name.startswith(f"{_NOTES}/")]
-    for name in sorted(stage_files, key=lambda name: name == _KEY):  # the key last: it says whose the others are
+    for name in sorted(stage_files, key=lambda name: name == _KEY):  # the key last: it identifies the others
         storage.remove(storage.join(out, name))
 
 
 def _check_left(out: str, notes: list[str]) -> None:
-    """Raises ShardError where another data set is perhaps being written right now: the last of its notes is young."""
+    """Raise `ShardError` if another data set may be being written right now: its newest note is young."""
     age_s = min(storage.age_s(storage.join(out, name)) for name in {_KEY, *notes[-_LAST_NOTES:]})
     if age_s < YOUNG_S:
         raise ShardError(
-            f"{out}: another data set was being written there {max(age_s, 0):.0f} s ago; if that goes on, choose another "
-            f"place; if it was stopped, try again in {YOUNG_S - age_s:.0f} s"
+            f"{out}: another data set was being written there {max(age_s, 0):.0f} s ago; if it still is, choose another "
+            f"URL; if it was stopped, try again in {YOUNG_S - age_s:.0f} s"
         )
 
 
 def _discard(stage: Stage) -> None:
-    """Remove everything that was written, and nothing that was not."""
+    """Remove all files that the writer has written, and no others."""
     path = storage.local_path(stage.url)
     if path is not None:
         shutil.rmtree(path)
@@ -217,11 +216,11 @@ def _discard(stage: Stage) -> None:
 
 
 def _clear(path: Path, kept: Callable[[Path], bool]) -> None:
-    """Remove what is not worth keeping: of a killed run, half-written files above all."""
+    """Remove all entries that are not `kept`, such as half-written files of a killed run."""
     for entry in path.iterdir():
         if kept(entry):
             continue
-        with suppress(FileNotFoundError):  # another try of the same shard may end right now
+        with suppress(FileNotFoundError):  # another attempt at the same shard may end right now
             if entry.is_dir():
                 shutil.rmtree(entry)
             else:

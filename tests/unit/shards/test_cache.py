@@ -91,7 +91,7 @@ def test_a_disk_that_is_full_all_the_same_is_one_clear_line_and_nothing_is_left(
         "    print(error)"
     )
     said = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
-    assert "kept: the cache cannot be written (File too large); expected a folder with room" in said
+    assert "kept: the cache cannot be written (File too large); expected a folder with free space" in said
     assert said.count("\n") == 1
     assert names(tmp_path / "kept") == []
 
@@ -141,7 +141,7 @@ def test_a_manifest_may_not_say_where_it_is_kept(coco):
     coco.write()
     path = coco.root / "out" / "manifest.json"
     path.write_bytes(path.read_bytes().strip()[:-1] + b',"cache":{"folder":"/elsewhere"}}')
-    with pytest.raises(ShardError, match="may not say its own url or cache"):
+    with pytest.raises(ShardError, match="must not contain its own url or cache"):
         load_manifest(coco.root / "out")
 
 

@@ -128,7 +128,7 @@ def test_a_writer_that_lost_its_place_leaves_the_data_set_of_the_other_as_it_is(
 
     coco.annotations.write_text(json.dumps(coco.data))
     monkeypatch.setattr(where, when, overtaken)
-    with pytest.raises(ShardError, match="another process has meanwhile begun or finished a data set there"):
+    with pytest.raises(ShardError, match="another process has started or finished a data set there"):
         write_remote(coco)
     assert [shard.samples for shard in load_manifest(URL).shards] == [3, 3, 1]
     assert verify(URL).problems == ()

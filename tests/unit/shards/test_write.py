@@ -130,7 +130,7 @@ OTHERS = {
     "image": "an image is not as in .*images now, such as image 100:",
     "lost image": "an image is not as in .*images now, such as image 100:",
     "lost shard": r"its shard-000001.tar is missing: copy it back, or delete",
-    "cut shards": r"its shard-000000.tar has 5 bytes, not \d+ \(and 1 more of its files are not whole\): copy it back",
+    "cut shards": r"its shard-000000.tar has 5 bytes, not \d+ \(and 1 more of its files are missing or incomplete\): copy it back",
     "lost report": r"its report.json is missing: copy it back",
 }
 
