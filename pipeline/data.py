@@ -1,4 +1,4 @@
-"""A run's data sets, and whether what a node keeps of them fits its cache."""
+"""Data sets of a run, and checks that they fit the cache of a node."""
 
 from __future__ import annotations
 
@@ -13,26 +13,23 @@ from shards.room import GIB, size_text
 
 
 def open_data(config: DataConfig) -> tuple[Manifest, Manifest]:
-    """The manifests of training and validation, read through the cache that the run asks for."""
+    """Return the manifests of training and validation data, read through the run's cache."""
     cache = CacheConfig(config.cache, config.cache_gib)
     try:
         return load_manifest(config.train, cache), load_manifest(config.val, cache)
     except OtherFormatError as error:
         folder = Path(config.train).parent
-        # Where they were made together they have their source beside them; a person's own data is not to be deleted.
+        # Generated data has its source folder beside it. Never advise to delete a user's own data.
         if not (config.built_in and folder == Path(config.val).parent and (folder / "source").is_dir()):
             raise
-        said = str(error).rpartition(": ")[0]
+        problem = str(error).rpartition(": ")[0]  # without the advice to write the data set again
         raise ShardError(
-            f"{said}; the built-in data is made where it is absent: delete {folder} and start again"
+            f"{problem}; the built-in data is made where it is absent: delete {folder} and start again"
         ) from None
 
 
 def check_cache(config: DataConfig, train: Manifest, val: Manifest) -> None:
-    """Refuse an order that would fetch the same shards again and again, for lack of room on this node.
-
-    Raises `RunConfigError` saying what is needed, what there is, and what to set.
-    """
+    """Raise `RunConfigError` if this node's cache is too small, so that shards would be fetched again and again."""
     for manifest in (train, val):
         cache = cache_for(manifest.url, manifest.cache)
         if cache is not None:
@@ -41,13 +38,13 @@ def check_cache(config: DataConfig, train: Manifest, val: Manifest) -> None:
 
 
 def check_cache_limit(config: DataConfig, train: Manifest, val: Manifest) -> None:
-    """As `check_cache`, of the limit alone, on a machine that need not be one of the nodes."""
+    """Do the same as `check_cache` for the configured limit only: this machine may not be a node of the cluster."""
     if config.cache_gib and any(cache_for(manifest.url, manifest.cache) for manifest in (train, val)):
         _check(config, train, val, int(config.cache_gib * GIB), "the cache")
 
 
 def check_room(manifest: Manifest) -> None:
-    """As `check_cache`, of a data set that is evaluated outside of a run: the environment says where it is kept."""
+    """Raise `RunConfigError` if a data set that is evaluated outside of a run does not fit the cache."""
     cache = cache_for(manifest.url, manifest.cache)
     needed = sum(shard.bytes for shard in manifest.shards) + sum(_index_sizes(manifest).values())
     if cache is not None and needed > cache.room():
@@ -58,13 +55,14 @@ def check_room(manifest: Manifest) -> None:
 
 
 def _check(config: DataConfig, train: Manifest, val: Manifest, room: int, where: str) -> None:
-    needed, largest = (sum(sizes) for sizes in (_sizes(train, val), _sizes(train, val, config.shuffle_shards)))
+    needed = sum(_sizes(train, val))
     if config.shuffle_shards == 0 and needed > room:
         raise RunConfigError(
             f"shards and index take {size_text(needed)} but {where} may hold {size_text(room)}, and an epoch that is shuffled as a "
             "whole would fetch them again and again; expected room for all: raise --data.cache-gib or free some disk, or set "
             "--data.shuffle-shards N to shuffle in blocks, or --data.cache off"
         )
+    largest = sum(_sizes(train, val, config.shuffle_shards))
     if largest > room:
         raise RunConfigError(
             f"two blocks of data.shuffle_shards {config.shuffle_shards}, the validation shards and both indexes take "
@@ -74,25 +72,29 @@ def _check(config: DataConfig, train: Manifest, val: Manifest, room: int, where:
 
 
 def _sizes(train: Manifest, val: Manifest, block: int = 0) -> list[int]:
-    """Bytes of the cached files that are wanted at a time: of two blocks, where one ends and the next begins.
+    """Return the sizes in bytes of the cached files that are needed at one time.
 
-    The index of either data set is held all the time.
+    Those are the indexes, the validation shards and, of the training shards, all (`block` 0) or the largest two blocks
+    of `block` shards: while a block is read to its end, the next one starts.
     """
-    of_train, of_val = (
-        {shard.sha256: shard.bytes for shard in manifest.shards} if cache_for(manifest.url, manifest.cache) else {}
-        for manifest in (train, val)
-    )
-    held = {
-        sha256: size
-        for manifest in (train, val)
-        if cache_for(manifest.url, manifest.cache)
-        for sha256, size in _index_sizes(manifest).items()
-    }
+    of_train = _shard_sizes(train)
+    of_val = _shard_sizes(val)
+    indexes: dict[str, int] = {}
+    for manifest in (train, val):
+        if cache_for(manifest.url, manifest.cache):
+            indexes |= _index_sizes(manifest)
     if block == 0:
-        return list((of_train | of_val | held).values())
-    return [*sorted(of_train.values())[-2 * block :], *of_val.values(), *held.values()]
+        return list((of_train | of_val | indexes).values())
+    return [*sorted(of_train.values())[-2 * block :], *of_val.values(), *indexes.values()]
+
+
+def _shard_sizes(manifest: Manifest) -> dict[str, int]:
+    """Return the bytes of each shard by its sha256; empty if the data set is not cached."""
+    if not cache_for(manifest.url, manifest.cache):
+        return {}
+    return {shard.sha256: shard.bytes for shard in manifest.shards}
 
 
 def _index_sizes(manifest: Manifest) -> dict[str, int]:
-    """Bytes of the files of the index, by their sha256."""
+    """Return the bytes of each file of the index by its sha256."""
     return {file.sha256: file.bytes for file in manifest.files if file.name in (IMAGES_NAME, ANNOTATIONS_NAME)}

@@ -1,8 +1,8 @@
-"""The built-in demonstration: the whole product on a laptop, in minutes, without a network.
+"""The built-in demonstration: every stage of the product on a laptop, in minutes, without a network.
 
-What it trains is a small DETR, not the paper's: its backbone was pre-trained on the same synthetic images, which stands
-where ImageNet weights stand in the paper. Every stage is the real one: JPEG files and COCO JSON, shards, two Ray Train
-workers, MLflow, the registry, and an evaluation of the registered version.
+It trains a small DETR, not the paper's; its backbone is pre-trained on the same synthetic images instead of ImageNet. Every
+stage is the real one: JPEG files and COCO JSON, shards, two Ray Train workers, MLflow, the registry, and an evaluation of
+the registered version.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from pipeline.config import RunConfig
+from pipeline.pretrain import pretrain_backbone
 from pipeline.progress import progress_bar
 from pipeline.recipes import RECIPES
 from pipeline.report import metrics_table
@@ -31,11 +32,13 @@ _SAMPLES_PER_SHARD = 1000
 
 @dataclass(frozen=True)
 class Summary:
-    """What `runs/demo/summary.json` holds. `AP` is the run's, `evaluated_AP` that of the registered version."""
+    """Results of the demo, as written to `runs/demo/summary.json`."""
 
     AP: float
+    """AP of the run's best checkpoint."""
     AP50: float
     evaluated_AP: float
+    """AP of the registered version."""
     version: str
     seconds: float
     model: str
@@ -43,14 +46,14 @@ class Summary:
 
 
 def demo(launch: Launch | None = None) -> Summary:
-    """Generate, shard, pre-train, train, register, evaluate, draw; returns and writes the figures."""
+    """Generate, shard, pre-train, train, register, evaluate and draw; return the results and write them to a file."""
     from pipeline.registered import evaluate_registered, picture_sheet
 
     launch, start = launch or Launch(), time.perf_counter()
     config = RECIPES["demo"]
     folder = Path(config.storage) / "demo"
-    launch.say("A small DETR on built-in synthetic images. Its backbone is pre-trained on the same images,")
-    launch.say("which stands where ImageNet weights stand in the paper. Two Ray Train workers on this CPU.\n")
+    launch.say("A small DETR on built-in synthetic images. Its backbone is pre-trained on the same images")
+    launch.say("instead of ImageNet. Two Ray Train workers on this CPU.\n")
     outcome = train(config, launch)
     uri = f"models:/{outcome.model_name}/{outcome.version}"
     launch.say(f"registered as {uri}{' (@best)' if outcome.is_best else ''}; evaluating it from the registry")
@@ -78,13 +81,11 @@ def demo(launch: Launch | None = None) -> Summary:
 
 
 def make_built_in(config: RunConfig, say: Callable[[str], None]) -> None:
-    """Make the built-in data set and its backbone where they are absent; a second run finds them."""
+    """Generate the built-in data set and pre-train its backbone, unless they exist."""
     _make_data(config, say)
     weights = Path(config.model.backbone_weights)
     if config.model.backbone_weights in ("random", "imagenet") or weights.exists():
         return
-    from pipeline.pretrain import pretrain_backbone
-
     with progress_bar("pre-training the backbone", "step") as progress:
         result = pretrain_backbone(
             load_manifest(config.data.train),
@@ -94,7 +95,9 @@ def make_built_in(config: RunConfig, say: Callable[[str], None]) -> None:
             seed=config.seed,
             progress=lambda done, total, loss: progress(done, total),
         )
-    say(f"pre-trained the backbone in {result.steps} steps: it names {result.accuracy:.0%} of the cells rightly")
+    say(
+        f"pre-trained the backbone in {result.steps} steps: it classifies {result.accuracy:.0%} of the points correctly"
+    )
 
 
 def _make_data(config: RunConfig, say: Callable[[str], None]) -> None:
@@ -103,9 +106,9 @@ def _make_data(config: RunConfig, say: Callable[[str], None]) -> None:
         return
     source = Path(config.data.train).parent / "source"
     with progress_bar("drawing images") as progress:
-        made = write_synthetic(source, progress=progress)
+        drawn = write_synthetic(source, progress=progress)
     images = 0
-    for split, url in zip((made.train, made.val), urls, strict=True):
+    for split, url in zip((drawn.train, drawn.val), urls, strict=True):
         with progress_bar(f"sharding {Path(url).name}") as progress:
             manifest = write_coco(
                 split.images, split.annotations, url, WriteConfig(samples_per_shard=_SAMPLES_PER_SHARD), progress

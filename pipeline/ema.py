@@ -1,11 +1,11 @@
-"""An exponential moving average of the trained weights (`optim.ema`), which is what is evaluated and registered.
+"""Exponential moving average of the trained weights (`optim.ema`), which is then evaluated and registered.
 
 A departure from the paper, which evaluates the weights themselves; off by default. After each update the average moves
-towards the weights by `1 - decay`. In the first steps it moves faster, as the average over few steps would (TensorFlow's
-rule), or a short run would be evaluated with its first weights. Buffers, as of a trainable batch norm, are the model's own.
+towards the weights by `1 - decay`. In the first steps it moves faster (TensorFlow's rule), or a short run would be
+evaluated with nearly its initial weights. Buffers, such as those of a trainable batch norm, are not averaged.
 
-The average is a function of the weights and the step, divided among the ranks as the parameters are, and part of the
-checkpoint, so it does not matter where a run was stopped or how many workers it has.
+The average depends only on the weights and the step, is sharded over the ranks like the parameters, and is saved in
+checkpoints, so stopping a run or changing its number of workers does not change it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pipeline.parallel import unwrap
 
 
 class Ema:
-    """Averages of the parameters; under FSDP of this rank's parts. Those that are frozen stay what they are.
+    """Moving averages of all parameters; under FSDP, of this rank's shards.
 
-    averages: by the parameters' names, of their type, layout and place.
+    `averages` holds them by parameter name, with the dtype, layout and device of the parameter.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -31,13 +31,14 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights that the update of `step` (counted from 0) has left; nothing waits for the device."""
-        own, current = ([_local(value) for value in values] for values in (self.averages.values(), self._parameters))
-        torch._foreach_lerp_(own, current, 1.0 - decay_at(self._decay, step))
+        """Move the averages towards the weights after the update of `step` (counted from 0), without a device sync."""
+        averages = [_local(value) for value in self.averages.values()]
+        weights = [_local(value) for value in self._parameters]
+        torch._foreach_lerp_(averages, weights, 1.0 - decay_at(self._decay, step))
 
 
 def decay_at(decay: float, step: int) -> float:
-    """What the update of `step` (counted from 0) keeps of the average."""
+    """Return the decay of the average at the update of `step` (counted from 0), lower in the first steps."""
     return min(decay, (2 + step) / (11 + step))
 
 

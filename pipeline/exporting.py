@@ -1,7 +1,7 @@
-"""A registered version becomes a file of the original's: `{"model": state dict}`, tensors only.
+"""Export of a registered version to the original's file format: `{"model": state dict}`, tensors only.
 
-The original takes category ids as labels. A model trained here has contiguous labels, so the rows of its class head move
-to their ids, and rows of ids that no category has get a logit that no softmax notices.
+The original uses category ids as labels. A model trained here has contiguous labels, so the rows of its class head move
+to their ids, and the rows of ids without a category get a logit that makes their probability negligible.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pipeline.predict import read_model
 from pipeline.registry import resolve
 from shards.manifest import Category
 
-_MOST_CLASSES = 10_000  # a head of more rows than this is a mistake, not a model
+_MOST_CLASSES = 10_000  # a class head with more rows is a mistake
 _NEVER = -100.0  # the logit of an id without a category; its probability is below 1e-40
-# What the original has no option for, and only that shows in its results: how weights began does not.
+# Options that the original lacks and that change the results. How weights were initialised does not matter any more.
 _DEPARTURES = ("position_temperature", "position_at_input", "decoder_input")
 
 
 def export_original(uri: str, path: Path) -> tuple[str, ...]:
-    """Write a registered version as the original's loader takes it; returns what a person should know.
+    """Write a registered version in the original's format and return lines for the user.
 
-    Raises `ExchangeError` naming the fields that the original cannot express.
+    Raise `ExchangeError` naming the fields that the original cannot express.
     """
     check_target(path)
     model, card = read_model(resolve(uri))
@@ -49,17 +49,20 @@ def export_original(uri: str, path: Path) -> tuple[str, ...]:
     finally:
         aside.unlink(missing_ok=True)
     options = original_options(card.model)
-    said = [f"the original builds it with {' '.join(options)} and num_classes={classes}"]
+    notes = [f"the original builds it with {' '.join(options)} and num_classes={classes}"]
     if moved:
-        said.append(f"its {len(labels)} labels are at their category ids now, in a head of {classes} classes")
-    return tuple(said)
+        notes.append(f"its {len(labels)} labels are at their category ids now, in a head of {classes} classes")
+    return tuple(notes)
 
 
 def refuse_departures(uri: str, config: ModelConfig) -> None:
-    """Raise `ExchangeError` for a model that the original has no options for."""
+    """Raise `ExchangeError` if the original has no options for this model."""
     plain = ModelConfig()
     wrong = [name for name in _DEPARTURES if getattr(config, name) != getattr(plain, name)]
-    wrong += ["norm"] * (config.norm == "group") + ["backbone"] * (config.backbone == "tiny")
+    if config.norm == "group":
+        wrong.append("norm")
+    if config.backbone == "tiny":
+        wrong.append("backbone")
     if wrong:
         got = ", ".join(f"{name}={getattr(config, name)!r}" for name in wrong)
         expected = ", ".join("a ResNet" if name == "backbone" else f"{name}={getattr(plain, name)!r}" for name in wrong)
@@ -69,7 +72,7 @@ def refuse_departures(uri: str, config: ModelConfig) -> None:
 
 
 def original_options(config: ModelConfig) -> list[str]:
-    """The original's command-line options that build this model; those that are its defaults are left out."""
+    """Return the original's command-line options that build this model, without its defaults."""
     plain = ModelConfig()
     valued = {
         "backbone": "--backbone",
@@ -91,13 +94,13 @@ def _differs(config: ModelConfig, plain: ModelConfig, name: str) -> bool:
 
 
 def check_target(path: Path) -> None:
-    """Refuse now what could not be written after minutes of work."""
+    """Raise `ExchangeError` if `path` cannot be written, before minutes of work."""
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise ExchangeError(f"{path} cannot be written; expected a file in a folder that exists: make it first")
 
 
 def _classes(uri: str, categories: Sequence[Category]) -> int:
-    """The original's number of classes: the largest category id, and one."""
+    """Return the original's number of classes: the largest category id plus 1."""
     ids = [category.id for category in categories]
     if min(ids) < 0 or max(ids) >= _MOST_CLASSES:
         wrong = min(ids) if min(ids) < 0 else max(ids)
@@ -108,7 +111,10 @@ def _classes(uri: str, categories: Sequence[Category]) -> int:
 
 
 def _at_ids(rows: Tensor, ids: Sequence[int], classes: int, empty: float) -> Tensor:
-    """Rows [K + 1, ...] of labels 0 to K - 1 and "no object" as rows [classes + 1, ...] at their ids, the last last."""
+    """Move rows [K + 1, ...] of labels 0 to K - 1 and "no object" to rows [classes + 1, ...] at their category ids.
+
+    "No object" stays the last row; rows of ids without a category are filled with `empty`.
+    """
     placed = rows.new_full((classes + 1, *rows.shape[1:]), empty)
     placed[torch.tensor([*ids, classes])] = rows
     return placed

@@ -1,8 +1,8 @@
-"""Weights of the original implementation become a registered version that is used like one trained here.
+"""Import of the original's weights as a registered version, which is used like one trained here.
 
-What the tensors show is read off them; what they do not show comes from the file's own options or from flags, and what
-had to be assumed is said. The original takes category ids as labels, so a label is an id here too, and ids that no
-category has are named "N/A".
+The architecture is read from the tensors. What they do not show comes from the options stored in the file or from flags;
+assumptions are reported. The original uses category ids as labels, so a label is an id here too, and ids without a
+category are named "N/A".
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from pipeline.publish import Registered, check_names, publish
 from pipeline.state_file import StateFile, read_state_file
 from shards.manifest import Category
 
-_COCO_CLASSES = 91  # the largest category id of COCO's things, and one
-_PANOPTIC_CLASSES = 250  # the original's room for things and stuff; things have the ids they always have
+_COCO_CLASSES = 91  # the largest category id of COCO's things plus 1
+_PANOPTIC_CLASSES = 250  # the original's number for things and stuff; things have the same ids as above
 _Value = TypeVar("_Value", bool, int, float)
 
 
 class Recognised(NamedTuple):
-    """A file's model with its weights, and what a person should know about it."""
+    """Model of one of the original's files with its weights, and lines about it for the user."""
 
     model: DETR
     epochs: int
-    """Epochs of training that the file speaks of; 0 where it says nothing."""
+    """Epochs of training according to the file; 0 if it does not say."""
     said: tuple[str, ...]
 
 
 class Imported(NamedTuple):
-    """What an import came to."""
+    """Registered version of an import, and lines about it for the user."""
 
     registered: Registered
     said: tuple[str, ...]
@@ -58,36 +58,53 @@ def import_file(
 ) -> Imported:
     """Register the model of one of the original's files as a version of `name`, and point `alias` at it.
 
-    heads, dilation: what the tensors do not show; refused where the file itself says otherwise. categories: a JSON file
-    with COCO's `categories`. The version evaluates as in the paper, DC5 models one image at a time, others two. Raises
-    `ExchangeError`, `ConfigError` or `TrackingError`, each one line.
+    `heads` and `dilation` are not shown by the tensors; they are refused if the file itself has other values.
+    `categories` is a JSON file with COCO's `categories`. The version is evaluated as in the paper: DC5 models one image
+    at a time, others two. Raise `ExchangeError`, `ConfigError` or `TrackingError` with a one-line message.
     """
     check_names(name, alias)
     try:
-        model, epochs, said = read_original(path, heads=heads, dilation=dilation)
+        model, epochs, notes = read_original(path, heads=heads, dilation=dilation)
     except ConfigError:
         raise
     except ValueError as error:
         raise ExchangeError(f"{path}: {error}") from None
-    named, how = _categories(model.num_classes, categories)
-    said = (*said, how)
-    with path.open("rb") as file:
-        source = f"{path.name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    named, names_source = _categories(model.num_classes, categories)
+    notes = (*notes, names_source)
+    source = f"{path.name} sha256:{_sha256(path)}"
+    card = _card(model, named, epochs, source)
     client = connect()
     run = client.create_run(
         experiment_id(client, TrackConfig().experiment),
         run_name=f"import {name}",
-        tags={**origin_tags(f"detr import {path.name}"), TAG_IMPORTED: source, "detr.imported": "; ".join(said)},
+        tags={**origin_tags(f"detr import {path.name}"), TAG_IMPORTED: source, "detr.imported": "; ".join(notes)},
     )
     run_id = str(run.info.run_id)
-    card = Card(
+    card = msgspec.structs.replace(card, run_id=run_id)
+    try:
+        registered = publish(client, model, card, name=name, alias=alias, again=f"detr import {path} --name {name}")
+    except BaseException:
+        client.set_terminated(run_id, "FAILED")
+        raise
+    client.set_terminated(run_id, "FINISHED")
+    return Imported(registered, notes)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _card(model: DETR, categories: tuple[Category, ...], epochs: int, source: str) -> Card:
+    """Return the card of an imported model, still without its run."""
+    return Card(
         model=model.config,
         transform=TransformConfig(),
-        categories=named,
+        categories=categories,
         evaluate_batch_size=1 if model.config.dilation else 2,
         evaluate_batching="padded",
         recipe="",
-        run_id=run_id,
+        run_id="",
         checkpoint="",
         step=0,
         epoch=float(epochs),
@@ -97,19 +114,12 @@ def import_file(
         code_commit=code_commit(),
         imported_from=source,
     )
-    try:
-        done = publish(client, model, card, name=name, alias=alias, again=f"detr import {path} --name {name}")
-    except BaseException:
-        client.set_terminated(run_id, "FAILED")
-        raise
-    client.set_terminated(run_id, "FINISHED")
-    return Imported(done, said)
 
 
 def read_original(path: Path, *, heads: int | None = None, dilation: bool = False) -> Recognised:
     """Build the model of one of the original's files, with its weights.
 
-    Raises ValueError, one line without the path, for what is no such file or contradicts `heads` or `dilation`.
+    Raise `ValueError`, one line without the path, if the file is not the original's or contradicts `heads` or `dilation`.
     """
     file = read_state_file(path)
     options = file.args or {}
@@ -126,16 +136,18 @@ def read_original(path: Path, *, heads: int | None = None, dilation: bool = Fals
     )
     model = build_model(config, classes)
     load_original_state_dict(model, file.state)
-    assumed = [f"{config.heads} heads"] * (heads is None and shown is None)
+    assumed = []
+    if heads is None and shown is None:
+        assumed.append(f"{config.heads} heads")
     if not dilation and dilated is None and config.backbone in ("resnet50", "resnet101"):
-        named = " although the file's name has dc5 in it" if "dc5" in path.name.lower() else ""
-        assumed.append(f"no dilation{named} (a DC5 model needs --dilation)")
+        hint = " although the file's name has dc5 in it" if "dc5" in path.name.lower() else ""
+        assumed.append(f"no dilation{hint} (a DC5 model needs --dilation)")
     epochs = file.epoch + 1 if file.epoch is not None else 0
     return Recognised(model.eval(), epochs, (_description(config, classes, file), *_assumption(assumed)))
 
 
 def _option(options: Mapping[str, Any], name: str, kind: type[_Value]) -> _Value | None:
-    """One of the original's options, None where it has none of the name."""
+    """Return the original's option `name`, or None if it is absent; raise `ValueError` if it is not a `kind`."""
     value = options.get(name)
     if value is None:
         return None
@@ -151,16 +163,13 @@ def _refuse_contradiction(flag: str, given: int | None, shown: int | None) -> No
 
 
 def _description(config: ModelConfig, classes: int, file: StateFile) -> str:
-    extras = [
-        word
-        for word, there in (
-            ("DC5", config.dilation),
-            ("learned positions", config.position == "learned"),
-            ("pre-norm", config.pre_norm),
-            ("mask head", config.masks),
-        )
-        if there
-    ]
+    features = {
+        "DC5": config.dilation,
+        "learned positions": config.position == "learned",
+        "pre-norm": config.pre_norm,
+        "mask head": config.masks,
+    }
+    extras = [name for name, present in features.items() if present]
     return ", ".join(
         [
             config.backbone,
@@ -189,22 +198,25 @@ class _Annotations(msgspec.Struct):
 
 
 def _categories(classes: int, path: Path | None) -> tuple[tuple[Category, ...], str]:
-    """One category per label, whose id is the label, and where the names are from."""
+    """Return one category per label, with the label as its id, and a line that names the source of the names."""
     if path is not None:
-        names, how = _names_from(path, classes), f"category names from {path.name}"
+        names, source = _names_from(path, classes), f"category names from {path.name}"
     elif classes == _COCO_CLASSES:
-        names, how = coco_names(), "category ids and names are COCO's"
+        names, source = coco_names(), "category ids and names are COCO's"
     elif classes == _PANOPTIC_CLASSES:
         stuff = {label: str(label) for label in range(_COCO_CLASSES, classes)}
-        names, how = coco_names() | stuff, "category ids are COCO's, and the names of things; stuff is named by number"
+        names, source = (
+            coco_names() | stuff,
+            "category ids are COCO's, and the names of things; stuff is named by number",
+        )
     else:
         names = {label: str(label) for label in range(classes)}
-        how = "categories are named by number; give --categories FILE (COCO's `categories`) to name them"
-    return tuple(Category(label, names.get(label, UNNAMED)) for label in range(classes)), how
+        source = "categories are named by number; give --categories FILE (COCO's `categories`) to name them"
+    return tuple(Category(label, names.get(label, UNNAMED)) for label in range(classes)), source
 
 
 def coco_names() -> dict[int, str]:
-    """COCO's 80 things by category id, as torchvision's weights list them."""
+    """Return the names of COCO's 80 things by category id, as listed by torchvision."""
     from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
     listed = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
@@ -222,10 +234,11 @@ def _names_from(path: Path, classes: int) -> dict[int, str]:
         raise ExchangeError(
             f"--categories {path}: {first_line(error)}; expected JSON with COCO's `categories` (id and name)"
         ) from None
-    outside = [one.id for one in named if not 0 <= one.id < classes]
-    if outside or len({one.id for one in named}) < len(named):
+    ids = [category.id for category in named]
+    outside = [number for number in ids if not 0 <= number < classes]
+    if outside or len(set(ids)) < len(ids):
         wrong = f"has category id {outside[0]}" if outside else "has an id twice"
         raise ExchangeError(
             f"--categories {path}: {wrong}; expected ids from 0 to {classes - 1}, which are the model's labels"
         )
-    return {one.id: one.name for one in named}
+    return {category.id: category.name for category in named}

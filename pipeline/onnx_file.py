@@ -1,10 +1,10 @@
-"""A registered version becomes an ONNX file, checked in onnxruntime against PyTorch before it gets its name.
+"""Export of a registered version to ONNX, checked in onnxruntime against PyTorch before the file gets its name.
 
-Inputs: `images`, float32 [batch, 3, height, width], normalised as the card's transform says; `padding`, bool [batch,
-height, width], true where a canvas has no image. Outputs: `logits` [batch, queries, classes + 1], the last being "no
-object"; `boxes` [batch, queries, 4], centre and extent as fractions of the canvas's image; `masks`, logits [batch,
-queries, h, w], of a model with a mask head. Batch, height and width are free. The file's metadata hold what a caller
-needs besides: the categories by label, and the transform.
+Inputs: `images`, float32 [batch, 3, height, width], normalised as in the card's transform; `padding`, bool [batch,
+height, width], true where a canvas has no image. Outputs: `logits` [batch, queries, classes + 1], the last is "no
+object"; `boxes` [batch, queries, 4], centre and size as fractions of the image; `masks`, logits [batch, queries, h, w],
+for a model with a mask head. Batch, height and width are free. The file's metadata hold the categories by label and the
+transform.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ from pipeline.predict import Card, read_model
 from pipeline.registry import resolve
 
 TOLERANCE = 1e-3
-"""Largest difference between onnxruntime and PyTorch, in logits and in fractions of the image, that passes."""
+"""Maximum difference between onnxruntime and PyTorch, in logits and in fractions of the image."""
 _SMALLEST = 64  # pixels each way; a stride of 32 leaves two cells
 _BATCHES = (1, 2, 8)
-# Height and width that are traced: a stage of the backbone is never twice the next, which the mask head makes use of.
+# Height and width for tracing. At these sizes no stage of the backbone is exactly twice the next, so that the traced mask
+# head does not rely on it.
 _TRACED = (257, 193)
 _CELLS_OF_15 = (120, 90)  # height and width; `_sample` pads at the edges of its cells, where rounding shows
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
 class _Flat(nn.Module):
-    """The model as ONNX sees it: a tuple of tensors out, of the last decoder layer."""
+    """Wrapper that returns the outputs of the last decoder layer as a tuple of tensors, as ONNX needs."""
 
     def __init__(self, model: DETR) -> None:
         super().__init__()
@@ -51,13 +52,15 @@ class _Flat(nn.Module):
 
     def forward(self, images: Tensor, padding: Tensor) -> tuple[Tensor, ...]:
         outputs = self.model(images, padding)
-        return (outputs.logits, outputs.boxes, *(() if outputs.masks is None else (outputs.masks,)))
+        if outputs.masks is None:
+            return outputs.logits, outputs.boxes
+        return outputs.logits, outputs.boxes, outputs.masks
 
 
 def export_onnx(uri: str, path: Path) -> tuple[str, ...]:
-    """Write a registered version as ONNX; returns what a person should know, the largest difference included.
+    """Write a registered version as ONNX and return lines for the user, with the largest difference.
 
-    Raises `ExchangeError` if packages are missing, or if onnxruntime and PyTorch differ by more than `TOLERANCE`.
+    Raise `ExchangeError` if packages are missing, or if onnxruntime and PyTorch differ by more than `TOLERANCE`.
     """
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise ExchangeError(
@@ -87,9 +90,9 @@ def export_onnx(uri: str, path: Path) -> tuple[str, ...]:
 def difference_in_onnxruntime(
     model: nn.Module, path: Path, transform: TransformConfig, largest: int | None = None
 ) -> float:
-    """The largest difference of any output between onnxruntime on `path` and `model`; NaN where one of them has it.
+    """Return the largest difference of any output between onnxruntime on `path` and `model`; NaN if either has one.
 
-    largest: the longest side that the file takes, None for any.
+    `largest` is the longest side in pixels that the file takes, None for any.
     """
     import onnxruntime
 
@@ -103,12 +106,12 @@ def difference_in_onnxruntime(
         with torch.inference_mode():
             expected = model(images, padding)
         given = session.run(None, {"images": images.numpy(), "padding": padding.numpy()})
-        differences += [float(np.abs(one - other.numpy()).max()) for one, other in zip(given, expected, strict=True)]
+        differences += [float(np.abs(got - want.numpy()).max()) for got, want in zip(given, expected, strict=True)]
     return float(np.max(differences))
 
 
 def _canvases(transform: TransformConfig, largest: int | None) -> list[tuple[int, int]]:
-    """Heights and widths to check: one image of evaluation size, then small ones, most of them padded."""
+    """Return the heights and widths to check: one image of evaluation size, then small ones, most of them padded."""
     side = transform.eval_size
     canvases = ((side, min(side * 4 // 3, transform.max_size)), (side // 4, side // 3), _CELLS_OF_15)
     most = largest or max(map(max, canvases))
@@ -116,21 +119,23 @@ def _canvases(transform: TransformConfig, largest: int | None) -> list[tuple[int
 
 
 def _write(model: nn.Module, path: Path, card: Card, largest: int | None) -> None:
-    """Trace the model with free sizes and save it, alone in its file, with the card's words in its metadata."""
+    """Trace the model with free sizes and save it in one file, with parts of the card in its metadata."""
     batch = torch.export.Dim("batch", min=1)
     height = torch.export.Dim("height", min=_SMALLEST, max=largest)
     width = torch.export.Dim("width", min=_SMALLEST, max=largest)
-    outputs = ["logits", "boxes", *(["masks"] if card.model.masks else [])]
-    with _quiet(), torch.no_grad():  # as it will run: without what only training does
+    outputs = ["logits", "boxes"]
+    if card.model.masks:
+        outputs.append("masks")
+    with _quiet(), torch.no_grad():
         traced = torch.export.export(
             model,
             _sample(2, *_TRACED),
             dynamic_shapes=({0: batch, 2: height, 3: width}, {0: batch, 1: height, 2: width}),
-            strict=True,  # without it, `len(tensor)` counts as a constant
-            # Pooling and views guard what holds of the traced size only; the check in onnxruntime takes other sizes.
+            strict=True,  # without it, `len(tensor)` is traced as a constant
+            # Pooling and views add guards that hold for the traced size only; onnxruntime is checked with other sizes.
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        # ONNX's own nearest resize divides by a rounded factor, and takes the neighbour at every cell's very edge.
+        # ONNX's own nearest resize divides by a rounded factor, and picks the wrong cell exactly at cell borders.
         exact = torch._decomp.get_decompositions([torch.ops.aten.upsample_nearest2d])
         program: Any = torch.onnx.export(
             traced.run_decompositions(dict(exact)),
@@ -139,13 +144,14 @@ def _write(model: nn.Module, path: Path, card: Card, largest: int | None) -> Non
             output_names=outputs,
             verbose=False,
         )
-    words = {"categories": card.categories, "transform": card.transform, "imported_from": card.imported_from}
-    program.model.metadata_props.update({f"detr.{key}": msgspec.json.encode(of).decode() for key, of in words.items()})
+    metadata = {"categories": card.categories, "transform": card.transform, "imported_from": card.imported_from}
+    for key, value in metadata.items():
+        program.model.metadata_props[f"detr.{key}"] = msgspec.json.encode(value).decode()
     program.save(str(path), external_data=False)
 
 
 def _sample(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Random images and their padding: three of four leave eighths of the height and sixths of the width free."""
+    """Return random images and their padding; three of four images are padded, by eighths and sixths of the sides."""
     images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
     padding = torch.zeros(batch, height, width, dtype=torch.bool)
     for row in range(batch):
@@ -155,7 +161,7 @@ def _sample(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _largest_side(model: DETR) -> int | None:
-    """Learned positions are traced within the cells that they were learned for."""
+    """Return the longest side in pixels that learned positions cover, or None for sine positions."""
     position = model.backbone[1]
     stride = 16 if model.config.dilation or model.config.backbone == "tiny" else 32
     return position.row_embed.num_embeddings * stride if isinstance(position, LearnedPosition) else None
@@ -163,14 +169,14 @@ def _largest_side(model: DETR) -> int | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter thinks aloud about constants it does not fold and names it does not need."""
+    """Silence the exporter's notes about constants that it does not fold and names that it does not need."""
     loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(record=True):
-            warnings.simplefilter("always")  # recorded, too, where a warning is an error
+            warnings.simplefilter("always")  # record them even if warnings are errors
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -1,4 +1,4 @@
-"""Parameter groups and the learning-rate schedule (paper, appendix A.4).
+"""Optimizer, and the schedule of a run in steps (appendix A.4 of the paper).
 
 The schedule is a pure function of the step, so a resumed run needs no scheduler state.
 """
@@ -17,9 +17,9 @@ from shards.steps import START, EpochTail, Origin, Steps
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over two groups: the backbone at `lr_backbone`, everything else at `lr`.
+    """Return AdamW over two groups: the backbone at `lr_backbone`, everything else at `lr`.
 
-    With `lr_backbone` 0 the backbone is frozen, as in the original. Parameters that need no gradient are left out.
+    If `lr_backbone` is 0, freeze the backbone, as the original does. Frozen parameters are left out.
     """
     backbone: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -27,8 +27,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         in_backbone = "backbone" in name
         if in_backbone and config.lr_backbone == 0:
             parameter.requires_grad_(False)
-        if parameter.requires_grad:
-            (backbone if in_backbone else others).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        if in_backbone:
+            backbone.append(parameter)
+        else:
+            others.append(parameter)
     groups: list[dict[str, Any]] = [{"params": others, "lr": config.lr, "base_lr": config.lr}]
     if backbone:
         groups.append({"params": backbone, "lr": config.lr_backbone, "base_lr": config.lr_backbone})
@@ -37,9 +41,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Durations of a run in steps, converted once from epochs, the number of images and the global batch.
+    """Durations of a run in steps, converted from epochs by the number of images and the global batch size.
 
-    `origin` is where the run's cut into steps begins: elsewhere than at 0 after it went on as another stream.
+    `origin` is the step and sample from which the stream is divided into steps; not 0 if a resume changed the stream.
     """
 
     config: OptimConfig
@@ -49,35 +53,35 @@ class Schedule:
 
     @property
     def cut(self) -> Steps:
-        """Which samples of the stream each step takes."""
+        """Division of the stream of samples into steps."""
         return Steps(self.images, self.config.batch_size, self.tail, self.origin)
 
     def steps(self, epochs: float) -> int:
-        """The first step that belongs to `epochs` or later; fractions of an epoch are allowed."""
+        """Return the first step that starts after `epochs` epochs or later; `epochs` may be fractional."""
         return self.cut.at(math.ceil(epochs * self.images))
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run, and no fewer than those it had taken when its cut into steps changed."""
+        """Number of optimizer steps of the whole run, at least those before `origin`."""
         steps = max(self.steps(self.config.epochs), self.origin.step)
         return min(steps, self.config.max_steps) if self.config.max_steps else steps
 
     def samples(self, step: int) -> int:
-        """How many samples the first `step` steps have consumed."""
+        """Return the number of samples that the first `step` steps consume."""
         return self.cut.position(step)
 
     def epoch(self, step: int) -> float:
-        """How many epochs the first `step` steps have seen."""
+        """Return the number of epochs, with fraction, after the first `step` steps."""
         return min(self.samples(step) / self.images, float(self.config.epochs))
 
     def epoch_of(self, step: int) -> int:
-        """The epoch whose plan holds `step`: the last one whose first step is not after it."""
+        """Return the epoch whose plan contains `step`: the last one whose first step is not after it."""
         return self.samples(step) // self.images
 
     def factor(self, step: int) -> float:
-        """What both learning rates are multiplied with at `step` (counted from 0).
+        """Return the factor on both learning rates at `step` (counted from 0).
 
-        A function of the samples seen, so that it does not jump where a run goes on with another batch size.
+        It depends on the number of samples, so that it does not jump if a run continues with another batch size.
         """
         config, seen = self.config, self.samples(step)
         warmup, start = config.warmup_epochs * self.images, config.decay_epoch * self.images

@@ -126,6 +126,7 @@ def resume(name: str, changes: Changes | None = None, launch: Launch | None = No
     """
     from pipeline.data import open_data
     from pipeline.optim import Schedule
+    from pipeline.preflight import check_data
     from pipeline.registry import run_of
 
     launch, changes = launch or Launch(), changes or Changes()
@@ -139,6 +140,8 @@ def resume(name: str, changes: Changes | None = None, launch: Launch | None = No
     if newest is None and not (folder / INITIAL_NAME).exists():
         raise CheckpointError(f"{home} holds no checkpoint of run {name}; expected one: is its storage mounted here?")
     config = changes.of(original)
+    if changes.data is not None:
+        check_data(config)
     train, _ = open_data(config.data)
     meta = checkpoint.read_meta(newest) if newest else None
     way = continuation(meta, config, train, changes.accept)
