@@ -1,6 +1,6 @@
-"""COCO in, WebDataset shards with a manifest out, and back to samples; scoring against the truth.
+"""Data sets of WebDataset shards: written from COCO and other formats, planned, read and scored.
 
-Public names are imported on first use, so that ``import shards`` costs nothing.
+Public names are imported on first use, so that `import shards` is fast.
 """
 
 import importlib
@@ -27,19 +27,17 @@ if TYPE_CHECKING:
     from shards.score import ClassScore as ClassScore
     from shards.score import Score as Score
     from shards.score import coco_metrics as coco_metrics
-    from shards.score import per_class_ap as per_class_ap
     from shards.score import score_detections as score_detections
-    from shards.score import to_coco_json as to_coco_json
     from shards.segmentation import check_segmentations as check_segmentations
     from shards.segmentation import decode_masks as decode_masks
     from shards.segmentation import encode_masks as encode_masks
     from shards.source import SourceError as SourceError
     from shards.steps import Origin as Origin
     from shards.steps import Steps as Steps
-    from shards.steps import first_step as first_step
     from shards.stock import open_webdataset as open_webdataset
     from shards.stock import verify_stock as verify_stock
     from shards.synthetic import write_synthetic as write_synthetic
+    from shards.verify import verify as verify
     from shards.write import write_coco as write_coco
 
 _HOMES = {
@@ -51,12 +49,13 @@ _HOMES = {
     "plan": ("EpochPlan", "PlanConfig", "epoch_order", "plan_epoch", "plan_evaluation"),
     "read": ("ReadConfig", "open_batches", "open_loader", "read_samples"),
     "sample": ("Sample",),
-    "score": ("ClassScore", "Score", "coco_metrics", "per_class_ap", "score_detections", "to_coco_json"),
+    "score": ("ClassScore", "Score", "coco_metrics", "score_detections"),
     "segmentation": ("check_segmentations", "decode_masks", "encode_masks"),
     "source": ("SourceError",),
-    "steps": ("Origin", "Steps", "first_step"),
+    "steps": ("Origin", "Steps"),
     "stock": ("open_webdataset", "verify_stock"),
     "synthetic": ("write_synthetic",),
+    "verify": ("verify",),
     "write": ("write_coco",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

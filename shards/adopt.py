@@ -1,14 +1,14 @@
-"""Someone else's WebDataset tars as a data set: indexed where they lie, and not touched.
+"""Indexing of WebDataset tars that were written elsewhere, which makes them a data set without changing them.
 
-``manifest.json``, ``source.json`` and ``index/`` are written beside the tars, the manifest last. Rows are in the order of
-the tars' names and of the samples in them, so that tars of this project's writer get back the very index they had.
+`manifest.json`, `source.json` and `index/` are written beside the tars, the manifest last. Rows are in the order of the
+tars' names and of the samples in them, so that tars of this project's writer get back the index that they had.
 """
 
 import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -41,10 +41,10 @@ from shards.write import Progress
 
 @dataclass(frozen=True)
 class _Origin:
-    """What is known beside the tars: categories, ``source.json``, and what the manifest says of where they come from."""
+    """Categories of the data set, the content of its `source.json`, its name and the digest of its source."""
 
     categories: tuple[Category, ...]
-    rest: bytes
+    source: bytes
     name: str
     digest: str
 
@@ -52,12 +52,10 @@ class _Origin:
 def index_tars(
     url: str | os.PathLike[str], config: IndexConfig | None = None, progress: Progress | None = None
 ) -> Manifest:
-    """Index the tars in the folder or URL ``url`` and write their manifest beside them; ``progress`` counts tars.
+    """Index the tars in the folder or URL `url` and write their manifest beside them; `progress` counts tars.
 
-    Tars of a URL are fetched one by one, each once.
-
-    Raises ShardError where there are no tars, where they are a data set already or where the place cannot be written,
-    and SourceError with what is wrong with all their samples, which ``URL.report.json`` then holds as well.
+    Each tar of a URL is downloaded once. Return the manifest. Raise `ShardError` if there are no tars, if they already
+    are a data set or if `url` cannot be written, and `SourceError` for unusable samples, which `URL.report.json` lists.
     """
     config = config or IndexConfig()
     url = storage.absolute(os.fspath(url))
@@ -73,7 +71,7 @@ def index_tars(
     failed = not shards or bool(rejected and config.on_defect == "fail")
     written = (0, 0) if failed else (len(images), len(annotations))
     report = make_report(config.on_defect, index.defects, listed, written)
-    contents = {SOURCE_NAME: origin.rest, IMAGES_NAME: npy(images), ANNOTATIONS_NAME: npy(annotations)}
+    contents = {SOURCE_NAME: origin.source, IMAGES_NAME: npy(images), ANNOTATIONS_NAME: npy(annotations)}
     try:
         if failed:
             storage.write(report_url, report.to_json())
@@ -84,45 +82,46 @@ def index_tars(
         storage.remove(report_url)  # of an earlier run that failed
     except OSError as error:
         raise ShardError(
-            f"{url}: cannot be written: {error}; expected a place for an index beside the tars, as a manifest names no "
-            "others: make room, or copy or link the tars to a folder that can be written"
+            f"{url}: cannot be written: {error}; expected to write an index beside the tars, because a manifest can only "
+            "name tars beside it: free some space, or copy or link the tars to a folder that can be written"
         ) from error
     return load_manifest(url)
 
 
 def _is_reported(url: str, report: DefectReport) -> bool:
-    """Whether the writer's own report lies there, which says more: where these samples came from."""
+    """Return true if the writer's own report of these samples exists; it is kept, because it also covers the source."""
     path = storage.join(url, REPORT_NAME)
     try:
-        found = parse_report(storage.read(path), path)
+        existing = parse_report(storage.read(path), path)
     except (FileNotFoundError, ShardError):
         return False
-    same = (found.images, found.annotations) == (report.images, report.annotations)
+    same = (existing.images, existing.annotations) == (report.images, report.annotations)
     return same and not any(defect.rejected for defect in report.defects)
 
 
 def _tars(url: str) -> list[str]:
-    """Names of the tars, in alphabetical order."""
+    """Return the names of the tars in alphabetical order; raise `ShardError` if they cannot be indexed."""
     folder = storage.local_path(url)
     if folder is not None and not folder.is_dir():
         raise ShardError(f"{url}: no such folder; expected one with WebDataset tars: check it for a typo")
-    found = sorted(name for name in storage.listing(url) if "/" not in name)
-    if MANIFEST_NAME in found:
-        raise ShardError(f"{url}: is a data set already; delete its {MANIFEST_NAME} to have the tars indexed again")
-    tars = [name for name in found if name.endswith(".tar")]
+    files = sorted(name for name in storage.listing(url) if "/" not in name)
+    if MANIFEST_NAME in files:
+        raise ShardError(f"{url}: is a data set already; delete its {MANIFEST_NAME} to index the tars again")
+    tars = [name for name in files if name.endswith(".tar")]
     if not tars:
-        packed = [name for name in found if ".tar." in name or name.endswith(".tgz")]
-        said = f"only compressed ones, such as {packed[0]}: unpack them to plain tars" if packed else "none"
-        raise ShardError(f"{url}: expected WebDataset tars (*.tar), found {said}")
-    odd = [name for name in tars if printable(name) != name]
-    if odd:
-        raise ShardError(
-            f"{url}: the name of {printable(odd[0])} is not UTF-8, which a manifest cannot hold: rename it"
-        )
+        compressed = [name for name in files if ".tar." in name or name.endswith(".tgz")]
+        found = f"only compressed ones, such as {compressed[0]}: unpack them to plain tars" if compressed else "none"
+        raise ShardError(f"{url}: expected WebDataset tars (*.tar), found {found}")
+    for name in tars:
+        if printable(name) != name:
+            raise ShardError(
+                f"{url}: the name of {printable(name)} is not UTF-8, which a manifest cannot hold: rename it"
+            )
     return tars
 
 
 def _read(url: str, name: str, annotated: bool) -> ForeignTar:
+    """Read one tar, from a temporary copy if it is remote."""
     path = storage.join(url, name)
     local = storage.local_path(path)
     if local is not None:
@@ -142,41 +141,49 @@ class _Listed(msgspec.Struct):
 
 
 def _origin(url: str, config: IndexConfig, tars: Sequence[ForeignTar], ids: Ints) -> _Origin:
+    """Return the origin of the tars from the file of categories, else from `source.json`, else from the tars alone."""
     digest = hashlib.sha256("".join(tar.shard.sha256 for tar in tars).encode()).hexdigest()
-    name, objects = (
-        printable(config.name or url.rpartition("/")[2]),
-        [one for sample in samples_of(tars) for one in sample.objects],
-    )
-    beside = _beside(url)
-    if config.categories is None and beside is None:
-        kinds = {one.kind for one in objects}
-        names = sorted(kind for kind in kinds if isinstance(kind, str))
-        if not names or any(isinstance(kind, int) for kind in kinds):
-            raise ShardError(
-                f"{url}: the tars do not name their categories; expected --categories FILE (a COCO JSON or names)"
-            )
-        categories = numbered(names, 1)
-        return _Origin(categories, _source(categories), name, digest)
-    if config.categories is None and beside is not None:
-        return _Origin(parse_categories(storage.join(url, SOURCE_NAME), beside, 1), beside, name, digest)
-    path = Path(config.categories or SOURCE_NAME)
+    name = printable(config.name or url.rpartition("/")[2])
+    objects = [entry for sample in samples_of(tars) for entry in sample.objects]
+    if config.categories is not None:
+        return _origin_in_file(config.categories, config, _Origin((), b"", name, digest), ids, len(objects))
+    source = _beside(url)
+    if source is not None:
+        return _Origin(parse_categories(storage.join(url, SOURCE_NAME), source, 1), source, name, digest)
+    kinds = {entry.kind for entry in objects}
+    names = sorted(kind for kind in kinds if isinstance(kind, str))
+    if not names or any(isinstance(kind, int) for kind in kinds):
+        raise ShardError(
+            f"{url}: the tars do not name their categories; expected --categories FILE (a COCO JSON or names)"
+        )
+    categories = numbered(names, 1)
+    return _Origin(categories, _source(categories), name, digest)
+
+
+def _origin_in_file(path: Path, config: IndexConfig, default: _Origin, ids: Ints, annotations: int) -> _Origin:
+    """Return the origin in the file of categories `path`.
+
+    Name and digest are those of `default`, unless the file is the COCO JSON that the tars were made from: one with their
+    image `ids` and number of `annotations`.
+    """
     categories = read_categories(path, 1)
     content = path.read_bytes()
     try:
         top = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # a list of names
-        return _Origin(categories, _source(categories), name, digest)
-    rest = without_entries(top)
+        return replace(default, categories=categories, source=_source(categories))
+    origin = replace(default, categories=categories, source=without_entries(top))
     try:
         listed = msgspec.json.decode(content, type=_Listed)
     except (msgspec.ValidationError, RecursionError):
-        return _Origin(categories, rest, name, digest)
-    if {one.id for one in listed.images} == set(ids.tolist()) and len(listed.annotations) == len(objects):
-        return _Origin(categories, rest, printable(config.name or path.stem), hashlib.sha256(content).hexdigest())
-    return _Origin(categories, rest, name, digest)
+        return origin
+    if {image.id for image in listed.images} != set(ids.tolist()) or len(listed.annotations) != annotations:
+        return origin
+    return replace(origin, name=printable(config.name or path.stem), digest=hashlib.sha256(content).hexdigest())
 
 
 def _beside(url: str) -> bytes | None:
+    """Return the content of `source.json` beside the tars, or None."""
     try:
         return storage.read(storage.join(url, SOURCE_NAME))
     except FileNotFoundError:
@@ -184,25 +191,29 @@ def _beside(url: str) -> bytes | None:
 
 
 def _source(categories: Sequence[Category]) -> bytes:
+    """Return the content of a `source.json` with only categories."""
     return msgspec.json.encode({"categories": categories})
 
 
 def _write(
     url: str, origin: _Origin, shards: Sequence[Shard], contents: dict[str, bytes], written: tuple[int, int]
 ) -> None:
-    """The index, and last of all the manifest."""
+    """Write the index, then the manifest."""
     counts = [shard.samples for shard in shards]
+    # Unknown, so take the size that gives these shards, if all but the last are of the same size.
     even = len(counts) > 1 and len(set(counts[:-1])) == 1
+    samples_per_shard = counts[0] if even else max([WriteConfig.samples_per_shard, *counts])
     manifest = Manifest(
         format=FORMAT,
         name=origin.name,
         source_digest=origin.digest,
-        # Not said by tars: as a writer of even shards would have had it.
-        samples_per_shard=counts[0] if even else max([WriteConfig.samples_per_shard, *counts]),
+        samples_per_shard=samples_per_shard,
         images=written[0],
         annotations=written[1],
         categories=origin.categories,
-        files=tuple(File(name, len(one), hashlib.sha256(one).hexdigest()) for name, one in contents.items()),
+        files=tuple(
+            File(name, len(content), hashlib.sha256(content).hexdigest()) for name, content in contents.items()
+        ),
         shards=tuple(shards),
     )
     for name, content in contents.items():

@@ -1,4 +1,4 @@
-"""Which samples this process left out because their bytes are bad, and when there are too many."""
+"""Collector of the samples that a process left out because their bytes are damaged."""
 
 import functools
 import logging
@@ -11,18 +11,22 @@ LOG = logging.getLogger(__name__)
 
 
 class BadSamples:
-    """Which samples of a data set this process found bad."""
+    """Damaged samples of one data set; safe to share between threads and between loaders."""
 
     def __init__(self) -> None:
-        self._said: dict[int, str] = {}
+        self._messages: dict[int, str] = {}
         self._lock = threading.Lock()
 
     def add(self, row: int, error: BadSampleError, most: int) -> None:
-        """Count a sample once, however often it is met; raises ShardError where it is one too many."""
+        """Record a damaged sample and log a warning; a sample counts once, however often it is read.
+
+        Raise `ShardError` if there are now more than `most`.
+        """
         with self._lock:
-            known = row in self._said
-            self._said[row] = str(error)
-            count, last = len(self._said), list(self._said.values())[-3:]
+            known = row in self._messages
+            self._messages[row] = str(error)
+            count = len(self._messages)
+            last = list(self._messages.values())[-3:]
         if count > most:
             if most == 0:
                 raise error
@@ -33,12 +37,12 @@ class BadSamples:
             LOG.warning("left out, %d of at most %d bad samples: %s", count, most, error)
 
     def lines(self) -> tuple[str, ...]:
-        """What was said of each."""
+        """Return one message per damaged sample."""
         with self._lock:
-            return tuple(self._said.values())
+            return tuple(self._messages.values())
 
 
 @functools.lru_cache(maxsize=16)
 def bad_samples(manifest: Manifest) -> BadSamples:
-    """Those of one data set, over all loaders of this process."""
+    """Return the collector that all loaders of a data set share in this process unless they are given another."""
     return BadSamples()

@@ -1,11 +1,11 @@
-"""A folder on the node that keeps what was fetched from a store: each file is fetched once per node, whoever asks.
+"""Cache on the node of files from a remote store, shared by all processes: each file is fetched once per node.
 
-Files are named by the sha256 that the manifest gives them, so data sets never mix and one that moved is not fetched
-again. A lock per file, which the kernel lets go of when its holder dies, makes the others wait for whoever fetches, or
-take over from it. Its room (``shards.room``) is allocated on the disk before the first byte is asked for, so that nobody
-else counts on it and a full disk shows at once.
+Files are named by the sha256 in the manifest, so data sets do not collide and a moved data set is not fetched again.
+Each file has a lock for its download. The other processes wait for it, and one of them continues if the holder dies,
+because the kernel then releases the lock. Disk space is allocated before the first request, so that nobody else can
+take it and a full disk is noticed at once.
 
-Reading takes no lock but a shared one, for the moment of a read or as long as the file is mapped.
+Readers hold a shared lock on the file during a read, or as long as the file is mapped into memory.
 """
 
 import errno
@@ -25,26 +25,28 @@ from shards.room import GIB, Room, hold, let_go, locked, unusable
 
 LOG = logging.getLogger(__name__)
 
-STAMP_S = 1.0  # how exactly it is noted when a file was last read
+STAMP_S = 1.0  # precision of the time of the last read
 ENV_FOLDER = "DETR_CACHE"
 
 
 class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where files are kept on the node, and how much of them.
-
-    folder: a folder; "off" to ask the store for every sample; empty for the folder that DETR_CACHE names, or one below
-    the home folder, for remote data sets and nothing for local ones.
-    gib: at most so many GiB; 0 for as much as the disk has room for.
-    """
+    """Folder and size limit of the cache on each node."""
 
     folder: str = ""
+    """Folder of the cache. "off": read every sample from the store. Empty: no cache for local data sets, and for remote
+    ones the folder named by DETR_CACHE, else one below the home folder."""
     gib: float = 0.0
+    """Maximum size of the cache in GiB. 0: the free disk space is the limit."""
 
 
 def cache_for(url: str, config: CacheConfig) -> "Cache | None":
-    """The cache for the data set at ``url``, or None where it is read where it lies."""
-    folder = config.folder or ("" if storage.local_path(url) is not None else os.environ.get(ENV_FOLDER, _home()))
-    return None if folder in ("", "off") else Cache(Path(folder).expanduser(), int(config.gib * GIB))
+    """Return the cache for the data set at `url`, or None if it is read directly."""
+    folder = config.folder
+    if not folder and storage.local_path(url) is None:
+        folder = os.environ.get(ENV_FOLDER, _home())
+    if folder in ("", "off"):
+        return None
+    return Cache(Path(folder).expanduser(), int(config.gib * GIB))
 
 
 def _home() -> str:
@@ -53,62 +55,62 @@ def _home() -> str:
 
 
 class Cache:
-    """Files in a folder that any number of processes and threads share."""
+    """Cache folder; safe to share between threads and processes."""
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
-        """``limit``: bytes that its files may take together; 0 for no limit but the disk's. Makes the folder.
+        """Create the folder; `limit` is the maximum of all files together in bytes, 0 for the disk's free space.
 
-        Raises ShardError where the folder cannot be written.
+        Raise `ShardError` if the folder cannot be written.
         """
         self._folder = folder
-        self._room = Room(folder, limit)
-        self._refused: dict[str, str] = {}
+        self._space = Room(folder, limit)
+        self._refused: dict[str, str] = {}  # messages of files whose digest was wrong, by sha256
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with self._room.locked():
+            with self._space.locked():
                 pass
         except OSError as error:
             raise unusable(folder, error) from error
 
     def open(self, item: Item) -> int:
-        """A descriptor of the whole file, fetched if need be; as long as it is open, the file is not evicted.
+        """Return a descriptor of the file, fetched if necessary; while it is open, the file is not evicted.
 
-        Raises DigestError where the store holds something else, ShardError where it holds nothing or the disk has no
-        room, and what ``shards.retry`` raises.
+        Raise `DigestError` if the store's file differs, `ShardError` if it is absent or does not fit on the disk, and
+        `StoreError` if the store does not respond.
         """
-        descriptor = self._whole(item)
+        descriptor = self._open_complete(item)
         if descriptor is None:
             with locked(self._lock_of(item.sha256)):
-                descriptor = self._whole(item)  # another was faster
+                descriptor = self._open_complete(item)  # another process may have fetched it meanwhile
                 if descriptor is None:
                     descriptor = self._fetch_unless_refused(item)
         return descriptor
 
     def path(self, item: Item) -> Path:
-        """Where the file is while it is open."""
+        """Return the path of the file; it is valid while the file is open."""
         return self._folder / item.sha256
 
     def check(self, item: Item) -> None:
-        """Drop the file if it is there and no longer what was fetched."""
+        """Remove the file if it exists and its content has changed."""
         with locked(self._lock_of(item.sha256)):
             path = self.path(item)
             try:
                 with path.open("rb") as file:
-                    same = hashlib.file_digest(file, "sha256").hexdigest() == item.sha256
+                    unchanged = hashlib.file_digest(file, "sha256").hexdigest() == item.sha256
             except FileNotFoundError:
                 return
             except OSError:  # the disk cannot read it any more
-                same = False
-            if not same:
+                unchanged = False
+            if not unchanged:
                 LOG.warning("%s: changed on the disk; %s is fetched again", path, item.url)
                 path.unlink(missing_ok=True)
 
     def room(self) -> int:
-        """Bytes that all files together may take: the limit, or what is free besides them."""
-        return self._room.total()
+        """Return the maximum size in bytes of all files together: the limit, or what the disk allows."""
+        return self._space.total()
 
     def hold(self, item: Item, descriptor: int, user: object) -> None:
-        """Keep an open file from being evicted as long as ``user`` lives, and close it then."""
+        """Keep an open file in the cache until `user` is garbage-collected, then close it."""
         path = self.path(item)
         hold(path)
         weakref.finalize(user, let_go, path, descriptor)
@@ -119,23 +121,23 @@ class Cache:
     def _lock_of(self, sha256: str) -> Path:
         return self._folder / f"{sha256}.lock"
 
-    def _whole(self, item: Item) -> int | None:
-        """A descriptor of the file with a shared lock, or None where it is absent or cut off."""
+    def _open_complete(self, item: Item) -> int | None:
+        """Return a descriptor of the file with a shared lock, or None if it is absent or truncated."""
         try:
             descriptor = os.open(self.path(item), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         fcntl.flock(descriptor, fcntl.LOCK_SH)
-        found = os.fstat(descriptor)
-        if found.st_size != item.bytes:
+        status = os.fstat(descriptor)
+        if status.st_size != item.bytes:
             os.close(descriptor)
             return None
-        if time.time() - found.st_mtime > STAMP_S:
-            os.utime(descriptor)
+        if time.time() - status.st_mtime > STAMP_S:
+            os.utime(descriptor)  # the time of the last read, by which files are evicted
         return descriptor
 
     def _fetch_unless_refused(self, item: Item) -> int:
-        """Under the file's lock, so that of many threads one finds out that the store holds something else."""
+        """Fetch under the file's lock; raise `DigestError` again if another thread found that the store's file differs."""
         if item.sha256 in self._refused:
             raise DigestError(self._refused[item.sha256])
         try:
@@ -145,17 +147,20 @@ class Cache:
             raise
 
     def _fetch(self, item: Item) -> int:
-        """Fetch under the file's lock; the file with a shared lock. Not synced: what a power cut leaves has another crc."""
+        """Fetch under the file's lock and return a descriptor with a shared lock.
+
+        The file is not flushed to the disk: after a power failure its crc would not match, and it is fetched again.
+        """
         start = time.monotonic()
-        part = self._folder / f"{item.sha256}.part"
-        descriptor = self._room.reserve(part, item)
+        partial = self._folder / f"{item.sha256}.part"
+        descriptor = self._space.reserve(partial, item)
         try:
             fetch(item, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
-            part.replace(self.path(item))
+            partial.replace(self.path(item))
         except BaseException as error:
             os.close(descriptor)
-            part.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
                 raise unusable(self._folder, error) from error
             raise

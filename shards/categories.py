@@ -1,4 +1,4 @@
-"""Categories of formats that do not bring them along, from a file that a user names."""
+"""Reading of categories from a file, for formats that do not contain them."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,14 +19,14 @@ class _Categories(msgspec.Struct):
 
 
 def numbered(names: Iterable[str], first_id: int) -> tuple[Category, ...]:
-    """Categories of these names with ids from ``first_id``."""
+    """Return categories of these names with ids from `first_id`."""
     return tuple(Category(number, name) for number, name in enumerate(names, first_id))
 
 
 def read_categories(path: Path, first_id: int) -> tuple[Category, ...]:
-    """Categories from a COCO JSON, a JSON list of names, or a text of one name a line.
+    """Return the categories in a COCO JSON, a JSON list of names, or a text file with one name per line.
 
-    Names without ids get ids from ``first_id``. Raises ShardError where the file is none of these.
+    Names without ids get ids from `first_id`. Raise `ShardError` if the file cannot be read or is none of these.
     """
     try:
         content = path.read_bytes()
@@ -36,33 +36,39 @@ def read_categories(path: Path, first_id: int) -> tuple[Category, ...]:
 
 
 def parse_categories(name: str, content: bytes, first_id: int) -> tuple[Category, ...]:
-    """As ``read_categories``, of the content of the file ``name``."""
+    """Return the categories in the content of the file `name`, as `read_categories`."""
     if not name.lower().endswith(".json"):
         return numbered(_lines(name, content), first_id)
     try:
-        found = msgspec.json.decode(content, type=list[str] | _Categories)
+        decoded = msgspec.json.decode(content, type=list[str] | _Categories)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ShardError(f"{name}: {error}; expected a COCO JSON with 'categories', or a list of names") from None
-    if isinstance(found, list):
-        return numbered(_checked(name, found), first_id)
-    ids = [category.id for category in found.categories]
-    _checked(name, [category.name for category in found.categories])
-    if len(set(ids)) < len(ids):
-        raise ShardError(f"{name}: gives a category id twice; expected ids that differ")
-    return tuple(Category(one.id, one.name) for one in sorted(found.categories, key=lambda one: one.id))
+    if isinstance(decoded, list):
+        return numbered(_checked(name, decoded), first_id)
+    categories = sorted(decoded.categories, key=lambda category: category.id)
+    _checked(name, [category.name for category in categories])
+    if len({category.id for category in categories}) < len(categories):
+        raise ShardError(f"{name}: gives a category id twice; expected distinct ids")
+    return tuple(Category(category.id, category.name) for category in categories)
 
 
 def _lines(name: str, content: bytes) -> list[str]:
-    """One name a line; blank lines count only between names, since a line's number is a label."""
+    """Return one name per line; blank lines between names are an error, because a line's number is a label."""
     try:
         lines = content.decode("utf-8-sig").rstrip().splitlines()
     except UnicodeDecodeError as error:
-        raise ShardError(f"{name}: {error}; expected names of categories, one a line") from None
+        raise ShardError(f"{name}: {error}; expected names of categories, one per line") from None
     return _checked(name, [line.strip() for line in lines])
 
 
 def _checked(name: str, names: list[str]) -> list[str]:
-    if not names or not all(names) or len(set(names)) < len(names):
-        wrong = "no names" if not names else "an empty name" if not all(names) else "a name twice"
-        raise ShardError(f"{name}: has {wrong}; expected names of categories that differ")
-    return names
+    """Return `names` if they are distinct and not empty; raise `ShardError` otherwise."""
+    if not names:
+        problem = "no names"
+    elif not all(names):
+        problem = "an empty name"
+    elif len(set(names)) < len(names):
+        problem = "a name twice"
+    else:
+        return names
+    raise ShardError(f"{name}: has {problem}; expected distinct names of categories")

@@ -1,4 +1,4 @@
-"""Which images and annotations of a COCO JSON are sound: whole columns at a time, and a word for each that is not."""
+"""Checks of the images and annotations of a COCO JSON, on whole columns at once, with a defect for each problem."""
 
 from collections.abc import Callable
 from pathlib import PurePosixPath
@@ -10,16 +10,16 @@ from shards.defects import Defect
 from shards.index import Ints
 
 MAX_IMAGE_ID = 10**12 - 1  # keys of samples have twelve digits
-# Pixels that a box may reach beyond its image without a note: COCO's own are rounded to hundredths.
+# Pixels that a box may reach beyond its image without a note; COCO's boxes are rounded to hundredths.
 _SLACK = 0.5
 _NO_NAMES = frozenset({"", ".", ".."})
 
 
 def check_images(columns: ImageColumns, has_file: Callable[[str], bool]) -> tuple[Ints, list[Defect]]:
-    """Rows of the sound images, and what is wrong with the others (not yet with their content).
+    """Return the rows of the valid images, and the defects of the others; contents are not checked here.
 
-    An entry that is listed twice with the same file and size counts once. Where entries of one id disagree, none can be
-    trusted, as nothing says which of them its annotations are of.
+    An image that is listed twice with the same file and size counts once. If entries of one id disagree, all are
+    rejected, because it is unknown to which of them the annotations belong.
     """
     defects: list[Defect] = []
     keep = np.ones(len(columns), np.bool_)
@@ -35,9 +35,9 @@ def check_images(columns: ImageColumns, has_file: Callable[[str], bool]) -> tupl
         reject(row, "malformed", f"its size is {columns.widths[row]}x{columns.heights[row]}")
     for row, agreed in _duplicates(columns):
         reject(row, "duplicate-image-id", "its id is given twice" + ("" if agreed else ", to images that differ"))
-    # Nearly all names are plain ones of files that are there, and nothing more is asked of them.
-    odd = [row for row, name in enumerate(columns.names) if "/" in name or name in _NO_NAMES or not has_file(name)]
-    for row in odd:
+    # Nearly all names are plain names of existing files and need no further check.
+    suspects = [row for row, name in enumerate(columns.names) if "/" in name or name in _NO_NAMES or not has_file(name)]
+    for row in suspects:
         name = columns.names[row]
         if _leaves_folder(name):
             reject(row, "malformed", "its file name leaves the folder of images")
@@ -47,68 +47,69 @@ def check_images(columns: ImageColumns, has_file: Callable[[str], bool]) -> tupl
 
 
 def check_annotations(
-    columns: AnnotationColumns, asked: Mask, images: ImageColumns, listed: Ints, categories: Ints
+    columns: AnnotationColumns, selected: Mask, images: ImageColumns, listed: Ints, categories: Ints
 ) -> tuple[Ints, Ints, list[Defect]]:
-    """Rows of the sound ones of the annotations ``asked`` for, the row of each one's image, and what is wrong with the
-    others or worth knowing.
+    """Check the `selected` annotations; return the rows of the valid ones, the row of each one's image, and all defects.
 
-    Those of images that are ``listed`` but not among ``images``, the sound ones, go without a word: their image had it.
+    `images` are the valid images, `listed` the ids of all images. Annotations of a listed but invalid image are left out
+    without a defect, because their image already has one.
     """
     defects: list[Defect] = []
-    left = asked.copy()
+    valid = selected.copy()
 
-    def say(kind: str, rows: Mask, problem: Callable[[int], str], keep: bool = False) -> None:
-        for row in _rows(rows & left):
+    def note(kind: str, rows: Mask, problem: Callable[[int], str]) -> None:
+        for row in _rows(rows & valid):
             number, image_id = int(columns.ids[row]), int(columns.image_ids[row])
             defects.append(Defect(f"annotation {number} of image {image_id}: {problem(row)}", kind, image_id, number))
-        if not keep:
-            left[rows] = False
+
+    def reject(kind: str, rows: Mask, problem: Callable[[int], str]) -> None:
+        note(kind, rows, problem)
+        valid[rows] = False
 
     boxes, areas = columns.boxes, columns.areas
     sizes = boxes[:, 2:]
 
-    def box(row: int) -> str:
-        return f"box {numbers(row)} or area {areas[row]:.6g}"
+    def box_text(row: int) -> str:
+        return f"[{', '.join(f'{number:.6g}' for number in boxes[row])}]"
 
-    def numbers(row: int) -> str:
-        return f"[{', '.join(f'{one:.6g}' for one in boxes[row])}]"
+    def box_and_area(row: int) -> str:
+        return f"box {box_text(row)} or area {areas[row]:.6g}"
 
-    say("duplicate-annotation-id", repeated(columns.ids), lambda row: "its id is given twice")
-    say("unknown-image", ~np.isin(columns.image_ids, listed), lambda row: "no such image is listed")
+    reject("duplicate-annotation-id", repeated(columns.ids), lambda row: "its id is given twice")
+    reject("unknown-image", ~np.isin(columns.image_ids, listed), lambda row: "no such image is listed")
     owners = positions(columns.image_ids, images.ids)
-    left &= owners >= 0
+    valid &= owners >= 0
     unknown = ~np.isin(columns.category_ids, categories)
-    say("unknown-category", unknown, lambda row: f"its category {columns.category_ids[row]} is not listed")
+    reject("unknown-category", unknown, lambda row: f"its category {columns.category_ids[row]} is not listed")
     finite = np.isfinite(boxes).all(axis=1) & np.isfinite(areas)
-    say("box-not-finite", ~finite, lambda row: f"its {box(row)} is not finite")
+    reject("box-not-finite", ~finite, lambda row: f"its {box_and_area(row)} is not finite")
     negative = (sizes < 0).any(axis=1) | (areas < 0)
-    say("box-negative", negative, lambda row: f"its {box(row)} is negative")
-    odd = (columns.iscrowd != 0) & (columns.iscrowd != 1)
-    say("malformed", odd, lambda row: f"its iscrowd is {columns.iscrowd[row]}, not 0 or 1")
+    reject("box-negative", negative, lambda row: f"its {box_and_area(row)} is negative")
+    bad_crowd = (columns.iscrowd != 0) & (columns.iscrowd != 1)
+    reject("malformed", bad_crowd, lambda row: f"its iscrowd is {columns.iscrowd[row]}, not 0 or 1")
     empty = (sizes == 0).any(axis=1)
-    say("zero-area-box", empty, lambda row: f"its box {numbers(row)} has no area", keep=True)
-    beyond, apart = _beyond(boxes, images, owners)
-    say(
+    note("zero-area-box", empty, lambda row: f"its box {box_text(row)} has no area")
+    excess, outside = _beyond(boxes, images, owners)
+    note(
         "box-outside",
-        (beyond > _SLACK) & ~apart,
-        lambda row: f"its box {numbers(row)} reaches {beyond[row]:.6g} pixels beyond the image",
-        keep=True,
+        (excess > _SLACK) & ~outside,
+        lambda row: f"its box {box_text(row)} reaches {excess[row]:.6g} pixels beyond the image",
     )
-    say("box-off-image", apart, lambda row: f"its box {numbers(row)} lies wholly outside the image", keep=True)
-    rows = np.flatnonzero(left)
+    note("box-off-image", outside, lambda row: f"its box {box_text(row)} lies wholly outside the image")
+    rows = np.flatnonzero(valid)
     return rows, owners[rows], defects
 
 
 def _duplicates(columns: ImageColumns) -> list[tuple[int, bool]]:
-    """Rows to leave out because of their id, and whether all entries of that id agree."""
+    """Return the rows to leave out because of their id, each with true if all entries of that id agree."""
     by_id: dict[int, list[int]] = {}
     for row in _rows(duplicated(columns.ids)):
         by_id.setdefault(int(columns.ids[row]), []).append(row)
-    found = []
+    duplicates = []
     for rows in by_id.values():
         agreed = len({(columns.names[row], columns.widths[row], columns.heights[row]) for row in rows}) == 1
-        found += [(row, agreed) for row in (rows[1:] if agreed else rows)]
-    return found
+        duplicates += [(row, agreed) for row in (rows[1:] if agreed else rows)]
+    return duplicates
 
 
 def _leaves_folder(name: str) -> bool:
@@ -121,11 +122,16 @@ def _rows(mask: Mask) -> list[int]:
 
 
 def _beyond(boxes: Floats, images: ImageColumns, owners: Ints) -> tuple[Floats, Mask]:
-    """float64 [N]: how many pixels a box reaches beyond its image, negative inside; NaN without a sound image.
-    bool [N]: whether all of it is outside; a box that ends at the edge is."""
-    widths, heights = (np.append(column, 0)[owners] for column in (images.widths, images.heights))
+    """Return how far boxes reach beyond their images, float64 [N] in pixels, and which lie wholly outside, bool [N].
+
+    `owners` are the rows of the boxes' images, -1 without a valid image: the distance is then NaN. It is negative for a
+    box inside the image. A box that only touches the image's edge from outside counts as outside.
+    """
+    # An owner of -1 picks the appended 0.
+    image_widths = np.append(images.widths, 0)[owners]
+    image_heights = np.append(images.heights, 0)[owners]
     x, y, width, height = boxes.T
     with np.errstate(invalid="ignore", over="ignore"):  # the end of a finite box may be infinite
-        reach = np.maximum.reduce([-x, -y, x + width - widths, y + height - heights])
-        apart = (x >= widths) | (y >= heights) | (x + width <= 0) | (y + height <= 0)
-    return np.where(owners < 0, np.nan, reach), apart & (reach > _SLACK) & (owners >= 0)
+        excess = np.maximum.reduce([-x, -y, x + width - image_widths, y + height - image_heights])
+        outside = (x >= image_widths) | (y >= image_heights) | (x + width <= 0) | (y + height <= 0)
+    return np.where(owners < 0, np.nan, excess), outside & (excess > _SLACK) & (owners >= 0)

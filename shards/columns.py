@@ -1,7 +1,7 @@
-"""The entries of a COCO JSON as columns: numbers in arrays, and the text of each entry by reference into the file.
+"""Entries of a COCO JSON in columns: numbers in arrays, and the JSON text of each entry as a reference into the file.
 
-Whatever else a file says about an image or an annotation survives into the shards through that text. Of a million
-entries each is one object, its text, and only some thousand at a time are decoded ones with their fields.
+The text carries all other fields of an image or annotation into the shards. Memory stays small: each entry is one
+object, its text, and only a few thousand entries at a time are decoded.
 """
 
 import itertools
@@ -21,10 +21,10 @@ Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Texts = list[msgspec.Raw]
 
-_CHUNK = 4096  # entries that are decoded at once
+_CHUNK = 4096  # entries decoded at once
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _Pixels = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
-# What JSON cannot say but Python's writer does; kept as text until the check that names the annotation.
+# Values that are not valid JSON but that Python's json module writes; kept as text until the annotation is checked.
 _Number = float | Literal["NaN", "Infinity", "-Infinity"]
 
 
@@ -55,7 +55,7 @@ class _LenientAnnotation(msgspec.Struct, gc=False):
 
 @dataclass(frozen=True, eq=False)
 class ImageColumns:
-    """Images; sizes in pixels, ``names`` relative to the folder of images, ``texts`` their JSON."""
+    """Images: sizes in pixels, `names` relative to the folder of images, `texts` their JSON."""
 
     ids: Ints
     widths: Ints
@@ -67,22 +67,22 @@ class ImageColumns:
         return len(self.ids)
 
     def take(self, rows: Ints) -> "ImageColumns":
-        """Those of ``rows``, in that order."""
+        """Return the images of `rows`, in that order."""
         if len(rows) == len(self) and np.array_equal(rows, np.arange(len(self))):
             return self
-        picked = rows.tolist()
+        chosen = rows.tolist()
         return ImageColumns(
             self.ids[rows],
             self.widths[rows],
             self.heights[rows],
-            [self.names[row] for row in picked],
-            [self.texts[row] for row in picked],
+            [self.names[row] for row in chosen],
+            [self.texts[row] for row in chosen],
         )
 
 
 @dataclass(frozen=True, eq=False)
 class AnnotationColumns:
-    """Annotations; ``boxes`` float64 [N, 4] are x, y, width, height in pixels as in the file, ``texts`` their JSON."""
+    """Annotations: `boxes` float64 [N, 4] are x, y, width, height in pixels as in the file, `texts` their JSON."""
 
     ids: Ints
     image_ids: Ints
@@ -97,37 +97,45 @@ class AnnotationColumns:
 
 
 def image_columns(raws: Texts, defects: list[Defect]) -> ImageColumns:
-    """Columns of the JSON's images; what does not fit becomes a defect and is left out."""
-    ids, widths, heights = (np.empty(len(raws), np.int64) for _ in range(3))
+    """Return the columns of the JSON's images; append a defect for each malformed one, which is left out."""
+    ids = np.empty(len(raws), np.int64)
+    widths = np.empty_like(ids)
+    heights = np.empty_like(ids)
     names: list[str] = []
     texts: Texts = []
-    for piece, entries in _typed(raws, "images", _Image, _Image, defects):
+    for chunk, entries in _typed(raws, "images", _Image, _Image, defects):
         span = slice(len(texts), len(texts) + len(entries))
-        for column, field in ((ids, "id"), (widths, "width"), (heights, "height")):
-            column[span] = _integers(entries, field)
+        ids[span] = _integers(entries, "id")
+        widths[span] = _integers(entries, "width")
+        heights[span] = _integers(entries, "height")
         names += [entry.file_name for entry in entries]
-        texts += piece
+        texts += chunk
     count = len(texts)
     return ImageColumns(ids[:count], widths[:count], heights[:count], names, texts)
 
 
 def annotation_columns(raws: Texts, defects: list[Defect]) -> AnnotationColumns:
-    """Columns of the JSON's annotations; what does not fit becomes a defect and is left out.
+    """Return the columns of the JSON's annotations; append a defect for each malformed one, which is left out.
 
-    An annotation without an area has that of its box, one without ``iscrowd`` is no crowd.
+    An annotation without an area gets that of its box; one without `iscrowd` is no crowd.
     """
-    ids, image_ids, category_ids, iscrowd = (np.empty(len(raws), np.int64) for _ in range(4))
-    integers = ((ids, "id"), (image_ids, "image_id"), (category_ids, "category_id"), (iscrowd, "iscrowd"))
-    boxes, areas = np.empty((len(raws), 4)), np.empty(len(raws))
+    ids = np.empty(len(raws), np.int64)
+    image_ids = np.empty_like(ids)
+    category_ids = np.empty_like(ids)
+    iscrowd = np.empty_like(ids)
+    boxes = np.empty((len(raws), 4))
+    areas = np.empty(len(raws))
     texts: Texts = []
-    for piece, entries in _typed(raws, "annotations", _Annotation, _LenientAnnotation, defects):
+    for chunk, entries in _typed(raws, "annotations", _Annotation, _LenientAnnotation, defects):
         span = slice(len(texts), len(texts) + len(entries))
-        for column, field in integers:
-            column[span] = _integers(entries, field)
+        ids[span] = _integers(entries, "id")
+        image_ids[span] = _integers(entries, "image_id")
+        category_ids[span] = _integers(entries, "category_id")
+        iscrowd[span] = _integers(entries, "iscrowd")
         numbers = itertools.chain.from_iterable(map(_box, entries))
         boxes[span] = np.fromiter(numbers, np.float64, 4 * len(entries)).reshape(-1, 4)
         areas[span] = [entry.bbox[2] * entry.bbox[3] if entry.area is None else entry.area for entry in entries]
-        texts += piece
+        texts += chunk
     count = len(texts)
     return AnnotationColumns(
         ids[:count], image_ids[:count], category_ids[:count], boxes[:count], areas[:count], iscrowd[:count], texts
@@ -135,15 +143,15 @@ def annotation_columns(raws: Texts, defects: list[Defect]) -> AnnotationColumns:
 
 
 def duplicated(ids: Ints) -> Mask:
-    """bool [N]: which ids occur more than once."""
+    """Return a mask of the ids that occur more than once, bool [N]."""
     _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
     return np.asarray(counts[inverse] > 1)
 
 
 def repeated(ids: Ints) -> Mask:
-    """bool [N]: which ids occurred before."""
+    """Return a mask of the ids that occurred before, bool [N]."""
     ordered = np.sort(ids)
-    if not (ordered[1:] == ordered[:-1]).any():  # nearly always, and by far the quicker question
+    if not (ordered[1:] == ordered[:-1]).any():  # the usual case, and much faster to check
         return np.zeros(len(ids), np.bool_)
     found = np.ones(len(ids), np.bool_)
     found[np.unique(ids, return_index=True)[1]] = False
@@ -151,7 +159,7 @@ def repeated(ids: Ints) -> Mask:
 
 
 def positions(values: Ints, known: Ints) -> Ints:
-    """int64 [N]: where each value is among ``known``, which differ; -1 for one that is not."""
+    """Return the position of each value in `known`, which holds distinct values, or -1 if it is not there: int64 [N]."""
     if not len(known):
         return np.full(len(values), -1, np.int64)
     order = np.argsort(known, kind="stable")
@@ -167,53 +175,54 @@ def _integers(entries: list[Any], field: str) -> Ints:
     return np.fromiter(map(operator.attrgetter(field), entries), np.int64, len(entries))
 
 
-def _typed(
-    raws: Texts, where: str, kind: Any, lenient: Any, defects: list[Defect]
-) -> Iterator[tuple[Texts, list[Any]]]:
-    """Entries with their texts, some at a time."""
+def _typed(raws: Texts, key: str, kind: Any, lenient: Any, defects: list[Defect]) -> Iterator[tuple[Texts, list[Any]]]:
+    """Yield chunks of texts with their decoded entries; `key` is the entries' key in the JSON, for messages."""
     decode = msgspec.json.Decoder(kind).decode
     for start in range(0, len(raws), _CHUNK):
-        piece = raws[start : start + _CHUNK]
+        chunk = raws[start : start + _CHUNK]
         try:
-            entries = list(map(decode, piece))
+            entries = list(map(decode, chunk))
         except msgspec.ValidationError:
-            piece, entries = _one_by_one(piece, start, where, kind, lenient, defects)
-        yield piece, entries
+            chunk, entries = _one_by_one(chunk, start, key, kind, lenient, defects)
+        yield chunk, entries
 
 
 def _one_by_one(
-    piece: Texts, start: int, where: str, kind: Any, lenient: Any, defects: list[Defect]
+    chunk: Texts, start: int, key: str, kind: Any, lenient: Any, defects: list[Defect]
 ) -> tuple[Texts, list[Any]]:
-    """A slow way that takes NaN for a number and says which entry does not fit."""
+    """Decode a chunk slowly: accept NaN and infinities, and append a defect for each malformed entry."""
     decoder = msgspec.json.Decoder(lenient)
     texts, entries = [], []
-    for number, raw in enumerate(piece, start):
+    for number, raw in enumerate(chunk, start):
         try:
             entry = decoder.decode(raw)
         except msgspec.ValidationError as error:
-            defects.append(_malformed(raw, f"{where}[{number}]", str(error).replace("`", "")))
+            defects.append(_malformed(raw, f"{key}[{number}]", str(error).replace("`", "")))
             continue
-        # Text becomes a number by `strict=False`, which knows NaN and the infinities.
+        # `strict=False` converts text to numbers, including NaN and the infinities.
         entries.append(msgspec.convert(msgspec.structs.asdict(entry), kind, strict=False))
         texts.append(raw)
     return texts, entries
 
 
-def _malformed(raw: msgspec.Raw, place: str, problem: str) -> Defect:
+def _malformed(raw: msgspec.Raw, position: str, problem: str) -> Defect:
     number = _said_id(raw, "id")
-    if place.startswith("images"):
-        who = "" if number is None else f" (image {number})"
-        return Defect(f"{place}{who}: {problem}", image_id=number)
+    if position.startswith("images"):
+        name = "" if number is None else f" (image {number})"
+        return Defect(f"{position}{name}: {problem}", image_id=number)
     image_id = _said_id(raw, "image_id")
-    ours, owner = ("?" if one is None else one for one in (number, image_id))
-    who = "" if number is None and image_id is None else f" (annotation {ours} of image {owner})"
-    return Defect(f"{place}{who}: {problem}", image_id=image_id, annotation_id=number)
+    if number is None and image_id is None:
+        return Defect(f"{position}: {problem}")
+    annotation = "?" if number is None else number
+    image = "?" if image_id is None else image_id
+    text = f"{position} (annotation {annotation} of image {image}): {problem}"
+    return Defect(text, image_id=image_id, annotation_id=number)
 
 
 def _said_id(raw: msgspec.Raw, field: str) -> int | None:
-    """What an entry that does not fit means by one of its ids, "5" and 5.0 included; None where that cannot be told."""
+    """Return the integer id in a field of a malformed entry, if it has one; "5" and 5.0 count."""
     try:
-        said = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])[field]
-        return msgspec.json.decode(said, type=Int64, strict=False)
+        value = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])[field]
+        return msgspec.json.decode(value, type=Int64, strict=False)
     except (msgspec.DecodeError, KeyError):
         return None

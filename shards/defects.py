@@ -1,6 +1,6 @@
-"""What is wrong with a source or worth knowing about it: every case named, counted by kind, and reported.
+"""Defects of a source: their kinds, and the report that names each and counts them by kind.
 
-A *rejected* image or annotation cannot be trained on or scored. What is *noted* is used as it is; the reader should know.
+A *rejected* image or annotation cannot be used for training or scoring. A *noted* one is used as it is.
 """
 
 from collections import Counter
@@ -42,17 +42,17 @@ KINDS: dict[str, Severity] = {
     "zero-area-box": "noted",
     "box-outside": "noted",
     "box-off-image": "noted",
-    "no-segmentation": "noted",  # only where others of the source have one
+    "no-segmentation": "noted",  # only if others of the source have one
     "bad-segmentation": "noted",
-    "no-label-file": "noted",  # of YOLO: an image without objects, or one whose labels were lost
+    "no-label-file": "noted",  # YOLO: an image without objects, or one whose labels were lost
 }
 
 
-_MEASURED = ("box-outside", "box-off-image")  # against the size that the source says
+_MEASURED = ("box-outside", "box-off-image")  # kinds that compare with the image size in the source
 
 
 class Defect(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """One thing wrong with the source or worth knowing, in words that name the image or annotation."""
+    """A problem in the source, or a fact worth knowing; `text` names the image or annotation."""
 
     text: str
     kind: str = "malformed"
@@ -60,23 +60,23 @@ class Defect(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     annotation_id: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.text.isascii():  # reports and terminals take nothing but UTF-8
+        if not self.text.isascii():  # reports and terminals accept only valid UTF-8
             msgspec.structs.force_setattr(self, "text", printable(self.text))
 
     @property
     def severity(self) -> Severity:
-        """What becomes of what it names."""
+        """Severity of the defect's kind."""
         return KINDS[self.kind]
 
     @property
     def rejected(self) -> bool:
-        """Whether what it names cannot be used."""
+        """True if the image or annotation cannot be used."""
         return self.severity == "rejected"
 
 
 @dataclass(frozen=True)
 class Lost:
-    """What another format held that no COCO JSON can say: images and annotations left out of it, and why."""
+    """Numbers of images and annotations that could not be converted from another format to COCO, and the defects."""
 
     images: int
     annotations: int
@@ -84,8 +84,7 @@ class Lost:
 
 
 class SourceError(ShardError):
-    """The source is not sound. ``defects`` holds all of them, as does the file ``report``, if it is given; the message
-    counts them and shows the first few."""
+    """Raised for a source with defects: all are in `defects` and in the file `report`, if given; the message shows a few."""
 
     def __init__(self, path: Path | str, defects: Sequence[Defect], report: str = "") -> None:
         shown = "; ".join(defect.text for defect in defects[:NAMED_DEFECTS])
@@ -100,7 +99,7 @@ class SourceError(ShardError):
 
 
 class KindCount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How often one kind of defect occurs."""
+    """Number of defects of one kind."""
 
     kind: str
     severity: Severity
@@ -108,7 +107,7 @@ class KindCount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Entry(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """A defect as it stands in a report, where it tells its kind and severity whatever they are."""
+    """A defect in a report, which always states kind and severity."""
 
     text: str
     kind: str
@@ -118,14 +117,13 @@ class _Entry(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
 
 class DefectReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Everything found in a source, and what was done about it (``report.json``).
+    """All defects of a source, and what was done about them (`report.json`).
 
-    Attributes:
-        policy: what becomes of rejected ones: nothing is written, or they are left out.
-        images_listed, annotations_listed: what the source lists.
-        images, annotations: how many of them are in the data set.
-        kinds: how often each kind occurs, rejected ones first.
-        defects: every one, by image and annotation.
+    policy: "fail" wrote nothing if anything was rejected, "quarantine" left rejected entries out.
+    images_listed, annotations_listed: numbers in the source.
+    images, annotations: numbers in the data set.
+    kinds: numbers of defects, rejected kinds first.
+    defects: all defects, in order of image and annotation.
     """
 
     policy: Policy
@@ -137,26 +135,30 @@ class DefectReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     defects: tuple[Defect, ...]
 
     def to_json(self) -> bytes:
-        """One line per defect would help nobody at a million of them, yet a person should be able to read it."""
-        entries = [_Entry(one.text, one.kind, one.severity, one.image_id, one.annotation_id) for one in self.defects]
-        return (
-            msgspec.json.format(msgspec.json.encode(msgspec.structs.asdict(self) | {"defects": entries}), indent=1)
-            + b"\n"
-        )
+        """Return the report as indented JSON, which people can read."""
+        entries = [
+            _Entry(defect.text, defect.kind, defect.severity, defect.image_id, defect.annotation_id)
+            for defect in self.defects
+        ]
+        content = msgspec.json.encode(msgspec.structs.asdict(self) | {"defects": entries})
+        return msgspec.json.format(content, indent=1) + b"\n"
 
 
 def told(defects: Iterable[Defect]) -> list[Defect]:
-    """Without notes on boxes that were measured against an image's wrong size, which is what is to be said of it."""
+    """Return the defects without those of boxes that were compared with a wrong image size, itself a defect."""
     defects = list(defects)
-    mismeasured = {one.image_id for one in defects if one.kind == "wrong-size"}
-    return [one for one in defects if one.image_id not in mismeasured or one.kind not in _MEASURED]
+    wrong_size = {defect.image_id for defect in defects if defect.kind == "wrong-size"}
+    return [defect for defect in defects if defect.image_id not in wrong_size or defect.kind not in _MEASURED]
 
 
 def make_report(
     policy: Policy, defects: Iterable[Defect], listed: tuple[int, int], written: tuple[int, int]
 ) -> DefectReport:
-    """The report on ``defects``; ``listed`` and ``written`` count images and annotations."""
-    ordered = sorted(defects, key=lambda one: (_first(one.image_id), _first(one.annotation_id), one.kind, one.text))
+    """Return the report on `defects`; `listed` and `written` are (images, annotations)."""
+    ordered = sorted(
+        defects,
+        key=lambda defect: (_first(defect.image_id), _first(defect.annotation_id), defect.kind, defect.text),
+    )
     counts = Counter(defect.kind for defect in ordered)
     return DefectReport(
         policy=policy,
@@ -170,7 +172,7 @@ def make_report(
 
 
 def parse_report(content: bytes, path: str) -> DefectReport:
-    """Raises ShardError naming ``path`` where it is no report."""
+    """Return the report in `content`; raise `ShardError`, naming `path`, if it is not valid."""
     try:
         return msgspec.json.decode(content, type=DefectReport)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -178,12 +180,12 @@ def parse_report(content: bytes, path: str) -> DefectReport:
 
 
 def printable(name: str) -> str:
-    """A file's name as UTF-8 can say it: bytes that are not, which Python keeps as lone surrogates, become ``\\xe9``."""
+    r"""Return a file name as valid UTF-8: bytes that are not, which Python has as lone surrogates, become `\xe9`."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def defect_table(defects: Iterable[Defect]) -> str:
-    """Kind, severity, count and the first few ids: one line per kind that occurs, with a title; empty for no defects."""
+    """Return a table with kind, severity, count and first ids, one line per kind, or "" for no defects."""
     by_kind: dict[str, list[Defect]] = {}
     for defect in defects:
         by_kind.setdefault(defect.kind, []).append(defect)
@@ -191,14 +193,16 @@ def defect_table(defects: Iterable[Defect]) -> str:
         return ""
     lines = [f"{'defect':24}{'':10}{'count':>8}  first"]
     for kind, severity in KINDS.items():
-        found = by_kind.get(kind, [])
-        if found:
-            more = ", ..." if len(found) > _SHOWN_IDS else ""
-            lines.append(f"{kind:24}{severity:10}{len(found):8}  {', '.join(map(_who, found[:_SHOWN_IDS]))}{more}")
+        matching = by_kind.get(kind, [])
+        if matching:
+            names = ", ".join(map(_who, matching[:_SHOWN_IDS]))
+            more = ", ..." if len(matching) > _SHOWN_IDS else ""
+            lines.append(f"{kind:24}{severity:10}{len(matching):8}  {names}{more}")
     return "\n".join(lines)
 
 
 def _who(defect: Defect) -> str:
+    """Return the name of the image or annotation of a defect."""
     if defect.image_id is None and defect.annotation_id is None:
         return defect.text.partition(":")[0]
     image = "image ?" if defect.image_id is None else f"image {defect.image_id}"
@@ -206,4 +210,5 @@ def _who(defect: Defect) -> str:
 
 
 def _first(number: int | None) -> int:
+    """Return a sort key of an id that puts None first."""
     return -1 if number is None else number

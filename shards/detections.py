@@ -1,4 +1,4 @@
-"""Detections of many images as columns: what a model found, to be scored, drawn or written out."""
+"""Detections of a model on many images, in columns, for scoring, drawing and export."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +12,14 @@ from shards.index import Ints
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """Detections of many images as columns, in any order; equal scores in one image rank in the order given.
+    """Detections on many images, in any order; equal scores in one image rank in the given order.
 
-    Attributes:
-        image_ids: int64 [M], original image ids.
-        labels: int64 [M], labels of the manifest (0..K-1).
-        scores: float32 [M].
-        boxes_xywh: float64 [M, 4], pixels of the original image.
-        masks: object [M] of bytes, run lengths of masks at the original image's size, as ``encode_masks`` gives them;
-            None where none were predicted.
+    image_ids: int64 [M], original image ids.
+    labels: int64 [M], labels of the manifest (0..K-1).
+    scores: float32 [M].
+    boxes_xywh: float64 [M, 4], pixels of the original image.
+    masks: object [M] of bytes, run lengths of masks of the original image's size, as `encode_masks` returns them; None
+    if the model predicts no masks.
     """
 
     image_ids: Ints
@@ -41,7 +40,7 @@ class Detections:
         return len(self.image_ids)
 
     def take(self, chosen: Ints | npt.NDArray[np.bool_]) -> "Detections":
-        """Those at ``chosen`` (positions, or true where chosen), in that order."""
+        """Return the detections at `chosen`, positions or a mask, in that order."""
         return Detections(
             self.image_ids[chosen],
             self.labels[chosen],
@@ -52,21 +51,22 @@ class Detections:
 
     @classmethod
     def empty(cls, masks: bool = False) -> "Detections":
-        """No detections, of a model with masks or without."""
-        nothing, runs = np.zeros(0, np.int64), np.empty(0, np.object_) if masks else None
-        return cls(nothing, nothing, np.zeros(0, np.float32), np.zeros((0, 4), np.float64), runs)
+        """Return no detections, of a model with or without masks."""
+        ids = np.zeros(0, np.int64)
+        runs = np.empty(0, np.object_) if masks else None
+        return cls(ids, ids, np.zeros(0, np.float32), np.zeros((0, 4), np.float64), runs)
 
     @classmethod
-    def concatenate(cls, parts: Sequence["Detections"]) -> "Detections":
-        """All detections of ``parts``, in that order; none where there are no parts. Masks: of all parts, or of none."""
-        masks = [part.masks for part in parts if part.masks is not None]
-        if masks and sum(map(len, masks)) < sum(map(len, parts)):
+    def concatenate(cls, groups: Sequence["Detections"]) -> "Detections":
+        """Return all detections of `groups`, in that order; raise `ShardError` if only some have masks."""
+        masks = [group.masks for group in groups if group.masks is not None]
+        if masks and sum(map(len, masks)) < sum(map(len, groups)):
             raise ShardError("got detections with masks and others without; expected masks of all or of none")
-        parts = [cls.empty(), *parts]
+        groups = [cls.empty(), *groups]  # so that there is always an array to concatenate
         return cls(
-            np.concatenate([part.image_ids for part in parts]),
-            np.concatenate([part.labels for part in parts]),
-            np.concatenate([part.scores for part in parts]),
-            np.concatenate([part.boxes_xywh for part in parts]),
+            np.concatenate([group.image_ids for group in groups]),
+            np.concatenate([group.labels for group in groups]),
+            np.concatenate([group.scores for group in groups]),
+            np.concatenate([group.boxes_xywh for group in groups]),
             np.concatenate(masks) if masks else None,
         )

@@ -1,21 +1,29 @@
-"""The errors of this package."""
+"""Errors of this package, all of them `ShardError`.
+
+ShardError
+|- OtherFormatError    written in another format
+|- BadSampleError      the bytes of one sample are damaged
+|- SourceError         the source of a data set has defects
+|- DigestError         a store's file is not the one that the manifest lists
+"""
 
 
 class ShardError(Exception):
-    """A data set cannot be written, found, read or scored as asked.
+    """Raised when a data set cannot be written, found, read or scored as requested.
 
     The message is one line: what was got, what was expected and what to do.
     """
 
 
 class OtherFormatError(ShardError):
-    """A data set was written by a version of this package whose format is another."""
+    """Raised for a data set that a version of this package wrote in another format."""
 
 
 class BadSampleError(ShardError):
-    """The bytes of one sample are not those that were written, or are no picture; the message names it."""
+    """Raised for a sample whose bytes changed or are not an image; the message names the sample."""
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what an error says, at most 200 characters; the name of its class where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    """Return the first line of an error's message, at most 200 characters; the class name if it has no message."""
+    message = str(error).strip() or type(error).__name__
+    return message.splitlines()[0][:200]

@@ -1,4 +1,4 @@
-"""One file of a store into a local one: in pieces, several at a time, its sha256 checked on the way."""
+"""Download of one file from a store into a local file, in parallel chunks, with a check of its sha256."""
 
 import hashlib
 import os
@@ -11,12 +11,12 @@ from shards import storage
 from shards.errors import ShardError
 
 PIECE = 8 << 20  # bytes per request: fewer cost throughput, more cost memory
-PARALLEL = 4  # requests under way for one file; several files are fetched at once by several threads
+PARALLEL = 4  # concurrent requests for one file; several threads may fetch a file each
 
 
 @dataclass(frozen=True)
 class Item:
-    """A file of a data set: where it is, and what it is by its length and its sha256."""
+    """A file of a data set: its address, its length and its sha256."""
 
     url: str
     bytes: int
@@ -24,14 +24,14 @@ class Item:
 
 
 class DigestError(ShardError):
-    """What the store holds is not what the manifest lists."""
+    """Raised when a file in the store differs from the one that the manifest lists."""
 
 
 def fetch(item: Item, descriptor: int) -> None:
-    """Write the file into an open one. What arrives changed is fetched once more.
+    """Download a file into an open one; fetch it once more if its digest is wrong.
 
-    Raises DigestError where the store holds something else, ShardError where it holds nothing, and what
-    ``shards.retry`` raises.
+    Raise `DigestError` if the store's file differs, `ShardError` if it is absent or access is denied, and `StoreError`
+    if the store does not respond.
     """
     for last in (False, True):
         digest = hashlib.sha256()
@@ -52,19 +52,19 @@ def fetch(item: Item, descriptor: int) -> None:
 
 
 def _pieces(item: Item) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes) of a file's pieces in order; ends early where the file does."""
+    """Yield (offset, bytes) of a file's chunks in order; stop early if the file is shorter than listed."""
     offsets = iter(range(0, item.bytes, PIECE))
-    waiting: deque[tuple[int, int, Future[bytes]]] = deque()
+    pending: deque[tuple[int, int, Future[bytes]]] = deque()
     pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="fetch")
     try:
         while True:
-            while len(waiting) < PARALLEL and (offset := next(offsets, None)) is not None:
+            while len(pending) < PARALLEL and (offset := next(offsets, None)) is not None:
                 length = min(PIECE, item.bytes - offset)
-                waiting.append((offset, length, pool.submit(storage.read_range, item.url, offset, length)))
-            if not waiting:
+                pending.append((offset, length, pool.submit(storage.read_range, item.url, offset, length)))
+            if not pending:
                 return
-            offset, length, piece = waiting.popleft()
-            content = piece.result()
+            offset, length, request = pending.popleft()
+            content = request.result()
             yield offset, content
             if len(content) < length:
                 return

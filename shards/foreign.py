@@ -1,15 +1,15 @@
-"""Samples in WebDataset tars that were not written here: which files are one sample, what its JSON says, is it whole.
+"""Reading of samples in WebDataset tars that were written elsewhere.
 
-Files of one name up to the first dot, next to each other, are a sample. Its image is the file ``KEY.jpg`` (or another
-ending of images), or else the only one of names like ``KEY.img.jpg``. Its annotations are in ``KEY.json``, or else in the
-only ``KEY.*.json``, in one of these forms, with boxes as COCO's: x, y, width, height in pixels::
+Adjacent files with the same name up to the first dot are one sample. Its image is the file `KEY.jpg` (or with another
+extension of images), or else the only file with a name like `KEY.img.jpg`. Its annotations are in `KEY.json`, or else in
+the only `KEY.*.json`, in one of these forms, with boxes as in COCO: x, y, width, height in pixels.
 
-    {"image": {"id": 139, ...}, "annotations": [{"bbox": [...], "category_id": 3, ...}, ...]}     ours
+    {"image": {"id": 139, ...}, "annotations": [{"bbox": [...], "category_id": 3, ...}, ...]}     this project's
     {"image_id": 139, "objects": [{"bbox": [...], "category": "cat", ...}, ...]}                    like COCO's
     [{"bbox": [...], "category_id": 3, ...}, ...]
 
-Masks come from ``KEY.segmentation.json`` alone: a list with a COCO segmentation, or null, for each annotation. All other
-files are left alone; nothing is ever unpickled.
+Masks come from `KEY.segmentation.json` only: a list with a COCO segmentation, or null, for each annotation. All other
+files are ignored; nothing is unpickled.
 """
 
 import itertools
@@ -28,11 +28,11 @@ from shards.images import Look, Unfit, look_at
 from shards.manifest import Shard
 from shards.tars import BLOCK, SEGMENTATIONS, TarMember, file_digest, image_members, scan_tar
 
-_TWICE = "/"  # an ending that no file has
+_TWICE = "/"  # an extension that no file has
 
 
 class Object(msgspec.Struct, gc=False):
-    """One annotation as a foreign tar may hold it; the box is x, y, width, height in pixels."""
+    """An annotation in any of the supported forms; the box is x, y, width, height in pixels."""
 
     bbox: tuple[float, float, float, float]
     id: Int64 | str | None = None
@@ -45,9 +45,11 @@ class Object(msgspec.Struct, gc=False):
 
     @property
     def kind(self) -> int | str | None:
-        """The category, by id or by name, whichever field says it."""
-        said = (self.category_id, self.category, self.category_name, self.label)
-        return next((one for one in said if one is not None), None)
+        """The category, as id or name, from the first field that has it."""
+        for category in (self.category_id, self.category, self.category_name, self.label):
+            if category is not None:
+                return category
+        return None
 
 
 class _Image(msgspec.Struct):
@@ -72,7 +74,7 @@ _texts = msgspec.json.Decoder(list[msgspec.Raw])
 
 @dataclass(frozen=True)
 class ForeignSample:
-    """One sound sample: its key, the places of its image and segmentations, what decoding showed, what its JSON says."""
+    """A valid sample: its key, the tar members of image and segmentations, and the contents of image and JSON."""
 
     key: str
     image: TarMember
@@ -84,18 +86,18 @@ class ForeignSample:
 
 @dataclass(frozen=True)
 class ForeignTar:
-    """One tar: ``shard`` describes it, ``found`` are its samples in their order, or what is wrong with one."""
+    """A tar: its description as a shard, and its samples in order, with a defect for each unusable one."""
 
     shard: Shard
     found: list[ForeignSample | Defect]
 
 
 def read_tar(path: Path, name: str, annotated: bool) -> ForeignTar:
-    """Look at every sample of the tar in ``path``, which is called ``name``.
+    """Read and check all samples of the tar at `path`; `name` is its name in the data set.
 
-    annotated: a sample without annotations is a defect; else it is an image without objects.
+    annotated: a sample without annotations is a defect; otherwise it is an image without objects.
 
-    Raises ShardError where the tar is not a whole one.
+    Raise `ShardError` if the tar is damaged or empty.
     """
     members = scan_tar(path)
     if not members:
@@ -113,7 +115,10 @@ def read_tar(path: Path, name: str, annotated: bool) -> ForeignTar:
 
 
 def _check_end(path: Path, content: mmap.mmap) -> None:
-    """A tar that was cut between two files, or that another was appended to, looks whole to who reads file by file."""
+    """Raise `ShardError` for a tar that was cut off between two files, or to which another tar was appended.
+
+    Readers that take member by member notice neither.
+    """
     with tarfile.open(path, "r:") as tar:
         tar.getmembers()
         end = tar.offset
@@ -124,17 +129,20 @@ def _check_end(path: Path, content: mmap.mmap) -> None:
 
 
 def _grouped(members: list[TarMember]) -> Iterator[tuple[str, dict[str, TarMember]]]:
-    """Keys and files by ending; files without an ending and those that webdataset keeps for itself belong to none."""
-    named = (one for one in members if one.ending and not one.name.rpartition("/")[2].startswith("__"))
-    for key, files in itertools.groupby(named, key=lambda member: member.key):
-        found: dict[str, TarMember] = {}
-        for member in files:
-            found[member.ending if member.ending not in found else _TWICE] = member
-        yield key, found
+    """Yield the key and the files, by extension, of each sample; a file of an extension that occurs twice is at `_TWICE`.
+
+    Files without an extension and those with names that webdataset reserves (`__...`) belong to no sample.
+    """
+    named = (member for member in members if member.ending and not member.name.rpartition("/")[2].startswith("__"))
+    for key, group in itertools.groupby(named, key=lambda member: member.key):
+        files: dict[str, TarMember] = {}
+        for member in group:
+            files[_TWICE if member.ending in files else member.ending] = member
+        yield key, files
 
 
 def _sample(key: str, files: dict[str, TarMember], content: mmap.mmap, annotated: bool) -> ForeignSample:
-    """Raises Unfit with the kind of defect and the words for it."""
+    """Return a sample; raise `Unfit` with the kind of the defect and a message if it cannot be used."""
     if _TWICE in files:
         raise Unfit("malformed", f"holds {files[_TWICE].name} twice")
     image = _only("images", image_members(list(files.values())))
@@ -143,45 +151,53 @@ def _sample(key: str, files: dict[str, TarMember], content: mmap.mmap, annotated
     look = look_at(_bytes(content, image))
     width, height = look.size
     text = files.get(SEGMENTATIONS[1:])
-    json = _only("JSON files", [one for one in files.values() if one.name.endswith(".json") and one is not text])
+    json_files = [file for file in files.values() if file.name.endswith(".json") and file is not text]
+    json = _only("JSON files", json_files)
     entry = _decoded(_bytes(content, json)) if json else _Entry()
     objects = entry.objects if entry.annotations is None else entry.annotations
     if objects is None and annotated:
         lacks = "its JSON has neither 'annotations' nor 'objects'" if json else "has no JSON"
         raise Unfit("malformed", f"{lacks}; got {', '.join(sorted(files))}")
     inner = entry.image if isinstance(entry.image, _Image) else _Image()
-    for said in ((inner.width, inner.height), (entry.width, entry.height)):
-        if None not in said and said != (width, height):
+    for size in ((inner.width, inner.height), (entry.width, entry.height)):
+        if None not in size and size != (width, height):
             raise Unfit(
                 "wrong-size",
-                f"is {width}x{height} pixels (before any EXIF rotation), but its JSON says {said[0]}x{said[1]}",
+                f"is {width}x{height} pixels (before any EXIF rotation), but its JSON says {size[0]}x{size[1]}",
             )
     objects = objects or []
     if text is not None and not _fit(_bytes(content, text), len(objects)):
         raise Unfit(
             "malformed", f"{text.name} is no list with one segmentation for each of its {len(objects)} annotations"
         )
-    ids = [one for one in (inner.id, entry.image_id, entry.id) if isinstance(one, int)]
+    ids = [value for value in (inner.id, entry.image_id, entry.id) if isinstance(value, int)]
     return ForeignSample(key, image, text, look, ids[0] if ids else None, objects)
 
 
 def _only(what: str, members: Sequence[TarMember]) -> TarMember | None:
-    """The one whose ending has no more dots, or else the only one; None where there is none."""
-    plain = [one for one in members if "." not in one.ending] or members
-    if len(plain) > 1:
-        raise Unfit("malformed", f"has {len(plain)} {what}: {', '.join(one.name for one in plain)}; expected one")
-    return plain[0] if plain else None
+    """Return the member whose extension has no dot, or else the only member; None if there are no members.
+
+    Raise `Unfit` if there are several.
+    """
+    plain = [member for member in members if "." not in member.ending]
+    candidates = plain or members
+    if len(candidates) > 1:
+        names = ", ".join(member.name for member in candidates)
+        raise Unfit("malformed", f"has {len(candidates)} {what}: {names}; expected one")
+    return candidates[0] if candidates else None
 
 
 def _decoded(content: bytes) -> _Entry:
+    """Return the decoded JSON of a sample; raise `Unfit` if it is malformed."""
     try:
-        found = _entry.decode(content)
+        decoded = _entry.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Unfit("malformed", f"its JSON: {str(error).replace('`', '')}") from None
-    return _Entry(annotations=found) if isinstance(found, list) else found
+    return _Entry(annotations=decoded) if isinstance(decoded, list) else decoded
 
 
 def _fit(content: bytes, count: int) -> bool:
+    """Return true if `content` is a JSON list of `count` segmentations."""
     try:
         return len(_texts.decode(content)) == count
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

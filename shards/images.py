@@ -1,7 +1,7 @@
-"""Image files, read once and decoded strictly once, so that a damaged one is found here and not in mid-training.
+"""Strict decoding of the source's image files, so that damage is found when shards are written, not during training.
 
-Pillow and OpenCV hand out grey blocks for most damage to a JPEG and say nothing; libjpeg's warnings, taken for errors,
-tell. JPEGs are decoded at an eighth of their size, which reads every byte of the compressed data as at full size.
+Pillow and OpenCV silently return grey blocks for most damage to a JPEG. simplejpeg treats libjpeg's warnings as errors.
+JPEGs are decoded at an eighth of their size, which still reads all of the compressed data.
 """
 
 import io
@@ -19,10 +19,10 @@ from shards import storage
 from shards.defects import Defect
 from shards.errors import ShardError, one_line
 
-# File extensions by Pillow's name of the format; MPO is what some cameras call a JPEG with a second picture inside.
+# File extensions by Pillow's name of the format; MPO is a JPEG with a second picture inside, which some cameras write.
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
 _SAME = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "tiff": "tif", "dib": "bmp"}
-# What is said of an image whose colours are not those of its file, by the kind of the note.
+# Messages about images that are converted to RGB, by the kind of the note.
 COLOURS = {
     "cmyk": "is CMYK; it is read as RGB",
     "grey": "is grey; it is read as RGB",
@@ -30,14 +30,14 @@ COLOURS = {
     "alpha": "has transparency; it is read as RGB without it",
 }
 NO_FILE = -1  # instead of a checksum
-_ORIENTATION = 0x0112  # of EXIF; 1 is upright
-# Pillow warns of large pictures, which are no attack here, and of odd metadata, which nothing here reads. Once for the
-# process, as `warnings.catch_warnings` is not for threads: one that leaves it brings back what another one set.
+_ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+# Pillow warns about large pictures, which are no attack here, and about odd metadata, which is not used here. Ignored
+# for the whole process, because `warnings.catch_warnings` is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageSource(NamedTuple):
-    """What a source says about an image: file name relative to its folder, size in pixels."""
+    """An image as listed in the source: file name relative to the folder of images, size in pixels."""
 
     image_id: int
     name: str
@@ -47,7 +47,7 @@ class ImageSource(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image file's bytes and their checksum, the extension that they deserve, and what is wrong or worth knowing."""
+    """An image file's bytes, their checksum, the extension of their actual format, and the image's defects."""
 
     content: bytes
     crc32: int
@@ -56,17 +56,17 @@ class ImageFile:
 
     @property
     def sound(self) -> bool:
-        """Whether it can be used."""
+        """True if the image can be used."""
         return not any(defect.rejected for defect in self.defects)
 
 
 class Unfit(Exception):
-    """Why an image cannot be used: the kind of defect, and the words for it."""
+    """Raised for an unusable image; its arguments are the kind of the defect and the message."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What decoding showed: Pillow's name of the format, size in pixels, colours, EXIF orientation."""
+    """Properties of a decoded image: Pillow's name of the format, size in pixels, colours, EXIF orientation."""
 
     format: str
     size: tuple[int, int]
@@ -75,9 +75,9 @@ class Look:
 
 
 def read_content(folder: str, name: str) -> bytes | None:
-    """An image file's bytes; None where there is no such file.
+    """Return an image file's bytes, or None if the file does not exist.
 
-    Raises ShardError where it is there and cannot be read, which is no fault of the data set's.
+    Raise `ShardError` if it exists but cannot be read: that is not a defect of the source.
     """
     url = storage.join(folder, name)
     try:
@@ -91,12 +91,12 @@ def read_content(folder: str, name: str) -> bytes | None:
 
 
 def read_image(folder: str, source: ImageSource) -> ImageFile:
-    """Read and decode an image file. The content is empty where there is none."""
-    who = f"image {source.image_id} ({source.name})"
+    """Read and decode an image file; the content is empty if the file does not exist."""
+    name = f"image {source.image_id} ({source.name})"
     content = read_content(folder, source.name)
 
     def defect(kind: str, problem: str) -> Defect:
-        return Defect(f"{who}: {problem}", kind, source.image_id)
+        return Defect(f"{name}: {problem}", kind, source.image_id)
 
     if content is None:
         return ImageFile(b"", NO_FILE, "", (defect("missing-file", "no such file in the folder of images"),))
@@ -113,8 +113,8 @@ def read_image(folder: str, source: ImageSource) -> ImageFile:
         return ImageFile(content, crc32, "", (defect(*error.args),))
     extension = EXTENSIONS[look.format]
     notes = []
-    named = PurePosixPath(source.name).suffix.lower().removeprefix(".")
-    if named and _SAME.get(named, named) != extension:
+    suffix = PurePosixPath(source.name).suffix.lower().removeprefix(".")
+    if suffix and _SAME.get(suffix, suffix) != extension:
         notes.append(defect("misnamed", f"is a {look.format} file; in the shards it is called .{extension}"))
     if look.orientation != 1:
         notes.append(
@@ -129,10 +129,10 @@ def read_image(folder: str, source: ImageSource) -> ImageFile:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A copy of a picture as RGB of 8 bits; transparency is dropped, and of 16-bit grey PNGs the upper 8 bits are taken.
+    """Return a copy of an image as RGB of 8 bits, without transparency; a 16-bit grey PNG gives its upper 8 bits.
 
-    Raises ValueError for other grey of more than 8 bits: Pillow cuts it off at 255, so that it is white or black, and
-    nothing says what its brightest value means.
+    Raise `ValueError` for other grey images of more than 8 bits: Pillow would clip them at 255, to black and white, and
+    the file does not say which value is the brightest.
     """
     if image.mode == "I;16" and image.format == "PNG":
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
@@ -145,12 +145,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def checksum(content: bytes | None) -> int:
-    """crc32 of a file's bytes; ``NO_FILE`` for none."""
+    """Return the crc32 of a file's bytes, or `NO_FILE` for None."""
     return NO_FILE if content is None else zlib.crc32(content)
 
 
 def look_at(content: bytes) -> Look:
-    """Decode an image, all of it; raises Unfit with the kind of defect and the words for it where that cannot be done."""
+    """Decode a complete image; raise `Unfit` with the kind of the defect and a message if that fails."""
     if not content:
         raise Unfit("truncated", "the file is empty")
     return _decode_jpeg(content) if content.startswith(b"\xff\xd8") else _decode_other(content)
@@ -158,35 +158,36 @@ def look_at(content: bytes) -> Look:
 
 def _decode_jpeg(content: bytes) -> Look:
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-        four = colours in ("CMYK", "YCCK")
-        simplejpeg.decode_jpeg(
-            content, "CMYK" if four else "GRAY", fastdct=True, min_height=1, min_width=1, min_factor=8
-        )
+        height, width, colour_space, _ = simplejpeg.decode_jpeg_header(content)
+        if colour_space in ("CMYK", "YCCK"):
+            target, colours = "CMYK", "cmyk"
+        else:
+            target, colours = "GRAY", "grey" if colour_space == "Gray" else ""
+        simplejpeg.decode_jpeg(content, target, fastdct=True, min_height=1, min_width=1, min_factor=8)
     except ValueError as error:
         if "subsampling" in str(error):  # valid, but TurboJPEG's interface has no name for it
             return _decode_other(content)
         kind = "truncated" if "Premature end of JPEG file" in str(error) else "corrupt"
         raise Unfit(kind, f"cannot be decoded: {one_line(error)}") from None
-    return Look("JPEG", (width, height), "cmyk" if four else "grey" if colours == "Gray" else "", _orientation(content))
+    return Look("JPEG", (width, height), colours, _orientation(content))
 
 
 def _orientation(content: bytes) -> int:
-    if content.find(b"Exif\0\0", 0, 1 << 16) < 0:  # looked for first, as Pillow takes longer to open than this to find
+    if content.find(b"Exif\0\0", 0, 1 << 16) < 0:  # much faster than opening the image with Pillow
         return 1
     try:
         with Image.open(io.BytesIO(content)) as image:
             return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF data say nothing; the pixels were decoded
+    except Exception:  # the EXIF data are damaged, but the pixels were decoded
         return 1
 
 
 def _decode_other(content: bytes) -> Look:
     try:
         with Image.open(io.BytesIO(content)) as image:
-            kind, size = image.format or "", image.size
-            if kind not in EXTENSIONS:
-                raise Unfit("unknown-format", f"its format {kind} is none of {', '.join(EXTENSIONS)}")
+            name, size = image.format or "", image.size
+            if name not in EXTENSIONS:
+                raise Unfit("unknown-format", f"its format {name} is none of {', '.join(EXTENSIONS)}")
             image.load()
             colours = _colours(image)
             orientation = int(image.getexif().get(_ORIENTATION, 1))
@@ -194,16 +195,18 @@ def _decode_other(content: bytes) -> Look:
         raise
     except UnidentifiedImageError:
         raise Unfit("not-an-image", "is not an image that Pillow can read") from None
-    except Exception as error:  # Pillow's plugins raise nearly anything for damaged bytes
-        cut = "truncated" in str(error)
-        raise Unfit("truncated" if cut else "corrupt", f"cannot be decoded: {one_line(error)}") from None
-    return Look(kind, size, colours, orientation)
+    except Exception as error:  # Pillow's plugins raise many kinds of errors for damaged bytes
+        kind = "truncated" if "truncated" in str(error) else "corrupt"
+        raise Unfit(kind, f"cannot be decoded: {one_line(error)}") from None
+    return Look(name, size, colours, orientation)
 
 
 def _colours(image: Image.Image) -> str:
-    """A key of COLOURS, or "" for RGB; raises Unfit where ``to_rgb`` does."""
-    if image.mode in ("CMYK", "1", "L"):
-        return "cmyk" if image.mode == "CMYK" else "grey"
+    """Return a key of COLOURS, or "" for RGB; raise `Unfit` if `to_rgb` cannot convert the image."""
+    if image.mode == "CMYK":
+        return "cmyk"
+    if image.mode in ("1", "L"):
+        return "grey"
     if image.mode == "F" or image.mode.startswith("I"):
         try:
             to_rgb(image)

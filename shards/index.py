@@ -1,6 +1,6 @@
-"""The index of a data set: one record per image and one per annotation, in columns that are mapped into memory.
+"""Index of a data set: one record per image and one per annotation, in arrays that are mapped into memory.
 
-A *row* is an image's position in ``index/images.npy``.
+A *row* is an image's position in `index/images.npy`.
 """
 
 import functools
@@ -15,8 +15,8 @@ from shards.errors import ShardError
 Ints = npt.NDArray[np.int64]
 Records = npt.NDArray[np.void]
 
-# `shard`, `offset`, `length`, `crc32`: where the encoded image lies, and its checksum; `text_*`: the same of the sample's
-# segmentation.json (length 0 where it has none). `first`, `count`: its annotations. Sizes in pixels.
+# `shard`, `offset`, `length`, `crc32`: location and checksum of the encoded image; `text_*`: the same of the sample's
+# segmentation.json (length 0 if it has none). `first`, `count`: its annotations. Sizes in pixels.
 IMAGE_DTYPE = np.dtype(
     [
         ("image_id", "<i8"),
@@ -48,11 +48,10 @@ ANNOTATION_DTYPE = np.dtype(
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """The memory-mapped columns of a data set: read-only, and shared by every process of a machine.
+    """Memory-mapped arrays of a data set: read-only, and shared by all processes of a machine.
 
-    Attributes:
-        images: IMAGE_DTYPE [images].
-        annotations: ANNOTATION_DTYPE [annotations], those of row r at ``first[r] : first[r] + count[r]``.
+    images: IMAGE_DTYPE [images].
+    annotations: ANNOTATION_DTYPE [annotations], those of row r at `first[r] : first[r] + count[r]`.
     """
 
     images: Records
@@ -60,65 +59,64 @@ class Index:
 
     @functools.cached_property
     def boxes_per_image(self) -> Ints:
-        """int64 [images]: how many annotations of each image are not crowds."""
+        """Number of non-crowd annotations of each image, int64 [images]."""
         rows = self.annotations["image"][self.annotations["iscrowd"] == 0]
         return np.bincount(rows, minlength=len(self.images)).astype(np.int64)
 
     @property
     def max_boxes(self) -> int:
-        """The most non-crowd boxes in one image: a model needs at least as many queries."""
+        """Maximum number of non-crowd boxes in one image; a model needs at least as many queries."""
         return int(self.boxes_per_image.max(initial=0))
 
     def annotations_of(self, row: int) -> Records:
-        """The annotation records of one image, crowds included, in the order of the COCO JSON."""
+        """Return the annotation records of one image, crowds included, in the order of the COCO JSON."""
         record = self.images[row]
         first = int(record["first"])
         return self.annotations[first : first + int(record["count"])]
 
     def rows_of(self, image_ids: npt.ArrayLike) -> Ints:
-        """Rows of original image ids, int64 of the same shape; raises ShardError naming an unknown id."""
+        """Return the rows of original image ids, int64 of the same shape; raise `ShardError` naming an unknown id."""
         ids = np.asarray(image_ids, dtype=np.int64)
         order, known = self._by_id
-        found = np.minimum(np.searchsorted(known, ids), len(known) - 1)
-        unknown = known[found] != ids
+        positions = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+        unknown = known[positions] != ids
         if unknown.any():
             raise ShardError(
                 f"image id {int(ids[unknown][0])} is not in this data set of {len(known)} images; expected ids of its "
                 "own images: use the manifest that the ids come from"
             )
-        return order[found]
+        return order[positions]
 
     @functools.cached_property
     def _by_id(self) -> tuple[Ints, Ints]:
+        """Rows in ascending order of their image ids, and these ids."""
         ids = self.images["image_id"]
         order = np.argsort(ids, kind="stable")
         return order, ids[order]
 
 
 def contradiction(index: Index, samples: Sequence[int], sizes: Sequence[int], classes: int) -> str | None:
-    """What of an index cannot be in a data set, in one line, or None: its digests say only who wrote it.
+    """Return a message of one line if the index is inconsistent with itself or its manifest, otherwise None.
 
-    Args:
-        index: records as many as the manifest says.
-        samples: how many images each shard holds, by the manifest.
-        sizes: bytes of each shard.
-        classes: labels are 0..classes-1.
+    The index has as many records as the manifest says. `samples` are the images of each shard by the manifest, `sizes`
+    the bytes of each shard; labels must be 0..classes-1. Digests do not replace the check: they only show that the
+    index is the one that was written, not that its writer was correct.
     """
     return _of_images(index.images, samples, sizes) or _of_annotations(index.images, index.annotations, classes)
 
 
 def _of_images(images: Records, samples: Sequence[int], sizes: Sequence[int]) -> str | None:
-    order = np.repeat(np.arange(len(samples)), samples)
-    wrong = _first(images["shard"] != order)
+    expected = np.repeat(np.arange(len(samples)), samples)
+    wrong = _first(images["shard"] != expected)
     if wrong is not None:
-        return f"row {wrong} is in shard {images['shard'][wrong]}, expected {order[wrong]} by the manifest's counts"
-    room = np.asarray(sizes, np.int64)[order]
+        return f"row {wrong} is in shard {images['shard'][wrong]}, expected {expected[wrong]} by the manifest's counts"
+    size = np.asarray(sizes, np.int64)[expected]
     for prefix, least in (("", 1), ("text_", 0)):
         offset, length = images[f"{prefix}offset"], images[f"{prefix}length"].astype(np.int64)
-        # A difference of what is known to be small, because the sum of what another wrote may overflow.
-        wrong = _first((offset < 0) | (length < least) | (length > room - np.minimum(offset, room)))
+        # A difference of numbers known to be small, because `offset + length` may overflow in a damaged index.
+        wrong = _first((offset < 0) | (length < least) | (length > size - np.minimum(offset, size)))
         if wrong is not None:
-            return f"row {wrong} has {length[wrong]} bytes at {offset[wrong]} of a shard of {room[wrong]}"
+            return f"row {wrong} has {length[wrong]} bytes at {offset[wrong]} of a shard of {size[wrong]}"
     wrong = _first(np.minimum(images["width"], images["height"]) < 1)
     if wrong is not None:
         return f"row {wrong} is {images['width'][wrong]} x {images['height'][wrong]} pixels"
@@ -142,5 +140,5 @@ def _of_annotations(images: Records, annotations: Records, classes: int) -> str 
 
 
 def _first(where: npt.NDArray[np.bool_]) -> int | None:
-    """The first true one, or None."""
+    """Return the position of the first true value, or None."""
     return int(where.argmax()) if where.any() else None

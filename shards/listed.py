@@ -1,4 +1,4 @@
-"""Files beside the shards that a manifest lists: read, and checked against its digests."""
+"""Reading of the files that a manifest lists beside the shards, checked against its digests."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ Array = npt.NDArray[np.generic]
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file beside the shards: name, bytes and sha256."""
+    """A file beside the shards: name, length in bytes and sha256."""
 
     name: str
     bytes: int
@@ -26,9 +26,9 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_listed(url: str, file: File) -> bytes:
-    """The whole file, as it was written.
+    """Return the content of a listed file.
 
-    Raises ShardError in one line where it is absent or differs, OSError, naming it, where trying again may mend it.
+    Raise `ShardError` if the file is absent or differs, and `OSError`, naming it, if a retry may succeed.
     """
     try:
         with storage.naming(url):
@@ -43,16 +43,16 @@ def read_listed(url: str, file: File) -> bytes:
 
 
 def load_listed(url: str, file: File, cache: Cache | None) -> Array:
-    """The array in a .npy file; mapped into memory where it lies on this machine or is kept here.
+    """Return the array in a .npy file, mapped into memory if the file is local or cached.
 
-    Raises what ``read_listed`` and ``Cache.open`` do, and ShardError where it holds no array.
+    Raise as `read_listed` and `Cache.open`, and `ShardError` if the file holds no array.
     """
     try:
         if cache is not None:
             return _load_kept(cache, Item(url, file.bytes, file.sha256))
         content = read_listed(url, file)
         path = storage.local_path(url)
-        # Not asked for again: only these bytes are checked.
+        # A remote file is not read again, because only these bytes were checked.
         return _load(io.BytesIO(content)) if path is None else _load(path)
     except ValueError as error:
         raise ShardError(f"{url}: not a NumPy array ({error}); write the data set again") from error
@@ -66,10 +66,11 @@ def _load_kept(cache: Cache, item: Item) -> Array:
     except BaseException:
         os.close(descriptor)
         raise
-    # The blocks of a file that is mapped stay taken when it is evicted, so the cache would take more than it counts.
+    # A mapped file keeps its disk blocks even when it is deleted, so the cache would exceed its limit.
     cache.hold(item, descriptor, array.base)
     return array
 
 
 def _load(source: io.BytesIO | os.PathLike[str]) -> Array:
-    return cast(Array, np.load(source, mmap_mode=None if isinstance(source, io.BytesIO) else "r", allow_pickle=False))
+    mmap_mode = None if isinstance(source, io.BytesIO) else "r"
+    return cast(Array, np.load(source, mmap_mode=mmap_mode, allow_pickle=False))

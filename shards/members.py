@@ -1,11 +1,13 @@
-"""The bytes of samples, from the cache or from where they lie, each checked against the index.
+"""Bytes of single samples, read from the cache or directly and checked against the index.
 
-Every range has a crc32. One that differs is read once more: a copy in the cache that changed on the disk is dropped and
-fetched again, and what was damaged on its way arrives whole. What differs again is the data set's fault.
+Every byte range has a crc32. If it differs, the range is read once more, after a cached copy that changed on the disk
+has been fetched again. If it differs a second time, the data set is damaged.
 """
 
 import threading
 import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,115 +18,139 @@ from shards.fetch import DigestError, Item
 from shards.manifest import Manifest
 from shards.ranges import CachedReader, Files, RangeReader
 
-# Prefixes of the index's fields, and what messages say of each.
-_IMAGE = ("", "", "its bytes")
-_TEXT = ("text_", " of its segmentations", "its segmentations")
-_Part = tuple[str, str, str]
+
+class _Field(NamedTuple):
+    """One byte range of a sample: prefix of its fields in the index, and its names in messages."""
+
+    prefix: str
+    of: str
+    name: str
+
+
+_IMAGE = _Field("", "", "its bytes")
+_TEXT = _Field("text_", " of its segmentations", "its segmentations")
 
 
 class Members:
-    """The encoded image and the segmentations of single samples; safe to share between threads."""
+    """Reader of the encoded image and the segmentations of single samples; safe to share between threads.
+
+    cached: read through the data set's cache, if it has one. lenient: if a shard in the store is not the manifest's,
+    read its samples one by one without the cache, instead of failing.
+    """
 
     def __init__(self, manifest: Manifest, *, cached: bool = True, lenient: bool = False) -> None:
-        """``cached``: through the data set's cache, where it has one.
-
-        ``lenient``: go on past it, sample by sample, where the store's shard is not the manifest's.
-        """
         self._images = manifest.index().images
         self._shards = [shard.name for shard in manifest.shards]
         self._sizes = [shard.bytes for shard in manifest.shards]
         self._urls = [storage.join(manifest.url, name) for name in self._shards]
         cache = cache_for(manifest.url, manifest.cache) if cached else None
-        self._found_damaged: dict[int, str] = {}
-        self._finding = threading.Lock()
+        self._damage: dict[int, str] = {}  # by number of the shard
+        self._damage_lock = threading.Lock()
         self._files: Files = RangeReader()
         if cache is not None:
             self._files = CachedReader(cache, shard_items(manifest), lenient=lenient)
 
     def image(self, row: int) -> bytes:
-        """The image file of a row.
+        """Return the image file of a row.
 
-        Raises BadSampleError naming the image where the bytes are not those that were written, ShardError where the
-        shard is absent or as a whole not the manifest's; an OSError passes as it is: trying again may mend it.
+        Raise `BadSampleError`, naming the image, if the bytes changed since they were written, and `ShardError` if the
+        shard is absent or is not the manifest's. An `OSError` passes unchanged: a retry may succeed.
         """
         return self._read(row, _IMAGE)[0]
 
     def segmentations(self, row: int) -> bytes:
-        """The JSON of a row's segmentations, empty where it has none; raises as ``image`` does."""
-        return self._read(row, _TEXT)[0] if self._images[row]["text_length"] else b""
+        """Return the JSON of a row's segmentations, empty if it has none; raise as `image`."""
+        if not self._images[row]["text_length"]:
+            return b""
+        return self._read(row, _TEXT)[0]
 
     def both(self, row: int) -> tuple[bytes, bytes]:
-        """Image and segmentations with one request, since they lie side by side; raises as ``image`` does."""
+        """Return image and segmentations of a row with one request, as they are adjacent; raise as `image`."""
         if not self._images[row]["text_length"]:
             return self.image(row), b""
         image, text = self._read(row, _IMAGE, _TEXT)
         return image, text
 
     def name(self, row: int) -> str:
-        """How messages call a sample."""
+        """Return the name of a sample in messages: image id and shard."""
         record = self._images[row]
         return f"image {int(record['image_id'])} in {self._shards[int(record['shard'])]}"
 
     def close(self) -> None:
-        """Let go of the shards' files."""
+        """Close the shards' files."""
         self._files.close()
 
-    def _read(self, row: int, *parts: _Part) -> list[bytes]:
+    def _read(self, row: int, *fields: _Field) -> list[bytes]:
         record = self._images[row]
         url = self._urls[int(record["shard"])]
         for last in (False, True):
             try:
-                found = self._ranges(url, record, parts)
+                contents = self._ranges(url, record, fields)
             except DigestError as error:
                 raise DigestError(f"{self._damaged(int(record['shard']))}: {error}") from None
-            problem = next(filter(None, map(_problem, parts, found, [record] * len(parts))), None)
+            problem = _first_problem(record, fields, contents)
             if problem is None:
-                return found
+                return contents
             if not last:
                 self._files.forget(url)
         raise BadSampleError(f"{self.name(row)}: {problem}")
 
     def _damaged(self, shard: int) -> str:
-        """Which images of a shard are not as they were written, as the store has it now; it is read once for all threads."""
-        with self._finding:
-            if shard not in self._found_damaged:
-                self._found_damaged[shard] = self._find_damaged(shard)
-            return self._found_damaged[shard]
+        """Return a text that names the damaged images of a shard in the store; it is read once for all threads."""
+        with self._damage_lock:
+            if shard not in self._damage:
+                self._damage[shard] = self._find_damaged(shard)
+            return self._damage[shard]
 
     def _find_damaged(self, shard: int) -> str:
         rows = np.flatnonzero(self._images["shard"] == shard)
         content = storage.read_range(self._urls[shard], 0, self._sizes[shard])
-        bad = []
+        damaged = []
         for row in rows.tolist():
             record = self._images[row]
-            places = [
-                (part, int(record[f"{part[0]}offset"]), int(record[f"{part[0]}length"])) for part in (_IMAGE, _TEXT)
-            ]
-            if any(_problem(part, content[offset : offset + length], record) for part, offset, length in places):
-                bad.append(row)
-        if not bad:
+            spans = [_span(record, field) for field in (_IMAGE, _TEXT)]
+            contents = [content[offset : offset + length] for offset, length in spans]
+            if _first_problem(record, (_IMAGE, _TEXT), contents):
+                damaged.append(row)
+        if not damaged:
             return f"{self._shards[shard]} beside its images"
-        return self.name(bad[0]) + (f", and {len(bad) - 1} more of it" if len(bad) > 1 else "")
+        name = self.name(damaged[0])
+        return name if len(damaged) == 1 else f"{name}, and {len(damaged) - 1} more of it"
 
-    def _ranges(self, url: str, record: np.void, parts: tuple[_Part, ...]) -> list[bytes]:
-        places = [(int(record[f"{prefix}offset"]), int(record[f"{prefix}length"])) for prefix, _, _ in parts]
-        start = min(offset for offset, _ in places)
-        content = self._files.read(url, start, max(sum(place) for place in places) - start)
-        if len(places) == 1:
-            return [content]
-        return [content[offset - start :][:length] for offset, length in places]
+    def _ranges(self, url: str, record: np.void, fields: Sequence[_Field]) -> list[bytes]:
+        """Return the byte ranges of `fields`, read with one request."""
+        spans = [_span(record, field) for field in fields]
+        start = min(offset for offset, _ in spans)
+        end = max(offset + length for offset, length in spans)
+        content = self._files.read(url, start, end - start)
+        if len(spans) == 1:
+            return [content]  # not copied
+        return [content[offset - start :][:length] for offset, length in spans]
 
 
-def _problem(part: _Part, content: bytes, record: np.void) -> str | None:
-    prefix, of, what = part
-    length = int(record[f"{prefix}length"])
+def _span(record: np.void, field: _Field) -> tuple[int, int]:
+    """Return offset and length of a sample's byte range in its shard."""
+    return int(record[f"{field.prefix}offset"]), int(record[f"{field.prefix}length"])
+
+
+def _first_problem(record: np.void, fields: Sequence[_Field], contents: Sequence[bytes]) -> str | None:
+    for field, content in zip(fields, contents, strict=True):
+        problem = _problem(field, content, record)
+        if problem is not None:
+            return problem
+    return None
+
+
+def _problem(field: _Field, content: bytes, record: np.void) -> str | None:
+    """Return a message if the bytes are not those that were written."""
+    _, length = _span(record, field)
     if len(content) != length:
-        return f"got {len(content)} of {length} bytes{of}, the shard is truncated: copy it again"
-    if zlib.crc32(content) != int(record[f"{prefix}crc32"]):
-        return f"{what} changed since they were written: copy the shard again"
+        return f"got {len(content)} of {length} bytes{field.of}, the shard is truncated: copy it again"
+    if zlib.crc32(content) != int(record[f"{field.prefix}crc32"]):
+        return f"{field.name} changed since they were written: copy the shard again"
     return None
 
 
 def shard_items(manifest: Manifest) -> list[Item]:
-    """The shards, as the cache knows them."""
+    """Return the shards as items of the cache."""
     return [Item(storage.join(manifest.url, shard.name), shard.bytes, shard.sha256) for shard in manifest.shards]

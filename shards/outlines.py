@@ -1,6 +1,6 @@
-"""The form of segmentations, without a pixel drawn: what the writer notes, and what masks are made of.
+"""Parsing and checking of COCO segmentations, without drawing them.
 
-A segmentation that nothing can be drawn from would end a training with masks hours later, on the step that meets it.
+The writer checks every segmentation, because a malformed one would otherwise end a training with masks hours later.
 """
 
 import re
@@ -13,24 +13,24 @@ from shards.defects import Defect
 
 MAX_COORDINATE = 1e5  # pixels; pycocotools' memory grows with the length of an outline
 
-# What says something: many who have boxes alone write `null` or `[]`.
+# A segmentation with content: data sets with boxes only often have `null` or `[]`.
 _SAID = re.compile(rb'"segmentation"\s*+:\s*+(?!null|\[\s*\])')
 
 
-# Bounded, since Python refuses to print integers of thousands of digits, which a defect would.
+# Bounded, because Python refuses to print integers of thousands of digits, which messages would contain.
 _Length = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _MOST_BITS = 60
 
 
 class RunLengths(msgspec.Struct, gc=False):
-    """COCO's run lengths, column by column: size is height, width."""
+    """COCO's run lengths in column-major order; `size` is height, width."""
 
     size: tuple[_Length, _Length]
     counts: list[_Length] | str
 
 
 class FormError(ValueError):
-    """Why nothing can be drawn, in words that follow "annotation N"; ``kind`` is that of the defect."""
+    """Raised for a segmentation that cannot be used; the message continues "annotation N". `kind`: kind of the defect."""
 
     def __init__(self, kind: str, problem: str) -> None:
         super().__init__(problem)
@@ -47,9 +47,9 @@ _segmentation = msgspec.json.Decoder(list[list[float]] | RunLengths | None)
 
 
 def outlines(raw: msgspec.Raw, height: int, width: int) -> list[list[float]] | list[int]:
-    """The polygons (x, y, x, y, ...) or else the run lengths of a segmentation, for an image of that size in pixels.
+    """Return the polygons (x, y, x, y, ...) or else the run lengths of a segmentation of an image of that size in pixels.
 
-    Raises FormError where it is absent or empty, or ill-formed.
+    Raise `FormError` if the segmentation is absent, empty or malformed.
     """
     try:
         segmentation = _segmentation.decode(raw)
@@ -65,34 +65,34 @@ def outlines(raw: msgspec.Raw, height: int, width: int) -> list[list[float]] | l
                 f"run lengths that sum to {sum(lengths)} for a size of {segmentation.size}, not to {height}x{width}"
             )
         return lengths
-    # A part of fewer than three points holds no pixel, and pycocotools takes two points for a box.
-    polygons = [part for part in segmentation if len(part) >= 6]
+    # Fewer than three points enclose no pixel, and pycocotools takes two points as a box.
+    polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
     if not polygons:
         raise _ill_formed("no polygon of three points or more")
-    if any(len(part) % 2 for part in polygons):
+    if any(len(polygon) % 2 for polygon in polygons):
         raise _ill_formed("a polygon of half a point")
-    largest = max(max(max(part), -min(part)) for part in polygons)
+    largest = max(max(max(polygon), -min(polygon)) for polygon in polygons)
     if not largest <= MAX_COORDINATE:
         raise _ill_formed(f"a polygon that reaches {largest:g} pixels from the image's corner")
     return polygons
 
 
 def any_said(annotations: Iterable[msgspec.Raw]) -> bool:
-    """Whether the JSON of any annotation has a segmentation, however ill-formed: else the data set is one of boxes."""
+    """Return true if the JSON of any annotation has a segmentation, valid or not; otherwise the data set has only boxes."""
     return any(_SAID.search(bytes(text)) for text in annotations)
 
 
 def outline_defects(image_id: int, annotations: Iterable[bytes], height: int, width: int) -> list[Defect]:
-    """Which of an image's annotations, given as JSON, no mask can be made of."""
-    found = []
+    """Return a defect for each of an image's annotations, given as JSON, whose segmentation cannot be used."""
+    defects = []
     for text in annotations:
         annotation = _annotation.decode(text)
         try:
             outlines(annotation.segmentation, height, width)
         except FormError as error:
-            words = f"annotation {annotation.id} of image {image_id}: {error}; it is of no use to masks"
-            found.append(Defect(words, error.kind, image_id, annotation.id))
-    return found
+            message = f"annotation {annotation.id} of image {image_id}: {error}; it cannot be used for masks"
+            defects.append(Defect(message, error.kind, image_id, annotation.id))
+    return defects
 
 
 def _ill_formed(problem: str) -> FormError:
@@ -100,7 +100,10 @@ def _ill_formed(problem: str) -> FormError:
 
 
 def _unsqueezed(text: str) -> list[int]:
-    """Run lengths from COCO's string: 5 bits per character, each length from the third on less the one before the last."""
+    """Decode run lengths from COCO's string.
+
+    Each character holds 5 bits. From the fourth length on, the string has the difference to the length two before.
+    """
     lengths: list[int] = []
     value = shift = 0
     for character in text.encode():

@@ -1,4 +1,4 @@
-"""What reads byte ranges of a data set's files, from many threads: where they lie, or from the cache."""
+"""Readers of byte ranges of a data set's files: directly, or through the cache. All are safe to share between threads."""
 
 import logging
 import os
@@ -14,29 +14,29 @@ from shards.fetch import DigestError, Item
 
 LOG = logging.getLogger(__name__)
 
-# Enough for every shard of COCO (120) and far below the usual limit of 1,024 open files, of which several loaders
-# in one process take their share.
+# Enough for every shard of COCO (120), and far below the usual limit of 1,024 open files, which several loaders in one
+# process share.
 OPEN_FILES = 128
 
 
 class Files(Protocol):
-    """What reads byte ranges of a data set's files, from many threads."""
+    """Interface of the readers."""
 
     def read(self, url: str, offset: int, length: int) -> bytes:
-        """``length`` bytes from ``offset``; fewer only where the file ends before. Raises ShardError where it is absent."""
+        """Return `length` bytes from `offset`, fewer only at the end of the file; raise `ShardError` if it is absent."""
 
     def forget(self, url: str) -> None:
-        """What came from ``url`` is not what was written: take no copy of it for good that has changed."""
+        """Invalidate `url`, because its bytes failed a check: reopen it, or check the cached copy."""
 
     def close(self) -> None:
-        """Let go of every open file."""
+        """Close all open files."""
 
 
 class _OpenFile:
-    """A file descriptor that is closed when its last user lets go of it, even after it left the reader's table."""
+    """File descriptor that is closed with its last reference, also after the reader has dropped it."""
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = -1
+        self.descriptor = -1  # for `__del__`, if `os.open` raises
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
@@ -45,17 +45,16 @@ class _OpenFile:
 
 
 class RangeReader:
-    """Reads byte ranges of many files, from many threads, with a bounded number of open files."""
+    """Reader of local and remote files that keeps at most `OPEN_FILES` of them open."""
 
     def __init__(self) -> None:
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, url: str, offset: int, length: int) -> bytes:
-        """``length`` bytes from ``offset``; fewer only where the file ends before.
+        """Return `length` bytes from `offset`, fewer only at the end of the file.
 
-        Raises ShardError where the file is absent or no file that may be read, OSError, naming it, where trying again
-        may mend it.
+        Raise `ShardError` if the file is absent or not readable, and `OSError`, naming it, if a retry may succeed.
         """
         try:
             path = storage.local_path(url)
@@ -63,18 +62,18 @@ class RangeReader:
                 return storage.read_range(url, offset, length)
             with storage.naming(url):
                 file = self._open(url, path)
-                # `file` keeps the descriptor alive here, also when another thread evicts it meanwhile.
+                # `file` keeps the descriptor open here, even if another thread drops it from the table meanwhile.
                 return os.pread(file.descriptor, length, offset)
         except FileNotFoundError:
             raise storage.absent(url) from None
 
     def forget(self, url: str) -> None:
-        """Open the file anew when it is next read: another may have taken its place."""
+        """Reopen the file at its next read: it may have been replaced."""
         with self._lock:
             self._files.pop(url, None)
 
     def close(self) -> None:
-        """Let go of every open file."""
+        """Close all open files."""
         with self._lock:
             self._files.clear()
 
@@ -91,18 +90,18 @@ class RangeReader:
 
 
 class CachedReader:
-    """Reads byte ranges of files that the cache keeps."""
+    """Reader of files through the cache."""
 
     def __init__(self, cache: Cache, items: Iterable[Item], *, lenient: bool = False) -> None:
-        """``lenient``: read past the cache, range by range, what the store no longer holds as it was written."""
+        """Read `items` through `cache`; `lenient` reads a file with a wrong digest directly, instead of failing."""
         self._cache = cache
         self._items = {item.url: item for item in items}
         self._lenient = lenient
-        self._past: set[str] = set()
+        self._uncached: set[str] = set()
 
     def read(self, url: str, offset: int, length: int) -> bytes:
-        """``length`` bytes from ``offset``; fewer only where the file ends before. Raises what ``Cache.open`` does."""
-        descriptor = None if url in self._past else self._open(url)
+        """Return `length` bytes from `offset`, fewer only at the end of the file; raise as `Cache.open`."""
+        descriptor = None if url in self._uncached else self._open(url)
         if descriptor is None:
             try:
                 return storage.read_range(url, offset, length)
@@ -115,11 +114,11 @@ class CachedReader:
             os.close(descriptor)
 
     def forget(self, url: str) -> None:
-        """Drop the copy if it changed on the disk."""
+        """Remove the cached copy if it changed on the disk."""
         self._cache.check(self._items[url])
 
     def close(self) -> None:
-        """Nothing is open between reads."""
+        """Do nothing: no file is open between reads."""
 
     def _open(self, url: str) -> int | None:
         try:
@@ -128,5 +127,5 @@ class CachedReader:
             if not self._lenient:
                 raise
             LOG.warning("%s; its samples are read one by one", error)
-            self._past.add(url)
+            self._uncached.add(url)
             return None

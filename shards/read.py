@@ -1,7 +1,7 @@
-"""A plan into decoded samples: threads that read by offset, decode, transform and collate, in the plan's order.
+"""Loader: reads, decodes, transforms and collates the samples of a plan in threads, and delivers them in order.
 
-Threads and not processes: reading, decoding and resizing release the interpreter's lock, and what holds it is 0.4 ms
-per image. Nothing is torn down between shards, and each step is one task, so at most ``prefetch`` batches exist.
+Threads are enough: reading, decoding and resizing release the interpreter's lock, and the rest takes 0.4 ms per image.
+Threads and files stay open from shard to shard. Each batch is one task, so at most `prefetch` batches exist.
 """
 
 from collections import deque
@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from shards.bad_samples import bad_samples
+from shards.bad_samples import BadSamples, bad_samples
 from shards.errors import BadSampleError, ShardError
 from shards.index import Ints
 from shards.manifest import Manifest
@@ -26,20 +26,16 @@ _Task = tuple[Ints, Ints]  # rows and their epochs
 
 @dataclass(frozen=True)
 class ReadConfig:
-    """How to read.
-
-    Attributes:
-        threads: decoding threads; 0 reads in the calling thread, one batch at a time.
-        prefetch: batches under way or waiting at once: what bounds the memory. Fewer than ``threads`` idles some.
-        masks: also read where objects are, pixel by pixel; every annotation then needs a segmentation.
-        max_bad_samples: so many samples of a data set whose bytes are bad are left out of their batches in this process,
-            each with a warning; one more is an error.
-    """
+    """Options of the loader."""
 
     threads: int = 2
+    """Decoding threads. 0 reads in the calling thread, one batch at a time."""
     prefetch: int = 4
+    """Maximum number of batches in memory, finished or in progress. Fewer than `threads` leaves threads idle."""
     masks: bool = False
+    """Also read a mask of each object; every annotation then needs a segmentation."""
     max_bad_samples: int = 0
+    """Maximum number of damaged samples to leave out of their batches, each with a warning, before reading fails."""
 
     def __post_init__(self) -> None:
         if self.max_bad_samples < 0:
@@ -58,20 +54,17 @@ def open_loader(
     transform: Callable[[Sample], T],
     collate: Callable[[list[T]], B],
     config: ReadConfig | None = None,
+    bad: BadSamples | None = None,
 ) -> Generator[B, None, None]:
-    """One item per step of ``plan``, in order: ``collate([transform(sample), ...])`` of this rank's part of the step.
+    """Return a generator of this rank's batches, one per step of `plan`: `collate([transform(sample), ...])`.
 
-    Args:
-        manifest: the data set that ``plan`` was made for.
-        plan: from ``plan_epoch``.
-        rank, world_size: this rank of how many. A rank without samples in a step gets ``collate([])``.
-        start_step: global step to start with; the plan's first by default. ``plan.end_step`` gives nothing.
-        transform: called in the threads.
-        collate: called in the threads.
-        config: threads and memory.
+    `manifest` is the data set that `plan`, from `plan_epoch`, was made for. `start_step` is the global step to start
+    with, by default the plan's first; `plan.end_step` gives no batches. A rank without samples in a step gets
+    `collate([])`. `transform` and `collate` are called in the threads. `bad` collects damaged samples, by default in
+    `bad_samples(manifest)`.
 
-    Closing the generator (or exhausting it) ends its threads. Raises ShardError at once for an impossible rank or
-    step, and while iterating for bytes that are not the manifest's, naming the image and the shard.
+    Closing or exhausting the generator ends its threads. Raise `ShardError` at once for an impossible rank or step.
+    While iterating, raise `BadSampleError` for bytes that are not the manifest's, naming image and shard.
     """
     if plan.images != manifest.images:
         raise ShardError(f"got a plan for {plan.images} images, expected one for this data set's {manifest.images}")
@@ -82,23 +75,25 @@ def open_loader(
         )
     if not 0 <= rank < world_size:
         raise ShardError(f"got rank {rank} of {world_size}, expected 0 <= rank < world_size")
-    tasks = (plan.step(step, rank, world_size) for step in range(start, plan.end_step))
-    return _stream(manifest, tasks, transform, collate, config or ReadConfig())
+    steps = (plan.step(step, rank, world_size) for step in range(start, plan.end_step))
+    return open_stream(manifest, steps, transform=transform, collate=collate, config=config, bad=bad)
 
 
 def open_stream(
     manifest: Manifest,
-    parts: Iterable[tuple[Ints, Ints]],
+    tasks: Iterable[tuple[Ints, Ints]],
     *,
     transform: Callable[[Sample], T],
     collate: Callable[[list[T]], B],
     config: ReadConfig | None = None,
+    bad: BadSamples | None = None,
 ) -> Generator[B, None, None]:
-    """One item per part (rows, their epochs), in order, as ``open_loader``; the parts may be of any number of plans.
+    """Return a generator of batches like `open_loader`, one per task (rows, their epochs); tasks may span many plans.
 
-    ``parts`` is asked for the next one in the calling thread, when there is room for it.
+    The next task is taken from `tasks` in the calling thread, when fewer than `prefetch` batches exist.
     """
-    return _stream(manifest, parts, transform, collate, config or ReadConfig())
+    collector = bad_samples(manifest) if bad is None else bad
+    return _stream(manifest, tasks, transform, collate, config or ReadConfig(), collector)
 
 
 def open_batches(
@@ -108,19 +103,23 @@ def open_batches(
     transform: Callable[[Sample], T],
     collate: Callable[[list[T]], B],
     config: ReadConfig | None = None,
+    bad: BadSamples | None = None,
 ) -> Generator[B, None, None]:
-    """One item per array of rows, in order, as ``open_loader``; for evaluation and pictures. The epoch is 0."""
-    parts = ((rows, np.zeros(len(rows), np.int64)) for rows in batches)
-    return open_stream(manifest, parts, transform=transform, collate=collate, config=config)
+    """Return a generator of batches like `open_loader`, one per array of rows, with epoch 0: for evaluation."""
+    tasks = ((rows, np.zeros(len(rows), np.int64)) for rows in batches)
+    return open_stream(manifest, tasks, transform=transform, collate=collate, config=config, bad=bad)
 
 
 def read_samples(
-    manifest: Manifest, rows: Sequence[int] | Ints, config: ReadConfig | None = None
+    manifest: Manifest,
+    rows: Sequence[int] | Ints,
+    config: ReadConfig | None = None,
+    bad: BadSamples | None = None,
 ) -> Generator[Sample, None, None]:
-    """The samples of ``rows``, in that order."""
-    batches = (np.array([row], np.int64) for row in rows)
-    found = open_batches(manifest, batches, transform=_same, collate=list[Sample], config=config)
-    return (sample for samples in found for sample in samples)
+    """Return a generator of the samples of `rows`, in that order."""
+    single_rows = (np.array([row], np.int64) for row in rows)
+    batches = open_batches(manifest, single_rows, transform=_same, collate=list[Sample], config=config, bad=bad)
+    return (sample for batch in batches for sample in batch)
 
 
 def _same(sample: Sample) -> Sample:
@@ -133,35 +132,35 @@ def _stream(
     transform: Callable[[Sample], T],
     collate: Callable[[list[T]], B],
     config: ReadConfig,
+    bad: BadSamples,
 ) -> Generator[B, None, None]:
-    """Batches in the order of ``tasks``, at most ``config.prefetch`` of them ahead."""
+    """Yield batches in the order of `tasks`; at most `config.prefetch` exist at once."""
     reader = SampleReader(manifest, masks=config.masks, lenient=config.max_bad_samples > 0)
-    bad = bad_samples(manifest)
 
-    def batch(task: _Task) -> B:
-        made = []
+    def read_batch(task: _Task) -> B:
+        samples = []
         for row, epoch in zip(*task, strict=True):
             try:
-                made.append(_one(reader, row, epoch, transform))
+                samples.append(_one(reader, row, epoch, transform))
             except BadSampleError as error:
                 bad.add(int(row), error, config.max_bad_samples)
-        return collate(made)
+        return collate(samples)
 
     if config.threads == 0:
         try:
-            yield from map(batch, tasks)
+            yield from map(read_batch, tasks)
         finally:
             reader.close()
         return
     executor = ThreadPoolExecutor(config.threads, thread_name_prefix="shards")
-    waiting: deque[Future[B]] = deque()
+    pending: deque[Future[B]] = deque()
     try:
         for task in tasks:
-            waiting.append(executor.submit(batch, task))
-            if len(waiting) == config.prefetch:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(executor.submit(read_batch, task))
+            if len(pending) == config.prefetch:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         executor.shutdown(cancel_futures=True)
         reader.close()

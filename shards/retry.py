@@ -1,6 +1,6 @@
-"""Patience with stores, in one place: what may pass is tried again, what stays as it is becomes one clear line.
+"""Retries of requests to remote stores: errors that may pass are retried, lasting ones become a message of one line.
 
-The stores' own clients would each try again in their own way, so they are told not to (see ``shards.storage``).
+The retries of the stores' own clients are switched off, because each client retries differently.
 """
 
 import errno
@@ -17,27 +17,27 @@ from shards.errors import ShardError, one_line
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Waits of 0.5, 1, 2, 4, 8, 15 and 15 s, each shortened by chance so that a cluster's workers do not return together:
-# about half a minute, which a restart of a store takes; Ray's restarts of the workers come on top.
+# Waits of 0.5, 1, 2, 4, 8, 15 and 15 s, each shortened at random so that the workers of a cluster do not all retry at
+# the same moment: about half a minute in total, the time a store takes to restart. Ray may then restart the workers.
 ATTEMPTS = 8
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 15.0
 HURRIED_ATTEMPTS = 3
 _hurried: ContextVar[bool] = ContextVar("hurried", default=False)
 
-# What a store says of a request that is wrong in itself (s3fs gives its answers such numbers).
+# Error numbers of requests that are wrong in themselves (s3fs translates a store's responses to them).
 _REFUSED = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG}
-# Mistakes in this code, and lack of memory: neither is the store's.
+# Mistakes in the calling code, and lack of memory: not errors of the store.
 _NOT_OURS = (TypeError, ValueError, AttributeError, LookupError, AssertionError, NotImplementedError, MemoryError)
 
 
 class StoreError(OSError):
-    """A store that gave no good answer, however often it was asked; asking later may mend it."""
+    """Raised when a store did not respond well in all attempts; a later attempt may succeed."""
 
 
 @contextmanager
 def hurried() -> Iterator[None]:
-    """Inside the block this thread asks ``HURRIED_ATTEMPTS`` times: where a person waits to hear whether an address is right."""
+    """Limit the attempts of this thread in the block to `HURRIED_ATTEMPTS`: for a user who waits for a check."""
     token = _hurried.set(True)
     try:
         yield
@@ -45,58 +45,59 @@ def hurried() -> Iterator[None]:
         _hurried.reset(token)
 
 
-def patiently(ask: Callable[[], T], url: str) -> T:
-    """What ``ask`` returns, asked again while the store's error may pass.
+def patiently(request: Callable[[], T], url: str) -> T:
+    """Return the result of `request()`, retried while the store's error may pass.
 
-    Raises ShardError at once where access is denied or the request refused, StoreError after ``ATTEMPTS`` attempts (see ``hurried``),
-    each naming the url in one line; FileNotFoundError passes, because what an absent file means only the caller knows.
+    Raise `ShardError` at once if access is denied or the request refused, and `StoreError` after `ATTEMPTS` attempts
+    (see `hurried`); both name `url`. `FileNotFoundError` passes: only the caller knows what an absent file means.
     """
     attempts = min(HURRIED_ATTEMPTS, ATTEMPTS) if _hurried.get() else ATTEMPTS
     for attempt in range(1, attempts + 1):
         try:
-            return ask()
+            return request()
         except (FileNotFoundError, ShardError):
             raise
         except Exception as error:
-            said = one_line(error)
+            message = one_line(error)
             if _misset(error):
                 raise ShardError(
-                    f"{url}: a setting of the store's client is wrong ({said}); expected AWS_ENDPOINT_URL_S3 and "
-                    "AWS_ENDPOINT_URL to be unset or like https://host:9000, and AWS_DEFAULT_REGION, AWS_PROFILE and the "
-                    "like to be ones that exist: correct the one that this names"
+                    f"{url}: a setting of the store's client is wrong ({message}); expected AWS_ENDPOINT_URL_S3 and "
+                    "AWS_ENDPOINT_URL to be unset or like https://host:9000, and AWS_DEFAULT_REGION, AWS_PROFILE and "
+                    "similar variables to name existing ones: correct the variable"
                 ) from error
             if isinstance(error, _NOT_OURS):
                 raise
             if _denied(error):
                 raise ShardError(
-                    f"{url}: access denied ({said}); expected credentials that allow it: give them in the environment "
+                    f"{url}: access denied ({message}); expected credentials that allow it: give them in the environment "
                     "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for S3), on every node"
                 ) from error
             if _refused(error):
-                raise ShardError(f"{url}: refused ({said}); check the address") from error
+                raise ShardError(f"{url}: refused ({message}); check the address") from error
             if attempt == attempts:
                 raise StoreError(
                     f"{url}: no good answer in {attempts} attempts; check the address (for S3 also AWS_ENDPOINT_URL_S3) and "
-                    f"the network, then try again ({said})"
+                    f"the network, then try again ({message})"
                 ) from error
             wait_s = min(FIRST_WAIT_S * 2 ** (attempt - 1), LONGEST_WAIT_S) * random.uniform(0.5, 1)
-            LOG.warning("%s: %s; attempt %d of %d in %.1f s", url, said, attempt + 1, attempts, wait_s)
+            LOG.warning("%s: %s; attempt %d of %d in %.1f s", url, message, attempt + 1, attempts, wait_s)
             time.sleep(wait_s)
     raise AssertionError("unreachable")
 
 
 def _denied(error: Exception) -> bool:
-    # By its name, because only some stores' clients are installed: botocore's NoCredentialsError and its like.
+    # Compared by name, because not every store's client is installed; botocore has NoCredentialsError and others.
     return isinstance(error, PermissionError) or type(error).__name__.endswith("CredentialsError")
 
 
 def _misset(error: Exception) -> bool:
-    # What botocore says of the environment, some of it as a bare ValueError or, through s3fs, under another class.
-    said = str(error).lower()
-    named = "invalid endpoint" in said or ("endpoint" in said and "not a valid uri" in said)
-    return named or type(error).__name__ in ("InvalidRegionError", "ProfileNotFound", "InvalidRetryModeError")
+    # botocore's errors about the environment, some of them a plain ValueError or, through s3fs, of another class.
+    message = str(error).lower()
+    bad_endpoint = "invalid endpoint" in message or ("endpoint" in message and "not a valid uri" in message)
+    return bad_endpoint or type(error).__name__ in ("InvalidRegionError", "ProfileNotFound", "InvalidRetryModeError")
 
 
 def _refused(error: Exception) -> bool:
-    final = isinstance(error, (IsADirectoryError, NotADirectoryError)) or type(error).__name__ == "ParamValidationError"
-    return final or (isinstance(error, OSError) and error.errno in _REFUSED)
+    if isinstance(error, (IsADirectoryError, NotADirectoryError)) or type(error).__name__ == "ParamValidationError":
+        return True
+    return isinstance(error, OSError) and error.errno in _REFUSED

@@ -1,6 +1,6 @@
-"""Room for files in a folder that any number of processes and threads share, and who may take it from whom.
+"""Space management of the cache folder, which many processes share: reservation and eviction.
 
-Nothing is evicted that somebody reads, which a shared lock on the file says; what was least recently read goes first.
+The least recently read files are evicted first. Files that are being read, which a shared lock shows, are kept.
 """
 
 import errno
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from shards.errors import ShardError
 from shards.fetch import Item
@@ -20,105 +21,130 @@ from shards.fetch import Item
 LOG = logging.getLogger(__name__)
 
 GIB = 1 << 30
-SPARE = GIB // 2  # bytes of the disk that are left to others, such as checkpoints
-WAIT_S = 0.1  # between looks for room that others are about to give back
-PATIENCE_S = 10.0  # before it is said that there is nothing but waiting
+SPARE = GIB // 2  # bytes of the disk that are left to other files, such as checkpoints
+WAIT_S = 0.1  # between checks for space that other processes are about to release
+PATIENCE_S = 10.0  # seconds of waiting before it is logged
 
-# Files that this process maps: waiting for them to be free would be waiting for itself.
+# Files that this process maps into memory: waiting for their release would be waiting for itself.
 _held: Counter[Path] = Counter()
 
 
+class _CacheFile(NamedTuple):
+    bytes: int
+    last_read: float  # seconds since the epoch
+    path: Path
+
+
 class Room:
-    """What the files of a folder may take together."""
+    """Space of a cache folder; `limit` is the maximum of all files together in bytes, 0 for the disk's free space."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self._folder = folder
         self._limit = limit
 
     def locked(self) -> AbstractContextManager[None]:
-        """The lock of the folder, under which room is made and taken."""
+        """Hold the lock of the folder, under which space is reserved and files are evicted."""
         return locked(self._folder / "room.lock")
 
     def total(self) -> int:
-        """Bytes that all files together may take: the limit, or what is free besides them."""
-        files, parts = self._scan()
-        free = shutil.disk_usage(self._folder).free - SPARE + sum(size for size, _, _ in files + parts)
-        return max(0, min(free, self._limit or free))
+        """Return the maximum size in bytes of all files together: the limit, or what the disk allows."""
+        files, partial_files = self._scan()
+        free = self._free() + sum(file.bytes for file in files + partial_files)
+        if self._limit:
+            free = min(free, self._limit)
+        return max(0, free)
 
-    def reserve(self, part: Path, item: Item) -> int:
-        """A descriptor of a new file that has its room on the disk, after waiting for it where others are reading.
+    def reserve(self, partial: Path, item: Item) -> int:
+        """Create the file `partial` with `item`'s size allocated on the disk, and return a descriptor of it.
 
-        Raises ShardError where there is no room for it, nor will be.
+        Wait if other processes are about to release enough space; raise `ShardError` if the file can never fit.
         """
-        start, said = time.monotonic(), False
-        part.unlink(missing_ok=True)  # of one that died over it
+        start, reported = time.monotonic(), False
+        partial.unlink(missing_ok=True)  # left by a process that died during its download
         while True:
             with self.locked():
-                if self._make_room(item):
-                    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                    try:
-                        _allocate(descriptor, item.bytes)
-                    except OSError as error:
-                        os.close(descriptor)
-                        part.unlink()
-                        raise unusable(self._folder, error) from error
-                    return descriptor
-            if not said and time.monotonic() - start > PATIENCE_S:
+                if self._evict_for(item):
+                    return self._create(partial, item.bytes)
+            if not reported and time.monotonic() - start > PATIENCE_S:
                 LOG.warning(
-                    "%s: waiting for room for %s: what is there is being read or fetched; a larger --data.cache-gib waits less",
+                    "%s: waiting for space for %s: all files there are being read or fetched; a larger --data.cache-gib "
+                    "avoids this",
                     self._folder,
                     item.url,
                 )
-                said = True
+                reported = True
             time.sleep(WAIT_S)
 
-    def _make_room(self, item: Item) -> bool:
-        """Evict until ``item`` fits; False where others are about to give room back. Under the folder's lock."""
-        files, parts = self._scan()
-        free = shutil.disk_usage(self._folder).free - SPARE
-        used = sum(size for size, _, _ in files + parts)
-        short = max(item.bytes - free, used + item.bytes - self._limit if self._limit else 0)
-        busy = 0
-        for size, _, path in parts + sorted(files, key=lambda file: file[1]):
-            if short <= 0:
+    def _create(self, partial: Path, size: int) -> int:
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            _allocate(descriptor, size)
+        except OSError as error:
+            os.close(descriptor)
+            partial.unlink()
+            raise unusable(self._folder, error) from error
+        return descriptor
+
+    def _free(self) -> int:
+        """Return the free bytes of the disk that the cache may use."""
+        return shutil.disk_usage(self._folder).free - SPARE
+
+    def _evict_for(self, item: Item) -> bool:
+        """Evict files until `item` fits, under the folder's lock; false if other processes will release enough space.
+
+        Raise `ShardError` if the file can never fit.
+        """
+        files, partial_files = self._scan()
+        free = self._free()
+        missing = item.bytes - free
+        if self._limit:
+            used = sum(file.bytes for file in files + partial_files)
+            missing = max(missing, used + item.bytes - self._limit)
+        in_use = 0
+        for file in partial_files + sorted(files, key=lambda file: file.last_read):
+            if missing <= 0:
                 break
-            if _evict(path):
-                short -= size
-            elif path not in _held:
-                busy += size
-        if short <= 0:
+            if _evict(file.path):
+                missing -= file.bytes
+            elif file.path not in _held:
+                in_use += file.bytes
+        if missing <= 0:
             return True
-        if short <= busy:
+        if missing <= in_use:
             return False
         limit = f" and a limit of {size_text(self._limit)}" if self._limit else ""
         raise ShardError(
-            f"{self._folder}: no room for {item.url}: got {size_text(free + SPARE)} free on its disk{limit}, expected "
-            f"{size_text(item.bytes)} and {size_text(SPARE)} that are left to others: free some, raise --data.cache-gib, give another "
-            "--data.cache DIR, or --data.cache off"
+            f"{self._folder}: no space for {item.url}: got {size_text(free + SPARE)} free on its disk{limit}, expected "
+            f"{size_text(item.bytes)} and {size_text(SPARE)} in reserve: free some, raise --data.cache-gib, choose another "
+            "folder with --data.cache DIR, or give --data.cache off"
         )
 
-    def _scan(self) -> tuple[list[tuple[int, float, Path]], list[tuple[int, float, Path]]]:
-        """(bytes, last read, path) of the files, and of those that are being fetched."""
-        files: list[tuple[int, float, Path]] = []
-        parts: list[tuple[int, float, Path]] = []
+    def _scan(self) -> tuple[list[_CacheFile], list[_CacheFile]]:
+        """Return the complete files, and those that are being fetched."""
+        files: list[_CacheFile] = []
+        partial_files: list[_CacheFile] = []
         for entry in os.scandir(self._folder):
-            if not entry.name.endswith(".lock"):
-                try:
-                    status = entry.stat()
-                except FileNotFoundError:  # finished or evicted meanwhile
-                    continue
-                found = (status.st_size, status.st_mtime, Path(entry.path))
-                (parts if entry.name.endswith(".part") else files).append(found)
-        return files, parts
+            if entry.name.endswith(".lock"):
+                continue
+            try:
+                status = entry.stat()
+            except FileNotFoundError:  # completed or evicted meanwhile
+                continue
+            file = _CacheFile(status.st_size, status.st_mtime, Path(entry.path))
+            if entry.name.endswith(".part"):
+                partial_files.append(file)
+            else:
+                files.append(file)
+        return files, partial_files
 
 
 def hold(path: Path) -> None:
-    """Say that this process keeps a file open for long."""
+    """Record that this process keeps a file open, so that it does not wait for its release."""
     _held[path] += 1
 
 
 def let_go(path: Path, descriptor: int) -> None:
-    """Close a file that was held."""
+    """Close a file that was recorded with `hold`."""
     _held[path] -= 1
     if not _held[path]:
         del _held[path]
@@ -126,18 +152,18 @@ def let_go(path: Path, descriptor: int) -> None:
 
 
 def _evict(path: Path) -> bool:
-    """Remove a file unless it is being read, or a half-fetched one unless its fetcher lives."""
-    held = path.with_suffix(".lock") if path.suffix == ".part" else path
+    """Remove a file unless it is being read or fetched; return true if it is gone."""
+    lock = path.with_suffix(".lock") if path.suffix == ".part" else path
     try:
-        descriptor = os.open(held, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        path.unlink(missing_ok=True)  # a half-fetched file whose lock a person removed, or nothing
+        path.unlink(missing_ok=True)  # nothing, or a partial file whose lock file a user removed
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()
         return True
-    except (BlockingIOError, FileNotFoundError):  # in use, or it became a whole file just now
+    except (BlockingIOError, FileNotFoundError):  # in use, or its download was completed just now
         return False
     finally:
         os.close(descriptor)
@@ -145,7 +171,7 @@ def _evict(path: Path) -> bool:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file, after waiting for it; whoever dies lets go of it."""
+    """Hold the lock of a file in the block, after waiting for it; the kernel releases it if the process dies."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -158,21 +184,23 @@ def _allocate(descriptor: int, size: int) -> None:
     try:
         os.posix_fallocate(descriptor, 0, max(1, size))
     except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # some file systems cannot
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # not supported by the file system
             raise
     os.ftruncate(descriptor, size)
 
 
 def unusable(folder: Path, error: OSError) -> ShardError:
-    """What to say of a folder that cannot be written."""
+    """Return the error for a cache folder that cannot be written."""
     return ShardError(
-        f"{folder}: the cache cannot be written ({error.strerror or error}); expected a folder with room on this node: "
-        "free some, give another --data.cache DIR, or --data.cache off"
+        f"{folder}: the cache cannot be written ({error.strerror or error}); expected a folder with free space on this "
+        "node: free some, choose another folder with --data.cache DIR, or give --data.cache off"
     )
 
 
 def size_text(size: int) -> str:
-    """Bytes as people say them, close enough to tell two of them apart."""
+    """Return a number of bytes in the largest fitting unit: GiB, MiB or bytes."""
     if size >= GIB:
         return f"{size / GIB:.2f} GiB"
-    return f"{size / (1 << 20):.1f} MiB" if size >= 1 << 20 else f"{size} bytes"
+    if size >= 1 << 20:
+        return f"{size / (1 << 20):.1f} MiB"
+    return f"{size} bytes"

@@ -1,4 +1,4 @@
-"""One sample: its bytes, decoded, with the annotations of the index."""
+"""Reading and decoding of single samples, with the annotations of the index."""
 
 import io
 from collections.abc import Generator
@@ -23,16 +23,15 @@ from shards.segmentation import Masks, SegmentationReader
 class Sample:
     """One decoded image with its non-crowd annotations.
 
-    Attributes:
-        image: uint8 [height, width, 3], RGB, writable; EXIF rotation ignored.
-        row: its row in the index.
-        image_id: original id.
-        epoch: the epoch it is shown in (0 in evaluation).
-        width, height: pixels.
-        boxes_xyxy: float32 [N, 4], pixels, as the COCO JSON says (not clamped, possibly without area).
-        labels: int64 [N], labels of the manifest.
-        annotations: int64 [N], their rows in the index.
-        masks: bool [N, height, width], in the order of the boxes; None unless ``ReadConfig.masks`` asks for them.
+    image: uint8 [height, width, 3], RGB, writable; EXIF rotation ignored.
+    row: row of the image in the index.
+    image_id: original id.
+    epoch: epoch of the plan (0 in evaluation).
+    width, height: pixels.
+    boxes_xyxy: float32 [N, 4], pixels, as in the COCO JSON (not clamped to the image, possibly without area).
+    labels: int64 [N], labels of the manifest.
+    annotations: int64 [N], rows of the annotations in the index.
+    masks: bool [N, height, width], in the order of the boxes; None unless `ReadConfig.masks`.
     """
 
     image: npt.NDArray[np.uint8]
@@ -48,25 +47,27 @@ class Sample:
 
 
 class SampleReader:
-    """Reads and decodes single samples, with their masks where asked to; safe to share between threads."""
+    """Reader of single samples; safe to share between threads.
+
+    masks: also read the masks. lenient: read samples of a damaged shard one by one instead of failing.
+    """
 
     def __init__(self, manifest: Manifest, *, masks: bool = False, lenient: bool = False) -> None:
-        """``masks``: read them as well. ``lenient``: go on past a cache where a shard is not the manifest's."""
         self._index = manifest.index()
         self._members = Members(manifest, lenient=lenient)
         self._segmentations = SegmentationReader(manifest, self._members) if masks else None
 
     def read(self, row: int, epoch: int = 0) -> Sample:
-        """The sample of one row; raises BadSampleError where its bytes are not those that were written.
+        """Return the sample of one row; raise `BadSampleError` if its bytes changed or are not an image.
 
-        An OSError while the bytes are fetched passes as it is: trying again may mend it.
+        An `OSError` during the fetch passes unchanged: a retry may succeed.
         """
         record = self._index.images[row]
         annotations = self._index.annotations_of(row)
         kept = np.flatnonzero(annotations["iscrowd"] == 0)
         boxes = annotations["bbox"][kept]
         width, height = int(record["width"]), int(record["height"])
-        content, text = (self._members.image(row), b"") if self._segmentations is None else self._members.both(row)
+        content, text = self._read_bytes(row)
         image = self._decode(row, content)
         if image.shape != (height, width, 3):
             raise BadSampleError(f"{self.name(row)}: decodes to {image.shape}, expected {(height, width, 3)}")
@@ -84,12 +85,18 @@ class SampleReader:
         )
 
     def name(self, row: int) -> str:
-        """How messages call a sample."""
+        """Return the name of a sample in messages: image id and shard."""
         return self._members.name(row)
 
     def close(self) -> None:
-        """Let go of the shards' files."""
+        """Close the shards' files."""
         self._members.close()
+
+    def _read_bytes(self, row: int) -> tuple[bytes, bytes]:
+        """Return the image and, if masks are read, its segmentations."""
+        if self._segmentations is None:
+            return self._members.image(row), b""
+        return self._members.both(row)
 
     def _decode(self, row: int, content: bytes) -> npt.NDArray[np.uint8]:
         with naming(self, row, BadSampleError):
@@ -97,9 +104,9 @@ class SampleReader:
 
 
 def decode(content: bytes) -> npt.NDArray[np.uint8]:
-    """An image file's pixels, uint8 [height, width, 3], RGB, writable; EXIF rotation ignored.
+    """Return an image file's pixels, uint8 [height, width, 3], RGB, writable; EXIF rotation ignored.
 
-    JPEGs go straight into the array: the same pixels as through Pillow in half the time.
+    JPEGs are decoded directly into the array, which gives the same pixels as Pillow in half the time.
     """
     if _colours(content) in ("YCbCr", "RGB", "Gray"):
         return cast(npt.NDArray[np.uint8], simplejpeg.decode_jpeg(content, "RGB"))
@@ -109,7 +116,7 @@ def decode(content: bytes) -> npt.NDArray[np.uint8]:
 
 
 def _colours(content: bytes) -> str:
-    """The colours of a JPEG that simplejpeg can read; those of others, CMYK above all, are left to Pillow."""
+    """Return the colour space of a JPEG by simplejpeg's name, or "" if simplejpeg cannot read the file."""
     try:
         return str(simplejpeg.decode_jpeg_header(content)[2])
     except ValueError:
@@ -118,9 +125,9 @@ def _colours(content: bytes) -> str:
 
 @contextmanager
 def naming(reader: SampleReader, row: int, kind: type[ShardError] = ShardError) -> Generator[None, None, None]:
-    """What goes wrong with bytes that were read is the sample's fault and happens again, so it names the sample.
+    """Raise `kind`, naming the sample, for an error in the block.
 
-    Reading stays outside: a network that is away or a lack of memory passes, and its error must be told apart.
+    The block must not fetch bytes: errors of the network and a lack of memory may pass, and are not the sample's.
     """
     try:
         yield

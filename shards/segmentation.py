@@ -1,12 +1,13 @@
-"""Where objects are, pixel by pixel: segmentations found in the shards, checked, and turned into masks.
+"""Segmentations: read from the shards, checked, and converted to masks and run-length encodings.
 
-COCO writes a segmentation as polygons, as run lengths, or as run lengths squeezed into a string. All become pycocotools'
-*runs*, ``{"size": [height, width], "counts": bytes}``, which are small and are what scoring takes. The index says where
-those of a sample lie, and their checksum.
+COCO has segmentations as polygons, as run lengths, or as run lengths compressed into a string. All are converted to
+pycocotools' *runs*, `{"size": [height, width], "counts": bytes}`, which are small and which scoring takes. The index
+holds offset, length and checksum of the segmentations of each sample.
 
-pycocotools reads memory that is not its own when run lengths do not fill the image, so they are checked first.
+pycocotools reads out of bounds if run lengths do not fill the image, so they are checked first.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
@@ -23,48 +24,49 @@ from shards.outlines import FormError, outlines
 
 Masks = npt.NDArray[np.bool_]
 Runs = dict[str, Any]
-CHECKED_IMAGES = 32  # of each data set before a run
+CHECKED_IMAGES = 32  # checked in each data set before a run
 
 _segmentations = msgspec.json.Decoder(list[msgspec.Raw])
 _ABSENT = msgspec.Raw(b"null")
 
 
 class SegmentationReader:
-    """Turns the segmentations of single samples into runs and masks; safe to share between threads."""
+    """Decoder of the segmentations of single samples into runs or masks; safe to share between threads."""
 
     def __init__(self, manifest: Manifest, members: Members) -> None:
         self._index = manifest.index()
         self._members = members
 
     def runs(self, row: int, text: bytes, *, crowds: bool) -> list[Runs]:
-        """Runs of a sample's annotations in the order of the index, with or without those of crowds.
+        """Return the runs of a sample's annotations in the order of the index, with or without those of crowds.
 
-        text: what ``Members`` gives for the sample.
+        text: the sample's segmentations from `Members`, empty if it has none.
 
-        Raises BadSampleError naming the image, and the annotation where one has no segmentation that can be used.
+        Raise `BadSampleError`, naming image and annotation, if a segmentation is absent or cannot be used.
         """
         image = self._index.images[row]
         annotations = self._index.annotations_of(row)
-        size = int(image["height"]), int(image["width"])
-        found = []
+        height, width = int(image["height"]), int(image["width"])
+        runs = []
         for annotation, raw in zip(annotations, self._parse(row, text), strict=True):
-            if crowds or not annotation["iscrowd"]:
-                try:
-                    found.append(_to_runs(raw, *size))
-                except FormError as error:
-                    raise BadSampleError(
-                        f"{self._members.name(row)}: annotation {int(annotation['annotation_id'])} {error}; masks need polygons "
-                        "or run lengths of every object: correct it and write the data set again, or go without masks"
-                    ) from None
-        return found
+            if annotation["iscrowd"] and not crowds:
+                continue
+            try:
+                runs.append(_to_runs(raw, height, width))
+            except FormError as error:
+                raise BadSampleError(
+                    f"{self._members.name(row)}: annotation {int(annotation['annotation_id'])} {error}; masks need polygons "
+                    "or run lengths of every object: correct it and write the data set again, or train without masks"
+                ) from None
+        return runs
 
     def masks(self, row: int, text: bytes) -> Masks:
-        """bool [N, height, width] of a sample's non-crowd annotations."""
+        """Return the masks of a sample's non-crowd annotations, bool [N, height, width]; raise as `runs`."""
         image = self._index.images[row]
         return decode_masks(self.runs(row, text, crowds=False), int(image["height"]), int(image["width"]))
 
     def _parse(self, row: int, text: bytes) -> list[msgspec.Raw]:
-        """The JSON of each annotation's segmentation, crowds included, in the order of the index."""
+        """Return the JSON of each annotation's segmentation, crowds included, in the order of the index."""
         count = int(self._index.images[row]["count"])
         if not text:
             return [_ABSENT] * count
@@ -81,9 +83,9 @@ class SegmentationReader:
 
 
 def true_runs(manifest: Manifest, rows: Ints, *, cached: bool = True) -> list[Runs]:
-    """Runs of every annotation of ``rows``, crowds included, in the order of the rows and of the index.
+    """Return the runs of all annotations of `rows`, crowds included, in the order of the rows and of the index.
 
-    cached: read through the data set's cache, which fetches whole shards.
+    cached: read through the data set's cache, which fetches complete shards.
     """
     with closing(Members(manifest, cached=cached)) as members:
         reader = SegmentationReader(manifest, members)
@@ -91,32 +93,32 @@ def true_runs(manifest: Manifest, rows: Ints, *, cached: bool = True) -> list[Ru
 
 
 def check_segmentations(manifest: Manifest, most: int = 0) -> None:
-    """Look at the segmentations of some images, evenly spread over those that have annotations.
+    """Check the segmentations of up to `CHECKED_IMAGES` images, evenly spread over those that have annotations.
 
-    Finds in moments a data set that was made without them. Raises ShardError naming the first image that has none that
-    can be used where there are more than ``most`` such images, or no others.
+    A data set without segmentations is recognised within seconds. Raise `ShardError`, naming the first bad image, if
+    more than `most` of the checked images are bad, or all of them.
     """
     rows = np.flatnonzero(manifest.index().images["count"] > 0)
-    looked = rows[:: max(1, -(-len(rows) // CHECKED_IMAGES))].tolist()
-    bad: list[BadSampleError] = []
+    stride = max(1, math.ceil(len(rows) / CHECKED_IMAGES))
+    checked = rows[::stride].tolist()
+    errors: list[BadSampleError] = []
     with closing(Members(manifest, cached=False)) as members:
         reader = SegmentationReader(manifest, members)
-        for row in looked:
+        for row in checked:
             try:
                 reader.runs(row, members.segmentations(row), crowds=True)
             except BadSampleError as error:
-                bad.append(error)
-                if len(bad) > most:
-                    raise bad[0] from None
-    if bad and len(bad) == len(looked):
-        raise bad[0]
+                errors.append(error)
+                if len(errors) > most:
+                    raise errors[0] from None
+    if errors and len(errors) == len(checked):
+        raise errors[0]
 
 
 def encode_masks(masks: Masks) -> npt.NDArray[np.object_]:
-    """The counts of masks' runs, bytes [N]: what ``Detections.masks`` holds.
+    """Return the counts of the masks' runs, bytes [N], as `Detections.masks` holds them.
 
-    masks: bool [N, height, width] in any memory layout; one whose columns are contiguous ([N, width, height]
-    transposed) spares a copy.
+    masks: bool [N, height, width] in any memory layout; contiguous columns ([N, width, height] transposed) avoid a copy.
     """
     from pycocotools import mask
 
@@ -128,24 +130,27 @@ def encode_masks(masks: Masks) -> npt.NDArray[np.object_]:
 
 
 def decode_masks(runs: Sequence[Runs], height: int, width: int) -> Masks:
-    """bool [N, height, width] of runs of that size."""
+    """Return the masks of `runs` of images of that size, bool [N, height, width]."""
     from pycocotools import mask
 
     masks = np.zeros((len(runs), height, width), np.bool_)
     if runs:
-        columns = mask.decode(list(runs)).view(np.bool_)  # column by column, so copying all of it to rows is slow
-        for number, (x, y, across, down) in enumerate(mask.toBbox(list(runs)).astype(int).tolist()):
-            masks[number, y : y + down, x : x + across] = columns[y : y + down, x : x + across, number]
+        columns = mask.decode(list(runs)).view(np.bool_)
+        boxes = mask.toBbox(list(runs)).astype(int).tolist()
+        # Only the boxes, because copying from column-major to row-major order is slow.
+        for number, (x, y, box_width, box_height) in enumerate(boxes):
+            region = np.s_[y : y + box_height, x : x + box_width]
+            masks[number][region] = columns[..., number][region]
     return masks
 
 
 def _to_runs(raw: msgspec.Raw, height: int, width: int) -> Runs:
-    """Raises FormError saying what is wrong with the segmentation."""
+    """Return the runs of a segmentation given as JSON; raise `FormError` if it cannot be used."""
     from pycocotools import mask
 
-    found = outlines(raw, height, width)
-    if isinstance(found[0], int):
-        runs: Runs = mask.frPyObjects({"size": [height, width], "counts": found}, height, width)
+    shape = outlines(raw, height, width)
+    if isinstance(shape[0], int):
+        runs: Runs = mask.frPyObjects({"size": [height, width], "counts": shape}, height, width)
         return runs
-    merged: Runs = mask.merge(mask.frPyObjects(found, height, width))
+    merged: Runs = mask.merge(mask.frPyObjects(shape, height, width))
     return merged

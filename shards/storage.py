@@ -1,9 +1,9 @@
-"""Local paths and remote URLs behind the same few functions.
+"""Files at local paths and remote URLs, behind the same functions.
 
-Local files go straight through the operating system (a ranged read is one ``pread``); everything with another
-``scheme://`` goes through fsspec, patiently (``shards.retry``). fsspec keeps one file system per store and process,
-whose event loop has a thread of its own: any thread may read, and no process may fork afterwards. Credentials come from
-the environment and never stand in an address, which logs, job specs and MLflow show.
+Local files are accessed directly (a ranged read is one `pread`); every other `scheme://` goes through fsspec, with
+retries. fsspec keeps one file system per store and process, and its event loop runs in a thread of its own: any thread
+may read, but the process must not fork afterwards. Credentials come from the environment. They are not allowed in an
+address, because logs, job specs and MLflow show it.
 """
 
 import errno
@@ -24,31 +24,31 @@ from shards.retry import StoreError, patiently
 
 
 def local_path(url: str) -> Path | None:
-    """The path that a plain path or a ``file://`` URL names, or None for a remote URL."""
+    """Return the path that a plain path or a `file://` URL names, or None for a remote URL."""
     if url.startswith("file://"):
         return Path(url[len("file://") :])
     return None if "://" in url else Path(url)
 
 
 def _remote(url: str) -> tuple[Any, str]:
-    """The file system of a remote URL and the name in it; raises ShardError where fsspec has none for it."""
+    """Return fsspec's file system of a remote URL and the name in it; raise `ShardError` if fsspec has none."""
     options: dict[str, Any] = {}
     if url.startswith(("s3://", "s3a://")):
-        known = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-        options["config_kwargs"] = {**known, "retries": {"total_max_attempts": 1}}
+        configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+        options["config_kwargs"] = {**configured, "retries": {"total_max_attempts": 1}}
     try:
         filesystem, name = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
         raise ShardError(f"{url}: cannot be reached: {error}; expected a path or a URL that fsspec can open") from None
     if hasattr(filesystem, "retries"):
-        filesystem.retries = 1  # s3fs and gcsfs would try again on their own, for minutes
+        filesystem.retries = 1  # s3fs and gcsfs would otherwise retry by themselves, for minutes
     return filesystem, name
 
 
 def refuse_secret(url: str) -> None:
-    """Raises ShardError where an address holds a password or a signature, without repeating it."""
+    """Raise `ShardError` if an address contains a password or a signature; the message does not repeat it."""
     scheme, separator, rest = url.partition("://")
-    # A password may hold slashes, so it is looked for up to the last @; a port is digits up to the first slash.
+    # A password may contain slashes, so search up to the last @; a port is digits up to the first slash.
     if separator and (re.match(r"[^/@]*:(?!\d*(/|$)).*@", rest) or re.search(r"\?.*=", rest)):
         raise ShardError(
             f"the {scheme}:// address holds a password or a signature, which logs and MLflow would show; expected none: "
@@ -58,19 +58,19 @@ def refuse_secret(url: str) -> None:
 
 
 def absolute(url: str) -> str:
-    """A local path made absolute; a remote URL without its last slashes. Raises ShardError as ``refuse_secret`` does."""
+    """Return a local path as an absolute one, or a remote URL without trailing slashes; refuse secrets in it."""
     refuse_secret(url)
     path = local_path(url)
     return url.rstrip("/") if path is None else str(path.absolute())
 
 
 def join(url: str, *parts: str) -> str:
-    """``url`` with ``parts`` appended, each after one slash."""
+    """Return `url` with `parts` appended, each after one slash."""
     return "/".join([url.rstrip("/"), *parts])
 
 
 def exists(url: str) -> bool:
-    """Whether a file or folder is there."""
+    """Return true if a file or folder exists at `url`."""
     path = local_path(url)
     if path is not None:
         return path.exists()
@@ -79,7 +79,7 @@ def exists(url: str) -> bool:
 
 
 def size(url: str) -> int:
-    """Bytes of the file at ``url``; raises FileNotFoundError where there is none."""
+    """Return the bytes of the file at `url`; raise `FileNotFoundError` if it is absent."""
     path = local_path(url)
     if path is not None:
         return path.stat().st_size
@@ -88,16 +88,16 @@ def size(url: str) -> int:
 
 
 def age_s(url: str) -> float:
-    """Seconds since a remote file was written, by the store's clock and this machine's; infinite where it is not known."""
+    """Return the seconds since a remote file was written, by the store's and this machine's clocks; infinite if unknown."""
     filesystem, name = _remote(url)
     try:
         return time.time() - float(patiently(lambda: filesystem.modified(name), url).timestamp())
     except (FileNotFoundError, NotImplementedError):
-        return math.inf  # it is gone meanwhile, or fsspec's file system for this store cannot tell
+        return math.inf  # deleted meanwhile, or not supported by fsspec's file system
 
 
 def read(url: str) -> bytes:
-    """The whole file; raises FileNotFoundError where there is none."""
+    """Return the content of a file; raise `FileNotFoundError` if it is absent."""
     path = local_path(url)
     if path is not None:
         return path.read_bytes()
@@ -106,22 +106,22 @@ def read(url: str) -> bytes:
 
 
 def read_range(url: str, offset: int, length: int) -> bytes:
-    """``length`` bytes from ``offset``, fewer only where the file ends before; FileNotFoundError where there is none."""
+    """Return `length` bytes from `offset`, fewer only at the end of the file; raise `FileNotFoundError` if it is absent."""
     path = local_path(url)
     if path is not None:
         return patiently(lambda: _local_range(path, offset, length), url)
     filesystem, name = _remote(url)
 
-    def ask() -> bytes:
+    def request() -> bytes:
         try:
             return bytes(filesystem.cat_file(name, start=offset, end=offset + length))
         except OSError as error:
-            # S3's answer to a range that begins behind the end.
+            # S3's response to a range that starts after the end of the file.
             if error.errno == errno.EINVAL and offset >= int(filesystem.size(name)):
                 return b""
             raise
 
-    return patiently(ask, url)
+    return patiently(request, url)
 
 
 def _local_range(path: Path, offset: int, length: int) -> bytes:
@@ -130,34 +130,34 @@ def _local_range(path: Path, offset: int, length: int) -> bytes:
 
 
 def download(url: str, path: Path) -> None:
-    """Copy the file at ``url`` to a local path, piece by piece."""
+    """Copy the file at a remote URL to a local path, in chunks."""
     filesystem, name = _remote(url)
     patiently(lambda: filesystem.get_file(name, str(path)), url)
 
 
 def listing(url: str) -> dict[str, int]:
-    """Bytes of every file below a folder or URL, by its name relative to there; none where there is nothing."""
+    """Return the size in bytes of each file below a folder or URL, by relative name; empty if nothing is there."""
     path = local_path(url)
     if path is not None:
         return {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*") if file.is_file()}
     filesystem, name = _remote(url)
-    filesystem.invalidate_cache()  # what other processes have written since is to be seen
+    filesystem.invalidate_cache()  # to see what other processes have written since
     try:
         found = patiently(lambda: filesystem.find(name, detail=True), url)
     except FileNotFoundError:
         return {}
     root = name.strip("/")
-    return {one.strip("/").removeprefix(root).strip("/"): int(about["size"]) for one, about in found.items()}
+    return {file.strip("/").removeprefix(root).strip("/"): int(info["size"]) for file, info in found.items()}
 
 
 def upload(path: Path, url: str) -> None:
-    """Copy a local file to a remote URL, where it is whole or absent."""
+    """Copy a local file to a remote URL atomically."""
     filesystem, name = _remote(url)
     patiently(lambda: filesystem.put_file(str(path), name), url)
 
 
 def write(url: str, content: bytes) -> None:
-    """Write a small file, whole or absent; a local folder is made where there is none."""
+    """Write a small file atomically, creating its local folder if necessary."""
     path = local_path(url)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def write(url: str, content: bytes) -> None:
 
 
 def remove(url: str) -> None:
-    """Remove a file, if it is there."""
+    """Remove a file if it exists."""
     path = local_path(url)
     if path is not None:
         path.unlink(missing_ok=True)
@@ -179,16 +179,31 @@ def remove(url: str) -> None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a local file aside, flush it to the disk and rename it, so that it is whole or absent.
+    """Write a local file so that it is complete or absent, even after a crash or a power failure (`atomic_path`)."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
 
-    On a shared folder another node may write the same one at the same time, under the same process id.
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give the block a temporary path beside `path`; flush what it wrote to the disk and rename it to `path`.
+
+    If the block raises, the temporary file is removed and `path` stays as it was. The rename itself is durable after
+    `sync_folder`. Two nodes with a shared folder may write the same file with the same process id, so the temporary
+    name contains the host name; threads of one process must not write the same file at once.
     """
-    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        yield temporary
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def sync_folder(path: Path) -> None:
@@ -201,15 +216,16 @@ def sync_folder(path: Path) -> None:
 
 
 def absent(url: str) -> ShardError:
-    """What to say of a file that the manifest lists and that is not there."""
+    """Return the error for a file that the manifest lists and that does not exist."""
     return ShardError(f"{url}: no such file; the manifest lists it: copy it back or write the data set again")
 
 
 @contextmanager
 def naming(url: str) -> Iterator[None]:
-    """What goes wrong with a local file names it, but for its absence, which means what only the caller knows.
+    """Add `url` to the message of an error that reading a local file raises in the block.
 
-    A ShardError only for what stays as it is, an OSError for what may pass, such as a disk that hangs.
+    Raise `ShardError` for lasting errors (permissions, not a file) and `OSError` for those that may pass, such as of a
+    disk that does not respond. `FileNotFoundError` passes unchanged: only the caller knows what it means.
     """
     try:
         yield

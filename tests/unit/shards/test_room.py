@@ -70,7 +70,7 @@ def test_who_waits_long_for_room_says_so_once(store, tmp_path, monkeypatch, capl
     threading.Timer(0.2, os.close, (held,)).start()
     item = store("b", 999)
     assert len(content(cache, item)) == 999
-    assert [message for message in caplog.messages if f"waiting for room for {item.url}" in message] == caplog.messages
+    assert [message for message in caplog.messages if f"waiting for space for {item.url}" in message] == caplog.messages
     assert len(caplog.messages) == 1
 
 
@@ -88,7 +88,7 @@ def test_threads_that_share_a_cache_of_one_file_all_get_on(store, tmp_path):
 
 def test_room_is_given_to_one_at_a_time(store, tmp_path, monkeypatch):
     taken = []
-    make, allocate = room.Room._make_room, room._allocate
+    make, allocate = room.Room._evict_for, room._allocate
 
     def making(self, item):
         made = make(self, item)
@@ -99,7 +99,7 @@ def test_room_is_given_to_one_at_a_time(store, tmp_path, monkeypatch):
         allocate(descriptor, size)
         taken.append(sum(path.stat().st_size for path in (tmp_path / "kept").glob("*.part")))
 
-    monkeypatch.setattr(room.Room, "_make_room", making)
+    monkeypatch.setattr(room.Room, "_evict_for", making)
     monkeypatch.setattr(room, "_allocate", allocating)
     monkeypatch.setattr(caching, "fetch", lambda *_: time.sleep(0.2))
     cache = Cache(tmp_path / "kept", 1500)
@@ -133,7 +133,7 @@ def test_what_a_dead_process_left_half_fetched_makes_room(store, tmp_path):
     item = store("x")
     with (tmp_path / "kept" / "dead.lock").open() as alive:
         fcntl.flock(alive, fcntl.LOCK_EX)
-        assert not cache._room._make_room(item)
+        assert not cache._space._evict_for(item)
     assert len(content(cache, item)) == 1000
     assert names(tmp_path / "kept") == [item.sha256]
 
@@ -149,7 +149,7 @@ def test_half_a_file_without_its_lock_makes_room(store, tmp_path):
 def test_a_shard_larger_than_the_room_is_one_clear_line(store, tmp_path):
     item = store("x", 2000)
     with pytest.raises(
-        ShardError, match=r"kept: no room for .*/x: got .* and a limit of 1999 bytes, expected 2000 bytes "
+        ShardError, match=r"kept: no space for .*/x: got .* and a limit of 1999 bytes, expected 2000 bytes "
     ) as caught:
         Cache(tmp_path / "kept", 1999).open(item)
     assert "\n" not in str(caught.value)
@@ -157,7 +157,7 @@ def test_a_shard_larger_than_the_room_is_one_clear_line(store, tmp_path):
 
 def test_space_is_looked_for_before_anything_is_asked_for(store, tmp_path, asked, monkeypatch):
     monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=room.SPARE + 900))
-    with pytest.raises(ShardError, match="no room"):
+    with pytest.raises(ShardError, match="no space"):
         Cache(tmp_path / "kept").open(store("x"))
     assert not asked
     assert names(tmp_path / "kept") == []
@@ -189,7 +189,7 @@ def test_a_mapped_index_stays_and_lets_go_with_its_last_user(coco, store, tmp_pa
     assert listed.sha256 in names(folder)
     # Waiting for room would be waiting for itself.
     monkeypatch.setattr(room.time, "sleep", never)
-    with pytest.raises(ShardError, match="no room"):
+    with pytest.raises(ShardError, match="no space"):
         small.open(store("y", 101))
     assert len(set(images.tolist())) == 7
     del images
