@@ -1,4 +1,4 @@
-"""What several packages' tests share: a tiny generated data set, a run over it that takes a second, an MLflow store."""
+"""Fixtures of several packages' tests (a tiny data set, a short run over it, an MLflow store), and the order of the tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Before torch is imported: the tests run on few cores, several at a time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +20,51 @@ from detr.config import ModelConfig, TransformConfig
 
 if TYPE_CHECKING:  # the tests of `detr` also run where only torch, torchvision and scipy are
     from pipeline.config import RunConfig
+
+_SLOW = pytest.StashKey[set[str]]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each process whole modules, because their fixtures are expensive; a `xdist_group` of modules counts as one."""
+    from xdist.scheduler import LoadGroupScheduling
+
+    class Modules(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            group = super()._split_scope(nodeid)
+            return nodeid.partition("::")[0] if group == nodeid else group
+
+    return Modules(config, log)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_SLOW] = set()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.config.stash[_SLOW].add(item.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Pass the names on to the process that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["slow"] = sorted(session.config.stash[_SLOW])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[_SLOW].update(getattr(node, "workeroutput", {}).get("slow", []))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """List the tests that `make test` leaves to `make slow`."""
+    left = sorted(config.stash[_SLOW])
+    if left and config.option.markexpr == "not slow":
+        terminalreporter.section(f"left to `make slow`: {len(left)} tests")
+        for name in left:
+            terminalreporter.write_line(name)
 
 
 @pytest.fixture(scope="session", autouse=True)

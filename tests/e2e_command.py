@@ -1,6 +1,7 @@
 """The command as a user runs it: processes in a folder of its own, with real Ray and a real MLflow store there."""
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -12,10 +13,13 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from tests.ranks import run_ranks
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.config import RunConfig
+    from pipeline.parallel import Ranks
 
 # A model that learns nothing in no time: what is tested is that everything holds together.
 TINY = [
@@ -136,19 +140,38 @@ def config_of(folder: Path, run: str) -> "RunConfig":
     return from_json(artifact.read_bytes())
 
 
-def final_weights(folder: Path, run: str) -> "dict[str, Tensor]":
-    """The weights that the run of this name ended with, read as anyone reads them."""
+def newest_weights(config: "RunConfig", run_folder: Path) -> "dict[str, Tensor]":
+    """The weights of the newest checkpoint in the folder of a run."""
     from detr.model import build_model
     from pipeline.checkpoint import load_weights, newest
     from shards.manifest import load_manifest
 
-    (run_folder,) = folder.glob(f"runs/{run}-*")
-    config = config_of(folder, run)
     model = build_model(config.model, load_manifest(config.data.train).num_classes)
     path = newest(run_folder)
     assert path is not None
     load_weights(path, model)
     return model.state_dict()
+
+
+def train_alone(config: "RunConfig", run_folder: Path, folder: Path) -> list[tuple[str, float, int]]:
+    """Train the run in `run_folder` once more from its first weights, into `folder`: undisturbed, and without Ray.
+
+    As many processes as the run has workers train it. Return the points that it reports: name, value and step.
+    """
+    from pipeline.weights import INITIAL_NAME
+
+    shutil.copy(run_folder / INITIAL_NAME, folder)
+    return run_ranks(config.cluster.workers, _train, config, folder)[0]  # type: ignore[no-any-return]
+
+
+def _train(ranks: "Ranks", config: "RunConfig", folder: Path) -> list[tuple[str, float, int]]:
+    from pipeline.state import Place
+    from pipeline.track import MemoryTracker
+    from pipeline.worker import run
+
+    tracker = MemoryTracker() if ranks.first else None
+    run(config, Place("run", folder, "commit"), ranks, tracker)
+    return tracker.points if tracker else []
 
 
 def until(condition: Callable[[], bool], what: str, timeout_s: float = 150) -> None:

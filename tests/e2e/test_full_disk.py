@@ -26,6 +26,7 @@ def outlive(folder: str, disk: str, train: str, val: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 @pytest.mark.usefixtures("store")  # with its schema made, in `tmp_path`
 def test_a_run_whose_disk_is_full_ends_with_one_line_and_goes_on_when_there_is_room(
     tiny_data: TinyData, tmp_path: Path
@@ -40,6 +41,6 @@ def test_a_run_whose_disk_is_full_ends_with_one_line_and_goes_on_when_there_is_r
     names = left.split()
     steps = [int(name.removeprefix("step-")) for name in names]  # nothing partial among them
     assert len(steps) >= 2
-    assert f"goes on at step {steps[-1]} of 60" in "\n".join(resumed)
+    assert f"continues at step {steps[-1]} of 60" in "\n".join(resumed)
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         assert list(database.execute("select status from runs where name = 'full'")) == [("FINISHED",)]

@@ -18,7 +18,7 @@ from tests.e2e_command import TINY, Command, config_of, until
 from tests.ray_nodes import Node, free_port, node, wait_for_nodes
 from tests.recording import Kept, Recording, seen_per_epoch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 IMAGES, BATCH_SIZE, STEPS = 24, 6, 160
 TRAIN = ["train", "overfit", "--data.train", "data/train", "--data.val", "data/val", *TINY]
 TRAIN += ["--optim.batch-size", str(BATCH_SIZE), "--optim.max-steps", str(STEPS), "--evaluate.every", "100"]
@@ -55,15 +55,6 @@ class Cluster:
         words = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
         words += ["--deadline-remaining-seconds", str(deadline_s), "--node-id", found.stdout.split()[-1]]
         subprocess.run([str(ray), "drain-node", "--address", self.address, *words], env=environment, check=True)
-
-
-@pytest.fixture
-def recording(detr: Command, tmp_path: Path) -> Iterator[Recording]:
-    recording = Recording(tmp_path / "steps")
-    before = dict(detr.env)
-    detr.env |= recording.environment
-    yield recording
-    detr.env = before
 
 
 @pytest.fixture

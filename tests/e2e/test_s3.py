@@ -13,9 +13,11 @@ from tests.conftest import TinyData
 from tests.e2e_command import TINY, Command
 from tests.s3_server import SECRET, S3Server
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 
 @pytest.mark.usefixtures("store")  # with its schema made, in `tmp_path`
-def test_a_run_of_two_workers_trains_from_s3_and_fetches_each_shard_once(
+def test_two_workers_train_from_s3_and_fetch_each_shard_once(
     tiny_data: TinyData, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     detr = Command(tmp_path)

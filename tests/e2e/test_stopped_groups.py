@@ -13,7 +13,7 @@ import pytest
 from pipeline.fitting import GRACE_S
 from tests.e2e_command import TINY, Command
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 TRAIN = ["train", "overfit", "--data.train", "data/train", "--data.val", "data/val", *TINY]
 TRAIN += ["--evaluate.every", "1000", "--optim.max-steps", "5000", "--optim.epochs", "1000"]
 
