@@ -1,7 +1,7 @@
-"""Publish weights and their card as a version in the model registry.
+"""Upload of weights and their card as a version in the model registry.
 
-A version is a logged model with the weights (safetensors), the card (JSON), the code that serves it and the packages it
-needs. It is enough to evaluate, to serve, and to say where it came from: data, code and configuration, or a file.
+A version is a logged model with the weights (safetensors), the card (JSON), the code that serves it and the list of
+packages it needs. It is enough to evaluate, to serve, and to trace the data, code and configuration, or the imported file.
 """
 
 from __future__ import annotations
@@ -36,26 +36,28 @@ _PACKAGES = (
     "mlflow",
     "fsspec",
     "pycocotools",
+    "simplejpeg",
 )
+"""Packages that a registered version is pinned to: everything that `serve.py` imports."""
 
 
 class Registered(NamedTuple):
-    """What registering came to."""
+    """Result of a registration."""
 
     version: str
-    """The version's number."""
+    """Number of the version."""
     alias_moved: bool
-    """Whether the alias points at it now; false where it stayed on a better version."""
+    """True if the alias points at this version now, false if it stayed on a better one."""
 
 
 def publish(
     client: MlflowClient, model: DETR, card: Card, *, name: str, alias: str, again: str, only_if_better: bool = False
 ) -> Registered:
-    """Make a version of `name` from a model and its card, and point `alias` at it.
+    """Register a model and its card as a version of `name`, and point `alias` at it.
 
-    A step of a run is published once: doing it again finds that version. With `only_if_better` the alias stays where
-    it is on a version of higher AP over the same validation data. again: the command that tries again. Raises
-    `TrackingError` when MLflow refuses.
+    A step of a run is published once; publishing it again finds that version. With `only_if_better`, the alias stays on a
+    version with a higher AP on the same validation data. `again` is the command that repeats this, for the message.
+    Raise `TrackingError` if MLflow refuses.
     """
     check_names(name, alias)
     with _explained(name, again):
@@ -71,7 +73,7 @@ def publish(
 
 
 def check_names(name: str, alias: str) -> None:
-    """Refuse what the registry would refuse, before anything is uploaded."""
+    """Raise `RegistryError` for a name or alias that the registry would refuse, before anything is uploaded."""
     if not name.strip() or set(name) & set("/:"):
         raise RegistryError(f"{name!r} cannot name a registered model; expected a name without / and :")
     reserved = alias.lower() == "latest" or re.fullmatch(r"v\d+", alias, re.IGNORECASE)
@@ -83,13 +85,16 @@ def check_names(name: str, alias: str) -> None:
 
 @contextmanager
 def _explained(name: str, again: str) -> Generator[None, None, None]:
-    """One line instead of MLflow's traceback; run, checkpoints and files are whole, so registering can be repeated."""
+    """Turn MLflow's errors into a `TrackingError` of one line.
+
+    Run, checkpoints and files are not touched, so registering can be repeated.
+    """
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:  # what `requests` raises is an OSError
+    except (MlflowException, SQLAlchemyError, OSError) as error:  # errors of `requests` are OSErrors
         raise TrackingError(
             f"registering {name!r} failed ({first_line(error)}); expected a store that takes the version: "
             f"`{again}` tries again"
@@ -97,7 +102,7 @@ def _explained(name: str, again: str) -> Generator[None, None, None]:
 
 
 def _log_model(client: MlflowClient, card: Card, folder: Path) -> str:
-    """Write the MLflow model (models from code, nothing pickled) and upload it as a logged model of the run."""
+    """Write the MLflow model (models from code, nothing pickled), upload it to the run and return its id."""
     import mlflow
     import mlflow.pyfunc.model
     from mlflow.entities import LoggedModelOutput
@@ -119,10 +124,10 @@ def _log_model(client: MlflowClient, card: Card, folder: Path) -> str:
         outputs=Schema([ColSpec(DataType.string)]),
         params=ParamSchema([ParamSpec("threshold", DataType.double, 0.5)]),
     )
-    # Recorded and dropped: MLflow advises type hints, by a filter of its own that overrules `ignore`; the signature
-    # above says it better.
+    # MLflow advises type hints, but the signature above is more precise. MLflow's own filter overrides `ignore`, so the
+    # warnings are recorded and dropped.
     with warnings.catch_warnings(record=True):
-        warnings.simplefilter("always")  # recorded, too, where a warning is an error
+        warnings.simplefilter("always")  # record them even if warnings are errors
         mlflow.pyfunc.save_model(
             path=folder / "model",
             python_model=str(_ROOT / "pipeline" / "serve.py"),
@@ -139,16 +144,17 @@ def _log_model(client: MlflowClient, card: Card, folder: Path) -> str:
 
 
 def _version_of(client: MlflowClient, name: str, card: Card) -> ModelVersion | None:
-    """The version of `name` that this step of this run already became."""
-    found = client.search_model_versions(f"run_id = '{card.run_id}'")
-    mine = (one for one in found if one.name == name and one.tags.get("step") == str(card.step))
-    return next(mine, None)
+    """Return the version of `name` that was registered for this step of this run, or None."""
+    for version in client.search_model_versions(f"run_id = '{card.run_id}'"):
+        if version.name == name and version.tags.get("step") == str(card.step):
+            return version
+    return None
 
 
 def _is_worse(client: MlflowClient, name: str, alias: str, version: ModelVersion) -> bool:
-    """Whether `alias` is on a version with a higher AP than this one's, over the same validation data.
+    """Return true if `alias` points at a version with a higher AP than `version` on the same validation data.
 
-    The AP is that of masks where both versions have it.
+    The AP of masks is compared if both versions have it.
     """
     number = client.get_registered_model(name).aliases.get(alias)
     if number is None:
@@ -174,11 +180,12 @@ def _publish(client: MlflowClient, name: str, model_id: str, card: Card) -> Mode
 
 
 def _tags(card: Card) -> dict[str, str]:
-    """What a version says of itself; an imported one knows the file that it came from and no training."""
+    """Return the tags of a version; an imported one has its file and nothing about training."""
     if card.imported_from:
         return {"imported_from": card.imported_from, "code_commit": card.code_commit}
     names = ("AP", "AP50", "mask_AP", "mask_AP50")
-    figures: dict[str, str] = {name: f"{card.metrics[name]:.6f}" for name in names if name in card.metrics}
+    metrics = {name: f"{card.metrics[name]:.6f}" for name in names if name in card.metrics}
+    ema = {"ema": f"{card.ema:g}"} if card.ema else {}
     return {
         "checkpoint_uri": card.checkpoint,
         "step": str(card.step),
@@ -186,6 +193,6 @@ def _tags(card: Card) -> dict[str, str]:
         "code_commit": card.code_commit,
         "train_digest": card.train_digest,
         "val_digest": card.val_digest,
-        **({"ema": f"{card.ema:g}"} if card.ema else {}),
-        **figures,
+        **ema,
+        **metrics,
     }
