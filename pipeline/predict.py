@@ -1,7 +1,7 @@
-"""A registered detector in use: a folder with weights and a card in, detections out.
+"""Registered models on disk, and a detector that runs them on images.
 
-The card says everything that is needed to use the weights and where they came from. Neither needs code to be unpickled:
-weights are safetensors, the card is JSON that is read strictly.
+A folder holds weights (safetensors) and a card (JSON, read strictly), so nothing is unpickled. The card describes how to use
+the weights and where they came from.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "card.json"
 FORMAT = 1
 UNNAMED = "N/A"
-"""The name of a label that no category has: the original's labels are category ids, which have gaps."""
+"""Name of a label without a category: the original's labels are category ids, which have gaps."""
 
 
 class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a set of weights is: how to build and feed the model, what its labels mean, where it came from.
+    """Description of a set of weights: model, image transform, categories and origin.
 
-    What was imported from a file has the run that recorded the import, and empty values where training would stand.
+    An imported model has the run that recorded the import, and empty values in the fields about training.
     """
 
     format: int = FORMAT
@@ -51,11 +51,11 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     categories: tuple[Category, ...]
     evaluate_batch_size: int
     evaluate_batching: Batching = "padded"
-    """Cards of before there was a choice do not say it, and were evaluated so."""
+    """Rule for evaluation batches. Cards of older versions lack it; those models were evaluated `padded`."""
     channels_last: bool = False
-    """The memory layout it was evaluated in: another sums in another order."""
+    """Memory layout of the evaluation; another one changes results by rounding."""
     ema: float = 0.0
-    """Above 0: the weights are averages over the training's steps, of this decay (`optim.ema`)."""
+    """Decay of the moving average that the weights are (`optim.ema`); 0: they are no average."""
     recipe: str
     run_id: str
     checkpoint: str
@@ -66,11 +66,11 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     val_digest: str
     code_commit: str
     imported_from: str = ""
-    """Name and SHA-256 of the file that the weights were imported from; empty for what was trained here."""
+    """Name and SHA-256 of the file that the weights were imported from; empty if they were trained here."""
 
 
 def write_folder(folder: Path, model: DETR, card: Card) -> None:
-    """Write weights, under the original's names, and card."""
+    """Write the weights, under the original's parameter names, and the card."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().contiguous() for name, value in to_original_state_dict(model).items()}
     save_file(weights, folder / WEIGHTS_NAME)
@@ -78,7 +78,7 @@ def write_folder(folder: Path, model: DETR, card: Card) -> None:
 
 
 def read_card(folder: Path) -> Card:
-    """Read a card strictly; raises `RegistryError` naming what is wrong."""
+    """Read a card; raise `RegistryError` if it is missing, damaged or has unknown fields."""
     try:
         return msgspec.json.decode((folder / CARD_NAME).read_bytes(), type=Card)
     except (OSError, msgspec.DecodeError) as error:
@@ -88,7 +88,7 @@ def read_card(folder: Path) -> Card:
 
 
 def read_model(folder: Path) -> tuple[DETR, Card]:
-    """The model, in evaluation mode on the CPU, and its card."""
+    """Return the model, in evaluation mode on the CPU, and its card."""
     card = read_card(folder)
     model = build_model(card.model, len(card.categories))
     load_original_state_dict(model, load_file(folder / WEIGHTS_NAME))
@@ -99,21 +99,21 @@ def read_model(folder: Path) -> tuple[DETR, Card]:
 
 @dataclass(frozen=True)
 class Found:
-    """One detection: its category, score in 0..1, and box in pixels of the image, x and y of the corners.
-
-    segmentation: where a model with masks sees it, in COCO's run lengths, `{"size": [height, width], "counts": str}`.
-    """
+    """Detection in an image."""
 
     category_id: int
     name: str
     label: int
     score: float
+    """Confidence, 0 to 1."""
     box_xyxy: tuple[float, float, float, float]
+    """Corners of the box in pixels of the image."""
     segmentation: dict[str, Any] | None = None
+    """Mask in COCO's run lengths, `{"size": [height, width], "counts": str}`; None for a model without masks."""
 
 
 class Detector:
-    """Detects on PIL images. Thread-safe: it holds no state but the model."""
+    """Detector for PIL images. Thread-safe: its only state is the model."""
 
     def __init__(self, folder: Path, device: str | torch.device = "cpu") -> None:
         model, self.card = read_model(folder)
@@ -122,10 +122,13 @@ class Detector:
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image], threshold: float = 0.5) -> list[list[Found]]:
-        """Detections of each image with at least this score, the surest first. Each image runs by itself, unpadded."""
-        return [self._one(image, threshold) for image in images]
+        """Return the detections of each image with a score of at least `threshold`, in descending order of score.
 
-    def _one(self, image: Image.Image, threshold: float) -> list[Found]:
+        Each image is processed alone, without padding.
+        """
+        return [self._detect(image, threshold) for image in images]
+
+    def _detect(self, image: Image.Image, threshold: float) -> list[Found]:
         pixels = np.asarray(to_rgb(image))
         height, width = pixels.shape[:2]
         geometry = eval_geometry(width, height, self.card.transform)
@@ -153,20 +156,18 @@ def _run_lengths(mask: Tensor) -> dict[str, Any]:
 
 
 def coco_results(image_id: int, found: Sequence[Found]) -> list[dict[str, Any]]:
-    """Detections in COCO's result format, with the original category ids, boxes xywh in pixels, masks if there are."""
-    return [
-        {
+    """Return detections in COCO's result format: original category ids, boxes xywh in pixels, masks if there are any."""
+    results = []
+    for detection in found:
+        x0, y0, x1, y1 = detection.box_xyxy
+        result: dict[str, Any] = {
             "image_id": image_id,
-            "category_id": one.category_id,
-            "category": one.name,
-            "bbox": [
-                one.box_xyxy[0],
-                one.box_xyxy[1],
-                one.box_xyxy[2] - one.box_xyxy[0],
-                one.box_xyxy[3] - one.box_xyxy[1],
-            ],
-            "score": one.score,
-            **({} if one.segmentation is None else {"segmentation": one.segmentation}),
+            "category_id": detection.category_id,
+            "category": detection.name,
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "score": detection.score,
         }
-        for one in found
-    ]
+        if detection.segmentation is not None:
+            result["segmentation"] = detection.segmentation
+        results.append(result)
+    return results

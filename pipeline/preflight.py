@@ -1,7 +1,7 @@
-"""Everything about a run that can be wrong before a cluster is paid for, checked on the machine that starts it.
+"""Checks of a run on the machine that starts it, before a cluster is paid for.
 
-Paths become absolute here, so that workers and later resumes mean the same files. `detr submit` runs those checks that
-need no model (`check`) before it sends anything.
+Paths become absolute here, so that workers and later resumes use the same files. `detr submit` runs the checks that need
+no model (`check`) before it sends anything.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from shards.verify import check_sizes
 
 @dataclass(frozen=True)
 class Ready:
-    """A checked run: its data, its length, its first weights and what a person should know about them."""
+    """Checked run: its data, its schedule, its initial weights and lines about them for the user."""
 
     train: Manifest
     val: Manifest
@@ -35,14 +35,14 @@ class Ready:
     said: tuple[str, ...]
 
     def place(self, folder: Path) -> None:
-        """Write the first weights into the run's folder, where the workers find them."""
+        """Write the initial weights into the run's folder, where the workers read them."""
         save_initial(self.model, folder)
 
 
 def check(config: RunConfig) -> None:
-    """The checks that need no model and fetch nothing: where the run starts from, and its data.
+    """Check the initial weights and the data of a run as far as this needs no model and no download.
 
-    Built-in data is made where the run starts, so it need not be here. Raises one of `USER_ERRORS`, each one line.
+    Built-in data may be missing, because it is generated where the run starts. Raise one of `USER_ERRORS`.
     """
     _check_initial(config)
     if not config.data.built_in:
@@ -50,15 +50,15 @@ def check(config: RunConfig) -> None:
 
 
 def check_data(config: RunConfig) -> None:
-    """Is the data there and whole, are its categories the same in both sets, and are there masks where they are needed?"""
+    """Check that both data sets are complete, have the same categories, and have masks if the model needs them."""
     _check_masks(config, *_checked_data(config))
 
 
 def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, Ready]:
-    """Check the run and make ready what it starts from; returns it with absolute paths and, where it starts from a
-    registered model, with that model's shape.
+    """Check the run and build its initial model.
 
-    Raises one of `USER_ERRORS`, each one line.
+    Return the configuration with absolute paths, and with the architecture of the registered model if it starts from
+    one. Raise one of `USER_ERRORS`, each one line.
     """
     _check_initial(config)
     if config.data.built_in:
@@ -82,7 +82,7 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, R
 
 
 def check_storage(config: RunConfig) -> None:
-    """Fail before a run exists that could not be saved. Raises one of `USER_ERRORS`."""
+    """Raise one of `USER_ERRORS` if the run's folder or its checkpoints could not be written."""
     _check_folder(Path(config.storage), "storage")
     store = config.checkpoint.store and storage.absolute(config.checkpoint.store)
     path = storage.local_path(store)
@@ -128,7 +128,7 @@ def _absolute(config: RunConfig) -> RunConfig:
 
 
 def _absolute_cache(folder: str) -> str:
-    """A folder below the home stays that of each node's."""
+    """Return an absolute path, except for `~`, which is expanded on each node."""
     return folder if folder in ("", "off") or folder.startswith("~") else str(Path(folder).absolute())
 
 
@@ -145,7 +145,7 @@ def _check_initial(config: RunConfig) -> None:
 
 
 def _check_masks(config: RunConfig, train: Manifest, val: Manifest) -> None:
-    """A run with masks needs them in training, where it may leave some samples out, and in evaluation."""
+    """Check that a model with masks finds segmentations, in training up to `data.max_bad_samples` exceptions."""
     if config.model.masks:
         check_segmentations(train, config.data.max_bad_samples)
         check_segmentations(val)
@@ -171,7 +171,7 @@ def _check_categories(train: Manifest, val: Manifest) -> None:
 
 
 def _warn_of_queries(config: RunConfig, train: Manifest, say: Callable[[str], None]) -> None:
-    """A query finds at most one object, so boxes beyond `num_queries` in an image can never be matched."""
+    """Warn if images have more boxes than queries: a query finds at most one object, so the rest is never matched."""
     boxes = train.index().boxes_per_image
     queries = config.model.num_queries
     lost = int((boxes - queries).clip(min=0).sum())

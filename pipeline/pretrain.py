@@ -1,18 +1,18 @@
-"""Weights for the small backbone of the built-in demo, which no one has trained on ImageNet.
+"""Pre-training of the small backbone of the built-in demo, for which no ImageNet weights exist.
 
-The paper starts from a ResNet that has learned to classify ImageNet. Here the backbone alone learns to classify too, on
-the training images themselves: each of its cells names what covers each of 4 x 4 points of it. This stands where ImageNet
-weights stand in the paper, and DETR goes on from it in the same way: batch norm is trained here and frozen from then on.
+The paper starts from a ResNet that was trained to classify ImageNet. Here the backbone alone is trained to classify, on the
+training images themselves: each of its cells predicts the class at each of 4 x 4 points. DETR then starts from it as it
+would from ImageNet weights: batch norm is trained here and frozen afterwards.
 
-Points rather than one name per cell, because a cell then knows where in it an object ends, which boxes need; and a
-small batch with a high rate, because 4,000 images are few: 16 at 1e-2 names four fifths of the objects' points rightly
-where 32 at 4e-3 names half of them after as many epochs. The first three of five epochs see smaller images, which takes 0.56
-of the work and costs nothing of what the demo reaches (AP 0.507 and AP50 0.856); three epochs instead of five do cost it
-(0.483 and 0.808).
+With points instead of one class per cell, a cell learns where in it an object ends, which boxes need. The batch is small
+and the learning rate high, because 4,000 images are few: 16 at 1e-2 classifies four fifths of the objects' points
+correctly, 32 at 4e-3 half of them after as many epochs. The first three of five epochs use smaller images: 0.56 of the
+work for the same result of the demo (AP 0.507, AP50 0.856). With three epochs instead of five it is worse (0.483, 0.808).
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,21 +35,23 @@ from shards.storage import write_atomic
 
 _BATCH_SIZE = 16
 _LEARNING_RATE = 1e-2
-_WARMUP = 0.1  # of all steps
+_WARMUP = 0.1  # fraction of all steps
 _POINTS = 4  # along each side of a cell
-_SMALL = 0.6  # of the epochs, the first ones, on smaller images
+_SMALL = 0.6  # fraction of the epochs that use smaller images, from the first one
 
-# (steps done, steps in all, loss of the last one); called after every step.
+# Called after every step with (steps done, total steps, loss of the last step).
 Progress = Callable[[int, int, float], None]
 
 
 @dataclass(frozen=True)
 class Pretraining:
-    """How it went: steps, mean cross entropy and share of points named rightly (0 to 1) over the last epoch."""
+    """Result of a pre-training."""
 
     steps: int
     loss: float
+    """Mean cross entropy over the last epoch."""
     accuracy: float
+    """Fraction of points that were classified correctly over the last epoch, 0 to 1."""
 
 
 def pretrain_backbone(
@@ -64,17 +66,15 @@ def pretrain_backbone(
 ) -> Pretraining:
     """Train the backbone of `model_config` on the images of `manifest` and write it for `load_backbone_weights`.
 
-    It stands where ImageNet weights stand in the paper. Frozen batch norm is trained here, as trainable batch norm.
-
-    out_path: a safetensors file, written aside and renamed; its folder is made. The same arguments give the same bytes
-    on one machine with one number of threads.
+    Frozen batch norm is trained here as trainable batch norm. `out_path` is a safetensors file, written atomically; its
+    folder is created. The same arguments give the same bytes on one machine with one number of threads.
     """
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         body = ResNet(replace(model_config, norm="batch") if model_config.norm == "frozen_batch" else model_config)
         head = nn.Conv2d(body.channels, (manifest.num_classes + 1) * _POINTS**2, 1)
     model = nn.Sequential(body, head).to(memory_format=torch.channels_last)  # 1.2x as fast on a CPU
-    steps = -(-epochs * manifest.images // _BATCH_SIZE)
+    steps = math.ceil(epochs * manifest.images / _BATCH_SIZE)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, steps, pct_start=_WARMUP)
     last_epoch: list[tuple[float, float]] = []
@@ -100,12 +100,12 @@ def pretrain_backbone(
 
 
 def point_labels(targets: Sequence[Target], height: int, width: int, *, background: int) -> Tensor:
-    """Int64 [B, height, width]: the label of the smallest box over each point of an even grid, else `background`."""
+    """Return the label of the smallest box over each point of an even grid, else `background`: int64 [B, height, width]."""
     labels = torch.full((len(targets), height, width), background)
     rows = ((torch.arange(height) + 0.5) / height)[:, None]
     columns = (torch.arange(width) + 0.5) / width
     for points, target in zip(labels, targets, strict=True):
-        # From large to small, so that of two boxes over a point the smaller one names it.
+        # From large to small, so that the smallest box over a point is written last.
         for index in target.boxes[:, 2:].prod(1).argsort(descending=True, stable=True).tolist():
             x, y, w, h = target.boxes[index].tolist()
             points[((rows - y).abs() < h / 2) & ((columns - x).abs() < w / 2)] = target.labels[index]
@@ -114,9 +114,9 @@ def point_labels(targets: Sequence[Target], height: int, width: int, *, backgrou
 
 @contextmanager
 def _threads_beside_the_reader() -> Iterator[None]:
-    """One thread fewer while the block runs, which the reader needs: more threads than cores wait for each other.
+    """Use one thread less while the block runs, to leave a core to the reader.
 
-    Two cores that others use too: 55 ms per step instead of 193.
+    More threads than cores wait for each other: 193 ms per step instead of 55 on two shared cores.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(max(threads - 1, 1))
@@ -127,14 +127,15 @@ def _threads_beside_the_reader() -> Iterator[None]:
 
 
 def _batches(manifest: Manifest, transform_config: TransformConfig, seed: int, epochs: int) -> Iterator[Batch]:
-    whole, small = (training_transform(seed, config) for config in (transform_config, _smaller(transform_config)))
+    full_size = training_transform(seed, transform_config)
+    small = training_transform(seed, _smaller(transform_config))
     for epoch in range(epochs):
-        transform = small if epoch < _SMALL * epochs else whole
+        transform = small if epoch < _SMALL * epochs else full_size
         plan = plan_epoch(manifest, seed=seed, epoch=epoch, batch_size=_BATCH_SIZE, epochs=epochs)
         yield from open_loader(manifest, plan, transform=transform, collate=collate, config=ReadConfig(threads=1))
 
 
 def _smaller(config: TransformConfig) -> TransformConfig:
-    """Images of two thirds of each side."""
+    """Return the transform with sizes of two thirds."""
     scales = tuple(round(scale * 2 / 3) for scale in config.train_scales)
     return replace(config, train_scales=scales, max_size=round(config.max_size * 2 / 3))

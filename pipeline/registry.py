@@ -1,4 +1,4 @@
-"""The model registry: register a checkpoint as a version, and find a version again."""
+"""Model registry: register a checkpoint as a version, and find a version again."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def register(
 ) -> Registered:
     """Publish the checkpoint at `path` as a version of `name` and point `alias` at it.
 
-    A step of a run is published once: doing it again finds that version. With `only_if_better` the alias stays where
-    it is on a version of higher AP over the same validation data. Raises `TrackingError` when MLflow refuses.
+    A step of a run is published once; publishing it again finds that version. With `only_if_better`, the alias stays on a
+    version with a higher AP on the same validation data. Raise `TrackingError` if MLflow refuses.
     """
     from pipeline.weights import build_trained
     from shards.manifest import load_manifest
@@ -65,7 +65,7 @@ def register(
 
 
 def register_run(name_or_id: str, *, name: str, alias: str) -> Registered:
-    """Publish the best checkpoint of a run, finished or not, and point `alias` at it whatever it pointed at."""
+    """Publish the best checkpoint of a run, finished or not, and point `alias` at it unconditionally."""
     from pipeline.config import from_json
     from pipeline.mlflow_store import TAG_FOLDER, read_config
 
@@ -83,7 +83,7 @@ def register_run(name_or_id: str, *, name: str, alias: str) -> Registered:
 
 
 def find_version(client: MlflowClient, uri: str) -> Any:
-    """The registered version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` names."""
+    """Return the registered version for `models:/NAME@ALIAS` or `models:/NAME/VERSION`; raise `RegistryError`."""
     from mlflow.exceptions import MlflowException
 
     if not uri.startswith("models:/"):
@@ -111,19 +111,19 @@ def find_version(client: MlflowClient, uri: str) -> Any:
 
 
 def run_of(client: MlflowClient, uri: str) -> str:
-    """Id of the run of `detr train` that a registered version came from; raises `RegistryError` for an imported one."""
+    """Return the id of the run that a registered version came from; raise `RegistryError` for an imported one."""
     version = find_version(client, uri)
     imported = version.tags.get("imported_from")
     if imported:
         raise RegistryError(
-            f"{uri} was imported from {imported.split()[0]}, so it has no run to go on with; expected a version of a run of "
+            f"{uri} was imported from {imported.split()[0]}, so it has no run to continue; expected a version of a run of "
             f"`detr train`: `detr train finetune --initial {uri}` starts one from it"
         )
     return str(version.run_id)
 
 
 def resolve(uri: str) -> Path:
-    """Folder with the weights and the card of a registered version, fetched where it is not on this machine."""
+    """Return the folder with weights and card of a registered version; download it if needed."""
     import mlflow
     from mlflow.exceptions import MlflowException
 

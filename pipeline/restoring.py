@@ -1,4 +1,4 @@
-"""A worker's model and optimizer, from the newest checkpoint or from the run's first weights."""
+"""A worker's model and optimizer, restored from the newest checkpoint or from the run's initial weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from pipeline.weights import build_trained, read_initial
 
 
 def restore(worker: Worker, newest: Location | None, step: int) -> State:
-    """The state after `step` steps, which the checkpoint `newest` holds; a collective call."""
+    """Return the state after `step` steps, from the checkpoint `newest` or, if None, from the initial weights.
+
+    A collective call.
+    """
     config, ranks = worker.config, worker.ranks
     torch.manual_seed(config.seed)
     model = build(config, worker.train.num_classes, ranks.device)
@@ -35,7 +38,7 @@ def restore(worker: Worker, newest: Location | None, step: int) -> State:
 
 
 def build(config: RunConfig, num_classes: int, device: torch.device) -> DETR:
-    """The run's model on a device, not yet one of several."""
+    """Return the run's model on a device, not yet wrapped for several workers."""
     compute = config.compute
     model = build_trained(config, num_classes).to(device)
     if compute.channels_last:

@@ -1,11 +1,12 @@
-"""Where `shards` and `detr` meet: what the reader delivers becomes what the model takes.
+"""Loader: connect the reader of `shards` to the transforms and batches of `detr`.
 
-The reader calls these in its threads. Boxes arrive as in the COCO JSON; `detr.transforms.apply` clamps them to the
-image and drops those without area, as the original does. Crowds have been left out by the reader.
+The reader calls the transforms in its threads. Boxes arrive as in the COCO JSON; `detr.transforms.apply` clamps them to
+the image and drops those without area, as the original does. The reader has left out crowds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -38,7 +39,7 @@ Transform = Callable[[Sample], tuple[Tensor, Target]]
 
 
 def training_transform(seed: int, config: TransformConfig) -> Transform:
-    """Augment each sample by its (seed, epoch, image id), so by nothing that depends on the workers."""
+    """Return the augmentation, which depends only on (seed, epoch, image id) and not on the workers."""
 
     def transform(sample: Sample) -> tuple[Tensor, Target]:
         geometry = draw_geometry(seed, sample.epoch, sample.image_id, sample.width, sample.height, config)
@@ -50,7 +51,7 @@ def training_transform(seed: int, config: TransformConfig) -> Transform:
 
 
 def evaluation_transform(config: TransformConfig) -> Transform:
-    """One resize, nothing random."""
+    """Return the transform for evaluation: one resize, nothing random."""
 
     def transform(sample: Sample) -> tuple[Tensor, Target]:
         return _apply(sample, eval_geometry(sample.width, sample.height, config))
@@ -61,7 +62,7 @@ def evaluation_transform(config: TransformConfig) -> Transform:
 def evaluation_plan(
     manifest: Manifest, config: TransformConfig, batch_size: int, batching: Batching, limit: int = 0
 ) -> tuple[Ints, ...]:
-    """The fixed batches of an evaluation, as rows; `EvaluateConfig` says which there are, and what `limit` is."""
+    """Return the fixed batches of an evaluation as rows of the index; for `batching` and `limit` see `EvaluateConfig`."""
     sizes = None
     if batching == "same_size":
         images = manifest.index().images
@@ -70,21 +71,21 @@ def evaluation_plan(
 
 
 def evaluation_collate(config: TransformConfig, batching: Batching) -> Callable[[list[tuple[Tensor, Target]]], Batch]:
-    """Put an evaluation's batch on its canvas: that of its largest image, or a square that every image fits."""
-    multiple = config.max_size + 1 if batching == "fixed" else 1  # the rounding can give a pixel more than `max_size`
+    """Return the function that pads a batch to its largest image or, for `fixed`, to a square that every image fits."""
+    multiple = config.max_size + 1 if batching == "fixed" else 1  # rounding can give a pixel more than `max_size`
     return partial(collate, multiple=multiple)
 
 
 def plan_config(config: DataConfig) -> PlanConfig:
-    """The options of a run's plan."""
+    """Return the options of a run's plan."""
     return PlanConfig(config.sort_window, config.shuffle_shards, config.epoch_tail)
 
 
 def augmented_sizes(index: Index, seed: int, config: TransformConfig) -> Sizes:
-    """What `plan_epoch` puts images of like shape together by: their sizes after the augmentation.
+    """Return a function for `plan_epoch` that gives the sizes of images after augmentation, without reading them.
 
-    They are known before a byte is read. A rank's slice of a step then holds images of like shape: at 4 images a rank,
-    padding falls from a third of the pixels to a tenth.
+    The plan groups images of similar shape by them. With 4 images per rank, padding falls from a third of the pixels to a
+    tenth.
     """
     images = index.images
 
@@ -107,34 +108,34 @@ def _apply(sample: Sample, geometry: Geometry) -> tuple[Tensor, Target]:
 def training_batches(
     manifest: Manifest, config: RunConfig, schedule: Schedule, ranks: Ranks, step: int, until: int
 ) -> Generator[tuple[Batch, ...], None, None]:
-    """This rank's micro-batches of steps `step` to `until` - 1 as one stream; pinned where they go to a GPU.
+    """Yield this rank's micro-batches of each step from `step` to `until` - 1, pinned if they go to a GPU.
 
-    Its threads live on over epochs, and over whatever the caller does between two batches; closing it ends them.
+    The reader threads run until the generator is closed: across epochs, and while the caller saves or evaluates.
     """
     threads = config.data.reader_threads
     passes = _passes(config, ranks)
-    parts = rank_parts(manifest, config, schedule, ranks, step, until)
+    slices = rank_parts(manifest, config, schedule, ranks, step, until)
     batches = open_stream(
         manifest,
-        (micro for part in parts for micro in _cut(part, passes)),
+        (micro_batch for rank_slice in slices for micro_batch in _split(rank_slice, passes)),
         transform=training_transform(config.seed, config.transform),
         collate=_collate(config, ranks),
         config=ReadConfig(threads, 2 * threads, config.model.masks, config.data.max_bad_samples),
     )
-    with closing(parts), closing(batches):
+    with closing(slices), closing(batches):
         while len(step_batches := tuple(islice(batches, passes))) == passes:
             yield step_batches
 
 
 def _passes(config: RunConfig, ranks: Ranks) -> int:
-    """Forward passes per step: as many on every rank, whatever its part, since under FSDP they are collectives."""
-    largest = -(-config.optim.batch_size // ranks.world_size)
-    return -(-largest // (config.compute.max_microbatch or largest))
+    """Return the number of forward passes per step, equal on every rank, because under FSDP they are collectives."""
+    largest = math.ceil(config.optim.batch_size / ranks.world_size)  # images of one rank
+    return math.ceil(largest / (config.compute.max_microbatch or largest))
 
 
-def _cut(part: tuple[Ints, Ints], passes: int) -> list[tuple[Ints, Ints]]:
-    """A rank's part of a step as consecutive micro-batches, which after sorting hold images of like shape."""
-    rows, epochs = part
+def _split(rank_slice: tuple[Ints, Ints], passes: int) -> list[tuple[Ints, Ints]]:
+    """Split a rank's slice of a step into consecutive micro-batches, so that after sorting each has similar shapes."""
+    rows, epochs = rank_slice
     bounds = [number * len(rows) // passes for number in range(passes + 1)]
     return [(rows[start:stop], epochs[start:stop]) for start, stop in pairwise(bounds)]
 
@@ -142,7 +143,7 @@ def _cut(part: tuple[Ints, Ints], passes: int) -> list[tuple[Ints, Ints]]:
 def rank_parts(
     manifest: Manifest, config: RunConfig, schedule: Schedule, ranks: Ranks, step: int, until: int
 ) -> Generator[tuple[Ints, Ints], None, None]:
-    """This rank's rows, and their epochs, of each step. The next epoch is planned while this one is read."""
+    """Yield this rank's rows and their epochs for each step; the next epoch is planned while the current one is read."""
 
     def plan(epoch: int) -> EpochPlan:
         return plan_epoch(
@@ -150,22 +151,22 @@ def rank_parts(
             seed=config.seed,
             epoch=epoch,
             batch_size=config.optim.batch_size,
-            # No end: the last step is filled up from the epoch after the last, so that a run can be made longer later
-            # and goes on at the exact next sample.
+            # No last epoch: the last step is filled from the epoch after it, so that a run can be extended later and
+            # continues at exactly the next sample.
             sizes=augmented_sizes(manifest.index(), config.seed, config.transform),
             config=plan_config(config.data),
             origin=schedule.origin,
         )
 
-    # Two threads: a run that goes on close to the end of an epoch needs two plans before its first batch.
+    # Two threads: a run that is resumed near the end of an epoch needs two plans before its first batch.
     with ThreadPoolExecutor(2, thread_name_prefix="plan") as planner:
         epoch = schedule.epoch_of(step)
-        coming = [planner.submit(plan, epoch)]
+        plans = [planner.submit(plan, epoch)]
         while step < until:
             epoch += 1
             if schedule.steps(epoch) < until:
-                coming.append(planner.submit(plan, epoch))
-            current = coming.pop(0).result()
+                plans.append(planner.submit(plan, epoch))
+            current = plans.pop(0).result()
             end = min(current.end_step, until)
             for number in range(step, end):
                 yield current.step(number, ranks.rank, ranks.world_size)

@@ -1,4 +1,4 @@
-"""What a worker trains: its unchanging surroundings, and the one thing that changes."""
+"""State of a worker: the constant context of its run, and the model and optimizer that training changes."""
 
 from __future__ import annotations
 
@@ -19,45 +19,47 @@ from shards.manifest import Manifest
 
 @dataclass(frozen=True)
 class Place:
-    """Which run this is: its id, its folder (seen by every worker) and the commit of the code."""
+    """Identity of the run for its workers."""
 
     run_id: str
     folder: Path
+    """Folder of the run, on storage that every worker sees."""
     code_commit: str
     accept_change: bool = False
-    """Go on from a checkpoint of another stream of samples; see `pipeline/identity.py`."""
+    """Continue from a checkpoint of another stream of samples; see `continuation`."""
 
 
 @dataclass
 class State:
-    """The one mutable thing: model, optimizer, and how many optimizer steps they have taken."""
+    """Mutable state of the training."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     step: int
+    """Number of optimizer steps taken."""
     ema: Ema | None = None
-    """Averages of the weights, where the run makes them."""
+    """Moving averages of the weights; None if `optim.ema` is 0."""
 
     @property
     def averages(self) -> dict[str, Tensor] | None:
-        """The averages by parameter name."""
+        """Moving averages by parameter name, or None."""
         return None if self.ema is None else self.ema.averages
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A worker's unchanging surroundings."""
+    """Constant context of a worker."""
 
     config: RunConfig
     place: Place
     ranks: Ranks
     tracker: Tracker | None
-    """Only on rank 0."""
+    """None on all ranks but rank 0."""
     train: Manifest
     val: Manifest
     schedule: Schedule
 
     @property
     def home(self) -> Location:
-        """What holds the run's checkpoints."""
+        """Location of the run's checkpoints."""
         return home_of(self.config.checkpoint.store, self.place.folder)

@@ -1,21 +1,21 @@
 """One optimizer step over the global batch.
 
-The gradient is that of the global batch whatever the number of workers. DDP averages gradients over ranks, so each
-rank's loss is divided by (global sum / world size) for both normalisers:
+The gradient is that of the global batch for any number of workers. DDP averages gradients over ranks, so each rank's
+loss is divided by (global sum / world size) for both normalisers:
 
 - boxes: the number of target boxes over all ranks, as in the original, at least 1 over the whole batch (the original
   clamps the per-rank mean instead; they differ only where a global batch holds fewer boxes than ranks).
-- cross entropy: the sum of the class weights over all queries of all ranks. Departure from the original, which divides
+- cross entropy: the sum of the class weights over all queries of all ranks. This departs from the original, which divides
   by each rank's own sum, so that its result depends on the number of GPUs. On one worker the two are the same.
 
-Both are known from the targets alone, so one small reduction before the forward is all that is added.
+Both are known from the targets alone, so they cost one small reduction before the forward pass.
 
-A rank's images may be cut into micro-batches, one forward and backward pass each (`compute.max_microbatch`), when they
-do not fit its memory at once: the same sums, and so the same gradient up to what padding changes.
+A rank's images may be split into micro-batches with one forward and backward pass each (`compute.max_microbatch`), if
+they do not fit its memory: the sums are the same, and so is the gradient, except for the effect of padding.
 
 `optim.normalise: per_rank` restores the original: each rank's cross entropy is divided by its own sum of weights, the
-boxes by max(boxes over all ranks / ranks, 1), and the gradients are averaged. A micro-batch then counts as what one of
-the original's GPUs holds: the result is the original's on as many GPUs as there are micro-batches on all ranks.
+boxes by max(boxes over all ranks / ranks, 1), and the gradients are averaged. A micro-batch then counts as one of the
+original's GPUs: the result is the original's on as many GPUs as there are micro-batches on all ranks.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ from pipeline.parallel import Ranks, averaging, clip_gradients
 from pipeline.stopping import NOTHING, Asked
 
 RANDOMNESS = "1: dropout from torch.manual_seed((seed * 1000003 + step) * 4099 + rank + (micro-batch << 48))"
-"""The rule that `train_step` seeds by, for checkpoints to name: change the number with it."""
-
+"""Version and rule of the seeds in `train_step`, stored in checkpoints: change the number with the rule."""
 
 _REMEDY = "lower --optim.lr or look at these images"
 
 
 class StepResult(NamedTuple):
-    """A step's figures, on the device: losses of this rank (its share of the global loss), total gradient norm.
-
-    asked: what any rank asks for after this step; the same on every rank.
-    """
+    """Results of a step, on the device."""
 
     losses: Losses
+    """This rank's share of the global loss."""
     grad_norm: Tensor
+    """Total norm of the gradient before clipping."""
     asked: Asked = NOTHING
+    """Requests of any rank after this step; the same on every rank."""
 
 
 class Diverged(TrainingError):
-    """A step that must not be taken. `record` is what to keep of it: gradient norm, and losses and images by rank.
+    """Raised before the update of a step whose loss or gradient is not finite or too large.
 
-    asked: what any rank asks for after this step all the same.
+    `record` holds the gradient norm and, per rank, losses and image ids. `asked` are the requests of any rank after this
+    step.
     """
 
     def __init__(self, message: str, step: int, record: dict[str, Any], asked: Asked = NOTHING) -> None:
@@ -68,7 +68,7 @@ class Diverged(TrainingError):
 
     @property
     def reason(self) -> str:
-        """The message without the step and without what to do."""
+        """Message without the step and the remedy."""
         return str(self).removeprefix(f"step {self.step}: ").partition(f"; {_REMEDY}")[0]
 
     def __reduce__(self) -> tuple[type[Diverged], tuple[str, int, dict[str, Any], Asked]]:
@@ -76,16 +76,18 @@ class Diverged(TrainingError):
 
 
 class _Pass(NamedTuple):
-    """What a forward and backward pass over one micro-batch leaves; `layers`: logits and boxes, without gradients."""
+    """Result of the forward and backward pass over one micro-batch."""
 
     batch: Batch
     losses: Losses
     layers: list[tuple[Tensor, Tensor]]
+    """Logits and boxes of each decoder layer, detached."""
     error: str = ""
+    """Message of the matcher if its costs were not finite."""
 
 
 class Dividers(NamedTuple):
-    """What the sums of a pass are divided by: those over matched boxes (and masks), and the cross entropy."""
+    """Divisors of the loss sums of one pass: for matched boxes and masks, and for the cross entropy."""
 
     boxes: Tensor | float
     cross_entropy: Tensor | float
@@ -94,10 +96,10 @@ class Dividers(NamedTuple):
 def normalisers(
     batches: Sequence[Batch], config: RunConfig, ranks: Ranks, asks: Asked = NOTHING
 ) -> tuple[list[Dividers], Tensor]:
-    """What each micro-batch's losses are divided by, see the module's text, and how many ranks ask for each thing.
+    """Return the divisors of each micro-batch's losses, and the number of ranks that make each request.
 
-    A collective call.
-    Scalars on the rank's device: the host waits neither for the copy nor for the sum.
+    A collective call; the module's docstring explains the divisors. All are scalars on the rank's device, and the host
+    does not wait for the copy or the sum.
     """
     per_batch = [batch.targets for batch in batches]
     boxes = sum(len(target.labels) for targets in per_batch for target in targets)
@@ -107,14 +109,15 @@ def normalisers(
     total_boxes, total_weight, asking = sums[0], sums[1], sums[2:]
     if config.optim.normalise == "per_rank":
         passes = len(batches)
-        # The passes' gradients add up, so each is divided by their number as well: a mean, like DDP's over ranks.
+        # Gradients of passes add up, so each is also divided by the number of passes: a mean, like DDP's over ranks.
         mean_boxes = (total_boxes / (ranks.world_size * passes)).clamp(min=1).float() * passes
-        # Without images both sum and weight are 0, where the original has no answer.
+        # Without images both sum and weight are 0; the original would divide 0 by 0.
         return [Dividers(mean_boxes, (weight or 1.0) * passes) for weight in weights], asking
-    # With eos_coef 0 and no box the weights' sum is 0, and so is the loss that it divides.
+    # With eos_coef 0 and no box the sum of the weights is 0, and so is the loss: divide it by 1.
     total_weight = torch.where(total_weight > 0, total_weight, 1.0)
-    mean = (total_boxes.clamp(min=1) / ranks.world_size).float(), (total_weight / ranks.world_size).float()
-    return [Dividers(*mean)] * len(batches), asking
+    mean_boxes = (total_boxes.clamp(min=1) / ranks.world_size).float()
+    mean_weight = (total_weight / ranks.world_size).float()
+    return [Dividers(mean_boxes, mean_weight)] * len(batches), asking
 
 
 def train_step(
@@ -127,38 +130,34 @@ def train_step(
     asks: Asked = NOTHING,
     lap: Lap = no_lap,
 ) -> StepResult:
-    """Forward, losses and backward of each micro-batch, then clip and update. Learning rates are the caller's.
+    """Run forward, losses and backward of each micro-batch, then clip the gradient and update the weights.
 
-    batches: this rank's part of the step; as many on every rank, some perhaps without images.
-    asks: what this rank wants after the step.
-    lap: told of each part of the step as it ends.
+    `batches` are this rank's micro-batches: equally many on every rank, some perhaps without images. `asks` are this
+    rank's requests after the step. `lap` is called at the end of each phase of the step. The caller sets learning rates.
 
-    Raises `Diverged` before the update when anything is not finite on any rank, or the gradient's norm is past
-    `guard.max_grad_norm`, naming step, image ids and part.
-    The total norm is the same on every rank, since gradients have been averaged by then, so all ranks stop together.
+    Raise `Diverged` before the update, naming step, images and losses, if anything is not finite on any rank or the norm
+    of the gradient exceeds `guard.max_grad_norm`. Gradients are averaged by then, so the norm is the same on every rank,
+    and all ranks raise together.
     """
     dividers, asking = normalisers(batches, config, ranks, asks)
-    # Before the forward pass, so that the last gradients make room for the activations.
+    # Before the forward pass, to free the memory of the last gradients for the activations.
     optimizer.zero_grad(set_to_none=True)
     passes = []
     lap("other")
     for number, (batch, divider) in enumerate(zip(batches, dividers, strict=True)):
-        # Dropout depends on the step and not on what came before it, so that a resumed run repeats it bit for bit.
+        # Seed by step, so that dropout does not depend on earlier steps and a resumed run repeats it bit for bit.
         torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + ranks.rank + (number << 48))
         with averaging(model, now=number == len(batches) - 1):
             passes.append(_pass(model, batch.to(ranks.device), divider, config, lap))
     grad_norm = clip_gradients(optimizer, config.optim.clip_norm)
-    norm, *counts = torch.cat([grad_norm.double()[None], asking]).tolist()  # one wait for the device, for both
+    norm, *counts = torch.cat([grad_norm.double()[None], asking]).tolist()  # one device sync for both
     asked = Asked(*(count > 0 for count in counts))
     if not norm < (config.guard.max_grad_norm or math.inf):  # false for NaN
         raise _diverged(passes, norm, config.guard.max_grad_norm, ranks, step, asked)
     optimizer.step()
     lap("optimizer")
-    return StepResult(
-        _sum([(len(one.batch), one.losses) for one in passes]),
-        grad_norm.detach(),
-        asked,
-    )
+    losses = _sum([(len(result.batch), result.losses) for result in passes])
+    return StepResult(losses, grad_norm.detach(), asked)
 
 
 def _pass(model: nn.Module, batch: Batch, dividers: Dividers, config: RunConfig, lap: Lap) -> _Pass:
@@ -172,7 +171,7 @@ def _pass(model: nn.Module, batch: Batch, dividers: Dividers, config: RunConfig,
     try:
         losses = compute_losses(outputs, batch.targets, dividers.boxes, config.loss, dividers.cross_entropy, canvas)
     except NonFiniteError as found:
-        # The other ranks are on their way to the gradients' sum: come along, with gradients that stop them all there.
+        # The other ranks will wait in the reduction of gradients: join it, with NaN gradients that stop all ranks there.
         error, losses = str(found), _not_finite(outputs)
     lap("loss")
     losses.total.backward()  # type: ignore[no-untyped-call]
@@ -181,13 +180,13 @@ def _pass(model: nn.Module, batch: Batch, dividers: Dividers, config: RunConfig,
 
 
 def _not_finite(outputs: Outputs) -> Losses:
-    """Losses of which every gradient is NaN."""
-    parts = [part for layer in (outputs, *outputs.auxiliary) for part in layer if isinstance(part, Tensor)]
-    return Losses(torch.stack([part.float().sum() for part in parts]).sum() * torch.nan, {})
+    """Return losses whose gradients are all NaN."""
+    tensors = [value for layer in (outputs, *outputs.auxiliary) for value in layer if isinstance(value, Tensor)]
+    return Losses(torch.stack([tensor.float().sum() for tensor in tensors]).sum() * torch.nan, {})
 
 
 def _sum(found: Sequence[tuple[int, Losses]]) -> Losses:
-    """The losses of micro-batches of so many images together: losses add up, errors are means over images."""
+    """Add up the losses of micro-batches, given as (images, losses); error rates are averaged over the images."""
     if len(found) == 1:
         return found[0][1]
     images = max(sum(count for count, _ in found), 1)
@@ -204,37 +203,37 @@ def _sum(found: Sequence[tuple[int, Losses]]) -> Losses:
 def _diverged(
     passes: Sequence[_Pass], grad_norm: float, bound: float, ranks: Ranks, step: int, asked: Asked
 ) -> Diverged:
-    """The same error on every rank; a collective call."""
-    mine = {
-        "images": [target.image_id for one in passes for target in one.batch.targets],
-        "losses": [{name: str(float(value)) for name, value in one.losses.parts.items()} for one in passes],
-        "words": [word for one in passes for word in _words(one)],
+    """Return the same error on every rank; a collective call."""
+    own = {
+        "images": [target.image_id for result in passes for target in result.batch.targets],
+        "losses": [{name: str(float(value)) for name, value in result.losses.parts.items()} for result in passes],
+        "words": [text for result in passes for text in _words(result)],
     }
-    found = ranks.gather(mine)
-    record = {"grad_norm": str(grad_norm), "ranks": found}
-    said = "; ".join(f"rank {rank}: {word}" for rank, one in enumerate(found) for word in one["words"])
-    ids = [image_id for one in found for image_id in one["images"]]
-    if said:
-        said = f"not finite before the update: {said}"
+    by_rank = ranks.gather(own)
+    record = {"grad_norm": str(grad_norm), "ranks": by_rank}
+    not_finite = "; ".join(f"rank {rank}: {text}" for rank, found in enumerate(by_rank) for text in found["words"])
+    ids = [image_id for found in by_rank for image_id in found["images"]]
+    if not_finite:
+        reason = f"not finite before the update: {not_finite}"
     elif math.isfinite(grad_norm):
-        said = f"the gradient's norm is past guard.max_grad_norm ({grad_norm:.4g} > {bound:g}); images {ids}"
+        reason = f"the gradient's norm is past guard.max_grad_norm ({grad_norm:.4g} > {bound:g}); images {ids}"
     else:
-        said = f"the gradient is not finite though every loss is; images {ids}"
-    return Diverged(f"step {step}: {said}; {_REMEDY}", step, record, asked)
+        reason = f"the gradient is not finite though every loss is; images {ids}"
+    return Diverged(f"step {step}: {reason}; {_REMEDY}", step, record, asked)
 
 
-def _words(one: _Pass) -> list[str]:
-    """What is not finite in a pass: in the matcher's words, or as parts of the loss and images."""
-    if one.error:
-        return [one.error]
-    parts = [name for name, value in one.losses.parts.items() if not torch.isfinite(value)]
-    if not parts:
+def _words(result: _Pass) -> list[str]:
+    """Describe the values of a pass that are not finite: the matcher's message, or the losses and their images."""
+    if result.error:
+        return [result.error]
+    names = [name for name, value in result.losses.parts.items() if not torch.isfinite(value)]
+    if not names:
         return []
-    # The matcher looks only at images with objects, so predictions for the others can be at fault.
-    fine = [
-        torch.stack([part[row].isfinite().all() for layer in one.layers for part in layer]).all()
-        for row in range(len(one.batch))
+    # The matcher checks only images with objects, so predictions for the others can be the cause.
+    finite = [
+        torch.stack([values[row].isfinite().all() for layer in result.layers for values in layer]).all()
+        for row in range(len(result.batch))
     ]
-    ids = [target.image_id for target in one.batch.targets]
-    guilty = [image_id for image_id, finite in zip(ids, fine, strict=True) if not finite]
-    return [f"{', '.join(parts)} on images {guilty or ids}"]
+    ids = [target.image_id for target in result.batch.targets]
+    bad = [image_id for image_id, is_finite in zip(ids, finite, strict=True) if not is_finite]
+    return [f"{', '.join(names)} on images {bad or ids}"]

@@ -1,6 +1,7 @@
-"""The driver of a run: check it, create it in MLflow, run its workers, conclude, register the best checkpoint.
+"""Driver of a run: check it, create it in MLflow, run its workers, register the best checkpoint.
 
-A run is created once; every attempt at it (`detr resume` after whatever stopped it) goes through `_see_through`.
+`train` creates a run once; `resume` continues it after whatever stopped it. Both run the workers by `_run` and end with
+`_conclude`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from pipeline.asynchronous import SPOOL
 from pipeline.checkpoint_store import Location, home_of
 from pipeline.config import RunConfig, from_json, to_json
 from pipeline.errors import CheckpointError, Interrupted, RunConfigError, TrainingError
-from pipeline.identity import Changes, continuation
+from pipeline.identity import Changes, Continuation, continuation
 from pipeline.launch import run_workers
 from pipeline.mlflow_events import EventSender
 from pipeline.mlflow_store import (
@@ -45,32 +46,35 @@ from pipeline.weights import INITIAL_NAME
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+    from pipeline.optim import Schedule
+    from shards.manifest import Manifest
+
 Say = Callable[[str], None]
 _SPOOLS = ("spool", SPOOL)
 
 
 def say(text: str) -> None:
-    """A line for the person who waits, at once also where stdout is a file."""
+    """Print a line for the user, unbuffered even if stdout is a file."""
     print(text, flush=True)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How to start, as opposed to what: none of it changes the result."""
+    """Options of the driver that do not change the result of a run."""
 
     address: str | None = None
-    """A Ray cluster (`auto`, `HOST:6379` or `ray://...`); by default RAY_ADDRESS, else a local one is started."""
+    """Address of a Ray cluster (`auto`, `HOST:6379` or `ray://...`). None: RAY_ADDRESS, or start a local one."""
     verbose: bool = False
     say: Say = say
 
 
 class BusyError(TrainingError):
-    """Another driver is at work on this run."""
+    """Raised if another driver is working on the run."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run left behind."""
+    """Result of a finished run."""
 
     run_id: str
     folder: Path
@@ -79,11 +83,11 @@ class Outcome:
     version: str
     model_name: str
     is_best: bool
-    """Whether `@best` is this version; an earlier one of higher AP on the same data keeps the alias."""
+    """True if `@best` points at this version; an earlier one with a higher AP on the same data keeps the alias."""
 
 
 def train(config: RunConfig, launch: Launch | None = None) -> Outcome:
-    """Start a new run and see it through. Everything that can be wrong is checked before Ray starts."""
+    """Start a new run, train it to its end and register it; check everything that can be checked before Ray starts."""
     from pipeline.preflight import check, check_storage, prepare
 
     launch = launch or Launch()
@@ -120,12 +124,10 @@ def train(config: RunConfig, launch: Launch | None = None) -> Outcome:
 
 
 def resume(name: str, changes: Changes | None = None, launch: Launch | None = None) -> Outcome:
-    """Go on with a run, by id, name or registered version, from its newest checkpoint.
+    """Continue a run from its newest checkpoint; `name` is its id, its name or a registered version.
 
-    A run that was trained to its end but not registered is registered; one that is all done is refused.
+    A run that was trained to its end but not registered is registered. Raise `RunConfigError` for a finished run.
     """
-    from pipeline.data import open_data
-    from pipeline.optim import Schedule
     from pipeline.preflight import check_data
     from pipeline.registry import run_of
 
@@ -142,53 +144,89 @@ def resume(name: str, changes: Changes | None = None, launch: Launch | None = No
     config = changes.of(original)
     if changes.data is not None:
         check_data(config)
-    train, _ = open_data(config.data)
-    meta = checkpoint.read_meta(newest) if newest else None
-    way = continuation(meta, config, train, changes.accept)
-    schedule = Schedule(config.optim, train.images, config.data.epoch_tail, way.origin)
-    step = meta.step if meta else 0
-    trained = (
-        newest is not None
-        and step >= schedule.total_steps
-        and checkpoint.read_evaluation(newest) is not None
-        and not checkpoint.waiting(home)
-    )
+    position = _position(config, newest, changes.accept)
+    trained = newest is not None and position.at_end and _is_evaluated(home, newest)
     if trained and run.info.status == "FINISHED":
-        if any(unsent(folder / name) for name in _SPOOLS):
-            with _only_driver(folder, run_id):
-                launch.say("sending what MLflow had not taken when the run ended")
-                _send_rest(run_id, folder, launch)
+        _send_unsent(run_id, folder, launch)
         raise RunConfigError(
-            f"run {run.info.run_name} ({run_id[:8]}) is finished: {step} steps, registered; "
+            f"run {run.info.run_name} ({run_id[:8]}) is finished: {position.step} steps, registered; "
             "expected one that has steps left: give --epochs N to train it further"
         )
     with _only_driver(folder, run_id), _recorded(client, run_id):
         if config != original:
-            # Parameters of a run cannot change; the artifact is what the next resume reads.
+            # Parameters of a run cannot change in MLflow; the next resume reads this artifact.
             client.log_text(run_id, to_json(config).decode(), CONFIG_ARTIFACT)
-        launch.say(f"run {run.info.run_name} ({run_id[:8]}) goes on at step {step} of {schedule.total_steps}")
-        if way.changes:
-            launch.say(f"warning: {way.told(train.images)}")
-            client.set_tag(run_id, TAG_STREAM, way.appended_to(run.data.tags.get(TAG_STREAM, "")))
-            client.set_tag(run_id, TAG_TRAIN_DIGEST, train.digest)
-        client.set_tag(run_id, TAG_TOTAL_STEPS, str(schedule.total_steps))
-        client.set_tag(run_id, TAG_EPOCHS, str(schedule.epoch(schedule.total_steps)))
-        client.set_tag(run_id, TAG_PHASE, "starting")
-        if run.data.tags.get(TAG_ROOM):
-            client.set_tag(run_id, TAG_ROOM, "")  # of a driver that was killed while it waited
+        total = position.schedule.total_steps
+        launch.say(f"run {run.info.run_name} ({run_id[:8]}) continues at step {position.step} of {total}")
+        if position.stream.changes:
+            launch.say(f"warning: {position.stream.told(position.train.images)}")
+        _announce(client, run_id, _resumed_tags(position, run.data.tags))
         if trained:
             _send_rest(run_id, folder, launch)
         else:
             client.update_run(run_id, status="RUNNING")
-            _run(config, run_id, folder, launch, accept_change=bool(way.changes))
+            _run(config, run_id, folder, launch, accept_change=bool(position.stream.changes))
         return _conclude(client, config, run_id, folder, launch)
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Position of a run that is resumed: its step, and the data and schedule that it continues with."""
+
+    step: int
+    train: Manifest
+    schedule: Schedule
+    stream: Continuation
+
+    @property
+    def at_end(self) -> bool:
+        """True if no step is left."""
+        return self.step >= self.schedule.total_steps
+
+
+def _position(config: RunConfig, newest: Location | None, accept_change: bool) -> _Position:
+    """Return the position after the checkpoint `newest`; raise `CheckpointError` if it does not fit the data."""
+    from pipeline.data import open_data
+    from pipeline.optim import Schedule
+
+    train, _ = open_data(config.data)
+    meta = checkpoint.read_meta(newest) if newest else None
+    stream = continuation(meta, config, train, accept_change)
+    schedule = Schedule(config.optim, train.images, config.data.epoch_tail, stream.origin)
+    return _Position(meta.step if meta else 0, train, schedule, stream)
+
+
+def _is_evaluated(home: Location, newest: Location) -> bool:
+    """Return true if the newest checkpoint has its metrics and no other checkpoint waits for an evaluation."""
+    return checkpoint.read_evaluation(newest) is not None and not checkpoint.waiting(home)
+
+
+def _resumed_tags(position: _Position, before: Mapping[str, str]) -> dict[str, str]:
+    """Return the tags of a run that is resumed; `before` are the tags it has."""
+    schedule, stream = position.schedule, position.stream
+    tags: dict[str, str] = {}
+    if stream.changes:
+        tags[TAG_STREAM] = stream.appended_to(before.get(TAG_STREAM, ""))
+        tags[TAG_TRAIN_DIGEST] = position.train.digest
+    tags[TAG_TOTAL_STEPS] = str(schedule.total_steps)
+    tags[TAG_EPOCHS] = str(schedule.epoch(schedule.total_steps))
+    tags[TAG_PHASE] = "starting"
+    if before.get(TAG_ROOM):
+        tags[TAG_ROOM] = ""  # left by a driver that was killed while it waited for resources
+    return tags
+
+
+def _announce(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a run in MLflow, in this order."""
+    for name, value in tags.items():
+        client.set_tag(run_id, name, value)
 
 
 @contextmanager
 def _recorded(client: MlflowClient, run_id: str) -> Iterator[None]:
-    """Whatever ends the block, MLflow says so: finished, stopped or failed.
+    """Set the final status of the run in MLflow when the block ends: finished, stopped or failed.
 
-    Raises `TrackingError` where MLflow does not answer the driver.
+    Raise `TrackingError` if MLflow does not answer, and `Interrupted` if the driver was asked to stop.
     """
     try:
         with answering(f"everything that the run has saved is kept: `detr resume {run_id[:8]}` does the rest"):
@@ -196,7 +234,7 @@ def _recorded(client: MlflowClient, run_id: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, Interrupted):
         set_final_status(client, run_id, "stopped", "KILLED", say)
         raise Interrupted(
-            f"stopped; everything up to the last checkpoint is kept: `detr resume {run_id[:8]}` goes on"
+            f"stopped; everything up to the last checkpoint is kept: `detr resume {run_id[:8]}` continues"
         ) from None
     except BaseException:
         set_final_status(client, run_id, "failed", "FAILED", say)
@@ -205,7 +243,7 @@ def _recorded(client: MlflowClient, run_id: str) -> Iterator[None]:
 
 
 def _run(config: RunConfig, run_id: str, folder: Path, launch: Launch, accept_change: bool = False) -> None:
-    """Run the workers, then send what they could not."""
+    """Run the workers, then send to MLflow what they could not."""
     try:
         run_workers(
             config,
@@ -220,8 +258,16 @@ def _run(config: RunConfig, run_id: str, folder: Path, launch: Launch, accept_ch
         _send_rest(run_id, folder, launch)
 
 
+def _send_unsent(run_id: str, folder: Path, launch: Launch) -> None:
+    """Send what a finished run could not send to MLflow while it ran, if there is anything."""
+    if any(unsent(folder / name) for name in _SPOOLS):
+        with _only_driver(folder, run_id):
+            launch.say("sending what MLflow had not taken when the run ended")
+            _send_rest(run_id, folder, launch)
+
+
 def _send_rest(run_id: str, folder: Path, launch: Launch) -> None:
-    """Send what those who wrote the run's spools could not."""
+    """Send what is left in the spools of the run to MLflow."""
     for spool in (folder / name for name in _SPOOLS):
         if not drain(spool, EventSender(tracking_uri(), run_id, spool)):
             launch.say(
@@ -231,7 +277,10 @@ def _send_rest(run_id: str, folder: Path, launch: Launch) -> None:
 
 @contextmanager
 def _only_driver(folder: Path, run_id: str) -> Iterator[None]:
-    """Two drivers would write one spool and delete each other's unfinished checkpoints. A kill lets go of the lock."""
+    """Hold the lock of the run's folder; raise `BusyError` if another driver has it.
+
+    Two drivers would write the same spool and delete each other's unfinished checkpoints. A kill releases the lock.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "driver.lock").open("a+") as file:
         try:
@@ -249,7 +298,7 @@ def _only_driver(folder: Path, run_id: str) -> Iterator[None]:
 
 
 def _conclude(client: MlflowClient, config: RunConfig, run_id: str, folder: Path, launch: Launch) -> Outcome:
-    """Register the best checkpoint."""
+    """Register the best checkpoint of a trained run."""
     from pipeline.registry import register
 
     home = home_of(config.checkpoint.store, folder)
@@ -258,9 +307,9 @@ def _conclude(client: MlflowClient, config: RunConfig, run_id: str, folder: Path
         raise TrainingError(f"the run ended without an evaluated checkpoint in {home}; expected one at its last step")
     best, metrics = found
     client.set_tag(run_id, TAG_PHASE, "registering")
-    missed = client.get_run(run_id).data.tags.get(TAG_LEFT_OUT)
-    if missed:
-        launch.say(f"warning: left out {missed}")
+    left_out = client.get_run(run_id).data.tags.get(TAG_LEFT_OUT)
+    if left_out:
+        launch.say(f"warning: left out {left_out}")
     registered = register(
         client, run_id, config, best, metrics, name=config.model_name, alias="best", only_if_better=True
     )

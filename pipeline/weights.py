@@ -1,7 +1,7 @@
-"""The weights a run starts from, made once by the driver and written into the run's folder.
+"""Initial weights of a run, made once by the driver and written into the run's folder.
 
 Workers only read that file: they need no network, a missing file or an unreachable host shows before the cluster is
-paid for, and what a run started from stays with it. Random weights are never a fallback; they must be asked for.
+paid for, and the run keeps its initial weights. Random weights are never a fallback; they must be requested.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _CLASS_HEAD = ("class_embed.weight", "class_embed.bias")
 
 
 def build_trained(config: RunConfig, num_classes: int) -> DETR:
-    """The run's model with random weights; what is not to be trained gets no gradient."""
+    """Return the run's model with random weights, with the modules frozen that are not trained."""
     model = build_model(config.model, num_classes)
     if config.optim.train == "mask_head":
         freeze_detector(model)
@@ -47,9 +47,9 @@ def build_trained(config: RunConfig, num_classes: int) -> DETR:
 
 
 def settle(config: RunConfig, resolve_folder: Path | None) -> RunConfig:
-    """A run that starts from a registered model takes that model's shape, so that its weights fit; it may add masks.
+    """Return the configuration with the architecture of the registered model that the run starts from.
 
-    Raises `RunConfigError` naming the fields that were set to another shape than the model's.
+    A run may add masks to it. Raise `RunConfigError` naming the fields that were set to another architecture.
     """
     if resolve_folder is None:
         return config
@@ -61,13 +61,13 @@ def settle(config: RunConfig, resolve_folder: Path | None) -> RunConfig:
 
 
 def _refuse_other_shape(given: ModelConfig, recipe: ModelConfig, card: ModelConfig) -> None:
-    """What differs from the recipe was asked for; it must not be dropped silently."""
-    # The run's own; the backbone's weights come with the others; a mask head may be added.
+    """Raise `RunConfigError` if the user set a field of the architecture, which differs from recipe and card."""
+    # Dropout is the run's own, the backbone's weights come with the others, and a mask head may be added.
     free = ("dropout", "backbone_weights", "masks")
     names = [field.name for field in fields(given) if field.name not in free]
-    asked = [name for name in names if getattr(given, name) not in (getattr(recipe, name), getattr(card, name))]
-    if asked:
-        flags = ", ".join(f"--model.{name.replace('_', '-')}" for name in asked)
+    refused = [name for name in names if getattr(given, name) not in (getattr(recipe, name), getattr(card, name))]
+    if refused:
+        flags = ", ".join(f"--model.{name.replace('_', '-')}" for name in refused)
         raise RunConfigError(
             f"{flags} differs from the model that --initial names; the shape comes from --initial: leave out {flags}"
         )
@@ -76,9 +76,9 @@ def _refuse_other_shape(given: ModelConfig, recipe: ModelConfig, card: ModelConf
 def initial_model(
     config: RunConfig, categories: Sequence[Category], resolved: Path | None
 ) -> tuple[DETR, tuple[str, ...]]:
-    """Build the model with the run's first weights; return it and what a person should know about them.
+    """Build the model with the run's initial weights; return it and lines about them for the user.
 
-    resolved: the folder of the registered model in `config.initial`, if it names one.
+    `resolved` is the folder of the registered model in `config.initial`, or None.
     """
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(categories))
@@ -88,22 +88,22 @@ def initial_model(
 
 
 def save_initial(model: DETR, folder: Path) -> None:
-    """Write the run's first weights into its folder."""
+    """Write the run's initial weights into its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.contiguous() for name, value in to_original_state_dict(model).items()}
     save_file(weights, folder / INITIAL_NAME)
 
 
 def read_initial(model: DETR, folder: Path) -> None:
-    """Fill a model with the run's first weights.
+    """Load the run's initial weights into a model.
 
-    Raises `CheckpointError` where they are not: the driver has put them there before any worker starts.
+    Raise `CheckpointError` if the file is missing: the driver wrote it before any worker started.
     """
     path = folder / INITIAL_NAME
     if not path.exists():
         raise CheckpointError(
             f"{path} is not there on {platform.node()}; expected the run's folder as the driver made it: give a --storage that "
-            "every node sees, mounted at the same place"
+            "every node sees, mounted at the same path"
         )
     load_original_state_dict(model, load_file(path))
 
@@ -113,31 +113,36 @@ def _load_initial(
 ) -> tuple[str, ...]:
     state = dict(_read_state(resolved / WEIGHTS_NAME if resolved else Path(config.initial), "initial"))
     known = read_card(resolved).categories if resolved else None
-    # The original keeps the detector of a model with masks behind a prefix.
+    # The parameters of the detector have a prefix in a model with masks.
     heads = {name: key for name in _CLASS_HEAD for key in state if key.endswith(name)}
     shape = state[heads[_CLASS_HEAD[0]]].shape if len(heads) == len(_CLASS_HEAD) else None
-    # A label without a category, as an imported model has some, is no class: the rows of the others are the data's.
+    # Imported models have labels without a category, which are no classes: keep only the rows of the others.
     named = [label for label, category in enumerate(known or ()) if category.name != UNNAMED]
     if known and len(named) < len(known) and tuple(known[label] for label in named) == tuple(categories):
         known = tuple(categories)
         state |= {heads[name]: state[heads[name]][[*named, -1]] for name in _CLASS_HEAD}
     same = known == tuple(categories) if known else shape is not None and shape[:1] == (len(categories) + 1,)
-    if not same and shape is not None:  # what has no class head is no DETR, which the loading below explains
+    if not same and shape is not None:  # a state without a class head is no DETR: loading it below raises
         if config.optim.train == "mask_head":
             raise RunConfigError(
                 f"--initial {config.initial} knows other classes than the {len(categories)} of the data, but only the mask "
                 "head trains; expected a detector of the same classes: fine-tune one first, or give --optim.train all"
             )
         state |= {heads[name]: model.get_parameter(name).detach() for name in _CLASS_HEAD}
-    fresh_masks = model.config.masks and not any(key.startswith(MASK_MODULES) for key in state)
+    new_mask_head = model.config.masks and not any(key.startswith(MASK_MODULES) for key in state)
     try:
-        (load_detector_state_dict if fresh_masks else load_original_state_dict)(model, state)
+        if new_mask_head:
+            load_detector_state_dict(model, state)
+        else:
+            load_original_state_dict(model, state)
     except ValueError as error:
         raise RunConfigError(f"--initial {config.initial}: {error}") from None
-    said = f"starting from {config.initial}"
+    note = f"starting from {config.initial}"
     if not same:
-        said += f"; its class head was of other classes and starts afresh for {len(categories)}"
-    return (said + ("; its mask head is new and starts from random weights" if fresh_masks else ""),)
+        note += f"; its class head was of other classes and starts afresh for {len(categories)}"
+    if new_mask_head:
+        note += "; its mask head is new and starts from random weights"
+    return (note,)
 
 
 def _load_backbone(model: DETR, config: ModelConfig) -> tuple[str, ...]:
@@ -154,7 +159,7 @@ def _load_backbone(model: DETR, config: ModelConfig) -> tuple[str, ...]:
 
 
 def _imagenet(backbone: str) -> Mapping[str, Tensor]:
-    """torchvision's own loader and cache. V1 weights: those the original was trained from."""
+    """Return torchvision's ImageNet weights, downloaded or cached: V1, as in the original."""
     from torchvision.models import get_weight
 
     names = {"resnet18": "ResNet18", "resnet34": "ResNet34", "resnet50": "ResNet50", "resnet101": "ResNet101"}
@@ -166,7 +171,7 @@ def _imagenet(backbone: str) -> Mapping[str, Tensor]:
     weights = get_weight(f"{names[backbone]}_Weights.IMAGENET1K_V1")
     logging.getLogger(__name__).info("loading %s", weights.url)
     try:
-        # torch announces a download on stderr; where it fails, the line below must stand alone.
+        # torch announces a download on stderr; after a failure only the line below should be shown.
         with contextlib.redirect_stderr(io.StringIO()):
             state: Mapping[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
         return state

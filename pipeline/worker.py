@@ -1,12 +1,12 @@
-"""The training loop of one worker: from the newest checkpoint, or the first weights, to the last step.
+"""Training loop of one worker: from the newest checkpoint, or the initial weights, to the last step.
 
-It knows neither Ray nor MLflow: ranks, folder and tracker are passed in, so the same loop runs in a unit test, in one
-process, and on a cluster. The run's position is one number, the step; the plan, the schedule and the augmentation are
-functions of it. The loop has one shape for a fresh, an interrupted and a finished run:
+It uses neither Ray nor MLflow: ranks, folder and tracker are passed in, so the same loop runs in a unit test, in one
+process, and on a cluster. The position of a run is one number, the step; the plan, the schedule and the augmentation are
+functions of it. New, interrupted and finished runs take the same path through the loop:
 
     evaluate if due -> stop if done -> train to the next boundary -> save -> (again)
 
-A kill between saving and evaluating therefore costs nothing: the evaluation is still due when the run goes on.
+A kill between saving and evaluating therefore costs nothing: the evaluation is still due when the run continues.
 """
 
 from __future__ import annotations
@@ -43,15 +43,17 @@ from pipeline.validation import evaluation_due, validate
 
 @dataclass(frozen=True)
 class Means:
-    """What steps are taken with: batches, what handles a bad one, what saves and measures, what this rank asks for, and who
-    hears of each step."""
+    """Collaborators of the loop in each step."""
 
     batches: Iterator[tuple[Batch, ...]]
     guard: Guard
+    """Handles steps that diverge."""
     saver: Saver
     meter: Meter
     watch: Callable[[], Asked]
+    """Returns the requests of the driver and the cluster to this rank."""
     stepped: Callable[[int], None]
+    """Called after each step with its number."""
 
     def asks(self) -> Asked:
         """Return the watch's requests, with a save if the saver needs one."""
@@ -60,12 +62,12 @@ class Means:
 
 
 def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None, overseer: Overseer = NOBODY) -> None:
-    """Train until the last step, or until asked to stop, whatever was done before; a collective call."""
+    """Train until the last step or a request to stop, from the newest checkpoint; a collective call."""
     train, val = open_data(config.data)
     check_cache(config.data, train, val)
-    # Rank 0 decides for all: another rank could look a moment later, or at a folder that is not yet in sync.
+    # Rank 0 decides: another rank could look a moment later, or at a folder that is not yet in sync.
     home = home_of(config.checkpoint.store, place.folder)
-    newest = ranks.gather(saved.newest_of_run(home, place.folder) if ranks.first else None)[0]
+    newest = ranks.broadcast(saved.newest_of_run(home, place.folder) if ranks.first else None)
     meta = None if newest is None else checkpoint.read_meta(newest)
     origin = continuation(meta, config, train, place.accept_change).origin
     schedule = Schedule(config.optim, train.images, config.data.epoch_tail, origin)
@@ -73,7 +75,7 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None, 
     state = restore(worker, newest, 0 if meta is None else meta.step)
     if state.step == 0 and tracker:
         tell_opening(config, tracker, val)
-    # One stream to the end: neither checkpoints nor evaluations nor ends of epochs stop its threads.
+    # One stream to the end of the run: checkpoints, evaluations and ends of epochs do not stop its threads.
     with (
         closing(training_batches(train, config, schedule, ranks, state.step, schedule.total_steps)) as batches,
         open_saver(
@@ -85,7 +87,8 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None, 
             partial(saved.note_saved, place.folder),
         ) as saver,
     ):
-        watch = StopWatch(place.folder, overseer).asked if ranks.first else Asked
+        # Only rank 0 looks for requests; the others have none of their own.
+        watch = StopWatch(place.folder, overseer).asked if ranks.first else _no_request
         guard = Guard(place.folder, config.guard, ranks, tracker, saver)
         meter = Meter(
             schedule, ranks, tracker, lambda: saver.stalled_s, Forecast(config, schedule, val.images, ranks.world_size)
@@ -103,10 +106,14 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None, 
                 return
 
 
-def _train(worker: Worker, state: State, means: Means, until: int) -> Asked:
-    """Take the steps before `until`, or until a rank asks to stop; returns what was asked for last.
+def _no_request() -> Asked:
+    return NOTHING
 
-    Where one asks for a save only, that interrupts nothing: the curves have their points where they would have them.
+
+def _train(worker: Worker, state: State, means: Means, until: int) -> Asked:
+    """Train until step `until` or until a rank asks to stop; return the last requests.
+
+    A request to save does not end it, so the points of the curves stay where they are.
     """
     schedule, meter = worker.schedule, means.meter
     lap = meter.clock.lap

@@ -115,7 +115,7 @@ def test_the_classes_that_pass_here_pass_nowhere_else(tmp_path: Path) -> None:
     [
         ([torch.zeros(1)], "holds no state dict; expected tensors by name"),
         ({"model": {"epoch": 3}}, "holds no state dict"),
-        ({"state_dict": STATE}, "or such under the key `model`"),
+        ({"state_dict": STATE}, "at the top or under the key `model`"),
         ({"model": None}, "holds no state dict"),
         ({}, "holds no state dict"),
         (7, "holds no state dict"),
