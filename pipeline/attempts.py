@@ -6,7 +6,7 @@
                           0001.hang          which worker is stuck and keeps the others waiting
                           0001.consequence   error of a worker whose peer had died; used only if there is no cause
 
-Every file is written atomically, and the first writer wins. The records belong to one driver: the next driver deletes them.
+Every file is written atomically, and the first writer wins. The records belong to one driver; the next deletes them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _KINDS: tuple[Kind, ...] = ("cause", "hang", "consequence")  # the most specific
 
 
 class Word(msgspec.Struct, frozen=True):
-    """Reason and time (seconds since 1970) of the end of an attempt; `wanted`: ended to change the number of workers."""
+    """Reason and time (seconds since 1970) of an attempt's end; `wanted`: ended to change the number of workers."""
 
     why: str
     at: float

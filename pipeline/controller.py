@@ -1,7 +1,7 @@
-"""What Ray's controller of the workers tells us: why a group of them ended, and that another number is about to start.
+"""Callback of Ray's controller: record why a group of workers ended, and let it save before a resize.
 
-The controller is an actor of Ray's on the driver's machine. Ray calls these methods there, between two looks at the
-workers; what they learn lies in the run's folder, where the next group and the driver find it.
+The controller is an actor of Ray on the driver's machine, which calls these methods between two polls of the workers.
+They write to the run's folder, where the next group and the driver read it.
 """
 
 from __future__ import annotations
@@ -11,24 +11,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ray.train.v2._internal.execution.callback import ControllerCallback
-
 from pipeline import attempts
-from pipeline.errors import first_line
+from pipeline.ray_internals import ControllerCallback
 from pipeline.stopping import ask_to_yield, asked_to_yield, yielded
+from shards.errors import one_line
 
-_YIELD_S = 120.0  # for the step, or the evaluation, that the workers are at, and the checkpoint
+_YIELD_S = 120.0  # for the current step or evaluation, and the checkpoint
 _LOOK_S = 0.2
 
 
 class GroupNotes(ControllerCallback):  # type: ignore[misc]
-    """Notes why groups of workers end, and lets one that is to be replaced save first."""
+    """Callback that records why groups of workers end, and lets a group save before it is replaced."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Ray calls it; states are known by the names of their classes."""
+        """Handle a change of state, called by Ray; the states are distinguished by class name."""
         state = type(current_state).__name__
         if state == "ResizingState":
             self._let_save(current_state.scaling_decision.num_workers)
@@ -38,10 +37,10 @@ class GroupNotes(ControllerCallback):  # type: ignore[misc]
             note(self._folder, error)
 
     def _let_save(self, workers: int) -> None:
-        """The workers run well, but there is room for another number of them: ask these to save and return."""
+        """Ask the workers, which run well, to save and return because `workers` of them will replace them."""
         if not attempts.begun(self._folder):
             return
-        attempts.end(self._folder, f"the cluster has room for {workers} workers now", wanted=True)
+        attempts.end(self._folder, f"the cluster has resources for {workers} workers now", wanted=True)
         ask_to_yield(self._folder)
         until = time.monotonic() + _YIELD_S
         while asked_to_yield(self._folder) and time.monotonic() < until:
@@ -50,14 +49,15 @@ class GroupNotes(ControllerCallback):  # type: ignore[misc]
 
 
 def note(folder: Path, error: BaseException) -> None:
-    """Leave word why the group of workers ended, as far as Ray knows."""
+    """Record why the group of workers ended, as far as Ray knows."""
     why, certain = explain(error)
     attempts.end(folder, why, "cause" if certain else "consequence")
 
 
 def explain(error: BaseException) -> tuple[str, bool]:
-    """Why a group of workers ended, in one line, and whether that is the cause: what a worker raises may be what it
-    met when another died.
+    """Return in one line why a group of workers ended, and True if that is certainly the cause.
+
+    An exception of a worker is not certain: it may have been raised because another worker died.
     """
     failures: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
     died = {rank: _death(failure) for rank, failure in sorted(failures.items())}
@@ -71,20 +71,22 @@ def explain(error: BaseException) -> tuple[str, bool]:
 
 
 def _death(failure: BaseException) -> str:
-    """Ray's own words for the death of a worker's process or node, without its boilerplate; empty if it lives."""
+    """Return Ray's reason for the death of a worker's process or node, without boilerplate; "" if it lives."""
     cause = getattr(failure, "health_check_failure", None)
     if cause is None:
         return ""
     if type(cause).__name__ == "ActorUnavailableError":
         return "its process or its node does not answer"
     lines = [line.strip() for line in str(cause).splitlines()]
-    said = " ".join(line for line in lines if line and not re.match(r"\w+: ", line) and "before finishing" not in line)
-    said = said.partition("Worker exit detail: ")[2] or said
-    # A guess at several causes follows where Ray knows none.
-    said, guess, _ = said.partition(" Some common causes")
+    reason = " ".join(
+        line for line in lines if line and not re.match(r"\w+: ", line) and "before finishing" not in line
+    )
+    reason = reason.partition("Worker exit detail: ")[2] or reason
+    # If Ray does not know the cause, it appends a list of guesses.
+    reason, guess, _ = reason.partition(" Some common causes")
     if guess:
-        said += " It was killed, it crashed, or its machine ran out of memory (dmesg there says so)."
-    return (said or first_line(cause))[:400].rstrip(".")
+        reason += " It was killed, it crashed, or its machine ran out of memory (dmesg there says so)."
+    return (reason or one_line(cause))[:400].rstrip(".")
 
 
 def _last_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""The errors that users can cause or must act on. Each message is one line: what was got, what was expected, what to do.
+"""Errors that users can cause or must act on, each with a message of one line: got, expected, what to do.
 
 * Exception
   * PipelineError: raised in `pipeline` and `jobs`

@@ -1,14 +1,14 @@
-"""What happens when a step would spoil the weights: a loss or gradient that is not finite, or a norm past a bound.
+"""Handling of divergence: a loss or gradient that is not finite, or a gradient norm above the bound.
 
-Every rank knows it before the update, from the same total norm, and all do the same (`RunConfig.guard`):
+Every rank detects it before the update, from the same total norm, and applies the same policy (`RunConfig.guard`):
 
-- `stop` ends the run with an error that names step, part and images.
-- `skip` leaves this update out; the stream of samples goes on.
-- `rollback` takes weights and optimizer back to the newest checkpoint; the stream goes on as well, so that the batches
-  since then are not met again at once, a bad one among them perhaps.
+- `stop` ends the run with an error that names the step, the loss and the images.
+- `skip` leaves this update out and continues with the next batch.
+- `rollback` restores weights and optimizer from the newest checkpoint and continues with the next batch; the batches since
+  that checkpoint are not repeated, since one of them may be bad.
 
-Each event is kept beside the checkpoints and told to MLflow. More than `guard.max_events` of them end the run: then it
-is not a batch that is bad.
+Each event is written to the run's folder and to MLflow. More than `guard.max_events` events end the run: the cause is then
+not a single batch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pipeline.track import TAG_WARNING, Tracker
 
 
 class Guard:
-    """Decides for every rank alike; rank 0 notes and tells."""
+    """Policy for diverged steps, the same on every rank; rank 0 records and reports the events."""
 
     def __init__(
         self, run_folder: Path, config: GuardConfig, ranks: Ranks, tracker: Tracker | None, saver: Saver
@@ -46,17 +46,17 @@ class Guard:
         optimizer: torch.optim.Optimizer,
         averages: checkpoint.Averages | None = None,
     ) -> None:
-        """Note the event, and leave model, optimizer and averages so that the next step can follow; a collective call.
+        """Record the event and prepare model, optimizer and averages for the next step; a collective call.
 
-        Raises `TrainingError` where the run has to end.
+        Raise `TrainingError` if the run must end.
         """
         policy, allowed = self._config.policy, self._config.max_events
         if self._ranks.first:
-            self._note(event)
+            self._record(event)
         self._ranks.barrier()
         count = self._ranks.broadcast(len(self._records(event.step)))
         if self._tracker:
-            self._tell(event, count)
+            self._report(event, count)
         if policy == "stop":
             raise Diverged(f"{event}; {self._kept(event)}", event.step, event.record, event.asked)
         if count > allowed:
@@ -75,36 +75,36 @@ class Guard:
             checkpoint.load(newest, model, optimizer, self._ranks, averages)
 
     def _path(self, event: Diverged) -> Path:
-        # One file per step: a step that a resumed run meets again is the same event.
+        # One file per step: a step that a resumed run repeats is the same event.
         return self._folder / f"step-{event.step:08d}.json"
 
     def _kept(self, event: Diverged) -> str:
         return f"kept in {self._path(event)}"
 
-    def _note(self, event: Diverged) -> None:
+    def _record(self, event: Diverged) -> None:
         self._folder.mkdir(exist_ok=True)
         record = {"step": event.step, "policy": self._config.policy, "said": str(event)} | event.record
         path = self._path(event)
-        aside = path.with_suffix(".partial")
-        aside.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2))
-        aside.rename(path)
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2))
+        partial.rename(path)
 
-    def _tell(self, event: Diverged, count: int) -> None:
+    def _report(self, event: Diverged, count: int) -> None:
         assert self._tracker
         self._tracker.metrics({"guard/events": float(count)}, event.step)
         self._tracker.tags({"detr.guard": f"{count} {self._config.policy}: {event}"[:500]})
         if self._config.policy != "stop" and count <= self._config.max_events:
-            done = "left out" if self._config.policy == "skip" else "left out and the newest checkpoint taken"
-            # A tag for each, so that none is lost between two looks of who watches.
+            action = "skipped" if self._config.policy == "skip" else "skipped and the newest checkpoint restored"
+            # One tag for each event: a follower polls the tags and would miss overwritten ones.
             name = f"{TAG_WARNING}.guard.{count}"
-            told = f"step {event.step} {done}: {event.reason[:400]} ({count} of {self._config.max_events})"
-            self._tracker.tags({name: told})
+            text = f"step {event.step} {action}: {event.reason[:400]} ({count} of {self._config.max_events})"
+            self._tracker.tags({name: text})
         rows = self._records(event.step)
         columns = {name: [str(row.get(name, "")) for row in rows] for name in ("step", "policy", "grad_norm", "said")}
         self._tracker.table("guard_events.json", columns)
 
     def _records(self, step: int) -> list[dict[str, Any]]:
-        """The events up to a step; later ones were met before the run went on from an earlier checkpoint."""
+        """Return the events up to a step; later ones happened before the run was resumed from an earlier checkpoint."""
         records = [
             msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
             for path in sorted(self._folder.glob("step-*.json"))

@@ -1,4 +1,4 @@
-"""What is said when a worker's memory does not suffice: which step, of what size, what takes how much, and what to lower."""
+"""Explanation of running out of memory: the step, its size, the largest users of memory, and the settings to lower."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate mem
 
 
 class MemoryShortage(TrainingError):
-    """A worker has not enough memory for a step; trying again would end in the same way."""
+    """Raised when a worker has not enough memory for a step; a restart would end in the same way."""
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether an error says that memory is short: the device's, or this process's."""
+    """Return True if an error means that the device's or this process's memory is exhausted."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _NO_MEMORY)
 
 
 @contextmanager
@@ -42,45 +42,51 @@ def explaining(
     ranks: Ranks,
     step: int,
 ) -> Iterator[None]:
-    """Raise `MemoryShortage`, one line, where memory runs short in the block, which takes step `step` with `batches`."""
+    """Turn an out-of-memory error of the block, which runs step `step` on `batches`, into a `MemoryShortage`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_shortage(error):
             raise
-        raise MemoryShortage(_told(error, _table(model, optimizer), batches, config, ranks, step)) from error
+        raise MemoryShortage(_message(error, _table(model, optimizer), batches, config, ranks, step)) from error
 
 
-def _told(
+def _message(
     error: BaseException, table: dict[str, int], batches: Sequence[Batch], config: RunConfig, ranks: Ranks, step: int
 ) -> str:
     largest = max(batches, key=lambda batch: batch.images.numel())
     count, _, height, width = largest.images.shape
-    where, peak = _peak(ranks.device)
+    kind, peak = _peak(ranks.device)
     wanted = _WANTED.search(str(error))
-    sizes = [f"{name} {size_text(size)}" for name, size in table.items()] + [peak]
+    sizes = [f"{name} {size_text(size)}" for name, size in table.items()]
+    sizes.append(peak)
     if wanted:
         more = size_text(int(wanted[1])) if wanted[2] == "bytes" else f"{wanted[1]} {wanted[2]}"
         sizes.append(f"{more} more were wanted")
-    canvas = f"{count} image{'s' * (count != 1)} of {height}x{width}"
+    canvas = f"{count} {'image' if count == 1 else 'images'} of {height}x{width}"
     return (
-        f"step {step}: worker {ranks.rank} ran out of {where} memory in a pass of {canvas} ({', '.join(sizes)}); "
+        f"step {step}: worker {ranks.rank} ran out of {kind} memory in a pass of {canvas} ({', '.join(sizes)}); "
         f"expected a step that fits: {' or '.join(_remedies(config, ranks, count))}"
     )
 
 
 def _remedies(config: RunConfig, ranks: Ranks, images: int) -> list[str]:
-    """What to lower, none of which changes the result by more than rounding, the cheapest first."""
+    """Return the flags that save memory, the cheapest first; none changes the result by more than rounding."""
     compute = config.compute
-    found = [f"--compute.max-microbatch {images // 2}"] if images > 1 else []
-    found += ["--compute.recompute both"] if compute.recompute != "both" and config.model.norm != "batch" else []
-    found += ["--compute.precision bf16"] if compute.precision == "fp32" else []
-    found += ["--cluster.strategy fsdp"] if ranks.world_size > 1 and config.cluster.strategy != "fsdp" else []
-    return found or ["smaller images (--transform.max-size)"]
+    flags = []
+    if images > 1:
+        flags.append(f"--compute.max-microbatch {images // 2}")
+    if compute.recompute != "both" and config.model.norm != "batch":
+        flags.append("--compute.recompute both")
+    if compute.precision == "fp32":
+        flags.append("--compute.precision bf16")
+    if ranks.world_size > 1 and config.cluster.strategy != "fsdp":
+        flags.append("--cluster.strategy fsdp")
+    return flags or ["smaller images (--transform.max-size)"]
 
 
 def _table(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes on this worker of what a step holds besides activations."""
+    """Return the bytes of weights, gradients and optimizer state on this worker."""
     parameters = list(model.parameters())
     moments = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
     return {
@@ -96,7 +102,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _peak(device: torch.device) -> tuple[str, str]:
-    """Whose memory it is, and the most of it that was in use."""
+    """Return the kind of memory ("GPU" or "host") and its peak use as text."""
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info(device)
         return "GPU", f"peak {size_text(torch.cuda.max_memory_allocated(device))} of {size_text(total)}"

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the workers: its rank, their number, its device, and the collectives between them."""
+    """Rank, world size and device of this process, and the collectives between the ranks."""
 
     rank: int = 0
     world_size: int = 1

@@ -1,43 +1,56 @@
-"""What Ray Train runs in each worker's process: the loop, and word of how it went for those outside."""
+"""Worker process of Ray Train: run the loop, and record for the driver how it ended."""
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline import attempts
 from pipeline.attempts import Restart
-from pipeline.config import RunConfig, from_json
-from pipeline.errors import USER_ERRORS, first_line
+from pipeline.config import RunConfig
+from pipeline.errors import USER_ERRORS
 from pipeline.fitting import leave_word
 from pipeline.hangs import HangWatch
 from pipeline.mlflow_events import EventSender
 from pipeline.spool import SpoolTracker
 from pipeline.stopping import NOTHING, Asked, Overseer, yielded
 from pipeline.track import TAG_PHASE, TAG_RESIZED, TAG_WARNING, Tracker
+from shards.errors import one_line
 
 _LESS = "expected a run that fits: lower --evaluate.batch-size, --data.reader-threads or the workers of a node"
-_BEFORE_S = 20.0  # a second checkpoint so long before the node goes, unless that is at once
+_BEFORE_S = 20.0  # time before a node is taken away at which a second checkpoint is written
 
 
-def train_in_ray(job: dict[str, Any]) -> None:
-    """The loop of one worker, with `job` as `pipeline.launch.run_workers` packs it."""
+@dataclass(frozen=True)
+class WorkerJob:
+    """Everything that the driver passes to each worker, and to each evaluation beside the workers."""
+
+    config: RunConfig
+    run_id: str
+    folder: Path
+    """The run's folder."""
+    tracking_uri: str
+    code_commit: str
+    accept_change: bool
+    """Continue from a checkpoint even if its stream of samples is another one."""
+
+
+def train_in_ray(job: WorkerJob) -> None:
+    """Run the loop of one worker to its end; record why it ended if it fails."""
     import ray.train
     import torch
-    import torch.distributed as dist
 
-    from pipeline.memory import is_shortage
     from pipeline.parallel import Ranks
     from pipeline.state import Place
     from pipeline.telling import telling_warnings
     from pipeline.worker import run
 
     context = ray.train.get_context()
-    config = bounded(from_json(job["config"]))
-    folder = Path(job["folder"])
+    config = bounded(job.config)
     torch.set_num_threads(config.cluster.cpus_per_worker)
     ranks = Ranks(
         context.get_world_rank(),
@@ -45,15 +58,15 @@ def train_in_ray(job: dict[str, Any]) -> None:
         ray.train.torch.get_device(),
         timeout_s=config.cluster.collective_timeout_s,
     )
-    place = Place(job["run_id"], folder, job["code_commit"], job["accept_change"])
+    place = Place(job.run_id, job.folder, job.code_commit, job.accept_change)
     tracker, restart = None, None
     if ranks.first:
-        restart = attempts.begin(folder, ranks.world_size)
-        spool = folder / "spool"
-        tracker = SpoolTracker(spool, EventSender(job["tracking_uri"], job["run_id"], spool))
-        tracker.tags({TAG_PHASE: "training"} | _reason(restart))
+        restart = attempts.begin(job.folder, ranks.world_size)
+        spool = job.folder / "spool"
+        tracker = SpoolTracker(spool, EventSender(job.tracking_uri, job.run_id, spool))
+        tracker.tags({TAG_PHASE: "training"} | _restart_warning(restart))
     first_step = FirstStep(tracker, ranks.world_size, restart)
-    hangs = HangWatch(folder, ranks.rank, ranks.world_size, ranks.timeout_s)
+    hangs = HangWatch(job.folder, ranks.rank, ranks.world_size, ranks.timeout_s)
 
     def stepped(step: int) -> None:
         hangs.stepped(step)
@@ -62,47 +75,56 @@ def train_in_ray(job: dict[str, Any]) -> None:
     try:
         with telling_warnings(tracker) if tracker else nullcontext():
             run(config, place, ranks, tracker, Overseer(Notice().asked, stepped))
-    except USER_ERRORS as error:
-        # Trying again would fail again: leave word for the driver, which ends the run instead.
-        leave_word(folder, str(error), ranks.rank)
-        raise
     except Exception as error:
-        if is_shortage(error):
-            leave_word(folder, f"worker {ranks.rank} ran out of memory ({first_line(error)}); {_LESS}", ranks.rank)
-        # What a collective raises is how this worker learned that another one is gone.
-        met = isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
-        attempts.end(folder, f"worker {ranks.rank} failed: {first_line(error)}", "consequence" if met else "cause")
+        _record_failure(job.folder, ranks.rank, error)
         raise
     finally:
         hangs.close()
         if tracker:
             tracker.close()
-            yielded(folder)
+            yielded(job.folder)
+
+
+def _record_failure(folder: Path, rank: int, error: Exception) -> None:
+    """Write the error for the driver: a fatal one, which would only happen again, or the end of this attempt."""
+    from pipeline.memory import is_shortage
+    from pipeline.parallel import is_peer_failure
+
+    if isinstance(error, USER_ERRORS):
+        leave_word(folder, str(error), rank)
+        return
+    if is_shortage(error):
+        leave_word(folder, f"worker {rank} ran out of memory ({one_line(error)}); {_LESS}", rank)
+    kind: attempts.Kind = "consequence" if is_peer_failure(error) else "cause"
+    attempts.end(folder, f"worker {rank} failed: {one_line(error)}", kind)
 
 
 def bounded(config: RunConfig) -> RunConfig:
-    """A run that may go on with fewer workers: each then takes more images, but not more in one forward pass."""
+    """Return the configuration with a limit on images per forward pass if the number of workers may shrink.
+
+    Each remaining worker then takes more images in a step, but not more at a time.
+    """
     cluster = config.cluster
     if cluster.fewest == cluster.workers or config.compute.max_microbatch:
         return config
-    share = -(-config.optim.batch_size // cluster.workers)
+    share = math.ceil(config.optim.batch_size / cluster.workers)
     return replace(config, compute=replace(config.compute, max_microbatch=share))
 
 
-def _reason(restart: Restart | None) -> dict[str, str]:
+def _restart_warning(restart: Restart | None) -> dict[str, str]:
     if restart is None or restart.ended.wanted:
         return {}
     return {TAG_WARNING: f"{restart.ended.why}; restart {restart.number}"}
 
 
 class FirstStep:
-    """Tells, once the first step of an attempt is done, with how many workers, and what a restart cost."""
+    """Callback that reports, after the first step of an attempt, the number of workers and the cost of a restart."""
 
     def __init__(self, tracker: Tracker | None, workers: int, restart: Restart | None) -> None:
         self._tracker, self._workers, self._restart = tracker, workers, restart
 
     def __call__(self, step: int) -> None:
-        """`step` steps are done."""
+        """Report once, when `step` steps are done."""
         tracker, self._tracker = self._tracker, None
         if tracker is None:
             return
@@ -114,29 +136,28 @@ class FirstStep:
 
 
 class Notice:
-    """What Ray knows of nodes that are about to be taken away, on which workers of this group run.
+    """Requests for checkpoints before nodes of these workers are taken away, as Ray announces it.
 
-    Asks for a checkpoint at once, and for another shortly before the first of them goes: Ray then starts the workers
-    again on what is left.
+    One checkpoint at once, and another shortly before the first node goes. Ray then restarts the workers on the others.
     """
 
     def __init__(self) -> None:
-        from ray.train.v2._internal.execution.context import get_train_context
+        from pipeline.ray_internals import preemption_context
 
-        # ray.train.get_preemption_info() reads the same, but waits for all workers to ask.
-        self._context = get_train_context().preemption_context
+        self._context = preemption_context()
         self._known: Any = None
         self._again_at = 0.0
 
     def asked(self) -> Asked:
-        """Called after every step; costs nothing while there is no such node."""
+        """Return the requests after a step; costs nothing while no node is announced."""
         info = self._context.preemption_info
         if info is None:
             return NOTHING
         if info != self._known:
             self._known = info
-            until = (info.deadline_ms or 0) / 1000 - time.time()
-            self._again_at = time.time() + until - _BEFORE_S if until > 1.5 * _BEFORE_S else 0.0
+            deadline = (info.deadline_ms or 0) / 1000
+            second_pays = deadline - time.time() > 1.5 * _BEFORE_S
+            self._again_at = deadline - _BEFORE_S if second_pays else 0.0
             return Asked(save=True)
         if self._again_at and time.time() >= self._again_at:
             self._again_at = 0.0

@@ -1,9 +1,9 @@
-"""How a run that is asked to stop, to make room for other numbers of workers, or to save does so at a checkpoint.
+"""Requests to the workers: stop, hand over to another number of workers, or save.
 
-The driver hears Ctrl-C and SIGTERM and leaves a note in the run's folder; so does Ray's controller when it is about to
-start the workers again in another number (`pipeline/controller.py`). Rank 0 looks for them about once a second and tells
-the others with the sums that every step makes in any case, so that all stop after the same step, save, and return.
-Nothing is lost, and `detr resume`, or the next group of workers, goes on with the next step.
+The driver leaves a note in the run's folder on Ctrl-C and SIGTERM; so does Ray's controller before it restarts the
+workers in another number. Rank 0 looks for these notes about once a second and shares them with the other ranks in the
+sums that every step makes anyway, so that all stop after the same step, save and return. Nothing is lost: `detr resume`,
+or the next group of workers, continues with the next step.
 """
 
 from __future__ import annotations
@@ -16,47 +16,47 @@ from typing import NamedTuple
 
 _STOP = "stop"
 _YIELD = "yield"
-_LOOK_S = 1.0  # a folder that many nodes share should not be asked at every step
+_LOOK_S = 1.0  # not at every step: the folder may be on a file system that many nodes share
 
 
 def ask_to_stop(run_folder: Path) -> None:
-    """Leave the note."""
+    """Ask the workers to save and stop."""
     (run_folder / _STOP).touch()
 
 
 def asked_to_stop(run_folder: Path) -> bool:
-    """Whether the note is there."""
+    """Return True if the workers are asked to stop."""
     return (run_folder / _STOP).exists()
 
 
 def withdraw(run_folder: Path) -> None:
-    """Take the notes of an earlier attempt away."""
+    """Delete the requests of an earlier attempt."""
     (run_folder / _STOP).unlink(missing_ok=True)
     yielded(run_folder)
 
 
 def ask_to_yield(run_folder: Path) -> None:
-    """Leave the note that these workers are to save and return, since others take their place."""
+    """Ask the workers to save and return, because other workers will replace them."""
     (run_folder / _YIELD).touch()
 
 
 def asked_to_yield(run_folder: Path) -> bool:
-    """Whether that note is still there."""
+    """Return True if the workers are asked to hand over and have not done so."""
     return (run_folder / _YIELD).exists()
 
 
 def yielded(run_folder: Path) -> None:
-    """Take that note away: the workers have saved, or are not waited for any longer."""
+    """Clear the handover request: the workers have saved, or the wait for them is over."""
     (run_folder / _YIELD).unlink(missing_ok=True)
 
 
 class Asked(NamedTuple):
-    """What is wanted of all ranks after a step, as soon as any of them wants it."""
+    """Requests to all ranks after a step; one rank is enough to make them."""
 
     save: bool = False
-    """A checkpoint now, beside those that are due."""
+    """Write a checkpoint now, besides those that are due."""
     stop: bool = False
-    """A checkpoint, and the end."""
+    """Write a checkpoint and return."""
 
 
 NOTHING = Asked()
@@ -64,25 +64,25 @@ NOTHING = Asked()
 
 @dataclass(frozen=True)
 class Overseer:
-    """Who started the loop: what it asks of the workers, and how it hears of them. By default nobody."""
+    """Callbacks of the code that started the loop: its requests, and a call after each step. By default neither."""
 
     asks: Callable[[], Asked] = lambda: NOTHING
-    """What rank 0 asks for after the step at hand, besides what is noted in the run's folder; called at every step."""
+    """Return further requests of rank 0; called at every step."""
     stepped: Callable[[int], None] = lambda _: None
-    """Told how many steps are done, after each."""
+    """Called after each step with the number of steps done."""
 
 
 NOBODY = Overseer()
 
 
 class StopWatch:
-    """Looks for the notes, seldom, and asks the overseer."""
+    """Poller of the requests in the run's folder (about once a second) and of the overseer (at every step)."""
 
     def __init__(self, run_folder: Path, overseer: Overseer = NOBODY) -> None:
         self._folder, self._overseer, self._next, self._asked = run_folder, overseer, 0.0, False
 
     def asked(self) -> Asked:
-        """What this rank asks for after the step at hand."""
+        """Return this rank's requests after the current step."""
         now = time.monotonic()
         if not self._asked and now >= self._next:
             self._next = now + _LOOK_S

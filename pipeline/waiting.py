@@ -1,6 +1,6 @@
-"""Tells when a run waits for room in the cluster: Ray waits without a word until all of a run's workers find their CPUs and GPUs.
+"""Report when a run waits for cluster resources: Ray waits silently until all workers get their CPUs and GPUs.
 
-It is told in the store, where the driver's line, `detr runs RUN --follow` and the MLflow UI take it from.
+The report is a tag of the run, which the driver's line, `detr runs RUN --follow` and the MLflow UI show.
 """
 
 from __future__ import annotations
@@ -11,41 +11,46 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from pipeline import attempts
 from pipeline.config import ClusterConfig
-from pipeline.errors import first_line
 from pipeline.mlflow_store import connect
 from pipeline.stopping import asked_to_yield
 from pipeline.track import TAG_WARNING
+from shards.errors import one_line
 
 LOG = logging.getLogger(__name__)
 TAG_ROOM = f"{TAG_WARNING}.room"
 _PATIENCE_S = 90.0  # a group of workers starts in 15 to 60 s, most of which are imports
 _LOOK_S = 5.0
-_ANSWER_S = 10.0  # for the last word, at the end
+_ANSWER_S = 10.0  # for clearing the tag at the end
 
 
-def room(ray: Any, cluster: ClusterConfig, gpu: bool) -> str:
-    """What the workers need of the cluster that `ray` is connected to, and what it has."""
-    each = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if gpu else {})
+def room(cluster: ClusterConfig, gpu: bool) -> str:
+    """Return one line about the resources that the workers need and those that the connected Ray cluster has."""
+    import ray
+
+    each = {"CPU": cluster.cpus_per_worker}
+    if gpu:
+        each["GPU"] = 1
     have, free = ray.cluster_resources(), ray.available_resources()
     fewest = cluster.fewest
     needed = " and ".join(f"{fewest * count} {kind}" for kind, count in each.items())
-    there = " and ".join(f"{have.get(kind, 0):g} {kind} ({free.get(kind, 0):g} free)" for kind in each)
-    wanted = f"{'at least ' if fewest < cluster.workers else ''}{fewest} {'worker' if fewest == 1 else 'workers'}"
+    present = " and ".join(f"{have.get(kind, 0):g} {kind} ({free.get(kind, 0):g} free)" for kind in each)
+    workers = f"{fewest} {'worker' if fewest == 1 else 'workers'}"
+    if fewest < cluster.workers:
+        workers = f"at least {workers}"
     return (
-        f"the workers have not begun: wanted is room for {wanted}, {needed} in all, and the cluster has {there}; the run goes on "
-        "by itself when there is, Ctrl-C ends it"
+        f"the workers have not started: {workers} need{'s' if fewest == 1 else ''} {needed} in all, and the cluster has {present}; the run continues by "
+        "itself when they are free, Ctrl-C ends it"
     )
 
 
 @contextmanager
 def telling_of_waits(run_id: str, folder: Path, why: Callable[[], str]) -> Iterator[None]:
-    """While the block runs, tell in the store when no workers have been at work for a while, and `why`."""
+    """Inside the block, set the tag `TAG_ROOM` to `why()` while no workers have been running for a while."""
     done = threading.Event()
-    # In a thread: a store that is away keeps its client for minutes, and must not keep the driver from hearing signals.
+    # In a thread: an unreachable store blocks its client for minutes, in which the driver must still handle signals.
     thread = threading.Thread(target=_watch, args=(run_id, folder, why, done), name="waits", daemon=True)
     thread.start()
     try:
@@ -56,22 +61,23 @@ def telling_of_waits(run_id: str, folder: Path, why: Callable[[], str]) -> Itera
 
 
 def _watch(run_id: str, folder: Path, why: Callable[[], str], done: threading.Event) -> None:
-    told, since, over, warned = "", time.monotonic(), False, False
+    reported, since, over, warned = "", time.monotonic(), False, False
     while not over:
         over = done.wait(_LOOK_S)
         now = time.monotonic()
-        # Workers that are to make room for another number of them are at work until they have saved.
+        # Workers that are asked to hand over are running until they have saved.
         if over or attempts.at_work(folder) or asked_to_yield(folder):
             since = now
         try:
-            # Once for each wait: what is free changes all the time.
-            text = (told or why()) if now - since >= _PATIENCE_S else ""
-            if text != told:
+            text = ""
+            if now - since >= _PATIENCE_S:
+                text = reported or why()  # not updated during a wait, since the free resources change all the time
+            if text != reported:
                 connect().set_tag(run_id, TAG_ROOM, text)
-                told = text
+                reported = text
             warned = False
         except Exception as error:
-            # It is news for people: neither a store nor a Ray that does not answer may end a run for it.
+            # The report is only information: the run continues if the store or Ray does not answer.
             if not warned:
-                LOG.warning("no word of a wait for workers: %s", first_line(error))
+                LOG.warning("a wait for workers could not be reported: %s", one_line(error))
             warned = True

@@ -20,11 +20,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import psutil
 import torch
+
+if TYPE_CHECKING:
+    from pipeline.ray_worker import WorkerJob
 
 Row = dict[str, Any]
 TURN = 50  # steps, with a log point in their middle
@@ -97,14 +100,15 @@ def _run(folder: Path, rounds: int) -> dict[str, Any]:
     return turns
 
 
-def _measured_worker(job: dict[str, Any]) -> None:
+def _measured_worker(job: "WorkerJob") -> None:
     """In Ray's worker: the real one, with a gate in its stream of batches at which the bare loop has its turn."""
     from pipeline import worker
+    from pipeline.config import to_json
     from pipeline.ray_worker import train_in_ray
 
     turns: dict[str, Any] = {"whole": [], "bare": []}
     original = worker.training_batches
-    with _bare_loop(job["config"]) as bare_turn:
+    with _bare_loop(to_json(job.config).decode()) as bare_turn:
 
         def gated(*arguments: Any) -> Iterator[Any]:
             start, began_s, beside_cpu_s = _now(), 0.0, 0.0
@@ -121,7 +125,7 @@ def _measured_worker(job: dict[str, Any]) -> None:
 
         with patch(LOOPS_BATCHES, gated):
             train_in_ray(job)
-    (Path(job["folder"]).parent / "turns.json").write_text(json.dumps(turns))
+    (job.folder.parent / "turns.json").write_text(json.dumps(turns))
 
 
 @contextmanager

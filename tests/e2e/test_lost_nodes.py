@@ -92,7 +92,7 @@ def test_a_run_goes_on_with_the_nodes_that_are_there(
     output, _ = driver.communicate(timeout=200)
     assert driver.returncode == 0, output
     assert re.search(r"warning: worker \d died: .+; restart 1, 3 -> 2 workers, resumed after \d+ s at step \d+", output)
-    assert re.search(r"room for 3 workers.*; restart 2, 2 -> 3 workers, resumed after \d+ s at step \d+", output)
+    assert re.search(r"resources for 3 workers.*; restart 2, 2 -> 3 workers, resumed after \d+ s at step \d+", output)
 
     kept = recording.kept()
     assert len(kept) == STEPS

@@ -1,4 +1,4 @@
-"""Evaluations beside the training: which are due, in which order, and when a run is done. Ray's part is in integration."""
+"""Background evaluation: which checkpoints are due, in which order, and the end of a run. Without Ray."""
 
 import threading
 import time
@@ -49,29 +49,27 @@ def steps(paths: list[Location]) -> list[int]:
     return [checkpoint.read_meta(path).step for path in paths]
 
 
-def test_what_waits_for_its_evaluation_is_kept_and_gets_the_figures_of_an_evaluation_inside(
-    config: RunConfig, tmp_path: Path
-) -> None:
+def test_background_evaluation_gives_the_metrics_of_the_loops_own(config: RunConfig, tmp_path: Path) -> None:
     inside = replace(config, evaluate=replace(config.evaluate, asynchronous=False))
-    told: list[MemoryTracker] = []
-    for name, one in (("beside", config), ("inside", inside)):
-        told.append(MemoryTracker())
-        run(one, place(one, tmp_path / name), Ranks(), told[-1])
+    trackers: list[MemoryTracker] = []
+    for name, chosen in (("beside", config), ("inside", inside)):
+        trackers.append(MemoryTracker())
+        run(chosen, place(chosen, tmp_path / name), Ranks(), trackers[-1])
     home = tmp_path / "beside"
-    assert "val/AP" not in {name for name, _, _ in told[0].points}
+    assert "val/AP" not in {name for name, _, _ in trackers[0].points}
     assert steps(checkpoint.list_checkpoints(home)) == steps(checkpoint.waiting(home)) == [3, 6]
     tracker = MemoryTracker()
     for path in checkpoint.waiting(home):
         evaluate_checkpoint(config, path, torch.device("cpu"), tracker)
         checkpoint.prune(home, 1)
     assert checkpoint.waiting(home) == []
-    expected = {(name, step): value for name, value, step in told[1].points if name.startswith("val/")}
+    expected = {(name, step): value for name, value, step in trackers[1].points if name.startswith("val/")}
     assert {(name, step): value for name, value, step in tracker.points if name.startswith("val/")} == expected
     assert len(expected) == 24
     assert ("evaluation/images", 5.0, 6) in tracker.points
-    assert tracker.pictures == [one for one in told[1].pictures if one[1] > 0]
+    assert tracker.pictures == [picture for picture in trackers[1].pictures if picture[1] > 0]
     assert ("curves/precision_recall", 6) in tracker.pictures
-    assert tracker.tables == told[1].tables
+    assert tracker.tables == trackers[1].tables
     assert tracker.tables.keys() == {"per_class_ap.json", "precision_recall.json"}
     best = [checkpoint.best(tmp_path / name) for name in ("beside", "inside")]
     assert best[0] is not None
@@ -80,10 +78,10 @@ def test_what_waits_for_its_evaluation_is_kept_and_gets_the_figures_of_an_evalua
 
 
 class Run:
-    """A run whose `fit` saves checkpoints of one byte each, and whose evaluations are noted by hand."""
+    """A run whose `fit` saves numbers in place of checkpoints, and whose evaluations are recorded in a list."""
 
     def __init__(self, config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder, self.said = folder, list[str]()
+        self.folder, self.messages = folder, list[str]()
         self.saved, self.evaluated, self.pruned = list[int](), list[int](), list[bool]()
         self.active, self.most = 0, 0
         self.fails: Callable[[int], bool] = lambda step: False
@@ -93,7 +91,7 @@ class Run:
             checkpoint, "waiting", lambda home: [home / str(step) for step in self.saved if step not in self.evaluated]
         )
         monkeypatch.setattr(checkpoint, "prune", lambda home, keep: self.pruned.append(True))
-        self.evaluator = Evaluator(config, folder, self.evaluate, self.said.append)
+        self.evaluator = Evaluator(config, folder, self.evaluate, self.messages.append)
 
     def evaluate(self, path: Location) -> None:
         self.active += 1
@@ -111,7 +109,7 @@ def fake(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return Run(config, tmp_path, monkeypatch)
 
 
-def test_training_does_not_wait_and_the_run_ends_with_the_last_evaluation(fake: Run) -> None:
+def test_training_does_not_wait_and_the_last_evaluation_ends_the_run(fake: Run) -> None:
     fake.hold.clear()
 
     def fit() -> None:
@@ -126,10 +124,10 @@ def test_training_does_not_wait_and_the_run_ends_with_the_last_evaluation(fake: 
     assert fake.evaluated == [1, 2, 3, 4, 5]
     assert fake.most == 1
     assert fake.pruned == [True]
-    assert [line for line in fake.said if "slower than training" in line] == fake.said[:1]
+    assert [line for line in fake.messages if "slower than training" in line] == fake.messages[:1]
 
 
-def test_one_that_fails_holds_up_no_other_and_is_tried_again_at_the_end(fake: Run) -> None:
+def test_a_failed_evaluation_is_tried_again_after_training(fake: Run) -> None:
     tries: list[int] = []
 
     def fails(step: int) -> bool:
@@ -145,10 +143,10 @@ def test_one_that_fails_holds_up_no_other_and_is_tried_again_at_the_end(fake: Ru
     fake.evaluator.around(fit)()
     fake.evaluator.raise_failure()
     assert tries == [1, 2, 1]
-    assert fake.said == ["warning: no figures for 1; it is tried again when training has ended"]
+    assert fake.messages == ["warning: no figures for 1; it is tried again when training has ended"]
 
 
-def test_one_that_fails_again_ends_the_run_after_training(fake: Run) -> None:
+def test_an_evaluation_that_fails_twice_ends_the_run(fake: Run) -> None:
     fake.fails = lambda step: step == 2
     fake.evaluator.around(lambda: fake.saved.extend([1, 2]))()
     with pytest.raises(TrainingError, match=r"^no figures for 2; training is done .* `detr resume` evaluates"):
@@ -157,7 +155,7 @@ def test_one_that_fails_again_ends_the_run_after_training(fake: Run) -> None:
     assert fake.pruned == []
 
 
-def test_a_run_that_is_asked_to_stop_does_not_wait_for_evaluations(fake: Run) -> None:
+def test_a_stopped_run_does_not_wait_for_evaluations(fake: Run) -> None:
     fake.hold.clear()
 
     def fit() -> None:
@@ -171,7 +169,7 @@ def test_a_run_that_is_asked_to_stop_does_not_wait_for_evaluations(fake: Run) ->
     assert fake.pruned == []
 
 
-def test_training_that_fails_says_so_at_once(fake: Run) -> None:
+def test_failed_training_does_not_wait_for_evaluations(fake: Run) -> None:
     fake.hold.clear()
 
     def fit() -> None:

@@ -1,4 +1,4 @@
-"""What is made of Ray's account of a group of workers, with Ray's own errors."""
+"""Reasons for the end of a group of workers, from Ray's own errors."""
 
 import threading
 import time
@@ -21,7 +21,7 @@ from pipeline.stopping import StopWatch, asked_to_yield, yielded
 KILLED = "Worker unexpectedly exits with a connection error code 2. End of file."
 GUESS = " Some common causes include: (1) the process was killed by the OOM killer due to high memory usage, (2) more."
 RAY = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: "
-TOLD = "Worker unexpectedly exits with a connection error code 2. End of file"
+REASON = "Worker unexpectedly exits with a connection error code 2. End of file"
 
 
 def died(text: str) -> WorkerHealthCheckFailedError:
@@ -30,12 +30,12 @@ def died(text: str) -> WorkerHealthCheckFailedError:
     return WorkerHealthCheckFailedError("A worker health check failed.\nWorker info: ...", error)
 
 
-def test_a_death_is_told_in_rays_words_and_not_as_what_the_others_met() -> None:
+def test_a_death_is_reported_and_not_the_errors_of_the_others() -> None:
     failures: dict[int, Exception] = {0: RuntimeError("gloo: closed"), 1: died(RAY + KILLED)}
-    assert explain(WorkerGroupError("much", failures)) == (f"worker 1 died: {TOLD}", True)
+    assert explain(WorkerGroupError("much", failures)) == (f"worker 1 died: {REASON}", True)
 
 
-def test_where_ray_only_guesses_at_causes_they_are_named_in_short() -> None:
+def test_guesses_of_ray_are_shortened() -> None:
     why, _ = explain(WorkerGroupError("", {1: died(RAY + KILLED + GUESS)}))
     assert (
         why
@@ -43,28 +43,28 @@ def test_where_ray_only_guesses_at_causes_they_are_named_in_short() -> None:
     )
 
 
-def test_a_worker_that_rays_memory_monitor_killed_is_told_so() -> None:
-    said = "Task was killed due to the node running low on memory."
-    killed = WorkerHealthCheckFailedError("failed", OutOfMemoryError(said))
-    assert explain(WorkerGroupError("", {0: killed})) == (f"worker 0 died: {said[:-1]}", True)
+def test_a_kill_by_rays_memory_monitor_is_reported() -> None:
+    message = "Task was killed due to the node running low on memory."
+    killed = WorkerHealthCheckFailedError("failed", OutOfMemoryError(message))
+    assert explain(WorkerGroupError("", {0: killed})) == (f"worker 0 died: {message[:-1]}", True)
 
 
-def test_a_node_that_is_gone_is_told_without_the_words_of_the_network() -> None:
+def test_a_lost_node_is_reported_without_network_details() -> None:
     gone = WorkerHealthCheckFailedError("failed", ActorUnavailableError("RpcError: rpc_code: 14", b"1" * 16))
     assert explain(WorkerGroupError("", {2: gone})) == ("worker 2 died: its process or its node does not answer", True)
 
 
-def test_a_workers_exception_may_be_what_it_met() -> None:
+def test_an_exception_of_a_worker_is_not_certainly_the_cause() -> None:
     assert explain(WorkerGroupError("", {1: RuntimeError("a\nb")})) == ("worker 1 failed: b", False)
 
 
-def test_a_node_that_is_taken_away_is_told() -> None:
+def test_a_preempted_node_is_reported() -> None:
     error = PreemptionError(PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"n": [0, 2]}))
     assert explain(error) == ("the node of worker 0, 2 was taken away", True)
 
 
 @pytest.mark.parametrize("final", [False, True])
-def test_the_end_of_a_group_is_noted(tmp_path: Path, final: bool) -> None:
+def test_the_end_of_a_group_is_recorded(tmp_path: Path, final: bool) -> None:
     attempts.begin(tmp_path, 2)
     error = WorkerGroupError("", {1: died(RAY + KILLED)})
     state: Any = RestartingState(training_failed_error=error)
@@ -73,10 +73,10 @@ def test_the_end_of_a_group_is_noted(tmp_path: Path, final: bool) -> None:
     GroupNotes(tmp_path).after_controller_state_update(None, state)
     word = attempts.last_word(tmp_path)
     assert word is not None
-    assert word.why == f"worker 1 died: {TOLD}"
+    assert word.why == f"worker 1 died: {REASON}"
 
 
-def test_workers_that_are_replaced_save_before(tmp_path: Path) -> None:
+def test_workers_save_before_they_are_replaced(tmp_path: Path) -> None:
     attempts.begin(tmp_path, 2)
     saved = []
 
@@ -99,7 +99,7 @@ def test_workers_that_are_replaced_save_before(tmp_path: Path) -> None:
     assert "2 -> 3 workers" in restart.told(7, time.time())
 
 
-def test_workers_that_do_not_answer_are_replaced_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_do_not_answer_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(controller, "_YIELD_S", 0.3)
     attempts.begin(tmp_path, 2)
     resizing = ResizingState(ResizeDecision(num_workers=3, resources_per_worker={"CPU": 1}))

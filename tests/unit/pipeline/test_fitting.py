@@ -1,4 +1,4 @@
-"""What ends a fit, with real signals to this process."""
+"""Ends of a fit, with real signals to this process."""
 
 import os
 import signal
@@ -47,19 +47,19 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_a_fit_that_ends_is_the_end(fit: Fit, tmp_path: Path) -> None:
-    ask_to_stop(tmp_path)  # of an attempt before
+    ask_to_stop(tmp_path)  # of an earlier attempt
     fit(lambda: None)
 
 
-def test_a_failed_fit_is_told_in_its_last_line(fit: Fit) -> None:
+def test_a_failed_fit_is_reported_by_its_last_line(fit: Fit) -> None:
     def fail() -> None:
-        raise RuntimeError("Ray says much\nno more memory")
+        raise RuntimeError("Ray's long report\nno more memory")
 
     with pytest.raises(TrainingError, match=r"^training failed: no more memory$"):
         fit(fail)
 
 
-def test_a_worker_s_last_word_ends_a_fit_that_would_try_again(fit: Fit, tmp_path: Path) -> None:
+def test_a_fatal_error_ends_a_fit_that_would_restart(fit: Fit, tmp_path: Path) -> None:
     forever = threading.Event()
 
     def try_again() -> None:
@@ -104,19 +104,19 @@ def test_workers_that_do_not_answer_are_not_waited_for(
             signal_this_process(signal.SIGTERM)
         forever.wait(60)
 
-    start, said = time.monotonic(), list[str]()
+    start, messages = time.monotonic(), list[str]()
     with pytest.raises(Interrupted, match=r"^interrupted$"):
-        fit(hang, said.append, saved=lambda: 7)
+        fit(hang, messages.append, saved=lambda: 7)
     assert time.monotonic() - start < 20
     if reason == "no answer in time":
-        assert said[-1] == "the workers did not answer within 0.3 s: the newest saved step is 7"
+        assert messages[-1] == "the workers did not answer within 0.3 s: the newest saved step is 7"
     forever.set()
 
 
-def test_a_store_that_does_not_answer_does_not_make_a_stop_a_failure(
+def test_a_store_without_answer_does_not_make_a_stop_a_failure(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forever, said = threading.Event(), list[str]()
+    forever, messages = threading.Event(), list[str]()
     monkeypatch.setattr(fitting, "GRACE_S", 0.3)
 
     def hang() -> None:
@@ -128,13 +128,13 @@ def test_a_store_that_does_not_answer_does_not_make_a_stop_a_failure(
         raise StoreError("s3://bucket/runs: no good answer")
 
     with pytest.raises(Interrupted, match=r"^interrupted$"):
-        fit(hang, said.append, saved=away)
-    assert said[-1].endswith("what is saved cannot be seen now (s3://bucket/runs: no good answer)")
+        fit(hang, messages.append, saved=away)
+    assert messages[-1].endswith("the checkpoints cannot be listed now (s3://bucket/runs: no good answer)")
     forever.set()
 
 
 def test_workers_that_cannot_save_do_not_make_a_stop_a_failure(fit: Fit, tmp_path: Path) -> None:
-    forever, said = threading.Event(), list[str]()
+    forever, messages = threading.Event(), list[str]()
 
     def fail() -> None:
         begin(tmp_path, 1)
@@ -144,31 +144,33 @@ def test_workers_that_cannot_save_do_not_make_a_stop_a_failure(fit: Fit, tmp_pat
         forever.wait(60)
 
     with pytest.raises(Interrupted, match=r"^interrupted$"):
-        fit(fail, said.append)
-    assert said[-1] == "the workers failed while they were to stop: checkpoint s3://bucket/runs could not be written"
+        fit(fail, messages.append)
+    assert (
+        messages[-1] == "the workers failed while they were stopping: checkpoint s3://bucket/runs could not be written"
+    )
     forever.set()
 
 
-def test_a_worker_without_the_run_s_folder_fails_in_its_own_words(tmp_path: Path) -> None:
+def test_a_fatal_error_without_the_runs_folder_is_not_written(tmp_path: Path) -> None:
     leave_word(tmp_path / "not mounted", "the run's folder is not there", 1)
     assert not (tmp_path / "not mounted").exists()
 
 
-def test_before_training_began_there_is_nobody_to_ask(fit: Fit, tmp_path: Path) -> None:
+def test_a_signal_before_training_ends_the_run_at_once(fit: Fit, tmp_path: Path) -> None:
     forever = threading.Event()
 
     def start_slowly() -> None:
         signal_this_process(signal.SIGINT)
         forever.wait(60)
 
-    begin(tmp_path, 1)  # of an attempt before
+    begin(tmp_path, 1)  # of an earlier attempt
     with pytest.raises(Interrupted, match="before training began"):
         fit(start_slowly)
     assert not asked_to_stop(tmp_path)
     forever.set()
 
 
-def test_a_failed_fit_is_told_in_the_words_of_who_knew_most(fit: Fit, tmp_path: Path) -> None:
+def test_a_failed_fit_is_reported_by_the_most_specific_reason(fit: Fit, tmp_path: Path) -> None:
     class GroupFailed(RuntimeError):
         worker_failures: ClassVar = {0: RuntimeError("connection closed")}
 
@@ -176,20 +178,20 @@ def test_a_failed_fit_is_told_in_the_words_of_who_knew_most(fit: Fit, tmp_path: 
         begin(tmp_path, 2)
         end(tmp_path, "worker 0 failed: connection closed", "consequence")
         end(tmp_path, "worker 1 died: killed")
-        raise GroupFailed("Ray says much")
+        raise GroupFailed("Ray's long report")
 
     with pytest.raises(TrainingError, match=r"^worker 1 died: killed$"):
         fit(fail)
 
 
-def test_the_watch_sees_the_note(tmp_path: Path) -> None:
+def test_the_watch_sees_a_stop_request(tmp_path: Path) -> None:
     watch = StopWatch(tmp_path)
     assert not watch.asked().stop
     ask_to_stop(tmp_path)
     until(lambda: watch.asked().stop)
 
 
-def test_the_watch_sees_that_others_take_the_workers_place(tmp_path: Path) -> None:
+def test_the_watch_sees_a_handover_request(tmp_path: Path) -> None:
     watch = StopWatch(tmp_path)
     ask_to_yield(tmp_path)
     assert watch.asked() == Asked(stop=True)
@@ -197,17 +199,15 @@ def test_the_watch_sees_that_others_take_the_workers_place(tmp_path: Path) -> No
     assert StopWatch(tmp_path).asked() == Asked()
 
 
-def test_the_watch_asks_for_what_the_overseer_does(tmp_path: Path) -> None:
+def test_the_watch_passes_on_the_overseers_requests(tmp_path: Path) -> None:
     watch = StopWatch(tmp_path, Overseer(asks=lambda: Asked(save=True)))
     assert watch.asked() == watch.asked() == Asked(save=True)
 
 
 @pytest.mark.parametrize("ray", ["fails", "hangs"])
-def test_after_a_signal_workers_that_end_without_a_word_are_part_of_the_stop(
-    fit: Fit, tmp_path: Path, ray: str
-) -> None:
-    """A scheduler may signal every process of a job: Ray and its workers end with what the driver hears."""
-    forever, gone, said = threading.Event(), threading.Event(), list[str]()
+def test_workers_that_end_after_a_signal_are_part_of_the_stop(fit: Fit, tmp_path: Path, ray: str) -> None:
+    """A scheduler may signal every process of a job: Ray and its workers end with the driver's signal."""
+    forever, gone, messages = threading.Event(), threading.Event(), list[str]()
 
     def work() -> None:
         begin(tmp_path, 1)
@@ -219,7 +219,7 @@ def test_after_a_signal_workers_that_end_without_a_word_are_part_of_the_stop(
 
     start = time.monotonic()
     with pytest.raises(Interrupted):
-        fit(work, said.append, gone=gone.is_set)
+        fit(work, messages.append, gone=gone.is_set)
     assert time.monotonic() - start < 5
-    assert ray == "fails" or said[-1] == "the workers ended before they could save: no step is saved yet"
+    assert ray == "fails" or messages[-1] == "the workers ended before they could save: no step is saved yet"
     forever.set()

@@ -107,7 +107,7 @@ def test_skip_leaves_the_update_out_and_goes_on_to_the_last_step(
     assert tracker.tables["guard_events.json"]["step"] == ["2"]
     assert tracker.last_tags["detr.guard"].startswith("1 skip: step 2: not finite")
     assert re.fullmatch(
-        r"step 2 left out: not finite before the update: .* of images \[?\d+.* \(1 of 3\)",
+        r"step 2 skipped: not finite before the update: .* of images \[?\d+.* \(1 of 3\)",
         tracker.last_tags[f"{TAG_WARNING}.guard.1"],
     )
     assert "--optim.lr" not in tracker.last_tags[f"{TAG_WARNING}.guard.1"]

@@ -1,4 +1,4 @@
-"""Ray's servers, started as Ray starts them, with other programs in their place."""
+"""Process groups of Ray's servers, with other programs in their place."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ def end(server: Popen[bytes]) -> None:
     server.wait()
 
 
-def test_servers_lead_process_groups_of_their_own_and_are_known_to_be_gone() -> None:
+def test_servers_lead_their_own_process_groups_and_are_watched() -> None:
     local = LocalRay()
     with local.outside_the_group():
         server = start_server()
@@ -34,7 +34,7 @@ def test_servers_lead_process_groups_of_their_own_and_are_known_to_be_gone() -> 
     assert local.gone()
 
 
-def test_what_is_started_after_the_block_is_as_ever() -> None:
+def test_servers_started_after_the_block_are_not_changed() -> None:
     local = LocalRay()
     with local.outside_the_group():
         pass

@@ -1,4 +1,4 @@
-"""What is said when memory does not suffice, on real allocations that are refused."""
+"""Messages of a worker that runs out of memory, on real allocations that are refused."""
 
 import re
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def batch(images: int) -> Batch:
     return Batch(torch.zeros(images, 3, 64, 48), torch.zeros(images, 64, 48, dtype=torch.bool), [])
 
 
-def taken(config: RunConfig, ranks: Ranks, act: Callable[[], object], images: int = 4) -> str:
+def shortage(config: RunConfig, ranks: Ranks, act: Callable[[], object], images: int = 4) -> str:
     model = nn.Linear(512, 256, bias=False)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 512)).sum().backward()
@@ -31,26 +31,28 @@ def taken(config: RunConfig, ranks: Ranks, act: Callable[[], object], images: in
     return str(caught.value)
 
 
-def test_the_line_names_worker_step_canvas_what_holds_memory_and_what_to_lower(tiny_config: RunConfig) -> None:
+def test_the_message_names_step_sizes_and_settings_to_lower(tiny_config: RunConfig) -> None:
     ranks = Ranks(1, 2)
-    said = taken(tiny_config, ranks, lambda: torch.empty(TOO_MUCH, dtype=torch.uint8))
-    assert said.startswith("step 12: worker 1 ran out of host memory in a pass of 4 images of 64x48 ")
+    message = shortage(tiny_config, ranks, lambda: torch.empty(TOO_MUCH, dtype=torch.uint8))
+    assert message.startswith("step 12: worker 1 ran out of host memory in a pass of 4 images of 64x48 ")
     assert re.search(
-        r"weights 524288 bytes, gradients 524288 bytes, optimizer 1\.0 MiB, peak \d+(\.\d+)? [KMG]iB", said
-    ), said
-    assert "131072.00 GiB more were wanted" in said
+        r"weights 524288 bytes, gradients 524288 bytes, optimizer 1\.0 MiB, peak \d+(\.\d+)? [KMG]iB", message
+    ), message
+    assert "131072.00 GiB more were wanted" in message
     for flag in ("--compute.max-microbatch 2", "--compute.recompute both", "bf16", "--cluster.strategy fsdp"):
-        assert flag in said
+        assert flag in message
 
 
-def test_nothing_is_advised_that_is_done_already(tiny_config: RunConfig) -> None:
+def test_settings_already_in_use_are_not_advised(tiny_config: RunConfig) -> None:
     compute = replace(tiny_config.compute, precision="bf16", recompute="both")
-    said = taken(replace(tiny_config, compute=compute), Ranks(), lambda: torch.empty(TOO_MUCH, dtype=torch.uint8), 1)
-    assert said.endswith("expected a step that fits: smaller images (--transform.max-size)")
+    message = shortage(
+        replace(tiny_config, compute=compute), Ranks(), lambda: torch.empty(TOO_MUCH, dtype=torch.uint8), 1
+    )
+    assert message.endswith("expected a step that fits: smaller images (--transform.max-size)")
 
 
-def test_memory_that_python_lacks_is_told_as_well(tiny_config: RunConfig) -> None:
-    assert "ran out of host memory" in taken(tiny_config, Ranks(), lambda: bytearray(TOO_MUCH))
+def test_a_memory_error_of_python_is_explained_as_well(tiny_config: RunConfig) -> None:
+    assert "ran out of host memory" in shortage(tiny_config, Ranks(), lambda: bytearray(TOO_MUCH))
 
 
 def test_other_errors_pass(tiny_config: RunConfig) -> None:

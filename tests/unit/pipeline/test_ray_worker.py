@@ -1,4 +1,4 @@
-"""What a worker asks for and tells beside the loop."""
+"""Requests and reports of a worker beside the loop."""
 
 import time
 from dataclasses import replace
@@ -18,11 +18,11 @@ from pipeline.track import TAG_RESIZED, TAG_WARNING, MemoryTracker
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> PreemptionContext:
-    """What Ray sets in a worker's process when a node is about to go."""
-    told = PreemptionContext()
-    monkeypatch.setattr(context, "get_train_context", lambda: SimpleNamespace(preemption_context=told))
-    return told
+def preemption(monkeypatch: pytest.MonkeyPatch) -> PreemptionContext:
+    """Context in which Ray announces that a node will be taken away."""
+    preemption = PreemptionContext()
+    monkeypatch.setattr(context, "get_train_context", lambda: SimpleNamespace(preemption_context=preemption))
+    return preemption
 
 
 def info(in_s: float | None, node: str = "n") -> PreemptionInfo:
@@ -30,24 +30,24 @@ def info(in_s: float | None, node: str = "n") -> PreemptionInfo:
     return PreemptionInfo(deadline_ms=deadline, preempted_node_to_ranks={node: [1]})
 
 
-def test_nothing_is_asked_while_all_nodes_stay(told: PreemptionContext) -> None:
+def test_nothing_is_requested_while_all_nodes_stay(preemption: PreemptionContext) -> None:
     notice = Notice()
     assert [notice.asked(), notice.asked()] == [NOTHING, NOTHING]
 
 
-def test_a_node_that_goes_is_one_checkpoint_and_another_node_another(told: PreemptionContext) -> None:
+def test_each_announced_node_causes_a_checkpoint(preemption: PreemptionContext) -> None:
     notice = Notice()
-    told.preemption_info = info(None)
+    preemption.preemption_info = info(None)
     assert [notice.asked(), notice.asked()] == [Asked(save=True), NOTHING]
-    told.preemption_info = info(5, "m")
+    preemption.preemption_info = info(5, "m")
     assert [notice.asked(), notice.asked()] == [Asked(save=True), NOTHING]
 
 
-def test_shortly_before_the_node_goes_there_is_a_second_checkpoint(
-    told: PreemptionContext, monkeypatch: pytest.MonkeyPatch
+def test_a_second_checkpoint_comes_shortly_before_the_node_goes(
+    preemption: PreemptionContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notice = Notice()
-    told.preemption_info = info(100)
+    preemption.preemption_info = info(100)
     assert [notice.asked(), notice.asked()] == [Asked(save=True), NOTHING]
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 100 - ray_worker._BEFORE_S + 1)
@@ -55,11 +55,11 @@ def test_shortly_before_the_node_goes_there_is_a_second_checkpoint(
 
 
 @pytest.mark.parametrize(("left_s", "again"), [(35, True), (25, False)])
-def test_a_notice_that_comes_late_still_gives_a_second_checkpoint_where_it_is_worth_one(
-    told: PreemptionContext, monkeypatch: pytest.MonkeyPatch, left_s: float, again: bool
+def test_a_late_notice_causes_a_second_checkpoint_only_if_it_pays(
+    preemption: PreemptionContext, monkeypatch: pytest.MonkeyPatch, left_s: float, again: bool
 ) -> None:
     notice = Notice()
-    told.preemption_info = info(left_s)
+    preemption.preemption_info = info(left_s)
     assert notice.asked() == Asked(save=True)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + left_s - ray_worker._BEFORE_S + 1)
@@ -67,7 +67,7 @@ def test_a_notice_that_comes_late_still_gives_a_second_checkpoint_where_it_is_wo
 
 
 @pytest.mark.parametrize(("wanted", "tag"), [(False, TAG_WARNING), (True, TAG_RESIZED)])
-def test_the_first_step_tells_what_the_restart_cost(wanted: bool, tag: str) -> None:
+def test_the_first_step_reports_the_cost_of_the_restart(wanted: bool, tag: str) -> None:
     tracker = MemoryTracker()
     first = FirstStep(tracker, 2, Restart(1, Word("why", time.time() - 30, wanted), 3, 2))
     first(41)
@@ -77,7 +77,7 @@ def test_the_first_step_tells_what_the_restart_cost(wanted: bool, tag: str) -> N
     assert dict((name, value) for name, value, _ in tracker.points)["restart/seconds"] == pytest.approx(30, abs=1)
 
 
-def test_the_first_attempt_tells_only_how_many_they_are() -> None:
+def test_the_first_attempt_reports_only_the_number_of_workers() -> None:
     tracker = MemoryTracker()
     FirstStep(tracker, 2, None)(1)
     FirstStep(None, 2, None)(1)

@@ -1,11 +1,11 @@
-"""What is told of workers that find no room, in a real store."""
+"""Reports of workers that wait for resources, in a real store."""
 
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import ray
 from mlflow import MlflowClient
 
 from pipeline import attempts, waiting
@@ -13,10 +13,6 @@ from pipeline.config import ClusterConfig
 from pipeline.mlflow_store import connect
 from pipeline.stopping import ask_to_yield, yielded
 from pipeline.waiting import TAG_ROOM, room, telling_of_waits
-
-
-def ray_with(have: dict[str, float], free: dict[str, float]) -> SimpleNamespace:
-    return SimpleNamespace(cluster_resources=lambda: have, available_resources=lambda: free)
 
 
 @pytest.fixture
@@ -32,7 +28,7 @@ def run_id(client: MlflowClient) -> str:
 
 
 @pytest.fixture
-def told(client: MlflowClient, run_id: str) -> Callable[[], str | None]:
+def tag(client: MlflowClient, run_id: str) -> Callable[[], str | None]:
     return lambda: client.get_run(run_id).data.tags.get(TAG_ROOM)
 
 
@@ -43,64 +39,66 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_it_is_told_what_the_workers_need_and_what_there_is() -> None:
-    ray = ray_with({"CPU": 5.0, "GPU": 4.0}, {"CPU": 1.0})
-    said = room(ray, ClusterConfig(workers=8, min_workers=3, cpus_per_worker=2), gpu=True)
-    assert "at least 3 workers, 6 CPU and 3 GPU in all, and the cluster has 5 CPU (1 free) and 4 GPU (0 free)" in said
-    said = room(ray, ClusterConfig(workers=1), gpu=False)
-    assert "room for 1 worker, 1 CPU in all, and the cluster has 5 CPU (1 free);" in said
+def test_the_text_names_the_resources_needed_and_present(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 5.0, "GPU": 4.0})
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
+    text = room(ClusterConfig(workers=8, min_workers=3, cpus_per_worker=2), gpu=True)
+    present = "the cluster has 5 CPU (1 free) and 4 GPU (0 free);"
+    assert f"at least 3 workers need 6 CPU and 3 GPU in all, and {present}" in text
+    text = room(ClusterConfig(workers=1), gpu=False)
+    assert ": 1 worker needs 1 CPU in all, and the cluster has 5 CPU (1 free);" in text
 
 
-def test_a_wait_is_told_and_taken_back_when_workers_are_there(
-    run_id: str, tmp_path: Path, told: Callable[[], str | None]
+def test_a_wait_is_reported_and_cleared_when_workers_run(
+    run_id: str, tmp_path: Path, tag: Callable[[], str | None]
 ) -> None:
-    with telling_of_waits(run_id, tmp_path, lambda: "no room"):
-        until(lambda: told() == "no room")
+    with telling_of_waits(run_id, tmp_path, lambda: "no CPUs"):
+        until(lambda: tag() == "no CPUs")
         attempts.begin(tmp_path, 2)
-        until(lambda: told() == "")
+        until(lambda: tag() == "")
         attempts.end(tmp_path, "worker 1 died")
-        until(lambda: told() == "no room")
-    until(lambda: told() == "")  # nobody waits for a run that is over
+        until(lambda: tag() == "no CPUs")
+    until(lambda: tag() == "")  # a finished run waits for nothing
 
 
-def test_a_wait_is_told_once_though_what_is_free_changes(
-    run_id: str, tmp_path: Path, told: Callable[[], str | None]
+def test_a_wait_is_reported_once_although_free_resources_change(
+    run_id: str, tmp_path: Path, tag: Callable[[], str | None]
 ) -> None:
     free = iter(range(1000))
     with telling_of_waits(run_id, tmp_path, lambda: f"{next(free)} free"):
-        until(lambda: told() == "0 free")
+        until(lambda: tag() == "0 free")
         time.sleep(0.5)
-        assert told() == "0 free"
+        assert tag() == "0 free"
 
 
-def test_workers_that_start_or_work_are_not_told_of(
-    run_id: str, tmp_path: Path, told: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch
+def test_workers_that_start_or_run_are_not_reported(
+    run_id: str, tmp_path: Path, tag: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
     attempts.begin(tmp_path, 2)
     with telling_of_waits(run_id, tmp_path, lambda: str(asked.append(1))):
         time.sleep(1)
         ask_to_yield(tmp_path)
-        attempts.end(tmp_path, "there is room for 3 workers", wanted=True)
+        attempts.end(tmp_path, "there are resources for 3 workers", wanted=True)
         time.sleep(1)
     monkeypatch.setattr(waiting, "_PATIENCE_S", 60)
     yielded(tmp_path)
     with telling_of_waits(run_id, tmp_path, lambda: str(asked.append(1))):
         time.sleep(1)
     assert not asked
-    assert told() is None
+    assert tag() is None
 
 
-def test_a_ray_or_a_store_that_does_not_answer_is_asked_again(
-    run_id: str, tmp_path: Path, told: Callable[[], str | None]
+def test_a_ray_or_store_that_does_not_answer_is_asked_again(
+    run_id: str, tmp_path: Path, tag: Callable[[], str | None]
 ) -> None:
-    answers = iter([ConnectionError("the head is busy"), "no room"])
+    answers = iter([ConnectionError("the head is busy"), "no CPUs"])
 
     def why() -> str:
-        answer = next(answers, "no room")
+        answer = next(answers, "no CPUs")
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     with telling_of_waits(run_id, tmp_path, why):
-        until(lambda: told() == "no room")
+        until(lambda: tag() == "no CPUs")
