@@ -42,12 +42,12 @@ def export_original(uri: str, path: Path) -> tuple[str, ...]:
     if moved:
         state[f"{head}.weight"] = _at_ids(state[f"{head}.weight"], labels, classes, 0.0)
         state[f"{head}.bias"] = _at_ids(state[f"{head}.bias"], labels, classes, _NEVER)
-    aside = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.partial")
     try:
-        torch.save({"model": state}, aside)
-        os.replace(aside, path)
+        torch.save({"model": state}, partial)
+        os.replace(partial, path)
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     options = original_options(card.model)
     notes = [f"the original builds it with {' '.join(options)} and num_classes={classes}"]
     if moved:

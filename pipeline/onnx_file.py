@@ -70,18 +70,18 @@ def export_onnx(uri: str, path: Path) -> tuple[str, ...]:
     trained, card = read_model(resolve(uri))
     model = build_model(replace(card.model, auxiliary=False), len(card.categories)).eval()
     model.load_state_dict(trained.state_dict())
-    aside = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.partial")
     try:
         largest = _largest_side(model)
-        _write(_Flat(model), aside, card, largest)
-        difference = difference_in_onnxruntime(_Flat(model), aside, card.transform, largest)
+        _write(_Flat(model), partial, card, largest)
+        difference = difference_in_onnxruntime(_Flat(model), partial, card.transform, largest)
         if not difference <= TOLERANCE:
             raise ExchangeError(
                 f"onnxruntime and PyTorch differ by {difference:.1e}; expected at most {TOLERANCE:g}: {path} is not written"
             )
-        os.replace(aside, path)
+        os.replace(partial, path)
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     free = f"batch, height and width are free ({_SMALLEST} px or more{f', at most {largest}' if largest else ''})"
     checked = f"batches of {', '.join(map(str, _BATCHES))}"
     return (free, f"onnxruntime differs from PyTorch by at most {difference:.1e} in {checked}")

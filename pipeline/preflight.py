@@ -75,10 +75,10 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, R
         config = settle(config, resolved)
     _check_masks(config, train, val)
     _warn_of_queries(config, train, say)
-    model, said = initial_model(config, train.categories, resolved)
-    for line in said:
+    model, notes = initial_model(config, train.categories, resolved)
+    for line in notes:
         say(line)
-    return config, Ready(train, val, Schedule(config.optim, train.images, config.data.epoch_tail), model, said)
+    return config, Ready(train, val, Schedule(config.optim, train.images, config.data.epoch_tail), model, notes)
 
 
 def check_storage(config: RunConfig) -> None:

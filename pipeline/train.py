@@ -314,5 +314,5 @@ def _conclude(client: MlflowClient, config: RunConfig, run_id: str, folder: Path
         client, run_id, config, best, metrics, name=config.model_name, alias="best", only_if_better=True
     )
     if not registered.alias_moved:
-        launch.say(f"models:/{config.model_name}@best stays where it was: that version's AP is higher")
+        launch.say(f"models:/{config.model_name}@best stays on another version, whose AP is higher")
     return Outcome(run_id, folder, best, metrics, registered.version, config.model_name, registered.alias_moved)

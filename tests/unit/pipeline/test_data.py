@@ -62,7 +62,7 @@ def test_built_in_data_of_another_format_says_what_to_delete(tmp_path: Path, bui
 
 
 @pytest.mark.parametrize("check", [check_cache, check_cache_limit])
-def test_a_limit_below_the_data_says_what_is_needed_and_what_to_set(config: DataConfig, check) -> None:
+def test_a_cache_limit_below_the_data_is_refused_with_a_remedy(config: DataConfig, check) -> None:
     config = replace(config, cache_gib=12.4)
     with pytest.raises(
         RunConfigError,
@@ -75,7 +75,7 @@ def test_a_limit_below_the_data_says_what_is_needed_and_what_to_set(config: Data
 
 
 @pytest.mark.parametrize("check", [check_cache, check_cache_limit])
-def test_blocks_need_room_for_two_of_them_and_for_validation(config: DataConfig, check) -> None:
+def test_two_blocks_and_the_validation_data_must_fit_the_cache(config: DataConfig, check) -> None:
     config = replace(config, cache_gib=6.4, shuffle_shards=2)
     with pytest.raises(
         RunConfigError, match=r"data.shuffle_shards 2, .* 6.50 GiB but .* 6.40 GiB;.*lower --data.shuffle-shards"
@@ -85,9 +85,7 @@ def test_blocks_need_room_for_two_of_them_and_for_validation(config: DataConfig,
     check(config, *sets(config))
 
 
-def test_a_node_without_the_disk_space_says_so_before_anything_is_fetched(
-    config: DataConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_disk_space_is_refused_before_downloads(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room.shutil, "disk_usage", lambda _: Usage(room.SPARE + 7 * GIB))
     with pytest.raises(RunConfigError, match=rf"12.50 GiB but {config.cache} may hold 7.00 GiB"):
         check_cache(config, *sets(config))
@@ -95,13 +93,15 @@ def test_a_node_without_the_disk_space_says_so_before_anything_is_fetched(
 
 
 @pytest.mark.parametrize("folder", ["", "off"])
-def test_data_that_is_read_where_it_lies_needs_no_room(config: DataConfig, folder: str) -> None:
+def test_data_that_is_not_cached_needs_no_space(config: DataConfig, folder: str) -> None:
     config = replace(config, cache=folder, cache_gib=0.001)
     for check in (check_cache, check_cache_limit):
         check(config, *sets(config))
 
 
-def test_an_evaluation_that_does_not_fit_says_what_to_set(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_that_does_not_fit_is_refused_with_a_remedy(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, val = sets(config)
     monkeypatch.setattr(room.shutil, "disk_usage", lambda _: Usage(room.SPARE + int(2.24 * GIB)))
     with pytest.raises(RunConfigError, match=r"shards and index take 2.25 GiB but .* may hold 2.24 GiB; .* DETR_CACHE"):

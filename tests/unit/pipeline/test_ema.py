@@ -27,7 +27,7 @@ from shards.manifest import load_manifest
 Weights = dict[str, torch.Tensor]
 
 
-def test_the_average_follows_the_weights_at_the_decay_and_faster_in_the_first_steps() -> None:
+def test_the_average_moves_by_the_decay_and_faster_at_first() -> None:
     model = nn.Linear(2, 1)
     model.bias.requires_grad_(False)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def same(one: list[Weights], other: list[Weights]) -> bool:
     return all(torch.equal(value, b[name]) for a, b in zip(one, other, strict=True) for name, value in a.items())
 
 
-def test_an_interrupted_run_has_the_very_averages_of_an_uninterrupted_one(config: RunConfig, tmp_path: Path) -> None:
+def test_an_interrupted_run_has_identical_averages(config: RunConfig, tmp_path: Path) -> None:
     whole, parts = start(config, tmp_path / "whole"), start(config, tmp_path / "parts")
     run(config, whole, Ranks(), None)
     for steps in (3, 4, 0):
@@ -95,9 +95,7 @@ def test_an_interrupted_run_has_the_very_averages_of_an_uninterrupted_one(config
     assert checkpoint.read_meta(checkpoint.folder_of(whole.folder, 6)).ema
 
 
-def test_averaging_changes_neither_the_weights_nor_a_run_without_it(
-    config: RunConfig, tiny_config: RunConfig, tmp_path: Path
-) -> None:
+def test_averaging_does_not_change_the_weights(config: RunConfig, tiny_config: RunConfig, tmp_path: Path) -> None:
     plain = replace(config, optim=tiny_config.optim)
     for name, one in (("with", config), ("without", plain)):
         run(one, start(one, tmp_path / name), Ranks(), None)

@@ -82,7 +82,7 @@ def test_every_published_layout_comes_back_equal(tmp_path: Path, name: str) -> N
     assert ("no dilation" in assumed) == (not config.dilation)
 
 
-def test_a_training_checkpoint_says_itself_what_tensors_do_not_show(tmp_path: Path) -> None:
+def test_options_are_read_from_a_training_checkpoint(tmp_path: Path) -> None:
     config = ModelConfig(**(QUICK | {"heads": 4, "dilation": True, "dropout": 0.0, "auxiliary": False}))
     args = options(nheads=4, dilation=True, dropout=0, aux_loss=False)
     model = written(tmp_path / "w.pth", config, epoch=149, args=args)
@@ -148,7 +148,7 @@ def test_a_wrong_tensor_is_one_line(tmp_path: Path, change: str, store: str) -> 
 
 
 @pytest.mark.parametrize("content", ["absent", "text", "cut", "backbone"])
-def test_what_is_no_checkpoint_is_one_line_and_nothing_is_registered(
+def test_other_files_give_one_line_and_are_not_registered(
     tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importing, "connect", lambda: pytest.fail("MLflow was asked"))
@@ -165,7 +165,7 @@ def test_what_is_no_checkpoint_is_one_line_and_nothing_is_registered(
     assert_one_line(caught)
 
 
-def test_heads_that_cannot_be_and_names_that_cannot_be_are_one_line(tmp_path: Path) -> None:
+def test_impossible_heads_and_names_give_one_line(tmp_path: Path) -> None:
     written(tmp_path / "w.pth")
     with pytest.raises(ConfigError, match="expected a multiple of heads=5"):
         import_file(tmp_path / "w.pth", name="a", heads=5)
@@ -199,7 +199,7 @@ def test_other_classes_are_named_by_a_file(tmp_path: Path, form: str) -> None:
     assert [(one.id, one.name) for one in labels] == [(0, "N/A"), (1, "bus"), (2, "N/A"), (3, "cat"), (4, "N/A")]
 
 
-def test_without_a_file_other_classes_are_named_by_number_and_that_is_said() -> None:
+def test_other_classes_are_named_by_number_without_a_file() -> None:
     labels, how = importing._categories(3, None)
     assert labels == (Category(0, "0"), Category(1, "1"), Category(2, "2"))
     assert "give --categories FILE" in how
@@ -261,7 +261,7 @@ def _registered_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_registered_here")
 @pytest.mark.parametrize("masks", [False, True], ids=["boxes", "masks"])
-def test_what_goes_in_comes_out_byte_for_byte(tmp_path: Path, masks: bool) -> None:
+def test_an_imported_file_is_exported_byte_for_byte(tmp_path: Path, masks: bool) -> None:
     config = replace(SMALL, hidden_dim=128, masks=True) if masks else SMALL
     written(tmp_path / "in.pth", config)
     model = read_original(tmp_path / "in.pth").model
@@ -308,9 +308,7 @@ def test_labels_of_a_model_trained_here_go_to_their_category_ids(tmp_path: Path)
         ({"position_temperature": 20.0}, r"position_temperature=20\.0.*expected position_temperature=10000\.0"),
     ],
 )
-def test_what_the_original_cannot_express_is_refused_by_field(
-    tmp_path: Path, changes: dict[str, Any], said: str
-) -> None:
+def test_fields_that_the_original_lacks_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     registered(tmp_path / "registered", build_model(replace(SMALL, **changes), 2), (Category(0, "a"), Category(1, "b")))
     with pytest.raises(ExchangeError, match=f"models:/a/1 has {said}") as caught:
         export_original("models:/a/1", tmp_path / "out.pth")
@@ -326,7 +324,7 @@ def test_ids_that_cannot_be_labels_are_refused(tmp_path: Path, number: int) -> N
         export_original("models:/a/1", tmp_path / "out.pth")
 
 
-def test_a_run_takes_all_but_the_class_head_of_the_originals_file(tiny_config: RunConfig, tmp_path: Path) -> None:
+def test_a_run_takes_all_but_the_class_head_of_a_file(tiny_config: RunConfig, tmp_path: Path) -> None:
     before = to_original_state_dict(written(tmp_path / "w.pth", args=options(), epoch=3, optimizer={"state": {}}))
     config = replace(tiny_config, model=SMALL, initial=str(tmp_path / "w.pth"))
     model, said = initial_model(config, tuple(Category(number, str(number)) for number in range(4)), None)

@@ -70,7 +70,7 @@ def exported(registered: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
         return path, export_onnx("models:/a/1", path)
 
 
-def test_the_file_takes_any_batch_and_size_and_answers_as_pytorch(exported: tuple[Path, tuple[str, ...]]) -> None:
+def test_any_batch_and_size_gives_the_outputs_of_pytorch(exported: tuple[Path, tuple[str, ...]]) -> None:
     import onnxruntime
 
     from pipeline.predict import read_model
@@ -151,7 +151,7 @@ def test_missing_packages_are_named_with_the_extra(tmp_path: Path, monkeypatch: 
         export_onnx("models:/a/1", tmp_path / "m.onnx")
 
 
-def test_where_it_goes_is_checked_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_target_is_checked_before_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_file, "resolve", lambda uri: pytest.fail("fetched"))
     for path in (tmp_path, tmp_path / "absent" / "m.onnx"):
         with pytest.raises(ExchangeError, match="cannot be written; expected a file in a folder that exists"):

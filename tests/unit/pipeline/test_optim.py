@@ -33,7 +33,7 @@ def names_at(model: DETR, optimizer: torch.optim.Optimizer, rate: float) -> set[
     return {of[id(p)] for group in optimizer.param_groups if group["lr"] == rate for p in group["params"]}
 
 
-def test_the_last_three_stages_alone_train_at_the_backbone_s_rate() -> None:
+def test_only_the_last_three_stages_train_at_the_backbone_rate() -> None:
     model = resnet()
     optimizer = build_optimizer(model, OptimConfig())
     backbone = names_at(model, optimizer, 1e-5)
@@ -58,7 +58,7 @@ def test_every_group_decays_its_weights() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.02, 0.02]
 
 
-def test_rates_are_the_base_rates_times_the_factor_however_often_set() -> None:
+def test_rates_are_base_rates_times_the_factor_if_set_again() -> None:
     optimizer = build_optimizer(resnet(), OptimConfig())
     for factor in (0.1, 0.1, 0.5):
         set_learning_rates(optimizer, factor)
@@ -81,7 +81,7 @@ def test_the_rate_drops_at_the_first_step_of_epoch_200() -> None:
     assert schedule.factor(schedule.total_steps - 1) == 0.1
 
 
-def test_linear_decay_starts_full_and_ends_at_the_factor_in_even_steps() -> None:
+def test_linear_decay_ends_at_the_factor_in_even_steps() -> None:
     schedule = Schedule(OptimConfig(batch_size=1, epochs=10, decay="linear", decay_epoch=5, decay_factor=0.2), images=2)
     factors = [schedule.factor(step) for step in range(20)]
     assert factors[:11] == [1.0] * 11
@@ -103,12 +103,12 @@ def test_warm_up_rises_from_the_first_step_to_the_full_rate() -> None:
     assert [schedule.factor(step) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
 
 
-def test_the_epoch_of_a_step_counts_images_seen_and_ends_with_the_run() -> None:
+def test_the_epoch_counts_images_and_ends_with_the_run() -> None:
     schedule = Schedule(OptimConfig(batch_size=4, epochs=3), 10)
     assert [schedule.epoch(step) for step in (0, 5, 8)] == [0, 2.0, 3.0]
 
 
-def test_with_short_tails_durations_count_whole_steps_of_each_epoch() -> None:
+def test_short_tails_count_whole_steps_per_epoch() -> None:
     schedule = Schedule(OptimConfig(batch_size=4, epochs=3, decay_epoch=2), 10, "short")
     assert schedule.total_steps == 9
     assert [schedule.steps(epochs) for epochs in (0, 0.4, 1, 1.5, 2)] == [0, 1, 3, 5, 6]
@@ -116,7 +116,7 @@ def test_with_short_tails_durations_count_whole_steps_of_each_epoch() -> None:
     assert [schedule.factor(step) for step in (5, 6)] == [1.0, 0.1]
 
 
-def test_a_run_that_goes_on_in_smaller_batches_has_more_steps_left() -> None:
+def test_smaller_batches_after_a_resume_give_more_steps() -> None:
     schedule = Schedule(OptimConfig(batch_size=3, epochs=3, decay_epoch=2), 10, origin=Origin(step=4, samples=16))
     assert schedule.total_steps == 9  # 14 samples are left: five steps, the last of them filled up
     assert [schedule.samples(step) for step in (4, 5, 9)] == [16, 19, 31]
@@ -132,9 +132,7 @@ def test_a_run_that_goes_on_in_smaller_batches_has_more_steps_left() -> None:
     ],
     ids=["decay in smaller batches", "decay in larger ones", "warm-up"],
 )
-def test_the_rate_does_not_jump_where_a_run_goes_on_with_another_batch_size(
-    config: OptimConfig, batch_size: int
-) -> None:
+def test_the_rate_does_not_jump_with_another_batch_size(config: OptimConfig, batch_size: int) -> None:
     images = 20_480
     before = Schedule(config, images)
     step = before.steps(5)

@@ -21,7 +21,7 @@ def relabelled(tiny_data: Any, tmp_path: Path, categories: list[dict[str, object
     return write_coco(tiny_data.root / "coco" / "val", path, tmp_path / "val", WriteConfig()).url
 
 
-def test_a_run_that_can_start_is_made_ready_and_says_what_it_starts_from(tiny_config: RunConfig) -> None:
+def test_a_prepared_run_reports_its_initial_weights(tiny_config: RunConfig) -> None:
     said: list[str] = []
     config, ready = prepare(tiny_config, said.append)
     assert config == tiny_config
@@ -31,7 +31,7 @@ def test_a_run_that_can_start_is_made_ready_and_says_what_it_starts_from(tiny_co
 
 
 @pytest.mark.parametrize(("tail", "steps"), [("straddle", 8), ("short", 9)])
-def test_the_steps_that_are_told_are_those_that_are_taken(tiny_config: RunConfig, tail: Any, steps: int) -> None:
+def test_the_reported_number_of_steps_is_taken(tiny_config: RunConfig, tail: Any, steps: int) -> None:
     config = replace(
         tiny_config,
         data=replace(tiny_config.data, epoch_tail=tail),
@@ -50,7 +50,7 @@ def test_paths_become_absolute(tiny_config: RunConfig, tiny_data: Any, monkeypat
 
 
 @pytest.mark.parametrize(("given", "meant"), [("kept", "{}/kept"), ("~/kept", "~/kept"), ("off", "off"), ("", "")])
-def test_the_cache_s_folder_becomes_absolute_unless_it_is_below_each_node_s_home(
+def test_the_cache_folder_becomes_absolute_except_below_home(
     tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, meant: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -60,7 +60,7 @@ def test_the_cache_s_folder_becomes_absolute_unless_it_is_below_each_node_s_home
     assert (tmp_path / "kept").exists() == ("kept" in given)
 
 
-def test_training_and_validation_data_of_other_categories_are_refused(
+def test_data_sets_with_different_categories_are_refused(
     tiny_config: RunConfig, tiny_data: Any, tmp_path: Path
 ) -> None:
     names = ["circle", "square", "hexagon", "cross"]
@@ -71,7 +71,7 @@ def test_training_and_validation_data_of_other_categories_are_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_fewer_queries_than_boxes_warn_with_how_many_cannot_be_matched(tiny_config: RunConfig) -> None:
+def test_fewer_queries_than_boxes_give_a_warning(tiny_config: RunConfig) -> None:
     boxes = load_manifest(tiny_config.data.train).index().boxes_per_image
     queries = int(boxes.max()) - 1
     lost = int((boxes - queries).clip(min=0).sum())
@@ -84,27 +84,27 @@ def test_fewer_queries_than_boxes_warn_with_how_many_cannot_be_matched(tiny_conf
     assert f"model.num_queries is {queries}" in warning
 
 
-def test_as_many_queries_as_boxes_warn_of_nothing(tiny_config: RunConfig) -> None:
+def test_as_many_queries_as_boxes_give_no_warning(tiny_config: RunConfig) -> None:
     queries = load_manifest(tiny_config.data.train).index().max_boxes
     said: list[str] = []
     prepare(replace(tiny_config, model=replace(tiny_config.model, num_queries=queries)), said.append)
     assert not any("warning" in line for line in said)
 
 
-def test_data_that_is_not_there_is_one_line(tiny_config: RunConfig, tmp_path: Path) -> None:
+def test_missing_data_gives_one_line(tiny_config: RunConfig, tmp_path: Path) -> None:
     config = replace(tiny_config, data=replace(tiny_config.data, val=str(tmp_path / "nowhere")))
     with pytest.raises(ShardError, match=r"nowhere: no manifest\.json here") as caught:
         prepare(config, lambda line: None)
     assert "\n" not in str(caught.value)
 
 
-def test_finetuning_from_nothing_is_refused_before_anything_is_fetched(tiny_config: RunConfig) -> None:
+def test_finetuning_without_initial_weights_is_refused(tiny_config: RunConfig) -> None:
     for check_it in (check, lambda config: prepare(config, lambda line: None)):
         with pytest.raises(RunConfigError, match="finetune needs --initial models:/NAME@ALIAS or FILE"):
             check_it(replace(tiny_config, recipe="finetune"))
 
 
-def test_a_mask_head_on_no_detector_is_refused_before_anything_is_fetched(masks_config: RunConfig) -> None:
+def test_a_mask_head_without_a_detector_is_refused(masks_config: RunConfig) -> None:
     config = replace(masks_config, optim=replace(masks_config.optim, train="mask_head"))
     for check_it in (check, lambda config: prepare(config, lambda line: None)):
         with pytest.raises(RunConfigError, match=r"no detector to put it on.*--initial models:/NAME@ALIAS") as caught:
@@ -132,12 +132,12 @@ def test_masks_on_data_without_segmentations_are_refused(
     check(replace(config, model=replace(config.model, masks=False)))
 
 
-def test_the_checks_without_a_model_make_none(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_builds_no_model(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "initial_model", lambda *_: pytest.fail("made a model"))
     check(tiny_config)
 
 
-def test_the_first_weights_are_placed_in_the_run_s_folder(tiny_config: RunConfig, tmp_path: Path) -> None:
+def test_the_initial_weights_are_written_into_the_run_folder(tiny_config: RunConfig, tmp_path: Path) -> None:
     _, ready = prepare(tiny_config, lambda line: None)
     ready.place(tmp_path / "runs" / "one")
     assert [path.name for path in (tmp_path / "runs" / "one").iterdir()] == ["initial.safetensors"]

@@ -50,7 +50,7 @@ PER_GPU = {"detr-r50-8gpu": 8, "detr-r50-16gpu": 4, "detr-r50-64gpu": 1, "detr-r
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
-def test_a_recipe_for_a_cluster_is_the_paper_s_but_for_how_it_is_run(name: str) -> None:
+def test_cluster_recipes_differ_from_the_paper_only_in_execution(name: str) -> None:
     config, paper = RECIPES[name], RECIPES["detr-r50"]
     assert config.cluster.workers == CLUSTERS[name]
     assert config.optim.batch_size / config.cluster.workers == PER_GPU[name]
@@ -64,7 +64,7 @@ def test_a_recipe_for_a_cluster_is_the_paper_s_but_for_how_it_is_run(name: str) 
         assert replace(config, **same) == paper  # type: ignore[arg-type]
 
 
-def test_a_larger_batch_scales_both_rates_by_the_root_of_the_ratio_and_warms_up() -> None:
+def test_a_larger_batch_scales_rates_by_the_root_and_warms_up() -> None:
     large, paper = RECIPES["detr-r50-64gpu-b256"].optim, RECIPES["detr-r50"].optim
     factor = math.sqrt(large.batch_size / paper.batch_size)
     assert (large.lr, large.lr_backbone) == (factor * paper.lr, factor * paper.lr_backbone)

@@ -29,9 +29,7 @@ def threads_named(prefix: str) -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith(prefix)}
 
 
-def test_reading_threads_live_on_over_epochs_and_end_when_the_stream_is_closed(
-    manifest: Manifest, tiny_config: RunConfig
-) -> None:
+def test_reader_threads_run_until_the_stream_is_closed(manifest: Manifest, tiny_config: RunConfig) -> None:
     config = replace(tiny_config, data=replace(tiny_config.data, reader_threads=2))
     schedule = Schedule(config.optim, manifest.images)  # two epochs of three steps
     before = set(threading.enumerate())
@@ -62,7 +60,7 @@ def test_an_error_of_a_sample_ends_the_threads(
     assert set(threading.enumerate()) <= before
 
 
-def test_the_next_epoch_is_planned_while_this_one_is_read_and_never_where_the_samples_are_awaited(
+def test_the_next_epoch_is_planned_in_the_background(
     manifest: Manifest, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned: dict[int, threading.Thread] = {}

@@ -37,7 +37,7 @@ def training_checkpoint(**options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("old_format", [False, True], ids=["zip", "before torch 1.6"])
-def test_a_training_checkpoint_gives_its_weights_its_options_and_its_epoch(tmp_path: Path, old_format: bool) -> None:
+def test_a_training_checkpoint_gives_weights_options_and_epoch(tmp_path: Path, old_format: bool) -> None:
     path = tmp_path / "checkpoint.pth"
     # A job of the original's on SLURM keeps its folder as a path.
     saved = training_checkpoint(output_dir=pathlib.PosixPath("/x/y"))
@@ -121,7 +121,7 @@ def test_the_classes_that_pass_here_pass_nowhere_else(tmp_path: Path) -> None:
         (7, "holds no state dict"),
     ],
 )
-def test_what_is_no_state_dict_is_one_line(tmp_path: Path, content: object, said: str) -> None:
+def test_a_file_without_a_state_dict_gives_one_line(tmp_path: Path, content: object, said: str) -> None:
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=said) as caught:
         read_state_file(tmp_path / "w.pth")
@@ -155,7 +155,7 @@ def refusal(path: Path) -> str | None:
 
 
 @pytest.mark.parametrize("name", ["empty.pth", "text.pth", "text.safetensors", "absent.pth", "."])
-def test_what_is_no_file_of_weights_is_one_line(tmp_path: Path, name: str) -> None:
+def test_a_file_without_weights_gives_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty.pth").touch()
     for text in ("text.pth", "text.safetensors"):
         (tmp_path / text).write_text("no weights")

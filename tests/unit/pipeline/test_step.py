@@ -46,9 +46,7 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def test_weights_that_are_not_finite_stop_the_run_before_the_update(
-    model: DETR, batch: Batch, tiny_config: RunConfig
-) -> None:
+def test_weights_that_are_not_finite_stop_before_the_update(model: DETR, batch: Batch, tiny_config: RunConfig) -> None:
     with torch.no_grad():
         model.class_embed.bias[0] = float("nan")
     before = weights(model)
@@ -59,7 +57,7 @@ def test_weights_that_are_not_finite_stop_the_run_before_the_update(
     assert all(torch.equal(after[name], value) or torch.isnan(value).any() for name, value in before.items())
 
 
-def test_a_loss_that_is_not_finite_names_step_part_and_images_and_leaves_the_weights(
+def test_a_loss_that_is_not_finite_leaves_the_weights(
     model: DETR, batch: Batch, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipeline import step as module
@@ -109,7 +107,7 @@ class Broken(nn.Module):
     ],
     ids=["logits", "boxes of an auxiliary layer", "both", "an image without objects", "target boxes"],
 )
-def test_what_is_not_finite_is_named_by_step_part_and_image_and_leaves_the_weights(
+def test_the_error_names_step_loss_and_images(
     model: DETR, tiny_config: RunConfig, faults: list[tuple[str, int, int]], said: str
 ) -> None:
     torch.manual_seed(1)
@@ -128,9 +126,7 @@ def test_what_is_not_finite_is_named_by_step_part_and_image_and_leaves_the_weigh
     assert all(torch.equal(after, before[name]) for name, after in weights(model).items())
 
 
-def test_dropout_is_a_function_of_the_step_and_not_of_what_came_before(
-    model: DETR, batch: Batch, tiny_config: RunConfig
-) -> None:
+def test_dropout_depends_only_on_the_step(model: DETR, batch: Batch, tiny_config: RunConfig) -> None:
     start = weights(model)
 
     def loss(number: int, before: int) -> float:
@@ -142,9 +138,7 @@ def test_dropout_is_a_function_of_the_step_and_not_of_what_came_before(
     assert loss(3, before=1) != loss(4, before=1)
 
 
-def test_the_gradient_is_clipped_to_the_norm_and_the_norm_before_is_told(
-    model: DETR, batch: Batch, tiny_config: RunConfig
-) -> None:
+def test_the_gradient_is_clipped_and_its_norm_returned(model: DETR, batch: Batch, tiny_config: RunConfig) -> None:
     optimizer = build_optimizer(model, tiny_config.optim)
     result = train_step(model, [batch], optimizer, tiny_config, Ranks(), 0)
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
@@ -152,7 +146,7 @@ def test_the_gradient_is_clipped_to_the_norm_and_the_norm_before_is_told(
     assert result.grad_norm > norm
 
 
-def test_losses_are_divided_by_boxes_and_class_weights_of_the_whole_batch(batch: Batch, tiny_config: RunConfig) -> None:
+def test_losses_are_divided_by_sums_of_the_whole_batch(batch: Batch, tiny_config: RunConfig) -> None:
     # 8 queries in each of 2 images; 2 matched weigh 1, 14 weigh 0.1.
     [(boxes, weight)], asking = normalisers([batch], tiny_config, Ranks())
     assert (float(boxes), float(weight), asking.tolist()) == (2.0, pytest.approx(3.4), [0, 0])
@@ -165,9 +159,7 @@ def test_a_batch_without_any_box_divides_by_one(tiny_config: RunConfig, model: D
     assert step(model, empty, tiny_config) > 0
 
 
-def test_no_box_at_all_and_a_no_object_weight_of_0_is_a_step_without_a_gradient(
-    tiny_config: RunConfig, model: DETR
-) -> None:
+def test_no_boxes_and_eos_coef_0_give_no_gradient(tiny_config: RunConfig, model: DETR) -> None:
     config = replace(tiny_config, loss=replace(tiny_config.loss, eos_coef=0.0))
     empty = collate([(torch.zeros(3, 64, 64, dtype=torch.uint8), target(5, 0))])
     assert step(model, empty, config) == 0

@@ -115,7 +115,7 @@ def bad_files(folder: Path) -> dict[str, Path]:
     "name", ["empty.pth", "text.pth", "list.pth", "text.safetensors", "plain.pth", "absent", "folder"]
 )
 @pytest.mark.parametrize("option", ["model.backbone-weights", "initial"])
-def test_what_is_no_state_dict_is_one_line_that_names_option_and_file(
+def test_a_wrong_file_gives_one_line_with_option_and_file(
     tiny_config: RunConfig, tmp_path: Path, name: str, option: str
 ) -> None:
     path = bad_files(tmp_path)[name]
@@ -137,7 +137,7 @@ def test_there_are_no_imagenet_weights_of_the_tiny_backbone(tiny_config: RunConf
         initial_model(with_backbone(tiny_config, "imagenet"), CLASSES, None)
 
 
-def test_an_unreachable_host_is_one_line_and_never_random_weights(
+def test_an_unreachable_host_gives_no_random_weights(
     tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from torchvision.models import ResNet18_Weights
@@ -180,7 +180,7 @@ def test_a_state_dict_that_is_no_detr_is_one_line(tiny_config: RunConfig, tmp_pa
     [CLASSES[:3], (*CLASSES[:3], Category(4, "z")), (*CLASSES[:3], Category(5, "d"))],
     ids=["fewer", "another name", "another id"],
 )
-def test_a_registered_model_of_other_classes_gives_all_but_its_class_head(
+def test_a_model_of_other_classes_gives_all_but_its_class_head(
     tiny_config: RunConfig, tmp_path: Path, classes: tuple[Category, ...]
 ) -> None:
     before = to_original_state_dict(registered(tmp_path, tiny_config, CLASSES))
@@ -203,7 +203,7 @@ def test_a_registered_model_of_the_same_classes_gives_everything(tiny_config: Ru
     assert said == ("starting from models:/tiny@best",)
 
 
-def test_labels_without_a_category_are_left_out_of_the_class_head(tiny_config: RunConfig, tmp_path: Path) -> None:
+def test_labels_without_a_category_leave_the_class_head(tiny_config: RunConfig, tmp_path: Path) -> None:
     """An imported model's labels are category ids: the data's classes have the rows of theirs, and "no object" its own."""
     labels = (Category(0, "N/A"), *CLASSES[:2], Category(3, "N/A"), Category(4, "d"))
     before = to_original_state_dict(registered(tmp_path, tiny_config, labels))
@@ -218,9 +218,7 @@ def test_labels_without_a_category_are_left_out_of_the_class_head(tiny_config: R
     assert "its class head was of other classes and starts afresh for 4" in said[0]
 
 
-def test_a_run_takes_the_shape_of_the_registered_model_and_keeps_its_own_dropout(
-    tiny_config: RunConfig, tmp_path: Path
-) -> None:
+def test_a_run_takes_the_initial_model_s_shape_but_not_its_dropout(tiny_config: RunConfig, tmp_path: Path) -> None:
     registered(tmp_path, tiny_config, CLASSES)
     other = replace(tiny_config, model=replace(tiny_config.model, hidden_dim=32, num_queries=9, dropout=0.3))
     assert settle(other, tmp_path).model == replace(tiny_config.model, dropout=0.3)
@@ -257,9 +255,7 @@ def test_a_registered_mask_head_is_kept(masks_config: RunConfig, tiny_config: Ru
 
 
 @pytest.mark.parametrize("masks", [False, True], ids=["detector", "with masks"])
-def test_a_file_in_either_of_the_original_s_layouts_gives_the_detector(
-    masks_config: RunConfig, tmp_path: Path, masks: bool
-) -> None:
+def test_both_layouts_of_the_original_give_the_detector(masks_config: RunConfig, tmp_path: Path, masks: bool) -> None:
     before = seeded(replace(masks_config, model=replace(masks_config.model, masks=masks)), 4)
     save_file(to_original_state_dict(before), tmp_path / "w.safetensors")
     config = replace(masks_config, initial=str(tmp_path / "w.safetensors"))
@@ -273,7 +269,7 @@ def test_a_file_in_either_of_the_original_s_layouts_gives_the_detector(
     assert "its class head was of other classes and starts afresh for 3" in said[0]
 
 
-def test_a_mask_head_is_not_trained_on_a_detector_of_other_classes(masks_config: RunConfig, tmp_path: Path) -> None:
+def test_a_mask_head_needs_a_detector_of_the_same_classes(masks_config: RunConfig, tmp_path: Path) -> None:
     detector = replace(masks_config, model=replace(masks_config.model, masks=False))
     registered(tmp_path, detector, CLASSES)
     config = replace(masks_config, initial="models:/tiny@best", optim=replace(masks_config.optim, train="mask_head"))
@@ -285,7 +281,7 @@ def test_a_mask_head_is_not_trained_on_a_detector_of_other_classes(masks_config:
     assert initial_model(config, CLASSES, tmp_path)[0].config.masks
 
 
-def test_what_is_not_trained_gets_no_gradient(masks_config: RunConfig) -> None:
+def test_frozen_modules_get_no_gradient(masks_config: RunConfig) -> None:
     head = build_trained(replace(masks_config, optim=replace(masks_config.optim, train="mask_head")), 4)
     trained = {name.split(".")[0] for name, value in head.named_parameters() if value.requires_grad}
     assert trained == {"bbox_attention", "mask_head"}
