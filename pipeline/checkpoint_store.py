@@ -1,17 +1,17 @@
-"""Where the checkpoints of a run lie, and what differs where that is a store that is reached by URL and not a folder.
+"""Location of a run's checkpoints, a folder or a URL, and the writer and reader for URLs.
 
-Nothing can be renamed there, so `meta.json`, uploaded last, makes a checkpoint whole. It names the part that holds the state:
+A store behind a URL cannot rename, so uploading `meta.json` last completes a checkpoint. It names the folder of the state:
 
-    STORE/NAME-ID/checkpoints/step-00001000/meta.json          {"part": "8f1c...", ...}
+    STORE/NAME-ID/checkpoints/step-00001000/meta.json          {"state_folder": "8f1c...", ...}
                                             8f1c.../           *.distcp, .metadata
                                             evaluation.json
 
-Every attempt uploads into a part of its own. A checkpoint can therefore be written again without a moment in which there
-is none, files of two attempts are never mixed, and what a killed attempt leaves is named by nothing: pruning removes it.
+Every attempt uploads into a new folder. A checkpoint can therefore be written again without a moment in which there is
+none, files of two attempts are never mixed, and nothing refers to the files of a killed attempt, which pruning removes.
 
-A rank's share of the state is serialised in memory and uploaded as one object, as it is read, because then all of it can
-be asked for again (`shards/retry.py`). While that lasts it takes host memory: measured for a share of 468 MB, 1.2 GB to S3.
-There s3fs sends large objects in parts; those of an upload that was killed are not seen here, and go by the bucket's rules.
+A rank's slice of the state is serialised in memory and uploaded as one object, and read as one, because only a complete
+request can be repeated after an error. Until then it takes host memory: 1.2 GB measured for a slice of 468 MB to S3. s3fs
+uploads large objects in pieces; the pieces of a killed upload are not visible here, and the bucket's rules remove them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True, order=True)
 class Url:
-    """An address in a store, put together as a `Path` is."""
+    """Address in a store; joined with `/` like a `Path`."""
 
     url: str
 
@@ -56,7 +56,7 @@ class Url:
 
     @property
     def name(self) -> str:
-        """What stands after the last slash."""
+        """Last component of the address."""
         return self.url.rpartition("/")[2]
 
 
@@ -64,7 +64,7 @@ Location = Path | Url
 
 
 def home_of(store: str, run_folder: Path) -> Location:
-    """What holds a run's `checkpoints`: its folder, or a folder of the same name below `store` (`CheckpointConfig`)."""
+    """Return the parent of a run's `checkpoints`: the run's folder, or its name below `store` (`CheckpointConfig`)."""
     if not store:
         return run_folder
     path = storage.local_path(store)
@@ -72,9 +72,9 @@ def home_of(store: str, run_folder: Path) -> Location:
 
 
 def check(store: str) -> None:
-    """Write a small file below the store's URL and remove it, before anything depends on it.
+    """Write and remove a small file below the store's URL; raise `RunConfigError` if that fails.
 
-    Raises `RunConfigError` where it cannot be, after a few attempts only: a person waits for the answer.
+    It is tried a few times only: a person waits for the answer.
     """
     if store.startswith("memory://"):
         raise RunConfigError(
@@ -88,7 +88,7 @@ def check(store: str) -> None:
             storage.write(probe, b"may checkpoints be written here?")
             storage.remove(probe)
     except (StoreError, ShardError) as error:
-        # It begins with the address, says what to do, and is to name the store and not this file.
+        # The message starts with the address and has a remedy, but must name the store instead of this file.
         raise RunConfigError(f"checkpoint.store {str(error).replace('/' + name, '')}") from None
     except OSError as error:
         raise RunConfigError(
@@ -98,58 +98,66 @@ def check(store: str) -> None:
 
 
 def complete_in_store(home: Url) -> list[Url]:
-    """The whole checkpoints of a run, oldest first."""
-    found = [name.split("/") for name in storage.listing(str(home / _CHECKPOINTS))]
-    steps = sorted(names[0] for names in found if names[0].startswith("step-") and names[1:] == [META])
+    """Return the complete checkpoints of a run in a store, oldest first."""
+    files = [name.split("/") for name in storage.listing(str(home / _CHECKPOINTS))]
+    steps = sorted(names[0] for names in files if names[0].startswith("step-") and names[1:] == [META])
     return [home / _CHECKPOINTS / step for step in steps]
 
 
 def upload(target: Url, state: dict[str, Any], ranks: Ranks) -> str:
-    """Upload a state as a new part of the checkpoint at `target`; returns the part's name. A collective call."""
-    part = ranks.gather(secrets.token_hex(8))[0]
-    writer = _Writer(str(target / part))
+    """Upload a state into a new folder of the checkpoint at `target` and return its name; a collective call."""
+    folder = ranks.broadcast(secrets.token_hex(8))
+    writer = _Writer(str(target / folder))
     save_distributed(state, storage_writer=writer, process_group=ranks.group, no_dist=ranks.world_size == 1)
-    return str(part)
+    return folder
 
 
-def reader(path: Url, part: str) -> RestrictedReader:
-    """What reads that part of a checkpoint."""
-    return RestrictedReader(str(path / part), _Files())
+def reader(path: Url, state_folder: str) -> RestrictedReader:
+    """Return the reader of a checkpoint's state."""
+    return RestrictedReader(str(path / state_folder), _Files())
 
 
 def discard(path: Location) -> None:
-    """Remove a checkpoint, which counts no more from the first moment."""
+    """Delete a checkpoint; from the first moment on it is incomplete."""
     if isinstance(path, Path):
         shutil.rmtree(path.rename(path.with_name(path.name + _DELETED)), ignore_errors=True)
         return
-    for name in sorted(storage.listing(str(path)), key=lambda name: name != META):
+    meta_first = sorted(storage.listing(str(path)), key=lambda name: name != META)
+    for name in meta_first:
         storage.remove(str(path / name))
 
 
-def clear(home: Location, part_of: Callable[[Url], str]) -> None:
-    """Remove what kills left in the middle of writing or of discarding, while nothing is written.
+def clear(home: Location, state_folder_of: Callable[[Url], str]) -> None:
+    """Delete the remains of killed writes and deletions; nothing may be written meanwhile.
 
-    part_of: which part of a checkpoint counts.
+    `state_folder_of` returns the folder that a complete checkpoint in a store uses.
     """
     if isinstance(home, Path):
-        for left in (home / _CHECKPOINTS).glob(f"*{PARTIAL}"):
-            shutil.rmtree(left, ignore_errors=True)
+        for folder in (home / _CHECKPOINTS).glob(f"*{PARTIAL}"):
+            shutil.rmtree(folder, ignore_errors=True)
         return
     files = storage.listing(str(home / _CHECKPOINTS))
     steps = {name.partition("/")[0] for name in files if name.startswith("step-")}
     for step in steps:
+        path = home / _CHECKPOINTS / step
         names = [name.partition("/")[2] for name in files if name.startswith(f"{step}/")]
-        parts = {name.partition("/")[0] for name in names if "/" in name}
-        whole = META in names
-        kept = part_of(home / _CHECKPOINTS / step) if whole and len(parts) > 1 else ""
-        for name in names:
-            part, inside, _ = name.partition("/")
-            if not whole or (kept and inside and part != kept):
-                storage.remove(str(home / _CHECKPOINTS / step / name))
+        for name in _leftovers(path, names, state_folder_of):
+            storage.remove(str(path / name))
+
+
+def _leftovers(path: Url, names: list[str], state_folder_of: Callable[[Url], str]) -> list[str]:
+    """Return the files of a checkpoint that are not in use: all of them if it is incomplete."""
+    if META not in names:
+        return names
+    folders = {name.partition("/")[0] for name in names if "/" in name}
+    used = state_folder_of(path) if len(folders) > 1 else ""  # one folder is in use without reading `meta.json`
+    if not used:
+        return []
+    return [name for name in names if "/" in name and name.partition("/")[0] != used]
 
 
 class FolderWriter(FileSystemWriter):
-    """torch's own, but for what it says of a file that cannot be written."""
+    """torch's writer, with the system's error for a file that cannot be written."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -159,7 +167,7 @@ class FolderWriter(FileSystemWriter):
 class _Folder(FileSystem):
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        """On a full disk torch's archive speaks of positions only; raises what the system said instead."""
+        """Open a file; raise the system's error instead of torch's, which names only positions when the disk is full."""
         with super().create_stream(path, mode) as stream:
             try:
                 yield stream
@@ -171,11 +179,11 @@ class _Folder(FileSystem):
 
 
 class _Files(FileSystem):
-    """Whole objects, for torch's reader and writer."""
+    """File system for torch's reader and writer that transfers complete objects only."""
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        """The object's content, to read; or a buffer that becomes the object when the block ends without an error."""
+        """Yield the object's content to read, or a buffer that is uploaded if the block ends without an error."""
         if mode == "rb":
             yield io.BytesIO(storage.read(str(path)))
             return
@@ -187,7 +195,7 @@ class _Files(FileSystem):
         return storage.join(str(path), suffix)
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        """Of `.metadata` only, which is small."""
+        """Copy the object and remove the old one; called only for `.metadata`, which is small."""
         storage.write(str(new_path), storage.read(str(path)))
         storage.remove(str(path))
 
@@ -195,7 +203,7 @@ class _Files(FileSystem):
         return path
 
     def mkdir(self, path: str | os.PathLike[str]) -> None:
-        """A store has no folders."""
+        """Do nothing: a store has no folders."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -209,7 +217,7 @@ class _Files(FileSystem):
 
 
 class _Buffer(io.BytesIO):
-    """torch closes what it has written, and a closed buffer has no content."""
+    """Buffer that stays open: torch closes its files, and a closed buffer loses its content."""
 
     def close(self) -> None:
         pass

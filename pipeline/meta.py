@@ -1,8 +1,8 @@
-"""What a checkpoint says of itself: `meta.json`.
+"""Description of a checkpoint: `meta.json`, beside the weights and the optimizer's state.
 
-Weights and optimizer lie beside it. Everything else that a run goes on from is a function of what stands here: plan and
-augmentation of (seed, position), the learning rate of the step, dropout of (seed, step, rank) by the rule that is named.
-The rest says where the checkpoint came from, so that it explains itself without the run's folder or its tracking server.
+Everything else that a run needs to continue is a function of it: the plan and augmentation of (seed, position), the
+learning rate of the step, and dropout of (seed, step, rank) by the rule named in `randomness`. The rest tells where the
+checkpoint came from, without the run's folder or its tracking server.
 """
 
 from __future__ import annotations
@@ -13,91 +13,128 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from pipeline.boundaries import is_evaluated, is_milestone
-from pipeline.config import RunConfig, from_json, to_json
+from pipeline.config import to_json
 from pipeline.step import RANDOMNESS
 from shards.plan import PLAN_VERSION
 
 if TYPE_CHECKING:
     from pipeline.state import Worker
 
-FORMAT = 2
+FORMAT = 3
+_MOVED = {
+    "seed": "seed",
+    "batch_size": "optim.batch_size",
+    "sort_window": "data.sort_window",
+    "shuffle_shards": "data.shuffle_shards",
+    "epoch_tail": "data.epoch_tail",
+}
+"""Fields of formats 1 and 2 that are options in `config` since format 3."""
+_FIRST_DEFAULTS = {"sort_window": 1, "shuffle_shards": 0, "epoch_tail": "straddle"}
+"""Values of a format 1 from before these options existed."""
 _LIBRARIES = ("torch", "torchvision", "numpy", "ray", "webdataset", "mlflow", "detr-cluster")
 
 
 class Best(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The highest AP that a run had when a checkpoint was written (of masks where it predicts them), and its step."""
+    """Highest AP of a run at the time of a checkpoint (of masks, if the run predicts them), and its step."""
 
     step: int
     ap: float
 
 
 class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a checkpoint is of: enough to refuse the wrong data and to say where it came from."""
+    """Content of `meta.json`: the position and configuration of the run, and where the checkpoint came from."""
 
     step: int
     epoch: float
     samples: int
     """Position in the stream of samples."""
     run_id: str
-    """Of MLflow."""
-    seed: int
-    batch_size: int
+    """MLflow's id of the run."""
+    config: dict[str, Any]
+    """The whole `RunConfig`; untyped, so that a later version can read it even if it has other options. See `option`."""
     train_digest: str
     num_classes: int
     code_commit: str
     world_size: int
     versions: dict[str, str]
+    """Versions of the installed libraries."""
     format: int = FORMAT
-    # Options of the plan, and where its cut into steps begins: absent, and as here, before there were any.
-    sort_window: int = 1
-    shuffle_shards: int = 0
-    epoch_tail: str = "straddle"
+    # The defaults below are the values of checkpoints from before there were these fields.
     origin_step: int = 0
+    """Step and sample at which the plan of steps starts: not 0 after an accepted change of the stream."""
     origin_samples: int = 0
     plan_version: int = 1
-    # From format 2 on; absent before.
     val_digest: str = ""
     total_steps: int = 0
-    """Where the schedule ends."""
+    """Last step of the schedule."""
     lr_factor: float = 1.0
-    """What the learning rates are multiplied with at the next step."""
+    """Factor on the learning rates at the next step."""
     randomness: str = ""
-    """How the random numbers of a step follow from what stands here."""
+    """Rule for the random numbers of a step."""
     best: Best | None = None
     milestone: bool = False
-    """Kept for good; see `CheckpointConfig`."""
+    """Never deleted; see `CheckpointConfig`."""
     evaluate: bool = False
-    """To be evaluated beside the training, and kept until it is (`pipeline/asynchronous.py`)."""
-    ema: bool = False
-    """Whether averages of the weights (`pipeline/ema.py`) lie beside them."""
-    config: dict[str, Any] = {}
-    """The whole `RunConfig`; see `configuration`."""
-    part: str = ""
-    """Which folder beside this file holds the state, in a store by URL (`pipeline/checkpoint_store.py`); empty: its own."""
+    """To be evaluated in the background, and kept until then."""
+    state_folder: str = ""
+    """Folder beside this file that holds the state, in a store by URL; empty: the state lies beside this file."""
 
-    def configuration(self) -> RunConfig | None:
-        """The run's configuration, None before format 2. Raises `RunConfigError` where it is not one of this version's."""
-        return from_json(msgspec.json.encode(self.config)) if self.config else None
+    def option(self, path: str) -> Any:
+        """Return an option of the run's configuration by its path, such as `optim.batch_size`."""
+        value: Any = self.config
+        for name in path.split("."):
+            value = value[name]
+        return value
+
+    @property
+    def ema(self) -> bool:
+        """True if the checkpoint has averages of the weights."""
+        return bool(self.config["optim"].get("ema", 0) > 0)
+
+
+def parse_meta(text: bytes) -> Meta:
+    """Return the content of a `meta.json` of any format; raise `msgspec.DecodeError` if it is damaged."""
+    fields = msgspec.json.decode(text, type=dict[str, Any])
+    try:
+        if fields.get("format", 1) < 3:
+            fields = _to_format_3(fields)
+        meta = msgspec.convert(fields, Meta)
+        for path in _MOVED.values():
+            meta.option(path)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise msgspec.ValidationError(f"a field is missing or of another type: {error}") from None
+    return meta
+
+
+def _to_format_3(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of format 1 or 2 as those of format 3.
+
+    They repeat options of the run beside `config`, and format 1 has no `config`: there it gets these options alone.
+    """
+    fields = _FIRST_DEFAULTS | fields
+    config = fields.get("config") or {}
+    for name, path in _MOVED.items():
+        section, _, option = path.rpartition(".")
+        options = config.setdefault(section, {}) if section else config
+        options[option] = fields.pop(name)
+    fields.pop("ema", None)  # `config` has it; a run of format 1 had no averages
+    return fields | {"config": config, "format": FORMAT, "state_folder": fields.pop("part", "")}
 
 
 def meta_of(worker: Worker, step: int) -> Meta:
-    """What the checkpoint of `step` says, but for `best` and `part`, which are known when it is written."""
+    """Return the metadata of the checkpoint of `step`, without `best` and `state_folder`, which the writer adds."""
     config, schedule = worker.config, worker.schedule
     return Meta(
         step=step,
         epoch=schedule.epoch(step),
         samples=schedule.samples(step),
         run_id=worker.place.run_id,
-        seed=config.seed,
-        batch_size=config.optim.batch_size,
+        config=msgspec.json.decode(to_json(config)),
         train_digest=worker.train.digest,
         num_classes=worker.train.num_classes,
         code_commit=worker.place.code_commit,
         world_size=worker.ranks.world_size,
         versions=_versions(),
-        sort_window=config.data.sort_window,
-        shuffle_shards=config.data.shuffle_shards,
-        epoch_tail=config.data.epoch_tail,
         origin_step=schedule.origin.step,
         origin_samples=schedule.origin.samples,
         plan_version=PLAN_VERSION,
@@ -107,13 +144,11 @@ def meta_of(worker: Worker, step: int) -> Meta:
         randomness=RANDOMNESS,
         milestone=is_milestone(config, schedule, step),
         evaluate=config.evaluate.asynchronous and is_evaluated(config, schedule, step),
-        ema=config.optim.ema > 0,
-        config=msgspec.json.decode(to_json(config)),
     )
 
 
 def _versions() -> dict[str, str]:
-    """Of the libraries that are installed: `detr` and the loop also run where Ray and MLflow are not."""
+    """Return the versions of the installed libraries; Ray and MLflow are optional for the loop."""
     found = {}
     for name in _LIBRARIES:
         try:

@@ -1,7 +1,7 @@
-"""Reads torch.distributed.checkpoint folders without running code that they bring.
+"""Reader of torch.distributed.checkpoint folders that runs no code from them.
 
-torch keeps a checkpoint's `.metadata` and every number in it as pickles, and unpickles them freely: whoever can write to
-the storage could run code on every worker that resumes. Here only the classes that such a checkpoint is made of pass.
+torch keeps a checkpoint's `.metadata` and every number in it as pickles and unpickles them without a check: anyone who can
+write to the storage could run code on every worker that resumes. Here only the classes of such a checkpoint are allowed.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not dtype and (module, name) not in _KNOWN:
-            raise pickle.UnpicklingError(f"got {module}.{name}, expected only what describes tensors")
+            raise pickle.UnpicklingError(f"got {module}.{name}, expected only descriptions of tensors")
         return super().find_class(module, name)
 
 
 class RestrictedReader(FileSystemReader):
-    """Refuses a `.metadata` that names anything but the description of tensors.
+    """Reader that rejects a `.metadata` with any class but descriptions of tensors.
 
-    files: what opens the checkpoint's files; the operating system where it is None.
+    `files` opens the checkpoint's files; by default the operating system does.
     """
 
     def __init__(self, path: str | os.PathLike[str], files: FileSystem | None = None) -> None:
@@ -54,7 +54,7 @@ class RestrictedReader(FileSystemReader):
             self.fs, self.path = files, path
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """See `StorageReader.read_metadata`; raises `pickle.UnpicklingError` for foreign classes."""
+        """Return the metadata; raise `pickle.UnpicklingError` for other classes. See `StorageReader.read_metadata`."""
         with self.fs.create_stream(self._get_metadata_path(), "rb") as file:
             metadata = _Unpickler(file).load()
         if not isinstance(metadata, Metadata):
@@ -66,10 +66,10 @@ class RestrictedReader(FileSystemReader):
 
 
 class RestrictedPlanner(DefaultLoadPlanner):
-    """Refuses a value, such as a learning rate, that is not made of numbers, text and tensors."""
+    """Planner that rejects a value, such as a learning rate, that is not made of numbers, text and tensors."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """See `LoadPlanner.load_bytes`; raises `pickle.UnpicklingError` for foreign classes."""
-        torch.load(value, weights_only=True)  # the check: torch itself reads it with weights_only=False
+        """Load a value; raise `pickle.UnpicklingError` for other classes. See `LoadPlanner.load_bytes`."""
+        torch.load(value, weights_only=True)  # only a check: torch then reads the value with weights_only=False
         value.seek(0)
         super().load_bytes(read_item, value)

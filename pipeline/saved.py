@@ -1,6 +1,6 @@
-"""What a run has saved, noted in its folder, so that a run whose checkpoints are gone is not taken for one that had none.
+"""Record in a run's folder of what it has saved, so that lost checkpoints are not mistaken for a new run.
 
-Checkpoints may lie elsewhere (`CheckpointConfig.store`), where nothing is found while the storage is not mounted.
+Checkpoints may be in another storage (`CheckpointConfig.store`), which looks empty while it is not mounted.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ _NOTE = "saved"
 
 
 def note_saved(folder: Path, step: int) -> None:
-    """Rank 0 says that the checkpoint of `step` is whole. Raises `OSError` where the run's folder cannot be written."""
+    """Record that the checkpoint of `step` is complete; called by rank 0. Raise `OSError` if that cannot be written."""
     storage.write(str(folder / _NOTE), str(step).encode())
 
 
 def newest_of_run(home: Location, folder: Path) -> Location | None:
-    """The newest whole checkpoint of the run of this folder, or None where none was ever saved.
+    """Return the newest complete checkpoint of the run in `folder`, or None if it has never saved one.
 
-    Raises `CheckpointError` where the run has saved and nothing of it is found: it must not begin anew in silence.
+    Raise `CheckpointError` if the run has saved but no checkpoint is found: it must not start again silently.
     """
     found = checkpoint.newest(home)
     if found is None and (folder / _NOTE).exists():

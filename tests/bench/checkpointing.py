@@ -14,7 +14,6 @@ import torch
 
 from detr.batch import Batch
 from pipeline import checkpoint
-from pipeline.meta import Meta
 from pipeline.optim import build_optimizer
 from pipeline.parallel import Ranks
 from pipeline.recipes import RECIPES
@@ -22,6 +21,7 @@ from pipeline.saving import Saver
 from pipeline.step import train_step
 from pipeline.weights import build_trained
 from tests.bench import cases
+from tests.support.checkpoints import meta, save_checkpoint
 
 IMAGES, SIDE = 2, 256
 Row = dict[str, Any]
@@ -47,9 +47,6 @@ def checkpointing(device: str, rounds: int) -> list[Row]:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    def meta() -> Meta:
-        return Meta(number, 1.0, number, "r", 1, IMAGES, "d", cases.CLASSES, "c", 1, {})
-
     waited, blocked, plain, beside = [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         saver = Saver(Path(folder) / "beside", optimizer, ranks, keep=1)
@@ -57,11 +54,11 @@ def checkpointing(device: str, rounds: int) -> list[Row]:
         for _ in range(rounds + 1):  # the first warms up
             plain += [step(), step()]
             start = time.perf_counter()
-            checkpoint.save(Path(folder) / "waited", model, optimizer, meta(), ranks)
+            save_checkpoint(Path(folder) / "waited", model, optimizer, meta(number), ranks)
             waited.append(time.perf_counter() - start)
             checkpoint.prune(Path(folder) / "waited", keep=1)
             before = saver.stalled_s
-            saver.save(model, optimizer, meta())
+            saver.save(model, optimizer, meta(number))
             while saver.under_way:
                 beside.append(step())
             saver.finish()

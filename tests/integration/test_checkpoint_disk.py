@@ -9,11 +9,11 @@ from torch import nn
 
 from pipeline import checkpoint
 from pipeline.errors import CheckpointError
-from pipeline.meta import Meta
 from pipeline.parallel import Ranks
 from pipeline.saving import open_saver
 from tests.ranks import run_ranks
 from tests.small_disk import mounted, remount, run_on
+from tests.support.checkpoints import meta
 
 HERE = "tests.integration.test_checkpoint_disk"
 Run = tuple[nn.Module, torch.optim.Optimizer]
@@ -39,7 +39,7 @@ def train(ranks: Ranks, home: Path, read_only_after: int) -> str:
                 with torch.no_grad():
                     for parameter in run[0].parameters():
                         parameter.fill_(step)
-                saver.save(*run, Meta(step, 1.0, step, "r", 1, 4, "d", 2, "c", 2, {}))
+                saver.save(*run, meta(step, world_size=2))
                 if step == read_only_after:
                     saver.finish()
                     if ranks.first:
@@ -74,5 +74,5 @@ def test_a_disk_that_takes_no_more_is_one_line_on_every_rank_and_the_earlier_che
         assert first == second
         assert f"step-0000000{whole + 1} could not be written" in first
         assert reason in first
-        assert first.endswith("are intact: free disk space there and let it be written to, then `detr resume`")
+        assert first.endswith("are intact: free disk space there and make it writable, then `detr resume`")
         assert names.split() == [f"step-0000000{number}" for number in range(1, whole + 1)]

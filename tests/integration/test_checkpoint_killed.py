@@ -15,12 +15,12 @@ from torch import nn
 
 from pipeline import checkpoint
 from pipeline.checkpoint_store import Location, Url
-from pipeline.meta import Meta
 from pipeline.parallel import Ranks
 from pipeline.saving import open_saver
 from shards import storage
 from tests.ranks import started_ranks
 from tests.s3_server import S3Server
+from tests.support.checkpoints import meta
 
 SIDE = 1450  # four square matrices with AdamW's two moments: 100 MB
 Run = tuple[nn.Module, torch.optim.Optimizer]
@@ -58,7 +58,7 @@ def train(ranks: Ranks, home: Location, side: int, environment: dict[str, str]) 
     """Go on from the newest checkpoint and save after every second step, for ever."""
     os.environ.update(environment)  # the processes fork from a server that may be older than the store
     run = made(side)
-    newest = ranks.gather(checkpoint.newest(home))[0]
+    newest = ranks.broadcast(checkpoint.newest(home))
     step = 0
     if newest is not None:
         checkpoint.load(newest, *run, ranks)
@@ -71,7 +71,7 @@ def train(ranks: Ranks, home: Location, side: int, environment: dict[str, str]) 
             fill(run, step)
             ranks.sum(torch.ones(1))
             if step % 2 == 0:
-                saver.save(*run, Meta(step, 1.0, step, "r", 1, 4, "d", 2, "c", 2, {}))
+                saver.save(*run, meta(step, world_size=2))
 
 
 def newest_step(home: Location) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pipeline import checkpoint
 from pipeline.parallel import Ranks, distribute, unwrap
 from tests.ranks import run_ranks
+from tests.support.checkpoints import meta, save_checkpoint
 
 State = dict[str, Tensor]
 
@@ -30,8 +31,7 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
 
 def save(ranks: Ranks, folder: Path) -> State:
     model, optimizer = wrapped(ranks, 1)
-    meta = checkpoint.Meta(3, 1.0, 12, "r", 1, 4, "d", 2, "c", ranks.world_size, {})
-    checkpoint.save(folder, model, optimizer, meta, ranks)
+    save_checkpoint(folder, model, optimizer, meta(3, world_size=ranks.world_size), ranks)
     return state(model, optimizer)
 
 

@@ -15,12 +15,12 @@ from torch import nn
 from pipeline import checkpoint, checkpoint_store
 from pipeline.checkpoint_store import Url
 from pipeline.errors import CheckpointError, RunConfigError
-from pipeline.meta import Meta
 from pipeline.parallel import Ranks, distribute, unwrap
 from pipeline.saving import open_saver
 from shards import retry, storage
 from tests.ranks import run_ranks
 from tests.s3_server import S3Server
+from tests.support.checkpoints import meta
 
 HOME = Url("s3://sets/runs/tiny-1")
 Run = tuple[nn.Module, torch.optim.Optimizer]
@@ -58,10 +58,6 @@ def step(run: Run) -> None:
     run[1].zero_grad()
     run[0](torch.ones(3, 4)).sum().backward()
     run[1].step()
-
-
-def meta(number: int) -> Meta:
-    return Meta(number, 1.0, number, "r", 1, 4, "d", 2, "c", 1, {})
 
 
 def values(run: Run) -> dict[str, torch.Tensor]:
@@ -104,7 +100,9 @@ def load_of_ranks(ranks: Ranks, environment: dict[str, str]) -> dict[str, torch.
 
 def test_two_ranks_save_to_the_store_and_any_number_loads_from_it(server: S3Server) -> None:
     kept, _ = run_ranks(2, save_of_ranks, server.environment)
-    assert [str(path) for path in checkpoint.list_checkpoints(HOME)] == [f"{HOME}/checkpoints/step-0000000{n}" for n in (1, 2)]
+    assert [str(path) for path in checkpoint.list_checkpoints(HOME)] == [
+        f"{HOME}/checkpoints/step-0000000{n}" for n in (1, 2)
+    ]
     names = [name for name in storage.listing(str(HOME)) if name.endswith(".distcp")]
     assert sorted(name.rpartition("/")[2] for name in names) == ["__0_0.distcp"] * 2 + ["__1_0.distcp"] * 2
     assert_same(loaded(2), kept)
@@ -155,7 +153,7 @@ def test_a_store_that_breaks_ends_in_one_line_and_what_it_holds_stays(
     finally:
         server.start()
     assert "\n" not in str(caught.value)
-    assert "earlier checkpoints are intact: mend the store" in str(caught.value)
+    assert "earlier checkpoints are intact: restore the store" in str(caught.value)
     assert checkpoint.newest(HOME) == checkpoint.folder_of(HOME, 1)
     assert_same(loaded(1), kept)
 

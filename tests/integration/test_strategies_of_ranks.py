@@ -20,6 +20,7 @@ from pipeline.step import train_step
 from pipeline.weights import build_trained
 from tests.integration.test_gradients_of_ranks import CONFIG, UNEVEN, samples
 from tests.ranks import run_ranks
+from tests.support.checkpoints import meta, save_checkpoint
 
 WORLD: dict[Strategy, int] = {"single": 1, "ddp": 2, "fsdp": 2}
 # The paper's rate. At ten times that, what processors round otherwise becomes another assignment of queries to objects
@@ -97,8 +98,7 @@ def save(ranks: Ranks, strategy: Strategy, folder: Path) -> tuple[State, float]:
     for number in range(3):
         step(model, optimizer, ranks, number)
         ema.update(number)
-    meta = checkpoint.Meta(3, 1.0, 24, "r", 1, 8, "d", 4, "c", ranks.world_size, {})
-    checkpoint.save(folder / strategy, model, optimizer, meta, ranks, ema.averages)
+    save_checkpoint(folder / strategy, model, optimizer, meta(3, world_size=ranks.world_size), ranks, ema.averages)
     return state(model, optimizer, ema), step(model, optimizer, ranks, 3)
 
 

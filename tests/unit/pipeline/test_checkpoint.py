@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 import signal
@@ -17,63 +18,29 @@ from pipeline.errors import CheckpointError
 from pipeline.meta import Best
 from pipeline.parallel import Ranks
 from shards import storage
-
-
-def small(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A model and its optimizer that have taken a step, so that there is state to keep."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    model(torch.rand(3, 4)).sum().backward()
-    optimizer.step()
-    return model, optimizer
-
-
-def meta(step: int) -> checkpoint.Meta:
-    return checkpoint.Meta(
-        step=step,
-        epoch=step / 4,
-        samples=step * 2,
-        run_id="r",
-        seed=1,
-        batch_size=2,
-        train_digest="d",
-        num_classes=2,
-        code_commit="c",
-        world_size=1,
-        versions={"torch": "2.11"},
-    )
+from tests.support.checkpoints import assert_same_state, meta, save_checkpoint, small
 
 
 def save(folder: Path, step: int, seed: int = 0) -> Path:
-    return checkpoint.save(folder, *small(seed), meta(step), Ranks())
+    return save_checkpoint(folder, *small(seed), meta(step), Ranks())
 
 
-def assert_same(one: tuple[nn.Module, torch.optim.Optimizer], other: tuple[nn.Module, torch.optim.Optimizer]) -> None:
-    for name, value in one[0].state_dict().items():
-        assert torch.equal(value, other[0].state_dict()[name]), name
-    states = [optimizer.state_dict()["state"] for _, optimizer in (one, other)]
-    assert states[0].keys() == states[1].keys()
-    for number, state in states[0].items():
-        assert all(torch.equal(value, states[1][number][key]) for key, value in state.items())
-
-
-def test_what_is_saved_is_loaded_bit_for_bit_with_the_optimizer_s_state(tmp_path: Path) -> None:
+def test_saved_state_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     path = save(tmp_path, 3, seed=1)
     other = small(2)
     checkpoint.load(path, *other, Ranks())
-    assert_same(other, small(1))
+    assert_same_state(other, small(1))
     assert checkpoint.read_meta(path) == meta(3)
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_weights_alone_are_loaded_into_a_model(tmp_path: Path) -> None:
+def test_weights_are_loaded_without_the_optimizer(tmp_path: Path) -> None:
     model, _ = small(2)
     checkpoint.load_weights(save(tmp_path, 3, seed=1), model)
     assert torch.equal(model.state_dict()["0.weight"], small(1)[0].state_dict()["0.weight"])
 
 
-def test_the_newest_is_that_of_the_highest_step_and_unfinished_ones_do_not_count(tmp_path: Path) -> None:
+def test_the_newest_is_the_complete_checkpoint_of_the_highest_step(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path) is None
     for step in (900, 1000, 200):
         save(tmp_path, step)
@@ -87,27 +54,27 @@ def test_the_newest_is_that_of_the_highest_step_and_unfinished_ones_do_not_count
     assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 1000)
 
 
-def test_what_a_killed_attempt_left_is_replaced(tmp_path: Path) -> None:
-    aside = tmp_path / "checkpoints" / "step-00000003.partial"
-    aside.mkdir(parents=True)
-    (aside / "old").write_text("half")
+def test_the_remains_of_a_killed_attempt_are_replaced(tmp_path: Path) -> None:
+    partial = tmp_path / "checkpoints" / "step-00000003.partial"
+    partial.mkdir(parents=True)
+    (partial / "old").write_text("half")
     path = save(tmp_path, 3)
-    save(tmp_path, 3, seed=5)  # computed a second time, after its first was saved
-    assert not aside.exists()
+    save(tmp_path, 3, seed=5)  # a step that was computed and saved a second time
+    assert not partial.exists()
     assert not (path / "old").exists()
     model, optimizer = small(9)
     checkpoint.load(path, model, optimizer, Ranks())
-    assert_same((model, optimizer), small(5))
+    assert_same_state((model, optimizer), small(5))
 
 
 WRITER = """
 import sys, pathlib
-sys.path[:0] = sys.argv[2:]
+sys.path.insert(0, sys.argv[2])
 import torch
 from torch import nn
 from pipeline import checkpoint
 from pipeline.parallel import Ranks
-from test_checkpoint import meta
+from tests.support.checkpoints import meta, save_checkpoint
 model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(40)))
 optimizer = torch.optim.AdamW(model.parameters())
 sum(p.sum() for p in model.parameters()).backward()
@@ -118,28 +85,26 @@ while True:
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(step)
-    checkpoint.save(pathlib.Path(sys.argv[1]), model, optimizer, meta(step), Ranks())
+    save_checkpoint(pathlib.Path(sys.argv[1]), model, optimizer, meta(step), Ranks())
     print(step, flush=True)
 """
 
 
-def test_after_a_kill_in_the_middle_of_writing_the_newest_is_whole(tmp_path: Path) -> None:
+def test_a_kill_during_writing_leaves_the_newest_complete(tmp_path: Path) -> None:
     root = Path(checkpoint.__file__).parent.parent
     model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(40)))
     optimizer = torch.optim.AdamW(model.parameters())
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(tmp_path), str(root), str(Path(__file__).parent)], stdout=subprocess.PIPE
-    )
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(root)], stdout=subprocess.PIPE)
     assert process.stdout
     try:
         for _ in range(3):
             done = int(process.stdout.readline())
-        # The fourth is under way; wait until its folder is there, then kill without warning.
-        aside = checkpoint.folder_of(tmp_path, done + 1).with_suffix(".partial")
+        # The fourth is being written: kill it as soon as its folder exists.
+        partial = checkpoint.folder_of(tmp_path, done + 1).with_suffix(".partial")
         until = time.monotonic() + 20
-        while not aside.exists() and time.monotonic() < until:
+        while not partial.exists() and time.monotonic() < until:
             done = max([done, *(int(path.name.split("-")[1]) for path in checkpoint.list_checkpoints(tmp_path))])
-            aside = checkpoint.folder_of(tmp_path, done + 1).with_suffix(".partial")
+            partial = checkpoint.folder_of(tmp_path, done + 1).with_suffix(".partial")
         os.kill(process.pid, signal.SIGKILL)
     finally:
         process.kill()
@@ -153,7 +118,7 @@ def test_after_a_kill_in_the_middle_of_writing_the_newest_is_whole(tmp_path: Pat
     assert all((value == step).all() for value in model.state_dict().values())
 
 
-def test_figures_are_kept_beside_the_checkpoint(tmp_path: Path) -> None:
+def test_metrics_are_written_beside_the_checkpoint(tmp_path: Path) -> None:
     path = save(tmp_path, 3)
     assert checkpoint.read_evaluation(path) is None
     checkpoint.write_evaluation(path, {"AP": 0.25, "APs": -1.0})
@@ -161,7 +126,7 @@ def test_figures_are_kept_beside_the_checkpoint(tmp_path: Path) -> None:
     assert not list(path.glob("*.partial"))
 
 
-def test_the_best_has_the_highest_ap_and_is_the_newest_of_equals(tmp_path: Path) -> None:
+def test_the_best_is_the_newest_with_the_highest_ap(tmp_path: Path) -> None:
     assert checkpoint.best(tmp_path) is None
     for step, ap in ((1, 0.1), (2, 0.4), (3, 0.4), (4, 0.3)):
         checkpoint.write_evaluation(save(tmp_path, step), {"AP": ap})
@@ -171,7 +136,7 @@ def test_the_best_has_the_highest_ap_and_is_the_newest_of_equals(tmp_path: Path)
     assert (found[0].name, found[1]["AP"]) == ("step-00000003", 0.4)
 
 
-def test_the_best_of_a_run_with_masks_has_the_highest_ap_of_masks(tmp_path: Path) -> None:
+def test_with_masks_the_best_has_the_highest_mask_ap(tmp_path: Path) -> None:
     for step, ap, mask_ap in ((1, 0.4, 0.1), (2, 0.3, 0.2), (3, 0.5, 0.0)):
         checkpoint.write_evaluation(save(tmp_path, step), {"AP": ap, "mask_AP": mask_ap})
     found = checkpoint.best(tmp_path)
@@ -194,20 +159,19 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert len(checkpoint.list_checkpoints(tmp_path)) == 3
 
 
-def test_pruning_keeps_milestones_for_good(tmp_path: Path) -> None:
+def test_pruning_keeps_milestones(tmp_path: Path) -> None:
     for step in range(1, 6):
-        said = msgspec.structs.replace(meta(step), milestone=step in (1, 3))
-        checkpoint.save(tmp_path, *small(0), said, Ranks())
+        milestone = meta(step, milestone=step in (1, 3))
+        save_checkpoint(tmp_path, *small(0), milestone, Ranks())
         checkpoint.prune(tmp_path, keep=1)
     assert [path.name[-1] for path in checkpoint.list_checkpoints(tmp_path)] == ["1", "3", "5"]
 
 
-def test_what_cannot_be_read_for_the_time_being_is_not_pruned(
+def test_pruning_keeps_what_cannot_be_read_or_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in range(1, 6):
-        said = msgspec.structs.replace(meta(step), milestone=step == 1, evaluate=step == 2)
-        checkpoint.save(tmp_path, *small(0), said, Ranks())
+        save_checkpoint(tmp_path, *small(0), meta(step, milestone=step == 1, evaluate=step == 2), Ranks())
     read = storage.read
 
     def busy(url: str) -> bytes:
@@ -234,12 +198,12 @@ def test_what_cannot_be_read_for_the_time_being_is_not_pruned(
     assert [path.name[-1] for path in checkpoint.list_checkpoints(tmp_path)] == ["1", "2", "3", "5"], (
         "others are deleted"
     )
-    assert "1 could not be deleted" in caplog.text
+    assert "failed 1 times" in caplog.text
     checkpoint.prune(tmp_path, keep=1)
     assert [path.name[-1] for path in checkpoint.list_checkpoints(tmp_path)] == ["1", "2", "5"]
 
 
-def test_pruning_clears_what_kills_left_in_the_middle_of_writing_and_of_pruning(tmp_path: Path) -> None:
+def test_pruning_removes_the_remains_of_kills(tmp_path: Path) -> None:
     save(tmp_path, 1).rename(tmp_path / "checkpoints" / "step-00000001.deleted.partial")
     save(tmp_path, 5).rename(tmp_path / "checkpoints" / "step-00000005.partial")
     save(tmp_path, 2)
@@ -248,35 +212,66 @@ def test_pruning_clears_what_kills_left_in_the_middle_of_writing_and_of_pruning(
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b'{"step": "three"}', msgspec.json.encode(msgspec.to_builtins(meta(3)) | {"new": 1})]
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"step": "three"}',
+        b'{"format": "three"}',
+        msgspec.json.encode(msgspec.to_builtins(meta(3)) | {"new": 1}),
+        msgspec.json.encode(msgspec.to_builtins(meta(3, config={"seed": 1, "data": 5}))),
+        msgspec.json.encode(msgspec.to_builtins(meta(3)) | {"format": 2, "config": 7}),
+    ],
 )
 def test_a_damaged_meta_is_one_clear_error(tmp_path: Path, content: bytes) -> None:
     path = save(tmp_path, 3)
     (path / "meta.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"meta\.json cannot be read .*expected a whole checkpoint") as caught:
+    with pytest.raises(CheckpointError, match=r"meta\.json cannot be read .*expected a complete checkpoint") as caught:
         checkpoint.read_meta(path)
     assert "\n" not in str(caught.value)
 
 
-def test_what_format_1_wrote_is_read_as_it_was(tmp_path: Path) -> None:
+FORMAT_1 = b"""{"step": 3, "epoch": 0.75, "samples": 6, "run_id": "r", "seed": 1, "batch_size": 2, "train_digest": "d",
+"num_classes": 2, "code_commit": "c", "world_size": 1, "versions": {"torch": "2.11"}, "format": 1}"""
+
+
+def test_metadata_of_format_1_is_read(tmp_path: Path) -> None:
     path = save(tmp_path, 3)
-    known = ("step", "epoch", "samples", "run_id", "seed", "batch_size", "train_digest", "num_classes", "code_commit")
-    old = {name: getattr(meta(3), name) for name in (*known, "world_size", "versions")} | {"format": 1}
-    (path / "meta.json").write_bytes(msgspec.json.encode(old))
+    (path / "meta.json").write_bytes(FORMAT_1)
+    config = {
+        "seed": 1,
+        "optim": {"batch_size": 2},
+        "data": {"sort_window": 1, "shuffle_shards": 0, "epoch_tail": "straddle"},
+    }
     read = checkpoint.read_meta(path)
-    assert read == msgspec.structs.replace(meta(3), format=1)
-    assert (read.configuration(), read.best, read.ema, read.milestone, read.part) == (None, None, False, False, "")
+    assert read == meta(3, config=config)
+    assert (read.best, read.ema, read.milestone, read.state_folder) == (None, False, False, "")
     checkpoint.load_weights(path, small(2)[0])
 
 
-def test_a_checkpoint_says_the_best_ap_so_far_and_its_step(tmp_path: Path) -> None:
+def test_options_of_format_2_are_moved_into_the_configuration(tmp_path: Path) -> None:
+    path = save(tmp_path, 3)
+    fields = json.loads((path / "meta.json").read_text())
+    del fields["state_folder"]
+    fields["config"]["optim"] |= {"ema": 0.9, "batch_size": 7}
+    fields |= {"format": 2, "seed": 3, "batch_size": 7, "sort_window": 2, "shuffle_shards": 4, "epoch_tail": "short"}
+    (path / "meta.json").write_text(json.dumps(fields | {"ema": True, "part": "8f1c"}))
+    read = checkpoint.read_meta(path)
+    assert (read.format, read.ema, read.state_folder) == (3, True, "8f1c")
+    assert (read.option("seed"), read.option("optim.batch_size")) == (3, 7)
+    options = [read.option(f"data.{name}") for name in ("sort_window", "shuffle_shards", "epoch_tail")]
+    assert options == [2, 4, "short"]
+
+
+def test_metadata_has_the_best_ap_so_far_and_its_step(tmp_path: Path) -> None:
     assert checkpoint.read_meta(save(tmp_path, 1)).best is None
     for step, ap in ((1, 0.2), (2, 0.5), (3, 0.3)):
         checkpoint.write_evaluation(save(tmp_path, step), {"AP": 0.9 - ap, "mask_AP": ap})
     assert checkpoint.read_meta(save(tmp_path, 4)).best == Best(2, 0.5)
 
 
-def test_figures_that_cannot_be_written_are_one_clear_error(tmp_path: Path) -> None:
+def test_metrics_that_cannot_be_written_are_one_clear_error(tmp_path: Path) -> None:
     path = save(tmp_path, 3)
     (path / "evaluation.json").mkdir()
     with pytest.raises(CheckpointError, match=r"evaluation\.json could not be written .*checkpoint itself is intact"):
@@ -327,7 +322,7 @@ class Bomb:
         return Path.touch, (self.target,)
 
 
-def test_loading_runs_no_code_that_a_checkpoint_brings(tmp_path: Path) -> None:
+def test_loading_runs_no_code_from_the_metadata(tmp_path: Path) -> None:
     path = save(tmp_path, 3)
     (path / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "harm")))
     with pytest.raises(CheckpointError):
@@ -335,10 +330,10 @@ def test_loading_runs_no_code_that_a_checkpoint_brings(tmp_path: Path) -> None:
     assert not (tmp_path / "harm").exists()
 
 
-def test_loading_runs_no_code_that_a_value_brings(tmp_path: Path) -> None:
+def test_loading_runs_no_code_from_a_value(tmp_path: Path) -> None:
     model, optimizer = small(1)
     optimizer.param_groups[0]["note"] = Bomb(tmp_path / "harm")
-    path = checkpoint.save(tmp_path, model, optimizer, meta(3), Ranks())
+    path = save_checkpoint(tmp_path, model, optimizer, meta(3), Ranks())
     model, optimizer = small(2)
     optimizer.param_groups[0]["note"] = "harmless"
     with pytest.raises(CheckpointError):
@@ -346,7 +341,7 @@ def test_loading_runs_no_code_that_a_value_brings(tmp_path: Path) -> None:
     assert not (tmp_path / "harm").exists()
 
 
-def test_a_checkpoint_that_cannot_be_written_says_so_and_leaves_the_earlier_ones(
+def test_a_failed_write_is_one_error_and_keeps_earlier_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 1)
@@ -357,5 +352,5 @@ def test_a_checkpoint_that_cannot_be_written_says_so_and_leaves_the_earlier_ones
     monkeypatch.setattr(checkpoint, "save_distributed", full)
     with pytest.raises(CheckpointError, match=r"could not be written .*No space left.*earlier checkpoints are intact"):
         save(tmp_path, 2)
-    assert not list(tmp_path.rglob("*.partial"))  # it may be what fills the disk
+    assert not list(tmp_path.rglob("*.partial"))  # its files may be what fills the disk
     assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 1)

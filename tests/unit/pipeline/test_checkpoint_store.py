@@ -20,8 +20,8 @@ from pipeline.track import MemoryTracker
 from pipeline.worker import run
 from shards import storage
 from shards.errors import ShardError
+from tests.support.checkpoints import assert_same_state, meta, save_checkpoint, small
 from tests.unit.pipeline.conftest import Kill, KillingTracker, start
-from tests.unit.pipeline.test_checkpoint import assert_same, meta, small
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def home() -> Iterator[Url]:
 
 
 def save(home: Location, step: int, seed: int = 0) -> Location:
-    return checkpoint.save(home, *small(seed), meta(step), Ranks())
+    return save_checkpoint(home, *small(seed), meta(step), Ranks())
 
 
 def files(home: Url) -> list[str]:
@@ -60,7 +60,7 @@ def test_what_is_saved_is_loaded_bit_for_bit_and_meta_comes_last(home: Url, monk
     assert files(home) == ["3/*/.metadata", "3/*/__0_0.distcp", "3/meta.json"]
     other = small(2)
     checkpoint.load(path, *other, Ranks())
-    assert_same(other, small(1))
+    assert_same_state(other, small(1))
     model, _ = small(2)
     checkpoint.load_weights(path, model)
     assert torch.equal(model.state_dict()["0.weight"], small(1)[0].state_dict()["0.weight"])
@@ -108,16 +108,16 @@ def test_an_attempt_that_was_killed_leaves_the_checkpoint_before_it_and_is_remov
     assert len(files(home)) == 5
     loaded = small(9)
     checkpoint.load(path, *loaded, Ranks())
-    assert_same(loaded, small(1))
+    assert_same_state(loaded, small(1))
     checkpoint.prune(home, keep=9)
     assert len(files(home)) == 3
     checkpoint.load(path, *loaded, Ranks())
-    assert_same(loaded, small(1))
+    assert_same_state(loaded, small(1))
     save(home, 3, seed=5)
     checkpoint.prune(home, keep=9)
     assert len(files(home)) == 3
     checkpoint.load(path, *loaded, Ranks())
-    assert_same(loaded, small(5))
+    assert_same_state(loaded, small(5))
 
 
 def test_discarding_ends_a_checkpoint_with_its_first_request(home: Url, monkeypatch: pytest.MonkeyPatch) -> None:

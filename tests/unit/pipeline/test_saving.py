@@ -10,6 +10,7 @@ from pipeline import checkpoint, saving
 from pipeline.errors import CheckpointError
 from pipeline.parallel import Ranks
 from pipeline.saving import Saver, open_saver
+from tests.support.checkpoints import meta
 
 Run = tuple[nn.Module, torch.optim.Optimizer]
 
@@ -27,10 +28,6 @@ def step(run: Run) -> None:
     optimizer.zero_grad()
     model(torch.rand(3, 4)).sum().backward()
     optimizer.step()
-
-
-def meta(number: int) -> checkpoint.Meta:
-    return checkpoint.Meta(number, 1.0, number, "r", 1, 1, "d", 2, "c", 1, {})
 
 
 def values(run: Run) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """The whole loop in one process on a tiny data set: when it evaluates, what it tells, and what training changes."""
 
+import json
 import shutil
 import time
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 from detr.model import build_model
 from pipeline import checkpoint
 from pipeline.breakdown import PARTS
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, from_json
 from pipeline.parallel import Ranks
 from pipeline.standing import Progress, read_progress
 from pipeline.state import Place
@@ -142,7 +143,7 @@ def test_training_changes_what_may_change_and_no_more(config: RunConfig, uninter
 
 def test_the_checkpoint_says_what_it_is_of(config: RunConfig, uninterrupted: Path) -> None:
     meta = checkpoint.read_meta(checkpoint.folder_of(uninterrupted, 4))
-    assert (meta.step, meta.samples, meta.run_id, meta.seed, meta.batch_size) == (4, 16, "run", 42, 4)
+    assert (meta.step, meta.samples, meta.run_id) == (4, 16, "run")
     assert (meta.num_classes, meta.code_commit, meta.world_size) == (4, "commit", 1)
     assert meta.epoch == pytest.approx(16 / 12)
     assert (meta.val_digest, meta.total_steps) == (load_manifest(config.data.val).digest, 6)
@@ -150,7 +151,7 @@ def test_the_checkpoint_says_what_it_is_of(config: RunConfig, uninterrupted: Pat
     assert meta.randomness == RANDOMNESS
     assert meta.best is not None
     assert meta.best.step == 3
-    assert meta.configuration() == config
+    assert from_json(json.dumps(meta.config)) == config
     assert (
         {"torch", "torchvision", "numpy", "webdataset", "mlflow", "ray", "detr-cluster"}
         >= meta.versions.keys()

@@ -1,6 +1,5 @@
 """A stop costs nothing: a run that goes on ends as one that was never stopped, and refuses to go on as another one."""
 
-import json
 import shutil
 from dataclasses import replace
 from itertools import pairwise
@@ -122,7 +121,7 @@ def test_an_accepted_batch_size_goes_on_at_the_next_sample(
     with pytest.raises(Kill):
         run(wider, changed, Ranks(), KillingTracker("train", 5))
     meta = checkpoint.read_meta(checkpoint.folder_of(place.folder, 4))
-    assert (meta.samples, meta.batch_size, meta.origin_step, meta.origin_samples) == (18, 5, 2, 8)
+    assert (meta.samples, meta.option("optim.batch_size"), meta.origin_step, meta.origin_samples) == (18, 5, 2, 8)
     run(wider, place, Ranks(), None)  # what was accepted once is the run's own from then on
     # The stream as it was, from the very sample on.
     ids = load_manifest(config.data.train).index().images["image_id"]
@@ -150,15 +149,89 @@ def test_accepted_data_is_entered_at_the_same_number_of_samples(
     assert "entered at epoch 1.60 and may show images of that epoch again or never" in way.told(5)
 
 
-def test_a_checkpoint_from_before_there_were_options_of_the_plan_goes_on(
-    config: RunConfig, place: Place, uninterrupted: Path
+FORMAT_2 = """\
+{
+  "step": 2,
+  "epoch": 0.6666666666666666,
+  "samples": 8,
+  "run_id": "run",
+  "seed": 42,
+  "batch_size": 4,
+  "train_digest": "TRAIN_DIGEST",
+  "num_classes": 4,
+  "code_commit": "commit",
+  "world_size": 1,
+  "versions": {"torch": "2.15.0", "torchvision": "0.29.2", "numpy": "2.4.6", "ray": "2.60.0", "webdataset":
+    "1.0.2", "mlflow": "3.17.2", "detr-cluster": "0.1.0"},
+  "format": 2,
+  "sort_window": 1,
+  "shuffle_shards": 0,
+  "epoch_tail": "straddle",
+  "origin_step": 0,
+  "origin_samples": 0,
+  "plan_version": 1,
+  "val_digest": "VAL_DIGEST",
+  "total_steps": 6,
+  "lr_factor": 1.0,
+  "randomness":
+    "1: dropout from torch.manual_seed((seed * 1000003 + step) * 4099 + rank + (micro-batch << 48))",
+  "best": null,
+  "milestone": false,
+  "evaluate": false,
+  "ema": false,
+  "config": {
+    "recipe": "tiny",
+    "seed": 42,
+    "storage": "/data/runs",
+    "initial": "",
+    "model": {"backbone": "tiny", "norm": "group", "backbone_weights": "random", "dilation": false,
+      "frozen_stages": 2, "position": "sine", "hidden_dim": 16, "heads": 2, "encoder_layers": 1,
+      "decoder_layers": 2, "feedforward_dim": 32, "dropout": 0.1, "num_queries": 8, "pre_norm": false,
+      "auxiliary": true, "masks": false, "position_temperature": 10000.0, "position_at_input": false,
+      "decoder_input": "zeros", "query_init": "normal", "tied_attention_init": false},
+    "loss": {"cost_class": 1.0, "cost_bbox": 5.0, "cost_giou": 2.0, "weight_ce": 1.0, "weight_bbox": 5.0,
+      "weight_giou": 2.0, "weight_mask": 1.0, "weight_dice": 1.0, "eos_coef": 0.1, "auxiliary": true},
+    "transform": {"train_scales": [48, 64], "eval_size": 64, "max_size": 64, "flip": 0.5, "crop": false,
+      "crop_scales": [400, 500, 600], "crop_range": [384, 600], "pixels": "parity", "mean": [0.485, 0.456,
+      0.406], "std": [0.229, 0.224, 0.225]},
+    "data": {"train": "/data/train", "val": "/data/val", "built_in": false, "reader_threads": 1,
+      "sort_window": 1, "shuffle_shards": 0, "epoch_tail": "straddle", "cache": "", "cache_gib": 0.0,
+      "max_bad_samples": 0},
+    "optim": {"batch_size": 4, "epochs": 2, "lr": 0.001, "lr_backbone": 0.0001, "weight_decay": 0.0001,
+      "clip_norm": 0.1, "decay": "step", "decay_epoch": 1, "decay_factor": 0.1, "warmup_epochs": 0.0,
+      "max_steps": 0, "ema": 0.0, "train": "all", "normalise": "global"},
+    "compute": {"precision": "fp32", "channels_last": true, "compile": false, "canvas_multiple": 1,
+      "max_microbatch": 0, "recompute": "none"},
+    "evaluate": {"every": 1, "batch_size": 2, "batching": "same_size", "asynchronous": false, "limit": 0,
+      "pictures": 1},
+    "checkpoint": {"every_steps": 2, "every_minutes": 0.0, "keep": 9, "keep_every_epochs": 0, "store": ""},
+    "guard": {"policy": "stop", "max_grad_norm": 0.0, "max_events": 3},
+    "cluster": {"workers": 1, "min_workers": 0, "strategy": "ddp", "gpu": "auto", "cpus_per_worker": 1,
+      "max_failures": 3, "collective_timeout_s": 600},
+    "track": {"experiment": "detr", "run_name": "", "register_as": "", "log_every": 1}
+  },
+  "part": ""
+}
+"""
+
+
+FORMAT_1 = """\
+{
+  "step": 2, "epoch": 0.6666666666666666, "samples": 8, "run_id": "run", "seed": 42, "batch_size": 4,
+  "train_digest": "TRAIN_DIGEST", "num_classes": 4, "code_commit": "commit", "world_size": 1,
+  "versions": {"torch": "2.11"}, "format": 1
+}
+"""
+
+
+@pytest.mark.parametrize("text", [FORMAT_1, FORMAT_2])
+def test_a_run_continues_from_a_checkpoint_of_an_older_format(
+    config: RunConfig, place: Place, uninterrupted: Path, text: str
 ) -> None:
     run(replace(config, optim=replace(config.optim, max_steps=2)), place, Ranks(), None)
+    train, val = load_manifest(config.data.train).digest, load_manifest(config.data.val).digest
     path = checkpoint.folder_of(place.folder, 2) / "meta.json"
-    meta = json.loads(path.read_text())
-    for name in ("sort_window", "shuffle_shards", "epoch_tail", "origin_step", "origin_samples"):
-        del meta[name]
-    path.write_text(json.dumps(meta))
+    path.write_text(text.replace("TRAIN_DIGEST", train).replace("VAL_DIGEST", val))
     run(config, place, Ranks(), None)
     assert_same(weights(config, place.folder), weights(config, uninterrupted))
 
