@@ -1,24 +1,26 @@
-"""Pictures for people: detections next to the truth, and lines in a chart."""
+"""Pictures with boxes and masks, charts, and layouts of several pictures."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+import torch
+from PIL import Image, ImageDraw, ImageFont
 
 # Distinct under the common colour-vision deficiencies (Okabe and Ito), assigned to labels in turn.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-_MIN_SIDE = 320  # a demo image of 96 px is enlarged before text is written on it
+_MIN_SIDE = 320  # smaller images are enlarged, so that text fits
 
 
 @dataclass(frozen=True)
 class Boxes:
-    """What is drawn on one picture: boxes in pixels of the image, xyxy [N, 4]; names; scores or None for the truth.
+    """Objects to draw on one picture: boxes as xyxy [N, 4] in pixels of the image, labels, names and perhaps scores.
 
-    masks: bool [N, height, width] of the image, or None.
+    `masks` is bool [N, height, width], of the image's size, or None. Ground truth has no scores.
     """
 
     xyxy: npt.NDArray[np.float64]
@@ -29,43 +31,59 @@ class Boxes:
 
 
 def draw(image: Image.Image, boxes: Boxes) -> Image.Image:
-    """A copy of the image with the boxes, their names and masks; small images are enlarged by a whole factor."""
-    factor = max(1, -(-_MIN_SIDE // max(image.size)))
-    picture = _tinted(image.convert("RGB"), boxes)
-    picture = picture.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    canvas = ImageDraw.Draw(picture)
-    size = max(12, round(max(picture.size) / 45))
-    font = ImageFont.load_default(size)
-    # The surest last, so that its box and name stay on top.
-    order = range(len(boxes.labels)) if boxes.scores is None else np.argsort(boxes.scores, kind="stable").tolist()
-    for number in order:
-        colour = COLOURS[boxes.labels[number] % len(COLOURS)]
-        x0, y0, x1, y1 = (float(value) * factor for value in boxes.xyxy[number])
-        x0, x1 = sorted((min(max(x0, 0), picture.width - 1), min(max(x1, 0), picture.width - 1)))
-        y0, y1 = sorted((min(max(y0, 0), picture.height - 1), min(max(y1, 0), picture.height - 1)))
-        canvas.rectangle((x0, y0, x1, y1), outline=colour, width=max(2, size // 6))
-        text = boxes.names[number] if boxes.scores is None else f"{boxes.names[number]} {boxes.scores[number]:.2f}"
-        left, _, right, bottom = canvas.textbbox((0, 0), text, font=font)
-        corner = (min(x0, picture.width - right - 4), max(0.0, y0 - bottom - 2))
-        canvas.rectangle((corner[0], corner[1], corner[0] + right - left + 4, corner[1] + bottom + 2), fill=colour)
-        canvas.text((corner[0] + 2, corner[1]), text, fill="black", font=font)
+    """Return a copy of the image with masks, boxes, names and scores; a small image is enlarged by an integer factor."""
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    if boxes.masks is not None:
+        # One at a time: torchvision draws the overlap of several masks in black.
+        for label, mask in zip(boxes.labels, boxes.masks, strict=True):
+            pixels = draw_segmentation_masks(pixels, torch.from_numpy(mask), alpha=0.5, colors=_colour(label))
+    factor = max(1, math.ceil(_MIN_SIDE / max(image.size)))
+    pixels = pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    if not boxes.labels:
+        return _picture(pixels)
+    height, width = pixels.shape[1:]
+    font_size = max(12, round(max(height, width) / 45))
+    # The highest score is drawn last, on top of the others.
+    scores = np.zeros(len(boxes.labels)) if boxes.scores is None else np.asarray(boxes.scores)
+    order = np.argsort(scores, kind="stable").tolist()
+    corners = torch.from_numpy(boxes.xyxy[order]).view(-1, 2, 2) * factor
+    corners = corners.clamp(min=torch.zeros(2), max=torch.tensor([width - 1, height - 1])).sort(dim=1).values
+    colours = [_colour(boxes.labels[number]) for number in order]
+    pixels = draw_bounding_boxes(pixels, corners.view(-1, 4), colors=colours, width=max(2, font_size // 6))
+    picture = _picture(pixels)
+    for number, (corner, _), colour in zip(order, corners.tolist(), colours, strict=True):
+        name = boxes.names[number]
+        _write_label(
+            picture, corner, name if boxes.scores is None else f"{name} {scores[number]:.2f}", colour, font_size
+        )
     return picture
 
 
-def _tinted(image: Image.Image, boxes: Boxes) -> Image.Image:
-    """The image with every mask half in its object's colour; of masks that overlap, both are seen."""
-    if boxes.masks is None:
-        return image
-    pixels = np.array(image)
-    for label, mask in zip(boxes.labels, boxes.masks, strict=True):
-        colour = np.array(ImageColor.getrgb(COLOURS[label % len(COLOURS)]))
-        pixels[mask] = (pixels[mask] + colour) // 2
-    return Image.fromarray(pixels)
+def _colour(label: int) -> str:
+    return COLOURS[label % len(COLOURS)]
+
+
+def _picture(pixels: torch.Tensor) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def _write_label(picture: Image.Image, corner: Sequence[float], text: str, colour: str, font_size: int) -> None:
+    """Write a text above the left upper corner of a box, or as close to it as the picture allows.
+
+    torchvision writes labels inside the boxes, where they hide small objects and are cut off at the picture's edge.
+    """
+    canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(font_size)
+    left, _, right, bottom = canvas.textbbox((0, 0), text, font=font)
+    x, y = min(corner[0], picture.width - right - 4), max(0.0, corner[1] - bottom - 2)
+    canvas.rectangle((x, y, x + right - left + 4, y + bottom + 2), fill=colour)
+    canvas.text((x + 2, y), text, fill="black", font=font)
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart: its name, its colour, and its values in 0..1, or below 0 where there are none."""
+    """Line of a chart; `ys` are in 0..1, negative where there is no value."""
 
     name: str
     colour: str
@@ -73,35 +91,26 @@ class Line:
 
 
 def chart(lines: Sequence[Line], xs: Sequence[float], x_name: str, y_name: str) -> Image.Image:
-    """640 by 480 pixels: lines over `xs`, both axes from 0 to 1, the lines' names above. The last line lies on top."""
-    scale = 2  # drawn larger and then reduced, which smooths the lines
-    picture = Image.new("RGB", (640 * scale, 480 * scale), "white")
-    canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(14 * scale)
-    left, top, right, bottom = (one * scale for one in (48, 60, 620, 432))
+    """Return a chart of 640 by 480 pixels with both axes from 0 to 1 and a legend; the last line is on top."""
+    # Imported here, because it takes longer than most commands; without pyplot, which keeps figures in global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        return left + x * (right - left), bottom - y * (bottom - top)
-
-    for tick in (0, 0.2, 0.4, 0.6, 0.8, 1):
-        canvas.line((*at(tick, 0), *at(tick, 1)), "#DDDDDD", scale)
-        canvas.line((*at(0, tick), *at(1, tick)), "#DDDDDD", scale)
-        canvas.text((at(tick, 0)[0], bottom + 6 * scale), f"{tick:.1f}", "black", font, anchor="mt")
-        canvas.text((left - 6 * scale, at(0, tick)[1]), f"{tick:.1f}", "black", font, anchor="rm")
-    canvas.line((*at(0, 1), *at(0, 0), *at(1, 0)), "black", scale)
-    canvas.text(((left + right) / 2, bottom + 26 * scale), x_name, "black", font, anchor="mt")
-    canvas.text((8 * scale, 36 * scale), y_name, "black", font)
-    start = float(left)
+    figure = Figure(figsize=(6.4, 4.8), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.1, 0.125, 0.875, 0.775), xlim=(0, 1), ylim=(0, 1), xlabel=x_name, ylabel=y_name)
+    axes.grid(color="#DDDDDD")
+    axes.spines[["top", "right"]].set_visible(False)
     for line in lines:
-        points = [at(x, y) for x, y in zip(xs, line.ys, strict=True) if y >= 0]
-        canvas.line(points, line.colour, 2 * scale, joint="curve")
-        canvas.line((start, 18 * scale, start + 24 * scale, 18 * scale), line.colour, 3 * scale)
-        canvas.text((start + 30 * scale, 18 * scale), line.name, "black", font, anchor="lm")
-        start += 54 * scale + canvas.textlength(line.name, font)
-    return picture.resize((640, 480), Image.Resampling.LANCZOS)
+        ys = np.asarray(line.ys, dtype=float)
+        axes.plot(xs, np.where(ys >= 0, ys, np.nan), color=line.colour, label=line.name, clip_on=False)
+    figure.legend(loc="upper center", ncols=max(len(lines), 1), frameon=False)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def side_by_side(left: Image.Image, right: Image.Image, captions: tuple[str, str]) -> Image.Image:
-    """Two pictures of equal size with a caption over each."""
+    """Return two pictures of equal size next to each other, with a caption above each."""
     bar = 22
     joined = Image.new("RGB", (left.width + right.width + 6, left.height + bar), "white")
     joined.paste(left, (0, bar))
@@ -114,7 +123,7 @@ def side_by_side(left: Image.Image, right: Image.Image, captions: tuple[str, str
 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int = 2, width: int = 1280) -> Image.Image:
-    """Pictures in a grid, each scaled to fit its column."""
+    """Return pictures in a grid, each scaled to the width of its column."""
     cell = width // columns
     scaled = [picture.resize((cell, round(picture.height * cell / picture.width))) for picture in pictures]
     rows = [scaled[start : start + columns] for start in range(0, len(scaled), columns)]

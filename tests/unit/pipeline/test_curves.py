@@ -11,15 +11,15 @@ CURVES = Curves((0.1,) * 101, STEP, FLAT)
 
 
 def drawn(picture: Image.Image, colour: str, x: float) -> float:
-    """The value in 0..1 at which a line of the colour crosses `x`, measured in the chart of 640 by 480."""
-    column = np.asarray(picture).astype(int)[60:433, round(48 + x * 572)]
+    """Return the value in 0..1 at which a line of the colour crosses `x`, measured in the chart of 640 by 480."""
+    column = np.asarray(picture).astype(int)[48:415, round(64 + x * 560)]
     (rows,) = np.nonzero(np.abs(column - ImageColor.getrgb(colour)).sum(axis=1) < 60)
     assert len(rows)
     return float(1 - rows.mean() / 372)
 
 
 @pytest.mark.parametrize("x", [0.1, 0.3, 0.7, 0.9])
-def test_each_line_is_where_its_values_are(x: float) -> None:
+def test_lines_are_drawn_at_their_values(x: float) -> None:
     picture = curves_picture(CURVES)
     assert picture.size == (640, 480)
     assert drawn(picture, "#0072B2", x) == pytest.approx(1.0 if x < 0.5 else 0.25, abs=0.01)
@@ -27,13 +27,13 @@ def test_each_line_is_where_its_values_are(x: float) -> None:
     assert drawn(picture, "black", x) == pytest.approx(0.1, abs=0.01)
 
 
-def test_what_is_not_scored_has_axes_and_no_lines() -> None:
-    inside = np.asarray(curves_picture(UNSCORED))[70:425, 60:610]
+def test_a_chart_without_scores_has_axes_but_no_lines() -> None:
+    inside = np.asarray(curves_picture(UNSCORED))[58:413, 76:614]
     assert inside.min() > 200  # the grid alone
-    assert np.asarray(curves_picture(CURVES))[70:425, 60:610].min() < 50
+    assert np.asarray(curves_picture(CURVES))[58:413, 76:614].min() < 50
 
 
-def test_masks_stand_to_the_right_of_boxes() -> None:
+def test_the_chart_of_masks_is_to_the_right_of_boxes() -> None:
     picture = curves_picture(CURVES, UNSCORED)
     alone = np.asarray(curves_picture(CURVES))
     pixels = np.asarray(picture)[-480:]
