@@ -72,5 +72,6 @@ def _load_kept(cache: Cache, item: Item) -> Array:
 
 
 def _load(source: io.BytesIO | os.PathLike[str]) -> Array:
-    mmap_mode = None if isinstance(source, io.BytesIO) else "r"
-    return cast(Array, np.load(source, mmap_mode=mmap_mode, allow_pickle=False))
+    if isinstance(source, io.BytesIO):
+        return cast(Array, np.load(source, allow_pickle=False))
+    return cast(Array, np.load(source, mmap_mode="r", allow_pickle=False))

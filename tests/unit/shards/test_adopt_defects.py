@@ -1,4 +1,4 @@
-"""What is wrong with someone else's tars: each defect named with its sample, and left out where that is asked for."""
+"""Defects in foreign tars: each named with its sample, or left out by quarantine."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from shards.verify import verify
 from tests.foreign_tars import index, picture, tar, thing
 
 
-def test_images_without_annotations_are_a_data_set_only_when_told_so(tmp_path, names):
+def test_samples_without_annotations_are_accepted_only_on_request(tmp_path, names):
     tar(tmp_path / "tars" / "a.tar", ("a.jpg", picture()), ("b.jpg", picture()), ("b.json", {"caption": "a cat"}))
     with pytest.raises(
         SourceError, match=r"2 defects: a.tar: sample a: has no JSON; got jpg; .* neither 'annotations'"
@@ -58,8 +58,8 @@ def test_every_defect_is_named_with_its_sample(tmp_path, names):
         "l: has 2 JSON files: l.a.json, l.b.json; expected one",
     ]
     texts = sorted(defect.text for defect in caught.value.defects)
-    for text, words in zip(texts, expected, strict=True):
-        assert text.startswith(f"a.tar: sample {words}")
+    for text, start in zip(texts, expected, strict=True):
+        assert text.startswith(f"a.tar: sample {start}")
     assert "\n" not in str(caught.value)
     assert [path.name for path in (tmp_path / "tars").iterdir()] == ["a.tar"]
     report = json.loads((tmp_path / "tars.report.json").read_bytes())
@@ -76,12 +76,12 @@ BAD_OBJECTS = [
 ]
 
 
-def test_every_bad_annotation_is_named_with_its_sample(tmp_path, names):
+def test_every_malformed_annotation_is_named_with_its_sample(tmp_path, names):
     tar(tmp_path / "tars" / "a.tar", ("a.jpg", picture()), ("a.json", [box for box, _ in BAD_OBJECTS]))
     with pytest.raises(SourceError, match="6 defects") as caught:
         index(tmp_path / "tars", categories=names)
-    for number, (defect, (_, words)) in enumerate(zip(caught.value.defects, BAD_OBJECTS, strict=True), 1):
-        assert defect.text.startswith(f"a.tar: sample a: annotation {number} of image 1: {words}")
+    for number, (defect, (_, message)) in enumerate(zip(caught.value.defects, BAD_OBJECTS, strict=True), 1):
+        assert defect.text.startswith(f"a.tar: sample a: annotation {number} of image 1: {message}")
 
 
 def test_quarantine_leaves_samples_out_of_the_index_and_reports_them(tars, names):
@@ -94,14 +94,19 @@ def test_quarantine_leaves_samples_out_of_the_index_and_reports_them(tars, names
     manifest = index(tars, categories=names, on_defect="quarantine")
     assert not (tars.parent / "tars.report.json").exists()
     assert [(shard.name, shard.samples) for shard in manifest.shards] == [("a.tar", 2), ("b.tar", 1), ("d.tar", 1)]
-    assert manifest.index().images["image_id"].tolist() == [1, 2, 3, 5]  # numbers of those left out are left out too
+    assert manifest.index().images["image_id"].tolist() == [
+        1,
+        2,
+        3,
+        5,
+    ]  # the numbers of rejected samples are not used again
     assert manifest.index().images["shard"].tolist() == [0, 0, 1, 2]
     assert manifest.index().annotations["image"].tolist() == [0, 1, 1, 3]
     assert verify(tars).problems == ()
     assert [sample.image.shape for sample in read_samples(manifest, [3])] == [(30, 40, 3)]
     report = load_report(manifest)
     assert (report.images_listed, report.images) == (7, 4)
-    rejected = [one.text.partition(": ")[2].partition(":")[0] for one in report.defects if one.rejected]
+    rejected = [defect.text.partition(": ")[2].partition(":")[0] for defect in report.defects if defect.rejected]
     assert sorted(rejected) == ["sample four", "sample seven", "sample six"]
 
 
@@ -112,24 +117,24 @@ def test_a_report_on_other_tars_is_not_kept(tars, names):
     assert load_report(index(tars, categories=names)).images == 2
 
 
-def test_tars_of_nothing_but_defects_are_no_data_set(tmp_path, names):
+def test_tars_with_only_defects_are_refused(tmp_path, names):
     tar(tmp_path / "tars" / "a.tar", ("a.jpg", b""), ("a.json", []))
     with pytest.raises(SourceError, match=r"1 defect: a.tar: sample a: the file is empty"):
         index(tmp_path / "tars", categories=names, on_defect="quarantine")
 
 
-def test_what_is_worth_knowing_of_samples_is_reported(tmp_path, names):
+def test_notes_on_samples_are_reported(tmp_path, names):
     buffer, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6
     Image.new("L", (40, 30)).save(buffer, "JPEG", exif=exif)
     tar(tmp_path / "tars" / "a.tar", ("a.jpg", buffer.getvalue()), ("a.json", [thing(1, 1, 50, 1), thing(1, 1, 0, 1)]))
     report = load_report(index(tmp_path / "tars", categories=names))
-    assert [one.kind for one in report.kinds] == ["exif-orientation", "grey", "zero-area-box", "box-outside"]
+    assert [kind.kind for kind in report.kinds] == ["exif-orientation", "grey", "zero-area-box", "box-outside"]
     assert all(defect.text.startswith("a.tar: sample a: ") for defect in report.defects)
 
 
 @pytest.mark.parametrize("same", ["key", "id"])
-def test_samples_that_cannot_be_told_apart_are_refused(tmp_path, names, same):
+def test_samples_with_the_same_key_or_id_are_refused(tmp_path, names, same):
     for number in (1, 2):
         key = "a" if same == "key" else f"a{number}"
         content = {"image_id": 7 if same == "id" else number, "annotations": []}
@@ -142,7 +147,7 @@ def test_samples_that_cannot_be_told_apart_are_refused(tmp_path, names, same):
 
 
 @pytest.mark.parametrize("damage", ["cut", "cut between files", "joined", "empty", "packed", "no tar"])
-def test_a_tar_that_is_not_whole_is_one_line(tars, names, damage):
+def test_a_damaged_tar_raises_one_line(tars, names, damage):
     path = tars / "a.tar"
     content = path.read_bytes()
     if damage == "cut":
@@ -154,8 +159,8 @@ def test_a_tar_that_is_not_whole_is_one_line(tars, names, damage):
     elif damage == "empty":
         tar(path)
     elif damage == "packed":
-        for one in tars.iterdir():
-            one.rename(tars / f"{one.name}.gz")
+        for file in tars.iterdir():
+            file.rename(tars / f"{file.name}.gz")
     else:
         path.write_bytes(picture() * 20)
     expected = {
@@ -170,7 +175,7 @@ def test_a_tar_that_is_not_whole_is_one_line(tars, names, damage):
     assert not (tars / "manifest.json").exists()
 
 
-def test_numbers_that_no_column_holds_and_endless_brackets_are_defects(tmp_path, names):
+def test_huge_numbers_and_deep_nesting_are_defects(tmp_path, names):
     brackets = json.dumps(thing(1, 2, 3, 4)).replace("}", ', "more": ' + "[" * 3000 + "]" * 3000 + "}")
     entries = {
         "id": [thing(1, 2, 3, 4, id=1 << 63)],
@@ -181,11 +186,11 @@ def test_numbers_that_no_column_holds_and_endless_brackets_are_defects(tmp_path,
     tar(tmp_path / "tars" / "a.tar", *_pairs(entries))
     manifest = index(tmp_path / "tars", categories=names, on_defect="quarantine")
     assert manifest.images == 1
-    texts = [one.text for one in load_report(manifest).defects if one.rejected]
+    texts = [defect.text for defect in load_report(manifest).defects if defect.rejected]
     assert [text.split(":")[1].split()[1] for text in texts] == ["brackets", "crowd", "id"]
 
 
-def test_names_that_are_not_utf_8_are_defects_and_no_traceback(tmp_path, names):
+def test_names_that_are_not_utf_8_are_defects(tmp_path, names):
     tar(tmp_path / "tars" / "a.tar", *_pairs({"caf\udce9": {}, "cr\udce8me": [thing(1, 2, 3, 4)]}))
     manifest = index(tmp_path / "tars", categories=names, on_defect="quarantine")
     assert manifest.images == 1
@@ -196,5 +201,8 @@ def test_names_that_are_not_utf_8_are_defects_and_no_traceback(tmp_path, names):
 
 
 def _pairs(entries: dict[str, Any]) -> list[tuple[str, Any]]:
-    """The files of samples: a picture each, and this JSON."""
-    return [file for key, one in entries.items() for file in ((f"{key}.jpg", picture()), (f"{key}.json", one))]
+    """Return the files of samples with these keys and JSON contents, each with an image."""
+    files = []
+    for key, content in entries.items():
+        files += [(f"{key}.jpg", picture()), (f"{key}.json", content)]
+    return files

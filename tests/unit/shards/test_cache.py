@@ -1,4 +1,4 @@
-"""Files of a store kept on the disk: fetched once, whoever wants them, and nothing is left of a fetch that fails."""
+"""Fetching through the cache: each file once, and no leftovers of a failed fetch."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ from shards.read import read_samples
 from tests.cached_files import content, kept, names, read_at_once
 
 
-def test_a_file_is_fetched_once_however_many_threads_want_it(store, asked, tmp_path, monkeypatch):
+def test_many_threads_fetch_a_file_only_once(store, asked, tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "PIECE", 300)
     item = store("x")
     read_at_once(12, lambda number: content(Cache(tmp_path / "kept"), item))
@@ -28,7 +28,7 @@ def test_a_file_is_fetched_once_however_many_threads_want_it(store, asked, tmp_p
     assert names(tmp_path / "kept") == [item.sha256]
 
 
-def test_a_data_set_that_moved_is_not_fetched_again_and_another_does_not_mix(store, asked, tmp_path):
+def test_files_are_cached_by_digest_and_not_by_url(store, asked, tmp_path):
     cache = Cache(tmp_path / "kept")
     first, other = store("x"), store("other", 999)
     (tmp_path / "moved").mkdir()
@@ -41,7 +41,7 @@ def test_a_data_set_that_moved_is_not_fetched_again_and_another_does_not_mix(sto
     assert len(asked) == 2
 
 
-def test_samples_come_from_the_cache_as_from_the_store(coco, tmp_path, asked):
+def test_cached_samples_equal_those_of_the_store(coco, tmp_path, asked):
     manifest = kept(coco, tmp_path)
     assert asked  # the index
     asked.clear()
@@ -52,7 +52,7 @@ def test_samples_come_from_the_cache_as_from_the_store(coco, tmp_path, asked):
     assert sorted(asked) == [(shard.name, 0) for shard in manifest.shards]
 
 
-def test_who_waits_for_a_fetch_takes_over_when_the_fetcher_is_killed(store, tmp_path, asked):
+def test_a_waiting_process_fetches_the_file_if_the_first_is_killed(store, tmp_path, asked):
     item = store("x")
     code = (
         "import sys, time\n"
@@ -65,19 +65,19 @@ def test_who_waits_for_a_fetch_takes_over_when_the_fetcher_is_killed(store, tmp_
     fetcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert fetcher.stdout.readline() == "fetching\n"
     found = []
-    waiting = threading.Thread(target=lambda: found.append(content(Cache(tmp_path / "kept"), item)))
-    waiting.start()
+    second = threading.Thread(target=lambda: found.append(content(Cache(tmp_path / "kept"), item)))
+    second.start()
     time.sleep(0.2)
     assert not asked  # it waits
     fetcher.kill()
-    waiting.join(10)
+    second.join(10)
     fetcher.communicate()
-    assert [len(one) for one in found] == [1000]
+    assert [len(data) for data in found] == [1000]
     assert names(tmp_path / "kept") == [item.sha256]
 
 
-def test_a_disk_that_is_full_all_the_same_is_one_clear_line_and_nothing_is_left(store, tmp_path):
-    """A limit of the kernel's on the size of files stands for the disk's: both are errors of the same calls."""
+def test_a_full_disk_raises_one_line_and_leaves_no_file(store, tmp_path):
+    """The kernel's limit on file sizes simulates a full disk: the same calls fail."""
     item = store("x", 100_000)
     code = (
         "import resource\n"
@@ -90,14 +90,14 @@ def test_a_disk_that_is_full_all_the_same_is_one_clear_line_and_nothing_is_left(
         "except ShardError as error:\n"
         "    print(error)"
     )
-    said = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
-    assert "kept: the cache cannot be written (File too large); expected a folder with free space" in said
-    assert said.count("\n") == 1
+    printed = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert "kept: the cache cannot be written (File too large); expected a folder with free space" in printed
+    assert printed.count("\n") == 1
     assert names(tmp_path / "kept") == []
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
-def test_a_write_that_fails_is_one_clear_line(store, tmp_path, monkeypatch, number):
+def test_a_failed_write_raises_one_line_and_leaves_no_file(store, tmp_path, monkeypatch, number):
     def fails(*_):
         raise OSError(number, os.strerror(number))
 
@@ -107,13 +107,13 @@ def test_a_write_that_fails_is_one_clear_line(store, tmp_path, monkeypatch, numb
     assert names(tmp_path / "kept") == []
 
 
-def test_a_folder_that_cannot_be_one_is_one_clear_line(tmp_path):
+def test_an_impossible_folder_raises_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ShardError, match=r"file/kept: the cache cannot be written"):
         Cache(tmp_path / "file" / "kept")
 
 
-def test_an_error_of_the_store_leaves_nothing_and_passes(store, tmp_path, monkeypatch):
+def test_an_error_of_the_store_passes_unchanged_and_leaves_no_file(store, tmp_path, monkeypatch):
     def away(*_):
         raise ConnectionError("gone")
 
@@ -123,7 +123,7 @@ def test_an_error_of_the_store_leaves_nothing_and_passes(store, tmp_path, monkey
     assert names(tmp_path / "kept") == []
 
 
-def test_remote_data_sets_have_a_cache_and_local_ones_only_where_one_is_given(tmp_path, monkeypatch):
+def test_local_data_sets_have_a_cache_only_on_request(tmp_path, monkeypatch):
     monkeypatch.setenv("DETR_CACHE", str(tmp_path / "environment"))
     assert str(cache_for("s3://b/set", CacheConfig())) == str(tmp_path / "environment")
     assert str(cache_for("s3://b/set", CacheConfig(str(tmp_path / "given")))) == str(tmp_path / "given")
@@ -137,7 +137,7 @@ def test_remote_data_sets_have_a_cache_and_local_ones_only_where_one_is_given(tm
     assert str(cache_for("s3://b/set", CacheConfig())) == str(tmp_path / "xdg/detr-cluster/shards")
 
 
-def test_a_manifest_may_not_say_where_it_is_kept(coco):
+def test_a_manifest_file_with_a_cache_is_refused(coco):
     coco.write()
     path = coco.root / "out" / "manifest.json"
     path.write_bytes(path.read_bytes().strip()[:-1] + b',"cache":{"folder":"/elsewhere"}}')

@@ -1,4 +1,4 @@
-"""Bytes that changed, in the cache or in the store: fetched again, or one clear line that says where they are."""
+"""Damage in the cache or in the store: fetched again, or reported in one line with its location."""
 
 import time
 
@@ -15,7 +15,7 @@ from tests.cached_files import kept, names, read_at_once
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:700] + bytes([b[700] ^ 1]) + b[701:], lambda b: b[:-100]])
-def test_a_copy_that_changed_on_the_disk_is_fetched_once_more(coco, tmp_path, asked, damage):
+def test_a_cached_file_that_changed_is_fetched_again(coco, tmp_path, asked, damage):
     manifest = kept(coco, tmp_path)
     expected = [sample.image for sample in read_samples(manifest, range(7))]
     record = manifest.index().images[0]
@@ -31,7 +31,7 @@ def test_a_copy_that_changed_on_the_disk_is_fetched_once_more(coco, tmp_path, as
 
 
 def damaged(coco, tmp_path):
-    """The data set, the row of one image whose bytes differ in the store, and its shard."""
+    """Return the data set, the row of an image that is damaged in the store, and its shard."""
     manifest = kept(coco, tmp_path)
     record = manifest.index().images[4]
     shard = manifest.shards[record["shard"]]
@@ -42,20 +42,20 @@ def damaged(coco, tmp_path):
     return manifest, 4, shard
 
 
-def test_a_bit_flipped_in_the_store_is_one_clear_line_naming_image_and_shard(coco, tmp_path, asked):
+def test_a_flipped_bit_in_the_store_names_image_and_shard(coco, tmp_path, asked):
     manifest, row, shard = damaged(coco, tmp_path)
     asked.clear()
     image_id = int(manifest.index().images[row]["image_id"])
     message = rf"^image {image_id} in {shard.name}: .*its sha256 is not the manifest's"
     with pytest.raises(DigestError, match=message) as caught:
-        list(read_samples(manifest, [row - 1]))  # another of that shard
+        list(read_samples(manifest, [row - 1]))  # another image of that shard
     assert "\n" not in str(caught.value)
-    # It might have been damaged on its way; the third time is to find the image.
+    # Twice because the transfer might have damaged it, and once more to find the image.
     assert asked == [(shard.name, 0)] * 3
     assert shard.sha256 not in names(tmp_path / "kept")
 
 
-def test_a_byte_changed_beside_the_images_is_said_to_be_there(coco, tmp_path):
+def test_a_changed_byte_outside_the_images_is_reported_as_such(coco, tmp_path):
     manifest = kept(coco, tmp_path)
     path = coco.root / "out" / "shard-000001.tar"
     content = bytearray(path.read_bytes())
@@ -65,7 +65,7 @@ def test_a_byte_changed_beside_the_images_is_said_to_be_there(coco, tmp_path):
         list(read_samples(manifest, range(7)))
 
 
-def test_where_bad_samples_are_allowed_only_the_damaged_one_is_left_out(coco, tmp_path, caplog):
+def test_only_the_damaged_sample_is_left_out_if_bad_samples_are_allowed(coco, tmp_path, caplog):
     manifest, row, shard = damaged(coco, tmp_path)
     found = [sample.row for sample in read_samples(manifest, range(7), ReadConfig(threads=2, max_bad_samples=1))]
     assert found == [number for number in range(7) if number != row]
@@ -73,27 +73,27 @@ def test_where_bad_samples_are_allowed_only_the_damaged_one_is_left_out(coco, tm
     assert f"1 of at most 1 bad samples: image {image_id} in {shard.name}: its bytes changed" in caplog.text
 
 
-def test_of_many_threads_one_finds_out_which_image_is_damaged(coco, tmp_path, asked, monkeypatch):
+def test_many_threads_search_for_the_damaged_image_only_once(coco, tmp_path, asked, monkeypatch):
     find = Members._find_damaged
     monkeypatch.setattr(Members, "_find_damaged", lambda self, shard: time.sleep(0.05) or find(self, shard))
     manifest, row, shard = damaged(coco, tmp_path)
     members = Members(manifest)
     asked.clear()
-    said = []
+    messages = []
 
     def read(_):
         with pytest.raises(DigestError) as caught:
             members.image(row - 1)
-        said.append(str(caught.value))
+        messages.append(str(caught.value))
 
     read_at_once(8, read)
-    assert len(said) == 8
-    assert len(set(said)) == 1
-    assert f"image {int(manifest.index().images[row]['image_id'])} in {shard.name}: " in said[0]
+    assert len(messages) == 8
+    assert len(set(messages)) == 1
+    assert f"image {int(manifest.index().images[row]['image_id'])} in {shard.name}: " in messages[0]
     assert asked == [(shard.name, 0)] * 3
 
 
-def test_a_truncated_shard_is_one_clear_line_at_once(coco, tmp_path):
+def test_a_truncated_shard_in_the_store_raises_one_line(coco, tmp_path):
     manifest = kept(coco, tmp_path)
     path = coco.root / "out" / "shard-000001.tar"
     path.write_bytes(path.read_bytes()[:-700])
@@ -104,14 +104,14 @@ def test_a_truncated_shard_is_one_clear_line_at_once(coco, tmp_path):
         list(read_samples(manifest, range(7)))
 
 
-def test_a_missing_shard_is_one_clear_line(coco, tmp_path):
+def test_a_missing_shard_in_the_store_raises_one_line(coco, tmp_path):
     manifest = kept(coco, tmp_path)
     (coco.root / "out" / "shard-000001.tar").unlink()
     with pytest.raises(ShardError, match=r"shard-000001.tar: no such file; the manifest lists it"):
         list(read_samples(manifest, range(7)))
 
 
-def test_an_index_that_changed_on_the_disk_is_fetched_again(coco, tmp_path, asked):
+def test_a_cached_index_that_changed_is_fetched_again(coco, tmp_path, asked):
     manifest = kept(coco, tmp_path)
     listed = next(file for file in manifest.files if file.name == "index/images.npy")
     copy = tmp_path / "kept" / listed.sha256

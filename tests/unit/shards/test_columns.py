@@ -1,4 +1,4 @@
-"""Entries of a COCO JSON as columns."""
+"""Entries of a COCO JSON in columns."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def annotations(count: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("chunk", [3, 4096])
-def test_every_number_and_text_is_in_its_row(chunk, monkeypatch):
+def test_columns_hold_all_numbers_and_texts_in_order(chunk, monkeypatch):
     monkeypatch.setattr(columns, "_CHUNK", chunk)
     entries = annotations(10)
     del entries[4]["area"]
@@ -33,26 +33,26 @@ def test_every_number_and_text_is_in_its_row(chunk, monkeypatch):
     found = annotation_columns(raws(entries), defects)
     assert defects == []
     for name, field in (("ids", "id"), ("image_ids", "image_id"), ("category_ids", "category_id")):
-        assert getattr(found, name).tolist() == [one[field] for one in entries]
-    assert found.boxes.tolist() == [one["bbox"] for one in entries]
-    assert found.areas.tolist() == [one.get("area", 6.0) for one in entries]
-    assert found.iscrowd.tolist() == [one.get("iscrowd", 0) for one in entries]
+        assert getattr(found, name).tolist() == [entry[field] for entry in entries]
+    assert found.boxes.tolist() == [entry["bbox"] for entry in entries]
+    assert found.areas.tolist() == [entry.get("area", 6.0) for entry in entries]
+    assert found.iscrowd.tolist() == [entry.get("iscrowd", 0) for entry in entries]
     assert [json.loads(bytes(text)) for text in found.texts] == entries
 
 
 @pytest.mark.parametrize("chunk", [3, 4096])
-def test_what_does_not_fit_is_named_and_left_out(chunk, monkeypatch):
+def test_malformed_entries_are_named_and_left_out(chunk, monkeypatch):
     monkeypatch.setattr(columns, "_CHUNK", chunk)
     entries = annotations(8)
     entries[1]["bbox"] = [1, 2, 3]
     entries[5]["id"] = 2**64
-    entries[6]["area"] = "NaN"  # what Python's writer says, made text
+    entries[6]["area"] = "NaN"  # as Python's json module writes it, made text
     defects: list[Defect] = []
     found = annotation_columns(raws(entries), defects)
     assert found.ids.tolist() == [0, 14, 21, 28, 42, 49]
     assert len(found.texts) == 6
     assert math.isnan(found.areas[4])
-    assert [(one.annotation_id, one.image_id) for one in defects] == [(7, 0), (None, 2)]
+    assert [(defect.annotation_id, defect.image_id) for defect in defects] == [(7, 0), (None, 2)]
     assert defects[0].text.startswith("annotations[1] (annotation 7 of image 0): Expected array of length 4")
     assert defects[1].text.startswith("annotations[5] (annotation ? of image 2): Expected int <=")
 
@@ -67,17 +67,17 @@ def test_images_keep_names_and_sizes():
         [4],
         [5],
     )
-    assert [one.image_id for one in defects] == [9]
+    assert [defect.image_id for defect in defects] == [9]
     assert found.take(np.array([0])) is found
 
 
-def test_positions_are_those_of_the_values():
+def test_positions_of_values_or_minus_one():
     known = np.array([50, 10, 30])
     assert positions(np.array([30, 50, 7, 99, 10]), known).tolist() == [2, 0, -1, -1, 1]
     assert positions(np.array([1]), np.zeros(0, np.int64)).tolist() == [-1]
 
 
-def test_what_occurs_more_than_once_is_found():
+def test_duplicated_and_repeated_ids_are_found():
     ids = np.array([5, 3, 5, 9, 3, 5])
     assert duplicated(ids).tolist() == [True, True, True, False, True, True]
     assert repeated(ids).tolist() == [False, False, True, False, True, True]
@@ -95,19 +95,16 @@ def test_what_occurs_more_than_once_is_found():
         ({"id": None, "image_id": [2]}, (None, None)),
     ],
 )
-def test_an_id_that_does_not_fit_hides_no_other(fields, named):
+def test_a_malformed_id_does_not_hide_the_other_id(fields, named):
     defects: list[Defect] = []
     annotation_columns(raws([annotations(8)[5] | fields]), defects)
-    assert [(one.annotation_id, one.image_id) for one in defects] == [named]
-    who = (
-        ""
-        if named == (None, None)
-        else " (annotation {} of image {})".format(*("?" if n is None else n for n in named))
-    )
-    assert defects[0].text.startswith(f"annotations[0]{who}: Expected int")
+    assert [(defect.annotation_id, defect.image_id) for defect in defects] == [named]
+    annotation_id, image_id = ("?" if number is None else number for number in named)
+    name = "" if named == (None, None) else f" (annotation {annotation_id} of image {image_id})"
+    assert defects[0].text.startswith(f"annotations[0]{name}: Expected int")
 
 
-def test_an_entry_that_is_no_object_is_named_by_its_place():
+def test_an_entry_that_is_not_an_object_is_named_by_its_position():
     defects: list[Defect] = []
     annotation_columns(msgspec.json.decode(b"[7]", type=list[msgspec.Raw]), defects)
-    assert [one.text for one in defects] == ["annotations[0]: Expected object, got int"]
+    assert [defect.text for defect in defects] == ["annotations[0]: Expected object, got int"]

@@ -1,4 +1,4 @@
-"""The curves have the COCO numbers as their means."""
+"""Precision-recall curves, whose means are the COCO numbers."""
 
 from dataclasses import replace
 
@@ -16,8 +16,8 @@ def means(curves):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_means_of_the_curves_are_the_ap_at_their_overlaps(coco, seed):
-    coco.data["categories"].append({"id": 91, "name": "unicorn"})  # without truth: left out, as COCO does
+def test_the_mean_of_each_curve_is_its_ap(coco, seed):
+    coco.data["categories"].append({"id": 91, "name": "unicorn"})  # without ground truth: left out, as COCO does
     manifest = coco.write()
     score = score_detections(manifest, guesses(coco.data, manifest, seed))
     expected = [score.metrics[name] for name in ("AP", "AP50", "AP75")]
@@ -26,10 +26,10 @@ def test_the_means_of_the_curves_are_the_ap_at_their_overlaps(coco, seed):
     assert score.mask_curves is None
 
 
-def test_the_means_of_the_curves_of_masks_are_the_ap_of_masks(coco):
-    for number, one in enumerate(coco.data["annotations"]):
-        if not one["iscrowd"]:
-            one["segmentation"] = [[2, 3, 20 + number, 3, 20 + number, 30, 2, 30], [1, 1, 5, 1, 5, 5]]
+def test_the_mean_of_each_mask_curve_is_its_mask_ap(coco):
+    for number, annotation in enumerate(coco.data["annotations"]):
+        if not annotation["iscrowd"]:
+            annotation["segmentation"] = [[2, 3, 20 + number, 3, 20 + number, 30, 2, 30], [1, 1, 5, 1, 5, 5]]
     manifest = coco.write()
     boxes = guesses(coco.data, manifest)
     score = score_detections(manifest, with_masks(coco.data, manifest, boxes))
@@ -39,25 +39,29 @@ def test_the_means_of_the_curves_of_masks_are_the_ap_of_masks(coco):
 
 
 def findable(coco):
-    """The data set without crowds and without boxes of no area."""
-    coco.data["annotations"] = [one for one in coco.data["annotations"] if min(one["bbox"]) > 0 and not one["iscrowd"]]
+    """Return the data set without crowds and without boxes that have no area."""
+    coco.data["annotations"] = [
+        annotation
+        for annotation in coco.data["annotations"]
+        if min(annotation["bbox"]) > 0 and not annotation["iscrowd"]
+    ]
     return coco.write()
 
 
-def test_what_is_found_loosely_is_precise_at_low_overlaps_alone(coco):
+def test_loose_boxes_are_precise_only_at_low_overlaps(coco):
     manifest = findable(coco)
     exact = truth_itself(manifest)
-    narrow = exact.boxes_xywh * [1, 1, 0.625, 1]  # so much overlap
+    narrow = exact.boxes_xywh * [1, 1, 0.625, 1]  # an overlap of 0.625
     curves = score_detections(manifest, replace(exact, boxes_xywh=narrow)).curves
     assert curves.precision50 == pytest.approx([1.0] * 101)
     assert curves.precision75 == (0.0,) * 101
     assert curves.precision == pytest.approx([0.3] * 101)  # at 0.5, 0.55 and 0.6 of the ten
 
 
-def test_beyond_the_recall_that_is_reached_precision_is_zero(coco):
+def test_precision_is_zero_beyond_the_reached_recall(coco):
     manifest = findable(coco)
     exact = truth_itself(manifest)
-    found = exact.take(np.sort(np.unique(exact.labels, return_index=True)[1]))  # of each class one, surely
+    found = exact.take(np.sort(np.unique(exact.labels, return_index=True)[1]))  # one of each class
     counts = np.bincount(exact.labels)
     assert counts.max() > 1
     assert list(RECALLS) == pytest.approx([number / 100 for number in range(101)])
@@ -65,7 +69,7 @@ def test_beyond_the_recall_that_is_reached_precision_is_zero(coco):
     assert score_detections(manifest, found).curves.precision50 == pytest.approx(expected)
 
 
-def test_nothing_found_is_zero_and_no_truth_is_minus_one(coco):
+def test_curves_are_zero_without_detections_and_minus_one_without_truth(coco):
     manifest = coco.write()
     assert set(vars(score_detections(manifest, Detections.empty()).curves).values()) == {(0.0,) * 101}
     index = manifest.index()

@@ -1,4 +1,4 @@
-"""Defects sown into a sound data set: each is named with its image, and what is good stays as it is."""
+"""Defects put into a valid source: each is named, and everything else stays unchanged."""
 
 import io
 import json
@@ -51,7 +51,7 @@ def again(where: str, position: int, **fields: object) -> Any:
 
 @dataclass(frozen=True)
 class Sown:
-    """``damage`` makes one defect of ``kind``; the images and annotations that it costs, and the id that names it."""
+    """A damage that makes one defect of `kind`, the images and annotations it rejects, and the ids in the defect."""
 
     kind: str
     damage: Any
@@ -123,7 +123,7 @@ NOTED = {
 
 
 def samples(folder: Path) -> dict[int, dict[str, bytes]]:
-    """Each sample's files by ending, by its image id."""
+    """Return each sample's files by extension, by image id."""
     found: dict[int, dict[str, bytes]] = {}
     for path in folder.glob("*.tar"):
         with tarfile.open(path) as tar:
@@ -134,16 +134,17 @@ def samples(folder: Path) -> dict[int, dict[str, bytes]]:
 
 
 def named(defects: Any, sown: Sown) -> list[Defect]:
+    """Return the defects that the damage made."""
+    expected = (sown.kind, sown.image_id, sown.annotation_id)
     return [
-        one
-        for one in defects
-        if (one.kind, one.image_id, one.annotation_id) == (sown.kind, sown.image_id, sown.annotation_id)
-        and str(one.image_id) in one.text
+        defect
+        for defect in defects
+        if (defect.kind, defect.image_id, defect.annotation_id) == expected and str(defect.image_id) in defect.text
     ]
 
 
 @pytest.mark.parametrize("sown", REJECTED.values(), ids=REJECTED)
-def test_a_defect_ends_the_write_with_its_image_named_in_a_report(coco, sown):
+def test_a_defect_fails_the_write_and_is_named_in_a_report(coco, sown):
     sown.damage(coco)
     with pytest.raises(SourceError) as caught:
         coco.write()
@@ -159,7 +160,7 @@ def test_a_defect_ends_the_write_with_its_image_named_in_a_report(coco, sown):
 
 
 @pytest.mark.parametrize("sown", [*REJECTED.values(), *NOTED.values()], ids=[*REJECTED, *NOTED])
-def test_a_quarantined_defect_costs_what_it_names_and_nothing_else(coco, sown):
+def test_quarantine_leaves_out_only_the_named_images_and_annotations(coco, sown):
     good = samples(Path(coco.write("good").url))
     sown.damage(coco)
     manifest = coco.write(samples_per_shard=3, on_defect="quarantine")
@@ -169,22 +170,22 @@ def test_a_quarantined_defect_costs_what_it_names_and_nothing_else(coco, sown):
     assert found.keys() == good.keys() - sown.images
     for image_id, files in found.items():
         if image_id == sown.image_id and KINDS[sown.kind] == "noted":
-            continue  # it is another now
+            continue  # its file was changed
         before, now = json.loads(good[image_id]["json"]), json.loads(files["json"])
-        kept = [one for one in before["annotations"] if one["id"] not in sown.annotations]
+        kept = [annotation for annotation in before["annotations"] if annotation["id"] not in sown.annotations]
         assert now == {"image": before["image"], "annotations": kept}
         image = next(ending for ending in files if "json" not in ending)
         assert files[image] == good[image_id][image]
     ids = set(manifest.index().annotations["annotation_id"].tolist())
     assert ids == set(range(11, 20)) - sown.annotations
-    # What is listed once more is one more to leave out.
+    # A duplicated entry is listed once more and left out.
     assert report.images_listed - report.images == len(sown.images) + sown.kind.startswith("duplicate-i")
     assert report.annotations_listed - report.annotations == len(sown.annotations) + sown.kind.startswith("duplicate-a")
     assert verify(coco.root / "out").ok
 
 
 @pytest.mark.parametrize("sown", NOTED.values(), ids=NOTED)
-def test_what_is_only_odd_is_noted_and_written(coco, sown):
+def test_noted_defects_are_reported_and_written(coco, sown):
     sown.damage(coco)
     manifest = coco.write()
     assert (manifest.images, manifest.annotations) == (7, 9)
@@ -192,13 +193,13 @@ def test_what_is_only_odd_is_noted_and_written(coco, sown):
 
 
 @pytest.mark.parametrize("segmentation", [None, []])
-def test_boxes_without_any_segmentation_are_as_they_should_be(coco, segmentation):
+def test_a_source_with_only_boxes_has_no_segmentation_defects(coco, segmentation):
     for annotation in coco.data["annotations"]:
         annotation["segmentation"] = segmentation
     assert "segmentation" not in " ".join(defect.kind for defect in load_report(coco.write()).defects)
 
 
-def test_all_kinds_at_once_are_all_named(coco):
+def test_all_defects_of_several_kinds_are_collected(coco):
     for name in ("truncated PNG", "box NaN", "annotation id twice"):
         REJECTED[name].damage(coco)
     REJECTED["image id of two images"].damage(coco)
@@ -209,7 +210,7 @@ def test_all_kinds_at_once_are_all_named(coco):
     ]
 
 
-def test_a_source_of_which_nothing_is_left_is_refused(coco):
+def test_a_source_with_only_defects_is_refused(coco):
     for path in coco.images.iterdir():
         path.write_bytes(b"gone")
     with pytest.raises(SourceError, match="7 defects"):
@@ -218,7 +219,7 @@ def test_a_source_of_which_nothing_is_left_is_refused(coco):
     assert not (coco.root / "out.partial").exists()
 
 
-def test_a_report_of_a_failure_goes_when_the_write_succeeds(coco):
+def test_the_report_of_a_failed_write_is_removed_by_a_later_success(coco):
     content = (coco.images / "picture 0.jpg").read_bytes()
     (coco.images / "picture 0.jpg").write_bytes(content[:-300])
     with pytest.raises(SourceError):
@@ -228,13 +229,13 @@ def test_a_report_of_a_failure_goes_when_the_write_succeeds(coco):
     assert not (coco.root / "out.report.json").exists()
 
 
-def test_the_policy_is_part_of_what_was_written(coco):
+def test_an_existing_data_set_of_another_policy_is_refused(coco):
     coco.write()
     with pytest.raises(ShardError, match="instances, but written with --on-defect fail, not quarantine"):
         coco.write(on_defect="quarantine")
 
 
-def test_a_corrected_image_makes_another_data_set(coco):
+def test_an_existing_data_set_of_other_images_is_refused(coco):
     content = (coco.images / "picture 0.jpg").read_bytes()
     (coco.images / "picture 0.jpg").write_bytes(content[:-300])
     first = coco.write(on_defect="quarantine")
@@ -244,7 +245,7 @@ def test_a_corrected_image_makes_another_data_set(coco):
         coco.write(on_defect="quarantine")
 
 
-def test_defects_beyond_a_limit_are_not_asked_for(coco):
+def test_defects_beyond_the_limit_are_ignored(coco):
     coco.data["annotations"][7]["bbox"] = None  # of image 142, the last
     (coco.images / "picture 5.jpg").unlink()  # image 135
     manifest = coco.write(limit=5)
@@ -254,7 +255,7 @@ def test_defects_beyond_a_limit_are_not_asked_for(coco):
     assert not any(defect.rejected for defect in report.defects)
 
 
-def test_an_unreadable_image_is_no_defect_of_the_data_set(coco, monkeypatch):
+def test_an_unreadable_image_is_no_defect_of_the_source(coco, monkeypatch):
     from shards import storage
 
     def fails(url: str) -> bytes:
@@ -269,7 +270,7 @@ def test_an_unreadable_image_is_no_defect_of_the_data_set(coco, monkeypatch):
     assert not isinstance(caught.value, SourceError)
 
 
-def test_the_table_counts_each_kind_and_names_the_first():
+def test_the_table_counts_each_kind_and_names_the_first_ids():
     defects = [Defect("", "grey", number) for number in range(9)] + [Defect("", "box-negative", 7, 70)]
     lines = defect_table(defects).splitlines()
     assert lines[1].split() == ["box-negative", "rejected", "1", "image", "7", "(annotation", "70)"]
@@ -277,12 +278,12 @@ def test_the_table_counts_each_kind_and_names_the_first():
     assert defect_table([]) == ""
 
 
-def test_a_report_survives_its_file():
+def test_a_report_can_be_parsed_from_its_json():
     defects = [Defect("b", "grey", 5), Defect("a", "truncated", 3), Defect("c", "malformed")]
     report = make_report("quarantine", defects, (9, 8), (7, 6))
     assert parse_report(report.to_json(), "x") == report
-    assert [one.text for one in report.defects] == ["c", "a", "b"]
-    assert [(one.kind, one.severity) for one in report.kinds] == [
+    assert [defect.text for defect in report.defects] == ["c", "a", "b"]
+    assert [(kind.kind, kind.severity) for kind in report.kinds] == [
         *(("malformed", "rejected"), ("truncated", "rejected"), ("grey", "noted"))
     ]
     with pytest.raises(ShardError, match=r"where: .*expected a report"):
@@ -290,31 +291,31 @@ def test_a_report_survives_its_file():
     assert isinstance(report, DefectReport)
 
 
-def test_a_report_tells_kind_and_severity_of_every_defect():
+def test_a_report_states_kind_and_severity_of_every_defect():
     defects = [Defect("a", "malformed", 3), Defect("b", "grey", 5)]
     entries = json.loads(make_report("fail", defects, (9, 8), (7, 6)).to_json())["defects"]
-    assert [(one["kind"], one["severity"]) for one in entries] == [("malformed", "rejected"), ("grey", "noted")]
+    assert [(entry["kind"], entry["severity"]) for entry in entries] == [("malformed", "rejected"), ("grey", "noted")]
 
 
-def test_annotations_of_a_malformed_image_are_not_called_those_of_none(coco):
+def test_annotations_of_a_malformed_image_are_no_further_defects(coco):
     coco.data["images"][0]["width"] = "wide"
     with pytest.raises(SourceError) as caught:
         coco.write()
-    assert [(one.kind, one.image_id) for one in caught.value.defects] == [("malformed", 100)]
+    assert [(defect.kind, defect.image_id) for defect in caught.value.defects] == [("malformed", 100)]
 
 
-def test_boxes_are_not_measured_against_a_wrong_size(coco):
-    coco.data["images"][0] |= {"width": 8, "height": 8}  # it has boxes beyond and wholly outside of that
+def test_boxes_are_not_compared_with_a_wrong_image_size(coco):
+    coco.data["images"][0] |= {"width": 8, "height": 8}  # its boxes lie partly and wholly outside of that
     coco.data["annotations"][2]["bbox"] = [20, 20, 5, 5]
     report = load_report(coco.write(on_defect="quarantine"))
-    assert [one.kind for one in report.defects if one.image_id == 100] == ["wrong-size"]
+    assert [defect.kind for defect in report.defects if defect.image_id == 100] == ["wrong-size"]
 
 
-def test_a_huge_box_is_told_in_few_digits(coco):
+def test_messages_show_huge_numbers_with_few_digits(coco):
     coco.data["annotations"][1]["bbox"] = [1, 1.25, 1e300, 1e300]
     coco.data["annotations"][1]["area"] = 5
     report = load_report(coco.write())
-    texts = [one.text for one in report.defects if one.kind == "box-outside" and one.annotation_id == 12]
+    texts = [defect.text for defect in report.defects if defect.kind == "box-outside" and defect.annotation_id == 12]
     assert texts == [
         "annotation 12 of image 107: its box [1, 1.25, 1e+300, 1e+300] reaches 1e+300 pixels beyond the image"
     ]

@@ -43,7 +43,7 @@ def test_categories_come_from_text_and_json(tmp_path, name, content, expected):
         ("a.txt", "", "has no names"),
         ("a.txt", "cat\n\ndog", "has an empty name"),
         ("a.txt", "cat\ncat", "has a name twice"),
-        ("a.txt", b"\xff", "expected names of categories, one a line"),
+        ("a.txt", b"\xff", "expected names of categories, one per line"),
         ("a.json", "[1]", "expected a COCO JSON with 'categories', or a list of names"),
         ("a.json", "{", "expected a COCO JSON"),
         ("a.json", '{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "gives a category id twice"),

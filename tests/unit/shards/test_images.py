@@ -1,4 +1,4 @@
-"""Pictures of colours other than RGB: what is read of them, and what is said; and no warnings, in threads least."""
+"""Decoding of images that are not plain RGB: pixels, notes and warnings."""
 
 import io
 import subprocess
@@ -22,7 +22,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_png_of_16_bit_grey_keeps_its_shades_and_is_noted():
+def test_a_16_bit_grey_png_keeps_its_shades_and_is_noted():
     content = encoded(Image.fromarray(RAMP), "PNG")
     assert decode(content).tolist() == [[[shade] * 3 for shade in (0, 0, 1, 156, 255)]]
     assert look_at(content).colours == "16-bit"
@@ -32,7 +32,7 @@ def test_a_png_of_16_bit_grey_keeps_its_shades_and_is_noted():
     "pixels",
     [np.linspace(0, 1, 6, dtype=np.float32), np.arange(6, dtype=np.int32) << 20, np.arange(6, dtype=np.uint16) << 12],
 )
-def test_other_grey_of_more_than_8_bits_is_refused_where_it_is_sharded_and_where_it_is_read(pixels):
+def test_other_grey_images_of_more_than_8_bits_are_refused(pixels):
     content = encoded(Image.fromarray(pixels.reshape(2, 3)), "TIFF")
     with pytest.raises(Unfit) as caught:
         look_at(content)
@@ -48,24 +48,22 @@ def test_transparency_is_dropped_and_noted(mode, tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(image, "PNG"))
     found = read_image(str(tmp_path), ImageSource(5, "a.png", 4, 3))
     assert found.sound
-    assert [(one.kind, one.image_id) for one in found.defects] == [("alpha", 5)]
+    assert [(defect.kind, defect.image_id) for defect in found.defects] == [("alpha", 5)]
     assert found.defects[0].text == f"image 5 (a.png): {COLOURS['alpha']}"
     assert (decode(found.content) == 9).all()
 
 
-def test_a_palette_counts_as_transparent_only_where_it_is():
+def test_a_palette_image_is_noted_only_if_it_is_transparent():
     palette = Image.new("P", (4, 3))
     assert look_at(encoded(palette, "PNG")).colours == ""
     assert look_at(encoded(palette, "PNG", transparency=0)).colours == "alpha"
 
 
-def test_threads_leave_the_filters_of_warnings_as_they_are():
-    """`catch_warnings`, left in another order than entered, keeps what it set for good."""
-    content, before, interval = (
-        encoded(Image.new("RGB", (30, 30)), "PNG"),
-        list(warnings.filters),
-        sys.getswitchinterval(),
-    )
+def test_threads_do_not_change_the_warning_filters():
+    """`catch_warnings` would, if threads leave it in another order than they entered it."""
+    content = encoded(Image.new("RGB", (30, 30)), "PNG")
+    before = list(warnings.filters)
+    interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
         with ThreadPoolExecutor(4) as pool:
@@ -75,8 +73,8 @@ def test_threads_leave_the_filters_of_warnings_as_they_are():
     assert warnings.filters == before
 
 
-def test_a_large_picture_is_no_warning():
-    """In a process of its own, as pytest brings back its own filters for every test."""
+def test_a_large_image_raises_no_warning():
+    """In a process of its own, because pytest resets the warning filters for every test."""
     code = (
         "import sys; from PIL import Image; from shards.images import look_at; Image.MAX_IMAGE_PIXELS = 500\n"
         "print(look_at(sys.stdin.buffer.read()).size)"

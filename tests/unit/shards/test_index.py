@@ -11,7 +11,7 @@ from shards.verify import verify
 
 
 def rewrite(folder, name, change):
-    """Change the records of one file, and its digest in the manifest, as who wrote it wrongly would have."""
+    """Change the records of a file and its digest in the manifest, as a faulty writer would."""
     records = np.load(folder / name)
     change(records)
     buffer = io.BytesIO()
@@ -33,7 +33,7 @@ def put(field, value, row=0):
 
 
 def swap(*fields):
-    """Exchange rows 2 and 3, the last and the first of their shards."""
+    """Swap rows 2 and 3, the last and the first of their shards."""
 
     def change(records):
         for field in fields:
@@ -77,7 +77,7 @@ CASES = [(IMAGES_NAME, *case) for case in IMAGES] + [(ANNOTATIONS_NAME, *case) f
 
 
 @pytest.mark.parametrize(("name", "change", "message"), CASES)
-def test_an_index_that_contradicts_the_manifest_is_refused_in_one_line(coco, name, change, message):
+def test_an_index_that_contradicts_the_manifest_raises_one_line(coco, name, change, message):
     coco.write(samples_per_shard=3)
     rewrite(coco.root / "out", name, change)
     with pytest.raises(ShardError, match=f"contradicts the manifest: {message}") as caught:

@@ -1,4 +1,4 @@
-"""Room in the cache: what goes first, what stays, who waits for it, and who is told that there is none."""
+"""Space of the cache: eviction order, waiting, limits and errors."""
 
 import fcntl
 import hashlib
@@ -26,7 +26,7 @@ def never(_):
     raise AssertionError("waits")
 
 
-def test_the_least_recently_read_goes_first(store, tmp_path, monkeypatch):
+def test_the_least_recently_read_file_is_evicted_first(store, tmp_path, monkeypatch):
     monkeypatch.setattr(caching, "STAMP_S", 0)
     cache = Cache(tmp_path / "kept", 3000)
     items = [store(name, size) for name, size in (("a", 1001), ("b", 999), ("c", 1000), ("d", 998))]
@@ -39,7 +39,7 @@ def test_the_least_recently_read_goes_first(store, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("already_there", [False, True])
-def test_a_file_that_is_being_read_stays(store, tmp_path, already_there):
+def test_a_file_that_is_being_read_is_not_evicted(store, tmp_path, already_there):
     cache = Cache(tmp_path / "kept", 2000)
     items = [store(name, size) for name, size in (("a", 1000), ("b", 999), ("c", 998))]
     if already_there:
@@ -53,7 +53,7 @@ def test_a_file_that_is_being_read_stays(store, tmp_path, already_there):
     assert items[0].sha256 not in names(tmp_path / "kept")
 
 
-def test_who_finds_no_room_waits_until_a_file_is_no_longer_read(store, tmp_path):
+def test_a_reservation_waits_until_a_file_is_no_longer_read(store, tmp_path):
     cache = Cache(tmp_path / "kept", 1000)
     held = cache.open(store("a", 1000))
     threading.Timer(0.15, os.close, (held,)).start()
@@ -62,7 +62,7 @@ def test_who_finds_no_room_waits_until_a_file_is_no_longer_read(store, tmp_path)
     assert time.monotonic() - start > 0.1
 
 
-def test_who_waits_long_for_room_says_so_once(store, tmp_path, monkeypatch, caplog):
+def test_a_long_wait_for_space_is_logged_once(store, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(room, "PATIENCE_S", 0.05)
     monkeypatch.setattr(room, "WAIT_S", 0.02)
     cache = Cache(tmp_path / "kept", 1000)
@@ -74,7 +74,7 @@ def test_who_waits_long_for_room_says_so_once(store, tmp_path, monkeypatch, capl
     assert len(caplog.messages) == 1
 
 
-def test_threads_that_share_a_cache_of_one_file_all_get_on(store, tmp_path):
+def test_threads_can_share_a_cache_with_space_for_one_file(store, tmp_path):
     cache = Cache(tmp_path / "kept", 1000)
     items = [store(name, 1000 - number) for number, name in enumerate("abcd")]
 
@@ -86,21 +86,21 @@ def test_threads_that_share_a_cache_of_one_file_all_get_on(store, tmp_path):
     read_at_once(4, read)
 
 
-def test_room_is_given_to_one_at_a_time(store, tmp_path, monkeypatch):
+def test_concurrent_reservations_never_exceed_the_limit(store, tmp_path, monkeypatch):
     taken = []
-    make, allocate = room.Room._evict_for, room._allocate
+    evict_for, allocate = room.Room._evict_for, room._allocate
 
-    def making(self, item):
-        made = make(self, item)
-        time.sleep(0.05)  # for another to find the same room
-        return made
+    def evict_slowly(self, item):
+        fits = evict_for(self, item)
+        time.sleep(0.05)  # another thread could find the same space
+        return fits
 
-    def allocating(descriptor, size):
+    def allocate_and_record(descriptor, size):
         allocate(descriptor, size)
         taken.append(sum(path.stat().st_size for path in (tmp_path / "kept").glob("*.part")))
 
-    monkeypatch.setattr(room.Room, "_evict_for", making)
-    monkeypatch.setattr(room, "_allocate", allocating)
+    monkeypatch.setattr(room.Room, "_evict_for", evict_slowly)
+    monkeypatch.setattr(room, "_allocate", allocate_and_record)
     monkeypatch.setattr(caching, "fetch", lambda *_: time.sleep(0.2))
     cache = Cache(tmp_path / "kept", 1500)
     items = [store(name, size) for name, size in (("a", 1000), ("b", 999))]
@@ -109,16 +109,16 @@ def test_room_is_given_to_one_at_a_time(store, tmp_path, monkeypatch):
     assert max(taken) <= 1500
 
 
-def test_shuffling_in_blocks_fetches_each_shard_once_an_epoch_through_a_cache_of_two_blocks(coco, tmp_path, asked):
+def test_block_shuffling_fetches_each_shard_once_per_epoch(coco, tmp_path, asked):
     shards = coco.write(samples_per_shard=1).shards
-    # Two shards, what the index takes, and a little more.
+    # Space for the index, two shards and a little more.
     index = sum((coco.root / "out" / "index" / name).stat().st_size for name in ("images.npy", "annotations.npy"))
-    room = index + sum(sorted(shard.bytes for shard in shards)[-2:])
-    manifest = load_manifest(coco.root / "out", CacheConfig(str(tmp_path / "kept"), (room + 100) / GIB))
+    needed = index + sum(sorted(shard.bytes for shard in shards)[-2:])
+    manifest = load_manifest(coco.root / "out", CacheConfig(str(tmp_path / "kept"), (needed + 100) / GIB))
     for epoch in range(2):
         plan = plan_epoch(manifest, seed=1, epoch=epoch, batch_size=1, epochs=2, config=PlanConfig(shuffle_shards=1))
         config = ReadConfig(threads=1, prefetch=1)
-        loader = open_loader(manifest, plan, transform=lambda one: one.row, collate=list, config=config)
+        loader = open_loader(manifest, plan, transform=lambda sample: sample.row, collate=list, config=config)
         assert sorted(row for (row,) in loader) == list(range(7))
     fetched = Counter(name for name, _ in asked if name.endswith(".tar"))
     assert set(fetched) == {shard.name for shard in shards}
@@ -126,7 +126,7 @@ def test_shuffling_in_blocks_fetches_each_shard_once_an_epoch_through_a_cache_of
     assert len([name for name in names(tmp_path / "kept")]) <= 4
 
 
-def test_what_a_dead_process_left_half_fetched_makes_room(store, tmp_path):
+def test_a_partial_file_of_a_dead_process_is_evicted(store, tmp_path):
     cache = Cache(tmp_path / "kept", 1500)
     (tmp_path / "kept" / "dead.part").write_bytes(bytes(1000))
     (tmp_path / "kept" / "dead.lock").touch()
@@ -138,7 +138,7 @@ def test_what_a_dead_process_left_half_fetched_makes_room(store, tmp_path):
     assert names(tmp_path / "kept") == [item.sha256]
 
 
-def test_half_a_file_without_its_lock_makes_room(store, tmp_path):
+def test_a_partial_file_without_its_lock_file_is_evicted(store, tmp_path):
     cache = Cache(tmp_path / "kept", 1500)
     (tmp_path / "kept" / "dead.part").write_bytes(bytes(1000))
     item = store("x")
@@ -146,7 +146,7 @@ def test_half_a_file_without_its_lock_makes_room(store, tmp_path):
     assert names(tmp_path / "kept") == [item.sha256]
 
 
-def test_a_shard_larger_than_the_room_is_one_clear_line(store, tmp_path):
+def test_a_shard_larger_than_the_cache_raises_one_line(store, tmp_path):
     item = store("x", 2000)
     with pytest.raises(
         ShardError, match=r"kept: no space for .*/x: got .* and a limit of 1999 bytes, expected 2000 bytes "
@@ -155,7 +155,7 @@ def test_a_shard_larger_than_the_room_is_one_clear_line(store, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_space_is_looked_for_before_anything_is_asked_for(store, tmp_path, asked, monkeypatch):
+def test_nothing_is_requested_if_the_disk_has_no_space(store, tmp_path, asked, monkeypatch):
     monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=room.SPARE + 900))
     with pytest.raises(ShardError, match="no space"):
         Cache(tmp_path / "kept").open(store("x"))
@@ -163,31 +163,31 @@ def test_space_is_looked_for_before_anything_is_asked_for(store, tmp_path, asked
     assert names(tmp_path / "kept") == []
 
 
-def test_room_on_the_disk_is_taken_before_the_first_byte_is_asked_for(store, tmp_path, monkeypatch):
+def test_disk_space_is_allocated_before_the_first_request(store, tmp_path, monkeypatch):
     item = store("x", 1 << 20)
     taken = []
     read = storage.read_range
 
-    def reading(*place):
-        (part,) = (tmp_path / "kept").glob("*.part")
-        taken.append(part.stat().st_blocks * 512)
-        return read(*place)
+    def record_and_read(*arguments):
+        (partial,) = (tmp_path / "kept").glob("*.part")
+        taken.append(partial.stat().st_blocks * 512)
+        return read(*arguments)
 
-    monkeypatch.setattr(storage, "read_range", reading)
+    monkeypatch.setattr(storage, "read_range", record_and_read)
     content(Cache(tmp_path / "kept"), item)
     assert taken[0] >= item.bytes
 
 
-def test_a_mapped_index_stays_and_lets_go_with_its_last_user(coco, store, tmp_path, monkeypatch):
+def test_a_mapped_index_can_be_evicted_only_after_its_last_use(coco, store, tmp_path, monkeypatch):
     folder = tmp_path / "kept"
     coco.write()
     manifest = load_manifest(coco.root / "out", CacheConfig(str(folder)))
-    images = load_index(manifest).images["image_id"]  # all that is left of it
+    images = load_index(manifest).images["image_id"]  # the only remaining reference to the index
     listed = next(file for file in manifest.files if file.name == "index/images.npy")
     small = Cache(folder, listed.bytes + 100)
     assert len(content(small, store("x", 99))) == 99
     assert listed.sha256 in names(folder)
-    # Waiting for room would be waiting for itself.
+    # Waiting for space would be waiting for itself.
     monkeypatch.setattr(room.time, "sleep", never)
     with pytest.raises(ShardError, match="no space"):
         small.open(store("y", 101))
@@ -197,7 +197,7 @@ def test_a_mapped_index_stays_and_lets_go_with_its_last_user(coco, store, tmp_pa
     assert listed.sha256 not in names(folder)
 
 
-def test_an_index_that_is_no_array_is_let_go_of(store, tmp_path, monkeypatch):
+def test_an_index_that_is_not_an_array_can_be_evicted(store, tmp_path, monkeypatch):
     monkeypatch.setattr(room.time, "sleep", never)
     item = store("x")
     cache = Cache(tmp_path / "kept", 1000)
@@ -206,7 +206,7 @@ def test_an_index_that_is_no_array_is_let_go_of(store, tmp_path, monkeypatch):
     assert len(content(cache, store("y", 999))) == 999
 
 
-def test_the_cache_knows_how_much_it_may_hold(store, tmp_path, monkeypatch):
+def test_the_capacity_is_the_limit_or_the_free_disk_space(store, tmp_path, monkeypatch):
     monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=room.SPARE + 5000))
     cache = Cache(tmp_path / "kept")
     content(cache, store("x"))

@@ -1,4 +1,4 @@
-"""Segmentations out of the shards: equal to pycocotools' own, whatever they are written as, or one clear line."""
+"""Segmentations from shards: equal to pycocotools' own, or reported in one line."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from PIL import Image
 from pycocotools import mask
 from pycocotools.coco import COCO
 
-from shards.bad_samples import bad_samples
+from shards.bad_samples import BadSamples
 from shards.errors import ShardError
 from shards.read import ReadConfig, read_samples
 from shards.segmentation import check_segmentations, decode_masks, encode_masks, true_runs
@@ -15,7 +15,7 @@ BOX = [[10, 10, 30.5, 10, 30.5, 25, 10, 25]]
 
 
 def runs_of(pixels):
-    """Uncompressed run lengths of a bool mask, column by column."""
+    """Return the uncompressed run lengths of a bool mask in column-major order."""
     flat = np.concatenate([[False], pixels.ravel(order="F"), [False]])
     changes = np.flatnonzero(flat[1:] != flat[:-1])
     return {"size": list(pixels.shape), "counts": np.diff(changes, prepend=0, append=pixels.size).tolist()}
@@ -27,24 +27,24 @@ def read(manifest, image_id):
 
 
 def expected(coco, image_id):
-    """The masks of an image's non-crowd annotations by pycocotools, from the JSON."""
+    """Return the masks of an image's non-crowd annotations as pycocotools makes them from the JSON."""
     reference = COCO(str(coco.annotations))
     return [
-        reference.annToMask(one).astype(bool)
-        for one in coco.data["annotations"]
-        if one["image_id"] == image_id and not one["iscrowd"]
+        reference.annToMask(annotation).astype(bool)
+        for annotation in coco.data["annotations"]
+        if annotation["image_id"] == image_id and not annotation["iscrowd"]
     ]
 
 
 def entry(coco, number):
-    return next(one for one in coco.data["annotations"] if one["id"] == number)
+    return next(annotation for annotation in coco.data["annotations"] if annotation["id"] == number)
 
 
-def test_masks_are_those_of_pycocotools_in_the_order_of_the_boxes(coco):
+def test_masks_equal_those_of_pycocotools_in_the_order_of_boxes(coco):
     rng = np.random.default_rng(0)
     scattered = rng.random((34, 58)) < 0.5
-    scattered[[0, 1, -2, -1], 0] = False  # the first of the runs is not 0, whichever way up
-    entry(coco, 11)["segmentation"] = [*BOX, [1, 1, 9.5, 1, 5, 8.25], [0, 0, 1, 1]]  # the last is no area
+    scattered[[0, 1, -2, -1], 0] = False  # the first run length is not 0, also after flipping
+    entry(coco, 11)["segmentation"] = [*BOX, [1, 1, 9.5, 1, 5, 8.25], [0, 0, 1, 1]]  # the last has no area
     entry(coco, 18)["segmentation"] = runs_of(scattered)
     squeezed = mask.encode(np.asfortranarray(scattered[::-1].astype(np.uint8)))
     entry(coco, 19)["segmentation"] = {"size": [34, 58], "counts": squeezed["counts"].decode()}
@@ -59,14 +59,14 @@ def test_masks_are_those_of_pycocotools_in_the_order_of_the_boxes(coco):
     assert read(manifest, 100).masks[0].sum() > 200
 
 
-def test_masks_are_read_only_when_asked_for(coco):
+def test_masks_are_read_only_on_request(coco):
     manifest = coco.write()
     assert all(sample.masks is None for sample in read_samples(manifest, range(7)))
 
 
 @pytest.mark.parametrize("ending", ["bmp", "gif", "jpg", "png", "tif", "webp"])
-def test_segmentations_are_found_on_either_side_of_the_image(coco, ending):
-    """Members are in order of their endings: `json` is behind a JPEG and before a WebP."""
+def test_segmentations_are_found_before_and_after_the_image(coco, ending):
+    """Members are sorted by extension: `json` comes after `jpg` and before `webp`."""
     for number, image in enumerate(coco.data["images"]):
         with Image.open(coco.images / image["file_name"]) as picture:
             picture.convert("RGB").save(coco.images / f"other {number}.{ending}")
@@ -98,11 +98,11 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("segmentation", "said"), WRONG.values(), ids=WRONG)
-def test_a_segmentation_that_cannot_be_used_is_one_line_that_names_image_and_annotation(coco, segmentation, said):
+@pytest.mark.parametrize(("segmentation", "message"), WRONG.values(), ids=WRONG)
+def test_an_unusable_segmentation_names_image_and_annotation(coco, segmentation, message):
     entry(coco, 19)["segmentation"] = segmentation
     manifest = coco.write()
-    with pytest.raises(ShardError, match=rf"image 142 in shard-000000.tar: annotation 19 .*{said}") as caught:
+    with pytest.raises(ShardError, match=rf"image 142 in shard-000000.tar: annotation 19 .*{message}") as caught:
         read(manifest, 142)
     assert "\n" not in str(caught.value)
     with pytest.raises(ShardError, match="annotation 19"):
@@ -110,23 +110,25 @@ def test_a_segmentation_that_cannot_be_used_is_one_line_that_names_image_and_ann
     assert len(read(manifest, 100).masks) == 2
 
 
-def test_an_image_with_a_bad_segmentation_is_a_bad_sample(coco):
+def test_an_image_with_a_bad_segmentation_counts_as_a_bad_sample(coco):
     entry(coco, 19)["segmentation"] = [[1, 2, 3]]
     manifest = coco.write()
     lenient = ReadConfig(0, masks=True, max_bad_samples=1)
-    assert [one.image_id for one in read_samples(manifest, range(7), lenient)].count(142) == 0
-    assert bad_samples(manifest).lines()[0].startswith("image 142 in shard-000000.tar: annotation 19 has an ill-formed")
+    bad = BadSamples()
+    assert 142 not in [sample.image_id for sample in read_samples(manifest, range(7), lenient, bad)]
+    (line,) = bad.lines()
+    assert line.startswith("image 142 in shard-000000.tar: annotation 19 has an ill-formed")
     check_segmentations(manifest, 1)
 
 
-def test_a_data_set_without_segmentations_is_refused_however_many_may_be_bad(coco):
+def test_a_data_set_without_segmentations_is_refused(coco):
     for annotation in coco.data["annotations"]:
         del annotation["segmentation"]
     with pytest.raises(ShardError, match="has no segmentation"):
         check_segmentations(coco.write(), 100)
 
 
-def test_a_crowd_needs_no_segmentation_to_be_trained_without_but_to_be_scored(coco):
+def test_crowds_need_a_segmentation_only_for_scoring(coco):
     del entry(coco, 14)["segmentation"]
     manifest = coco.write()
     assert len(read(manifest, 100).masks) == 2
@@ -134,8 +136,8 @@ def test_a_crowd_needs_no_segmentation_to_be_trained_without_but_to_be_scored(co
         true_runs(manifest, np.arange(7))
 
 
-def test_one_flipped_bit_of_segmentations_is_refused(coco):
-    """The image is whole, so only their own checksum tells."""
+def test_a_flipped_bit_in_segmentations_raises_one_line(coco):
+    """The image is intact, so only the checksum of the segmentations shows the damage."""
     manifest = coco.write()
     record = manifest.index().images[manifest.index().rows_of([142])[0]]
     path = coco.root / "out" / "shard-000000.tar"
@@ -149,7 +151,7 @@ def test_one_flipped_bit_of_segmentations_is_refused(coco):
     assert "\n" not in str(caught.value)
 
 
-def test_a_shard_that_ends_behind_an_image_is_one_clear_line(coco):
+def test_a_shard_cut_off_after_an_image_raises_one_line(coco):
     manifest = coco.write()
     images = manifest.index().images
     record = images[np.argmax(images["text_offset"])]
@@ -160,16 +162,16 @@ def test_a_shard_that_ends_behind_an_image_is_one_clear_line(coco):
 
 
 @pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
-def test_masks_survive_their_run_lengths_in_any_memory_layout(columns):
+def test_masks_of_any_memory_layout_survive_encoding(columns):
     masks = np.random.default_rng(1).random((4, 9, 13)) < 0.4
     masks[2] = False
     masks[3] = True
     given = np.ascontiguousarray(masks.transpose(0, 2, 1)).transpose(0, 2, 1) if columns else masks
     counts = encode_masks(given)
-    assert all(isinstance(one, bytes) for one in counts)
-    assert np.array_equal(decode_masks([{"size": [9, 13], "counts": one} for one in counts], 9, 13), masks)
+    assert all(isinstance(count, bytes) for count in counts)
+    assert np.array_equal(decode_masks([{"size": [9, 13], "counts": count} for count in counts], 9, 13), masks)
 
 
-def test_no_masks_are_no_run_lengths():
+def test_no_masks_give_no_run_lengths():
     assert encode_masks(np.zeros((0, 5, 6), bool)).shape == (0,)
     assert decode_masks([], 5, 6).shape == (0, 5, 6)

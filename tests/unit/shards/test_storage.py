@@ -13,28 +13,29 @@ from shards.ranges import RangeReader
 
 @pytest.fixture
 def waits(monkeypatch):
-    """The waits between attempts, which take no time."""
+    """Record the waits between attempts instead of waiting."""
     waited = []
     monkeypatch.setattr(retry.time, "sleep", waited.append)
     return waited
 
 
 class NoCredentialsError(Exception):
-    """As botocore calls its own."""
+    """An error with the name of botocore's."""
 
 
 def failing(*errors):
-    left = list(errors)
+    """Return a request that raises these errors one after the other, then succeeds."""
+    remaining = list(errors)
 
-    def ask():
-        if left:
-            raise left.pop(0)
+    def request():
+        if remaining:
+            raise remaining.pop(0)
         return b"at last"
 
-    return ask
+    return request
 
 
-def test_what_may_pass_is_tried_again_with_growing_waits(waits, caplog):
+def test_transient_errors_are_retried_with_growing_waits(waits, caplog):
     away = (ConnectionError("gone"), TimeoutError(), OSError(errno.EBUSY, "SlowDown"), RuntimeError("client"))
     assert retry.patiently(failing(*away), "s3://b/x") == b"at last"
     bounds = [0.5, 1, 2, 4]
@@ -43,13 +44,13 @@ def test_what_may_pass_is_tried_again_with_growing_waits(waits, caplog):
     assert "s3://b/x: gone; attempt 2 of 8" in caplog.messages[0]
 
 
-def test_a_store_that_stays_away_is_one_clear_line_after_a_bounded_time(waits):
+def test_a_permanent_outage_raises_one_line_after_a_bounded_time(waits):
     with pytest.raises(
         retry.StoreError, match=r"^s3://b/x: no good answer in 8 attempts; .* try again \(gone\)$"
     ) as caught:
         retry.patiently(failing(*[ConnectionError("gone\nfar away")] * 99), "s3://b/x")
     assert "\n" not in str(caught.value)
-    assert not isinstance(caught.value, ShardError)  # asking again later may mend it
+    assert not isinstance(caught.value, ShardError)  # a later attempt may succeed
     assert len(waits) == 7
     assert sum(waits) < 46
 
@@ -63,7 +64,7 @@ def test_a_store_that_stays_away_is_one_clear_line_after_a_bounded_time(waits):
         IsADirectoryError("a folder"),
     ],
 )
-def test_what_stays_as_it_is_is_not_tried_again(waits, error):
+def test_lasting_errors_are_not_retried(waits, error):
     with pytest.raises(ShardError, match=r"^s3://b/x: ") as caught:
         retry.patiently(failing(error), "s3://b/x")
     assert "\n" not in str(caught.value)
@@ -79,7 +80,7 @@ def test_what_stays_as_it_is_is_not_tried_again(waits, error):
         ("AWS_PROFILE", "nobody"),
     ],
 )
-def test_a_setting_of_the_client_that_is_wrong_is_one_line_at_once(waits, monkeypatch, tmp_path, variable, value):
+def test_a_wrong_client_setting_raises_one_line_without_retry(waits, monkeypatch, tmp_path, variable, value):
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
@@ -100,7 +101,7 @@ def test_a_setting_of_the_client_that_is_wrong_is_one_line_at_once(waits, monkey
     "error",
     [FileNotFoundError("x"), ValueError("ours"), TypeError("a mistake of ours"), MemoryError(), ShardError("y")],
 )
-def test_errors_that_are_not_the_stores_pass_as_they_are(waits, error):
+def test_errors_that_are_not_of_the_store_pass_unchanged(waits, error):
     with pytest.raises(type(error)) as caught:
         retry.patiently(failing(error), "s3://b/x")
     assert caught.value is error
@@ -117,7 +118,7 @@ def test_errors_that_are_not_the_stores_pass_as_they_are(waits, error):
         "https://host/set?X-Amz-Signature=hunter",
     ],
 )
-def test_an_address_with_a_secret_is_refused_without_repeating_it(url):
+def test_a_url_with_a_secret_is_refused_without_showing_it(url):
     with pytest.raises(ShardError, match="holds a password or a signature") as caught:
         load_manifest(url)
     assert "hun" not in str(caught.value)
@@ -125,11 +126,11 @@ def test_an_address_with_a_secret_is_refused_without_repeating_it(url):
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/a:b@c", "sftp://host:22/x@y", "abfs://container@account/x", "/a:b@c/d"])
-def test_an_address_without_a_secret_is_taken(url):
+def test_a_url_without_a_secret_is_accepted(url):
     assert storage.absolute(url) == url
 
 
-def test_ranges_of_remote_files_end_where_the_file_does():
+def test_remote_ranges_end_at_the_end_of_the_file():
     fsspec.filesystem("memory").pipe_file("/ranges/x", bytes(range(100)))
     assert storage.read_range("memory://ranges/x", 10, 3) == bytes([10, 11, 12])
     assert storage.read_range("memory://ranges/x", 98, 10) == bytes([98, 99])
@@ -138,7 +139,7 @@ def test_ranges_of_remote_files_end_where_the_file_does():
         storage.read_range("memory://ranges/none", 0, 1)
 
 
-def test_a_remote_file_is_read_from_many_threads():
+def test_many_threads_can_read_a_remote_file():
     content = bytes(range(256)) * 40
     fsspec.filesystem("memory").pipe_file("/threads/x", content)
     files = RangeReader()
@@ -157,8 +158,8 @@ def test_a_remote_file_is_read_from_many_threads():
     assert not wrong
 
 
-def test_two_nodes_that_write_the_same_file_at_once_do_not_share_a_draft(tmp_path, monkeypatch):
-    """Both have the same process id."""
+def test_two_nodes_can_write_the_same_file_at_once(tmp_path, monkeypatch):
+    """Both processes have the same id."""
     real, hosts = os.fsync, []
 
     def fsync(descriptor):
@@ -176,6 +177,20 @@ def test_two_nodes_that_write_the_same_file_at_once_do_not_share_a_draft(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+def test_an_atomic_write_that_fails_leaves_the_file_unchanged(tmp_path):
+    (tmp_path / "x").write_bytes(b"before")
+
+    def write_half():
+        with storage.atomic_path(tmp_path / "x") as temporary:
+            temporary.write_bytes(b"half")
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        write_half()
+    assert (tmp_path / "x").read_bytes() == b"before"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
 def failing_with(number):
     def fails(*_):
         raise OSError(number, os.strerror(number))
@@ -183,11 +198,11 @@ def failing_with(number):
     return fails
 
 
-def test_a_local_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+def test_a_transient_read_error_names_the_local_file(tmp_path, monkeypatch):
     path = tmp_path / "shard-000000.tar"
     path.write_bytes(b"x" * 10)
     files = RangeReader()
-    for number in (errno.EIO, errno.ESTALE):  # a disk, a file server: both may come back
+    for number in (errno.EIO, errno.ESTALE):  # of a disk and a file server: both may pass
         monkeypatch.setattr(ranges.os, "pread", failing_with(number))
         with pytest.raises(OSError, match=rf"^{path}: cannot be read: .*{os.strerror(number)}") as caught:
             files.read(str(path), 0, 10)
@@ -195,13 +210,13 @@ def test_a_local_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.ENOTDIR])
-def test_a_local_file_that_may_not_be_read_stays_so_and_is_named(tmp_path, monkeypatch, number):
+def test_a_lasting_read_error_names_the_local_file(tmp_path, monkeypatch, number):
     (tmp_path / "shard").touch()
     monkeypatch.setattr(ranges.os, "open", failing_with(number))
     with pytest.raises(ShardError, match=rf"^{tmp_path}/shard: cannot be read: .*{os.strerror(number)}"):
         RangeReader().read(str(tmp_path / "shard"), 0, 10)
 
 
-def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+def test_reading_a_folder_as_a_file_names_it(tmp_path):
     with pytest.raises(ShardError, match=rf"^{tmp_path}: cannot be read: .*Is a directory"):
         RangeReader().read(str(tmp_path), 0, 10)
