@@ -1,7 +1,6 @@
-"""Other formats through the writer's one door: a COCO document made in memory, beside its folder of images.
+"""Write data sets of other formats: convert them to a COCO document in memory and hand that to `write_coco`.
 
-A converter lists images, objects and categories; ``write_coco`` then checks, shards and reports as it does for a file
-that was COCO from the start.
+A converter lists images, objects and categories; `write_coco` then checks, shards and reports as for a COCO file.
 """
 
 import os
@@ -22,7 +21,7 @@ from shards.manifest import Category, Manifest
 from shards.tars import IMAGE_ENDINGS
 from shards.write import Map, Progress, write_coco
 
-# Endings by which a file in a folder is taken for an image; what it truly is, its content says.
+# Suffixes of image files; the format itself is detected from the content.
 IMAGE_SUFFIXES = frozenset("." + ending for ending in IMAGE_ENDINGS)
 MAX_ID = 10**12 - 1
 
@@ -31,7 +30,7 @@ R = TypeVar("R")
 
 
 class ImageRecord(msgspec.Struct, gc=False):
-    """One of the document's ``images``; sizes in pixels."""
+    """An entry of the document's `images`; sizes in pixels."""
 
     id: int
     file_name: str
@@ -40,7 +39,7 @@ class ImageRecord(msgspec.Struct, gc=False):
 
 
 class ObjectRecord(msgspec.Struct, gc=False, omit_defaults=True):
-    """One of the document's ``annotations``; the box is x, y, width, height in pixels from the image's corner."""
+    """An entry of the document's `annotations`; the box is x, y, width, height in pixels from the image's corner."""
 
     id: int
     image_id: int
@@ -60,14 +59,10 @@ class _Content(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Document:
-    """A data set on its way to the writer.
+    """A converted data set, ready for the writer.
 
-    Attributes:
-        name: what the data set is called.
-        root: the folder that it comes from.
-        images: the folder that file names are relative to.
-        content: COCO's instances JSON; the same for the same input.
-        lost: what could not be put into it.
+    `root` is the folder it comes from, `images` the folder that file names are relative to, `content` COCO's instances
+    JSON (the same for the same input), `lost` what could not be converted.
     """
 
     name: str
@@ -79,9 +74,9 @@ class Document:
 
 @dataclass(frozen=True)
 class Labelled:
-    """What a converter found out about one image: its size, its objects (ids yet to be given) and what is wrong.
+    """A converted image: size in pixels, objects (their ids are assigned later) and defects.
 
-    Without a size, the image is lost. ``lost`` counts its objects that are.
+    An image of size 0 is lost. `lost` is the number of its objects that could not be converted.
     """
 
     width: int
@@ -100,29 +95,29 @@ def make_document(
     categories: Sequence[Category],
     unpaired: Sequence[Defect],
 ) -> Document:
-    """Join what was found into a document; ids of objects count from 1 in the order of images and objects.
+    """Join converted images into a document; ids of objects count from 1 in the order of images and objects.
 
-    ``file_names`` are relative to ``images``, sorted, one for each of ``labelled``. ``unpaired`` name images without
-    labels that need some, or labels without an image, one each.
+    `file_names` are relative to `images` and sorted, one per item of `labelled`. `unpaired` has a defect for each image
+    that lacks required labels and for each label file without an image.
     """
     content = _Content([], [], categories)
     defects, objects_lost = list(unpaired), 0
     for number, file_name, found in zip(image_ids(file_names), file_names, labelled, strict=True):
-        one = found if printable(file_name) == file_name else _unnameable(file_name, found)
-        defects += [msgspec.structs.replace(defect, image_id=number) for defect in one.defects]
-        if one.width and one.height:
-            content.images.append(ImageRecord(number, file_name, one.width, one.height))
-            for record in one.objects:
+        image = found if printable(file_name) == file_name else _without_valid_name(file_name, found)
+        defects += [msgspec.structs.replace(defect, image_id=number) for defect in image.defects]
+        if image.width and image.height:
+            content.images.append(ImageRecord(number, file_name, image.width, image.height))
+            for record in image.objects:
                 record.id, record.image_id = len(content.annotations) + 1, number
                 content.annotations.append(record)
-        objects_lost += one.lost
+        objects_lost += image.lost
     images_lost = len(unpaired) + len(file_names) - len(content.images)
     lost = Lost(images_lost, objects_lost, tuple(defects))
     return Document(name, root, images, msgspec.json.encode(content), lost)
 
 
-def _unnameable(file_name: str, found: Labelled) -> Labelled:
-    """No JSON can hold such a name, so the image goes and its objects with it."""
+def _without_valid_name(file_name: str, found: Labelled) -> Labelled:
+    """Return the image as lost, with its objects: JSON cannot hold its name."""
     defect = Defect(f"{file_name}: its name is not UTF-8, which a COCO JSON cannot hold: rename it")
     return Labelled(0, 0, [], [*found.defects, defect], found.lost + len(found.objects))
 
@@ -134,22 +129,22 @@ def write_document(
     progress: Progress | None = None,
     map: Map | None = None,
 ) -> Manifest:
-    """Write the document's data set to ``out``, as ``write_coco`` does and with its errors."""
+    """Write the document's data set to `out` as `write_coco` does, with the same errors."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{document.name}.json"
         path.write_bytes(document.content)
         try:
             return write_coco(document.images, path, out, config, progress, map, document.lost)
-        except SourceError as error:  # the file that it names is gone by now
+        except SourceError as error:  # name the user's folder, not the temporary file
             defects = error.defects if error.report else (*document.lost.defects, *error.defects)
             raise SourceError(document.root, defects, error.report) from None
 
 
 def image_ids(file_names: Sequence[str]) -> list[int]:
-    """An id for each image: the number that its name is, or its position.
+    """Return an id for each image: the number in its name, or its position.
 
-    ``2007_000027.jpg`` is 2007000027 and ``000000008193.jpg`` is 8193, where every name is such a number of at most 12
-    digits and no two are the same. Otherwise all ids are positions in ``file_names``, from 1.
+    `2007_000027.jpg` gets 2007000027 and `000000008193.jpg` gets 8193 if every name is such a number of at most 12
+    digits and no two are equal. Otherwise all ids are positions in `file_names`, from 1.
     """
     digits = [re.sub("[_-]", "", PurePosixPath(name).stem) for name in file_names]
     if all(text.isascii() and text.isdecimal() and int(text) <= MAX_ID for text in digits):
@@ -160,7 +155,7 @@ def image_ids(file_names: Sequence[str]) -> list[int]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels from an image's header, before any EXIF rotation; raises ValueError saying why not."""
+    """Return width and height in pixels from an image's header, before EXIF rotation; raise `ValueError` if unreadable."""
     try:
         with Image.open(path) as image:
             return image.size
@@ -171,7 +166,10 @@ def image_size(path: Path) -> tuple[int, int]:
 def each(
     function: Callable[[T], R], items: Sequence[T], workers: int, progress: Callable[[int, int], Any] | None
 ) -> list[R]:
-    """``function`` of every item, in order, in ``workers`` threads (0: here): reading many small files takes waiting."""
+    """Return `function` of every item, in order, from `workers` threads; 0 runs in the calling thread.
+
+    For work that mostly waits, such as reading many small files. `progress` is called with (items done, items in all).
+    """
     executor = ThreadPoolExecutor(max(1, workers), thread_name_prefix="convert")
     results: list[R] = []
     try:

@@ -38,8 +38,8 @@ def check_same(manifest: Manifest, source: Source, name: str, samples_per_shard:
         origin = "an annotation file of other content" if manifest.source_digest != source.digest else "the same file"
         raise ShardError(
             f"{manifest.url}: already holds another data set ({manifest.name}, {manifest.images} images, digest "
-            f"{manifest.digest[:12]}, made of {origin}; this one would be {name}), expected a new or empty folder: choose "
-            "another one or delete it first"
+            f"{manifest.digest[:12]}, made of {origin}; this one would be {name}), expected a new or empty folder: "
+            "choose another one or delete it first"
         )
     problem = (
         _other_options(manifest, samples_per_shard, policy) or _damage(manifest) or _other_images(manifest, source)
@@ -74,7 +74,7 @@ def _damage(manifest: Manifest) -> str:
 
 
 def _other_images(manifest: Manifest, source: Source) -> str:
-    """Compare the length of each image file; decode those that were left out, which are few, as they may be sound now."""
+    """Compare the length of each image file; decode the few that were left out, as they may be sound now."""
     index = manifest.index().images
     names = dict(zip(source.images.ids.tolist(), source.images.names, strict=True))
     sizes = file_sizes(source.folder, source.images.names)
@@ -89,6 +89,6 @@ def _other_images(manifest: Manifest, source: Source) -> str:
         return ""
     number = "an image is" if len(changed) == 1 else f"{len(changed)} images are"
     return (
-        f"{number} not as in {source.folder} now, such as image {changed[0]}: choose another folder, or delete the data "
-        "set and run again"
+        f"{number} not as in {source.folder} now, such as image {changed[0]}: choose another folder, or delete "
+        "the data set and run again"
     )

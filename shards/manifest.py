@@ -52,8 +52,8 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """A data set.
 
-    `url` is where it was loaded from and `cache` where fetched files are kept; both are part of neither the file nor the
-    digest.
+    `url` is where it was loaded from and `cache` where fetched files are kept; both are part of neither the file nor
+    the digest.
     """
 
     format: int
@@ -90,11 +90,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 def load_manifest(url: str | os.PathLike[str], cache: CacheConfig | None = None) -> Manifest:
     """Read the manifest of the data set in the folder `url` (a path, or a URL that fsspec knows).
 
-    A path is made absolute, so that the manifest is valid in another working directory as well. Index and shards are then
-    read through `cache`; by default, remote ones are kept in a folder of this node.
+    A path is made absolute, so that the manifest is valid in another working directory as well. Index and shards are
+    then read through `cache`; by default, remote ones are kept in a folder of this node.
 
-    Raise `ShardError` when there is no manifest, or a field is unknown, missing or of another type (naming its path), and
-    `OSError`, naming the address, when a retry may help.
+    Raise `ShardError` when there is no manifest, or a field is unknown, missing or of another type (naming its path),
+    and `OSError`, naming the address, when a retry may help.
     """
     url = storage.absolute(os.fspath(url)).removesuffix("/" + MANIFEST_NAME)
     path = storage.join(url, MANIFEST_NAME)

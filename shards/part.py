@@ -1,7 +1,7 @@
 """Write one shard from its image files, in any process or on any node.
 
-The bytes are a function of the input alone. A note beside the finished tar lists its images and contents, so that a later
-run can recognise it as the shard it would write.
+The bytes are a function of the input alone. A note beside the finished tar lists its images and contents, so that a
+later run can recognise it as the shard it would write.
 """
 
 import socket
@@ -62,7 +62,8 @@ class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Result of writing a shard.
 
     `shard` is the tar, or None when it has no samples or was not to be written; `read` the crc32 of each image file, -1
-    when it is missing; `places` the samples in the tar, in their order; `defects` those of image files and segmentations.
+    when it is missing; `places` the samples in the tar, in their order; `defects` those of image files and
+    segmentations.
     """
 
     shard: Shard | None
@@ -79,8 +80,8 @@ def write_part(part: Part, stage: Stage, done: Callable[[int], None]) -> Written
     folder = storage.local_path(part.folder)
     if folder is not None and not folder.is_dir():
         raise ShardError(
-            f"{part.folder}: no such folder of images on {socket.gethostname()}; expected images and --out to be visible "
-            "from every process and node: give a shared folder or a URL"
+            f"{part.folder}: no such folder of images on {socket.gethostname()}; expected images and --out to be "
+            "visible from every process and node: give a shared folder or a URL"
         )
     if part.write:
         stage.check_visible()

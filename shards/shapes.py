@@ -1,4 +1,4 @@
-"""An order of images in which neighbours are of like shape, so that every contiguous slice of it pads little.
+"""Order images so that neighbours have similar shapes, and every contiguous slice pads little.
 
 Images are padded to the largest height and the largest width of their slice. Sorting by one number does not keep both
 alike: of slices of 4 of 64 images a quarter is padding after sorting by aspect ratio, a sixth after sorting by height.
@@ -12,40 +12,40 @@ import numpy as np
 
 from shards.index import Ints
 
-# Pairing costs the square of it, and images that were sorted are alike in blocks of this many anyway.
+# Pairing costs the square of the block size, and sorted images are alike in blocks of this many anyway.
 _BLOCK = 64
 
 
 def rough_keys(heights: Ints, widths: Ints) -> Ints:
-    """Keys [n] that sort landscapes and portraits apart, and each by the longer side."""
+    """Return keys [n] that sort portraits before landscapes, and each of them by the longer side."""
     return np.where(widths >= heights, widths, -heights)
 
 
 def pair_up(heights: Ints, widths: Ints, batch_size: int) -> Ints:
-    """The order, int64 [n], that puts images of like shape together inside each ``batch_size`` of those given.
+    """Return the order, int64 [n], that puts images of similar shape together inside each batch of `batch_size`.
 
-    The last of these may be shorter. Inside each, every 64 images in the given order are arranged by themselves, and
-    what is left of them by itself.
+    The last batch may be shorter. Inside a batch, every 64 images in the given order are arranged by themselves, and
+    the remaining ones too.
     """
     order = np.arange(len(heights))
-    whole = len(order) // batch_size * batch_size
-    for start, end, size in ((0, whole, batch_size), (whole, len(order), len(order) - whole)):
-        steps = order[start:end].reshape(-1, max(size, 1))
-        blocks = size // _BLOCK * _BLOCK
-        for columns, length in ((slice(0, blocks), _BLOCK), (slice(blocks, size), size - blocks)):
-            part = steps[:, columns]
-            if part.size:
-                places = part.reshape(-1, length)
-                paired = np.take_along_axis(places, _pair_up(heights[places], widths[places]), 1)
-                steps[:, columns] = paired.reshape(part.shape)
+    full = len(order) // batch_size * batch_size
+    for start, end, size in ((0, full, batch_size), (full, len(order), len(order) - full)):
+        batches = order[start:end].reshape(-1, max(size, 1))
+        blocks_end = size // _BLOCK * _BLOCK
+        for columns, length in ((slice(0, blocks_end), _BLOCK), (slice(blocks_end, size), size - blocks_end)):
+            selected = batches[:, columns]
+            if selected.size:
+                blocks = selected.reshape(-1, length)
+                paired = np.take_along_axis(blocks, _pair_up(heights[blocks], widths[blocks]), 1)
+                batches[:, columns] = paired.reshape(selected.shape)
     return order
 
 
 def _pair_up(heights: Ints, widths: Ints) -> Ints:
-    """The order [m, n] of each row of sizes [m, n]: groups of two, of four and so on, until one is left.
+    """Return the order [m, n] of each row of sizes [m, n]: join groups of one, two, four and so on until one is left.
 
-    The group with the longest side goes first, because it is the hardest to place, and takes the one with which it
-    leaves the least padding. Where their number is odd, the last one goes to the end.
+    The group with the longest side chooses first, because it is the hardest to pair, and takes the group with which it
+    leaves the least padding. When their number is odd, the last group goes to the end.
     """
     blocks, count = heights.shape
     groups = np.tile(np.arange(count)[:, None], (blocks, 1, 1))  # [block, group, member]
@@ -55,39 +55,40 @@ def _pair_up(heights: Ints, widths: Ints) -> Ints:
         if count % 2:
             alone = np.concatenate([_members(groups, last), alone], axis=1)
         groups = np.concatenate([_chosen(groups, first), _chosen(groups, second)], axis=2)
-        heights, widths = (
-            np.maximum(np.take_along_axis(sides, first, 1), np.take_along_axis(sides, second, 1))
-            for sides in (heights, widths)
-        )
+        heights = np.maximum(np.take_along_axis(heights, first, 1), np.take_along_axis(heights, second, 1))
+        widths = np.maximum(np.take_along_axis(widths, first, 1), np.take_along_axis(widths, second, 1))
     return np.concatenate([groups[:, 0], alone], axis=1)
 
 
 def _closest(heights: Ints, widths: Ints) -> tuple[Ints, Ints, Ints]:
-    """Pairs of each row, as their first and second members [m, n // 2], and the one that is left where n is odd [m]."""
+    """Return the pairs of each row as first and second members [m, n // 2], and the remaining one if n is odd [m]."""
     blocks, count = heights.shape
     # The longest first; a stable sort, so that ties keep their order.
-    places = np.argsort(-np.maximum(heights, widths), axis=1, kind="stable")
-    # Half the bytes take half the time, and hold five canvases of the usual sizes.
+    by_side = np.argsort(-np.maximum(heights, widths), axis=1, kind="stable")
+    # int32 takes half the time, and holds five canvases of the usual sizes.
     kind: Any = np.int32 if 5 * int(max(heights.max(), widths.max())) ** 2 < 2**31 else np.int64
-    h, w = (np.take_along_axis(sides, places, 1).astype(kind) for sides in (heights, widths))
-    # Two canvases less 1.2 times the other's pixels, by trial: not quite the padding, so that large ones go first.
+    h = np.take_along_axis(heights, by_side, 1).astype(kind)
+    w = np.take_along_axis(widths, by_side, 1).astype(kind)
+    # The cost is two canvases less 1.2 times the candidate's pixels (times 2.5): found by trial, and not quite the
+    # padding, so that large candidates are preferred.
     areas = 3 * h * w
     taken = np.iinfo(kind).max
     rows, left = np.arange(blocks), np.ones((blocks, count), np.bool_)
-    first, second = (np.empty((blocks, count // 2), np.int64) for _ in range(2))
+    first = np.empty((blocks, count // 2), np.int64)
+    second = np.empty_like(first)
     for pair in range(count // 2):
-        one = left.argmax(axis=1)
-        left[rows, one] = False
-        costs = np.maximum(h, h[rows, one][:, None])
-        costs *= np.maximum(w, w[rows, one][:, None])
+        chosen = left.argmax(axis=1)
+        left[rows, chosen] = False
+        costs = np.maximum(h, h[rows, chosen][:, None])
+        costs *= np.maximum(w, w[rows, chosen][:, None])
         costs *= 5
         costs -= areas
         costs[~left] = taken
-        other = costs.argmin(axis=1)
-        left[rows, other] = False
-        first[:, pair], second[:, pair] = one, other
+        partner = costs.argmin(axis=1)
+        left[rows, partner] = False
+        first[:, pair], second[:, pair] = chosen, partner
     last = left.argmax(axis=1)
-    return np.take_along_axis(places, first, 1), np.take_along_axis(places, second, 1), places[rows, last]
+    return np.take_along_axis(by_side, first, 1), np.take_along_axis(by_side, second, 1), by_side[rows, last]
 
 
 def _chosen(groups: Ints, which: Ints) -> Ints:

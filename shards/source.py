@@ -1,4 +1,4 @@
-"""A COCO JSON and its image folder, read into columns, with every defect found and named."""
+"""Read a COCO JSON and the list of its image folder into columns, and collect every defect."""
 
 import errno
 import hashlib
@@ -23,7 +23,7 @@ from shards.images import ImageSource
 from shards.index import Ints
 from shards.manifest import Category
 
-# Lists stay in the text of their entries, which makes one pass over the file do for finding all of them.
+# The entries of lists stay undecoded text, so that one pass over the file finds all of them.
 _Top = dict[str, list[msgspec.Raw] | dict[str, msgspec.Raw] | str | int | float | bool | None]
 
 
@@ -34,40 +34,37 @@ class _CategoryFields(msgspec.Struct):
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The sound part of a COCO data set, and what is to be said about it.
-
-    Attributes:
-        path: the JSON file.
-        folder: the image folder, a path or a URL.
-        digest: sha256 of the JSON file.
-        categories: in ascending order of their ids.
-        images: in the order of the file.
-        annotations: all that the file lists, in its order.
-        rows: int64 [sound annotations], rows of the sound ones: those of image r are at
-            ``first[r] : first[r] + count[r]``, in the order of the file.
-        first, count: int64 [images].
-        rest: the JSON without its images and annotations.
-        listed: how many images and annotations the file lists.
-        defects: what is wrong with the others, or worth knowing about these.
-        limited: whether there are more images than were asked for.
-    """
+    """The sound entries of a COCO data set, and the defects of all."""
 
     path: Path
+    """The JSON file."""
     folder: str
+    """The image folder, a path or a URL."""
     digest: str
+    """Sha256 of the JSON file."""
     categories: tuple[Category, ...]
+    """In ascending order of their ids."""
     images: ImageColumns
+    """The sound images, in the order of the file."""
     annotations: AnnotationColumns
+    """All annotations of the file, in its order."""
     rows: Ints
+    """Int64 [sound annotations], rows of `annotations`: those of image r are at `first[r] : first[r] + count[r]`."""
     first: Ints
+    """Int64 [images]."""
     count: Ints
+    """Int64 [images]."""
     rest: bytes
+    """The JSON without its images and annotations."""
     listed: tuple[int, int]
+    """Number of images and of annotations in the file."""
     defects: tuple[Defect, ...]
+    """Defects of the rejected entries, and notes on others."""
     limited: bool
+    """True if there are more images than the limit."""
 
     def image(self, row: int) -> ImageSource:
-        """What is said about one image."""
+        """Return the entry of an image."""
         images = self.images
         return ImageSource(int(images.ids[row]), images.names[row], int(images.widths[row]), int(images.heights[row]))
 
@@ -75,10 +72,10 @@ class Source:
 def read_source(images: str | os.PathLike[str], annotations: str | os.PathLike[str], limit: int = 0) -> Source:
     """Read and check a COCO JSON and the list of its image folder (not yet the images' content).
 
-    images: a folder or a URL. limit: take only so many images, those of lowest id; 0 for all.
+    `images` is a folder or a URL. `limit`: take only this many images, those with the lowest ids; 0 takes all.
 
-    Raises ShardError where a path is absent or of the wrong kind or the file is not COCO's instances format, and
-    SourceError where its categories cannot be told. What is wrong with single entries is in ``Source.defects``.
+    Raise `ShardError` when a path is missing or of the wrong kind or the file is not COCO's instances format, and
+    `SourceError` when its categories are unusable. Defects of single entries are in `Source.defects`.
     """
     folder, path = storage.absolute(os.fspath(images)), Path(annotations)
     local = storage.local_path(folder)
@@ -88,7 +85,7 @@ def read_source(images: str | os.PathLike[str], annotations: str | os.PathLike[s
     with path.open("rb") as file:
         if not path.stat().st_size:
             raise ShardError(f"{path}: is empty; expected COCO's instances format")
-        # Mapped rather than read: half a gigabyte less to copy, and memory that the system can take back.
+        # Mapped and not read: this saves a copy of half a gigabyte, and the system can reclaim the memory.
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
         return parse_source(path, content, folder, _file_finder(folder), limit)
@@ -99,7 +96,7 @@ def read_source(images: str | os.PathLike[str], annotations: str | os.PathLike[s
 def parse_source(
     path: Path, content: bytes | mmap.mmap, folder: str, has_file: Callable[[str], bool], limit: int = 0
 ) -> Source:
-    """As ``read_source``, of a JSON that was read; ``has_file`` says whether the folder has a file of that name."""
+    """Parse a JSON's content as `read_source` does; `has_file` tells if the folder has a file of that name."""
     top = _top_level(path, content)
     lists = {key: _list(path, key, top[key]) for key in ("images", "annotations", "categories")}
     categories = _categories(path, lists["categories"])
@@ -108,22 +105,22 @@ def parse_source(
     category_ids = np.array([category.id for category in categories], np.int64)
     defects: list[Defect] = []
     listed = image_columns(lists["images"], defects)
-    # Their annotations go without a word, as those of images that are rejected later do.
-    malformed = np.array([one.image_id for one in defects if one.image_id is not None], np.int64)
+    # Annotations of malformed images are dropped without a defect, like those of images that are rejected later.
+    malformed = np.array([defect.image_id for defect in defects if defect.image_id is not None], np.int64)
     annotations = annotation_columns(lists["annotations"], defects)
     counts = len(lists["images"]), len(lists["annotations"])
-    asked = np.ones(len(annotations), np.bool_)
+    selected = np.ones(len(annotations), np.bool_)
     limited = 0 < limit < len(listed)
     if limited:
         last = int(np.partition(listed.ids, limit - 1)[limit - 1])
         listed = listed.take(np.flatnonzero(listed.ids <= last))
-        defects = [one for one in defects if one.image_id is None or one.image_id <= last]
-        asked = annotations.image_ids <= last
-        counts = len(listed), int(asked.sum())
+        defects = [defect for defect in defects if defect.image_id is None or defect.image_id <= last]
+        selected = annotations.image_ids <= last
+        counts = len(listed), int(selected.sum())
     rows, found = check_images(listed, has_file)
     images = listed.take(rows)
     known = np.concatenate([listed.ids, malformed])
-    rows, owners, more = check_annotations(annotations, asked, images, known, category_ids)
+    rows, owners, more = check_annotations(annotations, selected, images, known, category_ids)
     count = np.bincount(owners, minlength=len(images)).astype(np.int64)
     return Source(
         path=path,
@@ -143,13 +140,13 @@ def parse_source(
 
 
 def without_entries(top: Mapping[str, Any]) -> bytes:
-    """A COCO JSON without its images and annotations, from its top level; without blanks, so that equal ones are equal."""
+    """Return the compact JSON of a COCO file's top level without images and annotations."""
     rest = {key: value for key, value in top.items() if key not in ("images", "annotations")}
     return msgspec.json.format(msgspec.json.encode(rest), indent=-1)
 
 
 def file_sizes(folder: str, names: Iterable[str]) -> dict[str, int]:
-    """Bytes of each of ``names`` in a folder or below a URL; those that are no files are left out."""
+    """Return the size in bytes of each of `names` in a folder or below a URL; names that are not files are left out."""
     local = storage.local_path(folder)
     if local is None:
         sizes = storage.listing(folder)
@@ -164,7 +161,7 @@ def file_sizes(folder: str, names: Iterable[str]) -> dict[str, int]:
 
 
 def _file_finder(folder: str) -> Callable[[str], bool]:
-    """One listing instead of one question per image."""
+    """Return a function that tells if the folder has a file, from one listing instead of a request per image."""
     local = storage.local_path(folder)
     if local is None:
         remote = storage.listing(folder)
@@ -179,7 +176,7 @@ def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:  # no file can be called so
+        if error.errno == errno.ENAMETOOLONG:  # no file can have such a name
             return False
         raise
 
@@ -213,7 +210,7 @@ def _decode_top(content: bytes | mmap.mmap) -> dict[str, Any]:
 
 
 def _lenient(path: Path, content: bytes | mmap.mmap) -> dict[str, Any]:
-    """Python writes NaN and Infinity, which are not JSON: read them as text, so that a defect can name the entry."""
+    """Decode Python's NaN and Infinity, which JSON does not allow, as text, so that a defect names the entry."""
     try:
         return _decode_top(msgspec.json.encode(json.loads(bytes(content), parse_constant=str)))
     except msgspec.ValidationError:
@@ -229,7 +226,7 @@ def _list(path: Path, key: str, value: Any) -> Texts:
 
 
 def _categories(path: Path, raws: Texts) -> tuple[Category, ...]:
-    """Without them no label has a meaning, so a defect here leaves nothing to go on with."""
+    """Return the categories; raise `SourceError` for any defect, since labels would have no meaning."""
     defects: list[Defect] = []
     found: dict[int, Category] = {}
     for number, raw in enumerate(raws):

@@ -1,8 +1,8 @@
 """Stage a data set while it is written, and publish it when it is complete.
 
-A local data set is written into `OUT.partial`, which is then renamed. A remote one is written to its final URL, each file
-from a complete local copy, and its manifest last. In both cases a *note* for every finished shard, with its digest, lets
-a stopped run continue after the last of them; the notes are removed when the data set is complete.
+A local data set is written into `OUT.partial`, which is then renamed. A remote one is written to its final URL, each
+file from a complete local copy, and its manifest last. In both cases a *note* for every finished shard, with its
+digest, lets a stopped run continue after the last of them; the notes are removed when the data set is complete.
 """
 
 import fcntl
@@ -83,7 +83,7 @@ class Stage:
 
     @contextmanager
     def draft(self, name: str) -> Iterator["Draft"]:
-        """Yield a file to write; it appears under `name`, complete and flushed, if it is finished when the block ends."""
+        """Yield a file to write; if finished when the block ends, it appears under `name`, complete and flushed."""
         local = storage.local_path(self.url)
         if local is None:
             # An unnamed file, so that a killed process leaves nothing on the disk.
@@ -194,8 +194,8 @@ def _check_left(out: str, notes: list[str]) -> None:
     age_s = min(storage.age_s(storage.join(out, name)) for name in {_KEY, *notes[-_LAST_NOTES:]})
     if age_s < YOUNG_S:
         raise ShardError(
-            f"{out}: another data set was being written there {max(age_s, 0):.0f} s ago; if it still is, choose another "
-            f"URL; if it was stopped, try again in {YOUNG_S - age_s:.0f} s"
+            f"{out}: another data set was being written there {max(age_s, 0):.0f} s ago; if it still is, choose "
+            f"another URL; if it was stopped, try again in {YOUNG_S - age_s:.0f} s"
         )
 
 

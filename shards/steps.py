@@ -1,8 +1,8 @@
-"""How the stream of samples, the concatenation of all epochs, is cut into steps: pure arithmetic.
+"""Cut the stream of samples, the concatenation of all epochs, into steps: pure arithmetic.
 
-A run's position is the number of samples it has consumed; a step is one optimizer update and counts on whatever
-happens. From an *origin*, where so many steps have consumed so many samples, each step takes the next ``batch_size``
-samples. A run that goes on with another batch size has a new origin there and misses or repeats no sample.
+A run's position is the number of samples it has consumed; a step is one optimizer update, and steps are never
+renumbered. From an *origin*, a step and the number of samples consumed before it, each step takes the next `batch_size`
+samples. A run that continues with another batch size has a new origin there, and misses or repeats no sample.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ EpochTail = Literal["straddle", "short"]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a cut begins: ``step`` steps have consumed ``samples`` samples."""
+    """The start of a cut: the first `step` steps have consumed `samples` samples."""
 
     step: int = 0
     samples: int = 0
@@ -26,10 +26,11 @@ START = Origin()
 
 @dataclass(frozen=True)
 class Steps:
-    """The cut of a stream of epochs of ``images`` samples into steps of ``batch_size`` over all ranks.
+    """The cut of a stream of epochs of `images` samples into steps of `batch_size` over all ranks.
 
-    With the tail ``straddle`` every step is full, and one in which an epoch ends begins the next; with ``short`` an
-    epoch's last step holds what is left. Steps before the origin count as if they had been cut as those after it.
+    With the tail `straddle` every step is full, and may hold the end of one epoch and the start of the next; with
+    `short` an epoch's last step holds the remaining samples. Steps before the origin are numbered as if cut like those
+    after it.
     """
 
     images: int
@@ -42,7 +43,7 @@ class Steps:
             raise ShardError(f"got batch_size {self.batch_size}, expected at least 1 sample per step over all ranks")
 
     def position(self, step: int) -> int:
-        """Samples that the steps before ``step`` consume."""
+        """Return the number of samples that the steps before `step` consume."""
         step -= self.origin.step
         if self.tail == "short" and step > self._left:
             epochs, step = divmod(step - self._left, self._per_epoch)
@@ -51,12 +52,12 @@ class Steps:
         return position if self.tail == "straddle" else min(position, (self._epoch + 1) * self.images)
 
     def at(self, position: int) -> int:
-        """The first step that starts at ``position`` or later."""
+        """Return the first step that starts at `position` or later."""
         epoch, offset = divmod(position, self.images)
         if self.tail == "short" and epoch > self._epoch:
-            steps = self._left + (epoch - self._epoch - 1) * self._per_epoch - (-offset // self.batch_size)
+            steps = self._left + (epoch - self._epoch - 1) * self._per_epoch + ceil_div(offset, self.batch_size)
         else:
-            steps = -((self.origin.samples - position) // self.batch_size)
+            steps = ceil_div(position - self.origin.samples, self.batch_size)
         return max(self.origin.step + steps, 0)
 
     @property
@@ -66,17 +67,15 @@ class Steps:
 
     @property
     def _left(self) -> int:
-        """Steps of that epoch from the origin on, where steps end with epochs."""
-        return -((self.origin.samples - (self._epoch + 1) * self.images) // self.batch_size)
+        """Steps from the origin to the end of its epoch, if steps end with epochs."""
+        return ceil_div((self._epoch + 1) * self.images - self.origin.samples, self.batch_size)
 
     @property
     def _per_epoch(self) -> int:
-        return -(-self.images // self.batch_size)
+        """Steps of an epoch, if steps end with epochs."""
+        return ceil_div(self.images, self.batch_size)
 
 
-def first_step(epoch: int, images: int, batch_size: int) -> int:
-    """The first step that starts inside ``epoch`` or later: ceil(epoch * images / batch_size).
-
-    ``first_step(epochs, ...)`` is also the number of steps of a run of that many epochs, cut from their concatenation.
-    """
-    return Steps(images, batch_size).at(epoch * images)
+def ceil_div(dividend: int, divisor: int) -> int:
+    """Return the quotient rounded up, exact for integers of any size."""
+    return -(-dividend // divisor)

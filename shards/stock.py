@@ -82,7 +82,7 @@ def _pipeline(manifest: Manifest, urls: list[str], **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Opener:
-    """A pipeline stage that opens shards through this package, in place of webdataset's, which runs `pipe:` commands."""
+    """A pipeline stage that opens shards through this package; webdataset's own would run `pipe:` commands."""
 
     manifest: Manifest
 
@@ -163,8 +163,8 @@ def _check_shard(manifest: Manifest, index: Index, number: int, url: str) -> lis
         return [f"{url}: webdataset cannot read it: {_reason(error)}: copy it again"]
     wrong["images"] = sorted(row for left in rows.values() for row in left)
     return [
-        f"{url}: through webdataset, {kind} of {len(bad)} of its {len(shard_rows)} samples are missing or differ from the "
-        f"index, such as image {int(index.images['image_id'][bad[0]])}: copy it again"
+        f"{url}: through webdataset, {kind} of {len(bad)} of its {len(shard_rows)} samples are missing or differ from "
+        f"the index, such as image {int(index.images['image_id'][bad[0]])}: copy it again"
         for kind, bad in wrong.items()
         if bad
     ]

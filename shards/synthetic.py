@@ -1,8 +1,8 @@
-"""The built-in data set: small pictures of circles, squares, triangles and crosses, as real JPEG files and COCO JSON.
+"""The built-in data set: small images of circles, squares, triangles and crosses, as JPEG files and COCO JSON.
 
 Each image has a background (noise, waves, or a crop of one of scikit-learn's two bundled photographs) and one to five
 objects of 14 to 43 pixels, which may hide up to two fifths of one another. Boxes, areas and segmentations are those of
-what is visible. Every number comes from a hash of (seed, split, image), so equal arguments give equal bytes with the
+the visible pixels. Every number comes from a hash of (seed, split, image), so equal arguments give equal bytes with the
 same Pillow.
 """
 
@@ -23,11 +23,12 @@ from PIL import Image
 from shards import storage
 from shards.errors import ShardError
 from shards.plan import hashes
+from shards.steps import ceil_div
 
 CATEGORIES = ("circle", "square", "triangle", "cross")
 MIN_SIDE, MAX_SIDE = 14, 43  # pixels
 MAX_OBJECTS = 5
-MIN_VISIBLE = 0.6  # of every object's pixels, however many lie above it
+MIN_VISIBLE = 0.6  # fraction of every object's pixels, whatever the number of objects above it
 JPEG_QUALITY = 90
 
 Floats = npt.NDArray[np.float32]
@@ -36,7 +37,7 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Split:
-    """Where one split lies, as ``write_coco`` takes it: image folder, JSON file."""
+    """Paths of a split, as `write_coco` takes them: image folder, JSON file."""
 
     images: Path
     annotations: Path
@@ -59,17 +60,13 @@ def write_synthetic(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Synthetic:
-    """Write ``OUT/{train,val}/*.jpg`` and ``OUT/annotations/instances_{train,val}.json``.
+    """Write `OUT/{train,val}/*.jpg` and `OUT/annotations/instances_{train,val}.json`, and return their paths.
 
-    Args:
-        out_dir: a local folder; files of the same names are replaced.
-        train, val: images of each split.
-        size: side of the square images in pixels, at least 64.
-        seed: any integer.
-        progress: called with (images done, images in all).
+    Files of the same names in the local folder `out_dir` are replaced. `train` and `val` are numbers of images, `size`
+    the side of the square images in pixels, at least 64, `seed` any integer. `progress` is called with (images done,
+    images in all).
 
-    Raises:
-        ShardError: ``size`` or a count is too small, or the folder cannot be written.
+    Raise `ShardError` when `size` or a number of images is too small, or the folder cannot be written.
     """
     if size < 64 or train < 1 or val < 1:
         raise ShardError(
@@ -89,12 +86,12 @@ def write_synthetic(
             _write_split(split, count, size, (seed, number), first_id=before + 1, done=done)
             splits.append(split)
     except OSError as error:
-        raise ShardError(f"{folder}: cannot be written: {error}; make room or choose another folder") from error
+        raise ShardError(f"{folder}: cannot be written: {error}; free space or choose another folder") from error
     return Synthetic(*splits)
 
 
 class _Draws:
-    """Numbers in a fixed order from a hash; unlike NumPy's generators the same in every version."""
+    """A sequence of random numbers from a hash; unlike NumPy's generators, the same in every version."""
 
     def __init__(self, *key: int) -> None:
         self._seed, self._block, self._left = int(hashes(key, 0)[0]), 0, list[float]()
@@ -105,14 +102,15 @@ class _Draws:
         return low + (high - low) * self._left.pop()
 
     def integer(self, low: int, high: int) -> int:
-        """low <= result <= high"""
+        """Return an integer, low <= result <= high."""
         return low + int(self.uniform() * (high - low + 1))
 
     def array(self, *shape: int) -> Floats:
-        """float32 in 0..1"""
+        """Return float32 numbers in 0..1."""
         self._block += 1
-        words = hashes((self._seed, self._block), np.arange(-(-math.prod(shape) // 4)))
-        numbers = words.view(np.uint16)[: math.prod(shape)].astype(np.float32)
+        count = math.prod(shape)
+        words = hashes((self._seed, self._block), np.arange(ceil_div(count, 4)))  # of four numbers each
+        numbers = words.view(np.uint16)[:count].astype(np.float32)
         return np.multiply(numbers, np.float32(1 / 65536)).reshape(shape)
 
 
@@ -139,11 +137,11 @@ def _write_split(
 
 
 def _picture(draws: _Draws, size: int) -> tuple[npt.NDArray[np.uint8], list[tuple[int, Mask]]]:
-    """uint8 [size, size, 3] and each object's label and visible pixels, bool [size, size]."""
+    """Return uint8 [size, size, 3], and each object's label and visible pixels, bool [size, size]."""
     canvas = _background(draws, size)
-    objects = list[tuple[int, Mask, int]]()  # label, visible pixels, pixels before anything hid it
+    objects = list[tuple[int, Mask, int]]()  # label, visible pixels, number of pixels with nothing above
     wanted = draws.integer(1, MAX_OBJECTS)
-    for _ in range(4 * wanted):  # some tries hide too much of an earlier object and are dropped
+    for _ in range(4 * wanted):  # some attempts hide too much of an earlier object and are dropped
         if len(objects) == wanted:
             break
         label = draws.integer(0, len(CATEGORIES) - 1)
@@ -152,11 +150,9 @@ def _picture(draws: _Draws, size: int) -> tuple[npt.NDArray[np.uint8], list[tupl
         mask = np.zeros((size, size), bool)
         mask[patch] = coverage >= 0.5
         remaining = [visible & ~mask for _, visible, _ in objects]
-        if any(
-            left_over.sum() < MIN_VISIBLE * full for left_over, (_, _, full) in zip(remaining, objects, strict=True)
-        ):
+        if any(visible.sum() < MIN_VISIBLE * full for visible, (_, _, full) in zip(remaining, objects, strict=True)):
             continue
-        objects = [(other, left_over, full) for left_over, (other, _, full) in zip(remaining, objects, strict=True)]
+        objects = [(earlier, visible, full) for visible, (earlier, _, full) in zip(remaining, objects, strict=True)]
         objects.append((label, mask, int(mask.sum())))
         colour = _colour(draws, canvas[patch].mean(axis=(0, 1)))
         grain = (draws.array(*coverage.shape, 1) - 0.5) * 24
@@ -166,7 +162,7 @@ def _picture(draws: _Draws, size: int) -> tuple[npt.NDArray[np.uint8], list[tupl
 
 
 def _background(draws: _Draws, size: int) -> Floats:
-    """float32 [size, size, 3] in 0..255: noise, waves, or part of a photograph."""
+    """Return float32 [size, size, 3] in 0..255: noise, waves, or a crop of a photograph."""
     kind = draws.integer(0, 2)
     if kind == 0:
         base, strength = draws.array(3) * 160 + 48, draws.uniform(20, 90)
@@ -184,8 +180,8 @@ def _background(draws: _Draws, size: int) -> Floats:
     side = draws.uniform(size, min(photograph.size))
     left, top = draws.uniform(0, photograph.width - side), draws.uniform(0, photograph.height - side)
     box = (left, top, left + side, top + side)
-    part = photograph.resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=1.5)
-    return np.asarray(part, np.float32).copy()
+    crop = photograph.resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=1.5)
+    return np.asarray(crop, np.float32).copy()
 
 
 @functools.cache
@@ -196,7 +192,7 @@ def _photographs() -> tuple[Image.Image, Image.Image]:
 
 
 def _place(draws: _Draws, label: int, size: int) -> tuple[int, int, Floats]:
-    """Top and left in pixels, and how much of each pixel the shape covers, float32 [height, width] in 0..1."""
+    """Return top and left in pixels, and the covered fraction of each pixel, float32 [height, width] in 0..1."""
     longer = draws.integer(MIN_SIDE, MAX_SIDE)
     shorter = max(MIN_SIDE, round(longer * draws.uniform(0.75, 1.0)))
     height, width = (longer, shorter) if draws.uniform() < 0.5 else (shorter, longer)
@@ -206,7 +202,7 @@ def _place(draws: _Draws, label: int, size: int) -> tuple[int, int, Floats]:
 
 @functools.lru_cache(maxsize=4096)
 def _coverage(label: int, height: int, width: int) -> Floats:
-    """A shape that touches all four sides of its box, antialiased from 4x4 points per pixel."""
+    """Return a shape that touches all four sides of its box, antialiased from 4x4 points per pixel."""
     points = 4
     rows = (np.arange(height * points, dtype=np.float32)[:, None] + 0.5) / (height * points)  # 0 top, 1 bottom
     columns = (np.arange(width * points, dtype=np.float32)[None, :] + 0.5) / (width * points)
@@ -221,7 +217,7 @@ def _coverage(label: int, height: int, width: int) -> Floats:
 
 
 def _colour(draws: _Draws, behind: Floats) -> Floats:
-    """A strong colour, float32 [3] in 0..255, that stands out from the mean colour behind it."""
+    """Return a strong colour, float32 [3] in 0..255, that differs from the mean colour behind it."""
     for _ in range(16):
         hue, saturation, value = draws.uniform(), draws.uniform(0.5, 1.0), draws.uniform(0.35, 1.0)
         colour = np.array(colorsys.hsv_to_rgb(hue, saturation, value), np.float32) * 255
@@ -231,7 +227,7 @@ def _colour(draws: _Draws, behind: Floats) -> Floats:
 
 
 def _describe(visible: Mask) -> dict[str, Any]:
-    """Box, area and segmentation (COCO's run lengths, column by column, starting with the background)."""
+    """Return box, area and segmentation (COCO's run lengths, column by column, starting with the background)."""
     rows, columns = np.flatnonzero(visible.any(axis=1)), np.flatnonzero(visible.any(axis=0))
     left, top = int(columns[0]), int(rows[0])
     flat = np.concatenate([[False], visible.ravel(order="F"), [False]])

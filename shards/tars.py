@@ -1,8 +1,8 @@
 """Write tars with fixed headers, and find the offsets of their members.
 
-`webdataset.TarWriter` is not used: on COCO images it writes the same members, but takes 4.7 times the CPU time of a plain
-copy with a hash instead of 2.5 times, and imports torch into every worker process (2.5 CPU seconds, 590 MB); the bench
-case `writing` measures both.
+`webdataset.TarWriter` is not used: on COCO images it writes the same members, but takes 4.7 times the CPU time of a
+plain copy with a hash instead of 2.5 times, and imports torch into every worker process (2.5 CPU seconds, 590 MB); the
+bench case `writing` measures both.
 """
 
 import hashlib

@@ -59,9 +59,9 @@ def verify(url: str | os.PathLike[str], progress: Progress | None = None) -> Rep
 
 
 def check_sizes(manifest: Manifest) -> None:
-    """Compare the size of every shard with the manifest, without reading it: fast, and finds missing or truncated shards.
+    """Compare the size of every shard with the manifest, without reading it.
 
-    Raise `ShardError` naming the first shard that differs.
+    This finds missing and truncated shards fast. Raise `ShardError` naming the first shard that differs.
     """
     with ThreadPoolExecutor(16) as pool:  # each answer of a remote store takes tens of milliseconds
         for _ in pool.map(lambda shard: _check_size(storage.join(manifest.url, shard.name), shard), manifest.shards):

@@ -1,15 +1,15 @@
-"""Pascal VOC into a COCO document.
+"""Convert Pascal VOC to a COCO document.
 
-A folder of the devkit, ``JPEGImages``, ``Annotations`` and ``ImageSets/Main``; a ``VOCdevkit`` that holds one such
-folder; or one folder of images with an XML file beside each, as labelling tools write.
+The input is a folder of the devkit with `JPEGImages`, `Annotations` and `ImageSets/Main`; a `VOCdevkit` that holds one
+such folder; or a folder of images with an XML file beside each, as labelling tools write.
 
 Boxes: the devkit's documentation says that "the top-left pixel in the image has coordinates (1,1)", and its evaluation
-code counts ``xmax - xmin + 1`` pixels, so a box is ``xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1`` here and one
-from 1 to the image's width covers all of it. Tools that count from 0 and mean edges need ``zero_based``.
+code counts `xmax - xmin + 1` pixels, so a box is `xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1` here, and a box
+from 1 to the image's width covers all of it. Labels that count from 0, with xmax and ymax as edges, need `zero_based`.
 
-Objects marked ``difficult`` become crowd regions by default, which training leaves out and scoring neither asks for nor
-counts as false: the devkit ignores them in its evaluation as well (though it takes a detection's overlap with them over
-the union and COCO over the detection). ``keep_difficult`` makes ordinary objects of them.
+Objects marked `difficult` become crowd regions by default, which training leaves out and scoring neither requires nor
+counts as false: the devkit ignores them in its evaluation as well (but divides a detection's overlap with them by the
+union, and COCO by the detection). `keep_difficult` makes them ordinary objects.
 """
 
 import math
@@ -36,12 +36,12 @@ from shards.errors import ShardError
 from shards.manifest import Category
 from shards.write import Progress
 
-# In the order of the devkit (VOCinit.m), which is that of their labels everywhere.
+# In the order of the devkit (VOCinit.m), which other tools use for the labels as well.
 NAMES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
     *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
-_KEPT = ("pose", "truncated", "occluded", "difficult")  # what else is said of an object
+_KEPT = ("pose", "truncated", "occluded", "difficult")  # kept as attributes of an object
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class _Object:
 
 @dataclass(frozen=True)
 class _File:
-    """One XML file read: the image's size (0 where it does not say), and what is wrong with objects or all of it."""
+    """A parsed XML file: image size (0 if absent), objects, problems of others, and a fault of the whole file."""
 
     width: int
     height: int
@@ -74,9 +74,9 @@ class _File:
 def voc_document(
     root: str | os.PathLike[str], config: VocConfig | None = None, progress: Progress | None = None
 ) -> Document:
-    """Read a VOC folder; ``progress`` counts XML files.
+    """Convert a VOC folder to a document; `progress` counts XML files.
 
-    Raises ShardError where the folder is not VOC's. What is wrong with its files is in ``Document.lost``.
+    Raise `ShardError` when the folder has another layout. Problems of its files are in `Document.lost`.
     """
     config = config or VocConfig()
     folder = _folder(Path(root))
@@ -84,15 +84,14 @@ def voc_document(
     if not xml:
         raise ShardError(f"{folder.annotations}: has no XML files; expected Pascal VOC's, one for each image")
     stems, defects = _stems(folder, config.split, xml)
-    # Names of other splits count too, so that all splits have the same categories.
+    # Read the names of other splits too, so that all splits have the same categories.
     others = [] if config.categories else sorted(xml.difference(stems))
     paths = [folder.annotations / f"{stem}.xml" for stem in [*stems, *others]]
     files = each(lambda path: _read(path, config.zero_based), paths, config.workers, progress)
-    categories = (
-        read_categories(config.categories, 1)
-        if config.categories
-        else _categories({one.name for file in files for one in file.objects})
-    )
+    if config.categories:
+        categories = read_categories(config.categories, 1)
+    else:
+        categories = _categories({found.name for file in files for found in file.objects})
     chosen = list(zip(stems, files, strict=False))
     labelled = each(lambda pair: _labelled(folder, *pair, categories, config), chosen, config.workers, None)
     name = f"{folder.root.name}-{config.split}" if config.split else folder.root.name
@@ -123,10 +122,10 @@ def _folder(root: Path) -> _Folder:
 
 
 def _stems(folder: _Folder, split: str | None, xml: set[str]) -> tuple[list[str], list[Defect]]:
-    """The images asked for that have both files, sorted, and what is wrong with the others."""
-    asked = sorted(xml.union(folder.image_of)) if split is None else _listed(folder.root, split)
+    """Return the stems of requested images that have both files, sorted, and the defects of the others."""
+    wanted = sorted(xml.union(folder.image_of)) if split is None else _listed(folder.root, split)
     defects = []
-    for stem in asked:
+    for stem in wanted:
         if stem not in folder.image_of:
             defects.append(Defect(f"{stem}: no image of that name in {folder.images.name}", "missing-file"))
         elif stem not in xml:
@@ -135,8 +134,8 @@ def _stems(folder: _Folder, split: str | None, xml: set[str]) -> tuple[list[str]
             )
         elif len(folder.image_of[stem]) > 1:
             defects.append(Defect(f"{stem}: several images of that name: {', '.join(folder.image_of[stem])}"))
-    sound = {stem for stem in asked if stem in xml and len(folder.image_of.get(stem, ())) == 1}
-    twice = sorted(stem for stem, count in Counter(asked).items() if count > 1 and stem in sound)
+    sound = {stem for stem in wanted if stem in xml and len(folder.image_of.get(stem, ())) == 1}
+    twice = sorted(stem for stem, count in Counter(wanted).items() if count > 1 and stem in sound)
     defects += [Defect(f"{stem}: is listed twice in {split}.txt", "duplicate-image-id") for stem in twice]
     return sorted(sound), defects
 
@@ -147,14 +146,13 @@ def _listed(root: Path, split: str) -> list[str]:
         lines = (lists / f"{split}.txt").read_text("utf-8", "surrogateescape").splitlines()  # as Python reads folders
     except OSError:
         # Lists of single classes, such as dog_train, have an underscore.
-        there = sorted(path.stem for path in lists.glob("*.txt") if "_" not in path.stem)
-        raise ShardError(
-            f"{lists}: has no {split}.txt; expected one of {', '.join(there) or 'no lists at all'}"
-        ) from None
-    words = [line.split() for line in lines if line.strip()]
-    if any(len(one) > 1 for one in words):
+        found = sorted(path.stem for path in lists.glob("*.txt") if "_" not in path.stem)
+        expected = f"one of {', '.join(found)}" if found else "lists of images, but there are none"
+        raise ShardError(f"{lists}: has no {split}.txt; expected {expected}") from None
+    columns = [line.split() for line in lines if line.strip()]
+    if any(len(fields) > 1 for fields in columns):
         raise ShardError(f"{lists / split}.txt: is a list of one class; expected one name a line, as in trainval.txt")
-    return [one[0] for one in words]
+    return [fields[0] for fields in columns]
 
 
 def _categories(found: set[str]) -> tuple[Category, ...]:
@@ -176,7 +174,8 @@ def _read(path: Path, zero_based: bool) -> _File:
         except ValueError as error:
             problems.append(f"object {number} ({element.findtext('name', '?').strip()}): {error}")
     try:
-        width, height = (int(_number(top.find("size"), side, "0")) for side in ("width", "height"))
+        size = top.find("size")
+        width, height = int(_number(size, "width", "0")), int(_number(size, "height", "0"))
     except ValueError as error:
         return _File(0, 0, [], [], f"size: {error}")
     return _File(width, height, objects, problems)
@@ -186,17 +185,18 @@ def _object(element: Element, zero_based: bool) -> _Object:
     name = element.findtext("name", "").strip()
     if not name:
         raise ValueError("it has no name")
-    left, top, right, bottom = (_number(element.find("bndbox"), side) for side in ("xmin", "ymin", "xmax", "ymax"))
+    box = element.find("bndbox")
+    left, top, right, bottom = (_number(box, side) for side in ("xmin", "ymin", "xmax", "ymax"))
     first = 0 if zero_based else 1
     bbox = left - first, top - first, right - left + first, bottom - top + first
     if min(bbox[2:]) < 0:
-        raise ValueError(f"its box ends before it begins: {left:g}, {top:g} to {right:g}, {bottom:g}")
+        raise ValueError(f"its box has a negative size: {left:g}, {top:g} to {right:g}, {bottom:g}")
     kept = {key: text.strip() for key in _KEPT if (text := element.findtext(key))}
     return _Object(name, bbox, kept.get("difficult", "0") == "1", kept)
 
 
-def _number(element: Any, side: str, absent: str | None = None) -> float:
-    text = absent if element is None else element.findtext(side, absent)
+def _number(element: Any, side: str, default: str | None = None) -> float:
+    text = default if element is None else element.findtext(side, default)
     if text is None:
         raise ValueError(f"it has no {side}")
     try:
@@ -220,12 +220,12 @@ def _labelled(folder: _Folder, stem: str, file: _File, categories: tuple[Categor
     ids = {category.name: category.id for category in categories}
     defects = [Defect(f"{stem}.xml: {problem}") for problem in file.problems]
     objects = []
-    for one in file.objects:
-        if one.name not in ids:
-            problem = f"{one.name!r} is not among the categories of {config.categories}"
+    for found in file.objects:
+        if found.name not in ids:
+            problem = f"{found.name!r} is not among the categories of {config.categories}"
             defects.append(Defect(f"{stem}.xml: {problem}", "unknown-category"))
             continue
-        crowd = int(one.difficult and not config.keep_difficult)
-        area = one.bbox[2] * one.bbox[3]
-        objects.append(ObjectRecord(0, 0, ids[one.name], one.bbox, area, crowd, None, one.attributes or None))
+        crowd = int(found.difficult and not config.keep_difficult)
+        area = found.bbox[2] * found.bbox[3]
+        objects.append(ObjectRecord(0, 0, ids[found.name], found.bbox, area, crowd, None, found.attributes or None))
     return Labelled(width, height, objects, defects, lost=len(defects))

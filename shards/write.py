@@ -1,9 +1,9 @@
 """Write a COCO data set as reproducible WebDataset tars with an index and a manifest.
 
-A data set is complete or absent: everything is written to another folder, flushed and renamed; at a URL, the manifest is
-written last. The bytes are a function of the input alone: images are ordered by a hash of their id, tar headers are
-fixed, and each worker writes whole shards. A stopped run leaves its finished shards, and the same command continues from
-them.
+A data set is complete or absent: everything is written to another folder, flushed and renamed; at a URL, the manifest
+is written last. The bytes are a function of the input alone: images are ordered by a hash of their id, tar headers are
+fixed, and each worker writes whole shards. A stopped run leaves its finished shards, and the same command continues
+from them.
 """
 
 import functools
@@ -57,13 +57,13 @@ def write_coco(
 ) -> Manifest:
     """Write a COCO data set (image folder or URL, JSON file) to the new folder or URL `out` and return its manifest.
 
-    If `out` already holds exactly this data set, it is left unchanged. `map` runs the shard jobs elsewhere instead of in
-    `config.workers` processes; images and `out` must be visible from there. `lost` is counted and reported with the
+    If `out` already holds exactly this data set, it is left unchanged. `map` runs the shard jobs elsewhere instead of
+    in `config.workers` processes; images and `out` must be visible from there. `lost` is counted and reported with the
     entries of the JSON.
 
-    Raise `ShardError` when an input is missing or not COCO, or `out` is not free or cannot be written; `SourceError` with
-    all defects when images or annotations are defective and `config.on_defect` is `fail`: then only `OUT.report.json` is
-    written.
+    Raise `ShardError` when an input is missing or not COCO, or `out` is not free or cannot be written; `SourceError`
+    with all defects when images or annotations are defective and `config.on_defect` is `fail`: then only
+    `OUT.report.json` is written.
     """
     config = config or WriteConfig()
     out = storage.absolute(os.fspath(out))

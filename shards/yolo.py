@@ -1,17 +1,17 @@
-"""A folder of YOLO labels into a COCO document.
+"""Convert a folder of YOLO labels to a COCO document.
 
-A label file holds a line for each object, ``class x y width height``: the class counts from 0, and the box's centre and
-size are parts of the image's width and height. A line of a class and three or more points is a polygon; it is kept as
-the segmentation, with the box around it. An image without a label file has no objects, which is noted; an empty file
-says so itself.
+A label file has a line for each object, `class x y width height`: the class counts from 0, and the box's centre and
+size are fractions of the image's width and height. A line of a class and three or more points is a polygon; it is kept
+as the segmentation, with the box around it. An image without a label file has no objects, and is reported; one with an
+empty file has none either.
 
-Label files lie where image files do, under ``labels`` instead of ``images``::
+The paths of label files are those of the images, with `labels` instead of `images`:
 
     ROOT/images/a.jpg        ROOT/labels/a.txt
     ROOT/images/train/a.jpg  ROOT/labels/train/a.txt     (split train)
     ROOT/train/images/a.jpg  ROOT/train/labels/a.txt     (split train)
 
-Names of classes: ``names`` of ``data.yaml`` (or of the only YAML file there), ``classes.txt`` or ``obj.names``.
+The names of the classes are `names` of `data.yaml` (or of the only YAML file there), `classes.txt` or `obj.names`.
 """
 
 import math
@@ -38,7 +38,7 @@ from shards.manifest import Category
 from shards.write import Progress
 
 _NAME_FILES = ("classes.txt", "labels/classes.txt", "obj.names")
-_DECIMALS = 4  # of a pixel: labels have six of an image's side
+_DECIMALS = 4  # of coordinates in pixels; labels have six decimals of an image's side
 
 
 class _DataYaml(msgspec.Struct):
@@ -49,9 +49,9 @@ class _DataYaml(msgspec.Struct):
 def yolo_document(
     root: str | os.PathLike[str], config: YoloConfig | None = None, progress: Progress | None = None
 ) -> Document:
-    """Read a folder of YOLO labels; ``progress`` counts images.
+    """Convert a folder of YOLO labels to a document; `progress` counts images.
 
-    Raises ShardError where the folder is not laid out as above. What is wrong with its files is in ``Document.lost``.
+    Raise `ShardError` when the folder has another layout. Problems of its files are in `Document.lost`.
     """
     config = config or YoloConfig()
     top = Path(root)
@@ -63,7 +63,7 @@ def yolo_document(
         raise ShardError(f"{images}: has no images; expected a folder of images: check --root and --split")
     defects = _orphans(labels, file_names)
     labelled = each(lambda name: _labelled(images, labels, name, known), file_names, config.workers, progress)
-    if not any(one.objects or any(defect.rejected for defect in one.defects) for one in labelled):
+    if not any(image.objects or any(defect.rejected for defect in image.defects) for image in labelled):
         raise ShardError(
             f"{labels}: none of the {len(file_names)} images has an object; expected a label file for some"
         )
@@ -72,7 +72,7 @@ def yolo_document(
 
 
 def _folders(root: Path, split: str | None) -> tuple[Path, Path]:
-    """The folders of images and of labels."""
+    """Return the folders of images and of labels."""
     if not root.is_dir():
         raise ShardError(f"{root}: no such folder; expected one with images and labels: check it for a typo")
     choices = [("images", "labels")]
@@ -93,7 +93,7 @@ def _split_folders(root: Path) -> list[Path]:
 
 
 def _files(folder: Path, suffixes: frozenset[str]) -> Iterator[str]:
-    """Names relative to ``folder``, of files at any depth."""
+    """Yield the names of files at any depth, relative to `folder`."""
     for path, _, names in os.walk(folder):
         inside = Path(path).relative_to(folder)
         yield from ((inside / name).as_posix() for name in names if Path(name).suffix.lower() in suffixes)
@@ -102,8 +102,8 @@ def _files(folder: Path, suffixes: frozenset[str]) -> Iterator[str]:
 def _orphans(labels: Path, file_names: list[str]) -> list[Defect]:
     stems = {os.path.splitext(name)[0] for name in file_names}
     found = sorted(_files(labels, frozenset({".txt"})))
-    lost = [name for name in found if os.path.splitext(name)[0] not in stems and Path(name).name != "classes.txt"]
-    return [Defect(f"{labels.name}/{name}: no image of that name", "missing-file") for name in lost]
+    orphans = [name for name in found if os.path.splitext(name)[0] not in stems and Path(name).name != "classes.txt"]
+    return [Defect(f"{labels.name}/{name}: no image of that name", "missing-file") for name in orphans]
 
 
 def _categories(root: Path, chosen: Path | None) -> tuple[Category, ...]:
@@ -146,46 +146,48 @@ def _labelled(images: Path, labels: Path, name: str, known: set[int]) -> Labelle
         lines = (labels / label).read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         lines = []
-        absent = f"{labels.name}/{label}: no such file, so its image is one without objects"
-        defects.append(Defect(absent, "no-label-file"))
+        note = f"{labels.name}/{label}: no such file, so its image has no objects"
+        defects.append(Defect(note, "no-label-file"))
     except (OSError, UnicodeDecodeError) as error:
         return Labelled(0, 0, [], [Defect(f"{labels.name}/{label}: cannot be read: {error}")])
     for number, line in enumerate(lines, 1):
-        words = line.split()
+        fields = line.split()
         try:
-            if words:
-                objects.append(_object(words, known, width, height))
+            if fields:
+                objects.append(_object(fields, known, width, height))
         except ValueError as error:
             defects.append(Defect(f"{labels.name}/{label} line {number}: {error}"))
-    return Labelled(width, height, objects, defects, lost=sum(one.rejected for one in defects))
+    return Labelled(width, height, objects, defects, lost=sum(defect.rejected for defect in defects))
 
 
-def _object(words: list[str], known: set[int], width: int, height: int) -> ObjectRecord:
-    """Raises ValueError saying what is wrong with the line."""
+def _object(fields: list[str], known: set[int], width: int, height: int) -> ObjectRecord:
+    """Parse a line of labels; raise `ValueError` with what is wrong with it."""
     try:
-        numbers = [float(word) for word in words]
+        numbers = [float(field) for field in fields]
     except ValueError:
         numbers = [math.nan]
     if not all(map(math.isfinite, numbers)):
-        raise ValueError(f"got {' '.join(words)[:60]!r}, expected numbers")
-    kind, places = numbers[0], numbers[1:]
-    if len(places) != 4 and (len(places) < 6 or len(places) % 2):
+        raise ValueError(f"got {' '.join(fields)[:60]!r}, expected numbers")
+    class_, coordinates = numbers[0], numbers[1:]
+    if len(coordinates) != 4 and (len(coordinates) < 6 or len(coordinates) % 2):
         raise ValueError(
             f"got {len(numbers)} numbers, expected a class and x, y, width, height, or three points or more"
         )
-    if kind not in known:
-        raise ValueError(f"got class {words[0]}, expected one of the {len(known)} that have names")
-    if min(places) < 0 or max(places) > 1:
-        raise ValueError(f"got {min(places):g}..{max(places):g}, expected parts of the image's sides, 0 to 1")
+    if class_ not in known:
+        raise ValueError(f"got class {fields[0]}, expected one of the {len(known)} that have names")
+    if min(coordinates) < 0 or max(coordinates) > 1:
+        raise ValueError(
+            f"got {min(coordinates):g}..{max(coordinates):g}, expected fractions of the image's sides, 0 to 1"
+        )
     segmentation = None
-    if len(places) == 4:
-        x, y, across, down = places
+    if len(coordinates) == 4:
+        x, y, across, down = coordinates
         left, top, area = (x - across / 2) * width, (y - down / 2) * height, across * width * down * height
         box = left, top, across * width, down * height
     else:
-        xs, ys = [x * width for x in places[::2]], [y * height for y in places[1::2]]
+        xs, ys = [x * width for x in coordinates[::2]], [y * height for y in coordinates[1::2]]
         box = min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
         area = abs(sum(xs[i - 1] * ys[i] - xs[i] * ys[i - 1] for i in range(len(xs)))) / 2
         segmentation = [[round(value, _DECIMALS) for point in zip(xs, ys, strict=True) for value in point]]
     left, top, across, down = (round(value, _DECIMALS) for value in box)
-    return ObjectRecord(0, 0, int(kind), (left, top, across, down), round(area, _DECIMALS), 0, segmentation)
+    return ObjectRecord(0, 0, int(class_), (left, top, across, down), round(area, _DECIMALS), 0, segmentation)

@@ -1,6 +1,6 @@
-"""What writing a data set costs: reading a JSON of COCO's size, and images into tars.
+"""Measure the cost of writing a data set: reading a JSON of COCO's size, and writing images to tars.
 
-Each side runs in a process of its own, in turn, and says its CPU seconds and its peak of memory.
+Each side runs in a process of its own, in turn, and prints its CPU seconds and peak memory.
 `python -m tests.bench.writing SIDE FOLDER` is such a process.
 """
 
@@ -14,19 +14,23 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from unittest.mock import patch
 
+from shards.tars import BLOCK, TarMember
+
 Row = dict[str, Any]
+STOCK = "no decoding, webdataset's tars"
 COCO_TINY = Path(os.environ.get("DETR_COCO_TINY", Path(__file__).parents[2] / "../shared/data/coco-tiny"))
 IMAGES, ANNOTATIONS, JSON_BYTES = 118_287, 860_001, 448e6  # of COCO's instances_train2017.json
-REPEATS = 12  # how often the images are written in one process
+REPEATS = 12  # writes of all images in one process
 
 
 def parsing(device: str, rounds: int) -> list[Row]:
-    """COCO's annotations into columns, and into pycocotools' `COCO`; both from a generated file of the same size."""
+    """Read a generated file of the size of COCO's annotations into columns, and into pycocotools' `COCO`."""
     with tempfile.TemporaryDirectory() as folder:
         size = _generate(Path(folder) / "instances.json")
         title = f"annotations, {size / 1e6:.0f} MB of JSON"
@@ -34,10 +38,11 @@ def parsing(device: str, rounds: int) -> list[Row]:
 
 
 def writing(device: str, rounds: int) -> list[Row]:
-    """COCO images into shards, without and with the look at every image, and plainly read, hashed and written."""
+    """Write COCO images to shards with and without decoding them and with webdataset's writer; compare with a copy."""
     with tempfile.TemporaryDirectory() as folder:
         title = f"writing {REPEATS} x {len(_files())} COCO images"
-        return _compare(title, ("plain copy", "shards, no decoding", "shards"), "plain copy", Path(folder), rounds)
+        sides = ("plain copy", "shards, no decoding", STOCK, "shards")
+        return _compare(title, sides, "plain copy", Path(folder), rounds)
 
 
 def _compare(title: str, sides: tuple[str, ...], reference: str, folder: Path, rounds: int) -> list[Row]:
@@ -49,20 +54,21 @@ def _compare(title: str, sides: tuple[str, ...], reference: str, folder: Path, r
             found[side].append(json.loads(done.stdout.splitlines()[-1]))
     rows = []
     for side, times in found.items():
-        ratios = [mine["cpu_s"] / its["cpu_s"] for mine, its in zip(times, found[reference], strict=True)]
-        peak, base = (statistics.median(one["peak_bytes"] for one in found[name]) for name in (side, reference))
+        ratios = [own["cpu_s"] / base["cpu_s"] for own, base in zip(times, found[reference], strict=True)]
+        peak = statistics.median(result["peak_bytes"] for result in times)
+        base_peak = statistics.median(result["peak_bytes"] for result in found[reference])
         row = {
             "case": title,
             "side": side,
-            "median_cpu_s": statistics.median(one["cpu_s"] for one in times),
-            "best_cpu_s": min(one["cpu_s"] for one in times),
+            "median_cpu_s": statistics.median(result["cpu_s"] for result in times),
+            "best_cpu_s": min(result["cpu_s"] for result in times),
             "cpu_ratio": statistics.median(ratios),
             "peak_bytes": peak,
-            "peak_ratio": peak / base,
+            "peak_ratio": peak / base_peak,
         }
         rows.append(row)
         print(
-            f"{title:45} {side:22} median {row['median_cpu_s']:6.2f} CPU s, best {row['best_cpu_s']:6.2f}, "
+            f"{title:45} {side:31} median {row['median_cpu_s']:6.2f} CPU s, best {row['best_cpu_s']:6.2f}, "
             f"x{row['cpu_ratio']:.3f} ({1 / row['cpu_ratio']:.2f} times as fast); peak {peak / 2**20:5.0f} MiB, "
             f"x{row['peak_ratio']:.2f}",
             flush=True,
@@ -71,14 +77,14 @@ def _compare(title: str, sides: tuple[str, ...], reference: str, folder: Path, r
 
 
 def _generate(path: Path) -> int:
-    """A COCO JSON of as many images, annotations and bytes as the original's; returns the bytes."""
+    """Write a COCO JSON with the original's number of images, annotations and bytes; return its size."""
     rng = random.Random(0)
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    each = (JSON_BYTES - IMAGES * 250) / ANNOTATIONS - 177  # bytes of a segmentation
+    segmentation_bytes = (JSON_BYTES - IMAGES * 250) / ANNOTATIONS - 177
     outlines = []
     for _ in range(997):
         outline: list[float] = []
-        while len(json.dumps(outline)) < each * rng.uniform(0.9, 1.1):
+        while len(json.dumps(outline)) < segmentation_bytes * rng.uniform(0.9, 1.1):
             outline += [round(rng.uniform(0, 640), 2) for _ in range(6)]
         outlines.append(json.dumps([outline]))
     with path.open("w") as file:
@@ -100,7 +106,9 @@ def _generate(path: Path) -> int:
                 f'"category_id": {number % 80 + 1}, "id": {900_000 + number}}}'
             )
             file.write((", " if number else "") + text)
-        categories = [{"supercategory": "thing", "id": one, "name": letters[one % 26] * 9} for one in range(1, 81)]
+        categories = [
+            {"supercategory": "thing", "id": number, "name": letters[number % 26] * 9} for number in range(1, 81)
+        ]
         file.write(f'], "categories": {json.dumps(categories)}}}')
     return path.stat().st_size
 
@@ -116,7 +124,7 @@ def _pycocotools(folder: Path) -> Callable[[], object]:
 
 
 def _read_source(folder: Path) -> Callable[[], object]:
-    """All of it but the look for the images' files, which pycocotools has not either: with sha256 and checks."""
+    """Include sha256 and checks, but not the search for image files, which pycocotools does not do either."""
     from shards import source
 
     source._file_finder = lambda _: lambda name: True  # type: ignore[assignment]
@@ -141,7 +149,7 @@ def _plain(folder: Path) -> Callable[[], object]:
 
 
 def _shards(folder: Path, decode: bool) -> Callable[[], object]:
-    """From columns to tars and index in memory; what a write does once, whatever its size, stays outside."""
+    """Go from columns to tars and index; the fixed costs of a write are left out."""
     import shutil
 
     from shards import images, part, records, write
@@ -153,14 +161,14 @@ def _shards(folder: Path, decode: bool) -> Callable[[], object]:
         for name in ("train", "val")
     ]
 
-    def unseen(place: str, source: Any) -> Any:
-        content = images.read_content(place, source.name) or b""
+    def without_decoding(url: str, source: Any) -> Any:
+        content = images.read_content(url, source.name) or b""
         return images.ImageFile(content, images.checksum(content), "jpg", ())
 
     def work() -> None:
         for source, name in splits:
-            look = patch.object(part, "read_image", images.read_image if decode else unseen)
-            with look, staging(str(folder / name), "key") as stage:
+            reading = patch.object(part, "read_image", images.read_image if decode else without_decoding)
+            with reading, staging(str(folder / name), "key") as stage:
                 written = list(write._write_parts(source, stage, write.WriteConfig(), None, None))
                 index, rows = records.image_records(source, written)
                 for columns in (index, records.annotation_records(source, rows)):
@@ -170,11 +178,50 @@ def _shards(folder: Path, decode: bool) -> Callable[[], object]:
     return work
 
 
+class _StockTarWriter:
+    """The package's `TarWriter` on top of webdataset's."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        import webdataset
+
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._tar = webdataset.TarWriter(
+            self, user="root", group="root", mode=0o444, mtime=0, encoder=False, compress=False
+        )
+        self.bytes = 0
+
+    def write(self, piece: bytes) -> None:
+        self._file.write(piece)
+        self._digest.update(piece)
+        self.bytes += len(piece)
+
+    def add(self, name: str, content: bytes, crc32: int | None = None) -> TarMember:
+        crc32 = zlib.crc32(content) if crc32 is None else crc32
+        key, _, ending = name.partition(".")
+        member = TarMember(name, self._tar.tarstream.offset + BLOCK, len(content), crc32)
+        self._tar.write({"__key__": key, ending: content})
+        return member
+
+    def finish(self) -> str:
+        self._tar.close()
+        self._file.flush()
+        return self._digest.hexdigest()
+
+
+def _stock_shards(folder: Path) -> Callable[[], object]:
+    from shards import part
+
+    part.TarWriter = _StockTarWriter  # type: ignore[misc,assignment]
+    return _shards(folder, False)
+
+
 SIDES: dict[str, Callable[[Path], Callable[[], object]]] = {
     "read_source": _read_source,
     "pycocotools": _pycocotools,
     "plain copy": _plain,
     "shards, no decoding": lambda folder: _shards(folder, False),
+    STOCK: _stock_shards,
     "shards": lambda folder: _shards(folder, True),
 }
 
@@ -183,7 +230,7 @@ def _side(name: str, folder: Path) -> None:
     work = SIDES[name](folder)
     once = name in ("read_source", "pycocotools")
     if not once:
-        work()  # files into the page cache, modules imported
+        work()  # fill the page cache, import modules
     start = time.process_time()
     for _ in range(1 if once else REPEATS):
         work()

@@ -17,10 +17,11 @@ from PIL import Image
 
 from shards.plan import plan_epoch
 from shards.read import ReadConfig, open_loader, read_samples
-from shards.score import MASK_METRICS, METRICS, Detections, coco_metrics, to_coco_json
+from shards.score import MASK_METRICS, METRICS, Detections, coco_metrics
 from shards.segmentation import encode_masks
 from shards.verify import verify
 from shards.write import WriteConfig, write_coco
+from tests.coco_results import coco_results
 
 COCO_TINY = Path(os.environ.get("DETR_COCO_TINY", Path(__file__).parents[2] / "../shared/data/coco-tiny"))
 pytestmark = pytest.mark.skipif(
@@ -167,7 +168,7 @@ def test_scores_of_masks_are_those_of_pycocotools_on_the_original_json(split):
 
     metrics = coco_metrics(split.manifest, detections)
     with contextlib.redirect_stdout(io.StringIO()):
-        results = json.loads(json.dumps(to_coco_json(split.manifest, detections)))
+        results = json.loads(json.dumps(coco_results(split.manifest, detections)))
         reference = COCOeval(coco, coco.loadRes(results), "segm")
         reference.evaluate()
         reference.accumulate()
@@ -194,7 +195,7 @@ def test_scores_are_those_of_pycocotools_on_the_original_json(split):
     metrics = coco_metrics(split.manifest, detections)
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(split.annotations))
-        reference = COCOeval(coco, coco.loadRes(copy.deepcopy(to_coco_json(split.manifest, detections))), "bbox")
+        reference = COCOeval(coco, coco.loadRes(copy.deepcopy(coco_results(split.manifest, detections))), "bbox")
         reference.evaluate()
         reference.accumulate()
         reference.summarize()

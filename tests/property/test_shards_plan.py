@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shards.manifest import Manifest
 from shards.plan import EpochPlan, PlanConfig, plan_epoch, shard_blocks
-from shards.steps import START, Origin, Steps, first_step
+from shards.steps import START, Origin, Steps
 
 images = st.integers(1, 60)
 batch_sizes = st.integers(1, 80)
@@ -144,7 +144,7 @@ def test_a_run_that_goes_on_with_another_batch_size_shows_the_rest_of_its_epoch(
 @given(images, batch_sizes, epochs_of_a_run)
 def test_steps_are_numbered_without_gaps_and_all_full_but_the_last(count, batch_size, epochs):
     steps = steps_of(plans_of_a_run(count, batch_size, 0, epochs))
-    assert list(steps) == list(range(first_step(epochs, count, batch_size)))
+    assert list(steps) == list(range(Steps(count, batch_size).at(epochs * count)))
     lengths = [len(samples) for samples in steps.values()]
     assert lengths[:-1] == [batch_size] * (len(lengths) - 1)
     assert 1 <= lengths[-1] <= batch_size

@@ -15,8 +15,8 @@ from pipeline.errors import RunConfigError, TrainingError
 from pipeline.evaluate import EvaluateOptions, Evaluation, Progress, evaluate, match_categories
 from pipeline.parallel import Ranks
 from shards.manifest import Category, Manifest, load_manifest
-from shards.score import to_coco_json
 from shards.write import WriteConfig, write_coco
+from tests.coco_results import coco_results
 
 TRANSFORM = TransformConfig(eval_size=64, max_size=64)
 OPTIONS = EvaluateOptions(TRANSFORM, batch_size=2, threads=1)
@@ -148,7 +148,7 @@ def test_results_have_the_category_ids_of_any_numbering(renumbered: Renumbered, 
     manifest = renumbered.make({old: (new, NAMES[old - 1]) for old, new in zip((1, 2, 3, 4), ids, strict=True)})
     _, found = score(manifest, manifest.categories)
     assert found.score.metrics["AP"] == pytest.approx(1.0)
-    results = to_coco_json(manifest, found.detections)
+    results = coco_results(manifest, found.detections)
     sure = sorted((result["image_id"], result["category_id"]) for result in results if result["score"] > 0.5)
     index = manifest.index()
     truth = [

@@ -18,7 +18,7 @@ from shards.plan import (
     shard_blocks,
     splitmix64,
 )
-from shards.steps import first_step
+from shards.steps import Steps
 
 
 def by_row(rows, epochs):
@@ -96,7 +96,7 @@ def test_a_step_may_straddle_epochs_and_the_last_is_cut(coco):
     assert [(plan.first_step, plan.end_step) for plan in plans] == [(0, 2), (2, 4), (4, 6)]
     assert plans[0].step(1)[1].tolist() == [0, 0, 0, 1]
     assert plans[2].samples(5) == 1  # 3 * 7 = 21 = 5 * 4 + 1
-    assert first_step(3, 7, 4) == 6
+    assert Steps(7, 4).at(3 * 7) == 6
 
 
 def test_without_a_last_epoch_every_step_is_full(coco):

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import io
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +11,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from shards.errors import ShardError
-from shards.score import MASK_METRICS, METRICS, Detections, coco_metrics, per_class_ap, score_detections, to_coco_json
+from shards.score import MASK_METRICS, METRICS, Detections, coco_metrics, score_detections
 from shards.segmentation import encode_masks
+from tests.coco_results import coco_results
 
 
 def guesses(data, manifest, seed=0, per_box=3):
@@ -47,7 +47,7 @@ def with_masks(data, manifest, detections, seed=0):
 def reference(path, manifest, detections, image_ids=None, kind="bbox"):
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(path))
-        evaluation = COCOeval(truth, truth.loadRes(copy.deepcopy(to_coco_json(manifest, detections))), kind)
+        evaluation = COCOeval(truth, truth.loadRes(copy.deepcopy(coco_results(manifest, detections))), kind)
         if image_ids is not None:
             evaluation.params.imgIds = image_ids
         evaluation.evaluate()
@@ -75,9 +75,11 @@ def test_labels_map_back_whatever_the_category_ids(coco, ids):
     manifest = coco.write()
     detections = guesses(coco.data, manifest)
     assert coco_metrics(manifest, detections) == reference(coco.annotations, manifest, detections)
-    assert {one["category_id"] for one in to_coco_json(manifest, detections)} == set(ids)
+    assert {one["category_id"] for one in coco_results(manifest, detections)} == set(ids)
     names = {entry["id"]: entry["name"] for entry in coco.data["categories"]}
-    assert [(one.category_id, one.name) for one in per_class_ap(manifest, detections)] == sorted(names.items())
+    assert [(one.category_id, one.name) for one in score_detections(manifest, detections).classes] == sorted(
+        names.items()
+    )
 
 
 def truth_itself(manifest):
@@ -102,13 +104,13 @@ def test_no_detections_score_zero_and_absent_sizes_minus_one(coco):
     assert tuple(metrics) == METRICS
     assert metrics["AP"] == metrics["AR100"] == metrics["APs"] == 0
     assert metrics["APl"] == -1  # no box of the set is large
-    assert [one.ap for one in per_class_ap(manifest, Detections.empty())] == [0, 0, 0]
+    assert [one.ap for one in score_detections(manifest, Detections.empty()).classes] == [0, 0, 0]
 
 
 def test_a_category_without_boxes_scores_minus_one(coco):
     coco.data["categories"].append({"id": 91, "name": "unicorn"})
     manifest = coco.write()
-    last = per_class_ap(manifest, guesses(coco.data, manifest))[-1]
+    last = score_detections(manifest, guesses(coco.data, manifest)).classes[-1]
     assert (last.label, last.category_id, last.name, last.ap, last.ap50, last.boxes) == (3, 91, "unicorn", -1, -1, 0)
 
 
@@ -149,14 +151,6 @@ def test_parts_are_concatenated_in_order(coco):
     assert len(Detections.concatenate([])) == 0
 
 
-def test_results_in_cocos_format_survive_json(coco):
-    manifest = coco.write()
-    found = guesses(coco.data, manifest)
-    entries = json.loads(json.dumps(to_coco_json(manifest, found)))
-    assert [one["image_id"] for one in entries] == found.image_ids.tolist()
-    assert [one["bbox"] for one in entries] == found.boxes_xywh.tolist()
-
-
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
@@ -173,8 +167,6 @@ def test_impossible_detections_are_refused(coco, column, value, message):
     getattr(found, column)[1] = value
     with pytest.raises(ShardError, match=message):
         coco_metrics(manifest, found)
-    with pytest.raises(ShardError, match=message):
-        to_coco_json(manifest, found)
 
 
 def test_columns_of_different_lengths_are_refused():

@@ -151,7 +151,7 @@ def test_every_defect_is_named_with_its_file(voc, tmp_path):
         "c.jpg: no c.xml in Annotations",
         "d: several images of that name: d.jpg, d.png",
         "2007_000027.xml: object 1 (dog): its xmin is 'x', not a number",
-        "2007_000027.xml: object 2 (dog): its box ends before it begins: 9, 1 to 2, 2",
+        "2007_000027.xml: object 2 (dog): its box has a negative size: 9, 1 to 2, 2",
         "2007_000027.xml: object 3 (): it has no name",
         "2007_000027.xml: object 4 (?): it has no name",
         "2007_000032.xml: object 1 (cat): its xmin is 'inf', not a number",

@@ -153,8 +153,8 @@ BAD_LINES = [
     ("3 0.5 0.5 0.1 0.1", "got class 3, expected one of the 3 that have names"),
     ("0.5 0.5 0.5 0.1 0.1", "got class 0.5, expected"),
     ("-1 0.5 0.5 0.1 0.1", "got class -1, expected"),
-    ("0 50 50 10 10", "got 10..50, expected parts of the image's sides, 0 to 1"),
-    ("0 -0.1 0.5 0.1 0.1", "got -0.1..0.5, expected parts"),
+    ("0 50 50 10 10", "got 10..50, expected fractions of the image's sides, 0 to 1"),
+    ("0 -0.1 0.5 0.1 0.1", "got -0.1..0.5, expected fractions"),
     ("0 nan 0.5 0.1 0.1", "got '0 nan 0.5 0.1 0.1', expected numbers"),
     ("cat 0.5 0.5 0.1 0.1", "got 'cat 0.5 0.5 0.1 0.1', expected numbers"),
 ]
