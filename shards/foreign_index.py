@@ -104,7 +104,7 @@ def image_ids(tars: Sequence[ForeignTar]) -> Ints:
 
 
 def records(index: ForeignIndex, shards: Sequence[Shard]) -> tuple[list[Shard], Records, Records]:
-    """Return the shards with usable samples, and the records of these (IMAGE_DTYPE, ANNOTATION_DTYPE), in the tars' order."""
+    """Return the shards with usable samples, and the index records of their images and annotations."""
     usable = index.usable
     kept = [sample for sample, use in zip(index.samples, usable.tolist(), strict=True) if use]
     numbers, positions = np.unique(index.tars[usable], return_inverse=True)

@@ -1,4 +1,4 @@
-"""Readers of byte ranges of a data set's files: directly, or through the cache. All are safe to share between threads."""
+"""Readers of byte ranges of a data set's files, directly or through the cache; safe to share between threads."""
 
 import logging
 import os

@@ -64,9 +64,9 @@ def absolute(url: str) -> str:
     return url.rstrip("/") if path is None else str(path.absolute())
 
 
-def join(url: str, *parts: str) -> str:
-    """Return `url` with `parts` appended, each after one slash."""
-    return "/".join([url.rstrip("/"), *parts])
+def join(url: str, *names: str) -> str:
+    """Return `url` with `names` appended, each after one slash."""
+    return "/".join([url.rstrip("/"), *names])
 
 
 def exists(url: str) -> bool:

@@ -1,4 +1,4 @@
-"""Reading files and data sets through a cache, and looking at what it keeps."""
+"""Helpers to read files and data sets through a cache, and to list its files."""
 
 import os
 import threading
@@ -12,18 +12,18 @@ from shards.manifest import Manifest, load_manifest
 
 
 def content(cache: Cache, item: Item) -> bytes:
-    """What a reader gets."""
+    """Return a file's content, read through the cache."""
     with os.fdopen(cache.open(item), "rb") as file:
         return file.read()
 
 
 def names(folder: Path) -> list[str]:
-    """The files that a cache keeps there, half fetched ones too."""
+    """Return the names of the files in a cache folder, partial ones included."""
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
 
 
 def read_at_once(count: int, act: Callable[[int], object]) -> None:
-    """Acts in so many threads, each of which is told its number; none may raise an error."""
+    """Call `act` with its number in each of `count` threads; none may raise an error."""
     errors: list[Exception] = []
 
     def run(number: int) -> None:
@@ -41,7 +41,7 @@ def read_at_once(count: int, act: Callable[[int], object]) -> None:
 
 
 def kept(coco: Any, tmp_path: Path, **config: Any) -> Manifest:
-    """The small data set, read through a cache."""
+    """Return the small data set, read through a cache."""
     coco.write(samples_per_shard=3, **config)
     manifest = load_manifest(coco.root / "out", CacheConfig(str(tmp_path / "kept")))
     manifest.index()

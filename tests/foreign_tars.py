@@ -1,4 +1,4 @@
-"""Someone else's WebDataset tars, written sample by sample, and the way to index them."""
+"""Helpers to write WebDataset tars of samples like other programs do, and to index them."""
 
 import io
 import json
@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from shards.adopt import IndexConfig, index_tars
+from shards.adopt import index_tars
+from shards.config import IndexConfig
 from shards.manifest import Manifest
 
 
@@ -25,7 +26,7 @@ def thing(*box: float, **more: Any) -> dict[str, Any]:
 
 
 def tar(path: Path, *files: tuple[str, Any], end: bool = True) -> None:
-    """A tar of these files; what is not bytes becomes JSON."""
+    """Write a tar of these files, encoding contents other than bytes as JSON; `end`: with end-of-archive blocks."""
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as out:
         for name, content in files:

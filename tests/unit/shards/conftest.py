@@ -1,4 +1,4 @@
-"""Data to read, to write and to damage: a small COCO data set that holds what the real one holds, files, foreign tars."""
+"""Fixtures: a small COCO data set with all features of the real one, a store of files, and foreign tars."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ def annotation(number: int, image: int, category: int, box: list[float], **more:
 
 @pytest.fixture
 def coco(tmp_path: Path) -> Coco:
-    """Seven images (RGB, grey and CMYK JPEGs, one PNG; one without annotations), 3 categories with gaps, a crowd."""
+    """Make a source of 7 images (RGB, grey and CMYK JPEGs, a PNG; one without annotations), 3 categories and a crowd."""
     (tmp_path / "images").mkdir()
     rng = np.random.default_rng(0)
     images = []
@@ -91,21 +91,21 @@ def coco(tmp_path: Path) -> Coco:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """The (file, offset) of every range that is asked of the store, in order."""
-    found: list[tuple[str, int]] = []
+    """Record the (file, offset) of every range that is requested from the store, in order."""
+    requests: list[tuple[str, int]] = []
     read = storage.read_range
 
-    def reading(url: str, offset: int, length: int) -> bytes:
-        found.append((url.rpartition("/")[2], offset))
+    def record_and_read(url: str, offset: int, length: int) -> bytes:
+        requests.append((url.rpartition("/")[2], offset))
         return read(url, offset, length)
 
-    monkeypatch.setattr(storage, "read_range", reading)
-    return found
+    monkeypatch.setattr(storage, "read_range", record_and_read)
+    return requests
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Callable[..., Item]:
-    """Makes files of random bytes that stand for a store's: an Item each."""
+    """Return a function that makes a file of random bytes in a simulated store and returns its item."""
     (tmp_path / "store").mkdir()
 
     def make(name: str, size: int = 1000) -> Item:
@@ -118,7 +118,7 @@ def store(tmp_path: Path) -> Callable[..., Item]:
 
 @pytest.fixture
 def names(tmp_path: Path) -> Path:
-    """A file that names the categories 3 and 7 of `tars`."""
+    """Write a file that names the categories 3 and 7 of `tars`."""
     path = tmp_path / "names.json"
     path.write_text('{"categories": [{"id": 3, "name": "cat", "supercategory": "animal"}, {"id": 7, "name": "dog"}]}')
     return path
@@ -126,7 +126,7 @@ def names(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tars(tmp_path: Path) -> Path:
-    """Three samples in two tars, with keys of words, in three forms of annotations."""
+    """Write three samples in two tars, with words as keys and annotations in three forms."""
     folder = tmp_path / "tars"
     tar(
         folder / "b.tar",
