@@ -163,8 +163,8 @@ def _origin(url: str, config: IndexConfig, tars: Sequence[ForeignTar], ids: Ints
 def _origin_in_file(path: Path, config: IndexConfig, default: _Origin, ids: Ints, annotations: int) -> _Origin:
     """Return the origin in the file of categories `path`.
 
-    Name and digest are those of `default`, unless the file is the COCO JSON that the tars were made from: one with their
-    image `ids` and number of `annotations`.
+    Name and digest are those of `default`, unless the file is the COCO JSON that the tars were made from, which has
+    their image `ids` and number of `annotations`.
     """
     categories = read_categories(path, 1)
     content = path.read_bytes()

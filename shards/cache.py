@@ -137,7 +137,7 @@ class Cache:
         return descriptor
 
     def _fetch_unless_refused(self, item: Item) -> int:
-        """Fetch under the file's lock; raise `DigestError` again if another thread found that the store's file differs."""
+        """Fetch under the file's lock; raise `DigestError` at once if an earlier fetch did."""
         if item.sha256 in self._refused:
             raise DigestError(self._refused[item.sha256])
         try:

@@ -49,10 +49,10 @@ def check_images(columns: ImageColumns, has_file: Callable[[str], bool]) -> tupl
 def check_annotations(
     columns: AnnotationColumns, selected: Mask, images: ImageColumns, listed: Ints, categories: Ints
 ) -> tuple[Ints, Ints, list[Defect]]:
-    """Check the `selected` annotations; return the rows of the valid ones, the row of each one's image, and all defects.
+    """Check the `selected` annotations; return the rows of the valid ones, the rows of their images, and all defects.
 
-    `images` are the valid images, `listed` the ids of all images. Annotations of a listed but invalid image are left out
-    without a defect, because their image already has one.
+    `images` are the valid images, `listed` the ids of all images. Annotations of a listed but invalid image are left
+    out without a defect, because their image already has one.
     """
     defects: list[Defect] = []
     valid = selected.copy()

@@ -159,7 +159,7 @@ def repeated(ids: Ints) -> Mask:
 
 
 def positions(values: Ints, known: Ints) -> Ints:
-    """Return the position of each value in `known`, which holds distinct values, or -1 if it is not there: int64 [N]."""
+    """Return the position of each value among the distinct values `known`, int64 [N]; -1 if it is not there."""
     if not len(known):
         return np.full(len(values), -1, np.int64)
     order = np.argsort(known, kind="stable")

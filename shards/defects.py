@@ -84,7 +84,7 @@ class Lost:
 
 
 class SourceError(ShardError):
-    """Raised for a source with defects: all are in `defects` and in the file `report`, if given; the message shows a few."""
+    """Raised for a source with defects; all are in `defects` and in the file `report`, if given."""
 
     def __init__(self, path: Path | str, defects: Sequence[Defect], report: str = "") -> None:
         shown = "; ".join(defect.text for defect in defects[:NAMED_DEFECTS])

@@ -1,8 +1,8 @@
 """Reading of samples in WebDataset tars that were written elsewhere.
 
 Adjacent files with the same name up to the first dot are one sample. Its image is the file `KEY.jpg` (or with another
-extension of images), or else the only file with a name like `KEY.img.jpg`. Its annotations are in `KEY.json`, or else in
-the only `KEY.*.json`, in one of these forms, with boxes as in COCO: x, y, width, height in pixels.
+extension of images), or else the only file with a name like `KEY.img.jpg`. Its annotations are in `KEY.json`, or else
+in the only `KEY.*.json`, in one of these forms, with boxes as in COCO: x, y, width, height in pixels.
 
     {"image": {"id": 139, ...}, "annotations": [{"bbox": [...], "category_id": 3, ...}, ...]}     this project's
     {"image_id": 139, "objects": [{"bbox": [...], "category": "cat", ...}, ...]}                    like COCO's
@@ -129,7 +129,7 @@ def _check_end(path: Path, content: mmap.mmap) -> None:
 
 
 def _grouped(members: list[TarMember]) -> Iterator[tuple[str, dict[str, TarMember]]]:
-    """Yield the key and the files, by extension, of each sample; a file of an extension that occurs twice is at `_TWICE`.
+    """Yield the key and the files of each sample, by extension; a second file of one extension is at `_TWICE`.
 
     Files without an extension and those with names that webdataset reserves (`__...`) belong to no sample.
     """

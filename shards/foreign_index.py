@@ -88,8 +88,8 @@ def samples_of(tars: Sequence[ForeignTar]) -> list[ForeignSample]:
 def image_ids(tars: Sequence[ForeignTar]) -> Ints:
     """Return the image ids of the valid samples, int64 [samples].
 
-    These are the ids in their JSON if all have one, else their keys if these are distinct numbers, else the positions of
-    the samples, counted from 1 over all tars.
+    These are the ids in their JSON if all have one, else their keys if these are distinct numbers, else the positions
+    of the samples, counted from 1 over all tars.
     """
     samples = samples_of(tars)
     ids = [sample.image_id for sample in samples if sample.image_id is not None]
@@ -138,7 +138,7 @@ def records(index: ForeignIndex, shards: Sequence[Shard]) -> tuple[list[Shard], 
 def _annotations(
     samples: Sequence[ForeignSample], ids: Ints, categories: Sequence[Category], rows: Ints
 ) -> AnnotationColumns:
-    """Return the columns of all annotations; their ids are those in the tars if these are distinct, else numbers from 1."""
+    """Return the columns of all annotations, with the ids in the tars if they are distinct, else numbers from 1."""
     category_id_of: dict[int | str | None, int] = {category.name: category.id for category in categories}
     category_id_of |= {category.id: category.id for category in categories}
     objects = [entry for sample in samples for entry in sample.objects]

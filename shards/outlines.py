@@ -30,7 +30,7 @@ class RunLengths(msgspec.Struct, gc=False):
 
 
 class FormError(ValueError):
-    """Raised for a segmentation that cannot be used; the message continues "annotation N". `kind`: kind of the defect."""
+    """Raised for an unusable segmentation; the message continues "annotation N", `kind` is that of the defect."""
 
     def __init__(self, kind: str, problem: str) -> None:
         super().__init__(problem)
@@ -47,7 +47,7 @@ _segmentation = msgspec.json.Decoder(list[list[float]] | RunLengths | None)
 
 
 def outlines(raw: msgspec.Raw, height: int, width: int) -> list[list[float]] | list[int]:
-    """Return the polygons (x, y, x, y, ...) or else the run lengths of a segmentation of an image of that size in pixels.
+    """Return the polygons (x, y, x, y, ...) or else the run lengths of a segmentation of an image of that size.
 
     Raise `FormError` if the segmentation is absent, empty or malformed.
     """
@@ -78,7 +78,7 @@ def outlines(raw: msgspec.Raw, height: int, width: int) -> list[list[float]] | l
 
 
 def any_said(annotations: Iterable[msgspec.Raw]) -> bool:
-    """Return true if the JSON of any annotation has a segmentation, valid or not; otherwise the data set has only boxes."""
+    """Return true if the JSON of any annotation has a segmentation, valid or not."""
     return any(_SAID.search(bytes(text)) for text in annotations)
 
 

@@ -23,7 +23,7 @@ class Files(Protocol):
     """Interface of the readers."""
 
     def read(self, url: str, offset: int, length: int) -> bytes:
-        """Return `length` bytes from `offset`, fewer only at the end of the file; raise `ShardError` if it is absent."""
+        """Return `length` bytes from `offset`, fewer only at the file's end; raise `ShardError` if it is absent."""
 
     def forget(self, url: str) -> None:
         """Invalidate `url`, because its bytes failed a check: reopen it, or check the cached copy."""

@@ -118,7 +118,7 @@ def check_segmentations(manifest: Manifest, most: int = 0) -> None:
 def encode_masks(masks: Masks) -> npt.NDArray[np.object_]:
     """Return the counts of the masks' runs, bytes [N], as `Detections.masks` holds them.
 
-    masks: bool [N, height, width] in any memory layout; contiguous columns ([N, width, height] transposed) avoid a copy.
+    masks: bool [N, height, width] in any memory layout; [N, width, height] transposed avoids a copy.
     """
     from pycocotools import mask
 

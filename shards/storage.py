@@ -88,7 +88,7 @@ def size(url: str) -> int:
 
 
 def age_s(url: str) -> float:
-    """Return the seconds since a remote file was written, by the store's and this machine's clocks; infinite if unknown."""
+    """Return the seconds since a remote file was written, by the clocks of store and machine; infinite if unknown."""
     filesystem, name = _remote(url)
     try:
         return time.time() - float(patiently(lambda: filesystem.modified(name), url).timestamp())
@@ -106,7 +106,7 @@ def read(url: str) -> bytes:
 
 
 def read_range(url: str, offset: int, length: int) -> bytes:
-    """Return `length` bytes from `offset`, fewer only at the end of the file; raise `FileNotFoundError` if it is absent."""
+    """Return `length` bytes from `offset`, fewer only at the file's end; raise `FileNotFoundError` if it is absent."""
     path = local_path(url)
     if path is not None:
         return patiently(lambda: _local_range(path, offset, length), url)

@@ -50,7 +50,7 @@ def annotation(number: int, image: int, category: int, box: list[float], **more:
 
 @pytest.fixture
 def coco(tmp_path: Path) -> Coco:
-    """Make a source of 7 images (RGB, grey and CMYK JPEGs, a PNG; one without annotations), 3 categories and a crowd."""
+    """Make a source of 7 images (RGB, grey, CMYK JPEGs, a PNG; one without annotations), 3 categories and a crowd."""
     (tmp_path / "images").mkdir()
     rng = np.random.default_rng(0)
     images = []
