@@ -20,7 +20,6 @@ Fields hold only int, float, str, bool and tuples of them, so every config survi
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -28,14 +27,13 @@ class ConfigError(ValueError):
     """Raised for a configuration that cannot work. The message is one line: got, expected, what to do."""
 
 
-@cache
 def literal_fields(kind: type) -> dict[str, tuple[str, ...]]:
     """Return the allowed values of each field of the dataclass `kind` that is annotated as a `Literal`."""
     hints = get_type_hints(kind).items()
     return {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
 
 
-def check_literals(config: object, require: Callable[[bool, str, object, str], None], prefix: str = "") -> None:
+def check_literals(config: Any, require: Callable[[bool, str, object, str], None], prefix: str = "") -> None:
     """Call `require(holds, field, got, expected)` for each `Literal` field of the dataclass instance `config`.
 
     `require` raises the caller's error if `holds` is false. `prefix` is put in front of the field's name.
@@ -78,8 +76,9 @@ class ModelConfig:
     """Dilate the last stage of the backbone instead of striding it (DC5): stride 16 instead of 32.
     Better on small objects, about twice the compute. Needs resnet50 or resnet101."""
     frozen_stages: int = 2
-    """Number of backbone stages that are not trained. 0: none. 1: the stem. 2: the stem and layer1, as in the paper.
-    5: all. Use 0 with random weights."""
+    """Number of backbone stages that are not trained.
+    0: none. 1: the stem. 2: the stem and layer1, as in the paper. 5: all.
+    Use 0 with random weights."""
     position: Literal["sine", "learned"] = "sine"
     """Position encoding.
     sine: fixed, for any image size, as in the paper.
@@ -105,7 +104,8 @@ class ModelConfig:
     auxiliary: bool = True
     """Return the predictions of every decoder layer, not only of the last. `loss.auxiliary` needs them."""
     masks: bool = False
-    """Add the mask head for instance segmentation (section 4.4 of the paper). The data must hold segmentations."""
+    """Add the mask head for instance segmentation (section 4.4 of the paper).
+    The data must hold segmentations, and `hidden_dim` must be a multiple of 128 and `heads` of 8."""
     position_temperature: float = 10000.0
     """Temperature of the sine position encoding, above 1. Lower it, such as to 20, for images of few cells.
     10000 in the paper."""

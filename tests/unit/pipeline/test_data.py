@@ -29,7 +29,7 @@ def config(tiny_data: TinyData, tmp_path: Path) -> DataConfig:
 def of_size(manifest: Manifest, name: str, *gib: float) -> Manifest:
     """The data set with shards of these sizes, and an index of a quarter GiB."""
     shards = [Shard(f"{name}-{n}.tar", 1, int(size * GIB), f"{name}{n:060}") for n, size in enumerate(gib)]
-    files = [File(one, GIB // 8, f"{name}{one:>60}") for one in (IMAGES_NAME, ANNOTATIONS_NAME)]
+    files = [File(file, GIB // 8, f"{name}{file:>60}") for file in (IMAGES_NAME, ANNOTATIONS_NAME)]
     return msgspec.structs.replace(manifest, shards=tuple(shards), files=tuple(files))
 
 
@@ -51,12 +51,12 @@ def test_built_in_data_of_another_format_says_what_to_delete(tmp_path: Path, bui
     for name in ("train", "val"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text('{"format": 1}')
-    said = r"train/manifest.json: got format 1, expected 2"
-    with pytest.raises(ShardError, match=rf"{said}: write the data set again"):
-        open_data(config)  # a person's own data has no source beside it, and is not to be deleted
+    message = r"train/manifest.json: got format 1, expected 2"
+    with pytest.raises(ShardError, match=rf"{message}: write the data set again"):
+        open_data(config)  # a user's own data has no source folder beside it, and must not be deleted
     (tmp_path / "source").mkdir()
     advice = rf"; the built-in data .* delete {tmp_path} and start again$" if built_in else ": write the data set again"
-    with pytest.raises(ShardError, match=said + advice) as caught:
+    with pytest.raises(ShardError, match=message + advice) as caught:
         open_data(config)
     assert "\n" not in str(caught.value)
 
@@ -110,7 +110,7 @@ def test_an_evaluation_that_does_not_fit_is_refused_with_a_remedy(
     check_room(val)
 
 
-def test_sizes_that_a_message_compares_are_told_apart() -> None:
+def test_sizes_in_a_message_can_be_distinguished() -> None:
     assert [size_text(size) for size in (999, 3 << 20, (3 << 20) + (1 << 18), 3 << 29)] == [
         *("999 bytes", "3.0 MiB", "3.2 MiB", "1.50 GiB")
     ]

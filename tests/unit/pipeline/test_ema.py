@@ -80,30 +80,30 @@ def both(config: RunConfig, folder: Path, step: int) -> list[Weights]:
     return [loaded(config, folder, step, averaged).state_dict() for averaged in (False, True)]
 
 
-def same(one: list[Weights], other: list[Weights]) -> bool:
-    return all(torch.equal(value, b[name]) for a, b in zip(one, other, strict=True) for name, value in a.items())
+def same(first: list[Weights], second: list[Weights]) -> bool:
+    return all(torch.equal(value, b[name]) for a, b in zip(first, second, strict=True) for name, value in a.items())
 
 
 def test_an_interrupted_run_has_identical_averages(config: RunConfig, tmp_path: Path) -> None:
-    whole, parts = start(config, tmp_path / "whole"), start(config, tmp_path / "parts")
-    run(config, whole, Ranks(), None)
+    uninterrupted, interrupted = start(config, tmp_path / "uninterrupted"), start(config, tmp_path / "interrupted")
+    run(config, uninterrupted, Ranks(), None)
     for steps in (3, 4, 0):
-        run(replace(config, optim=replace(config.optim, max_steps=steps)), parts, Ranks(), None)
-    weights, averages = found = both(config, parts.folder, 6)
-    assert same(found, both(config, whole.folder, 6))
+        run(replace(config, optim=replace(config.optim, max_steps=steps)), interrupted, Ranks(), None)
+    weights, averages = found = both(config, interrupted.folder, 6)
+    assert same(found, both(config, uninterrupted.folder, 6))
     assert not torch.equal(weights["class_embed.weight"], averages["class_embed.weight"])
-    assert checkpoint.read_meta(checkpoint.folder_of(whole.folder, 6)).ema
+    assert checkpoint.read_meta(checkpoint.folder_of(uninterrupted.folder, 6)).ema
 
 
 def test_averaging_does_not_change_the_weights(config: RunConfig, tiny_config: RunConfig, tmp_path: Path) -> None:
     plain = replace(config, optim=tiny_config.optim)
-    for name, one in (("with", config), ("without", plain)):
-        run(one, start(one, tmp_path / name), Ranks(), None)
+    for name, chosen in (("with", config), ("without", plain)):
+        run(chosen, start(chosen, tmp_path / name), Ranks(), None)
     assert same(both(config, tmp_path / "with", 6)[:1], [loaded(plain, tmp_path / "without", 6, False).state_dict()])
     assert not checkpoint.read_meta(checkpoint.folder_of(tmp_path / "without", 6)).ema
 
 
-def test_the_average_is_what_is_evaluated(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_average_is_evaluated(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Weights] = []
 
     def watched(model: nn.Module, *more: Any, **options: Any) -> Any:

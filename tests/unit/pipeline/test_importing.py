@@ -1,4 +1,4 @@
-"""The original's files, in its own form, give the models that they were written from."""
+"""Import and export of the original's files."""
 
 import argparse
 import json
@@ -57,8 +57,8 @@ def options(**more: Any) -> argparse.Namespace:
     return argparse.Namespace(**({"nheads": 8, "dilation": False, "dropout": 0.1, "aux_loss": True} | more))
 
 
-def assert_same(one: DETR, other: DETR) -> None:
-    state, expected = to_original_state_dict(one), to_original_state_dict(other)
+def assert_same(model: DETR, other: DETR) -> None:
+    state, expected = to_original_state_dict(model), to_original_state_dict(other)
     assert state.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in state.items())
 
@@ -73,11 +73,11 @@ def test_every_published_layout_comes_back_equal(tmp_path: Path, name: str) -> N
     config = ModelConfig(**(QUICK | changes))
     model = written(tmp_path / "w.pth", config, classes)
     assert any(key.startswith("detr.") for key in to_original_state_dict(model)) == config.masks
-    found, epochs, said = read_original(tmp_path / "w.pth", dilation=config.dilation)
+    found, epochs, notes = read_original(tmp_path / "w.pth", dilation=config.dilation)
     assert (found.config, found.num_classes, epochs) == (config, classes, 0)
     assert_same(found, model)
-    assert all(word in said[0] for word in (config.backbone, f"{classes} classes", "width 128"))
-    assumed = " ".join(said[1:])
+    assert all(text in notes[0] for text in (config.backbone, f"{classes} classes", "width 128"))
+    assumed = " ".join(notes[1:])
     assert ("8 heads" in assumed) == (not config.masks)  # a mask head shows them
     assert ("no dilation" in assumed) == (not config.dilation)
 
@@ -110,7 +110,7 @@ def test_a_name_with_dc5_is_no_evidence_but_is_mentioned(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("flags", "args", "said"),
+    ("flags", "args", "message"),
     [
         ({"heads": 4}, options(), "--heads was given, but the file itself says 8; leave out --heads"),
         ({"dilation": True}, options(), "--dilation was given, but the file itself says False"),
@@ -119,9 +119,9 @@ def test_a_name_with_dc5_is_no_evidence_but_is_mentioned(tmp_path: Path) -> None
         ({}, options(nheads=True), "its args say nheads=True"),
     ],
 )
-def test_a_contradiction_is_one_line(tmp_path: Path, flags: dict[str, Any], args: Any, said: str) -> None:
+def test_a_contradiction_is_one_line(tmp_path: Path, flags: dict[str, Any], args: Any, message: str) -> None:
     written(tmp_path / "w.pth", args=args)
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         read_original(tmp_path / "w.pth", **flags)
     assert_one_line(caught)
 
@@ -178,10 +178,10 @@ def test_coco_s_labels_are_its_category_ids() -> None:
     assert len(names) == 80
     assert (names[1], names[13], names[18], names[90]) == ("person", "stop sign", "dog", "toothbrush")
     assert not {0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83} & names.keys()
-    labels, how = importing._categories(91, None)
+    labels, source = importing._categories(91, None)
     assert [category.id for category in labels] == list(range(91))
     assert (labels[0].name, labels[12].name, labels[90].name) == ("N/A", "N/A", "toothbrush")
-    assert "COCO" in how
+    assert "COCO" in source
 
 
 def test_panoptic_labels_have_the_names_of_things() -> None:
@@ -196,17 +196,17 @@ def test_other_classes_are_named_by_a_file(tmp_path: Path, form: str) -> None:
     content = listed if form == "list" else {"images": [{"id": 1}], "categories": listed}
     (tmp_path / "c.json").write_text(json.dumps(content))
     labels, _ = importing._categories(5, tmp_path / "c.json")
-    assert [(one.id, one.name) for one in labels] == [(0, "N/A"), (1, "bus"), (2, "N/A"), (3, "cat"), (4, "N/A")]
+    assert [(label.id, label.name) for label in labels] == [(0, "N/A"), (1, "bus"), (2, "N/A"), (3, "cat"), (4, "N/A")]
 
 
 def test_other_classes_are_named_by_number_without_a_file() -> None:
-    labels, how = importing._categories(3, None)
+    labels, source = importing._categories(3, None)
     assert labels == (Category(0, "0"), Category(1, "1"), Category(2, "2"))
-    assert "give --categories FILE" in how
+    assert "give --categories FILE" in source
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ([{"id": 3, "name": "cat"}], "has category id 3; expected ids from 0 to 2"),
         ([{"id": -1, "name": "cat"}], "has category id -1"),
@@ -215,15 +215,15 @@ def test_other_classes_are_named_by_number_without_a_file() -> None:
         ("text", "expected JSON with COCO's `categories`"),
     ],
 )
-def test_categories_that_do_not_fit_are_one_line(tmp_path: Path, content: object, said: str) -> None:
+def test_categories_that_do_not_fit_are_one_line(tmp_path: Path, content: object, message: str) -> None:
     (tmp_path / "c.json").write_text(json.dumps(content))
-    with pytest.raises(ExchangeError, match=said) as caught:
+    with pytest.raises(ExchangeError, match=message) as caught:
         importing._categories(3, tmp_path / "c.json")
     assert_one_line(caught)
 
 
 def test_labels_without_a_category_match_nothing_of_a_data_set(tiny_data: Any) -> None:
-    """The original's labels on data with labels 0 to 3 of ids 1 to 4; ids that it calls N/A may be others' names."""
+    """Labels named N/A match nothing, even if the data set has a category with that id."""
     manifest = load_manifest(tiny_data.val)
     labels = (
         Category(0, "N/A"),
@@ -266,7 +266,7 @@ def test_an_imported_file_is_exported_byte_for_byte(tmp_path: Path, masks: bool)
     written(tmp_path / "in.pth", config)
     model = read_original(tmp_path / "in.pth").model
     registered(tmp_path / "registered", model, importing._categories(91, None)[0])
-    said = export_original("models:/a/1", tmp_path / "out.pth")
+    notes = export_original("models:/a/1", tmp_path / "out.pth")
     before, after = (torch.load(tmp_path / name, weights_only=True) for name in ("in.pth", "out.pth"))
     assert after.keys() == {"model"}
     assert list(after["model"]) == list(before["model"])
@@ -275,8 +275,8 @@ def test_an_imported_file_is_exported_byte_for_byte(tmp_path: Path, masks: bool)
         and value.dtype == before["model"][name].dtype
         for name, value in after["model"].items()
     )
-    assert "num_classes=91" in said[0]
-    assert "--backbone resnet18" in said[0]
+    assert "num_classes=91" in notes[0]
+    assert "--backbone resnet18" in notes[0]
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -285,8 +285,8 @@ def test_labels_of_a_model_trained_here_go_to_their_category_ids(tmp_path: Path)
     torch.manual_seed(3)
     model = build_model(SMALL, 3).eval()
     registered(tmp_path / "registered", model, (Category(1, "a"), Category(4, "b"), Category(2, "c")))
-    said = export_original("models:/a/1", tmp_path / "out.pth")
-    assert any("3 labels are at their category ids now, in a head of 5 classes" in line for line in said)
+    notes = export_original("models:/a/1", tmp_path / "out.pth")
+    assert any("3 labels are at their category ids now, in a head of 5 classes" in line for line in notes)
     other = read_original(tmp_path / "out.pth").model
     images = torch.randn(1, 3, 96, 96)
     with torch.inference_mode():
@@ -299,7 +299,7 @@ def test_labels_of_a_model_trained_here_go_to_their_category_ids(tmp_path: Path)
 
 @pytest.mark.usefixtures("_registered_here")
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"backbone": "tiny"}, "backbone='tiny', which the original cannot express; expected a ResNet"),
         ({"norm": "group"}, "norm='group', which the original cannot express; expected norm='frozen_batch'"),
@@ -308,9 +308,9 @@ def test_labels_of_a_model_trained_here_go_to_their_category_ids(tmp_path: Path)
         ({"position_temperature": 20.0}, r"position_temperature=20\.0.*expected position_temperature=10000\.0"),
     ],
 )
-def test_fields_that_the_original_lacks_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_fields_that_the_original_lacks_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     registered(tmp_path / "registered", build_model(replace(SMALL, **changes), 2), (Category(0, "a"), Category(1, "b")))
-    with pytest.raises(ExchangeError, match=f"models:/a/1 has {said}") as caught:
+    with pytest.raises(ExchangeError, match=f"models:/a/1 has {message}") as caught:
         export_original("models:/a/1", tmp_path / "out.pth")
     assert_one_line(caught)
     assert not (tmp_path / "out.pth").exists()
@@ -327,10 +327,10 @@ def test_ids_that_cannot_be_labels_are_refused(tmp_path: Path, number: int) -> N
 def test_a_run_takes_all_but_the_class_head_of_a_file(tiny_config: RunConfig, tmp_path: Path) -> None:
     before = to_original_state_dict(written(tmp_path / "w.pth", args=options(), epoch=3, optimizer={"state": {}}))
     config = replace(tiny_config, model=SMALL, initial=str(tmp_path / "w.pth"))
-    model, said = initial_model(config, tuple(Category(number, str(number)) for number in range(4)), None)
+    model, notes = initial_model(config, tuple(Category(number, str(number)) for number in range(4)), None)
     after = to_original_state_dict(model)
     assert after.keys() == before.keys()
     replaced = {name for name in before if not torch.equal(before[name], after[name])}
     assert replaced == {"class_embed.weight", "class_embed.bias"}
     assert after["class_embed.weight"].shape == (5, 32)
-    assert said[0].endswith("its class head was of other classes and starts afresh for 4")
+    assert notes[0].endswith("its class head was of other classes and starts afresh for 4")

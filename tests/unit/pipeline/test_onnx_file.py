@@ -75,13 +75,13 @@ def test_any_batch_and_size_gives_the_outputs_of_pytorch(exported: tuple[Path, t
 
     from pipeline.predict import read_model
 
-    path, said = exported
+    path, notes = exported
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    assert [(one.name, one.type) for one in session.get_inputs()] == [
+    assert [(tensor.name, tensor.type) for tensor in session.get_inputs()] == [
         ("images", "tensor(float)"),
         ("padding", "tensor(bool)"),
     ]
-    assert [one.name for one in session.get_outputs()] == ["logits", "boxes"]
+    assert [tensor.name for tensor in session.get_outputs()] == ["logits", "boxes"]
     model, _ = read_model(onnx_file.resolve("models:/a/1"))
     for batch, height, width in ((1, 64, 64), (2, 65, 300), (8, 127, 90)):
         images, padding = torch.randn(batch, 3, height, width), torch.zeros(batch, height, width, dtype=torch.bool)
@@ -92,20 +92,20 @@ def test_any_batch_and_size_gives_the_outputs_of_pytorch(exported: tuple[Path, t
         assert logits.shape == (batch, 9, 3)
         np.testing.assert_allclose(logits, expected.logits, rtol=0, atol=1e-3)
         np.testing.assert_allclose(boxes, expected.boxes, rtol=0, atol=1e-3)
-    assert said[0] == "batch, height and width are free (64 px or more)"
-    assert "differs from PyTorch by at most" in said[1]
-    assert "batches of 1, 2, 8" in said[1]
+    assert notes[0] == "batch, height and width are free (64 px or more)"
+    assert "differs from PyTorch by at most" in notes[1]
+    assert "batches of 1, 2, 8" in notes[1]
 
 
-def test_the_file_says_what_its_labels_and_inputs_are(exported: tuple[Path, tuple[str, ...]]) -> None:
+def test_the_file_holds_its_labels_and_transform(exported: tuple[Path, tuple[str, ...]]) -> None:
     import onnxruntime
 
-    words = onnxruntime.InferenceSession(str(exported[0])).get_modelmeta().custom_metadata_map
-    assert json.loads(words["detr.categories"]) == [{"id": 1, "name": "a"}, {"id": 7, "name": "b"}]
-    assert json.loads(words["detr.transform"])["mean"] == [0.485, 0.456, 0.406]
+    metadata = onnxruntime.InferenceSession(str(exported[0])).get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["detr.categories"]) == [{"id": 1, "name": "a"}, {"id": 7, "name": "b"}]
+    assert json.loads(metadata["detr.transform"])["mean"] == [0.485, 0.456, 0.406]
 
 
-def test_masks_go_too(tmp_path: Path) -> None:
+def test_a_model_with_masks_is_exported(tmp_path: Path) -> None:
     """Sizes in which one stage is exactly twice the next, as 320 px gives, and sizes in which none is."""
     torch.manual_seed(0)
     config = replace(CONFIG, backbone="resnet18", norm="frozen_batch", hidden_dim=128, heads=8, masks=True)
@@ -125,7 +125,7 @@ def test_no_canvas_is_larger_than_the_file_takes() -> None:
     assert onnx_file._canvases(TransformConfig(), None)[0] == (800, 1066)
 
 
-def test_another_models_file_is_found_out(exported: tuple[Path, tuple[str, ...]]) -> None:
+def test_the_file_of_another_model_is_detected(exported: tuple[Path, tuple[str, ...]]) -> None:
     torch.manual_seed(1)
     other = onnx_file._Flat(build_model(CONFIG, 2).eval())
     assert difference_in_onnxruntime(other, exported[0], TransformConfig(eval_size=320, max_size=400)) > 1e-2

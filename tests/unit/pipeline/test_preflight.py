@@ -22,12 +22,12 @@ def relabelled(tiny_data: Any, tmp_path: Path, categories: list[dict[str, object
 
 
 def test_a_prepared_run_reports_its_initial_weights(tiny_config: RunConfig) -> None:
-    said: list[str] = []
-    config, ready = prepare(tiny_config, said.append)
+    lines: list[str] = []
+    config, ready = prepare(tiny_config, lines.append)
     assert config == tiny_config
     assert ready.train == load_manifest(tiny_config.data.train)
     assert ready.schedule.total_steps == 6
-    assert said == ["the backbone starts from random weights, as asked"] == list(ready.said)
+    assert lines == ["the backbone starts from random weights, as asked"] == list(ready.said)
 
 
 @pytest.mark.parametrize(("tail", "steps"), [("straddle", 8), ("short", 9)])
@@ -77,18 +77,18 @@ def test_fewer_queries_than_boxes_give_a_warning(tiny_config: RunConfig) -> None
     lost = int((boxes - queries).clip(min=0).sum())
     images = int((boxes > queries).sum())
     assert lost > 0
-    said: list[str] = []
-    prepare(replace(tiny_config, model=replace(tiny_config.model, num_queries=queries)), said.append)
-    warning = said[0]
+    lines: list[str] = []
+    prepare(replace(tiny_config, model=replace(tiny_config.model, num_queries=queries)), lines.append)
+    warning = lines[0]
     assert warning.startswith(f"warning: {lost} boxes in {images} training images cannot be matched")
     assert f"model.num_queries is {queries}" in warning
 
 
 def test_as_many_queries_as_boxes_give_no_warning(tiny_config: RunConfig) -> None:
     queries = load_manifest(tiny_config.data.train).index().max_boxes
-    said: list[str] = []
-    prepare(replace(tiny_config, model=replace(tiny_config.model, num_queries=queries)), said.append)
-    assert not any("warning" in line for line in said)
+    lines: list[str] = []
+    prepare(replace(tiny_config, model=replace(tiny_config.model, num_queries=queries)), lines.append)
+    assert not any("warning" in line for line in lines)
 
 
 def test_missing_data_gives_one_line(tiny_config: RunConfig, tmp_path: Path) -> None:

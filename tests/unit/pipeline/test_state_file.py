@@ -111,7 +111,7 @@ def test_the_classes_that_pass_here_pass_nowhere_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ([torch.zeros(1)], "holds no state dict; expected tensors by name"),
         ({"model": {"epoch": 3}}, "holds no state dict"),
@@ -121,9 +121,9 @@ def test_the_classes_that_pass_here_pass_nowhere_else(tmp_path: Path) -> None:
         (7, "holds no state dict"),
     ],
 )
-def test_a_file_without_a_state_dict_gives_one_line(tmp_path: Path, content: object, said: str) -> None:
+def test_a_file_without_a_state_dict_gives_one_line(tmp_path: Path, content: object, message: str) -> None:
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         read_state_file(tmp_path / "w.pth")
     assert "\n" not in str(caught.value)
 
@@ -135,9 +135,9 @@ def test_a_damaged_file_is_one_line_or_whole(tmp_path: Path, old_format: bool) -
     whole = path.read_bytes()
     for _ in range(40):
         path.write_bytes(whole[: chance.randrange(len(whole) - 100)])
-        said = refusal(path)
-        assert said is not None
-        assert "\n" not in said
+        notes = refusal(path)
+        assert notes is not None
+        assert "\n" not in notes
     for _ in range(200):
         changed = bytearray(whole)
         changed[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
@@ -146,7 +146,7 @@ def test_a_damaged_file_is_one_line_or_whole(tmp_path: Path, old_format: bool) -
 
 
 def refusal(path: Path) -> str | None:
-    """What is said against the file; None where it can be read. Nothing but ValueError may come."""
+    """What is notes against the file; None where it can be read. Nothing but ValueError may come."""
     try:
         read_state_file(path)
     except ValueError as error:

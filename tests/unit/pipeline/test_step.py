@@ -97,7 +97,7 @@ class Broken(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("faults", "said"),
+    ("faults", "message"),
     [
         ([("logits", 0, 0)], "in the logits of images 31, expected"),
         ([("boxes", 1, 1)], "in the boxes of images 57, expected"),
@@ -108,7 +108,7 @@ class Broken(nn.Module):
     ids=["logits", "boxes of an auxiliary layer", "both", "an image without objects", "target boxes"],
 )
 def test_the_error_names_step_loss_and_images(
-    model: DETR, tiny_config: RunConfig, faults: list[tuple[str, int, int]], said: str
+    model: DETR, tiny_config: RunConfig, faults: list[tuple[str, int, int]], message: str
 ) -> None:
     torch.manual_seed(1)
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
@@ -121,7 +121,7 @@ def test_the_error_names_step_loss_and_images(
         step(Broken(model, predicted), collate(list(zip(images, targets, strict=True))), tiny_config, 12)
     assert "step 12" in str(caught.value)
     assert "rank 0" in str(caught.value)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert all(torch.equal(after, before[name]) for name, after in weights(model).items())
 

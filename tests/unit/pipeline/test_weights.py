@@ -60,12 +60,12 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_random_weights_are_a_function_of_the_seed_and_are_said(tiny_config: RunConfig) -> None:
-    one, said = initial_model(tiny_config, CLASSES, None)
+def test_random_weights_depend_on_the_seed_and_are_reported(tiny_config: RunConfig) -> None:
+    one, notes = initial_model(tiny_config, CLASSES, None)
     torch.manual_seed(0)
     two, _ = initial_model(tiny_config, CLASSES, None)
     other, _ = initial_model(replace(tiny_config, seed=1), CLASSES, None)
-    assert said == ("the backbone starts from random weights, as asked",)
+    assert notes == ("the backbone starts from random weights, as asked",)
     assert_same(to_original_state_dict(one), to_original_state_dict(two))
     assert not torch.equal(one.class_embed.weight, other.class_embed.weight)
 
@@ -78,9 +78,9 @@ def test_the_backbone_starts_from_a_file(tiny_config: RunConfig, tmp_path: Path,
         save_file(weights, path)
     else:
         torch.save({"model": weights} if "under" in kind else weights, path)
-    model, said = initial_model(with_backbone(tiny_config, path), CLASSES, None)
+    model, notes = initial_model(with_backbone(tiny_config, path), CLASSES, None)
     assert_same(backbone_of(model), weights)
-    assert said == (f"the backbone starts from {path}",)
+    assert notes == (f"the backbone starts from {path}",)
 
 
 @dataclass
@@ -162,9 +162,9 @@ def test_an_error_that_says_nothing_is_told_by_its_class() -> None:
 def test_a_run_starts_from_a_state_dict_of_the_same_classes(tiny_config: RunConfig, tmp_path: Path) -> None:
     before = seeded(tiny_config, 4)
     torch.save({"model": to_original_state_dict(before)}, tmp_path / "original.pth")
-    model, said = initial_model(replace(tiny_config, initial=str(tmp_path / "original.pth")), CLASSES, None)
+    model, notes = initial_model(replace(tiny_config, initial=str(tmp_path / "original.pth")), CLASSES, None)
     assert_same(to_original_state_dict(model), to_original_state_dict(before))
-    assert said == (f"starting from {tmp_path / 'original.pth'}",)
+    assert notes == (f"starting from {tmp_path / 'original.pth'}",)
 
 
 def test_a_state_dict_that_is_no_detr_is_one_line(tiny_config: RunConfig, tmp_path: Path) -> None:
@@ -185,22 +185,22 @@ def test_a_model_of_other_classes_gives_all_but_its_class_head(
 ) -> None:
     before = to_original_state_dict(registered(tmp_path, tiny_config, CLASSES))
     config = replace(tiny_config, initial="models:/tiny@best")
-    model, said = initial_model(config, classes, tmp_path)
+    model, notes = initial_model(config, classes, tmp_path)
     after = to_original_state_dict(model)
     replaced = {
         name for name in before if after[name].shape != before[name].shape or (after[name] != before[name]).any()
     }
     assert replaced == {"class_embed.weight", "class_embed.bias"}
     assert after["class_embed.weight"].shape[0] == len(classes) + 1
-    assert "its class head was of other classes and starts afresh" in said[0]
-    assert f"for {len(classes)}" in said[0]
+    assert "its class head was of other classes and starts afresh" in notes[0]
+    assert f"for {len(classes)}" in notes[0]
 
 
 def test_a_registered_model_of_the_same_classes_gives_everything(tiny_config: RunConfig, tmp_path: Path) -> None:
     before = registered(tmp_path, tiny_config, CLASSES)
-    model, said = initial_model(replace(tiny_config, initial="models:/tiny@best"), CLASSES, tmp_path)
+    model, notes = initial_model(replace(tiny_config, initial="models:/tiny@best"), CLASSES, tmp_path)
     assert_same(to_original_state_dict(model), to_original_state_dict(before))
-    assert said == ("starting from models:/tiny@best",)
+    assert notes == ("starting from models:/tiny@best",)
 
 
 def test_labels_without_a_category_leave_the_class_head(tiny_config: RunConfig, tmp_path: Path) -> None:
@@ -208,14 +208,14 @@ def test_labels_without_a_category_leave_the_class_head(tiny_config: RunConfig, 
     labels = (Category(0, "N/A"), *CLASSES[:2], Category(3, "N/A"), Category(4, "d"))
     before = to_original_state_dict(registered(tmp_path, tiny_config, labels))
     classes = (*CLASSES[:2], Category(4, "d"))
-    model, said = initial_model(replace(tiny_config, initial="models:/tiny@best"), classes, tmp_path)
+    model, notes = initial_model(replace(tiny_config, initial="models:/tiny@best"), classes, tmp_path)
     after = to_original_state_dict(model)
     for name in ("class_embed.weight", "class_embed.bias"):
         assert torch.equal(after.pop(name), before.pop(name)[[1, 2, 4, 5]])
     assert_same(after, before)
-    assert said == ("starting from models:/tiny@best",)
-    _, said = initial_model(replace(tiny_config, initial="models:/tiny@best"), CLASSES, tmp_path)
-    assert "its class head was of other classes and starts afresh for 4" in said[0]
+    assert notes == ("starting from models:/tiny@best",)
+    _, notes = initial_model(replace(tiny_config, initial="models:/tiny@best"), CLASSES, tmp_path)
+    assert "its class head was of other classes and starts afresh for 4" in notes[0]
 
 
 def test_a_run_takes_the_initial_model_s_shape_but_not_its_dropout(tiny_config: RunConfig, tmp_path: Path) -> None:
@@ -236,22 +236,22 @@ def test_a_run_may_add_a_mask_head_to_the_registered_model(
         recipe = replace(RECIPES[name], initial="models:/tiny@best")
         asked = replace(recipe, model=replace(recipe.model, masks=True))
         assert settle(asked, tmp_path).model == replace(masks_config.model, dropout=recipe.model.dropout)
-    model, said = initial_model(config, CLASSES, tmp_path)
+    model, notes = initial_model(config, CLASSES, tmp_path)
     after, fresh = model.state_dict(), seeded(config, 4, seed=config.seed).state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.state_dict().items())
     added = after.keys() - before.state_dict().keys()
     assert {name.split(".")[0] for name in added} == {"bbox_attention", "mask_head"}
     assert all(torch.equal(after[name], fresh[name]) for name in added)
-    assert said == ("starting from models:/tiny@best; its mask head is new and starts from random weights",)
+    assert notes == ("starting from models:/tiny@best; its mask head is new and starts from random weights",)
 
 
 def test_a_registered_mask_head_is_kept(masks_config: RunConfig, tiny_config: RunConfig, tmp_path: Path) -> None:
     before = registered(tmp_path, masks_config, CLASSES)
     config = settle(replace(tiny_config, initial="models:/tiny@best"), tmp_path)
     assert config.model.masks
-    model, said = initial_model(config, CLASSES, tmp_path)
+    model, notes = initial_model(config, CLASSES, tmp_path)
     assert_same(model.state_dict(), before.state_dict())
-    assert said == ("starting from models:/tiny@best",)
+    assert notes == ("starting from models:/tiny@best",)
 
 
 @pytest.mark.parametrize("masks", [False, True], ids=["detector", "with masks"])
@@ -259,14 +259,14 @@ def test_both_layouts_of_the_original_give_the_detector(masks_config: RunConfig,
     before = seeded(replace(masks_config, model=replace(masks_config.model, masks=masks)), 4)
     save_file(to_original_state_dict(before), tmp_path / "w.safetensors")
     config = replace(masks_config, initial=str(tmp_path / "w.safetensors"))
-    model, said = initial_model(config, CLASSES, None)
+    model, notes = initial_model(config, CLASSES, None)
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.state_dict().items())
-    assert ("its mask head is new" in said[0]) is not masks
-    other, said = initial_model(config, CLASSES[:3], None)
+    assert ("its mask head is new" in notes[0]) is not masks
+    other, notes = initial_model(config, CLASSES[:3], None)
     same = {name for name, value in before.state_dict().items() if torch.equal(other.state_dict()[name], value)}
     assert before.state_dict().keys() - same == {"class_embed.weight", "class_embed.bias"}
-    assert "its class head was of other classes and starts afresh for 3" in said[0]
+    assert "its class head was of other classes and starts afresh for 3" in notes[0]
 
 
 def test_a_mask_head_needs_a_detector_of_the_same_classes(masks_config: RunConfig, tmp_path: Path) -> None:
