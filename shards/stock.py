@@ -46,7 +46,7 @@ def open_webdataset(
     Shards are divided among ranks and DataLoader workers; give `nodesplitter` or `workersplitter` to do it otherwise.
     `shardshuffle` is the number of shards to shuffle together; `options` are the other arguments of `WebDataset`.
     Shards are opened through `cache` as in `load_manifest`, never by a command (`pipe:`). Raise `ShardError` when there
-    is no data set at `url`; reading raises it when a shard is absent or differs from the manifest.
+    is no data set at `url`; iterating raises it when a shard is missing or, with a cache, differs from the manifest.
     """
     manifest = load_manifest(url, cache)
     return _pipeline(manifest, [item.url for item in shard_items(manifest)], shardshuffle=shardshuffle, **options)
