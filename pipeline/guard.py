@@ -69,7 +69,7 @@ class Guard:
             newest = self._ranks.broadcast(checkpoint.newest(home) if self._ranks.first else None)
             if newest is None:
                 raise TrainingError(
-                    f"{event}, or leave such steps out (--guard.policy skip): there is no checkpoint to go back to yet; "
+                    f"{event}, or skip such steps (--guard.policy skip): there is no checkpoint to return to yet; "
                     f"{self._kept(event)}"
                 )
             checkpoint.load(newest, model, optimizer, self._ranks, averages)

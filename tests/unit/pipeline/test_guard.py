@@ -1,4 +1,4 @@
-"""What the loop does about steps that would spoil the weights."""
+"""Handling of diverged steps in the loop."""
 
 import pickle
 import re
@@ -14,8 +14,7 @@ import torch
 
 from detr.batch import Batch
 from detr.model import build_model
-from pipeline import checkpoint
-from pipeline import worker as module
+from pipeline import checkpoint, worker
 from pipeline.config import GuardConfig, RunConfig
 from pipeline.errors import TrainingError
 from pipeline.parallel import Ranks
@@ -39,13 +38,13 @@ def start(tiny_config: RunConfig, tmp_path: Path) -> Place:
 
 
 def guarded(config: RunConfig, **options: Any) -> RunConfig:
-    """The tiny run with checkpoints after steps 2, 3, 4 and 6, all of them kept."""
+    """Return the tiny run with checkpoints after steps 2, 3, 4 and 6, all of them kept."""
     return replace(config, checkpoint=replace(config.checkpoint, every_steps=2, keep=9), guard=GuardConfig(**options))
 
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
-    """Steps that are to meet NaN in a box; filled with the image ids they held."""
+    """Steps whose boxes get a NaN, with the image ids of the step once it has run."""
     steps: dict[int, list[int]] = {}
 
     def step(model: Any, batches: Sequence[Batch], *more: Any) -> StepResult:
@@ -55,7 +54,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
             next(target for target in batches[0].targets if len(target.boxes)).boxes[0, 2] = torch.nan
         return train_step(model, batches, *more)
 
-    monkeypatch.setattr(module, "train_step", step)
+    monkeypatch.setattr(worker, "train_step", step)
     return steps
 
 
@@ -65,8 +64,8 @@ def weights(config: RunConfig, folder: Path, step: int) -> Weights:
     return model.state_dict()
 
 
-def same(one: Weights, other: Weights) -> bool:
-    return all(torch.equal(value, other[name]) for name, value in one.items())
+def same(first: Weights, second: Weights) -> bool:
+    return all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
@@ -74,7 +73,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
     return [msgspec.json.decode(path.read_bytes(), type=dict[str, Any]) for path in paths]
 
 
-def test_stop_ends_the_run_before_the_update_and_keeps_what_happened(
+def test_stop_ends_the_run_before_the_update_and_keeps_the_event(
     tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]]
 ) -> None:
     poisoned[3] = []
@@ -89,12 +88,12 @@ def test_stop_ends_the_run_before_the_update_and_keeps_what_happened(
     assert event["ranks"][0]["images"] == poisoned[3]
 
 
-def test_the_error_reaches_another_process_whole() -> None:
+def test_the_error_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(Diverged("step 3: no", 3, {"grad_norm": "nan"})))  # noqa: S301
     assert (str(error), error.step, error.record) == ("step 3: no", 3, {"grad_norm": "nan"})
 
 
-def test_skip_leaves_the_update_out_and_goes_on_to_the_last_step(
+def test_skip_leaves_the_update_out_and_continues_to_the_last_step(
     tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]]
 ) -> None:
     poisoned[2] = []
@@ -113,7 +112,7 @@ def test_skip_leaves_the_update_out_and_goes_on_to_the_last_step(
     assert "--optim.lr" not in tracker.last_tags[f"{TAG_WARNING}.guard.1"]
 
 
-def test_rollback_takes_the_newest_checkpoint_s_weights_and_goes_on_in_the_stream(
+def test_rollback_restores_the_newest_weights_and_continues_the_stream(
     tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]]
 ) -> None:
     poisoned[5] = []
@@ -122,36 +121,36 @@ def test_rollback_takes_the_newest_checkpoint_s_weights_and_goes_on_in_the_strea
     last = checkpoint.folder_of(start.folder, STEPS)
     assert checkpoint.newest(start.folder) == last
     assert checkpoint.read_meta(last).samples == STEPS * 4
-    # The step after the fourth is lost, and the sixth left out.
+    # The fifth step is undone, and the sixth skipped.
     assert same(weights(config, start.folder, STEPS), weights(config, start.folder, 4))
 
 
-def test_rollback_before_the_first_checkpoint_says_so(
+def test_rollback_before_the_first_checkpoint_is_an_error(
     tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]]
 ) -> None:
     poisoned[1] = []
-    with pytest.raises(TrainingError, match=r"skip\): there is no checkpoint to go back to yet"):
+    with pytest.raises(TrainingError, match=r"skip\): there is no checkpoint to return to yet"):
         run(guarded(tiny_config, policy="rollback"), start, Ranks(), None)
 
 
-def test_a_norm_past_the_bound_counts_as_well(tiny_config: RunConfig, start: Place) -> None:
-    said = r"step 0: the gradient's norm is past guard.max_grad_norm \(\S+ > 1e-06\); images \[\d+"
-    with pytest.raises(Diverged, match=said):
+def test_a_norm_above_the_bound_is_a_divergence(tiny_config: RunConfig, start: Place) -> None:
+    message = r"step 0: the gradient's norm is past guard.max_grad_norm \(\S+ > 1e-06\); images \[\d+"
+    with pytest.raises(Diverged, match=message):
         run(guarded(tiny_config, max_grad_norm=1e-6), start, Ranks(), None)
 
 
-def test_more_events_than_allowed_end_the_run_and_a_repeated_step_is_one_event(
+def test_too_many_events_end_the_run_and_repeated_steps_count_once(
     tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]]
 ) -> None:
     poisoned |= {2: [], 4: [], 5: []}
     config = guarded(tiny_config, policy="skip", max_events=2)
-    for _ in range(2):  # the second time from the checkpoint of step 4, whose event is met again
+    for _ in range(2):  # the second time from the checkpoint of step 4, whose event is repeated
         with pytest.raises(TrainingError, match=r"^step 5: .*this is event 3, and guard.max_events allows 2"):
             run(config, start, Ranks(), None)
         assert [event["step"] for event in events(start.folder)] == [2, 4, 5]
 
 
-def test_a_checkpoint_of_before_the_first_update_is_gone_on_from(
+def test_a_run_continues_from_a_checkpoint_before_the_first_update(
     tiny_config: RunConfig, tmp_path: Path, poisoned: dict[int, list[int]]
 ) -> None:
     poisoned[0] = []
@@ -168,7 +167,7 @@ def test_a_checkpoint_of_before_the_first_update_is_gone_on_from(
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
-def test_what_is_asked_for_at_a_step_that_is_left_out_is_done_all_the_same(
+def test_a_request_at_a_skipped_step_is_fulfilled(
     tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]]
 ) -> None:
     poisoned[0] = []
@@ -177,7 +176,7 @@ def test_what_is_asked_for_at_a_step_that_is_left_out_is_done_all_the_same(
     assert checkpoint.list_checkpoints(start.folder)[0] == checkpoint.folder_of(start.folder, 1)
 
 
-def test_the_wait_for_a_checkpoint_to_go_back_to_is_no_part_of_a_step(
+def test_the_wait_for_a_rollback_is_not_counted_as_step_time(
     tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slow(self: Saver, *more: Any) -> None:
@@ -189,6 +188,6 @@ def test_the_wait_for_a_checkpoint_to_go_back_to_is_no_part_of_a_step(
     poisoned[2] = []
     tracker = MemoryTracker()
     run(guarded(tiny_config, policy="rollback"), start, Ranks(), tracker)
-    parts = [value for name, value, _ in tracker.points if name.startswith("step/")]
-    assert parts
-    assert min(parts) >= 0
+    times = [value for name, value, _ in tracker.points if name.startswith("step/")]
+    assert times
+    assert min(times) >= 0
