@@ -4,10 +4,10 @@
                                          meta.json             metadata, see `Meta`
                                          evaluation.json       metrics, after the evaluation
 
-HOME is a folder, by default the run's own. A checkpoint is written as `step-00001000.partial`, `meta.json` last, and then
-renamed, so a name without the suffix is a complete checkpoint. HOME can also be a URL, see `checkpoint_store`. The state
-does not depend on the number of workers, has no pickled code and no random state: dropout is seeded by (seed, step, rank),
-and the schedule and the order of the data are functions of the step.
+HOME is a folder, by default the run's own. A checkpoint is written as `step-00001000.partial`, `meta.json` last, and
+then renamed, so a name without the suffix is a complete checkpoint. HOME can also be a URL, see `checkpoint_store`. The
+state does not depend on the number of workers, has no pickled code and no random state: dropout is seeded by (seed,
+step, rank), and the schedule and the order of the data are functions of the step.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, averages: Avera
     """
     fresh = not optimizer.state
     if fresh:
-        # The guard has skipped every step so far. torch then creates a state of zeros, which fails if there are gradients.
+        # The guard has skipped every step so far. torch then creates a state of zeros, but not if there are gradients.
         optimizer.zero_grad(set_to_none=True)
     model_state, optimizer_state = get_state_dict(unwrap(model), optimizer)
     if fresh:
@@ -200,7 +200,7 @@ def read_evaluation(path: Location) -> dict[str, float] | None:
 
 
 def best(home: Location) -> tuple[Location, dict[str, float]] | None:
-    """Return the checkpoint with the highest AP (of masks, if predicted; the newest of equals) and its metrics, or None."""
+    """Return the newest checkpoint with the highest AP (of masks, if predicted) and its metrics, or None."""
     evaluated = [(path, read_evaluation(path)) for path in list_checkpoints(home)]
     scored = [(path, metrics) for path, metrics in evaluated if metrics is not None]
     return max(scored, key=lambda pair: (_ap(pair[1]), pair[0].name), default=None)
@@ -216,9 +216,10 @@ def waiting(home: Location) -> list[Location]:
 
 
 def prune(home: Location, keep: int) -> None:
-    """Delete old checkpoints, each at once; keep the newest `keep`, the best, milestones and those still to be evaluated.
+    """Delete old checkpoints, each atomically.
 
-    A checkpoint that cannot be read or deleted stays, with a warning: the next call tries again.
+    The newest `keep`, the best, milestones and those still to be evaluated are kept. A checkpoint that cannot be read
+    or deleted stays, with a warning: the next call tries again.
     """
     failures: list[Exception] = []
     with _noted(failures):

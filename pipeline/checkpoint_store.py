@@ -1,6 +1,7 @@
 """Location of a run's checkpoints, a folder or a URL, and the writer and reader for URLs.
 
-A store behind a URL cannot rename, so uploading `meta.json` last completes a checkpoint. It names the folder of the state:
+A store behind a URL cannot rename, so uploading `meta.json` last completes a checkpoint. It names the folder of the
+state:
 
     STORE/NAME-ID/checkpoints/step-00001000/meta.json          {"state_folder": "8f1c...", ...}
                                             8f1c.../           *.distcp, .metadata
@@ -10,8 +11,9 @@ Every attempt uploads into a new folder. A checkpoint can therefore be written a
 none, files of two attempts are never mixed, and nothing refers to the files of a killed attempt, which pruning removes.
 
 A rank's slice of the state is serialised in memory and uploaded as one object, and read as one, because only a complete
-request can be repeated after an error. Until then it takes host memory: 1.2 GB measured for a slice of 468 MB to S3. s3fs
-uploads large objects in pieces; the pieces of a killed upload are not visible here, and the bucket's rules remove them.
+request can be repeated after an error. Until then it takes host memory: 1.2 GB measured for a slice of 468 MB to S3.
+s3fs uploads large objects in pieces; the pieces of a killed upload are not visible here, and the bucket's rules remove
+them.
 """
 
 from __future__ import annotations
@@ -167,7 +169,7 @@ class FolderWriter(FileSystemWriter):
 class _Folder(FileSystem):
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        """Open a file; raise the system's error instead of torch's, which names only positions when the disk is full."""
+        """Open a file; on a full disk raise the system's error instead of torch's, which has only offsets."""
         with super().create_stream(path, mode) as stream:
             try:
                 yield stream

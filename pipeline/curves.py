@@ -31,7 +31,7 @@ def _chart(curves: Curves) -> Image.Image:
 
 
 def curves_table(boxes: Curves, masks: Curves | None = None) -> dict[str, list[Any]]:
-    """Return columns by name: recall, and precision at IoU 0.50:0.95, 0.50 and 0.75; of masks with a prefix `mask_`."""
+    """Return columns by name: recall, and precision at IoU 0.50:0.95, 0.50 and 0.75; masks with prefix `mask_`."""
     columns: dict[str, list[Any]] = {"recall": list(RECALLS)}
     for prefix, curves in (("", boxes), ("mask_", masks)):
         if curves:

@@ -31,7 +31,7 @@ class Boxes:
 
 
 def draw(image: Image.Image, boxes: Boxes) -> Image.Image:
-    """Return a copy of the image with masks, boxes, names and scores; a small image is enlarged by an integer factor."""
+    """Return a copy of the image with masks, boxes, names and scores; a small image is enlarged."""
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
@@ -105,8 +105,9 @@ def chart(lines: Sequence[Line], xs: Sequence[float], x_name: str, y_name: str) 
         ys = np.asarray(line.ys, dtype=float)
         axes.plot(xs, np.where(ys >= 0, ys, np.nan), color=line.colour, label=line.name, clip_on=False)
     figure.legend(loc="upper center", ncols=max(len(lines), 1), frameon=False)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    canvas.draw()  # type: ignore[no-untyped-call]
+    pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+    return Image.fromarray(pixels).convert("RGB")
 
 
 def side_by_side(left: Image.Image, right: Image.Image, captions: tuple[str, str]) -> Image.Image:

@@ -1,8 +1,8 @@
 """Prediction of when a run ends, from the time that its steps and evaluations have taken.
 
 The remaining steps count with the mean of the last ones, checkpoint stalls included, and the remaining evaluations with
-the time of the last one. Before the first evaluation, its time is estimated from the forward pass. Of evaluations in the
-background only the last one is waited for, and it runs in one process instead of on all workers.
+the time of the last one. Before the first evaluation, its time is estimated from the forward pass. Of evaluations in
+the background only the last one is waited for, and it runs in one process instead of on all workers.
 """
 
 from __future__ import annotations

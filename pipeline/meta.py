@@ -29,7 +29,7 @@ _MOVED = {
     "epoch_tail": "data.epoch_tail",
 }
 """Fields of formats 1 and 2 that are options in `config` since format 3."""
-_FIRST_DEFAULTS = {"sort_window": 1, "shuffle_shards": 0, "epoch_tail": "straddle"}
+_FIRST_DEFAULTS: dict[str, Any] = {"sort_window": 1, "shuffle_shards": 0, "epoch_tail": "straddle"}
 """Values of a format 1 from before these options existed."""
 _LIBRARIES = ("torch", "torchvision", "numpy", "ray", "webdataset", "mlflow", "detr-cluster")
 
@@ -51,7 +51,7 @@ class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     run_id: str
     """MLflow's id of the run."""
     config: dict[str, Any]
-    """The whole `RunConfig`; untyped, so that a later version can read it even if it has other options. See `option`."""
+    """The whole `RunConfig`, untyped: a later version with other options can read it. See `option`."""
     train_digest: str
     num_classes: int
     code_commit: str

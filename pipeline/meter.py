@@ -71,7 +71,7 @@ class Meter:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Stop the clock while the block saves or evaluates; of its time only waits for a checkpoint count as step time."""
+        """Stop the clock while the block saves or evaluates; only waits for a checkpoint count as step time."""
         self.clock.lap("other")
         stalled = self._stalled_s()
         yield
@@ -130,7 +130,7 @@ class Meter:
         seconds = torch.tensor([phases[name] for name in PARTS], dtype=torch.float64)
         host = torch.cat([seconds, by_rank.flatten()])
         sums = self._ranks.sum(torch.cat([losses.double(), host.to(losses.device)])).cpu()
-        losses, seconds, by_rank = sums.split([len(losses), len(PARTS), by_rank.numel()])
+        losses, seconds, by_rank = torch.split(sums, [len(losses), len(PARTS), by_rank.numel()])
         waits, memory = by_rank.view(2, -1)
         # Each rank's loss is its share times the world size, so the mean over ranks is the global batch's loss.
         per_step = self._steps * self._ranks.world_size
@@ -159,8 +159,8 @@ class WaitWatch:
     def judge(self, steps: int, interval: Interval) -> str | None:
         """Return a new warning, an empty text if the last one has passed, or None if nothing has changed.
 
-        The slowest rank counts, because all wait for it. The first `_JUDGED_STEPS` are ignored: they include the start of
-        the reader threads.
+        The slowest rank counts, because all wait for it. The first `_JUDGED_STEPS` are ignored: they include the start
+        of the reader threads.
         """
         self._steps += steps
         self._wait_s += steps * max(interval.waits)

@@ -1,4 +1,4 @@
-"""The spool's events, sent to one MLflow run: points, pictures, tables, tags and evaluated checkpoints."""
+"""Sender of the spool's events to an MLflow run: points, pictures, tables, tags and evaluated checkpoints."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LOG = logging.getLogger(__name__)
 
 
 class EventSender:
-    """Sends spooled events to one run. Sending the same metric twice is one row in MLflow."""
+    """Sender of spooled events to one run. An event may be sent twice: MLflow keeps equal metrics once."""
 
     def __init__(self, uri: str, run_id: str, folder: Path) -> None:
         self._uri, self._run_id, self._folder = uri, run_id, folder
         self._client: MlflowClient | None = None
 
     def __call__(self, events: Sequence[Event]) -> None:
-        """Send all, or raise: the caller then sends all again."""
+        """Send all events, or raise; the caller then sends all of them again."""
         if self._client is None:
             self._client = connect(self._uri)
         client = self._client
@@ -49,10 +49,10 @@ class EventSender:
             if event.kind == "picture":
                 self._picture(client, event)
             elif event.kind == "table":
-                # Written as the UI's table artifact; a second one of a name would be appended to by log_table.
+                # In the UI's format of tables. `log_table` would append to an earlier table of this name.
                 content = {
                     "columns": list(event.columns),
-                    "data": list(map(list, zip(*event.columns.values(), strict=True))),
+                    "data": [list(row) for row in zip(*event.columns.values(), strict=True)],
                 }
                 client.log_dict(self._run_id, content, event.name)
             elif event.kind == "checkpoint":
@@ -61,14 +61,14 @@ class EventSender:
     def _picture(self, client: MlflowClient, event: Event) -> None:
         path = self._folder / event.tags["file"]
         if not path.exists():
-            return  # sent by an attempt that died before it noted so
+            return  # sent by an attempt that died before it moved the cursor
         try:
             with Image.open(path) as opened:
                 image = opened.copy()
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # the disk's, and it may pass; what Pillow says about a picture has no number
-            # Trying again would only keep all later events from being sent.
+                raise  # an error of the disk, which may pass; Pillow's own errors have no number
+            # Trying again would block all later events.
             LOG.warning("picture %s is dropped: it cannot be decoded (%s)", path, first_line(error))
             return
         client.log_image(
@@ -77,17 +77,17 @@ class EventSender:
         path.unlink()
 
     def _checkpoint(self, client: MlflowClient, event: Event) -> None:
-        """A checkpoint is a metadata-only logged model: ranked by its figures in the UI, its bytes stay in the store."""
+        """Log a checkpoint as a model without files, which the UI ranks by its metrics; the files stay in the store."""
         from mlflow.entities import LoggedModelOutput, Metric
 
         run = client.get_run(self._run_id)
         known = client.search_logged_models([run.info.experiment_id], filter_string=f"source_run_id = '{self._run_id}'")
-        # A version that was registered before this was sent names the checkpoint that it was made of, too.
-        mine = (one for one in known if one.model_type == "checkpoint" and one.tags.get("checkpoint_uri") == event.name)
-        model = next(mine, None)
+        # The type matters: a version that was registered in the meantime has the tag of its checkpoint, too.
+        same = [m for m in known if m.model_type == "checkpoint" and m.tags.get("checkpoint_uri") == event.name]
+        model = same[0] if same else None
         if model is not None and model.status == "READY":
             return
-        # One that is not ready was left halfway by an attempt that died: what follows completes it.
+        # A model that is not ready was left incomplete by an attempt that died, and is completed here.
         model = model or client.create_logged_model(
             run.info.experiment_id,
             name=f"step-{event.step:08d}",
@@ -97,6 +97,9 @@ class EventSender:
         )
         if model.model_id not in {output.model_id for output in run.outputs.model_outputs}:
             client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, step=event.step)])
-        linked = [Metric(n, v, event.time_ms, event.step, model_id=model.model_id) for n, v in event.values.items()]
+        linked = [
+            Metric(name, value, event.time_ms, event.step, model_id=model.model_id)
+            for name, value in event.values.items()
+        ]
         client.log_batch(self._run_id, metrics=linked)
         client.finalize_logged_model(model.model_id, "READY")

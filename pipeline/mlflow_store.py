@@ -94,9 +94,9 @@ def unavailable() -> tuple[type[Exception], ...]:
     return MlflowException, OSError
 
 
-# SQLAlchemy's `make_url(uri).render_as_string(hide_password=True)` is not enough for the three functions below: it shows
-# passwords in the query (`?password=`, `?odbc_connect=`), tokens in place of the user, and the rest of a password behind
-# an "@". `urllib.parse.urlsplit` counts a password with a slash as the path.
+# SQLAlchemy's `make_url(uri).render_as_string(hide_password=True)` is not enough for the functions below: it shows
+# passwords in the query (`?password=`, `?odbc_connect=`), a token in place of the user, and the rest of a password
+# after an "@". `urllib.parse.urlsplit` takes a password with a slash as the path.
 def without_secret(uri: str) -> str:
     """Return the address for messages, with user, password and query masked."""
     scheme, separator, rest = uri.partition("://")
@@ -130,7 +130,7 @@ def _split_query(rest: str) -> tuple[str, str, str]:
 
 
 def _reason(error: Exception, uri: str) -> str:
-    """Return an error's first line without secrets of `uri`: MLflow repeats the address, a driver perhaps a piece of it."""
+    """Return an error's first line without the secrets of `uri`, which MLflow and drivers may repeat."""
     shown = without_secret(uri)
     message = first_line(error).replace(uri, shown)
     pieces = [piece for piece in re.split(r"[/:@?&=;#]+", uri) if len(piece) > 2 and piece not in shown]
@@ -155,7 +155,7 @@ def code_commit() -> str:
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:
-    """Return the id of an experiment, which is created if needed; without a server, artifacts are kept beside the database."""
+    """Return the id of an experiment; create it if needed, without a server with artifacts beside the database."""
     found = client.get_experiment_by_name(name)
     if found is not None:
         if found.lifecycle_stage == "deleted":
@@ -245,7 +245,7 @@ def find_runs(client: MlflowClient, experiment: str | None = None, limit: int = 
 
 
 def _runs(client: MlflowClient, experiment: str | None = None, condition: str = "") -> Iterator[Run]:
-    """Yield the runs of `detr train`, newest first, that meet a condition; fetched in pages and filtered by the server."""
+    """Yield the runs of `detr train` that meet a condition, newest first; the server filters and pages them."""
     ids = [e.experiment_id for e in client.search_experiments() if experiment is None or e.name == experiment]
     token: str | None = None
     while ids:

@@ -31,7 +31,7 @@ _MEANINGS = {
 
 
 def metrics_table(metrics: Mapping[str, float]) -> str:
-    """Return a table of the twelve COCO metrics, with a column for masks if there are any; `-` without ground truth."""
+    """Return a table of the twelve COCO metrics, of masks too if there are any; `-` without ground truth."""
     masks = "mask_AP" in metrics
 
     def shown(name: str) -> str:

@@ -1,7 +1,8 @@
 """Reader of torch.distributed.checkpoint folders that runs no code from them.
 
-torch keeps a checkpoint's `.metadata` and every number in it as pickles and unpickles them without a check: anyone who can
-write to the storage could run code on every worker that resumes. Here only the classes of such a checkpoint are allowed.
+torch keeps a checkpoint's `.metadata` and every number in it as pickles and unpickles them without a check: anyone who
+can write to the storage could run code on every worker that resumes. Here only the classes of such a checkpoint are
+allowed.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ _NOTE = "saved"
 
 
 def note_saved(folder: Path, step: int) -> None:
-    """Record that the checkpoint of `step` is complete; called by rank 0. Raise `OSError` if that cannot be written."""
+    """Record that the checkpoint of `step` is complete, on rank 0; raise `OSError` if that fails."""
     storage.write(str(folder / _NOTE), str(step).encode())
 
 

@@ -49,9 +49,9 @@ def open_saver(
 class Saver:
     """Writer of checkpoints in a thread, one after the other. Every rank must call the same methods in the same order.
 
-    `home` holds the folder `checkpoints`. Of those, the newest `keep`, the best and the milestones are kept. On rank 0
-    a save is due `every_minutes` after the start of the last one (0: never), and `saved` is called with the step of each
-    complete checkpoint. `stalled_s` counts the seconds that training has waited for saving.
+    `home` is the parent of the folder `checkpoints`. The newest `keep`, the best and the milestones are kept. On rank 0
+    a save is due `every_minutes` after the start of the last one (0: never), and `saved` is called with the step of
+    each complete checkpoint. `stalled_s` counts the seconds that training has waited for saving.
     """
 
     def __init__(

@@ -3,8 +3,8 @@
 `SpoolTracker` appends every event (metrics, pictures, tables, tags, checkpoints) to a JSON-lines file beside the run's
 checkpoints and returns at once. A thread sends the lines to MLflow in order and keeps the number of bytes sent in a
 cursor file. An outage of the server therefore delays events: the next flush, or the next start of the run, sends them.
-Measured reasons: a synchronous call blocks for minutes of retries and then kills training, and MLflow's own asynchronous
-logging drops what it could not send.
+Measured reasons: a synchronous call blocks for minutes of retries and then kills training, and MLflow's own
+asynchronous logging drops what it could not send.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _CURSOR = "cursor"
 
 
 class SpoolTracker:
-    """Tracker that appends events to `folder/events.jsonl`; a thread passes them to `send`, in order, until it succeeds.
+    """Tracker that appends events to `folder/events.jsonl`; a thread passes them to `send` in order.
 
-    Only one process may write to `folder`: rank 0. `send` takes a list of events or raises; sending an event twice must do
-    no harm. With `any_order` steps may come in any order, each once.
+    Only one process may write to `folder`: rank 0. `send` takes a list of events or raises, and is then called again;
+    sending an event twice must do no harm. With `any_order` steps may come in any order, each once.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ def _cut_half_line(folder: Path) -> None:
 
 
 def _decode(lines: Iterable[bytes], path: Path) -> list[Event]:
-    """Return the events of lines. A damaged line is skipped: it must neither stop a run nor block the lines after it."""
+    """Return the events of lines; skip a damaged one, which must neither stop a run nor block later lines."""
     events = []
     for line in lines:
         try:

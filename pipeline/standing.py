@@ -11,7 +11,7 @@ TAG_PROGRESS = "detr.progress"
 
 
 class Progress(msgspec.Struct, omit_defaults=True):
-    """State of a run at its last log point; `end` is the predicted end in ISO 8601, empty if it is too early to say."""
+    """State of a run at its last log point; `end` is the predicted end in ISO 8601, empty if unknown."""
 
     step: int
     epoch: float

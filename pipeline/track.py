@@ -1,8 +1,8 @@
-"""What a run tells of itself, and the rule by which it tells nothing twice; `pipeline/spool.py` keeps and sends it.
+"""Interface between a run and its tracker, and the rule that no step is reported twice.
 
-A run that goes on from a checkpoint computes some steps a second time. Points of a family (the part of a metric's name
-before the slash) at or below the last step that was told are dropped, so that MLflow never shows a step twice. Where steps
-come in any order, as evaluations beside the training may, it is the very steps that were told which are dropped.
+A run that continues from a checkpoint computes some steps again. Points of a family (the prefix of a metric's name
+before the slash) at or below its last reported step are dropped, so that MLflow never shows a step twice. If steps may
+come in any order, as those of evaluations in the background, exactly the reported steps are dropped.
 """
 
 from __future__ import annotations
@@ -15,44 +15,45 @@ import msgspec
 from PIL import Image
 
 TAG_PHASE = "detr.phase"
-"""Run tag: what the run is doing now."""
+"""Run tag: current phase of the run."""
 TAG_WARNING = "detr.warning"
-"""Run tag: what went wrong last and may pass, such as a store that does not answer. A cause that has a tag of its own,
-named after this one and a dot, empties it when it has passed."""
+"""Run tag: last warning, such as a store that does not answer. A cause with a tag of its own (this name, a dot and the
+cause) sets it to an empty text when it has passed."""
 TAG_RESIZED = "detr.resized"
-"""Run tag: when the number of workers changed last because the cluster had room for another."""
+"""Run tag: last change of the number of workers because the cluster had resources for more."""
 TAG_LEFT_OUT = "detr.left_out"
-"""Run tag: images that are not trained on."""
+"""Run tag: training images that are skipped."""
 _EVENTS = ("cluster", "restart")
-"""Families whose points are events of an attempt and not of a step: each is told once, two attempts at one step apart."""
+"""Families whose points are events of an attempt, so that two attempts can report the same step."""
 
 
 class Tracker(Protocol):
-    """What the training loop tells the world. Calls return at once and never raise for the tracker's sake."""
+    """Receiver of what a run reports. Calls return at once and never raise because of the tracker."""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Points of curves, named `family/name`. A family's step that was told before is dropped."""
+        """Report points of curves, named `family/name`; drop those of a family whose step was reported before."""
 
     def picture(self, key: str, image: Image.Image, step: int) -> None:
-        """One frame of the picture series `key`."""
+        """Report one frame of the picture series `key`."""
 
     def table(self, name: str, columns: Mapping[str, list[Any]], step: int | None = None) -> None:
-        """A table by columns, kept as the artifact `name`: that of the last step, whatever the order they are told in, or
-        without a step the newest.
+        """Report a table by columns as the artifact `name`, which keeps the table of the highest step.
+
+        Without a step it keeps the newest.
         """
 
     def tags(self, values: Mapping[str, str]) -> None:
-        """What the run is doing now, for people and for `detr runs`."""
+        """Set tags of the run."""
 
     def checkpoint(self, uri: str, step: int, metrics: Mapping[str, float]) -> None:
-        """An evaluated checkpoint and its figures, which are points of the run's curves as well."""
+        """Report an evaluated checkpoint and its metrics, which are also points of the curves."""
 
     def close(self) -> None:
-        """Send what is left, as far as the server answers within a while."""
+        """Send what is left, if the server answers within a minute."""
 
 
 class Event(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """A line of the spool. `kind` says which of the other fields matter."""
+    """Line of the spool; which of the other fields are used depends on `kind`."""
 
     kind: str
     time_ms: int
@@ -64,7 +65,7 @@ class Event(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
 
 
 class MemoryTracker:
-    """Keeps everything in lists, with the same rule about steps told twice; tests use it."""
+    """Tracker that keeps everything in lists, with the same rule about repeated steps; for tests."""
 
     def __init__(self) -> None:
         self.points: list[tuple[str, float, int]] = []
@@ -97,42 +98,39 @@ class MemoryTracker:
         self.checkpoints.append((uri, step))
 
     def close(self) -> None:
-        """Nothing is left to send."""
+        """Do nothing: there is nothing to send."""
 
 
 class Told:
-    """The steps that were told, by family.
-
-    any_order: a step before another that was told may still be told.
-    """
+    """Reported steps by family; with `any_order`, steps before the last one may still be reported."""
 
     def __init__(self, any_order: bool = False) -> None:
         self._any_order = any_order
         self._steps: dict[str, set[int]] = {}
 
     def add(self, family: str, step: int) -> None:
-        """It is told now."""
+        """Record that a step is reported."""
         steps = self._steps.setdefault(family, set())
         if not self._any_order:
-            steps.clear()  # the last one stands for those before
+            steps.clear()  # the last step is enough
         steps.add(step)
 
     def knows(self, family: str, step: int) -> bool:
-        """Whether it was told, or must not be told any more."""
+        """Return whether a step was reported, or must not be reported any more."""
         steps = self._steps.get(family, ())
         if self._any_order:
             return step in steps
         return family not in _EVENTS and step <= max(steps, default=-1)
 
     def replaced(self, family: str, step: int) -> bool:
-        """Whether one of a later step was told; it is told now otherwise."""
+        """Return whether a later step was reported; record this one if not."""
         if step < max(self._steps.get(family, ()), default=-1):
             return True
         self.add(family, step)
         return False
 
     def fresh(self, values: Mapping[str, float], step: int) -> dict[str, float]:
-        """The finite values whose family is not known at this step, which is noted as told."""
+        """Return the finite values whose family was not reported at this step, and record them."""
         found = {
             name: float(value)
             for name, value in values.items()

@@ -1,4 +1,4 @@
-"""The MLflow UI on the local store."""
+"""MLflow UI of the local store."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import sys
 from pipeline.errors import TrackingError
 from pipeline.mlflow_store import connect, tracking_uri, without_secret
 
-# The UI opens as one for language-model traces unless it is told otherwise.
+# Without this the UI opens as one for language-model traces.
 _VIEW = "#/experiments?workflowType=machine_learning"
 
 
 def serve_ui(host: str, port: int) -> None:
-    """Serve until interrupted; for a store that is a server already, say where it is."""
+    """Serve the UI until interrupted; if the store is a server already, only print its address."""
     uri = tracking_uri()
     if uri.startswith(("http://", "https://")):
-        print(f"the tracking server shows them: {without_secret(uri).rstrip('/')}/{_VIEW}")
+        print(f"the tracking server has a UI: {without_secret(uri).rstrip('/')}/{_VIEW}")
         return
     connect(uri)
     with socket.socket() as probe:
@@ -29,7 +29,7 @@ def serve_ui(host: str, port: int) -> None:
     environment = os.environ | {
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_BACKEND_STORE_URI": uri,  # not among the arguments, which every user of the machine can list
+        "MLFLOW_BACKEND_STORE_URI": uri,  # not an argument, which every user of the machine can read
     }
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", host, "--port", str(port)]
     command += ["--allowed-hosts", hosts]

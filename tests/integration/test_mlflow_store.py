@@ -47,7 +47,7 @@ def created(client: MlflowClient, config: RunConfig, name: str = "") -> str:
 
 
 def rows(store: str) -> dict[str, int]:
-    """Rows per table of the store."""
+    """Return the number of rows of each table of the store."""
     with sqlite3.connect(store.removeprefix("sqlite:///")) as database:
         names = [name for (name,) in database.execute("select name from sqlite_master where type = 'table'")]
         return {name: database.execute(f"select count(*) from {name}").fetchone()[0] for name in names}
@@ -57,9 +57,7 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_run_of_before_there_was_a_choice_of_batches_keeps_to_padded_ones(
-    client: MlflowClient, tiny_config: RunConfig
-) -> None:
+def test_a_run_from_before_evaluate_batching_keeps_padded_batches(client: MlflowClient, tiny_config: RunConfig) -> None:
     run_id = created(client, tiny_config)
     stored = msgspec.json.decode(read_config(client, run_id))
     del stored["evaluate"]["batching"]
@@ -67,7 +65,7 @@ def test_a_run_of_before_there_was_a_choice_of_batches_keeps_to_padded_ones(
     assert from_json(read_config(client, run_id)).evaluate.batching == "padded"
 
 
-def test_a_run_holds_its_configuration_code_and_data(client: MlflowClient, tiny_config: RunConfig) -> None:
+def test_a_run_has_its_configuration_code_and_data(client: MlflowClient, tiny_config: RunConfig) -> None:
     run = client.get_run(created(client, tiny_config))
     assert run.data.params == {name: value or "-" for name, value in flatten(tiny_config).items()}
     assert run.data.tags[TAG_COMMIT] == code_commit()
@@ -86,13 +84,13 @@ def test_a_run_holds_its_configuration_code_and_data(client: MlflowClient, tiny_
     assert sorted(sources) == sorted([tiny_config.data.train, tiny_config.data.val])
 
 
-def test_artifacts_lie_beside_the_database(client: MlflowClient, tiny_config: RunConfig, store: str) -> None:
+def test_artifacts_are_kept_beside_the_database(client: MlflowClient, tiny_config: RunConfig, store: str) -> None:
     run_id = created(client, tiny_config)
     beside = Path(store.removeprefix("sqlite:///")).parent / "mlartifacts" / "detr"
     assert (beside / run_id / "artifacts" / CONFIG_ARTIFACT).is_file()
 
 
-def test_a_run_is_found_by_id_by_the_start_of_it_and_by_name(client: MlflowClient, tiny_config: RunConfig) -> None:
+def test_a_run_is_found_by_id_start_of_id_and_name(client: MlflowClient, tiny_config: RunConfig) -> None:
     ids = [created(client, tiny_config, name) for name in ("first", "second", "second")]
 
     def found(word: str) -> str:
@@ -107,9 +105,9 @@ def test_a_run_is_found_by_id_by_the_start_of_it_and_by_name(client: MlflowClien
     assert find_runs(client, "another experiment") == []
 
 
-def test_an_unknown_run_is_one_line_that_names_what_there_is(client: MlflowClient, tiny_config: RunConfig) -> None:
+def test_an_unknown_run_is_one_line_with_known_names(client: MlflowClient, tiny_config: RunConfig) -> None:
     created(client, tiny_config, "mine")
-    for word in ("yours", "ffff", "", "it's \"quoted\"", "%"):
+    for word in ("yours", "ffff", "", 'it\'s "quoted"', "%"):
         with pytest.raises(TrackingError, match=r"there is no run .*newest: mine") as caught:
             find_run(client, word)
         assert "\n" not in str(caught.value)
@@ -123,7 +121,7 @@ def test_runs_of_other_programs_are_not_listed(client: MlflowClient, tiny_config
         read_config(client, foreign)
 
 
-def test_runs_are_found_behind_many_others(
+def test_runs_are_found_among_many_others(
     client: MlflowClient, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mlflow_store, "_PAGE", 2)
@@ -180,13 +178,11 @@ def test_an_error_never_shows_a_password(uri: str, monkeypatch: pytest.MonkeyPat
         ("databricks", "databricks", False),
     ],
 )
-def test_what_an_address_hides(uri: str, shown: str, secret: bool) -> None:
+def test_secrets_of_an_address_are_masked(uri: str, shown: str, secret: bool) -> None:
     assert (without_secret(uri), holds_secret(uri)) == (shown, secret)
 
 
-def test_the_ui_s_server_gets_the_store_where_others_cannot_list_it(
-    monkeypatch: pytest.MonkeyPatch, store: str
-) -> None:
+def test_the_ui_server_gets_the_store_by_its_environment(monkeypatch: pytest.MonkeyPatch, store: str) -> None:
     started: dict[str, Any] = {}
 
     class Ended:
@@ -204,7 +200,7 @@ def test_the_ui_s_server_gets_the_store_where_others_cannot_list_it(
 
 
 @pytest.mark.parametrize("uri", ["gopher://host", "sqlite:///{junk}"])
-def test_what_is_no_store_is_one_line(uri: str, tmp_path: Path, store: str) -> None:
+def test_an_address_without_a_store_is_one_line(uri: str, tmp_path: Path, store: str) -> None:
     (tmp_path / "junk").write_text("not a database " * 20)
     with pytest.raises(TrackingError, match=r"does not answer .*check MLFLOW_TRACKING_URI") as caught:
         connect(uri.format(junk=tmp_path / "junk"))
@@ -212,7 +208,7 @@ def test_what_is_no_store_is_one_line(uri: str, tmp_path: Path, store: str) -> N
 
 
 def spooled(folder: Path) -> list[Event]:
-    """One event of every kind, with their pictures in the folder."""
+    """Return one event of every kind, with pictures in the folder."""
     taken: list[Event] = []
     tracker = SpoolTracker(folder, taken.extend, interval_s=0.01)
     tracker.tags({"detr.phase": "training"})
@@ -226,9 +222,7 @@ def spooled(folder: Path) -> list[Event]:
     return taken
 
 
-def test_everything_that_was_told_is_in_the_store(
-    client: MlflowClient, tiny_config: RunConfig, store: str, tmp_path: Path
-) -> None:
+def test_all_events_are_in_the_store(client: MlflowClient, tiny_config: RunConfig, store: str, tmp_path: Path) -> None:
     run_id = created(client, tiny_config)
     EventSender(store, run_id, tmp_path / "spool")(spooled(tmp_path / "spool"))
     run = client.get_run(run_id)
@@ -251,7 +245,7 @@ def test_everything_that_was_told_is_in_the_store(
     assert not list((tmp_path / "spool").glob("*.png"))
 
 
-def test_sending_everything_again_adds_nothing(
+def test_sending_events_again_adds_nothing(
     client: MlflowClient, tiny_config: RunConfig, store: str, tmp_path: Path
 ) -> None:
     run_id = created(client, tiny_config)
@@ -264,7 +258,7 @@ def test_sending_everything_again_adds_nothing(
 
 
 @pytest.mark.parametrize("call", ["log_outputs", "log_batch", "finalize_logged_model", "log_dict", "log_image"])
-def test_a_sender_that_died_halfway_is_completed_by_the_next(
+def test_a_sender_completes_what_a_dead_one_has_started(
     client: MlflowClient,
     tiny_config: RunConfig,
     store: str,
@@ -292,7 +286,7 @@ def test_a_sender_that_died_halfway_is_completed_by_the_next(
     assert client.list_artifacts(run_id, "images")
 
 
-def test_more_points_than_one_request_holds_all_arrive(
+def test_more_points_than_fit_one_request_arrive(
     client: MlflowClient, tiny_config: RunConfig, store: str, tmp_path: Path
 ) -> None:
     run_id = created(client, tiny_config)
@@ -301,7 +295,7 @@ def test_more_points_than_one_request_holds_all_arrive(
     assert len(client.get_metric_history(run_id, "train/b")) == 700
 
 
-def test_a_picture_that_cannot_be_decoded_holds_nothing_back(
+def test_a_picture_that_cannot_be_decoded_is_dropped(
     client: MlflowClient, tiny_config: RunConfig, store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_id = created(client, tiny_config)

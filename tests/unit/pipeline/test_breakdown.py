@@ -8,23 +8,23 @@ from pipeline import breakdown
 from pipeline.breakdown import PARTS, StepClock, memory_gib
 
 
-def test_parts_add_up_to_all_the_time_that_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_phases_add_up_to_the_total_time(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 10.0, 10.5, 12.0, 20.0, 21.0, 30.0, 30.25])
     monkeypatch.setattr(breakdown._HostMarks, "mark", lambda _: next(times))
     clock = StepClock(torch.device("cpu"))
     clock.start()  # at 10
     clock.lap("data_wait")
     clock.lap("forward")
-    clock.start()  # what passed until 20 is nobody's
+    clock.start()  # the time until 20 is not counted
     clock.lap("forward")
     assert clock.read() == dict.fromkeys(PARTS, 0.0) | {"data_wait": 0.5, "forward": 2.5}
-    clock.lap("loss")  # from 21, where it was read, to 30
+    clock.lap("loss")  # from the last reading at 21 to 30
     clock.lap("backward")
     assert clock.read() == dict.fromkeys(PARTS, 0.0) | {"loss": 9.0, "backward": 0.25}
 
 
 class Event:
-    """Stands for CUDA's: the host's clock must play no part, nor a wait before the figures are read."""
+    """Fake CUDA event; neither the host's clock nor a wait before reading may be used."""
 
     ticks = itertools.count()
     made = 0
@@ -45,7 +45,7 @@ class Event:
         return 1000.0 * (other.at - self.at)
 
 
-def test_on_a_gpu_parts_are_read_off_events_that_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_phases_are_measured_by_reused_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     clock = StepClock(torch.device("cuda"))
     for _ in range(3):
@@ -60,7 +60,7 @@ def test_on_a_gpu_parts_are_read_off_events_that_are_used_again(monkeypatch: pyt
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_gpu_a_part_is_the_device_s_time_and_not_the_host_s() -> None:
+def test_on_a_gpu_a_phase_is_the_time_of_the_device() -> None:
     clock, big = StepClock(torch.device("cuda")), torch.rand(8192, 8192, device="cuda")
     torch.cuda.synchronize()
     clock.start()
@@ -75,7 +75,7 @@ def test_on_a_gpu_a_part_is_the_device_s_time_and_not_the_host_s() -> None:
     assert seconds["backward"] < seconds["forward"] / 100
 
 
-def test_a_process_on_a_cpu_has_the_memory_that_the_system_says() -> None:
+def test_memory_on_a_cpu_is_the_resident_size() -> None:
     before = memory_gib(torch.device("cpu"))
     held = torch.ones(2**26)  # 256 MiB
     assert memory_gib(torch.device("cpu")) - before == pytest.approx(0.25, abs=0.05)

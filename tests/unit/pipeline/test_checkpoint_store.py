@@ -1,4 +1,4 @@
-"""Checkpoints in a store that is reached by URL: as whole or absent as in a folder."""
+"""Checkpoints in a store behind a URL are as atomic as those in a folder."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -35,7 +35,7 @@ def save(home: Location, step: int, seed: int = 0) -> Location:
 
 
 def files(home: Url) -> list[str]:
-    """Names below the run's checkpoints, with each part's random name as `*`."""
+    """Names below the run's checkpoints, with each state folder's random name as `*`."""
     found = []
     for name in storage.listing(str(home / "checkpoints")):
         step, *rest = name.split("/")
@@ -43,14 +43,14 @@ def files(home: Url) -> list[str]:
     return sorted(found)
 
 
-def test_a_run_s_home_is_its_folder_or_below_the_store(tmp_path: Path) -> None:
+def test_checkpoints_are_in_the_run_folder_or_below_the_store(tmp_path: Path) -> None:
     folder = tmp_path / "name-1"
     assert home_of("", folder) == folder
     assert home_of("/mnt/kept", folder) == home_of("file:///mnt/kept", folder) == Path("/mnt/kept/name-1")
     assert home_of("s3://bucket/runs/", folder) == Url("s3://bucket/runs/name-1")
 
 
-def test_what_is_saved_is_loaded_bit_for_bit_and_meta_comes_last(home: Url, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_state_is_loaded_and_metadata_is_written_last(home: Url, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     write = storage.write
     monkeypatch.setattr(storage, "write", lambda url, content: (written.append(url), write(url, content)))
@@ -66,7 +66,7 @@ def test_what_is_saved_is_loaded_bit_for_bit_and_meta_comes_last(home: Url, monk
     assert torch.equal(model.state_dict()["0.weight"], small(1)[0].state_dict()["0.weight"])
 
 
-def test_figures_the_best_and_pruning_are_as_in_a_folder(home: Url) -> None:
+def test_metrics_best_and_pruning_work_as_in_a_folder(home: Url) -> None:
     for step, ap in ((1, 0.1), (2, 0.4), (3, 0.4), (4, 0.3)):
         checkpoint.write_evaluation(save(home, step), {"AP": ap})
     path = save(home, 5)
@@ -80,7 +80,7 @@ def test_figures_the_best_and_pruning_are_as_in_a_folder(home: Url) -> None:
     assert {name[0] for name in files(home)} == {"3", "5"}
 
 
-def test_a_prefix_without_meta_does_not_count_and_pruning_removes_it(home: Url) -> None:
+def test_checkpoints_without_metadata_are_ignored_and_pruned(home: Url) -> None:
     save(home, 1)
     storage.remove(str(save(home, 2) / "meta.json"))
     storage.write(str(home / "checkpoints" / "step-00000003" / "0123" / "__0_0.distcp"), b"half")
@@ -89,10 +89,10 @@ def test_a_prefix_without_meta_does_not_count_and_pruning_removes_it(home: Url) 
     assert files(home) == ["1/*/.metadata", "1/*/__0_0.distcp", "1/meta.json"]
 
 
-def test_an_attempt_that_was_killed_leaves_the_checkpoint_before_it_and_is_removed(
+def test_a_killed_attempt_keeps_the_earlier_checkpoint_and_is_removed(
     home: Url, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also of the same step: what is there counts until the new one's `meta.json` takes its place."""
+    """Even for the same step: the earlier checkpoint counts until the new `meta.json` replaces its own."""
     path = save(home, 3, seed=1)
     write = storage.write
 
@@ -120,7 +120,7 @@ def test_an_attempt_that_was_killed_leaves_the_checkpoint_before_it_and_is_remov
     assert_same_state(loaded, small(5))
 
 
-def test_discarding_ends_a_checkpoint_with_its_first_request(home: Url, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deleting_removes_the_metadata_first(home: Url, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 2):
         save(home, step)
     removed: list[str] = []
@@ -131,7 +131,7 @@ def test_discarding_ends_a_checkpoint_with_its_first_request(home: Url, monkeypa
     assert len(removed) == 3
 
 
-def test_what_is_damaged_is_one_clear_error(home: Url) -> None:
+def test_a_damaged_checkpoint_in_a_store_is_one_clear_error(home: Url) -> None:
     path = save(home, 3)
     with pytest.raises(CheckpointError, match=r"step-00000009/meta\.json cannot be read"):
         checkpoint.load_weights(checkpoint.folder_of(home, 9), small(0)[0])
@@ -141,9 +141,7 @@ def test_what_is_damaged_is_one_clear_error(home: Url) -> None:
         checkpoint.load(path, *small(0), Ranks())
 
 
-def test_a_store_that_refuses_is_one_line_and_leaves_the_earlier_ones(
-    home: Url, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refused_write_is_one_line_and_keeps_earlier_checkpoints(home: Url, monkeypatch: pytest.MonkeyPatch) -> None:
     save(home, 1)
 
     def refuse(url: str, *_: object) -> None:
@@ -207,7 +205,7 @@ def test_a_store_is_tried_before_a_run_exists(
         check_storage(stored("s3://me:secret@host/runs"))
 
 
-def test_a_run_that_was_killed_goes_on_from_the_store(tiny_config: RunConfig, home: Url, tmp_path: Path) -> None:
+def test_a_killed_run_continues_from_the_store(tiny_config: RunConfig, home: Url, tmp_path: Path) -> None:
     config = replace(
         tiny_config, checkpoint=replace(tiny_config.checkpoint, every_steps=2, store="memory://bucket/runs")
     )

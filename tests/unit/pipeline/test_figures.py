@@ -9,7 +9,7 @@ ORANGE = (0xE6, 0x9F, 0x00)
 
 
 def marked(picture: Image.Image) -> np.ndarray:
-    """Where a picture drawn on a grey image is no longer grey."""
+    """Return a mask of the pixels that are no longer grey in a picture of a grey image."""
     return (np.asarray(picture) != GREY).any(axis=2)
 
 
@@ -17,7 +17,7 @@ def one(box: tuple[float, float, float, float], name: str = "", score: float | N
     return Boxes(np.array([box]), [0], [name], None if score is None else [score])
 
 
-def test_a_box_is_marked_along_its_sides_and_left_clear_inside() -> None:
+def test_a_box_is_drawn_along_its_sides_only() -> None:
     picture = draw(Image.new("RGB", (400, 300), GREY), one((100, 150, 200, 250)))
     assert picture.size == (400, 300)
     pixels = np.asarray(picture)
@@ -28,7 +28,7 @@ def test_a_box_is_marked_along_its_sides_and_left_clear_inside() -> None:
     assert not marked(picture)[:, 210:].any()
 
 
-def test_a_mask_is_half_in_its_object_s_colour_and_its_surroundings_stay() -> None:
+def test_masks_are_blended_half_with_the_colour_of_their_object() -> None:
     inside = np.zeros((2, 300, 400), bool)
     inside[0, 160:240, 110:190] = True
     inside[1, 200:240, 150:300] = True
@@ -49,7 +49,7 @@ def test_the_masks_of_a_small_image_are_enlarged_with_it() -> None:
     assert not marked(picture)[164:200, 100:200].any()
 
 
-def test_nothing_is_marked_without_boxes() -> None:
+def test_nothing_is_drawn_without_boxes() -> None:
     image = Image.new("RGB", (400, 300), GREY)
     empty = Boxes(np.zeros((0, 4)), [], [], [])
     assert not marked(draw(image, empty)).any()
@@ -59,13 +59,13 @@ def test_nothing_is_marked_without_boxes() -> None:
 @pytest.mark.parametrize(
     "box", [(-50, -20, 500, 400), (390, 290, 700, 900), (-30, -30, -10, -10), (500, 100, 600, 120), (50, 50, 50, 50)]
 )
-def test_a_box_beyond_the_image_is_marked_inside_it(box: tuple[float, float, float, float]) -> None:
+def test_a_box_beyond_the_image_is_clipped(box: tuple[float, float, float, float]) -> None:
     picture = draw(Image.new("RGB", (400, 300), GREY), one(box, "a long name of a category", 0.75))
     assert picture.size == (400, 300)
     assert marked(picture).any()
 
 
-def test_a_small_image_is_enlarged_by_a_whole_factor_and_its_boxes_with_it() -> None:
+def test_a_small_image_is_enlarged_with_its_boxes() -> None:
     picture = draw(Image.new("RGB", (96, 64), GREY), one((24, 32, 48, 56)))
     assert picture.size == (96 * 4, 64 * 4)
     pixels = np.asarray(picture)
@@ -74,7 +74,7 @@ def test_a_small_image_is_enlarged_by_a_whole_factor_and_its_boxes_with_it() -> 
     assert not marked(picture)[34 * 4 : 54 * 4, 26 * 4 : 46 * 4].any()
 
 
-def test_the_surest_detection_is_drawn_last() -> None:
+def test_the_detection_with_the_highest_score_is_on_top() -> None:
     same = np.array([[100.0, 100, 200, 200]] * 2)
     picture = draw(Image.new("RGB", (400, 300), GREY), Boxes(same, [0, 1], ["a", "b"], [0.9, 0.6]))
     assert tuple(np.asarray(picture)[150, 100]) == ORANGE
@@ -85,7 +85,7 @@ def test_grey_images_are_drawn_in_colour() -> None:
     assert picture.mode == "RGB"
 
 
-def test_two_pictures_stand_side_by_side_under_their_captions() -> None:
+def test_two_pictures_are_side_by_side_under_captions() -> None:
     joined = side_by_side(Image.new("RGB", (50, 40), "red"), Image.new("RGB", (50, 40), "blue"), ("found", "truth"))
     pixels = np.asarray(joined)
     assert tuple(pixels[-1, 0]) == (255, 0, 0)
@@ -93,7 +93,7 @@ def test_two_pictures_stand_side_by_side_under_their_captions() -> None:
     assert (pixels[:20, :50] < 100).any()
 
 
-def test_a_contact_sheet_holds_every_picture() -> None:
+def test_a_contact_sheet_has_every_picture() -> None:
     colours = ["red", "lime", "blue"]
     sheet = contact_sheet([Image.new("RGB", (100, 50), colour) for colour in colours], columns=2, width=200)
     assert sheet.size == (200, 100)

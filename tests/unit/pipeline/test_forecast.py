@@ -13,7 +13,7 @@ SCHEDULE = Schedule(CONFIG.optim, 1000)
 LONG = replace(CONFIG.optim, epochs=300)
 
 
-def test_it_is_told_from_step_200_on_and_earlier_in_a_short_run() -> None:
+def test_the_forecast_starts_at_step_200_or_earlier_in_a_short_run() -> None:
     forecast = Forecast(CONFIG, SCHEDULE, 50)
     forecast.stepped(39, 39.0, 0.0)
     assert forecast.remaining_s(39) is None
@@ -27,16 +27,16 @@ def test_it_is_told_from_step_200_on_and_earlier_in_a_short_run() -> None:
     assert forecast.remaining_s(200) is not None
 
 
-def test_it_counts_steps_and_evaluations_that_are_left() -> None:
+def test_remaining_steps_and_evaluations_are_counted() -> None:
     forecast = Forecast(CONFIG, SCHEDULE, 50)
     forecast.stepped(100, 50.0, 0.0)
     forecast.evaluated(7.0)
-    assert forecast.remaining_s(100) == pytest.approx(300 * 0.5 + 4 * 7)  # that at step 100 is due
+    assert forecast.remaining_s(100) == pytest.approx(300 * 0.5 + 4 * 7)  # including the one due at step 100
     assert forecast.remaining_s(101) == pytest.approx(299 * 0.5 + 3 * 7)
     assert forecast.remaining_s(400) == pytest.approx(7)
 
 
-def test_before_the_first_evaluation_one_is_taken_for_a_forward_pass_over_its_images() -> None:
+def test_the_first_evaluation_is_estimated_from_the_forward_pass() -> None:
     forecast = Forecast(CONFIG, SCHEDULE, 50)
     forecast.stepped(50, 50.0, 0.2)  # ten images: 50 take 1 s
     assert forecast.remaining_s(50) == pytest.approx(350 + 4)
@@ -45,7 +45,7 @@ def test_before_the_first_evaluation_one_is_taken_for_a_forward_pass_over_its_im
     assert limited.remaining_s(50) == pytest.approx(350 + 2)
 
 
-def test_the_beginning_and_what_was_long_ago_do_not_count() -> None:
+def test_the_first_interval_and_old_ones_are_ignored() -> None:
     forecast = Forecast(CONFIG, Schedule(LONG, 1000), 50)
     forecast.stepped(200, 2000.0, 0.0)
     assert forecast.remaining_s(200) == pytest.approx(29800 * 10.0)
@@ -57,15 +57,15 @@ def test_the_beginning_and_what_was_long_ago_do_not_count() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_of_evaluations_beside_the_training_only_the_last_is_waited_for_and_one_process_makes_it(workers: int) -> None:
+def test_only_the_last_background_evaluation_counts_on_one_process(workers: int) -> None:
     beside = replace(CONFIG, evaluate=replace(CONFIG.evaluate, asynchronous=True))
     forecast = Forecast(beside, SCHEDULE, 50, workers)
-    forecast.stepped(100, 50.0, 0.2)  # ten images by all workers: 50 take 1 s, by one alone so many times as long
-    for step in (100, 101, 250, 400):  # those at 100, 200 and 300 keep nothing waiting
+    forecast.stepped(100, 50.0, 0.2)  # ten images by all workers: 50 take 1 s, and as many times longer on one worker
+    for step in (100, 101, 250, 400):  # training does not wait for those at 100, 200 and 300
         assert forecast.remaining_s(step) == pytest.approx((400 - step) * 0.5 + workers)
 
 
-def test_evaluations_inside_the_training_are_made_by_all_workers() -> None:
+def test_evaluations_during_training_use_all_workers() -> None:
     forecast = Forecast(CONFIG, SCHEDULE, 50, 4)
     forecast.stepped(50, 50.0, 0.2)
     assert forecast.remaining_s(50) == pytest.approx(350 + 4)

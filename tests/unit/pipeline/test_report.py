@@ -8,14 +8,14 @@ from pipeline.track import TAG_PHASE
 from shards.score import MASK_METRICS, METRICS
 
 
-def test_the_figures_of_boxes_stand_alone_where_there_are_no_masks() -> None:
+def test_without_masks_the_table_has_one_column_of_metrics() -> None:
     lines = metrics_table(dict.fromkeys(METRICS, 0.25) | {"APl": -1.0}).splitlines()
     assert lines[0].split() == ["metric", "value", "of"]
     assert lines[2].split() == ["AP", "0.250", "IoU", "0.50:0.95"]
     assert lines[7].split()[:2] == ["APl", "-"]
 
 
-def test_the_figures_of_masks_stand_next_to_those_of_boxes() -> None:
+def test_metrics_of_masks_are_next_to_those_of_boxes() -> None:
     metrics = dict.fromkeys(METRICS, 0.25) | dict.fromkeys(MASK_METRICS, 0.125) | {"mask_APl": -1.0}
     lines = metrics_table(metrics).splitlines()
     assert lines[0].split() == ["metric", "boxes", "masks", "of"]
@@ -24,19 +24,19 @@ def test_the_figures_of_masks_stand_next_to_those_of_boxes() -> None:
     assert len(lines) == 14
 
 
-def test_the_end_is_listed_of_runs_that_are_going_on() -> None:
+def test_only_running_runs_have_a_predicted_end() -> None:
     def tags(end: datetime) -> dict[str, str]:
         return {TAG_PHASE: "training", TAG_PROGRESS: Progress(7, 0.5, end.isoformat()).to_json()}
 
     end = datetime.now(UTC) + timedelta(hours=1)
-    past = end - timedelta(hours=2)  # its driver is gone
+    past = end - timedelta(hours=2)  # the driver is dead
 
     def run(status: str, tags: dict[str, str]) -> Any:
         info = SimpleNamespace(run_id="0123456789", run_name="one", status=status, start_time=0)
         return SimpleNamespace(info=info, data=SimpleNamespace(tags=tags, metrics={}))
 
-    said = runs_table(
+    lines = runs_table(
         [run("RUNNING", tags(end)), run("RUNNING", {}), run("FINISHED", tags(end)), run("RUNNING", tags(past))]
     ).splitlines()
-    assert said[0].split()[-1] == "ends"
-    assert [line.split()[-1] for line in said[2:]] == [clock_time(end).split()[-1], "-", "-", "-"]
+    assert lines[0].split()[-1] == "ends"
+    assert [line.split()[-1] for line in lines[2:]] == [clock_time(end).split()[-1], "-", "-", "-"]

@@ -1,4 +1,4 @@
-"""A run that saved before begins anew only where a person says so."""
+"""A run that has saved must not start again silently."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +22,7 @@ def losses(tracker: MemoryTracker) -> list[int]:
     return [step for name, _, step in tracker.points if name == "train/loss"]
 
 
-def test_workers_that_start_again_without_the_store_refuse_to_begin_anew(
-    tiny_config: RunConfig, tmp_path: Path
-) -> None:
+def test_workers_without_the_store_refuse_to_start_again(tiny_config: RunConfig, tmp_path: Path) -> None:
     store, away = tmp_path / "store", tmp_path / "away"
     config, place = stored(tiny_config, store), start(tiny_config, tmp_path / "tiny-1")
     with pytest.raises(Kill):
@@ -44,7 +42,7 @@ def test_workers_that_start_again_without_the_store_refuse_to_begin_anew(
     assert saved.newest_of_run(store / "tiny-1", place.folder) == checkpoint.folder_of(store / "tiny-1", 6)
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tiny_config: RunConfig, tmp_path: Path) -> None:
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tiny_config: RunConfig, tmp_path: Path) -> None:
     config, place = stored(tiny_config, tmp_path / "store"), start(tiny_config, tmp_path / "tiny-1")
     with pytest.raises(Kill):
         run(config, place, Ranks(), KillingTracker("train", 2))

@@ -8,7 +8,7 @@ from pipeline.telling import telling_warnings
 from pipeline.track import TAG_WARNING, MemoryTracker
 
 
-def test_warnings_of_the_data_plane_are_told_while_the_block_lasts() -> None:
+def test_warnings_about_data_are_reported_inside_the_block() -> None:
     tracker, logger = MemoryTracker(), logging.getLogger("shards.retry")
     with telling_warnings(tracker):
         logger.warning("%s does not answer", "s3://shards")
@@ -18,7 +18,7 @@ def test_warnings_of_the_data_plane_are_told_while_the_block_lasts() -> None:
     assert tracker.last_tags == {TAG_WARNING: "s3://shards does not answer"}
 
 
-def test_each_new_warning_is_one_line_and_those_of_before_are_none() -> None:
+def test_each_new_warning_is_one_line_but_not_earlier_ones() -> None:
     stream = io.StringIO()
     view = RunView(stream)
     for warning in ("of an earlier attempt", "of an earlier attempt", "no answer", "no answer", "restart 1"):

@@ -1,11 +1,11 @@
-"""The rule by which nothing is told twice."""
+"""The rule that no step is reported twice."""
 
 import math
 
 from pipeline.track import MemoryTracker, Told
 
 
-def test_the_tracker_in_memory_keeps_the_same_rule() -> None:
+def test_the_memory_tracker_drops_repeated_steps() -> None:
     tracker = MemoryTracker()
     tracker.metrics({"train/loss": 1.0}, 10)
     tracker.metrics({"train/loss": 2.0}, 10)
@@ -15,7 +15,7 @@ def test_the_tracker_in_memory_keeps_the_same_rule() -> None:
     assert tracker.checkpoints == [("/c", 5)]
 
 
-def test_what_is_of_an_attempt_is_told_at_the_step_of_the_attempt_before() -> None:
+def test_events_of_two_attempts_may_have_the_same_step() -> None:
     tracker = MemoryTracker()
     for workers in (4, 2, 1):
         tracker.metrics({"cluster/workers": float(workers), "train/loss": float(workers)}, 101)
@@ -31,14 +31,14 @@ def test_what_is_of_an_attempt_is_told_at_the_step_of_the_attempt_before() -> No
     assert [point for point in tracker.points if point[0] == "train/loss"] == [("train/loss", 4.0, 101)]
 
 
-def test_a_table_of_an_earlier_step_replaces_none() -> None:
+def test_a_table_of_an_earlier_step_is_dropped() -> None:
     tracker = MemoryTracker()
     for step in (2, 3, 1, 3):
         tracker.table("t.json", {"step": [step]}, step)
     assert tracker.tables == {"t.json": {"step": [3]}}
 
 
-def test_in_any_order_a_step_is_known_when_it_was_told() -> None:
+def test_with_any_order_only_reported_steps_are_dropped() -> None:
     told = Told(any_order=True)
     assert told.fresh({"val/AP": 0.5}, 7) == {"val/AP": 0.5}
     assert told.fresh({"val/AP": 0.5}, 7) == {}
