@@ -20,6 +20,7 @@ Fields hold only int, float, str, bool and tuples of them, so every config survi
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -27,6 +28,7 @@ class ConfigError(ValueError):
     """Raised for a configuration that cannot work. The message is one line: got, expected, what to do."""
 
 
+@cache
 def literal_fields(kind: type) -> dict[str, tuple[str, ...]]:
     """Return the allowed values of each field of the dataclass `kind` that is annotated as a `Literal`."""
     hints = get_type_hints(kind).items()
@@ -38,7 +40,7 @@ def check_literals(config: Any, require: Callable[[bool, str, object, str], None
 
     `require` raises the caller's error if `holds` is false. `prefix` is put in front of the field's name.
     """
-    for name, choices in literal_fields(type(config)).items():
+    for name, choices in literal_fields(config.__class__).items():
         got = getattr(config, name)
         require(got in choices, prefix + name, got, f"one of {', '.join(choices)}")
 
