@@ -12,7 +12,7 @@ from shards.source import Source, file_sizes
 
 
 def load_report(manifest: Manifest) -> DefectReport | None:
-    """Return the report of defects in a data set's source; None when there is none, as for foreign tars."""
+    """Return the report of defects in a data set's source; None when the data set has none."""
     url = storage.join(manifest.url, REPORT_NAME)
     try:
         return parse_report(storage.read(url), url)

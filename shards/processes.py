@@ -28,28 +28,28 @@ class _Stopped(Exception):
 
 def process_map(
     function: Callable[[P, Callable[[int], None]], R],
-    parts: Iterable[P],
+    items: Iterable[P],
     workers: int,
     progress: Callable[[int], None],
 ) -> Iterator[R]:
-    """Yield `function(part, done)` of every part, in order, from `workers` processes; both must be picklable.
+    """Yield `function(item, done)` of every item, in order, from `workers` processes; both must be picklable.
 
     The function calls `done` with increments of its progress; `progress` is called in this process with their sum.
     Closing the iterator ends the processes at their next call of `done`. Raise `ShardError` when a process was killed.
     """
     context = multiprocessing.get_context("spawn")
     window = _AHEAD * workers
-    # Each submitted part has its own counter: a lock would stay locked when its holder is killed.
+    # Each submitted item has its own counter: a lock would stay locked when its holder is killed.
     counts, stop = context.RawArray("q", window), context.RawValue("b", 0)
     executor = ProcessPoolExecutor(workers, context, initializer=_enter, initargs=(counts, stop))
     pending: deque[tuple[Future[R], int]] = deque()
     before = 0
     try:
-        for number, part in enumerate(parts):
+        for number, item in enumerate(items):
             if len(pending) == window:
                 before = yield from _next(pending, counts, before, progress)
             with _interrupts_blocked():
-                pending.append((executor.submit(_run, function, part, number % window), number % window))
+                pending.append((executor.submit(_run, function, item, number % window), number % window))
         while pending:
             before = yield from _next(pending, counts, before, progress)
     except BrokenProcessPool:
@@ -65,7 +65,7 @@ def process_map(
 def _next(
     pending: deque[tuple[Future[R], int]], counts: Any, before: int, progress: Callable[[int], None]
 ) -> Generator[R, None, int]:
-    """Yield the result of the first pending part; return the progress of all parts that are finished."""
+    """Yield the result of the first pending item; return the progress of all items that are finished."""
     future, slot = pending[0]
     while not future.done():
         wait([future], timeout=_POLL_S)
@@ -106,10 +106,10 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _run(function: Callable[[Any, Callable[[int], None]], R], part: Any, slot: int) -> R:
+def _run(function: Callable[[Any, Callable[[int], None]], R], item: Any, slot: int) -> R:
     def done(count: int) -> None:
         _counts[slot] += count
         if _stop.value:
             raise _Stopped
 
-    return function(part, done)
+    return function(item, done)

@@ -120,8 +120,8 @@ def _order(source: Source) -> Ints:
 
 
 def _key(source: Source, config: WriteConfig, name: str) -> str:
-    parts = (FORMAT, source.digest, config.samples_per_shard, name, config.on_defect)  # the name includes a limit
-    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+    identity = (FORMAT, source.digest, config.samples_per_shard, name, config.on_defect)  # the name includes a limit
+    return hashlib.sha256(msgspec.json.encode(identity)).hexdigest()
 
 
 def _parts(source: Source, config: WriteConfig) -> Iterator[Part]:

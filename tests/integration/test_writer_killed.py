@@ -1,4 +1,4 @@
-"""The writing command, stopped in the middle in every way: it ends at once, and started again it ends the same."""
+"""The writing command, stopped in every way: it ends at once, and a restart gives the same data set."""
 
 import os
 import signal
@@ -16,12 +16,12 @@ from shards.manifest import load_manifest
 from shards.synthetic import write_synthetic
 from shards.write import WriteConfig, write_coco
 
-IMAGES, SAMPLES = 1200, 2  # enough shards that none of the ways to stop comes too late
+IMAGES, SAMPLES = 1200, 2  # enough shards that no way of stopping comes too late
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Generated images in `train`, and the data set that they become in `expected`."""
+    """Return a folder with generated images in `train` and the data set of them in `expected`."""
     root = tmp_path_factory.mktemp("killed")
     split = write_synthetic(root, train=IMAGES, val=1, size=64).train
     write_coco(split.images, split.annotations, root / "expected", WriteConfig(samples_per_shard=SAMPLES))
@@ -36,7 +36,7 @@ def command(made: Path, out: Path) -> list[str]:
 
 @contextmanager
 def writing(made: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
-    """The command, in a process group of its own, when a few of its shards are finished."""
+    """Yield the command in a process group of its own, when a few of its shards are finished."""
     process = subprocess.Popen(
         command(made, out),
         stdout=subprocess.PIPE,
@@ -57,9 +57,9 @@ def writing(made: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
         yield process
     finally:
         process.kill()
-        for one in below:  # which should have ended with it; else they hold its pipes open for ever
+        for child in below:  # they should have ended with it; otherwise they hold its pipes open
             with suppress(psutil.NoSuchProcess):
-                one.kill()
+                child.kill()
         process.communicate(timeout=20)
 
 
@@ -68,7 +68,7 @@ def notes(out: Path) -> list[Path]:
 
 
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return [one for one in psutil.Process(process.pid).children() if "spawn_main" in " ".join(one.cmdline())]
+    return [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -91,15 +91,15 @@ def interrupt(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("stop", [kill_the_command, kill_a_worker, interrupt], ids=lambda stop: stop.__name__)
-def test_a_writer_that_was_stopped_ends_the_same_when_started_again(stop, made, tmp_path):
+def test_restarted_writer_gives_the_same_data_set(stop, made, tmp_path):
     out = tmp_path / "out"
     with writing(made, out) as process:
         below = psutil.Process(process.pid).children(recursive=True)
-        status, said = stop(process)
+        status, message = stop(process)
         errors = process.communicate(timeout=20)[1]
         assert process.returncode == status
-        assert errors.startswith(said)
-        assert len(errors.splitlines()) == bool(said)
+        assert errors.startswith(message)
+        assert len(errors.splitlines()) == bool(message)
         left = psutil.wait_procs(below, timeout=10)[1]
     assert left == []
     assert not out.exists()

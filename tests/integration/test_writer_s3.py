@@ -24,8 +24,8 @@ def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
 
 def shard(tiny_data: TinyData, images: str, out: str) -> subprocess.CompletedProcess[str]:
     annotations = tiny_data.root / "coco" / "annotations" / "instances_train.json"
-    words = ["--images", images, "--annotations", str(annotations), "--out", out, "--samples-per-shard", "5"]
-    command = [sys.executable, "-m", "jobs.cli", "shard", "coco", *words, "--workers", "2"]
+    options = ["--images", images, "--annotations", str(annotations), "--out", out, "--samples-per-shard", "5"]
+    command = [sys.executable, "-m", "jobs.cli", "shard", "coco", *options, "--workers", "2"]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -33,7 +33,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_data_set_goes_from_store_to_store_with_the_bytes_of_a_local_one(s3: S3Server, tiny_data: TinyData) -> None:
+def test_data_set_on_s3_has_the_bytes_of_a_local_one(s3: S3Server, tiny_data: TinyData) -> None:
     images = s3.put(tiny_data.root / "coco" / "train", "pictures")
     done = shard(tiny_data, images, "s3://sets/coco")
     assert (done.returncode, done.stderr) == (0, "")

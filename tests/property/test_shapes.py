@@ -1,4 +1,4 @@
-"""Images of like shape are put together, and none is lost or leaves its step."""
+"""The order by shape keeps every image, and keeps it in its step."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ SIZES = [(640, 480)] * 6 + [(640, 427)] * 5 + [(480, 640)] * 3 + [(640, 426)] * 
 
 
 @pytest.mark.parametrize(("arranged", "least", "most"), [(False, 0.25, 0.40), (True, 0.0, 0.10)])
-def test_at_4_images_a_rank_and_64_a_step_a_tenth_of_the_pixels_is_padding(arranged, least, most):
+def test_a_tenth_of_the_pixels_is_padding_at_4_of_64_images(arranged, least, most):
     ids = np.arange(64 * 200)
     widths, heights = np.array([SIZES[number * 7919 % 20] for number in ids]).T
     heights, widths = output_sizes(42, np.zeros_like(ids), ids, widths, heights, TransformConfig())

@@ -1,4 +1,4 @@
-"""The plan's promises, for any data set, batch size, seed, options and number of ranks."""
+"""Properties of the plan for any data set, batch size, seed, options and number of ranks."""
 
 from collections import Counter
 from itertools import pairwise
@@ -27,7 +27,7 @@ Sample = tuple[int, int]  # row, epoch
 
 
 def manifest_of(count: int) -> Manifest:
-    """The plan depends on nothing else. Shards of 7 images and the rest."""
+    """Return all of a manifest that the plan depends on: shards of 7 images, and one of the rest."""
     shards = [SimpleNamespace(samples=min(7, count - start)) for start in range(0, count, 7)]
     return cast(Manifest, SimpleNamespace(images=count, shards=shards))
 
@@ -37,7 +37,7 @@ def sizes(rows: np.ndarray, epochs: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def key(sample: Sample) -> int:
-    """What the samples of a window are sorted by."""
+    """Return the key by which the samples of a window are sorted."""
     height, width = (int(side) for side in sizes(*(np.array(part) for part in sample)))
     return width if width >= height else -height
 
@@ -61,7 +61,7 @@ def plans_of_a_run(
 
 
 def steps_of(plans: list[EpochPlan], world_size: int = 1) -> dict[int, list[Sample]]:
-    """(row, epoch) of each step's samples in order, put together from the ranks' parts of it."""
+    """Return (row, epoch) of each step's samples in order, joined from the ranks' slices."""
     return {
         step: [
             sample
@@ -108,7 +108,7 @@ def test_the_stream_is_the_same_for_any_ranks_and_batch_size(
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), batch_sizes, seeds, configs)
-def test_the_stream_is_the_same_for_every_number_of_ranks_up_to_64(count, batch_size, seed, config):
+def test_stream_is_the_same_for_up_to_64_ranks(count, batch_size, seed, config):
     plans = plans_of_a_run(count, batch_size, seed, 2, config)
     expected = steps_of(plans)
     assert all(steps_of(plans, world_size) == expected for world_size in range(2, 65))
@@ -116,7 +116,7 @@ def test_the_stream_is_the_same_for_every_number_of_ranks_up_to_64(count, batch_
 
 @settings(deadline=None)
 @given(images, batch_sizes, seeds, epochs_of_a_run, configs, world_sizes, st.data())
-def test_a_run_goes_on_at_any_step_on_any_number_of_ranks(count, batch_size, seed, epochs, config, world_size, data):
+def test_run_resumes_at_any_step_on_any_number_of_ranks(count, batch_size, seed, epochs, config, world_size, data):
     total = Steps(count, batch_size, config.epoch_tail).at(epochs * count)
     stop = data.draw(st.integers(0, total))
     whole = steps_of(plans_of_a_run(count, batch_size, seed, epochs, config))
@@ -126,9 +126,7 @@ def test_a_run_goes_on_at_any_step_on_any_number_of_ranks(count, batch_size, see
 
 @settings(deadline=None)
 @given(images, batch_sizes, batch_sizes, seeds, epochs_of_a_run, unsorted, st.data())
-def test_a_run_that_goes_on_with_another_batch_size_shows_the_rest_of_its_epoch(
-    count, batch_size, other, seed, epochs, config, data
-):
+def test_new_batch_size_continues_with_the_rest_of_the_epoch(count, batch_size, other, seed, epochs, config, data):
     cut = Steps(count, batch_size, config.epoch_tail)
     stop = data.draw(st.integers(0, cut.at(epochs * count)))
     whole = steps_of(plans_of_a_run(count, batch_size, seed, epochs, config))
@@ -142,7 +140,7 @@ def test_a_run_that_goes_on_with_another_batch_size_shows_the_rest_of_its_epoch(
 
 @settings(deadline=None)
 @given(images, batch_sizes, epochs_of_a_run)
-def test_steps_are_numbered_without_gaps_and_all_full_but_the_last(count, batch_size, epochs):
+def test_steps_have_no_gaps_and_only_the_last_is_short(count, batch_size, epochs):
     steps = steps_of(plans_of_a_run(count, batch_size, 0, epochs))
     assert list(steps) == list(range(Steps(count, batch_size).at(epochs * count)))
     lengths = [len(samples) for samples in steps.values()]
@@ -152,7 +150,7 @@ def test_steps_are_numbered_without_gaps_and_all_full_but_the_last(count, batch_
 
 @settings(deadline=None)
 @given(images, batch_sizes, epochs_of_a_run, st.integers(1, 6))
-def test_with_short_tails_no_step_shows_two_epochs_and_only_the_last_of_one_is_short(count, batch_size, epochs, window):
+def test_short_tail_ends_each_epoch_with_a_short_step(count, batch_size, epochs, window):
     steps = steps_of(plans_of_a_run(count, batch_size, 0, epochs, PlanConfig(window, epoch_tail="short")))
     assert list(steps) == list(range(epochs * -(-count // batch_size)))
     for epoch in range(epochs):
@@ -162,7 +160,7 @@ def test_with_short_tails_no_step_shows_two_epochs_and_only_the_last_of_one_is_s
 
 @settings(deadline=None)
 @given(images, batch_sizes, tails, st.integers(0, 50), st.integers(0, 200), st.integers(0, 100))
-def test_the_step_of_a_position_is_the_first_that_starts_there_or_later(count, batch_size, tail, first, ahead, step):
+def test_at_returns_the_first_step_from_a_position_on(count, batch_size, tail, first, ahead, step):
     cut = Steps(count, batch_size, tail, Origin(first, ahead))
     starts = [cut.position(first + number) for number in range(step + 2)]
     assert starts[0] == ahead

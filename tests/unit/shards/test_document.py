@@ -34,7 +34,7 @@ def test_ids_are_the_numbers_of_names_or_positions(names, ids):
 )  # fmt: skip
 def test_categories_come_from_text_and_json(tmp_path, name, content, expected):
     (tmp_path / name).write_text(content)
-    assert [(one.id, one.name) for one in read_categories(tmp_path / name, 5)] == expected
+    assert [(category.id, category.name) for category in read_categories(tmp_path / name, 5)] == expected
 
 
 @pytest.mark.parametrize(

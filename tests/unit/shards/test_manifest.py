@@ -48,7 +48,7 @@ def test_the_digest_does_not_depend_on_where_the_data_set_lies(coco):
     assert moved.digest == first.digest
 
 
-def test_a_relative_path_stays_good_in_another_working_directory(coco, monkeypatch):
+def test_relative_path_works_in_another_working_directory(coco, monkeypatch):
     coco.write()
     monkeypatch.chdir(coco.root)
     manifest = load_manifest("out")
@@ -92,7 +92,7 @@ def test_a_data_set_without_annotations_is_one(coco):
         ({"url": "s3://elsewhere"}, "own url"),
     ],
 )
-def test_a_manifest_that_cannot_be_is_refused_in_one_line(coco, fields, message):
+def test_impossible_manifest_is_refused_in_one_line(coco, fields, message):
     coco.write()
     edit(coco.root / "out", **fields)
     with pytest.raises(ShardError, match=message) as caught:
@@ -179,7 +179,7 @@ def test_an_error_that_may_pass_is_not_the_data_sets_fault(coco, monkeypatch, er
         assert isinstance(caught.value, ShardError) == (kind is ShardError)
 
 
-def test_an_index_that_is_not_cached_is_used_as_it_was_checked(coco, monkeypatch):
+def test_uncached_index_is_used_as_it_was_checked(coco, monkeypatch):
     written = coco.write()
     fsspec.filesystem("memory").put(str(coco.root / "out"), "/checked/coco", recursive=True)
     read, asked = storage.read, Counter()

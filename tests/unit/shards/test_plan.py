@@ -22,7 +22,7 @@ from shards.steps import Steps
 
 
 def by_row(rows, epochs):
-    """Squares, larger with the row and the epoch."""
+    """Return squares that grow with the row and the epoch."""
     sides = 100 + 10 * rows + 100 * epochs
     return sides, sides
 
@@ -39,7 +39,7 @@ def test_the_order_never_changes():
     assert epoch_order(42, 7, 10).tolist() == [4, 8, 7, 1, 2, 0, 6, 5, 9, 3]
 
 
-def test_the_order_of_blocks_and_of_steps_in_a_window_never_changes(coco):
+def test_order_of_blocks_and_window_steps_never_changes(coco):
     assert shard_blocks(42, 3, 10, 4).tolist() == [1, 2, 1, 0, 0, 2, 1, 1, 0, 0]
     manifest = coco.write(samples_per_shard=2)
     config = PlanConfig(sort_window=2, shuffle_shards=2, epoch_tail="short")
@@ -53,7 +53,7 @@ def test_the_order_of_blocks_and_of_steps_in_a_window_never_changes(coco):
 
 
 def like_photographs(rows, epochs):
-    """Sizes that only hashes decide."""
+    """Return sizes that depend on hashes alone."""
     drawn = hashes((5,), rows + 1000 * epochs)
     return (400 + drawn % np.uint64(400)).astype(np.int64), (480 + drawn // np.uint64(400) % np.uint64(800)).astype(
         np.int64
@@ -66,14 +66,14 @@ def a_large_plan():
     return plan_epoch(manifest, seed=7, epoch=1, batch_size=160, config=config, sizes=like_photographs)
 
 
-def test_the_order_of_a_large_epoch_never_changes_either():
-    """Larger than what is sorted at once, in steps larger than what is paired at once: PLAN_VERSION stands for it."""
+def test_order_of_a_large_epoch_never_changes():
+    """Use an epoch and steps larger than the blocks of sorting and pairing; a change needs another PLAN_VERSION."""
     assert PLAN_VERSION == 1
     digest = hashlib.sha256(a_large_plan().rows.astype("<i8").tobytes()).hexdigest()
     assert digest == "1b0923a5e0ccda9626a870c2471105a74d22196602ad2d234f41963db1cbc0cf"
 
 
-def test_how_much_is_sorted_at_once_does_not_change_the_order(monkeypatch):
+def test_block_size_of_sorting_does_not_change_the_order(monkeypatch):
     expected = a_large_plan()
     for at_once in (1, 5000, 1 << 20):
         monkeypatch.setattr(plan, "_SORTED_AT_ONCE", at_once)
@@ -113,13 +113,13 @@ def test_a_batch_may_be_larger_than_the_data_set(coco):
     assert plans[2].samples(1) == 5
 
 
-def test_ranks_without_samples_get_an_empty_part(coco):
+def test_ranks_without_samples_get_an_empty_slice(coco):
     plan = plan_epoch(coco.write(), seed=0, epoch=0, batch_size=3, epochs=1)
     sizes = [len(plan.step(2, rank, 4)[0]) for rank in range(4)]
     assert sizes == [0, 0, 0, 1]
 
 
-def test_images_of_like_shape_are_put_together_within_their_step(coco):
+def test_similar_shapes_are_put_together_within_their_step(coco):
     manifest = coco.write()
     plain = plan_epoch(manifest, seed=3, epoch=0, batch_size=4)
     ordered = plan_epoch(manifest, seed=3, epoch=0, batch_size=4, sizes=by_row)
@@ -163,7 +163,7 @@ def test_steps_and_ranks_outside_the_plan_are_refused(coco):
         plan.step(2, 2, 2)
 
 
-def test_evaluation_batches_hold_each_image_once_with_like_shapes_together(coco):
+def test_evaluation_batches_group_similar_shapes(coco):
     manifest = coco.write()
     batches = plan_evaluation(manifest, batch_size=3)
     assert [len(batch) for batch in batches] == [3, 3, 1]
@@ -175,7 +175,7 @@ def test_evaluation_batches_hold_each_image_once_with_like_shapes_together(coco)
         plan_evaluation(manifest, batch_size=0)
 
 
-def test_evaluation_batches_of_known_sizes_hold_one_size_each_the_largest_first(coco):
+def test_evaluation_batches_of_known_sizes_start_with_the_largest(coco):
     manifest = coco.write()
     heights, widths = np.array([8, 9, 8, 8, 9, 8, 8]), np.array([9, 8, 9, 9, 8, 8, 9])
     batches = plan_evaluation(manifest, batch_size=3, sizes=(heights, widths))

@@ -1,4 +1,4 @@
-"""Work in other processes: in order, counted, and ended cleanly. The functions are at the top, as spawn needs them."""
+"""The map over processes. Its functions are at module level, as spawned processes import them."""
 
 import os
 import signal
@@ -47,7 +47,7 @@ def children() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
 
 
-def test_results_come_in_order_from_other_processes_and_all_is_counted():
+def test_results_are_in_order_and_progress_is_complete():
     counts: list[int] = []
     results = list(process_map(slowest_first, range(9), 2, counts.append))
     assert [part for part, _ in results] == list(range(9))
@@ -87,7 +87,7 @@ def test_a_killed_process_is_one_clear_line():
     assert children() == []
 
 
-def test_an_interrupt_ends_the_processes_in_the_middle_of_a_part():
+def test_interrupt_ends_the_processes_within_a_part():
     class Enough(Exception):
         pass
 
@@ -100,6 +100,6 @@ def test_an_interrupt_ends_the_processes_in_the_middle_of_a_part():
     assert children() == []
 
 
-def test_only_the_parent_hears_an_interrupt():
+def test_only_the_parent_handles_an_interrupt():
     assert list(process_map(is_deaf, range(2), 1, lambda _: None)) == [True, True]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

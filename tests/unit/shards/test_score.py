@@ -1,4 +1,4 @@
-"""Scores against pycocotools fed with the COCO JSON itself, which is the reference."""
+"""Compare scores with those of pycocotools on the COCO JSON itself."""
 
 import contextlib
 import copy
@@ -17,29 +17,31 @@ from tests.coco_results import coco_results
 
 
 def guesses(data, manifest, seed=0, per_box=3):
-    """Detections near the truth, some of the wrong class."""
+    """Return detections near the truth, some of the wrong class."""
     rng = np.random.default_rng(seed)
     labels = {category.id: label for label, category in enumerate(manifest.categories)}
-    truth = [one for one in data["annotations"] for _ in range(per_box)]
-    found = np.array([labels[one["category_id"]] for one in truth])
+    truth = [annotation for annotation in data["annotations"] for _ in range(per_box)]
+    found = np.array([labels[annotation["category_id"]] for annotation in truth])
     wrong = rng.random(len(truth)) < 0.2
     found[wrong] = rng.integers(0, manifest.num_classes, wrong.sum())
-    boxes = np.array([one["bbox"] for one in truth], np.float64)
+    boxes = np.array([annotation["bbox"] for annotation in truth], np.float64)
     boxes += rng.normal(0, 0.1, boxes.shape) * boxes[:, [2, 3, 2, 3]]
     scores = rng.random(len(truth)).astype(np.float32)
-    return Detections(np.array([one["image_id"] for one in truth], np.int64), found, scores, np.abs(boxes))
+    return Detections(
+        np.array([annotation["image_id"] for annotation in truth], np.int64), found, scores, np.abs(boxes)
+    )
 
 
 def with_masks(data, manifest, detections, seed=0):
-    """Each detection gets its truth's mask, moved and with pixels dropped."""
+    """Give each detection the mask of its truth, moved, some of them empty."""
     rng = np.random.default_rng(seed)
     truth = COCO()
     truth.dataset = copy.deepcopy(data)
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
     counts = np.empty(len(detections), object)
-    for number, one in enumerate(one for one in truth.dataset["annotations"] for _ in range(3)):
-        mask = np.roll(truth.annToMask(one), rng.integers(0, 3, 2), (0, 1)) * (rng.random() < 0.9)
+    for number, annotation in enumerate(annotation for annotation in truth.dataset["annotations"] for _ in range(3)):
+        mask = np.roll(truth.annToMask(annotation), rng.integers(0, 3, 2), (0, 1)) * (rng.random() < 0.9)
         counts[number] = encode_masks(mask.astype(bool)[None])[0]
     return replace(detections, masks=counts)
 
@@ -75,9 +77,9 @@ def test_labels_map_back_whatever_the_category_ids(coco, ids):
     manifest = coco.write()
     detections = guesses(coco.data, manifest)
     assert coco_metrics(manifest, detections) == reference(coco.annotations, manifest, detections)
-    assert {one["category_id"] for one in coco_results(manifest, detections)} == set(ids)
+    assert {result["category_id"] for result in coco_results(manifest, detections)} == set(ids)
     names = {entry["id"]: entry["name"] for entry in coco.data["categories"]}
-    assert [(one.category_id, one.name) for one in score_detections(manifest, detections).classes] == sorted(
+    assert [(score.category_id, score.name) for score in score_detections(manifest, detections).classes] == sorted(
         names.items()
     )
 
@@ -91,7 +93,11 @@ def truth_itself(manifest):
 
 def test_an_annotation_with_id_0_counts(coco):
     # pycocotools itself takes a truth with id 0 for unmatched.
-    coco.data["annotations"] = [one for one in coco.data["annotations"] if min(one["bbox"]) > 0 and not one["iscrowd"]]
+    coco.data["annotations"] = [
+        annotation
+        for annotation in coco.data["annotations"]
+        if min(annotation["bbox"]) > 0 and not annotation["iscrowd"]
+    ]
     for number, entry in enumerate(coco.data["annotations"]):
         entry["id"] = number
     manifest = coco.write()
@@ -104,7 +110,7 @@ def test_no_detections_score_zero_and_absent_sizes_minus_one(coco):
     assert tuple(metrics) == METRICS
     assert metrics["AP"] == metrics["AR100"] == metrics["APs"] == 0
     assert metrics["APl"] == -1  # no box of the set is large
-    assert [one.ap for one in score_detections(manifest, Detections.empty()).classes] == [0, 0, 0]
+    assert [score.ap for score in score_detections(manifest, Detections.empty()).classes] == [0, 0, 0]
 
 
 def test_a_category_without_boxes_scores_minus_one(coco):
@@ -117,9 +123,9 @@ def test_a_category_without_boxes_scores_minus_one(coco):
 def test_the_mean_over_classes_is_the_ap(coco):
     manifest = coco.write()
     scored = score_detections(manifest, guesses(coco.data, manifest))
-    assert np.mean([one.ap for one in scored.classes]) == pytest.approx(scored.metrics["AP"])
-    assert np.mean([one.ap50 for one in scored.classes]) == pytest.approx(scored.metrics["AP50"])
-    assert sum(one.boxes for one in scored.classes) == 8
+    assert np.mean([score.ap for score in scored.classes]) == pytest.approx(scored.metrics["AP"])
+    assert np.mean([score.ap50 for score in scored.classes]) == pytest.approx(scored.metrics["AP50"])
+    assert sum(score.boxes for score in scored.classes) == 8
 
 
 def test_the_order_of_images_does_not_matter(coco):
@@ -170,9 +176,9 @@ def test_impossible_detections_are_refused(coco, column, value, message):
 
 
 def test_columns_of_different_lengths_are_refused():
-    one = np.zeros(1, np.int64)
+    column = np.zeros(1, np.int64)
     with pytest.raises(ShardError, match="got detection columns of shapes"):
-        Detections(one, one, np.zeros(2, np.float32), np.zeros((1, 4)))
+        Detections(column, column, np.zeros(2, np.float32), np.zeros((1, 4)))
 
 
 def test_nothing_is_printed(coco, capsys):
@@ -183,9 +189,9 @@ def test_nothing_is_printed(coco, capsys):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_scores_of_masks_are_those_of_pycocotools_on_the_json(coco, seed):
-    for number, one in enumerate(coco.data["annotations"]):
-        if not one["iscrowd"]:
-            one["segmentation"] = [[2, 3, 20 + number, 3, 20 + number, 30, 2, 30], [1, 1, 5, 1, 5, 5]]
+    for number, annotation in enumerate(coco.data["annotations"]):
+        if not annotation["iscrowd"]:
+            annotation["segmentation"] = [[2, 3, 20 + number, 3, 20 + number, 30, 2, 30], [1, 1, 5, 1, 5, 5]]
     manifest = coco.write()
     boxes = guesses(coco.data, manifest, seed)
     detections = with_masks(coco.data, manifest, boxes, seed)
@@ -195,7 +201,7 @@ def test_scores_of_masks_are_those_of_pycocotools_on_the_json(coco, seed):
     assert [score.metrics[name] for name in MASK_METRICS] == list(masks.values())
     assert 0 < score.metrics["mask_AP"] < 1
     assert score.metrics["mask_AP"] != score.metrics["AP"]
-    scored = [one.mask_ap for one in score.classes if one.mask_ap > -1]
+    scored = [scored_class.mask_ap for scored_class in score.classes if scored_class.mask_ap > -1]
     assert np.mean(scored) == pytest.approx(score.metrics["mask_AP"])
 
 
@@ -203,7 +209,7 @@ def test_without_masks_no_figures_of_masks_are_given(coco):
     manifest = coco.write()
     score = score_detections(manifest, guesses(coco.data, manifest))
     assert tuple(score.metrics) == METRICS
-    assert {one.mask_ap for one in score.classes} == {None}
+    assert {scored_class.mask_ap for scored_class in score.classes} == {None}
 
 
 def test_masks_are_scored_on_the_images_asked_for(coco):

@@ -171,5 +171,5 @@ def test_json_too_deep_for_a_worker_is_one_line(coco, monkeypatch, where):
 
 def test_a_box_of_huge_numbers_is_noted(coco):
     change("annotations", 1, bbox=[1e308, 0, 1e308, 1])(coco.data)
-    noted = [one.text for one in load_report(coco.write()).defects if one.annotation_id == 12]
+    noted = [defect.text for defect in load_report(coco.write()).defects if defect.annotation_id == 12]
     assert noted == ["annotation 12 of image 107: its box [1e+308, 0, 1e+308, 1] lies wholly outside the image"]

@@ -1,4 +1,4 @@
-"""Where a data set is written before it is one, above all where that is a URL."""
+"""Staging of data sets, mainly at URLs."""
 
 import json
 import tempfile
@@ -43,7 +43,7 @@ def content(url: str) -> dict[str, bytes]:
     return {name: storage.read(storage.join(url, name)) for name in storage.listing(url)}
 
 
-def test_a_url_gets_the_very_bytes_that_a_folder_gets(coco, local, bucket):
+def test_url_and_folder_get_the_same_bytes(coco, local, bucket):
     manifest = write_remote(coco)
     assert content(URL) == content(local.url)
     assert manifest.digest == local.digest
@@ -57,7 +57,7 @@ def test_a_rerun_leaves_a_finished_remote_data_set_as_it_is(coco, local, bucket,
     assert write_remote(coco) == first
 
 
-def test_the_manifest_comes_last_and_a_stopped_upload_goes_on(coco, local, bucket, monkeypatch):
+def test_manifest_is_last_and_a_stopped_upload_continues(coco, local, bucket, monkeypatch):
     uploaded, original = [], storage.upload
 
     def upload(path, url):
@@ -89,7 +89,7 @@ def test_an_uploaded_shard_of_another_size_is_written_again(coco, local, bucket,
     assert content(URL) == content(local.url)
 
 
-def test_what_another_input_left_unfinished_is_replaced_once_it_is_old(coco, local, bucket, monkeypatch):
+def test_unfinished_upload_of_another_input_is_replaced_when_old(coco, local, bucket, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(write, "_write_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -108,8 +108,8 @@ def test_what_another_input_left_unfinished_is_replaced_once_it_is_old(coco, loc
 
 
 @pytest.mark.parametrize("when", ["write_part", "read_image", "upload", "_check_there"])
-def test_a_writer_that_lost_its_place_leaves_the_data_set_of_the_other_as_it_is(coco, bucket, monkeypatch, when):
-    """Long without a sign, and taken for dead: between shards, while it makes one, uploads one, or ends."""
+def test_superseded_writer_does_not_touch_the_other_data_set(coco, bucket, monkeypatch, when):
+    """A writer without activity is taken for dead: between shards, while it makes or uploads one, or at its end."""
     monkeypatch.setattr(staging, "YOUNG_S", 0.0)
     where, call = {
         "write_part": (write, 1),
@@ -135,7 +135,7 @@ def test_a_writer_that_lost_its_place_leaves_the_data_set_of_the_other_as_it_is(
     assert not any(name.startswith(".partial") for name in storage.listing(URL))
 
 
-def test_a_source_that_is_not_sound_leaves_the_data_set_of_another_writer(coco, bucket, monkeypatch):
+def test_defective_source_keeps_the_data_set_of_another_writer(coco, bucket, monkeypatch):
     original = write.make_report
 
     def overtaken(policy, *args):
@@ -153,8 +153,8 @@ def test_a_source_that_is_not_sound_leaves_the_data_set_of_another_writer(coco, 
 
 
 @pytest.mark.parametrize("module", ["socket.gethostname", "os.getpid"])
-def test_two_tries_of_one_shard_never_write_into_one_file(tmp_path, monkeypatch, module):
-    """As by Ray, which may try a shard again on another node, or in another process, while the first try goes on."""
+def test_two_attempts_at_a_shard_write_separate_files(tmp_path, monkeypatch, module):
+    """Ray may retry a shard on another node or in another process while the first attempt is still running."""
     stage = Stage(str(tmp_path), "key")
     with stage.draft("a.tar") as first:
         first.file.write(b"first, ")
@@ -167,7 +167,7 @@ def test_two_tries_of_one_shard_never_write_into_one_file(tmp_path, monkeypatch,
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.tar", b"first, and longer")]
 
 
-def test_a_place_that_holds_something_else_is_refused(coco, local, bucket):
+def test_folder_with_other_content_is_refused(coco, local, bucket):
     bucket.pipe_file("/bucket/coco/thesis.txt", b"dear")
     with pytest.raises(ShardError, match="is not empty and holds no data set"):
         write_remote(coco)
@@ -180,17 +180,17 @@ def test_a_place_that_holds_something_else_is_refused(coco, local, bucket):
     assert content(URL) == before
 
 
-def test_a_source_that_is_not_sound_leaves_nothing_but_its_report(coco, local, bucket):
+def test_defective_source_leaves_only_its_report(coco, local, bucket):
     path = coco.images / "picture 4.jpg"
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(SourceError, match=r"memory://bucket/coco\.report\.json"):
         write_remote(coco)
     assert storage.listing(URL) == {}
     report = msgspec.json.decode(storage.read(f"{URL}.report.json"))
-    assert [one["image_id"] for one in report["defects"] if one["kind"] == "truncated"] == [128]
+    assert [defect["image_id"] for defect in report["defects"] if defect["kind"] == "truncated"] == [128]
 
 
-def test_a_shard_of_which_nothing_is_left_is_not_uploaded(coco, local, bucket):
+def test_empty_shard_is_not_uploaded(coco, local, bucket):
     path = coco.images / "picture 4.jpg"
     path.write_bytes(path.read_bytes()[:-200])
     manifest = write_remote(coco, WriteConfig(samples_per_shard=1, on_defect="quarantine"))
@@ -211,8 +211,8 @@ def test_images_may_lie_at_a_url(coco, local, bucket):
         write_coco("memory://pictures/elsewhere", coco.annotations, coco.root / "out3", CONFIG)
 
 
-def test_a_worker_that_does_not_see_the_place_says_so(coco, bucket):
-    """What one process keeps in its memory, no other can see."""
+def test_worker_that_does_not_see_the_folder_reports_it(coco, bucket):
+    """Other processes cannot see files in the memory of this one."""
     coco.write("unused")
     with pytest.raises(
         ShardError, match="expected images and --out to be visible from every process and node"
@@ -234,7 +234,7 @@ def test_a_file_that_was_not_finished_does_not_appear(tmp_path):
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("c.tar", b"whole")]
 
 
-def test_a_folder_of_the_users_is_not_taken_for_what_a_run_left(coco):
+def test_user_folder_is_not_mistaken_for_leftovers(coco):
     theirs = coco.root / "out.partial"
     theirs.mkdir()
     (theirs / "thesis.txt").write_text("dear")
@@ -246,17 +246,17 @@ def test_a_folder_of_the_users_is_not_taken_for_what_a_run_left(coco):
     assert {path.name: path.read_text() for path in theirs.iterdir()} == {"thesis.txt": "dear"}
 
 
-def test_what_a_run_left_that_was_killed_at_its_very_start_is_taken(coco):
+def test_leftovers_of_a_run_killed_at_its_start_are_reused(coco):
     notes = coco.root / "out.partial" / ".partial"
     notes.mkdir(parents=True)
     (notes / ".key.4242").write_text("half a k")
     manifest = coco.write()
     assert sorted(storage.listing(manifest.url)) == sorted(
-        ["manifest.json", "report.json", *(one.name for one in (*manifest.files, *manifest.shards))]
+        ["manifest.json", "report.json", *(file.name for file in (*manifest.files, *manifest.shards))]
     )
 
 
-def test_a_run_killed_when_it_publishes_leaves_what_the_next_takes(coco, monkeypatch):
+def test_run_killed_while_publishing_can_be_repeated(coco, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(storage, "sync_folder", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -265,7 +265,7 @@ def test_a_run_killed_when_it_publishes_leaves_what_the_next_takes(coco, monkeyp
     assert coco.write().images == 7
 
 
-def test_a_bucket_that_is_not_there_is_said_to_be_missing_and_not_full(coco, local, bucket, monkeypatch):
+def test_missing_bucket_is_not_reported_as_full(coco, local, bucket, monkeypatch):
     def fails(url: str, content: bytes) -> None:
         raise FileNotFoundError("The specified bucket does not exist")
 
@@ -274,8 +274,8 @@ def test_a_bucket_that_is_not_there_is_said_to_be_missing_and_not_full(coco, loc
         write_remote(coco)
 
 
-def test_a_writer_that_is_killed_leaves_nothing_in_the_folder_of_temporary_files(coco, local, bucket, monkeypatch):
-    """Looked at while a shard is on its way up, which is where a kill would leave it."""
+def test_killed_writer_leaves_no_temporary_files(coco, local, bucket, monkeypatch):
+    """Look for files during an upload, where a kill would leave them."""
     uploads, upload = [], storage.upload
     folder = coco.root / "temporary"
     folder.mkdir()

@@ -20,7 +20,7 @@ def content(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_equal_arguments_give_equal_bytes_and_another_seed_others(written, tmp_path):
+def test_bytes_depend_on_the_arguments_and_the_seed_alone(written, tmp_path):
     root = written.train.images.parent
     write_synthetic(tmp_path / "same", train=60, val=10, seed=5)
     write_synthetic(tmp_path / "other", train=60, val=10, seed=6)
@@ -40,7 +40,7 @@ def test_all_images_differ(written):
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools with NumPy 2
-def test_boxes_areas_and_segmentations_are_those_of_what_is_visible(written):
+def test_boxes_areas_and_segmentations_are_of_visible_pixels(written):
     truth = COCO(str(written.train.annotations))
     for annotation in truth.dataset["annotations"]:
         mask = truth.annToMask(annotation).astype(bool)
@@ -57,11 +57,11 @@ def test_boxes_areas_and_segmentations_are_those_of_what_is_visible(written):
 
 def test_objects_are_of_the_sizes_and_kinds_promised(written):
     data = json.loads(written.train.annotations.read_bytes())
-    counts = np.bincount([one["image_id"] for one in data["annotations"]])[1:]
+    counts = np.bincount([annotation["image_id"] for annotation in data["annotations"]])[1:]
     assert counts.min() >= 1
     assert counts.max() <= 5
-    assert {one["category_id"] for one in data["annotations"]} == set(range(1, len(CATEGORIES) + 1))
-    sides = np.array([one["bbox"][2:] for one in data["annotations"]])
+    assert {annotation["category_id"] for annotation in data["annotations"]} == set(range(1, len(CATEGORIES) + 1))
+    sides = np.array([annotation["bbox"][2:] for annotation in data["annotations"]])
     assert sides.max() <= MAX_SIDE
     assert np.median(sides.min(axis=1)) >= MIN_SIDE
     assert sides.min() >= MIN_SIDE * MIN_VISIBLE / 2  # of a shape whose edge something hides
@@ -69,20 +69,20 @@ def test_objects_are_of_the_sizes_and_kinds_promised(written):
 
 def test_objects_stand_out_from_what_is_around_them(written):
     data = json.loads(written.train.annotations.read_bytes())
-    names = {one["id"]: one["file_name"] for one in data["images"]}
+    names = {image_entry["id"]: image_entry["file_name"] for image_entry in data["images"]}
     centres = {}
-    for one in data["annotations"]:
-        with Image.open(written.train.images / names[one["image_id"]]) as image:
-            x, y, width, height = one["bbox"]
+    for annotation in data["annotations"]:
+        with Image.open(written.train.images / names[annotation["image_id"]]) as image:
+            x, y, width, height = annotation["bbox"]
             pixels = np.asarray(image, np.float32)
         middle = pixels[y + height // 2 - 2 : y + height // 2 + 2, x + width // 2 - 2 : x + width // 2 + 2].mean(
             axis=(0, 1)
         )
-        centres[one["id"]] = np.linalg.norm(middle - pixels.mean(axis=(0, 1)))
+        centres[annotation["id"]] = np.linalg.norm(middle - pixels.mean(axis=(0, 1)))
     assert np.median(list(centres.values())) > 60
 
 
-def test_it_is_a_data_set_like_any_other(written, tmp_path):
+def test_synthetic_data_set_is_written_like_any_other(written, tmp_path):
     manifest = write_coco(written.val.images, written.val.annotations, tmp_path / "out")
     assert [category.name for category in manifest.categories] == list(CATEGORIES)
     assert manifest.index().max_boxes <= 5

@@ -6,15 +6,15 @@ from shards.errors import ShardError
 from shards.tars import BLOCK, TarWriter, file_digest, image_members, scan_tar, tar_header
 
 
-def test_scanning_finds_every_file_of_a_tar_and_refuses_a_part_of_one(coco):
+def test_scan_finds_every_file_and_refuses_truncated_tars(coco):
     coco.write()
     path = coco.root / "out" / "shard-000000.tar"
     found = scan_tar(path)
     with tarfile.open(path) as tar:
-        assert [(one.name, one.length) for one in found] == [(one.name, one.size) for one in tar]
+        assert [(member.name, member.length) for member in found] == [(member.name, member.size) for member in tar]
         content = path.read_bytes()
-        for one in found:
-            assert content[one.offset : one.offset + one.length] == tar.extractfile(one.name).read()
+        for member in found:
+            assert content[member.offset : member.offset + member.length] == tar.extractfile(member.name).read()
     half = coco.root / "half.tar"
     half.write_bytes(content[: found[-3].offset + 5])
     with pytest.raises(ShardError, match="not a whole tar"):
@@ -24,12 +24,12 @@ def test_scanning_finds_every_file_of_a_tar_and_refuses_a_part_of_one(coco):
         scan_tar(half)
 
 
-def test_a_samples_files_share_the_key_that_webdataset_groups_by(coco):
+def test_files_of_a_sample_share_the_webdataset_key(coco):
     coco.write()
     members = scan_tar(coco.root / "out" / "shard-000000.tar")
     images = image_members(members)
     assert len(images) == 7
-    assert {one.key for one in members} == {one.key for one in images}
+    assert {member.key for member in members} == {member.key for member in images}
 
 
 @pytest.mark.parametrize(
@@ -42,12 +42,12 @@ def test_a_header_is_that_of_pythons_own_tars(name, length):
 
 
 @pytest.mark.parametrize(("name", "length"), [("x" * 101, 1), ("a", 8**11)])
-def test_what_a_header_cannot_say_is_refused(name, length):
+def test_names_and_sizes_too_long_for_a_header_are_refused(name, length):
     with pytest.raises(ShardError, match="at most 100 letters of name and 8 GiB"):
         tar_header(name, length)
 
 
-def test_a_written_tar_says_where_everything_lies(tmp_path):
+def test_writer_returns_the_offsets_of_its_members(tmp_path):
     path = tmp_path / "a.tar"
     contents = {"a.jpg": b"x" * 512, "a.json": b"", "b.jpg": b"y" * 513}
     with path.open("wb") as file:
@@ -57,14 +57,14 @@ def test_a_written_tar_says_where_everything_lies(tmp_path):
     assert members == scan_tar(path)
     assert (tar.bytes, digest) == (path.stat().st_size, file_digest(path))
     with tarfile.open(path) as read:
-        assert {one.name: read.extractfile(one).read() for one in read} == contents
+        assert {member.name: read.extractfile(member).read() for member in read} == contents
 
 
 @pytest.mark.parametrize("kind", "0LxSZ")  # a file, a long name, more about a file, a file with holes, unknown
 @pytest.mark.parametrize("size", [-512, -1, 1 << 33, 1 << 62, 1 << 64])
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_damaged_size_is_refused_whatever_it_is_of(tmp_path, kind, size, number):
-    """Python's reader says ValueError, OverflowError, MemoryError or EINVAL of them, or goes round for ever."""
+def test_damaged_size_of_any_entry_is_refused(tmp_path, kind, size, number):
+    """Python's reader raises ValueError, OverflowError, MemoryError or EINVAL for them, or loops for ever."""
     info = tarfile.TarInfo("b.jpg")
     info.size, info.type = size, kind.encode()
     path = tmp_path / "a.tar"

@@ -90,7 +90,7 @@ def test_a_damaged_index_does_not_hide_damaged_shards(coco, written):
     assert ["index/images.npy" in found[0], "shard-000001.tar" in found[1]] == [True, True]
 
 
-def test_shards_that_cannot_be_read_are_reported_with_the_others(coco, written, monkeypatch):
+def test_unreadable_shards_are_reported_with_the_others(coco, written, monkeypatch):
     def digest(path):
         if path.name == "shard-000000.tar":
             raise OSError(errno.EIO, os.strerror(errno.EIO))

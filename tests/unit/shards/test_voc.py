@@ -54,22 +54,25 @@ def voc(tmp_path: Path) -> Path:
 
 def test_boxes_are_pixels_from_1_with_both_ends(voc):
     objects = read(voc)["annotations"]
-    assert [(one["image_id"], one["category_id"], one["bbox"]) for one in objects] == [
+    assert [(annotation["image_id"], annotation["category_id"], annotation["bbox"]) for annotation in objects] == [
         (2007000027, NAMES.index("person") + 1, [0, 0, 40, 30]),  # the whole image
         (2007000027, NAMES.index("dog") + 1, [2, 3, 1, 1]),  # one pixel
         (2007000032, NAMES.index("cat") + 1, [4.5, 5, 15.5, 20]),
     ]
-    assert [one["id"] for one in objects] == [1, 2, 3]
+    assert [annotation["id"] for annotation in objects] == [1, 2, 3]
     assert objects[0]["attributes"] == {"pose": "Left"}
     assert objects[0]["area"] == 1200
 
 
-def test_boxes_of_tools_that_count_from_0_are_kept_as_they_are(voc):
+def test_zero_based_boxes_are_kept_unchanged(voc):
     assert read(voc, zero_based=True)["annotations"][0]["bbox"] == [1, 1, 39, 29]
 
 
-def test_a_split_is_those_of_its_list_and_is_part_of_the_name(voc):
-    assert [one["file_name"] for one in read(voc, split="train")["images"]] == ["2007_000027.jpg", "2007_000032.jpg"]
+def test_split_selects_its_list_and_names_the_data_set(voc):
+    assert [image["file_name"] for image in read(voc, split="train")["images"]] == [
+        "2007_000027.jpg",
+        "2007_000032.jpg",
+    ]
     assert voc_document(voc, VocConfig("val")).name == "VOC2007-val"
     assert len(read(voc)["images"]) == 3
 
@@ -92,7 +95,10 @@ def test_images_with_an_xml_file_beside_each_are_a_data_set(voc):
 
 def test_the_twenty_names_have_the_labels_of_the_devkit(voc):
     categories = read(voc)["categories"]
-    assert [(one["id"], one["name"]) for one in categories][::19] == [(1, "aeroplane"), (20, "tvmonitor")]
+    assert [(category["id"], category["name"]) for category in categories][::19] == [
+        (1, "aeroplane"),
+        (20, "tvmonitor"),
+    ]
     assert list(NAMES) == sorted(NAMES)
 
 
@@ -100,13 +106,18 @@ def test_other_names_are_those_of_all_splits_in_order(voc):
     write(voc, "2007_000100", thing("zebra", 1, 1, 2, 2))
     split(voc, "val", "2007_000099")
     for name in ("train", "val"):
-        assert [one["name"] for one in read(voc, split=name)["categories"]] == ["cat", "dog", "person", "zebra"]
+        assert [category["name"] for category in read(voc, split=name)["categories"]] == [
+            "cat",
+            "dog",
+            "person",
+            "zebra",
+        ]
 
 
-def test_categories_of_a_file_are_taken_and_must_hold_every_name(voc, tmp_path):
+def test_given_categories_must_contain_every_name(voc, tmp_path):
     (tmp_path / "names.txt").write_text("person\ndog\ncat\n")
     content = read(voc, categories=tmp_path / "names.txt")
-    assert [one["category_id"] for one in content["annotations"]] == [1, 2, 3]
+    assert [annotation["category_id"] for annotation in content["annotations"]] == [1, 2, 3]
     (tmp_path / "names.txt").write_text("person\ncat\n")
     (defect,) = voc_document(voc, VocConfig(categories=tmp_path / "names.txt")).lost.defects
     assert defect.text == f"2007_000027.xml: 'dog' is not among the categories of {tmp_path}/names.txt"
@@ -114,19 +125,19 @@ def test_categories_of_a_file_are_taken_and_must_hold_every_name(voc, tmp_path):
 
 
 def test_difficult_objects_are_crowds_unless_kept(voc):
-    assert [one["iscrowd"] for one in read(voc)["annotations"]] == [0, 0, 1]
+    assert [annotation["iscrowd"] for annotation in read(voc)["annotations"]] == [0, 0, 1]
     kept = read(voc, keep_difficult=True)["annotations"]
-    assert [one["iscrowd"] for one in kept] == [0, 0, 0]
+    assert [annotation["iscrowd"] for annotation in kept] == [0, 0, 0]
     assert kept[2]["attributes"] == {"difficult": "1"}
 
 
-def test_the_size_of_the_image_stands_in_for_one_that_is_not_given(voc):
+def test_missing_size_is_read_from_the_image(voc):
     write(voc, "2007_000027", size="<size><width>0</width><height>0</height></size>")
     write(voc, "2007_000032", size="")
-    assert {(one["width"], one["height"]) for one in read(voc)["images"]} == {(40, 30)}
+    assert {(image["width"], image["height"]) for image in read(voc)["images"]} == {(40, 30)}
 
 
-def test_a_size_that_is_not_the_images_is_told(voc, tmp_path):
+def test_wrong_image_size_is_reported(voc, tmp_path):
     write(voc, "2007_000027", size="<size><width>30</width><height>40</height></size>")
     with pytest.raises(SourceError, match=r"2007_000027.jpg\).*40x30"):
         write_document(voc_document(voc), tmp_path / "out", WriteConfig())
@@ -168,7 +179,7 @@ def test_every_defect_is_named_with_its_file(voc, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_quarantine_leaves_out_what_is_wrong_and_keeps_the_rest(voc, tmp_path):
+def test_quarantine_drops_defects_and_keeps_the_rest(voc, tmp_path):
     write(voc, "2007_000027", thing("dog", "x", 1, 2, 2), thing("dog", 9, 1, 12, 2), thing("dog", 39, 1, 37, 2))
     (voc / "Annotations" / "2007_000099.xml").write_text("<annotation>")
     (voc / "Annotations" / "2007_000098.xml").write_text("<annotation/>")
@@ -176,7 +187,7 @@ def test_quarantine_leaves_out_what_is_wrong_and_keeps_the_rest(voc, tmp_path):
     assert sorted(manifest.index().images["image_id"].tolist()) == [2007000027, 2007000032]
     report = load_report(manifest)
     assert (report.images_listed, report.images, report.annotations_listed, report.annotations) == (4, 2, 4, 2)
-    assert [(one.kind, one.count) for one in report.kinds if one.severity == "rejected"] == [
+    assert [(kind.kind, kind.count) for kind in report.kinds if kind.severity == "rejected"] == [
         ("malformed", 3),
         ("missing-file", 1),
     ]
@@ -224,7 +235,7 @@ def test_a_split_that_cannot_be_used_is_one_line(voc, name, message):
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_voc_folder_is_one_line(voc, tmp_path):
+def test_folder_of_another_layout_is_one_line(voc, tmp_path):
     with pytest.raises(ShardError, match="no such folder"):
         voc_document(tmp_path / "gone")
     with pytest.raises(ShardError, match="has no XML files"):
@@ -234,21 +245,21 @@ def test_what_is_no_voc_folder_is_one_line(voc, tmp_path):
         voc_document(voc)
 
 
-def test_the_document_does_not_depend_on_threads_and_progress_counts_files(voc):
+def test_document_is_the_same_for_any_number_of_threads(voc):
     calls = []
     document = voc_document(voc, VocConfig(workers=3), lambda *call: calls.append(call))
     assert document == voc_document(voc)
     assert calls == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_it_becomes_a_data_set_named_after_its_split(voc, tmp_path):
+def test_data_set_is_named_after_its_split(voc, tmp_path):
     manifest = write_document(voc_document(voc, VocConfig("train")), tmp_path / "out", WriteConfig())
     assert (manifest.name, manifest.images, manifest.annotations, manifest.num_classes) == ("VOC2007-train", 2, 3, 20)
     assert sorted(manifest.index().boxes_per_image.tolist()) == [0, 2]  # the difficult one is not trained on
 
 
 def test_names_that_are_not_utf_8_are_left_out_and_named(voc, tmp_path):
-    """The folder's own name among them, which becomes the data set's."""
+    """The folder's own name is one of them, and becomes the data set's."""
     write(voc, "caf\udce9", thing("dog", 1, 1, 2, 2))
     lines = b"2007_000027\ncaf\xe9\ncr\xe8me\n"
     (voc / "ImageSets" / "Main" / "train.txt").write_bytes(lines)
@@ -256,5 +267,5 @@ def test_names_that_are_not_utf_8_are_left_out_and_named(voc, tmp_path):
     document = voc_document(root, VocConfig("train"))
     manifest = write_document(document, tmp_path / "out", WriteConfig(on_defect="quarantine"))
     assert (manifest.name, manifest.images) == (r"VOC\xe9-train", 1)
-    texts = [one.text for one in load_report(manifest).defects]
+    texts = [defect.text for defect in load_report(manifest).defects]
     assert [text.partition(":")[0] for text in texts] == [r"cr\xe8me", r"caf\xe9.jpg"]

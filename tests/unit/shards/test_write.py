@@ -40,7 +40,9 @@ def test_everything_of_the_json_and_the_images_is_in_the_tars(coco):
         for annotation, segmentation in zip(sample["annotations"], segmentations, strict=True):
             annotation["segmentation"] = segmentation
         assert sample["image"] == image
-        assert sample["annotations"] == [one for one in coco.data["annotations"] if one["image_id"] == image["id"]]
+        assert sample["annotations"] == [
+            annotation for annotation in coco.data["annotations"] if annotation["image_id"] == image["id"]
+        ]
         encoded = files[key + Path(image["file_name"]).suffix]
         assert encoded == (coco.images / image["file_name"]).read_bytes()
     assert len(files) == 3 * len(coco.data["images"]) - 1  # image 121 has no annotations
@@ -52,10 +54,10 @@ def test_the_bytes_do_not_depend_on_the_workers_or_the_run(coco):
     assert content(coco.root / "one") == content(coco.root / "two")
 
 
-def test_tar_headers_say_nothing_about_who_wrote_when(coco):
+def test_tar_headers_contain_no_user_and_no_time(coco):
     coco.write()
     with tarfile.open(coco.root / "out" / "shard-000000.tar") as tar:
-        heads = {(one.mtime, one.uid, one.gid, one.uname, one.gname, one.mode) for one in tar}
+        heads = {(member.mtime, member.uid, member.gid, member.uname, member.gname, member.mode) for member in tar}
     assert heads == {(0, 0, 0, "root", "root", 0o444)}
 
 
@@ -81,10 +83,10 @@ def test_the_index_points_at_the_images_bytes(coco):
         assert zlib.crc32(encoded) == record["crc32"]
 
 
-def test_the_index_points_at_the_segmentations_and_says_where_there_are_none(coco):
-    for one in coco.data["annotations"]:
-        if one["image_id"] == 142:
-            del one["segmentation"]
+def test_index_points_at_segmentations_or_has_length_0(coco):
+    for annotation in coco.data["annotations"]:
+        if annotation["image_id"] == 142:
+            del annotation["segmentation"]
     manifest = coco.write(samples_per_shard=3)
     files = members(coco.root / "out")
     absent = set()
@@ -136,7 +138,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_another_data_set_is_never_written_over_and_told_from_a_damaged_one(coco, other):
+def test_other_and_damaged_data_sets_are_never_overwritten(coco, other):
     coco.write(samples_per_shard=3)
     if other == "annotations":
         coco.data["annotations"].pop()
@@ -172,7 +174,7 @@ def test_an_empty_folder_may_be_written(coco):
     assert coco.write().images == 7
 
 
-def test_an_interrupted_run_leaves_nothing_under_the_final_name_and_goes_on(coco, monkeypatch):
+def test_interrupted_run_publishes_nothing_and_can_continue(coco, monkeypatch):
     expected = coco.write("expected", samples_per_shard=2)
     calls = []
 
@@ -195,7 +197,7 @@ def test_an_interrupted_run_leaves_nothing_under_the_final_name_and_goes_on(coco
     assert not (coco.root / "out.partial").exists()
 
 
-def test_what_another_input_left_behind_is_not_used(coco):
+def test_leftovers_of_another_input_are_not_used(coco):
     (coco.root / "out.partial" / "index").mkdir(parents=True)
     (coco.root / "out.partial" / "shard-000000.tar").write_bytes(b"of something else")
     (coco.root / "out.partial" / ".partial").mkdir()
@@ -205,7 +207,7 @@ def test_what_another_input_left_behind_is_not_used(coco):
     assert content(coco.root / "out") == content(coco.root / "expected")
 
 
-def test_what_the_same_input_left_in_other_shards_is_not_used(coco, monkeypatch):
+def test_leftovers_with_another_shard_size_are_not_used(coco, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(write, "_write_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -215,7 +217,7 @@ def test_what_the_same_input_left_in_other_shards_is_not_used(coco, monkeypatch)
     assert content(coco.root / "out") == content(coco.root / "expected")
 
 
-def test_parts_may_run_elsewhere_and_must_be_seen_from_here(coco):
+def test_shards_written_elsewhere_must_be_visible(coco):
     expected = coco.write("expected", samples_per_shard=2)
     places = coco.images, coco.annotations
     config, calls = WriteConfig(2, name="instances"), []
@@ -234,7 +236,7 @@ def test_parts_may_run_elsewhere_and_must_be_seen_from_here(coco):
 
 
 @pytest.mark.parametrize("change", ["truncated", "one bit", "image changed since"])
-def test_a_leftover_that_is_not_what_it_should_be_is_written_again(coco, monkeypatch, change):
+def test_damaged_leftover_is_written_again(coco, monkeypatch, change):
     with monkeypatch.context() as patch:
         patch.setattr(write, "_write_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -270,7 +272,7 @@ def test_two_writers_do_not_mix(coco):
     assert coco.write().images == 7
 
 
-def test_a_place_that_cannot_be_written_gets_one_clear_line(coco):
+def test_unwritable_folder_gets_one_clear_line(coco):
     with pytest.raises(ShardError, match="cannot be written") as caught:
         coco.write("instances.json/below")
     assert "\n" not in str(caught.value)

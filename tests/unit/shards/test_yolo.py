@@ -39,15 +39,18 @@ def yolo(tmp_path: Path) -> Path:
     return root
 
 
-def test_boxes_are_parts_of_the_images_sides(yolo):
+def test_boxes_are_fractions_of_the_image_sides(yolo):
     content = read(yolo)
-    assert [(one["id"], one["file_name"]) for one in content["images"]] == [
+    assert [(image["id"], image["file_name"]) for image in content["images"]] == [
         (1, "a.jpg"),
         (2, "b.jpg"),
         (3, "deep/c.jpg"),
     ]
-    assert {(one["width"], one["height"]) for one in content["images"]} == {(200, 100)}
-    boxes = [(one["image_id"], one["category_id"], one["bbox"], one["area"]) for one in content["annotations"][1:]]
+    assert {(image["width"], image["height"]) for image in content["images"]} == {(200, 100)}
+    boxes = [
+        (annotation["image_id"], annotation["category_id"], annotation["bbox"], annotation["area"])
+        for annotation in content["annotations"][1:]
+    ]
     assert boxes == [(2, 0, [0, 0, 200, 100], 20000), (2, 1, [40, 40, 20, 20], 400)]
     assert "segmentation" not in content["annotations"][1]
 
@@ -72,22 +75,22 @@ def test_an_image_without_a_label_file_has_no_objects(yolo, tmp_path):
     manifest = write_document(yolo_document(yolo), tmp_path / "out", WriteConfig())
     assert (manifest.name, manifest.images, manifest.annotations) == ("pets", 3, 3)
     assert manifest.index().images["count"][manifest.index().rows_of([1, 2, 3])].tolist() == [1, 2, 0]
-    (noted,) = [one for one in load_report(manifest).defects if one.kind == "no-label-file"]
+    (noted,) = [defect for defect in load_report(manifest).defects if defect.kind == "no-label-file"]
     assert (noted.image_id, noted.text.partition(":")[0]) == (3, "labels/deep/c.txt")
 
 
-def test_an_empty_label_file_is_an_image_without_objects_and_nothing_to_note(yolo, tmp_path):
+def test_empty_label_file_is_an_image_without_objects(yolo, tmp_path):
     (yolo / "labels" / "deep" / "c.txt").write_text("")
     manifest = write_document(yolo_document(yolo), tmp_path / "out", WriteConfig())
     assert manifest.images == 3
-    assert not [one for one in load_report(manifest).defects if one.kind == "no-label-file"]
+    assert not [defect for defect in load_report(manifest).defects if defect.kind == "no-label-file"]
 
 
 def test_sizes_are_those_before_an_exif_rotation(yolo, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (200, 100)).save(yolo / "images" / "b.jpg", exif=exif)
-    assert {(one["width"], one["height"]) for one in read(yolo)["images"]} == {(200, 100)}
+    assert {(image["width"], image["height"]) for image in read(yolo)["images"]} == {(200, 100)}
 
 
 @pytest.mark.parametrize(("images", "labels"), [("images/val", "labels/val"), ("val/images", "val/labels")])
@@ -98,7 +101,7 @@ def test_both_layouts_of_splits_are_found(yolo, images, labels):
     (root / "data.yaml").write_text("names: [cat, dog]\nnc: 2\ntrain: ../train/images\n")
     document = yolo_document(root, YoloConfig("val"))
     assert document.name == "more-val"
-    assert [one["id"] for one in json.loads(document.content)["images"]] == [5]
+    assert [image["id"] for image in json.loads(document.content)["images"]] == [5]
     with pytest.raises(ShardError, match=r"no folder images/train or train/images; the splits here are test, val$"):
         yolo_document(root, YoloConfig("train"))
 
@@ -115,7 +118,7 @@ def test_both_layouts_of_splits_are_found(yolo, images, labels):
 def test_names_come_from_the_folder(yolo, name, content, expected):
     (yolo / "classes.txt").unlink()
     (yolo / name).write_text(content)
-    assert [(one["id"], one["name"]) for one in read(yolo)["categories"]] == expected
+    assert [(category["id"], category["name"]) for category in read(yolo)["categories"]] == expected
 
 
 @pytest.mark.parametrize("name", ["other.yaml", "other.txt", "other.json"])
@@ -123,7 +126,7 @@ def test_names_of_another_file_can_be_given(yolo, name):
     content = {"other.yaml": "names: [x, y, z]", "other.txt": "x\ny\nz", "other.json": '["x", "y", "z"]'}[name]
     (yolo / "images" / name).write_text(content)
     categories = read(yolo, categories=yolo / "images" / name)["categories"]
-    assert [(one["id"], one["name"]) for one in categories] == [(0, "x"), (1, "y"), (2, "z")]
+    assert [(category["id"], category["name"]) for category in categories] == [(0, "x"), (1, "y"), (2, "z")]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +190,7 @@ def test_bad_files_are_named(yolo):
     assert texts[2].startswith("labels/b.txt: cannot be read: 'utf-8' codec can't decode")
 
 
-def test_what_is_no_folder_of_labels_is_one_line(yolo, tmp_path):
+def test_folder_of_another_layout_is_one_line(yolo, tmp_path):
     (yolo / "labels" / "classes.txt").write_text("not labels")
     with pytest.raises(ShardError, match="no such folder"):
         yolo_document(tmp_path / "gone")
@@ -205,19 +208,19 @@ def test_what_is_no_folder_of_labels_is_one_line(yolo, tmp_path):
         yolo_document(yolo)
 
 
-def test_the_document_does_not_depend_on_threads_and_progress_counts_images(yolo):
+def test_document_is_the_same_for_any_number_of_threads(yolo):
     calls = []
     document = yolo_document(yolo, YoloConfig(workers=3), lambda *call: calls.append(call))
     assert document == yolo_document(yolo)
     assert calls == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_an_image_whose_name_is_not_utf_8_is_left_out_and_named(yolo, tmp_path):
+def test_image_with_a_non_utf_8_name_is_left_out_and_named(yolo, tmp_path):
     write(yolo, "caf\udce9", "0 0.5 0.5 0.1 0.1", "7 0.5 0.5 0.1 0.1")
     manifest = write_document(yolo_document(yolo), tmp_path / "out", WriteConfig(on_defect="quarantine"))
     report = load_report(manifest)
-    assert [one.text for one in report.defects if "its name is not" in one.text] == [
+    assert [defect.text for defect in report.defects if "its name is not" in defect.text] == [
         r"caf\xe9.jpg: its name is not UTF-8, which a COCO JSON cannot hold: rename it"
     ]
-    assert any(one.text.startswith(r"labels/caf\xe9.txt line 2: got class 7") for one in report.defects)
+    assert any(defect.text.startswith(r"labels/caf\xe9.txt line 2: got class 7") for defect in report.defects)
     assert (report.images_listed - report.images, report.annotations_listed - report.annotations) == (1, 2)
