@@ -25,14 +25,16 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Small tests two at a time; then, one by one, those that start clusters, servers and several ranks.
+# Two processes: the first one has all tests that start Ray, one after the other, the second one takes the other modules.
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+# At its end it lists what it leaves out.
 test: check
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadscope tests/unit tests/property tests/parity
-	$(BIN)/pytest -m "not slow" tests/integration tests/e2e
+	$(PYTEST) -m "not slow" tests
 
 # What `make test` leaves out: clusters that lose nodes, many kills, minutes of training.
 slow: setup
-	$(BIN)/pytest -m slow tests
+	$(PYTEST) -m slow tests
 
 # Beside the original's code where PEER_DETR names a checkout of it; BENCHMARKS.md keeps the figures.
 bench: setup

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import psutil
 
@@ -58,17 +58,31 @@ TINY = [
 ]
 
 
+# Ray would start idle processes in advance, which these runs never use, and look at the workers every two seconds only.
+_RAY = {"RAY_prestart_worker_first_driver": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+
+
 class Command:
-    """`detr` run in one folder, with its own MLflow store there."""
+    """`detr` run in one folder, with its own MLflow store there. What it started is killed at the end of a `with` block."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.env = {
+        self.env = _RAY | {
             name: value
             for name, value in os.environ.items()
             if name not in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
         }
         self.started: list[subprocess.Popen[str]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+            if process.stdout is not None and not process.stdout.closed:
+                process.communicate()  # closes the pipe
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Start it and return at once."""

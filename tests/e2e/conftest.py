@@ -28,13 +28,8 @@ def _work(tmp_path_factory: pytest.TempPathFactory, _empty_store: Path) -> Path:
 @pytest.fixture(scope="module")
 def detr(_work: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     """The command in a folder of the module's own with `coco`, `data/train`, `data/val` and an empty MLflow store."""
-    command = Command(shutil.copytree(_work, tmp_path_factory.mktemp("module") / "work"))
-    yield command
-    for process in command.started:
-        if process.poll() is None:
-            process.kill()
-        if process.stdout is not None and not process.stdout.closed:
-            process.communicate()  # closes the pipe
+    with Command(shutil.copytree(_work, tmp_path_factory.mktemp("module") / "work")) as command:
+        yield command
 
 
 @pytest.fixture

@@ -20,13 +20,13 @@ pytestmark = pytest.mark.xdist_group("ray")
 def test_two_workers_train_from_s3_and_fetch_each_shard_once(
     tiny_data: TinyData, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    detr = Command(tmp_path)
     server = S3Server(tmp_path_factory.mktemp("s3"), written=True)
     try:
         urls = [server.put(Path(folder), Path(folder).name) for folder in (tiny_data.train, tiny_data.val)]
-        detr.env |= server.environment | {"DETR_CACHE": str(tmp_path_factory.mktemp("kept"))}
         data = ["--data.train", urls[0], "--data.val", urls[1], "--checkpoint.store", "s3://sets/runs"]
-        output = detr("train", "overfit", *data, *TINY, "--optim.max-steps", "6", "--track.run-name", "from-s3")
+        with Command(tmp_path) as detr:
+            detr.env |= server.environment | {"DETR_CACHE": str(tmp_path_factory.mktemp("kept"))}
+            output = detr("train", "overfit", *data, *TINY, "--optim.max-steps", "6", "--track.run-name", "from-s3")
     finally:
         server.stop()
     assert detr.runs_named("from-s3") == ["FINISHED"]
