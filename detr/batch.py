@@ -1,4 +1,4 @@
-"""What the model and the criterion take: padded images with their targets."""
+"""Inputs of the model and the criterion: padded images with their targets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +14,11 @@ _EMPTY_CANVAS = 64  # side in pixels of a batch without images; large enough for
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """The truth of one image.
+    """Ground truth of one image.
 
     boxes: float32 [N, 4], centre x, centre y, width, height as fractions of the (augmented) image, without its padding.
     labels: int64 [N], 0 to num_classes - 1. original_size: (height, width) in pixels, before any augmentation.
-    masks: bool [N, h, w], where each object is in the (augmented) image; None where masks are not trained.
+    masks: bool [N, h, w], the pixels of each object in the (augmented) image; None if masks are not trained.
     """
 
     boxes: Tensor
@@ -30,11 +30,11 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Images of different sizes on one canvas, each at the top left.
+    """Batch of images padded to one canvas size, each image at the top left.
 
     images: uint8 0 to 255 (or already normalised float) [B, 3, H, W] in any memory layout, 0 where padded.
-    padding: bool [B, H, W], true where there is no image; None when no image is padded, which spares every mask.
-    targets: one per image. They stay on the host: the criterion packs them and moves them with one copy.
+    padding: bool [B, H, W], true where there is no image; None if no image is padded, which avoids all masking.
+    targets: one per image, on the host. The criterion packs them and moves them with one copy.
     sizes: (height, width) in pixels of each image on the canvas, without its padding.
     """
 
@@ -47,12 +47,12 @@ class Batch:
         return len(self.targets)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Move images and padding (asynchronously from pinned memory); targets stay where they are."""
+        """Return a batch on the device, copied asynchronously from pinned memory; its targets are not moved."""
         padding = None if self.padding is None else self.padding.to(device, non_blocking=True)
         return replace(self, images=self.images.to(device, non_blocking=True), padding=padding)
 
     def pin_memory(self) -> "Batch":
-        """Copy images, padding and masks to page-locked memory, from which copies to the device do not block."""
+        """Return a batch in page-locked memory (images, padding and masks), whose copies to a device do not block."""
         padding = None if self.padding is None else self.padding.pin_memory()
         targets = tuple(
             target if target.masks is None else replace(target, masks=target.masks.pin_memory())
@@ -64,16 +64,17 @@ class Batch:
 def collate(samples: Sequence[tuple[Tensor, Target]], multiple: int = 1) -> Batch:
     """Pad (image [3, h, w], target) pairs to the largest height and width among them, up to a multiple of `multiple`.
 
-    No samples give a batch of length 0 whose images [0, 3, 64, 64] still run through the model.
+    Without samples, return a batch of length 0 whose images [0, 3, 64, 64] the model accepts.
     """
     if not samples:
         return Batch(torch.zeros(0, 3, _EMPTY_CANVAS, _EMPTY_CANVAS, dtype=torch.uint8), None, ())
     images = [image for image, _ in samples]
     targets = tuple(target for _, target in samples)
-    height, width = (-(-max(image.shape[side] for image in images) // multiple) * multiple for side in (1, 2))
+    height = _round_up(max(image.shape[1] for image in images), multiple)
+    width = _round_up(max(image.shape[2] for image in images), multiple)
     padded = any(image.shape[1:] != (height, width) for image in images)
-    # Pixel by pixel, as images are decoded and resized: a copy to planes would take as long as the resize. Only what
-    # no image covers is cleared.
+    # The memory layout is pixel by pixel, in which images are decoded and resized: a copy to planes would take as long
+    # as the resize. Only the padding is cleared.
     canvas = images[0].new_empty(len(images), height, width, 3).permute(0, 3, 1, 2)
     padding = torch.zeros(len(images), height, width, dtype=torch.bool) if padded else None
     for row, image in enumerate(images):
@@ -88,11 +89,15 @@ def collate(samples: Sequence[tuple[Tensor, Target]], multiple: int = 1) -> Batc
     return Batch(canvas, padding, targets, sizes)
 
 
+def _round_up(length: int, multiple: int) -> int:
+    return (length + multiple - 1) // multiple * multiple
+
+
 def normalise(batch: Batch, config: TransformConfig) -> Tensor:
     """Return the images as float32 [B, 3, H, W]: (value / 255 - mean) / std per channel, and 0 where padded.
 
-    It runs where the images are, so that only bytes travel to the device. The original pads normalised images with 0,
-    so the padding is cleared last. Float images are taken as normalised already.
+    It runs on the device of the images, so that images are moved as bytes. The original pads normalised images with 0,
+    so the padding is cleared last. Float images are returned unchanged, as already normalised.
     """
     if batch.images.is_floating_point():
         return batch.images
@@ -103,7 +108,7 @@ def normalise(batch: Batch, config: TransformConfig) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    # Kept per device: building them for every batch would be two blocking copies to the device.
+    # Cached per device, since building them for every batch would take two blocking copies to the device.
     with torch.inference_mode(False):
         scale = 1 / (255 * torch.tensor(std, device=device))
         shift = -torch.tensor(mean, device=device) / torch.tensor(std, device=device)

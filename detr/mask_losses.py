@@ -1,4 +1,4 @@
-"""The mask losses of section 4.4: the focal loss (Lin et al., 2017) and the DICE loss of the last layer's matched queries.
+"""Mask losses of section 4.4: focal loss (Lin et al., 2017) and DICE loss of the last layer's matched queries.
 
 Masks are compared on the canvas of the batch, padding included, as in the original.
 """
@@ -23,21 +23,21 @@ def mask_losses(
 ) -> dict[str, Tensor]:
     """Return `loss_mask` and `loss_dice`, each a sum over matched pairs in fp32.
 
-    masks: logits [B, Q, h, w] of the last decoder layer. found: the pairs of `layers` layers, the last layer's first.
+    masks: logits [B, Q, h, w] of the last decoder layer. found: pairs of `layers` layers, the last layer's first.
     canvas: (height, width) in pixels of the padded images; None takes the largest height and width of the target masks,
     which is the same unless the canvas was made larger than its images.
-    Raises ConfigError where a target has no masks.
+    Raise `ConfigError` if a target has no masks.
     """
     true, offsets = _pack(targets, canvas, masks.device)
     matched = len(found.image) // layers
-    image, query, target = (part[:matched] for part in (found.image, found.query, found.target))
+    image, query, target = found.image[:matched], found.query[:matched], found.target[:matched]
     predicted = F.interpolate(masks[image, query].float()[:, None], true.shape[1:], mode="bilinear")[:, 0].flatten(1)
     inside = true[offsets[image] + target].flatten(1)
     return {"loss_mask": _focal(predicted, inside), "loss_dice": _dice(predicted, inside)}
 
 
 def _pack(targets: Sequence[Target], canvas: Size | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return all target masks on one canvas, bool [N, H, W], and where those of each image start, int64 [B]."""
+    """Return all target masks on one canvas, bool [N, H, W], and the row of each image's first mask, int64 [B]."""
     masks = []
     for target in targets:
         if target.masks is None:
@@ -52,14 +52,14 @@ def _pack(targets: Sequence[Target], canvas: Size | None, device: torch.device) 
     packed = torch.zeros(sum(counts), *canvas, dtype=torch.bool, device=device)
     starts = [0, *accumulate(counts)][:-1]
     for mask, start in zip(masks, starts, strict=True):
-        # Image by image and padded on the device: bytes travel once, and asynchronously from pinned memory.
+        # Image by image and padded on the device: unpadded masks are copied once, asynchronously from pinned memory.
         count, height, width = mask.shape
         packed[start : start + count, :height, :width] = mask.to(device, non_blocking=True)
     return packed, torch.tensor(starts, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def _focal(logits: Tensor, inside: Tensor) -> Tensor:
-    """Return the sum over masks [N, P] of the mean over pixels: alpha (1 - p)^2 -log p, p the probability of the truth."""
+    """Return the sum over masks [N, P] of the mean over pixels of -alpha (1 - p)^2 log p; p: probability of the truth."""
     towards = torch.where(inside, logits, -logits)
     alpha = torch.where(inside, _ALPHA, 1 - _ALPHA)
     return (alpha * (-towards).sigmoid().square() * -F.logsigmoid(towards)).mean(1).sum()

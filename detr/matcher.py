@@ -1,8 +1,8 @@
-"""The optimal assignment of queries to objects, section 3.1 of the paper, for all decoder layers and images at once.
+"""Optimal assignment of queries to objects, section 3.1 of the paper, for all decoder layers and images at once.
 
-The objects of a batch lie in one row, and one block of costs [objects, layers, queries] is computed on the device, each
-object only against the queries of its own image. It comes to the host in one transfer, where scipy solves each (image,
-layer) exactly. The original computes every image against the objects of all images, in one call per layer.
+The objects of a batch are packed into one row, and one block of costs [objects, layers, queries] is computed on the
+device, each object only against the queries of its own image. One transfer moves it to the host, where scipy solves each
+(image, layer) exactly. The original computes every image against the objects of all images, in one call per layer.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ _Extents = tuple[Tensor, Tensor, Tensor]
 
 
 class NonFiniteError(ValueError):
-    """A prediction or a target holds NaN or infinity. The message names the part and the image ids."""
+    """Raised for NaN or infinity in a prediction or target; the message names the tensor and the image ids."""
 
 
 @dataclass(frozen=True, eq=False)
 class PackedTargets:
-    """The objects of a batch in one row, image by image, on the device: labels [T], boxes [T, 4], cxcywh.
+    """Objects of a batch in one row, image by image, on the device: labels [T], boxes [T, 4], cxcywh.
 
-    image: [T], the row of the batch that each object is in. counts: objects of each image, on the host.
+    image: [T], the index in the batch of each object's image. counts: number of objects of each image, on the host.
     """
 
     labels: Tensor
@@ -43,7 +43,7 @@ class PackedTargets:
 
     @cached_property
     def starts(self) -> Ints:
-        """Where each image's objects begin in the row, and where the last one's end: [B + 1]."""
+        """Index of each image's first object in the row, and the number of objects: [B + 1]."""
         return np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
 
 
@@ -51,8 +51,8 @@ class PackedTargets:
 class Assignment:
     """Matched pairs of all layers, as int64 [M] each: layer by layer, in a layer image by image, queries ascending.
 
-    target is the object's number in its image, truth in the whole batch. slot is the query's place among those of all
-    layers and images: (layer * B + image) * Q + query. Every layer has the same number of pairs.
+    target is the object's index in its image, truth its index in the batch. slot is the query's index among those of
+    all layers and images: (layer * B + image) * Q + query. Every layer has the same number of pairs.
     """
 
     image: Tensor
@@ -63,9 +63,9 @@ class Assignment:
 
 
 def match(outputs: Outputs, targets: Sequence[Target], config: LossConfig) -> list[tuple[Tensor, Tensor]]:
-    """Assign queries to objects by the last layer's predictions: (query indices, target indices) per image, int64.
+    """Return (query indices, target indices), int64, for each image, matched by the last layer's predictions.
 
-    Each has min(objects, queries) entries, queries ascending. Raises NonFiniteError for costs that are not finite.
+    Each has min(objects, queries) entries, queries ascending. Raise `NonFiniteError` for costs that are not finite.
     """
     packed = pack(targets, outputs.logits.shape[-1] - 1, outputs.logits.device)
     log_probabilities = outputs.logits.detach()[None].float().log_softmax(-1)
@@ -74,11 +74,11 @@ def match(outputs: Outputs, targets: Sequence[Target], config: LossConfig) -> li
 
 
 def pack(targets: Sequence[Target], num_classes: int, device: torch.device) -> PackedTargets:
-    """Pack targets and move them with one copy each; ValueError for a label the model has no class for."""
+    """Pack targets and move them with one copy each; raise `ValueError` for a label the model has no class for."""
     counts = tuple(len(target.labels) for target in targets)
     labels = torch.cat([target.labels for target in targets]) if targets else torch.zeros(0, dtype=torch.int64)
     boxes = torch.cat([target.boxes for target in targets]) if targets else torch.zeros(0, 4)
-    # Only on the host, where it costs no synchronisation; there the labels are, unless someone moved them.
+    # Labels are checked on the host only, where they usually are: on a device, the check would have to synchronise.
     if labels.device.type == "cpu" and len(labels):
         low, high = labels.aminmax()
         if low < 0 or high >= num_classes:
@@ -94,7 +94,10 @@ def pack(targets: Sequence[Target], num_classes: int, device: torch.device) -> P
 
 
 def match_layers(log_probabilities: Tensor, boxes: Tensor, targets: PackedTargets, config: LossConfig) -> Assignment:
-    """Match every layer: log probabilities [L, B, Q, K + 1] and boxes [L, B, Q, 4], both fp32 without gradients."""
+    """Return the pairs of every layer, for fp32 log probabilities [L, B, Q, K + 1] and boxes [L, B, Q, 4].
+
+    Neither has gradients. Raise `NonFiniteError` for costs that are not finite.
+    """
     costs = _costs(log_probabilities, boxes, targets, config).cpu().numpy()
     if not np.isfinite(costs).all():
         raise NonFiniteError(_describe(log_probabilities, boxes, targets))
@@ -105,7 +108,7 @@ def match_layers(log_probabilities: Tensor, boxes: Tensor, targets: PackedTarget
 def _solve(costs: NDArray[np.float32], starts: Ints) -> Ints:
     """Return the five rows of an Assignment for costs [T, L, Q]."""
     images, blocks = len(starts) - 1, list(pairwise(starts.tolist()))
-    # As scipy wants them, once for all blocks.
+    # scipy takes contiguous doubles; converting all blocks at once is faster.
     doubles = np.ascontiguousarray(costs.transpose(1, 0, 2), np.float64)
     solved = [linear_sum_assignment(layer[start:end]) for layer in doubles for start, end in blocks]
     if not solved:
@@ -121,18 +124,19 @@ def _solve(costs: NDArray[np.float32], starts: Ints) -> Ints:
 
 
 def _costs(log_probabilities: Tensor, boxes: Tensor, targets: PackedTargets, config: LossConfig) -> Tensor:
-    """Return fp32 costs [T, L, Q]: class probability, L1 and GIoU, weighted. What weighs nothing is not computed.
+    """Return fp32 costs [T, L, Q]: weighted class probability, L1 and GIoU; terms of weight 0 are not computed.
 
-    The queries are the innermost dimension: long rows, where a row of coordinates or of objects would be short.
+    The queries are the innermost dimension because rows of coordinates or of objects would be short.
     """
-    # [4, B, L, Q] of the queries and [4, T, 1, 1] of the objects; each object meets the queries of its image.
+    # [4, B, L, Q] of the queries and [4, T, 1, 1] of the objects; each object is compared with its image's queries.
     predicted = boxes.float().permute(3, 1, 0, 2).contiguous()
     true = targets.boxes.T[:, :, None, None]
     costs = predicted.new_zeros(true.shape[1], *predicted.shape[2:])
     if config.cost_bbox:
-        # A broadcast difference: cdist(p=1) is several times slower on a GPU.
-        for own, its in zip(predicted, true, strict=True):
-            costs.add_(own.index_select(0, targets.image).sub_(its).abs_(), alpha=config.cost_bbox)
+        # Broadcast differences, since cdist(p=1) is several times slower on a GPU.
+        for of_queries, of_objects in zip(predicted, true, strict=True):
+            difference = of_queries.index_select(0, targets.image).sub_(of_objects).abs_()
+            costs.add_(difference, alpha=config.cost_bbox)
     if config.cost_class:
         probability = log_probabilities.permute(1, 3, 0, 2)[targets.image, targets.labels].exp_()
         costs.sub_(probability, alpha=config.cost_class)
@@ -146,7 +150,7 @@ def _costs(log_probabilities: Tensor, boxes: Tensor, targets: PackedTargets, con
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     """Return the generalised IoU (Rezatofighi et al., 2019), -1 to 1, of cxcywh boxes [..., 4] that broadcast.
 
-    Boxes without area count as points and lines: nothing is divided by zero.
+    Boxes without area are valid: there is no division by zero.
     """
     return _giou(_extents(a.movedim(-1, 0)), _extents(b.movedim(-1, 0)))
 
@@ -159,7 +163,7 @@ def _extents(boxes: Tensor) -> _Extents:
 
 
 def _giou(a: _Extents, b: _Extents) -> Tensor:
-    """As `generalized_iou`, of what `_extents` returns."""
+    """Return the generalised IoU of boxes given by their `_extents`."""
     (a_low, a_high, a_area), (b_low, b_high, b_area) = a, b
     overlap = _area((torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0))
     hull = _area(torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low))
@@ -169,7 +173,7 @@ def _giou(a: _Extents, b: _Extents) -> Tensor:
 
 
 def _area(extents: Tensor) -> Tensor:
-    # Not prod(0): its gradient asks the device whether there are zeros, and waits for the answer.
+    # Not prod(0), whose gradient waits for the device to find out whether there are zeros.
     width, height = extents.unbind()
     return width * height
 
@@ -187,15 +191,15 @@ def _describe_labels(targets: Sequence[Target], num_classes: int) -> str:
 
 
 def _describe(log_probabilities: Tensor, boxes: Tensor, targets: PackedTargets) -> str:
-    # A logit that is NaN or +infinity makes NaN of the whole row; one of -infinity is a probability of 0.
-    parts = {
+    # A logit that is NaN or +infinity makes its whole row NaN; a logit of -infinity is a probability of 0.
+    rows_of = {
         "logits": log_probabilities.isnan().any(-1).any(-1).any(0).nonzero().flatten(),
         "boxes": (~boxes.isfinite()).any(-1).any(-1).any(0).nonzero().flatten(),
         "target boxes": targets.image[(~targets.boxes.isfinite()).any(-1)],
     }
     named = [
-        f"{part} of images {', '.join(str(targets.image_ids[row]) for row in sorted({*rows.tolist()}))}"
-        for part, rows in parts.items()
+        f"{name} of images {', '.join(str(targets.image_ids[row]) for row in sorted({*rows.tolist()}))}"
+        for name, rows in rows_of.items()
         if len(rows)
     ]
     where = " and ".join(named) or "costs"

@@ -1,9 +1,10 @@
 """Weights from elsewhere: the original's state dicts, whose keys this package shares, and torchvision's ResNets.
 
-Every difference is an error that says what it tells about the model; nothing is loaded then.
+If a state dict differs from the model, nothing is loaded; the error says which configuration field the difference
+points to.
 
-The original keeps the detector of a model with masks in `detr.`, next to `bbox_attention.` and `mask_head.`; here the
-three stand side by side. The prefix is added and removed at this boundary.
+The original keeps the detector of a model with masks in `detr.`, next to `bbox_attention.` and `mask_head.`; here its
+modules have no prefix. This module adds and removes it.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from detr.model import DETR
 from detr.segmentation import MASK_MODULES
 
 _DETECTOR = "detr."
-# The first prefix that fits explains a difference better than the list of its keys does.
+# The first prefix that fits a differing key explains the difference; a list of keys would not.
 _EXPLANATIONS = {
     "class_embed.": "it was trained for another number of classes",
     "query_embed.": "it has other num_queries or hidden_dim",
@@ -29,7 +30,7 @@ _EXPLANATIONS = {
 def load_original_state_dict(model: DETR, state_dict: Mapping[str, Tensor]) -> None:
     """Load the `model` entry of an original checkpoint, or what `to_original_state_dict` returned.
 
-    Raises ValueError if a key is missing, unexpected or of another shape.
+    Raise `ValueError` if a key is missing, unexpected or of another shape.
     """
     given = _without_counters(state_dict)
     _check(model, given, to_original_state_dict(model))
@@ -37,11 +38,11 @@ def load_original_state_dict(model: DETR, state_dict: Mapping[str, Tensor]) -> N
 
 
 def load_detector_state_dict(model: DETR, state_dict: Mapping[str, Tensor]) -> None:
-    """Load a detector without masks into a model with them, whose mask head keeps its fresh weights.
+    """Load a detector without masks into a model with masks; the mask head keeps its initial weights.
 
-    This is how masks are trained in two steps (section 4.4): the detector first, then the head alone, after
-    `freeze_detector`. The state dict is an original one as in `load_original_state_dict`, without a mask head. Raises
-    ValueError if a key of the detector is missing, unexpected or of another shape.
+    It is used to train masks in two steps (section 4.4): the detector first, then the head alone, after
+    `freeze_detector`. The state dict is one for `load_original_state_dict`, without a mask head. Raise `ValueError` if a
+    key of the detector is missing, unexpected or of another shape.
     """
     given = _without_counters(state_dict)
     _check(model, given, {key: value for key, value in _own_state(model).items() if not key.startswith(MASK_MODULES)})
@@ -51,7 +52,7 @@ def load_detector_state_dict(model: DETR, state_dict: Mapping[str, Tensor]) -> N
 def to_original_state_dict(model: DETR) -> dict[str, Tensor]:
     """Return the model's state under the original's keys, without batch norm's counters.
 
-    They are the model's own keys, behind `detr.` where a mask head stands beside the detector.
+    They are the model's own keys; in a model with a mask head, those of the detector get the prefix `detr.`.
     """
     state = _own_state(model)
     if not model.config.masks:
@@ -62,7 +63,7 @@ def to_original_state_dict(model: DETR) -> dict[str, Tensor]:
 def load_backbone_weights(model: DETR | ResNet, state_dict: Mapping[str, Tensor]) -> None:
     """Load the state dict of a torchvision ResNet, or of this package's `ResNet`, as the model's backbone.
 
-    The classifier (`fc.*`) is left out. Raises ValueError if any other key is missing, unexpected or of another shape.
+    The classifier (`fc.*`) is ignored. Raise `ValueError` if any other key is missing, unexpected or of another shape.
     """
     body: nn.Module = model.get_submodule("backbone.0.body") if isinstance(model, DETR) else model
     given = {key: value for key, value in _without_counters(state_dict).items() if not key.startswith("fc.")}
@@ -88,18 +89,21 @@ def _check(model: DETR, given: Mapping[str, Tensor], expected: Mapping[str, Tens
 
 
 def _explain(differing: list[str], given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    masked, masks_expected = (any(key.startswith(_DETECTOR) for key in keys) for keys in (given, expected))
-    if masked and not masks_expected:
+    masks_given = any(key.startswith(_DETECTOR) for key in given)
+    masks_expected = any(key.startswith(_DETECTOR) for key in expected)
+    if masks_given and not masks_expected:
         return "it is a segmentation model, whose detector is under the prefix 'detr.'"
-    if masks_expected and not masked:
+    if masks_expected and not masks_given:
         return "it has no mask head: load_detector_state_dict takes a detector alone"
     names = [key.removeprefix(_DETECTOR) for key in differing]
-    fitting = (why for prefix, why in _EXPLANATIONS.items() if any(name.startswith(prefix) for name in names))
-    return next(fitting, "it is not a DETR")
+    for prefix, explanation in _EXPLANATIONS.items():
+        if any(name.startswith(prefix) for name in names):
+            return explanation
+    return "it is not a DETR"
 
 
 def _without_counters(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # Trainable batch norm counts its batches; frozen batch norm, like the original's, does not.
+    # Trainable batch norm counts its batches; frozen batch norm, here and in the original, does not.
     return {key: value for key, value in state_dict.items() if not key.endswith("num_batches_tracked")}
 
 

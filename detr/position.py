@@ -1,7 +1,7 @@
-"""Where a cell is, as a vector: fixed sines (the paper's choice, appendix A.4) or learned rows and columns.
+"""Position encodings of cells: fixed sines (the paper's choice, appendix A.4) or learned rows and columns.
 
-Departure from the original: beyond 50 rows or columns (DC5 has 84 at 1333 px), where the original fails, the learned
-vectors are stretched over the image by linear interpolation. Within 50 nothing differs.
+Departure from the original: beyond 50 rows or columns (DC5 has 84 at 1333 pixels), where the original fails, the learned
+vectors are interpolated linearly over the image. Up to 50 nothing differs.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_LEARNED_CELLS = 50  # rows and columns the original's learned positions have
+_LEARNED_CELLS = 50  # rows and columns of the original's learned positions
 
 
 class SinePosition(nn.Module):
@@ -36,7 +36,7 @@ class SinePosition(nn.Module):
 
 
 class LearnedPosition(nn.Module):
-    """One trained vector per column, then one per row: 50 of each, as in the original; more cells share them."""
+    """One trained vector per column, then one per row: 50 of each, as in the original; interpolated for more cells."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class LearnedPosition(nn.Module):
         nn.init.uniform_(self.col_embed.weight)
 
     def forward(self, features: Tensor, padding: Tensor | None) -> Tensor:
-        """Return [1, h * w, channels] for features [B, C, h, w]; the padding changes nothing."""
+        """Return [1, h * w, channels] for features [B, C, h, w]; the padding is not used."""
         height, width = features.shape[-2:]
         columns = _learned(self.col_embed.weight, width).expand(height, -1, -1)
         rows = _learned(self.row_embed.weight, height)[:, None].expand(-1, width, -1)
@@ -54,7 +54,7 @@ class LearnedPosition(nn.Module):
 
 
 def _learned(vectors: Tensor, cells: int) -> Tensor:
-    """Return [cells, C]: the first of the vectors, or all of them stretched over more cells, ends on ends."""
+    """Return the first `cells` vectors, [cells, C], or interpolate if there are fewer, first to first and last to last."""
     if cells <= len(vectors):
         return vectors[:cells]
     return F.interpolate(vectors.T[None], cells, mode="linear", align_corners=True)[0].T
@@ -77,6 +77,6 @@ def _sine_grid(height: int, width: int, channels: int, temperature: float, devic
 
 @lru_cache(maxsize=64)
 def _kept_sine_grid(height: int, width: int, channels: int, temperature: float, device: torch.device) -> Tensor:
-    # Kept per shape: without padding nothing else enters. Not an inference tensor, since training may use it later.
+    # Cached per shape, on which alone it depends without padding. An inference tensor could not be used in training.
     with torch.inference_mode(False):
         return _sine_grid(height, width, channels, temperature, device)

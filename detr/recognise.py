@@ -1,6 +1,6 @@
-"""Which model a state dict of the original's belongs to, read off the names and shapes of its tensors.
+"""Configuration of a model in the original's format, from the names and shapes of its tensors.
 
-What leaves no trace in the tensors is asked for: whether the last stage is dilated and, where there is no mask head, the
+Two settings do not show in the tensors and are arguments: the dilation of the last stage and, without a mask head, the
 number of attention heads.
 """
 
@@ -12,25 +12,26 @@ from torch import Tensor
 from detr.config import ModelConfig
 
 _Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
-# Blocks per stage, and whether a block has a third convolution.
+# Key: number of blocks of each stage, and true if a block has a third convolution.
 _BACKBONES: dict[tuple[tuple[int, ...], bool], _Backbone] = {
     ((2, 2, 2, 2), False): "resnet18",
     ((3, 4, 6, 3), False): "resnet34",
     ((3, 4, 6, 3), True): "resnet50",
     ((3, 4, 23, 3), True): "resnet101",
 }
-_DETECTOR = "detr."  # what the original's segmentation model calls its detector
+_DETECTOR = "detr."  # prefix of the detector in the original's segmentation model
 _PAPERS_HEADS = 8
 
 
 def recognise(
     state_dict: Mapping[str, Tensor], *, heads: int | None = None, dilation: bool = False, **chosen: Any
 ) -> tuple[ModelConfig, int]:
-    """Return the configuration and the number of classes (without "no object") of the model that has these tensors.
+    """Return the configuration and the number of classes (without "no object") of the model with these tensors.
 
-    heads: None for what a mask head shows, else the paper's 8. chosen: other fields that no tensor shows (`dropout`).
-    Raises ValueError naming the first tensor that is missing or of an impossible shape, and `ConfigError` where the
-    parts cannot make a model. Loading is what finds every other difference.
+    heads: None takes the number that the mask head shows, or the paper's 8 without a mask head. chosen: other fields
+    that no tensor shows (`dropout`).
+    Raise `ValueError` naming the first tensor that is missing or of an impossible shape, and `ConfigError` if the
+    configuration is impossible. Other differences are found when the state dict is loaded.
     """
     masks = any(key.startswith("mask_head.") for key in state_dict)
     detector = {key.removeprefix(_DETECTOR) if masks else key: value for key, value in state_dict.items()}
@@ -57,9 +58,9 @@ def recognise(
 
 
 def heads_of_mask_head(state_dict: Mapping[str, Tensor]) -> int | None:
-    """The number of attention heads as the mask head shows it, whose input has one channel for each; None without one.
+    """Return the number of attention heads, for each of which the mask head has an input channel; None without masks.
 
-    Raises ValueError where it contradicts the model's width.
+    Raise `ValueError` if the number of channels contradicts the model's width.
     """
     if "mask_head.lay1.weight" not in state_dict:
         return None
@@ -82,7 +83,7 @@ def _backbone(state_dict: Mapping[str, Tensor]) -> _Backbone:
 
 
 def _count(state_dict: Mapping[str, Tensor], prefix: str) -> int:
-    """How many modules are numbered after this prefix."""
+    """Return the number of numbered modules with this prefix."""
     return len({key.removeprefix(prefix).split(".")[0] for key in state_dict if key.startswith(prefix)})
 
 

@@ -1,19 +1,19 @@
-"""Activation checkpointing: keep what goes into a part of the network, compute what is inside again when it is needed."""
+"""Activation checkpointing: keep only a module's inputs, and recompute its activations in the backward pass."""
 
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
 
 
 def call(module: nn.Module, *inputs: Tensor | None, again: bool) -> Tensor:
-    """Call a module; with `again`, and where gradients will be asked for, its activations are not kept.
+    """Return `module(*inputs)`; with `again`, its activations are recomputed in the backward pass instead of kept.
 
-    Dropout draws the same numbers the second time. What holds no parameter that trains and gets no input that does is
-    called as ever: nothing would be kept of it anyway.
+    Dropout draws the same numbers both times. A module without trainable parameters or inputs is called directly, since
+    autograd keeps nothing of it.
     """
-    if again and is_grad_enabled() and _asks_gradients(module, *inputs):
+    if again and is_grad_enabled() and _needs_gradients(module, *inputs):
         return checkpoint(module, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
     return module(*inputs)  # type: ignore[no-any-return]
 
 
-def _asks_gradients(module: nn.Module, *inputs: Tensor | None) -> bool:
+def _needs_gradients(module: nn.Module, *inputs: Tensor | None) -> bool:
     return any(value is not None and value.requires_grad for value in (*inputs, *module.parameters()))

@@ -1,4 +1,4 @@
-"""The encoder and decoder of section 3.2 and appendix A.3, with positions added to queries and keys in every layer.
+"""Encoder and decoder of section 3.2 and appendix A.3; positions are added to queries and keys in every layer.
 
 Sequences are batch first: [B, cells or queries, channels]. Parameters have the original's names and shapes.
 """
@@ -12,10 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from detr.config import ModelConfig
-from detr.dropout import Dropout, drawn, kept_share
 from detr.recompute import call
 
-_MANY_SCORES = 1 << 20  # 4 MiB; fewer are not worth a second look
+_MANY_SCORES = 1 << 20  # 4 MiB; fewer are not worth computing twice
 
 
 class Attention(nn.Module):
@@ -43,49 +42,38 @@ class Attention(nn.Module):
         return self.out_proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def tie(self) -> None:
-        """Start the key projection equal to the query projection, so that equal positions attend to each other."""
+        """Set the key projection to the query projection, so that equal positions attend to each other at first."""
         query, key, _ = self.in_proj_weight.detach().chunk(3)
         key.copy_(query)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Return softmax(q k^T / sqrt(width)) v, [B, heads, Q, width], by the kernel that suits device and size.
+    """Return softmax(q k^T / sqrt(width)) v, [B, heads, Q, width].
 
-    The CPU's flash kernel recomputes the scores in its backward pass, and where attention saturates (scores of 1e10, as
-    under the random weights of the parity tests) their rounding alone makes gradients NaN. So training on a CPU takes
-    the plain kernel, which keeps the scores three times. Many of them are better computed twice: for a ResNet-50's 400
-    cells of 640 x 640 pixels that is an eighth of a step's memory.
+    Training on a CPU uses torch's plain kernel. The CPU's flash kernel recomputes the scores in its backward pass; where
+    attention saturates (scores of 1e10, as with the random weights of the parity tests), their rounding errors alone
+    make gradients NaN. The plain kernel keeps the scores several times, so that large ones are recomputed in the backward
+    pass: for the 400 cells of a ResNet-50 and 640 x 640 pixels, this saves an eighth of a step's memory.
     """
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     if q.shape[:3].numel() * k.shape[2] < _MANY_SCORES:
-        with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    # Drawn once and kept, a byte per score.
-    keep = drawn(torch.Size((*q.shape[:3], k.shape[2])), dropout) if dropout else None
-    return checkpoint(_attend_plainly, q, k, v, mask, keep, dropout, use_reentrant=False, preserve_rng_state=False)
+        return _attend_plainly(q, k, v, mask, dropout)
+    return checkpoint(_attend_plainly, q, k, v, mask, dropout, use_reentrant=False)
 
 
-def _attend_plainly(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keep: Tensor | None, dropout: float
-) -> Tensor:
-    scores: Tensor = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    weights: Tensor = scores.softmax(-1)
-    if keep is None:
-        return weights @ v
-    kept: Tensor = torch.where(keep, weights, 0.0)
-    return kept @ (v / kept_share(dropout))
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
 class Layer(nn.Module):
-    """What encoder and decoder layers share: self-attention, feed-forward, and residuals normalised before or after."""
+    """Base of encoder and decoder layers: self-attention, feed-forward, and residuals normalised before or after."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.pre_norm = config.pre_norm
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.self_attn = Attention(config)
         self.linear1 = nn.Linear(config.hidden_dim, config.feedforward_dim)
         self.linear2 = nn.Linear(config.feedforward_dim, config.hidden_dim)
@@ -98,16 +86,16 @@ class Layer(nn.Module):
         return norm(x + self.dropout(sublayer(x)))  # type: ignore[no-any-return]
 
     def attend_self(self, x: Tensor, position: Tensor, mask: Tensor | None = None) -> Tensor:
-        placed = x + position
-        return self.self_attn(placed, placed, x, mask)  # type: ignore[no-any-return]
+        positioned = x + position
+        return self.self_attn(positioned, positioned, x, mask)  # type: ignore[no-any-return]
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        # Dropout before ReLU is the same as after it, and leaves one tensor less to keep.
+        # Dropout before ReLU gives the same result as after it, and autograd keeps one tensor less.
         return self.linear2(F.relu(self.dropout(self.linear1(x)), inplace=True))  # type: ignore[no-any-return]
 
 
 class EncoderLayer(Layer):
-    """Cells attend to cells."""
+    """Encoder layer, in which cells attend to cells."""
 
     def forward(self, x: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
         x = self.residual(x, self.norm1, lambda y: self.attend_self(y, position, mask))
@@ -115,21 +103,23 @@ class EncoderLayer(Layer):
 
 
 class DecoderLayer(Layer):
-    """Queries attend to queries, then to cells."""
+    """Decoder layer, in which queries attend to queries, then to cells."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.multihead_attn = Attention(config)
         self.norm3 = nn.LayerNorm(config.hidden_dim)
 
-    def forward(self, x: Tensor, queries: Tensor, memory: Tensor, placed_memory: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, queries: Tensor, memory: Tensor, positioned_memory: Tensor, mask: Tensor | None
+    ) -> Tensor:
         x = self.residual(x, self.norm1, lambda y: self.attend_self(y, queries))
-        x = self.residual(x, self.norm2, lambda y: self.multihead_attn(y + queries, placed_memory, memory, mask))
+        x = self.residual(x, self.norm2, lambda y: self.multihead_attn(y + queries, positioned_memory, memory, mask))
         return self.residual(x, self.norm3, self.feed_forward)
 
 
 class Encoder(nn.Module):
-    """A stack of encoder layers; pre-norm layers leave the last normalisation to it."""
+    """Stack of encoder layers, and a final normalisation if the layers normalise first."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -144,7 +134,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A stack of decoder layers, each of whose outputs is normalised and returned."""
+    """Stack of decoder layers that returns the normalised output of each."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -153,16 +143,16 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, queries: Tensor, memory: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
         """Return [layers, B, Q, C], the last layer's output last."""
-        placed_memory = memory + position
+        positioned_memory = memory + position
         outputs = []
         for layer in self.layers:
-            x = layer(x, queries, memory, placed_memory, mask)
+            x = layer(x, queries, memory, positioned_memory, mask)
             outputs.append(self.norm(x))
         return torch.stack(outputs)
 
 
 class Transformer(nn.Module):
-    """Encoder and decoder, with Xavier-uniform weights as in the original."""
+    """Encoder and decoder with Xavier-uniform initial weights, as in the original."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The pixels of the augmentation: an image, its boxes and masks under a geometry (`detr/geometry.py`)."""
+"""Augmentation of pixels, boxes and masks by a `Geometry`."""
 
 from typing import Any, overload
 
@@ -30,19 +30,19 @@ def apply(
     geometry: Geometry,
     masks: NDArray[np.bool_] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Apply a geometry to an image, its boxes and, if they are given, its masks.
+    """Return an image, its boxes, its labels and, if they are given, its masks after the steps of a geometry.
 
-    image: uint8 [H, W, 3]. boxes_xyxy: [N, 4] pixels of that image, clamped to it here. labels: [N]. masks: bool
-    [N, H, W].
-    Returns the image as uint8 [3, h, w], boxes as float32 [M, 4] (cxcywh, fractions of the new image) and labels as
-    int64 [M]; with masks also those, bool [M, h, w]. Boxes without area, in the image or in its crop, are dropped with
-    their labels and masks, so M <= N; a mask that is left may be empty. Crowds are the caller's to drop.
+    image: uint8 [H, W, 3]. boxes_xyxy: [N, 4] in pixels of that image, to which they are clamped. labels: [N].
+    masks: bool [N, H, W].
+    The results are an image uint8 [3, h, w], boxes float32 [M, 4] (cxcywh, fractions of the new image), labels int64 [M]
+    and masks bool [M, h, w]. Boxes without area, in the image or in its crop, are dropped with their labels and masks,
+    so M <= N; a remaining mask may be empty. The caller drops crowd regions.
     """
     height, width, _ = image.shape
     boxes, kept = _inside(np.asarray(boxes_xyxy, np.float32).reshape(-1, 4), (height, width))
     which = kept.nonzero()[0]
-    # With its batch dimension from the start, so that torch sees the layout: on [1, H, W, 3] seen as [1, 3, H, W] its
-    # resize is twice as fast as on the same bytes seen as [3, H, W].
+    # With a batch dimension, torch recognises the channels-last layout: its resize of [1, 3, H, W] is twice as fast as
+    # of the same bytes as [3, H, W].
     pixels = torch.from_numpy(image if image.flags.writeable else image.copy())[None].permute(0, 3, 1, 2)
     if geometry.flip:
         pixels = pixels.flip(-1)
@@ -55,20 +55,20 @@ def apply(
         boxes, kept = _inside(boxes - np.array([crop.left, crop.top] * 2, np.float32), crop.size)
         which, (height, width) = which[kept], crop.size
     pixels = _resize(pixels, geometry.size)[0]
-    # Fractions do not change with the last resize, so it is left out of the boxes.
+    # The last resize is not applied to the boxes, since it does not change fractions.
     fractions = torch.from_numpy(_scale(boxes, (height, width), (1, 1)))
     low, high = fractions[:, :2], fractions[:, 2:]
-    placed = torch.cat([(low + high) / 2, high - low], dim=1)
+    cxcywh = torch.cat([(low + high) / 2, high - low], dim=1)
     kept_labels = torch.from_numpy(np.asarray(labels, np.int64)[which])
     if masks is None:
-        return pixels, placed, kept_labels
-    return pixels, placed, kept_labels, _apply_to_masks(masks, which, geometry)
+        return pixels, cxcywh, kept_labels
+    return pixels, cxcywh, kept_labels, _apply_to_masks(masks, which, geometry)
 
 
 def _apply_to_masks(masks: NDArray[np.bool_], which: NDArray[np.int64], geometry: Geometry) -> Tensor:
-    """Return the masks `which` under the geometry; resizes take the nearest pixel, as in the original.
+    """Return the masks `which` after the steps of the geometry, with nearest-neighbour resizes as in the original.
 
-    Every step picks rows and columns, so together they are one choice of rows and one of columns.
+    Every step selects rows and columns, so all steps together are one selection of rows and one of columns.
     """
     rows, columns = torch.arange(masks.shape[1]), torch.arange(masks.shape[2])
     if geometry.flip:
@@ -77,24 +77,24 @@ def _apply_to_masks(masks: NDArray[np.bool_], which: NDArray[np.int64], geometry
         rows = _nearest(rows, crop.resized[0])[crop.top : crop.top + crop.size[0]]
         columns = _nearest(columns, crop.resized[1])[crop.left : crop.left + crop.size[1]]
     rows, columns = _nearest(rows, geometry.size[0]), _nearest(columns, geometry.size[1])
-    # Only the masks that are left are copied; indexing keeps a read-only array from being shared.
+    # Indexing copies the remaining masks only, and never shares memory with a read-only array.
     return torch.from_numpy(masks[which]).index_select(1, rows).index_select(2, columns)
 
 
-def _nearest(places: Tensor, length: int) -> Tensor:
-    """Resize a list of places. In float32, which holds each exactly and rounds between them as the original does."""
-    return F.interpolate(places[None, None].float(), length)[0, 0].long()
+def _nearest(indices: Tensor, length: int) -> Tensor:
+    """Return a list of indices resized to `length`; float32 represents indices exactly and rounds as in the original."""
+    return F.interpolate(indices[None, None].float(), length)[0, 0].long()
 
 
 def _resize(pixels: Tensor, size: Size) -> Tensor:
-    # torch's antialiased bilinear kernel on uint8 stays within 2 levels of PIL and is 3x faster than through float.
+    # torch's antialiased bilinear kernel for uint8 is within 2 levels of PIL and 3 times as fast as the one for float.
     if pixels.shape[2:] == size:
         return pixels
     return F.interpolate(pixels, size, mode="bilinear", antialias=True)
 
 
 def _inside(boxes: NDArray[np.float32], size: Size) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Clamp xyxy boxes to (height, width); return those with area left, and which of the given ones they are."""
+    """Return the xyxy boxes clamped to (height, width) that have an area, and a bool per given box, true if kept."""
     boxes = boxes.clip(0, np.array([size[1], size[0]] * 2, np.float32))
     kept: NDArray[np.bool_] = np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
     return boxes[kept], kept

@@ -72,7 +72,7 @@ def steps(geometry: Geometry, size: tuple[int, int], boxes_xywh: np.ndarray) -> 
     return geometry.size[::-1], np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1)
 
 
-def test_a_thousand_draws_have_the_originals_sizes_and_boxes(examples):
+def test_thousand_draws_have_the_originals_sizes_and_boxes(examples):
     config, crops, flips, seen = TransformConfig(), 0, 0, set()
     for number in range(1000):
         image, boxes = examples[number % len(examples)]

@@ -65,7 +65,7 @@ DETECTORS = [detector("sine"), detector("learned")]
     st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=2, unique=True),
     st.sampled_from(DETECTORS),
 )
-def test_the_canvas_an_image_is_padded_to_does_not_matter_to_its_loss(
+def test_loss_does_not_depend_on_the_canvas(
     seed: int, size: tuple[int, int], canvases: list[tuple[int, int]], model: DETR
 ) -> None:
     """The strongest that is true of convolutions: on canvases of whole cells that reach past what the image's cells see.
@@ -96,7 +96,7 @@ def test_the_canvas_an_image_is_padded_to_does_not_matter_to_its_loss(
 
 @settings(max_examples=5, deadline=None)
 @given(st.integers(0, 2**31), st.integers(0, 40))
-def test_a_hundred_queries_find_each_of_a_hundred_boxes_or_more(seed: int, surplus: int) -> None:
+def test_hundred_queries_match_a_hundred_or_more_boxes(seed: int, surplus: int) -> None:
     torch.manual_seed(seed)
     truth = Target(
         drawn_boxes(100 + surplus, 0, 1, (0.01, 0.9)), torch.randint(0, CLASSES, (100 + surplus,)), 1, (9, 9)
@@ -115,9 +115,7 @@ def test_a_hundred_queries_find_each_of_a_hundred_boxes_or_more(seed: int, surpl
 
 @SETTINGS
 @given(st.integers(0, 2**31), st.lists(st.integers(0, 4), min_size=1, max_size=3), st.booleans(), st.booleans())
-def test_boxes_outside_the_image_or_without_area_give_finite_losses_and_gradients(
-    seed: int, counts: list[int], flat: bool, far: bool
-) -> None:
+def test_odd_boxes_give_finite_losses_and_gradients(seed: int, counts: list[int], flat: bool, far: bool) -> None:
     torch.manual_seed(seed)
     outputs, targets = drawn(counts, 5)
     places, extents = ((-3.0, 4.0) if far else (0.0, 1.0)), ((0.0, 0.0) if flat else (0.0, 5.0 if far else 1.0))
@@ -154,7 +152,7 @@ def test_boxes_outside_the_image_or_without_area_give_finite_losses_and_gradient
         max_size=3,
     ),
 )
-def test_what_is_not_finite_is_named_by_part_and_image(
+def test_non_finite_value_error_names_tensor_and_image(
     seed: int, counts: list[int], broken: list[tuple[str, int, int, float]]
 ) -> None:
     torch.manual_seed(seed)

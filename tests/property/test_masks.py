@@ -21,7 +21,7 @@ def filled_boxes(draw: st.DrawFn) -> tuple[tuple[int, int], list[int]]:
 
 @settings(max_examples=300, deadline=None)
 @given(filled_boxes(), st.integers(0, 2**31))
-def test_a_filled_box_and_its_mask_stay_together(problem: tuple[tuple[int, int], list[int]], image_id: int) -> None:
+def test_filled_box_and_its_mask_stay_equal(problem: tuple[tuple[int, int], list[int]], image_id: int) -> None:
     (height, width), (x1, y1, x2, y2) = problem
     mask = np.zeros((1, height, width), bool)
     mask[0, y1:y2, x1:x2] = True

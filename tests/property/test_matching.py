@@ -49,7 +49,7 @@ def pair_costs(outputs: Outputs, targets: list[Target], config: LossConfig, imag
 
 @SETTINGS
 @given(problems(most_queries=5, most_objects=5))
-def test_the_matching_is_as_cheap_as_the_best_of_all(problem: tuple[Outputs, list[Target], LossConfig]) -> None:
+def test_matching_has_the_lowest_cost_of_all(problem: tuple[Outputs, list[Target], LossConfig]) -> None:
     outputs, targets, config = problem
     for image, (query, found) in enumerate(match(outputs, targets, config)):
         cost = pair_costs(outputs, targets, config, image)
@@ -68,7 +68,7 @@ def test_the_matching_is_as_cheap_as_the_best_of_all(problem: tuple[Outputs, lis
 
 @SETTINGS
 @given(problems(ties=False))
-def test_the_order_of_objects_does_not_matter(problem: tuple[Outputs, list[Target], LossConfig]) -> None:
+def test_matching_does_not_depend_on_the_order_of_objects(problem: tuple[Outputs, list[Target], LossConfig]) -> None:
     # Without ties: sums of L1 distances alone are often equal, and which of two equal matchings is found is no promise.
     outputs, targets, config = problem
     shuffled = []
@@ -83,7 +83,7 @@ def test_the_order_of_objects_does_not_matter(problem: tuple[Outputs, list[Targe
 
 @SETTINGS
 @given(problems())
-def test_images_do_not_see_each_others_objects(problem: tuple[Outputs, list[Target], LossConfig]) -> None:
+def test_images_are_matched_separately(problem: tuple[Outputs, list[Target], LossConfig]) -> None:
     outputs, targets, config = problem
     together = match(outputs, targets, config)
     for image, target in enumerate(targets):

@@ -24,7 +24,7 @@ def with_drawn_statistics(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("name", "dilation"), [("resnet18", False), ("resnet34", False), ("resnet50", False), ("resnet50", True)]
 )
-def test_features_are_torchvisions(name: str, dilation: bool) -> None:
+def test_features_equal_torchvisions(name: str, dilation: bool) -> None:
     strides = {"replace_stride_with_dilation": [False, False, dilation]} if dilation else {}
     theirs = with_drawn_statistics(getattr(torchvision.models, name)(weights=None, **strides))
     ours = ResNet(ModelConfig(backbone=name, dilation=dilation))  # type: ignore[arg-type]
@@ -36,7 +36,7 @@ def test_features_are_torchvisions(name: str, dilation: bool) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
-def test_folding_the_norm_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folding_the_norm_keeps_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     body = with_drawn_statistics(ResNet(ModelConfig(backbone="resnet18"))).double()
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
 
@@ -65,7 +65,7 @@ def test_folding_the_norm_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -
         (5, set()),
     ],
 )
-def test_the_first_stages_do_not_train(stages: int, trained: set[str]) -> None:
+def test_frozen_stages_do_not_train(stages: int, trained: set[str]) -> None:
     body = Backbone(ModelConfig(backbone="resnet18", frozen_stages=stages)).body
     assert {name.split(".")[0] for name, p in body.named_parameters() if p.requires_grad} == trained
 

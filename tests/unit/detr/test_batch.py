@@ -13,7 +13,7 @@ def sample(height: int, width: int, image_id: int = 1) -> tuple[Tensor, Target]:
     return image, Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), image_id, (height, width))
 
 
-def test_images_lie_at_the_top_left_and_the_rest_is_padding() -> None:
+def test_images_are_placed_at_the_top_left_of_the_canvas() -> None:
     first, second = sample(4, 7, 1), sample(6, 5, 2)
     batch = collate([first, second])
     assert batch.images.shape == (2, 3, 6, 7)
@@ -31,13 +31,13 @@ def test_images_of_one_size_need_no_padding() -> None:
     assert collate([sample(4, 6), sample(4, 6)]).padding is None
 
 
-def test_no_samples_are_an_empty_batch() -> None:
+def test_no_samples_give_an_empty_batch() -> None:
     batch = collate([])
     assert len(batch) == 0
     assert batch.images.shape[0] == 0
 
 
-def test_moving_a_batch_leaves_its_targets_on_the_host() -> None:
+def test_targets_stay_on_the_host_when_a_batch_moves() -> None:
     batch = collate([sample(4, 7), sample(6, 5)]).to("meta")
     assert batch.padding is not None
     assert batch.images.device.type == batch.padding.device.type == "meta"
@@ -62,7 +62,7 @@ def test_float_images_count_as_normalised() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_pinned_batch_reaches_the_device() -> None:
+def test_pinned_batch_moves_to_the_device() -> None:
     batch = collate([sample(4, 7), sample(6, 5)])
     moved = batch.pin_memory().to("cuda")
     assert torch.equal(moved.images.cpu(), batch.images)
@@ -70,7 +70,7 @@ def test_a_pinned_batch_reaches_the_device() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_masks_of_a_pinned_batch_are_pinned() -> None:
+def test_masks_of_a_pinned_batch_are_pinned() -> None:
     image, target = sample(4, 7)
     masks = torch.rand(3, 4, 7) > 0.5
     batch = collate([(image, replace(target, masks=masks)), sample(6, 5)]).pin_memory()

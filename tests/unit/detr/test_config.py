@@ -40,7 +40,7 @@ def test_configs_survive_json(config: Any) -> None:
         (TransformConfig, {"std": (0.0, 1.0, 1.0)}),
     ],
 )
-def test_a_config_that_cannot_work_is_refused_by_the_name_of_its_field(build: Any, changes: dict[str, Any]) -> None:
+def test_impossible_config_error_names_the_field(build: Any, changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(changes))) as error:
         build(**changes)
     assert "got" in str(error.value)

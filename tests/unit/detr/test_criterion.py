@@ -23,7 +23,7 @@ def drawn(counts: list[int], layers: int = 3, queries: int = 8, classes: int = 5
     return last._replace(auxiliary=tuple(auxiliary)), targets
 
 
-def test_losses_are_their_definitions_layer_by_layer() -> None:
+def test_losses_equal_their_definitions_in_every_layer() -> None:
     outputs, targets = drawn([2, 0, 4])
     config = LossConfig()
     got = compute_losses(outputs, targets, 6.0, config)
@@ -55,7 +55,7 @@ def slow_giou(a: list[float], b: list[float]) -> float:
     return width * height / union - (hull_width * hull_height - union) / (hull_width * hull_height)
 
 
-def test_a_batch_without_objects_teaches_only_no_object() -> None:
+def test_batch_without_objects_trains_only_no_object() -> None:
     outputs, targets = drawn([0, 0])
     losses = compute_losses(outputs, targets, 1.0, LossConfig())
     losses.total.backward()
@@ -82,7 +82,7 @@ def test_objects_without_area_give_finite_gradients() -> None:
     assert outputs.boxes.grad.isfinite().all()
 
 
-def test_a_batch_split_over_ranks_has_the_loss_of_the_whole() -> None:
+def test_loss_does_not_depend_on_the_number_of_ranks() -> None:
     """With normalisers summed over the parts, sums over parts are the sum over all."""
     outputs, targets = drawn([2, 0, 4, 1])
     config = LossConfig()
@@ -96,7 +96,7 @@ def test_a_batch_split_over_ranks_has_the_loss_of_the_whole() -> None:
     torch.testing.assert_close(sum(parts), whole.total)
 
 
-def test_the_default_normaliser_is_the_sum_of_class_weights() -> None:
+def test_default_normaliser_is_the_sum_of_class_weights() -> None:
     outputs, targets = drawn([2, 0, 4])
     config = LossConfig()
     given = compute_losses(outputs, targets, 6.0, config, ce_normalizer=ce_weight_sum(targets, 8, config))
@@ -118,7 +118,7 @@ def test_errors_count_wrong_classes_and_wrong_numbers() -> None:
     assert parts["cardinality_error"] == 0
 
 
-def test_half_precision_predictions_are_costed_in_full_precision() -> None:
+def test_losses_of_half_precision_predictions_use_full_precision() -> None:
     outputs, targets = drawn([2, 1], layers=1)
     half = Outputs(outputs.logits.bfloat16(), outputs.boxes)
     assert compute_losses(half, targets, 3.0, LossConfig()).total.dtype == torch.float32
@@ -128,7 +128,7 @@ SWITCHES = {"ce": "loss_ce", "bbox": "loss_bbox", "giou": "loss_giou"}
 
 
 @pytest.mark.parametrize("off", [["ce"], ["bbox"], ["giou"], ["bbox", "giou"], ["ce", "bbox"]])
-def test_a_weight_of_0_takes_its_term_and_its_gradient_out(off: list[str]) -> None:
+def test_weight_0_removes_a_loss_and_its_gradient(off: list[str]) -> None:
     config = LossConfig(**{f"weight_{name}": 0.0 for name in off})
     outputs, targets = drawn([2, 3])
     losses = compute_losses(outputs, targets, 5.0, config)
@@ -149,7 +149,7 @@ def test_a_weight_of_0_takes_its_term_and_its_gradient_out(off: list[str]) -> No
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nothing_comes_in_through_box_terms_that_are_off(value: float) -> None:
+def test_box_losses_that_are_off_do_not_spread_nan(value: float) -> None:
     """Not the targets' boxes, and not the predicted ones: 0 times NaN would be NaN."""
     outputs, targets = drawn([2, 3])
     config = LossConfig(cost_bbox=0, cost_giou=0, weight_bbox=0, weight_giou=0)
@@ -168,7 +168,7 @@ def test_nothing_comes_in_through_box_terms_that_are_off(value: float) -> None:
         assert layer.logits.grad.isfinite().all()
 
 
-def test_nothing_comes_in_through_class_terms_that_are_off() -> None:
+def test_class_losses_that_are_off_do_not_spread_nan() -> None:
     outputs, targets = drawn([2, 3])
     config = LossConfig(cost_class=0, weight_ce=0)
     expected = compute_losses(outputs, targets, 5.0, config).total
@@ -183,7 +183,7 @@ def test_nothing_comes_in_through_class_terms_that_are_off() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_device_gives_the_losses_of_the_host() -> None:
+def test_losses_on_a_device_equal_those_on_the_host() -> None:
     outputs, targets = drawn([2, 0, 4])
     layers = [Outputs(layer.logits.cuda(), layer.boxes.cuda()) for layer in (outputs, *outputs.auxiliary)]
     moved = layers[0]._replace(auxiliary=tuple(layers[1:]))

@@ -85,7 +85,7 @@ def saved_bytes(work: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("parts", ["encoder", "backbone", "both"])
-def test_recomputing_keeps_less_for_the_backward_pass(parts: str) -> None:
+def test_recomputing_keeps_fewer_activations(parts: str) -> None:
     detector = model()
     before = saved_bytes(lambda: detector(images(), padding()).logits)
     set_recompute(detector, parts)
@@ -118,7 +118,7 @@ def test_bf16_rounds_the_network_but_not_boxes_or_losses() -> None:
     assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients.values())
 
 
-def test_stem_and_first_stage_leave_nothing_for_the_backward_pass() -> None:
+def test_frozen_stages_keep_no_activations() -> None:
     body = model().backbone[0].body
     frozen, *trained = body.stage_outputs(images())
     assert not frozen.requires_grad
@@ -127,7 +127,7 @@ def test_stem_and_first_stage_leave_nothing_for_the_backward_pass() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_the_step_as_written() -> None:
+def test_compiled_step_equals_the_uncompiled_one() -> None:
     # As few layers as there are kinds of them: compiling for a CPU takes most of a minute.
     config = replace(SMALL, backbone="tiny", encoder_layers=1, decoder_layers=1)
     expected_loss, expected = step(model(config).eval())
@@ -146,7 +146,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_training_step_waits_for_the_device_at_most_twice(precision: str) -> None:
+def test_training_step_waits_for_the_device_at_most_twice(precision: str) -> None:
     """Once for the matcher's costs, once to see that the gradient is finite."""
     detector = model().cuda()
     set_channels_last(detector)
@@ -179,7 +179,7 @@ def test_a_training_step_waits_for_the_device_at_most_twice(precision: str) -> N
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("layout", ["first", "last"])
-def test_a_device_trains_as_the_host_does(layout: str) -> None:
+def test_training_on_a_device_equals_training_on_the_host(layout: str) -> None:
     detector, twin = model().eval(), model().eval().cuda()
     if layout == "last":
         set_channels_last(twin)

@@ -32,7 +32,7 @@ def drawn(*objects: int, size: tuple[int, int] = (64, 80)) -> list[Target]:
     return made
 
 
-def test_losses_are_their_definitions_on_the_canvas() -> None:
+def test_mask_losses_equal_their_definitions_on_the_canvas() -> None:
     """Pair by pair as in the original: upsample to the canvas, then focal and DICE with the truth padded by nothing."""
     torch.manual_seed(0)
     targets = drawn(2, 0, 3)
@@ -60,7 +60,7 @@ def test_losses_are_their_definitions_on_the_canvas() -> None:
 
 
 @pytest.mark.parametrize("objects", [(), (0,), (0, 0)], ids=["no images", "no boxes", "two without boxes"])
-def test_nothing_to_learn_gives_zero_gradients_to_the_whole_head(objects: tuple[int, ...]) -> None:
+def test_mask_head_gets_zero_gradients_without_objects(objects: tuple[int, ...]) -> None:
     model, targets = build(), drawn(*objects)
     losses = compute_losses(model(torch.randn(len(objects), 3, 64, 80)), targets, 1.0, LossConfig())
     losses.total.backward()
@@ -69,7 +69,7 @@ def test_nothing_to_learn_gives_zero_gradients_to_the_whole_head(objects: tuple[
     assert all(p.grad is not None and not p.grad.any() for p in head)
 
 
-def test_objects_give_gradients_to_the_whole_head_and_through_it_to_the_backbone() -> None:
+def test_mask_losses_give_gradients_to_head_and_backbone() -> None:
     model = build()
     config = LossConfig(weight_ce=0, weight_bbox=0, weight_giou=0)
     compute_losses(model(torch.randn(2, 3, 64, 80)), drawn(2, 3), 5.0, config).total.backward()

@@ -41,7 +41,7 @@ def test_more_objects_than_queries_use_every_query() -> None:
 
 @pytest.mark.parametrize("part", ["logits", "boxes"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_non_finite_prediction_is_named(part: str, value: float) -> None:
+def test_non_finite_prediction_error_names_the_tensor(part: str, value: float) -> None:
     predicted = outputs(3)
     getattr(predicted, part)[1, 2] = value
     targets = [target(2, image_id=139), target(2, image_id=285), target(1, image_id=632)]
@@ -49,7 +49,7 @@ def test_a_non_finite_prediction_is_named(part: str, value: float) -> None:
         match(predicted, targets, LossConfig())
 
 
-def test_non_finite_target_boxes_are_named() -> None:
+def test_non_finite_target_boxes_error_names_them() -> None:
     truth = target(2, image_id=285)
     truth.boxes[0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match="in the target boxes of images 285, expected"):
@@ -57,7 +57,7 @@ def test_non_finite_target_boxes_are_named() -> None:
 
 
 @pytest.mark.parametrize("off", ["cost_class", "cost_bbox", "cost_giou"])
-def test_a_cost_of_0_has_no_say(off: str) -> None:
+def test_cost_of_weight_0_has_no_effect(off: str) -> None:
     """Each cost alone would choose another query; with one of them off, the two that agree decide."""
     truth = Target(torch.tensor([[0.5, 0.5, 0.2, 0.2]]), torch.tensor([1]), 1, (10, 10))
     near, wrong = torch.tensor([0.5, 0.5, 0.2, 0.2]), torch.tensor([0.9, 0.9, 0.1, 0.1])
@@ -80,7 +80,7 @@ def test_a_cost_of_0_has_no_say(off: str) -> None:
 
 
 @pytest.mark.parametrize("label", [-1, 5])
-def test_a_label_without_a_class_is_refused_before_it_reaches_the_device(label: int) -> None:
+def test_label_without_a_class_is_refused_on_the_host(label: int) -> None:
     truth = target(2, image_id=42)
     truth.labels[1] = label
     with pytest.raises(ValueError, match=r"image 42: got labels .* expected 0 to 4"):

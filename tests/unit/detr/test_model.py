@@ -34,13 +34,13 @@ def test_without_auxiliary_outputs_the_last_layer_is_the_same() -> None:
     torch.testing.assert_close(short(images).boxes, full(images).boxes)
 
 
-def test_padding_that_is_nowhere_changes_nothing() -> None:
+def test_all_false_padding_equals_no_padding() -> None:
     model, images = build_model(TINY, 4), torch.randn(2, 3, 64, 80)
     unmasked, masked = model(images), model(images, torch.zeros(2, 64, 80, dtype=torch.bool))
     torch.testing.assert_close(masked.logits, unmasked.logits, rtol=1e-4, atol=1e-5)
 
 
-def test_no_images_run_forward_and_backward() -> None:
+def test_model_accepts_a_batch_without_images() -> None:
     model = build_model(TINY, 4)
     losses = compute_losses(model(torch.zeros(0, 3, 64, 64)), [], 1.0, LossConfig())
     losses.total.backward()
@@ -76,9 +76,7 @@ ODD = {
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("changes", ODD.values(), ids=ODD.keys())
-def test_any_number_of_layers_queries_and_heads_learns_and_detects(
-    changes: dict[str, Any], padded: bool, training: bool
-) -> None:
+def test_models_of_all_sizes_train_and_detect(changes: dict[str, Any], padded: bool, training: bool) -> None:
     config = replace(TINY, dropout=0.1, **changes)
     torch.manual_seed(0)
     model = build_model(config, 4).train(training)

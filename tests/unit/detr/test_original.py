@@ -13,7 +13,7 @@ SMALL = ModelConfig(
 )
 
 
-def test_a_state_dict_goes_in_and_comes_back_out_unchanged() -> None:
+def test_state_dict_survives_loading_and_saving() -> None:
     source = to_original_state_dict(build_model(SMALL, 4))
     model = build_model(SMALL, 4)
     load_original_state_dict(model, source)
@@ -22,7 +22,7 @@ def test_a_state_dict_goes_in_and_comes_back_out_unchanged() -> None:
     assert all(torch.equal(returned[key], source[key]) for key in source)
 
 
-def test_keys_are_the_originals() -> None:
+def test_keys_equal_the_originals() -> None:
     keys = to_original_state_dict(build_model(replace(SMALL, position="learned", pre_norm=True), 4))
     for key in (
         "transformer.encoder.layers.0.self_attn.in_proj_weight",
@@ -43,7 +43,7 @@ def test_keys_are_the_originals() -> None:
         assert key in keys
 
 
-def test_batch_counters_of_a_trainable_backbone_stay_out() -> None:
+def test_batch_counters_are_not_saved() -> None:
     config = replace(SMALL, norm="batch")
     state = to_original_state_dict(build_model(config, 4))
     assert not any("num_batches_tracked" in key for key in state)
@@ -63,7 +63,7 @@ def test_batch_counters_of_a_trainable_backbone_stay_out() -> None:
         ({"decoder_layers": 3}, 4, "decoder_layers"),
     ],
 )
-def test_a_state_dict_that_does_not_fit_is_explained(changes: dict[str, Any], classes: int, reason: str) -> None:
+def test_state_dict_error_explains_the_difference(changes: dict[str, Any], classes: int, reason: str) -> None:
     model = build_model(SMALL, 4)
     before = model.class_embed.weight.clone()
     with pytest.raises(ValueError, match=reason) as error:

@@ -21,7 +21,7 @@ def test_sines_follow_the_papers_formula() -> None:
             )
 
 
-def test_no_padding_and_padding_that_is_nowhere_are_the_same() -> None:
+def test_sines_without_padding_equal_all_false_padding() -> None:
     position = SinePosition(16, 20.0)
     padded = position(FEATURES, torch.zeros(2, 5, 7, dtype=torch.bool))
     torch.testing.assert_close(padded, position(FEATURES, None).expand(2, -1, -1))
@@ -56,7 +56,7 @@ def learned(height: int, width: int, position: LearnedPosition) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("cells", [1, 49, 50])
-def test_learned_positions_within_fifty_cells_are_the_originals_bit_for_bit(cells: int) -> None:
+def test_learned_positions_up_to_fifty_cells_equal_the_originals(cells: int) -> None:
     position = LearnedPosition(8)
     got = learned(cells, cells, position)
     assert torch.equal(got[0, :, :4], position.col_embed.weight[:cells])
@@ -64,7 +64,7 @@ def test_learned_positions_within_fifty_cells_are_the_originals_bit_for_bit(cell
 
 
 @pytest.mark.parametrize("cells", [51, 84, 200])
-def test_learned_positions_stretch_over_more_cells_each_axis_by_itself(cells: int) -> None:
+def test_learned_positions_are_interpolated_along_each_axis(cells: int) -> None:
     position = LearnedPosition(8)
     table = position.col_embed.weight.detach()
     wide, high = learned(3, cells, position), learned(cells, 50, position)
@@ -79,7 +79,7 @@ def test_learned_positions_stretch_over_more_cells_each_axis_by_itself(cells: in
     torch.testing.assert_close(high[[0, -1], 0, 4:], position.row_embed.weight[[0, 49]])
 
 
-def test_a_ramp_of_learned_vectors_stays_a_ramp() -> None:
+def test_interpolated_ramp_is_a_ramp() -> None:
     position = LearnedPosition(8)
     with torch.no_grad():
         position.row_embed.weight.copy_(torch.arange(50.0)[:, None].expand(-1, 4))

@@ -5,7 +5,7 @@ from detr.model import Outputs
 from detr.postprocess import Detection, detect
 
 
-def test_the_best_class_is_never_no_object_and_boxes_are_pixels() -> None:
+def test_detections_have_object_classes_and_pixel_boxes() -> None:
     logits = torch.tensor([[[0.0, 2.0, 5.0], [3.0, 0.0, 0.0]]])
     boxes = torch.tensor([[[0.5, 0.5, 0.5, 1.0], [0.25, 0.1, 0.5, 0.4]]])
     (found,) = detect(Outputs(logits, boxes), [(100, 200)])
@@ -14,7 +14,7 @@ def test_the_best_class_is_never_no_object_and_boxes_are_pixels() -> None:
     torch.testing.assert_close(found.boxes_xyxy, torch.tensor([[50.0, 0, 150, 100], [0, -10, 100, 30]]))
 
 
-def test_sizes_are_one_per_image() -> None:
+def test_wrong_number_of_sizes_is_refused() -> None:
     outputs = Outputs(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))
     assert len(detect(outputs, torch.tensor([[10, 20], [30, 40]]))) == 2
     with pytest.raises(ValueError, match="got 1, expected one per image, 2"):
@@ -59,7 +59,7 @@ SIZES = [(480, 640), (333, 500)]
 
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.7])
 @pytest.mark.parametrize("merge", [False, True])
-def test_duplicates_of_one_class_are_suppressed_and_the_best_come_first(threshold: float, merge: bool) -> None:
+def test_nms_keeps_the_best_of_each_class_in_order(threshold: float, merge: bool) -> None:
     outputs = drawn()
     layers = (*outputs.auxiliary, outputs) if merge else (outputs,)
     every = [detect(layer._replace(auxiliary=()), SIZES) for layer in layers]
@@ -75,7 +75,7 @@ def test_duplicates_of_one_class_are_suppressed_and_the_best_come_first(threshol
         assert torch.equal(found.boxes_xyxy, together.boxes_xyxy[kept])
 
 
-def test_boxes_of_other_classes_never_suppress_each_other_though_they_reach_past_the_edges() -> None:
+def test_nms_keeps_boxes_of_other_classes_beyond_the_edges() -> None:
     """torchvision moves classes apart by the largest coordinate alone: here they would still overlap."""
     boxes = torch.tensor([[[0.8, 0.8, 0.8, 0.8], [0.1, 0.1, 0.8, 0.8]]])
     logits = torch.tensor([[[9.0, 0, 0], [0, 8.0, 0]]])
@@ -83,7 +83,7 @@ def test_boxes_of_other_classes_never_suppress_each_other_though_they_reach_past
     assert found.labels.tolist() == [0, 1]
 
 
-def test_an_image_keeps_its_hundred_best() -> None:
+def test_nms_keeps_at_most_a_hundred_detections() -> None:
     outputs = drawn(images=1, queries=60, layers=3, classes=1)
     centres = torch.arange(180).view(3, 1, 60, 1) / 180
     boxes = torch.cat([centres, torch.full((3, 1, 60, 3), 1e-3)], -1)  # none overlaps another
@@ -93,7 +93,7 @@ def test_an_image_keeps_its_hundred_best() -> None:
     torch.testing.assert_close(found.scores, scores.sort(descending=True).values[:100])
 
 
-def test_a_merge_needs_suppression_and_a_threshold_is_an_iou() -> None:
+def test_merge_without_nms_and_wrong_thresholds_are_refused() -> None:
     outputs = drawn()
     with pytest.raises(ValueError, match="merge: got nms=None, expected an IoU"):
         detect(outputs, SIZES, merge=True)
@@ -102,7 +102,7 @@ def test_a_merge_needs_suppression_and_a_threshold_is_an_iou() -> None:
             detect(outputs, SIZES, nms=threshold)
 
 
-def test_suppression_in_no_images_and_without_queries() -> None:
+def test_nms_accepts_no_images_and_no_queries() -> None:
     assert detect(Outputs(torch.zeros(0, 3, 4), torch.zeros(0, 3, 4)), [], nms=0.7) == []
     (found,) = detect(Outputs(torch.zeros(1, 0, 4), torch.zeros(1, 0, 4)), [(5, 5)], nms=0.7)
     assert len(found.scores) == 0

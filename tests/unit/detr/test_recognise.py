@@ -31,7 +31,7 @@ def state_of(config: ModelConfig, classes: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("backbone", "dilation"), [("resnet50", False), ("resnet50", True), ("resnet101", False), ("resnet101", True)]
 )
-def test_the_papers_models_are_recognised(backbone: Any, dilation: bool, masks: bool) -> None:
+def test_configs_of_the_papers_models_are_found(backbone: Any, dilation: bool, masks: bool) -> None:
     config, classes = ModelConfig(backbone=backbone, dilation=dilation, masks=masks), 250 if masks else 91
     assert recognise(state_of(config, classes), dilation=dilation) == (config, classes)
 
@@ -52,7 +52,7 @@ def test_the_papers_models_are_recognised(backbone: Any, dilation: bool, masks: 
     ],
     ids=str,
 )
-def test_other_models_are_recognised(changes: dict[str, Any]) -> None:
+def test_configs_of_other_models_are_found(changes: dict[str, Any]) -> None:
     config = ModelConfig(**(SMALL | changes))
     unseen = {"heads": 4, "dropout": config.dropout, "auxiliary": config.auxiliary}
     assert recognise(state_of(config, 3), **unseen) == (config, 3)
@@ -66,7 +66,7 @@ def test_a_mask_head_shows_the_number_of_heads() -> None:
     assert heads_of_mask_head(state_of(ModelConfig(**SMALL), 3)) is None
 
 
-def test_a_batch_norm_that_counts_is_recognised_too() -> None:
+def test_batch_counters_do_not_matter() -> None:
     state = state_of(ModelConfig(**SMALL), 3)
     state["backbone.0.body.bn1.num_batches_tracked"] = torch.tensor(1)
     assert recognise(state, heads=4)[0] == ModelConfig(**SMALL)
@@ -84,7 +84,7 @@ def test_a_batch_norm_that_counts_is_recognised_too() -> None:
         ("backbone.0.body.layer3.2.conv1.weight", torch.zeros(1), "stages of 2, 2, 3, 2 blocks, expected a ResNet"),
     ],
 )
-def test_what_is_no_such_model_is_explained(key: str, tensor: Tensor | None, said: str) -> None:
+def test_foreign_state_dict_error_explains_why(key: str, tensor: Tensor | None, said: str) -> None:
     state = state_of(ModelConfig(**SMALL), 3)
     if tensor is None:
         del state[key]
@@ -95,7 +95,7 @@ def test_what_is_no_such_model_is_explained(key: str, tensor: Tensor | None, sai
     assert "\n" not in str(caught.value)
 
 
-def test_heads_that_cannot_be_are_refused() -> None:
+def test_impossible_heads_are_refused() -> None:
     with pytest.raises(ConfigError, match="hidden_dim: got 32, expected a multiple of heads=5"):
         recognise(state_of(ModelConfig(**SMALL), 3), heads=5)
     masks = state_of(ModelConfig(**(SMALL | {"hidden_dim": 128, "heads": 8, "masks": True})), 3)

@@ -54,7 +54,7 @@ def test_every_query_has_a_mask_on_the_stride_4_grid(config: ModelConfig) -> Non
 @pytest.mark.parametrize(
     "sizes", [((3, 4), (5, 8), (10, 15)), ((6, 8), (12, 16), (24, 32))], ids=["same and odd", "twice each time"]
 )
-def test_the_head_is_the_originals_form_of_it(sizes: tuple[tuple[int, int], ...]) -> None:
+def test_head_equals_the_plain_convolutions(sizes: tuple[tuple[int, int], ...]) -> None:
     """Against the plain form: every query's copy of the features beside its attention, and enlarged maps."""
     torch.manual_seed(0)
     head = MaskHead(128, 8, [24, 16, 12])
@@ -79,7 +79,7 @@ def test_the_head_is_the_originals_form_of_it(sizes: tuple[tuple[int, int], ...]
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
 
 
-def test_attention_is_shared_out_over_heads_and_cells_inside_the_padding() -> None:
+def test_attention_map_sums_to_one_over_heads_and_unpadded_cells() -> None:
     torch.manual_seed(0)
     attention, padding = AttentionMap(32, 4), torch.zeros(2, 12, dtype=torch.bool)
     padding[1, 7:] = True
@@ -90,7 +90,7 @@ def test_attention_is_shared_out_over_heads_and_cells_inside_the_padding() -> No
     torch.testing.assert_close(maps[1:, :, :, :7], attention(queries[1:], memory[1:, :7], None))
 
 
-def test_padding_that_is_nowhere_changes_no_mask() -> None:
+def test_all_false_padding_changes_no_mask() -> None:
     model, images = build(), torch.randn(2, 3, 64, 80)
     masked = model(images, torch.zeros(2, 64, 80, dtype=torch.bool))
     torch.testing.assert_close(masked.masks, model(images).masks, rtol=1e-4, atol=1e-4)
@@ -102,14 +102,14 @@ def test_a_seed_gives_the_same_detector_with_and_without_masks() -> None:
 
 
 @pytest.mark.parametrize(("field", "value", "multiple"), [("hidden_dim", 192, 128), ("heads", 4, 8)])
-def test_channels_that_cannot_be_grouped_are_refused(field: str, value: int, multiple: int) -> None:
+def test_channels_that_group_norm_cannot_divide_are_refused(field: str, value: int, multiple: int) -> None:
     with pytest.raises(ConfigError, match=f"{field}: got {value}, expected a multiple of {multiple} with masks"):
         replace(TINY, **{field: value})
     replace(TINY, masks=False, **{field: value})
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
-def test_of_a_frozen_detector_only_the_mask_head_learns(norm: str) -> None:
+def test_only_the_mask_head_of_a_frozen_detector_trains(norm: str) -> None:
     model = build(norm=norm).train()
     freeze_detector(model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -129,7 +129,7 @@ def test_a_frozen_detector_keeps_its_dropout_as_in_the_original() -> None:
     assert torch.equal(model.eval()(images).boxes, model(images).boxes)
 
 
-def test_freezing_a_frozen_batch_norm_changes_no_answer() -> None:
+def test_freezing_keeps_the_outputs() -> None:
     model, images = build(norm="batch"), torch.randn(2, 3, 64, 80)
     model.train()(images)  # statistics of its own
     expected = model.eval()(images).masks
@@ -137,7 +137,7 @@ def test_freezing_a_frozen_batch_norm_changes_no_answer() -> None:
     torch.testing.assert_close(model(images).masks, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_there_is_nothing_to_freeze_for_without_a_mask_head() -> None:
+def test_freezing_without_a_mask_head_is_refused() -> None:
     with pytest.raises(ConfigError, match="masks: got a model without a mask head"):
         freeze_detector(build(masks=False))
 
@@ -172,7 +172,7 @@ def test_masks_of_detections_are_cut_and_scaled_to_the_original_images(canvas: t
         assert torch.equal(few.masks, every.masks[rows])
 
 
-def test_masks_are_made_where_sizes_are_given() -> None:
+def test_masks_are_returned_only_with_sizes() -> None:
     outputs = Outputs(torch.zeros(2, 6, 5), torch.zeros(2, 6, 4), (), torch.zeros(2, 6, 16, 20))
     assert all(found.masks is None for found in detect(outputs, [(9, 9), (8, 8)]))
     assert all(found.masks is None for found in detect(outputs._replace(masks=None), [(9, 9)] * 2, sizes=[(4, 4)] * 2))
@@ -183,7 +183,7 @@ def test_masks_are_made_where_sizes_are_given() -> None:
     )
 
 
-def test_a_state_dict_with_masks_has_the_originals_layout_and_comes_back() -> None:
+def test_state_dict_with_masks_has_the_originals_keys() -> None:
     source = to_original_state_dict(build())
     assert {key.split(".")[0] for key in source} == {"detr", "bbox_attention", "mask_head"}
     for key in ("detr.transformer.decoder.norm.bias", "detr.backbone.0.body.conv1.weight", "detr.query_embed.weight",
@@ -197,7 +197,7 @@ def test_a_state_dict_with_masks_has_the_originals_layout_and_comes_back() -> No
     assert all(torch.equal(returned[key], source[key]) for key in source)
 
 
-def test_a_detector_is_loaded_under_a_fresh_mask_head() -> None:
+def test_detector_loads_into_a_model_with_masks() -> None:
     detector, model = build(masks=False), build_model(TINY, 4)
     fresh = {name: p.clone() for name, p in model.named_parameters()}
     load_detector_state_dict(model, to_original_state_dict(detector))
@@ -207,7 +207,7 @@ def test_a_detector_is_loaded_under_a_fresh_mask_head() -> None:
         assert torch.equal(state[name], fresh[name])
 
 
-def test_state_dicts_with_and_without_masks_are_told_apart() -> None:
+def test_state_dict_error_names_a_missing_or_extra_mask_head() -> None:
     detector, segmenter = build(masks=False), build()
     with pytest.raises(ValueError, match="it has no mask head: load_detector_state_dict"):
         load_original_state_dict(segmenter, to_original_state_dict(detector))

@@ -15,7 +15,7 @@ def build(**changes: Any) -> Transformer:
     return Transformer(ModelConfig(**{**SMALL, "encoder_layers": 2, "decoder_layers": 3, **changes}))
 
 
-def test_attention_is_torchs_with_its_parameters() -> None:
+def test_attention_equals_torchs_with_the_same_parameters() -> None:
     torch.manual_seed(0)
     ours, theirs = Attention(ModelConfig(**SMALL)), nn.MultiheadAttention(32, 4, batch_first=True)
     theirs.load_state_dict(ours.state_dict())
@@ -27,8 +27,8 @@ def test_attention_is_torchs_with_its_parameters() -> None:
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
-def test_what_lies_in_the_padding_changes_nothing(pre_norm: bool) -> None:
-    """The same image on a larger canvas, with anything in the rest of it, decodes to the same."""
+def test_content_of_the_padding_changes_nothing(pre_norm: bool) -> None:
+    """An image decodes to the same values on a larger canvas, whatever is in the padding."""
     model = build(pre_norm=pre_norm)
     cells, position, queries = torch.randn(2, 12, 32), torch.randn(2, 12, 32), torch.randn(7, 32)
     canvas, canvas_position = torch.randn(2, 20, 32) * 100, torch.randn(2, 20, 32)
@@ -40,7 +40,7 @@ def test_what_lies_in_the_padding_changes_nothing(pre_norm: bool) -> None:
     torch.testing.assert_close(canvas_memory[:, :12], memory, rtol=1e-4, atol=1e-5)
 
 
-def test_every_decoder_layer_is_returned_and_all_weights_get_gradients() -> None:
+def test_all_decoder_layers_are_returned_and_all_weights_get_gradients() -> None:
     model = build()
     decoded, _ = model(torch.randn(2, 12, 32), torch.randn(1, 12, 32), torch.randn(7, 32), None)
     assert decoded.shape == (3, 2, 7, 32)
@@ -48,14 +48,14 @@ def test_every_decoder_layer_is_returned_and_all_weights_get_gradients() -> None
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_no_encoder_layers_leave_the_cells_as_memory() -> None:
+def test_without_encoder_layers_the_memory_is_the_cells() -> None:
     cells = torch.randn(1, 4, 32)
     decoded, memory = build(encoder_layers=0)(cells, torch.randn(1, 4, 32), torch.randn(3, 32), None)
     assert decoded.isfinite().all()
     assert torch.equal(memory, cells)
 
 
-def test_departures_change_what_they_say() -> None:
+def test_departures_from_the_paper_have_their_effect() -> None:
     cells, position, queries = torch.randn(1, 12, 32), torch.randn(1, 12, 32), torch.randn(4, 32)
     plain, _ = build()(cells, position, queries, None)
     at_input, _ = build(position_at_input=True)(cells - position, position, queries, None)
@@ -76,3 +76,49 @@ def test_gradients_are_finite_where_attention_saturates() -> None:
     attention(cells, cells, cells).sum().backward()
     assert attention.in_proj_weight.grad is not None
     assert attention.in_proj_weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_with_recomputed_scores_equals_the_plain_one(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    attention = Attention(ModelConfig(**SMALL)).train()
+    inputs = [torch.randn(2, length, 32, requires_grad=True) for length in (5, 9, 9)]
+    mask = torch.arange(9).expand(2, 1, 1, 9) < torch.tensor([9, 6]).view(2, 1, 1, 1) if masked else None
+    results = []
+    for many in (1 << 30, 0):
+        monkeypatch.setattr("detr.transformer._MANY_SCORES", many)
+        out = attention(*inputs, mask)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [*inputs, *attention.parameters()])))
+    for plain, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(plain, recomputed, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("many", [1 << 30, 0], ids=["kept", "recomputed"])
+def test_gradient_of_attention_with_dropout_matches_finite_differences(
+    many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detr.transformer._MANY_SCORES", many)
+    torch.manual_seed(0)
+    attention = Attention(ModelConfig(hidden_dim=8, heads=2, dropout=0.4)).double().train()
+    query, other = torch.randn(1, 3, 8, dtype=torch.float64), torch.randn(1, 4, 8, dtype=torch.float64)
+
+    def value(key: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        return attention(query, key, other)
+
+    key = torch.randn(1, 4, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(value, key)
+    assert not torch.equal(value(key), attention.eval()(query, key, other))
+
+
+def test_seed_decides_what_dropout_drops() -> None:
+    model = build(dropout=0.3).train()
+    inputs = torch.randn(1, 12, 32), torch.randn(1, 12, 32), torch.randn(4, 32), None
+    results = []
+    for seed in (7, 7, 8):
+        torch.manual_seed(seed)
+        results.append(model(*inputs)[0])
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+    model.eval()
+    assert torch.equal(model(*inputs)[0], model(*inputs)[0])

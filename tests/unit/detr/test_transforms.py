@@ -40,7 +40,7 @@ def photo(height: int, width: int) -> np.ndarray:
         (9000, 1, 800, 1333, (1, 9000)),
     ],
 )
-def test_sizes_are_the_originals_to_the_pixel(
+def test_resized_sizes_equal_the_originals(
     width: int, height: int, shorter: int, longest: int | None, expected: tuple[int, int]
 ) -> None:
     assert resized_size(width, height, shorter, longest) == expected
@@ -70,7 +70,7 @@ def test_flip_crop_and_resize_are_the_originals_steps_in_order() -> None:
     assert labels.tolist() == [3]
 
 
-def test_a_box_keeps_hold_of_its_pixels() -> None:
+def test_boxes_follow_their_pixels() -> None:
     image = np.zeros((96, 128, 3), np.uint8)
     image[32:64, 16:48] = 255
     config = TransformConfig(train_scales=(192,), max_size=400, crop_scales=(160,), crop_range=(120, 160))
@@ -94,7 +94,7 @@ def test_boxes_are_clamped_and_those_without_area_dropped() -> None:
     np.testing.assert_allclose(got.numpy(), [[0.25, 0.5, 0.5, 1.0], [0.5, 0.5, 1.0, 1.0]])
 
 
-def test_a_read_only_image_is_fine_and_never_written_to() -> None:
+def test_read_only_image_is_not_written_to() -> None:
     image = photo(20, 30)
     image.setflags(write=False)
     for flip in (False, True):
@@ -116,7 +116,7 @@ def chained(masks: np.ndarray, geometry: Geometry) -> torch.Tensor:
     return resize(x, geometry.size)
 
 
-def test_masks_take_the_originals_steps() -> None:
+def test_masks_equal_the_originals_steps() -> None:
     masks = np.random.default_rng(0).random((3, 97, 141)) > 0.5
     masks.setflags(write=False)
     boxes, labels = np.array([[0, 0, 141, 97]] * 3, np.float32), np.arange(3)
@@ -128,7 +128,7 @@ def test_masks_take_the_originals_steps() -> None:
         assert torch.equal(got, chained(masks, geometry))
 
 
-def test_the_nearest_pixel_is_the_originals_where_rounding_decides() -> None:
+def test_nearest_pixel_is_rounded_as_in_the_original() -> None:
     """At these sizes double precision would choose another pixel than the original's float32."""
     masks = np.indices((6, 8)).sum(0)[None] % 2 > 0
     *_, got = apply(photo(6, 8), np.array([[0, 0, 8, 6]]), np.zeros(1), Geometry(False, None, (74, 82)), masks)
@@ -151,7 +151,7 @@ def test_no_objects_have_no_masks() -> None:
     assert masks.shape == (0, 60, 80)
 
 
-def test_geometry_depends_on_seed_epoch_and_image_and_on_nothing_else() -> None:
+def test_geometry_depends_only_on_seed_epoch_and_image() -> None:
     config = TransformConfig()
     drawn = [draw_geometry(seed, epoch, 7, 640, 480, config) for seed in range(5) for epoch in range(20)]
     assert drawn == [draw_geometry(seed, epoch, 7, 640, 480, config) for seed in range(5) for epoch in range(20)]
@@ -162,7 +162,7 @@ def test_geometry_depends_on_seed_epoch_and_image_and_on_nothing_else() -> None:
     )
 
 
-def test_the_augmentation_has_the_papers_proportions() -> None:
+def test_augmentation_has_the_papers_probabilities() -> None:
     config = TransformConfig()
     drawn = [draw_geometry(1, 0, image_id, 640, 480, config) for image_id in range(4000)]
     assert abs(sum(geometry.flip for geometry in drawn) / 4000 - 0.5) < 0.03
@@ -179,7 +179,7 @@ def test_the_augmentation_has_the_papers_proportions() -> None:
         assert 0 <= crop.left <= crop.resized[1] - crop.size[1]
 
 
-def test_without_augmentation_every_epoch_sees_the_same() -> None:
+def test_without_augmentation_all_epochs_are_equal() -> None:
     config = TransformConfig(train_scales=(96,), flip=0.0, crop=False)
     drawn = {draw_geometry(seed, epoch, 5, 128, 96, config) for seed in range(3) for epoch in range(3)}
     assert drawn == {Geometry(False, None, (96, 128))}
@@ -189,7 +189,7 @@ def test_evaluation_only_resizes() -> None:
     assert eval_geometry(640, 200, TransformConfig()) == Geometry(False, None, (417, 1334))
 
 
-def test_cropping_first_changes_neither_the_output_size_nor_what_boxes_hold() -> None:
+def test_cropping_first_keeps_output_size_and_box_content() -> None:
     """A bright box stays where its pixels are, though the crop's edges are rounded."""
     image = np.zeros((426, 640, 3), np.uint8)
     image[100:300, 200:450] = 255
