@@ -104,14 +104,12 @@ class Command:
         assert process.returncode == status, output
         return output
 
-    def wait_for_checkpoint(self, run: str, step: int, timeout_s: float = 120) -> None:
-        """Until a run of this name has a checkpoint of this step or later."""
-        until = time.monotonic() + timeout_s
-        while time.monotonic() < until:
-            found = [
-                int(path.name.split("-")[1]) for path in self.folder.glob(f"runs/{run}-*/checkpoints/step-????????")
-            ]
-            if max(found, default=0) >= step:
+    def wait_for_checkpoint(self, run: str, step: int, home: Path | None = None, timeout_s: float = 300) -> None:
+        """Wait until a run of this name has a checkpoint of this step or a later one, in `runs` or another folder."""
+        folder, end = home or self.folder / "runs", time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            found = [path.parent.name for path in folder.glob(f"{run}-*/checkpoints/step-????????/meta.json")]
+            if max((int(name.split("-")[1]) for name in found), default=0) >= step:
                 return
             time.sleep(0.1)
         raise AssertionError(f"no checkpoint of step {step} within {timeout_s} s")
