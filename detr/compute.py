@@ -37,7 +37,7 @@ def set_recompute(model: DETR, parts: Recompute) -> None:
     model.backbone[0].body.recompute = parts in ("backbone", "both")  # type: ignore[union-attr]
 
 
-def parts(model: DETR) -> list[list[nn.Module]]:
+def fsdp_units(model: DETR) -> list[list[nn.Module]]:
     """Return the modules to shard with FSDP, grouped: the blocks of each backbone stage, and each transformer layer.
 
     The groups are computed one after another and hold most of the weights.

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from detr.backbone import Backbone, FrozenBatchNorm
 from detr.config import ConfigError, ModelConfig
+from detr.mask_head import MASK_MODULES, AttentionMap, MaskHead
 from detr.position import LearnedPosition, SinePosition, sine_vectors
-from detr.segmentation import MASK_MODULES, AttentionMap, MaskHead
 from detr.transformer import Transformer
 
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from detr.backbone import ResNet
+from detr.mask_head import MASK_MODULES
 from detr.model import DETR
-from detr.segmentation import MASK_MODULES
 
 _DETECTOR = "detr."
 # The first prefix that fits a differing key explains the difference; a list of keys would not.

@@ -23,7 +23,7 @@ _DETECTOR = "detr."  # prefix of the detector in the original's segmentation mod
 _PAPERS_HEADS = 8
 
 
-def recognise(
+def infer_config(
     state_dict: Mapping[str, Tensor], *, heads: int | None = None, dilation: bool = False, **chosen: Any
 ) -> tuple[ModelConfig, int]:
     """Return the configuration and the number of classes (without "no object") of the model with these tensors.

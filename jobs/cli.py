@@ -13,8 +13,8 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from jobs import cluster_commands, data_commands, exchange_commands, model_commands, run_commands
-from jobs.command_line import Command, UsageError, command_table
+from jobs.commands import cluster, exchange, models, runs, shard
+from jobs.parsing import Command, UsageError, command_table
 
 
 def check(argv: Sequence[str]) -> None:
@@ -23,7 +23,7 @@ def check(argv: Sequence[str]) -> None:
     Checked are the command's name, secrets in its arguments and, for `train`, the recipe, the flags and the data.
     """
     from jobs.submit import JobError
-    from shards.storage import refuse_secret
+    from shards.store.storage import refuse_secret
 
     if argv[0] not in COMMANDS:
         raise JobError(f"there is no command {argv[0]!r} to submit; did you mean {nearest(argv[0], COMMANDS)}?")
@@ -31,33 +31,31 @@ def check(argv: Sequence[str]) -> None:
         refuse_secret(argument)  # Ray shows a job's command to everyone who can see the job
     if argv[0] != "train":
         return
-    config = run_commands.check_train(list(argv[1:]))
+    config = runs.check_train(list(argv[1:]))
     if config is None:
         raise JobError("`train --help` needs no cluster; expected `train RECIPE ...`")
-    from pipeline import preflight
+    from pipeline.driver import preflight
 
     preflight.check(config)
 
 
 COMMANDS: dict[str, Command] = {
-    "demo": Command("Train, register and evaluate a small model on built-in data, in minutes", run_commands.demo),
-    "shard": Command("Make, verify and describe data sets: shard coco|voc|yolo|index|verify|info", data_commands.shard),
-    "train": Command("Train a recipe: train RECIPE [--any.field value ...]", run_commands.train),
-    "show": Command("Print the configuration of a recipe: show RECIPE [--any.field value ...]", run_commands.show),
-    "resume": Command("Resume a run from its newest checkpoint: resume RUN", run_commands.resume),
-    "runs": Command("List runs, or follow one: runs [RUN [--follow]]", run_commands.runs),
-    "evaluate": Command("Score a registered model on a data set", model_commands.evaluate),
-    "predict": Command("Detect objects in image files with a registered model", model_commands.predict),
-    "register": Command("Register the best checkpoint of a run: register RUN --name NAME", model_commands.register),
-    "import": Command(
-        "Register a checkpoint of the original DETR: import FILE.pth --name NAME", exchange_commands.import_file
-    ),
-    "export": Command("Write a registered model to a file: --original FILE, --onnx FILE", exchange_commands.export),
-    "ui": Command("Open the MLflow UI", run_commands.ui),
+    "demo": Command("Train, register and evaluate a small model on built-in data, in minutes", runs.demo),
+    "shard": Command("Make, verify and describe data sets: shard coco|voc|yolo|index|verify|info", shard.shard),
+    "train": Command("Train a recipe: train RECIPE [--any.field value ...]", runs.train),
+    "show": Command("Print the configuration of a recipe: show RECIPE [--any.field value ...]", runs.show),
+    "resume": Command("Resume a run from its newest checkpoint: resume RUN", runs.resume),
+    "runs": Command("List runs, or follow one: runs [RUN [--follow]]", runs.runs),
+    "evaluate": Command("Score a registered model on a data set", models.evaluate),
+    "predict": Command("Detect objects in image files with a registered model", models.predict),
+    "register": Command("Register the best checkpoint of a run: register RUN --name NAME", models.register),
+    "import": Command("Register a checkpoint of the original DETR: import FILE.pth --name NAME", exchange.import_file),
+    "export": Command("Write a registered model to a file: --original FILE, --onnx FILE", exchange.export),
+    "ui": Command("Open the MLflow UI", runs.ui),
     "submit": Command(
-        "Run a command on a Ray cluster: submit SPEC -- COMMAND ...", lambda argv: cluster_commands.submit(argv, check)
+        "Run a command on a Ray cluster: submit SPEC -- COMMAND ...", lambda argv: cluster.submit(argv, check)
     ),
-    "jobs": Command("List, print and stop jobs of a Ray cluster: jobs list|status|logs|stop", cluster_commands.jobs),
+    "jobs": Command("List, print and stop jobs of a Ray cluster: jobs list|status|logs|stop", cluster.jobs),
 }
 
 

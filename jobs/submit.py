@@ -13,8 +13,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING, TextIO
 
 from jobs.spec import SPECS, Spec
+from pipeline.cluster.ray_session import authenticate
 from pipeline.errors import PipelineError, RunConfigError, first_line
-from pipeline.launch import authenticate
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -37,7 +37,7 @@ def spec_named(name: str, address: str | None = None) -> Spec:
 
 def submit(spec: Spec, argv: Sequence[str]) -> str:
     """Start `detr ARGV` on the cluster and return the job's id; raise `RunConfigError` for secrets that Ray would show."""
-    from pipeline.mlflow_store import holds_secret, tracking_uri
+    from pipeline.tracking.mlflow_client import holds_secret, tracking_uri
 
     uri = tracking_uri()
     if holds_secret(uri):
@@ -81,7 +81,7 @@ def connect(spec: Spec) -> JobSubmissionClient:
 
 def jobs_table(spec: Spec) -> str:
     """Return a table of the cluster's jobs, newest first."""
-    from pipeline.report import table
+    from pipeline.display.terminal import table
 
     known = [job for job in connect(spec).list_jobs() if job.submission_id]
     known.sort(key=lambda job: job.start_time or 0, reverse=True)

@@ -8,26 +8,17 @@ the registered version.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from pipeline.config import RunConfig
-from pipeline.pretrain import pretrain_backbone
-from pipeline.progress import progress_bar
+from pipeline.display.tables import metrics_table
 from pipeline.recipes import RECIPES
-from pipeline.report import metrics_table
 from pipeline.train import Launch, train
-from shards import storage
-from shards.config import WriteConfig
-from shards.manifest import MANIFEST_NAME, load_manifest
-from shards.synthetic import write_synthetic
-from shards.write import write_coco
+from shards.dataset.manifest import load_manifest
 
 SUMMARY_NAME = "summary.json"
-_SAMPLES_PER_SHARD = 1000
 
 
 @dataclass(frozen=True)
@@ -47,7 +38,8 @@ class Summary:
 
 def demo(launch: Launch | None = None) -> Summary:
     """Generate, shard, pre-train, train, register, evaluate and draw; return the results and write them to a file."""
-    from pipeline.registered import evaluate_registered, picture_sheet
+    from pipeline.display.pictures import picture_sheet
+    from pipeline.inference.evaluate import evaluate
 
     launch, start = launch or Launch(), time.perf_counter()
     config = RECIPES["demo"]
@@ -57,7 +49,7 @@ def demo(launch: Launch | None = None) -> Summary:
     outcome = train(config, launch)
     uri = f"models:/{outcome.model_name}/{outcome.version}"
     launch.say(f"registered as {uri}{' (@best)' if outcome.is_best else ''}; evaluating it from the registry")
-    evaluation = evaluate_registered(uri, config.data.val, progress=True)
+    evaluation = evaluate(uri, config.data.val, progress=True)
     sheet = folder / "detections.png"
     picture_sheet(evaluation.detections, load_manifest(config.data.val)).save(sheet)
     summary = Summary(
@@ -78,40 +70,3 @@ def demo(launch: Launch | None = None) -> Summary:
     launch.say(f"figures    {folder / SUMMARY_NAME}")
     launch.say("in MLflow  detr ui")
     return summary
-
-
-def make_built_in(config: RunConfig, say: Callable[[str], None]) -> None:
-    """Generate the built-in data set and pre-train its backbone, unless they exist."""
-    _make_data(config, say)
-    weights = Path(config.model.backbone_weights)
-    if config.model.backbone_weights in ("random", "imagenet") or weights.exists():
-        return
-    with progress_bar("pre-training the backbone", "step") as progress:
-        result = pretrain_backbone(
-            load_manifest(config.data.train),
-            config.model,
-            config.transform,
-            weights,
-            seed=config.seed,
-            progress=lambda done, total, loss: progress(done, total),
-        )
-    say(
-        f"pre-trained the backbone in {result.steps} steps: it classifies {result.accuracy:.0%} of the points correctly"
-    )
-
-
-def _make_data(config: RunConfig, say: Callable[[str], None]) -> None:
-    urls = (config.data.train, config.data.val)
-    if all(storage.exists(storage.join(url, MANIFEST_NAME)) for url in urls):
-        return
-    source = Path(config.data.train).parent / "source"
-    with progress_bar("drawing images") as progress:
-        drawn = write_synthetic(source, progress=progress)
-    images = 0
-    for split, url in zip((drawn.train, drawn.val), urls, strict=True):
-        with progress_bar(f"sharding {Path(url).name}") as progress:
-            manifest = write_coco(
-                split.images, split.annotations, url, WriteConfig(samples_per_shard=_SAMPLES_PER_SHARD), progress
-            )
-        images += manifest.images
-    say(f"drew and sharded {images} images in {source.parent}")

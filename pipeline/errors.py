@@ -9,8 +9,8 @@
     * ExchangeError
     * TrainingError
       * BusyError: another driver trains the run (`pipeline.train`)
-      * Diverged: a loss or gradient is not finite or too large (`pipeline.step`)
-      * MemoryShortage: a worker ran out of memory (`pipeline.memory`)
+      * Diverged: a loss or gradient is not finite or too large (`pipeline.training.divergence`)
+      * MemoryShortage: a worker ran out of memory (`pipeline.training.out_of_memory`)
       * Interrupted
     * JobError: a cluster job failed (`jobs.submit`)
   * ShardError: raised in `shards` (`shards.errors`)

@@ -96,7 +96,7 @@ FINETUNE = replace(
 )
 
 # The built-in demonstration: 4,000 images of 96 px, four classes, minutes on two CPU cores. The backbone comes from
-# `pipeline.pretrain` instead of ImageNet; as in the paper, its batch norm, stem and first stage are frozen. The
+# `pipeline.built_in.pretrain` instead of ImageNet; as in the paper, its batch norm, stem and first stage are frozen. The
 # departures let a DETR converge in 3,000 steps: pre-norm, no dropout, attention and queries that start local. A worker
 # trains with one thread, so two workers use two cores.
 DEMO = RunConfig(

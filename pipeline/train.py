@@ -6,51 +6,45 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import checkpoint, saved
-from pipeline.asynchronous import SPOOL
-from pipeline.checkpoint_store import Location, home_of
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint.location import Location, checkpoint_root
+from pipeline.checkpoint.metadata import read_meta
+from pipeline.cluster.launch import run_workers
 from pipeline.config import RunConfig, from_json, to_json
+from pipeline.driver.changes import ResumeOptions
 from pipeline.errors import CheckpointError, Interrupted, RunConfigError, TrainingError
-from pipeline.identity import Changes, Continuation, continuation
-from pipeline.launch import run_workers
-from pipeline.mlflow_events import EventSender
-from pipeline.mlflow_store import (
-    CONFIG_ARTIFACT,
+from pipeline.run_folder import SPOOLS, only_driver
+from pipeline.tracking.mlflow_client import connect, tracking_uri, translated_errors
+from pipeline.tracking.mlflow_runs import CONFIG_ARTIFACT, create_run, find_run, read_config, set_final_status
+from pipeline.tracking.mlflow_sender import EventSender
+from pipeline.tracking.spool import drain, unsent
+from pipeline.tracking.tags import (
     TAG_EPOCHS,
     TAG_FOLDER,
+    TAG_LEFT_OUT,
+    TAG_PHASE,
+    TAG_ROOM,
     TAG_STREAM,
     TAG_TOTAL_STEPS,
     TAG_TRAIN_DIGEST,
-    answering,
-    connect,
-    create_run,
-    find_run,
-    read_config,
-    set_final_status,
-    tracking_uri,
 )
-from pipeline.spool import drain, unsent
-from pipeline.track import TAG_LEFT_OUT, TAG_PHASE
-from pipeline.waiting import TAG_ROOM
-from pipeline.weights import INITIAL_NAME
+from pipeline.training.continuation import Continuation, continuation
+from pipeline.training.model import INITIAL_NAME
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from pipeline.optim import Schedule
-    from shards.manifest import Manifest
+    from pipeline.schedule import Schedule
+    from shards.dataset.manifest import Manifest
+
 
 Say = Callable[[str], None]
-_SPOOLS = ("spool", SPOOL)
 
 
 def say(text: str) -> None:
@@ -66,10 +60,6 @@ class Launch:
     """Address of a Ray cluster (`auto`, `HOST:6379` or `ray://...`). None: RAY_ADDRESS, or start a local one."""
     verbose: bool = False
     say: Say = say
-
-
-class BusyError(TrainingError):
-    """Raised if another driver is working on the run."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +78,7 @@ class Outcome:
 
 def train(config: RunConfig, launch: Launch | None = None) -> Outcome:
     """Start a new run, train it to its end and register it; check everything that can be checked before Ray starts."""
-    from pipeline.preflight import check, check_storage, prepare
+    from pipeline.driver.preflight import check, check_storage, prepare
 
     launch = launch or Launch()
     check(config)
@@ -96,7 +86,7 @@ def train(config: RunConfig, launch: Launch | None = None) -> Outcome:
     client = connect()
     config, ready = prepare(config, launch.say)
     total = ready.schedule.total_steps
-    with answering():
+    with translated_errors():
         run_id = create_run(
             client,
             config,
@@ -115,30 +105,30 @@ def train(config: RunConfig, launch: Launch | None = None) -> Outcome:
         )
         folder = Path(config.storage) / f"{config.run_name}-{run_id[:8]}"
         client.set_tag(run_id, TAG_FOLDER, str(folder))
-    with _only_driver(folder, run_id), _recorded(client, run_id):
+    with only_driver(folder, run_id), _recorded(client, run_id):
         ready.place(folder)
-        home = home_of(config.checkpoint.store, folder)
+        home = checkpoint_root(config.checkpoint.store, folder)
         launch.say(f"run {config.run_name} ({run_id[:8]}): {total} steps, checkpoints in {home / 'checkpoints'}")
         _run(config, run_id, folder, launch)
         return _conclude(client, config, run_id, folder, launch)
 
 
-def resume(name: str, changes: Changes | None = None, launch: Launch | None = None) -> Outcome:
+def resume(name: str, changes: ResumeOptions | None = None, launch: Launch | None = None) -> Outcome:
     """Continue a run from its newest checkpoint; `name` is its id, its name or a registered version.
 
     A run that was trained to its end but not registered is registered. Raise `RunConfigError` for a finished run.
     """
-    from pipeline.preflight import check_data
-    from pipeline.registry import run_of
+    from pipeline.driver.preflight import check_data
+    from pipeline.registry.versions import run_of
 
-    launch, changes = launch or Launch(), changes or Changes()
+    launch, changes = launch or Launch(), changes or ResumeOptions()
     client = connect()
-    with answering():
+    with translated_errors():
         run = find_run(client, run_of(client, name) if name.startswith("models:/") else name)
         run_id, folder = str(run.info.run_id), Path(run.data.tags[TAG_FOLDER])
         original = from_json(read_config(client, run_id))
-    home = home_of(original.checkpoint.store, folder)
-    newest = saved.newest_of_run(home, folder)
+    home = checkpoint_root(original.checkpoint.store, folder)
+    newest = catalog.newest_of_run(home, folder)
     if newest is None and not (folder / INITIAL_NAME).exists():
         raise CheckpointError(f"{home} holds no checkpoint of run {name}; expected one: is its storage mounted here?")
     config = changes.of(original)
@@ -152,7 +142,7 @@ def resume(name: str, changes: Changes | None = None, launch: Launch | None = No
             f"run {run.info.run_name} ({run_id[:8]}) is finished: {position.step} steps, registered; "
             "expected one that has steps left: give --epochs N to train it further"
         )
-    with _only_driver(folder, run_id), _recorded(client, run_id):
+    with only_driver(folder, run_id), _recorded(client, run_id):
         if config != original:
             # Parameters of a run cannot change in MLflow; the next resume reads this artifact.
             client.log_text(run_id, to_json(config).decode(), CONFIG_ARTIFACT)
@@ -186,11 +176,11 @@ class _Position:
 
 def _position(config: RunConfig, newest: Location | None, accept_change: bool) -> _Position:
     """Return the position after the checkpoint `newest`; raise `CheckpointError` if it does not fit the data."""
-    from pipeline.data import open_data
-    from pipeline.optim import Schedule
+    from pipeline.data.datasets import open_data
+    from pipeline.schedule import Schedule
 
     train, _ = open_data(config.data)
-    meta = checkpoint.read_meta(newest) if newest else None
+    meta = read_meta(newest) if newest else None
     stream = continuation(meta, config, train, accept_change)
     schedule = Schedule(config.optim, train.images, config.data.epoch_tail, stream.origin)
     return _Position(meta.step if meta else 0, train, schedule, stream)
@@ -198,7 +188,7 @@ def _position(config: RunConfig, newest: Location | None, accept_change: bool) -
 
 def _is_evaluated(home: Location, newest: Location) -> bool:
     """Return true if the newest checkpoint has its metrics and no other checkpoint waits for an evaluation."""
-    return checkpoint.read_evaluation(newest) is not None and not checkpoint.waiting(home)
+    return catalog.read_evaluation(newest) is not None and not catalog.pending_evaluation(home)
 
 
 def _resumed_tags(position: _Position, before: Mapping[str, str]) -> dict[str, str]:
@@ -229,7 +219,7 @@ def _recorded(client: MlflowClient, run_id: str) -> Iterator[None]:
     Raise `TrackingError` if MLflow does not answer, and `Interrupted` if the driver was asked to stop.
     """
     try:
-        with answering(f"everything that the run has saved is kept: `detr resume {run_id[:8]}` does the rest"):
+        with translated_errors(f"everything that the run has saved is kept: `detr resume {run_id[:8]}` does the rest"):
             yield
     except (KeyboardInterrupt, SystemExit, Interrupted):
         set_final_status(client, run_id, "stopped", "KILLED", say)
@@ -260,49 +250,27 @@ def _run(config: RunConfig, run_id: str, folder: Path, launch: Launch, accept_ch
 
 def _send_unsent(run_id: str, folder: Path, launch: Launch) -> None:
     """Send what a finished run could not send to MLflow while it ran, if there is anything."""
-    if any(unsent(folder / name) for name in _SPOOLS):
-        with _only_driver(folder, run_id):
+    if any(unsent(folder / name) for name in SPOOLS):
+        with only_driver(folder, run_id):
             launch.say("sending what MLflow had not taken when the run ended")
             _send_rest(run_id, folder, launch)
 
 
 def _send_rest(run_id: str, folder: Path, launch: Launch) -> None:
     """Send what is left in the spools of the run to MLflow."""
-    for spool in (folder / name for name in _SPOOLS):
+    for spool in (folder / name for name in SPOOLS):
         if not drain(spool, EventSender(tracking_uri(), run_id, spool)):
             launch.say(
                 f"warning: MLflow did not take all points; the rest is kept in {spool} for the next `detr resume`"
             )
 
 
-@contextmanager
-def _only_driver(folder: Path, run_id: str) -> Iterator[None]:
-    """Hold the lock of the run's folder; raise `BusyError` if another driver has it.
-
-    Two drivers would write the same spool and delete each other's unfinished checkpoints. A kill releases the lock.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "driver.lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise BusyError(
-                f"run {run_id[:8]} is being trained by {file.read().strip() or 'another process'}; expected one driver: "
-                "wait for it, or stop it first"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        yield
-
-
 def _conclude(client: MlflowClient, config: RunConfig, run_id: str, folder: Path, launch: Launch) -> Outcome:
     """Register the best checkpoint of a trained run."""
-    from pipeline.registry import register
+    from pipeline.registry.registration import register
 
-    home = home_of(config.checkpoint.store, folder)
-    found = checkpoint.best(home)
+    home = checkpoint_root(config.checkpoint.store, folder)
+    found = catalog.best(home)
     if found is None:
         raise TrainingError(f"the run ended without an evaluated checkpoint in {home}; expected one at its last step")
     best, metrics = found

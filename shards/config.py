@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+import msgspec
+
 from shards.errors import ShardError
 
 Policy = Literal["fail", "quarantine"]
@@ -99,3 +101,61 @@ def _check_least(config: WriteConfig | IndexConfig, field: str, least: int) -> N
 def _check_policy(policy: str) -> None:
     if policy not in get_args(Policy):
         raise ShardError(f"got on_defect {policy!r}, expected one of {', '.join(get_args(Policy))}")
+
+
+EpochTail = Literal["straddle", "short"]
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Options of the order of samples and of the cut into steps: part of a run's identity, the same on every rank."""
+
+    sort_window: int = 1
+    """Number of global batches whose samples are sorted together by size. 1 sorts inside each batch, which moves no
+    sample to another step; larger windows make the images of a step more alike, so that ranks wait less for each
+    other."""
+    shuffle_shards: int = 0
+    """Number of shards that are shuffled together, for data sets larger than a node's cache: their blocks, and the
+    samples in each, have a new order in every epoch. 0 shuffles the whole epoch."""
+    epoch_tail: EpochTail = "straddle"
+    """End of an epoch. straddle: cut the concatenation of the epochs, so that every step is full. short: end each epoch
+    with a step of the remaining samples."""
+
+    def __post_init__(self) -> None:
+        if self.sort_window < 1 or self.shuffle_shards < 0:
+            raise ShardError(
+                f"got sort_window {self.sort_window} and shuffle_shards {self.shuffle_shards}, "
+                "expected at least 1 and 0"
+            )
+        if self.epoch_tail not in ("straddle", "short"):
+            raise ShardError(f"got epoch_tail {self.epoch_tail!r}, expected straddle or short")
+
+
+class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Folder and size limit of the cache on each node."""
+
+    folder: str = ""
+    """Folder of the cache. "off": read every sample from the store. Empty: no cache for local data sets, and for remote
+    ones the folder named by DETR_CACHE, else one below the home folder."""
+    gib: float = 0.0
+    """Maximum size of the cache in GiB. 0: the free disk space is the limit."""
+
+
+@dataclass(frozen=True)
+class ReadConfig:
+    """Options of the loader."""
+
+    threads: int = 2
+    """Decoding threads. 0 reads in the calling thread, one batch at a time."""
+    prefetch: int = 4
+    """Maximum number of batches in memory, finished or in progress. Fewer than `threads` leaves threads idle."""
+    masks: bool = False
+    """Also read a mask of each object; every annotation then needs a segmentation."""
+    max_bad_samples: int = 0
+    """Maximum number of damaged samples to leave out of their batches, each with a warning, before reading fails."""
+
+    def __post_init__(self) -> None:
+        if self.max_bad_samples < 0:
+            raise ShardError(f"got max_bad_samples {self.max_bad_samples}, expected 0 or more")
+        if self.threads < 0 or self.prefetch < 1:
+            raise ShardError(f"got threads {self.threads} and prefetch {self.prefetch}, expected at least 0 and 1")

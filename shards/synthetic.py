@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from shards import storage
+from shards.arrays import ceil_div
 from shards.errors import ShardError
-from shards.plan import hashes
-from shards.steps import ceil_div
+from shards.hashing import hashes
+from shards.store import storage
 
 CATEGORIES = ("circle", "square", "triangle", "cross")
 MIN_SIDE, MAX_SIDE = 14, 43  # pixels

@@ -1,15 +1,12 @@
-"""A map over processes of this machine, with results in order, live progress and a clean end in every case.
-
-Processes are spawned and never forked: a fork of a process with threads, or of one that uses Ray, may hang.
-"""
+"""Maps over the processes and threads of this machine."""
 
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -18,6 +15,7 @@ from shards.errors import ShardError
 
 P = TypeVar("P")
 R = TypeVar("R")
+T = TypeVar("T")
 _POLL_S = 0.1
 _AHEAD = 2  # items per process that are submitted and not yet yielded
 
@@ -113,3 +111,26 @@ def _run(function: Callable[[Any, Callable[[int], None]], R], item: Any, slot: i
             raise _Stopped
 
     return function(item, done)
+
+
+# Called with (images done, images in all), never from two threads at once.
+Progress = Callable[[int, int], None]
+
+
+def thread_map(
+    function: Callable[[T], R], items: Sequence[T], workers: int, progress: Callable[[int, int], Any] | None
+) -> list[R]:
+    """Return `function` of every item, in order, from `workers` threads; 0 runs in the calling thread.
+
+    For work that mostly waits, such as reading many small files. `progress` is called with (items done, items in all).
+    """
+    executor = ThreadPoolExecutor(max(1, workers), thread_name_prefix="convert")
+    results: list[R] = []
+    try:
+        for result in executor.map(function, items) if workers else map(function, items):
+            results.append(result)
+            if progress is not None:
+                progress(len(results), len(items))
+    finally:
+        executor.shutdown(cancel_futures=True)
+    return results

@@ -87,8 +87,9 @@ class TinyData:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     """Generated and sharded once; tests must not write into it."""
+    from shards.config import WriteConfig
     from shards.synthetic import write_synthetic
-    from shards.write import WriteConfig, write_coco
+    from shards.write.writer import write_coco
 
     root = tmp_path_factory.mktemp("tiny")
     made = write_synthetic(root / "coco", train=12, val=5, size=64)
@@ -148,7 +149,7 @@ def masks_config(tiny_config: RunConfig) -> RunConfig:
 @pytest.fixture(scope="session")
 def _empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow store with its schema made: seconds of migrations, so made once and copied."""
-    from pipeline.mlflow_store import connect
+    from pipeline.tracking.mlflow_client import connect
 
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     connect(f"sqlite:///{path}")

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from jobs.command_line import Command, Flag, UsageError, choose, parse
+from jobs.parsing import Command, Flag, UsageError, choose, parse
 
 
 @dataclass(frozen=True)

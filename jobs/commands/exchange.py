@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from jobs.command_line import Flag, UsageError, parse
+from jobs.parsing import Flag, UsageError, parse
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Import:
 def import_file(argv: list[str]) -> None:
     """Run `detr import FILE.pth --name NAME`."""
     options = parse(Import, argv, "detr import")
-    from pipeline.importing import import_file
+    from pipeline.exchange.import_original import import_file
 
     imported = import_file(
         options.file,
@@ -65,11 +65,11 @@ def export(argv: list[str]) -> None:
     if options.original is None and options.onnx is None:
         raise UsageError("nothing to write; expected --original FILE.pth or --onnx FILE.onnx, or both")
     if options.original is not None:
-        from pipeline.exporting import export_original
+        from pipeline.exchange.export_original import export_original
 
         _report(options.original, export_original(options.model, options.original))
     if options.onnx is not None:
-        from pipeline.onnx_file import export_onnx
+        from pipeline.exchange.export_onnx import export_onnx
 
         _report(options.onnx, export_onnx(options.model, options.onnx))
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from jobs.command_line import Flag, UsageError, parse
+from jobs.parsing import Flag, UsageError, parse
 
 
 @dataclass(frozen=True)
@@ -46,22 +46,22 @@ def evaluate(argv: list[str]) -> None:
         )
     import msgspec
 
-    from pipeline.curves import curves_picture
-    from pipeline.exporting import check_target
-    from pipeline.registered import evaluate_registered, evaluate_registered_layers
-    from pipeline.report import layers_table, metrics_table
+    from pipeline.display.pictures import curves_picture
+    from pipeline.display.tables import layers_table, metrics_table
+    from pipeline.exchange.export_original import check_target
+    from pipeline.inference.evaluate import evaluate, evaluate_per_layer
 
     for path in (options.json, options.curves):
         if path is not None:
             check_target(path)
     metrics: dict[str, object]
     if options.per_layer:
-        scores = evaluate_registered_layers(options.model, options.data, nms=options.nms_iou, progress=True)
+        scores = evaluate_per_layer(options.model, options.data, nms=options.nms_iou, progress=True)
         last = next(score for score in reversed(scores) if score.nms is None)  # the last layer, without NMS
         metrics = {**last.metrics, "layers": scores}
         print(metrics_table(last.metrics), layers_table(scores), sep="\n\n")
     else:
-        score = evaluate_registered(options.model, options.data, progress=True).score
+        score = evaluate(options.model, options.data, progress=True).score
         metrics = {**score.metrics}
         print(metrics_table(score.metrics))
         if options.curves:
@@ -89,7 +89,7 @@ def predict(argv: list[str]) -> None:
     options = parse(Predict, argv, "detr predict")
     if not options.images:
         raise UsageError("no image given; expected `detr predict models:/NAME@ALIAS IMAGE... --out DIR`")
-    from pipeline.registered import predict as detect
+    from pipeline.inference.predict import predict as detect
 
     detections = detect(options.model, options.images, options.out, threshold=options.threshold)
     print(f"{len(detections)} detections in {len(options.images)} images: see {options.out / 'detections.json'}")
@@ -110,7 +110,7 @@ class Register:
 def register(argv: list[str]) -> None:
     """Run `detr register RUN --name NAME --alias ALIAS`."""
     options = parse(Register, argv, "detr register")
-    from pipeline.registry import register_run
+    from pipeline.registry.registration import register_run
 
     registered = register_run(options.run, name=options.name, alias=options.alias)
     print(f"registered models:/{options.name}@{options.alias} (version {registered.version})")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from jobs.command_line import Flag, UsageError, parse
+from jobs.parsing import Flag, UsageError, parse
 from pipeline.config import RunConfig, to_json
 from pipeline.recipes import NOTES, RECIPES
 
@@ -117,7 +117,7 @@ def _launch(start: Start) -> Any:
 
 
 def _print_outcome(outcome: Any) -> None:
-    from pipeline.report import metrics_table
+    from pipeline.display.tables import metrics_table
 
     print(f"\n{metrics_table(outcome.metrics)}\n")
     print(f"best        {outcome.best}")
@@ -166,10 +166,10 @@ class Resume:
 def resume(argv: list[str]) -> None:
     """Run `detr resume RUN`."""
     options = parse(Resume, argv, "detr resume")
-    from pipeline.identity import Changes
+    from pipeline.driver.changes import ResumeOptions
     from pipeline.train import resume as resume_run
 
-    changes = Changes(options.epochs, options.batch_size, options.data, options.accept_change)
+    changes = ResumeOptions(options.epochs, options.batch_size, options.data, options.accept_change)
     _print_outcome(resume_run(options.run, changes, _launch(options.start)))
 
 
@@ -188,8 +188,9 @@ class Runs:
 def runs(argv: list[str]) -> None:
     """Run `detr runs [RUN [--follow]]`."""
     options = parse(Runs, argv, "detr runs")
-    from pipeline.mlflow_store import connect, find_run, find_runs
-    from pipeline.report import runs_table
+    from pipeline.display.tables import runs_table
+    from pipeline.tracking.mlflow_client import connect
+    from pipeline.tracking.mlflow_runs import find_run, find_runs
 
     client = connect()
     if options.run is None:
@@ -198,7 +199,7 @@ def runs(argv: list[str]) -> None:
     run = find_run(client, options.run)
     print(runs_table([run]))
     if options.follow:
-        from pipeline.follow import follow
+        from pipeline.display.follow import follow
 
         follow(client, run.info.run_id, sys.stderr)
 
@@ -216,6 +217,6 @@ class Ui:
 def ui(argv: list[str]) -> None:
     """Run `detr ui`."""
     options = parse(Ui, argv, "detr ui")
-    from pipeline.ui import serve_ui
+    from pipeline.tracking.ui import serve_ui
 
     serve_ui(options.host, options.port)

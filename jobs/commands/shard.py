@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from jobs.command_line import Command, Flag, choose, parse
+from jobs.parsing import Command, Flag, choose, parse
 from shards.config import IndexConfig, VocConfig, WriteConfig, YoloConfig
 
 # Commands use workers by default. Functions do not, since a script that does needs an `if __name__ == "__main__":`.
@@ -88,8 +88,8 @@ def shard(argv: list[str]) -> None:
 
 def _write(options: Target, write: Callable[..., Any]) -> None:
     """Call `write(config, progress, map)` on this machine or on a Ray cluster, and print the result."""
-    from pipeline.progress import progress_bar
-    from pipeline.sharding import cluster_map
+    from pipeline.cluster.ray_map import cluster_map
+    from pipeline.display.terminal import progress_bar
 
     def make() -> Any:
         with cluster_map(options.address) as part_map, progress_bar("sharding") as progress:
@@ -100,8 +100,8 @@ def _write(options: Target, write: Callable[..., Any]) -> None:
 
 def _make_and_report(make: Callable[[], Any]) -> None:
     """Make a data set, then print its summary and the defects of its source; they are printed as well if it fails."""
-    from shards.defects import SourceError, defect_table
-    from shards.existing import load_report
+    from shards.source.defects import SourceError
+    from shards.source.report import defect_table, load_report
 
     try:
         manifest = make()
@@ -123,14 +123,14 @@ def _make_and_report(make: Callable[[], Any]) -> None:
 
 def _shard_coco(argv: list[str]) -> None:
     options = parse(ShardCoco, argv, "detr shard coco")
-    from shards.write import write_coco
+    from shards.write.writer import write_coco
 
     _write(options, functools.partial(write_coco, options.images, options.annotations, options.out))
 
 
 def _shard_voc(argv: list[str]) -> None:
     options = parse(ShardVoc, argv, "detr shard voc")
-    from shards.voc import voc_document
+    from shards.formats.voc import voc_document
 
     config = replace(options.read, workers=options.write.workers)
     _shard_document(lambda progress: voc_document(options.root, config, progress), options)
@@ -138,7 +138,7 @@ def _shard_voc(argv: list[str]) -> None:
 
 def _shard_yolo(argv: list[str]) -> None:
     options = parse(ShardYolo, argv, "detr shard yolo")
-    from shards.yolo import yolo_document
+    from shards.formats.yolo import yolo_document
 
     config = replace(options.read, workers=options.write.workers)
     _shard_document(lambda progress: yolo_document(options.root, config, progress), options)
@@ -146,8 +146,8 @@ def _shard_yolo(argv: list[str]) -> None:
 
 def _shard_document(convert: Callable[[Callable[[int, int], None]], Any], options: Target) -> None:
     """Convert labels of another format to a COCO document, then write it."""
-    from pipeline.progress import progress_bar
-    from shards.document import write_document
+    from pipeline.display.terminal import progress_bar
+    from shards.formats.document import write_document
 
     with progress_bar("reading labels", "file") as progress:
         document = convert(progress)
@@ -168,8 +168,8 @@ class ShardIndex:
 
 def _shard_index(argv: list[str]) -> None:
     options = parse(ShardIndex, argv, "detr shard index")
-    from pipeline.progress import progress_bar
-    from shards.adopt import index_tars
+    from pipeline.display.terminal import progress_bar
+    from shards.foreign.index_tars import index_tars
 
     def make() -> Any:
         with progress_bar("indexing", "tar") as progress:
@@ -188,7 +188,7 @@ class DataSet:
 
 def _shard_info(argv: list[str]) -> None:
     options = parse(DataSet, argv, "detr shard info")
-    from shards.manifest import load_manifest
+    from shards.dataset.manifest import load_manifest
 
     manifest = load_manifest(options.url)
     print(_describe(manifest))
@@ -219,10 +219,10 @@ class Verification(DataSet):
 
 def _shard_verify(argv: list[str]) -> None:
     options = parse(Verification, argv, "detr shard verify")
-    from pipeline.progress import progress_bar
+    from pipeline.display.terminal import progress_bar
+    from shards.dataset.verify import verify
     from shards.errors import ShardError
-    from shards.stock import verify_stock
-    from shards.verify import verify
+    from shards.read.stock import verify_stock
 
     with progress_bar("verifying", "shard") as progress:
         report = (verify_stock if options.stock else verify)(options.url, progress)

@@ -27,11 +27,12 @@ from torch.nn import functional as F
 from detr.backbone import ResNet
 from detr.batch import Batch, Target, collate, normalise
 from detr.config import ModelConfig, TransformConfig
-from pipeline.samples import training_transform
-from shards.manifest import Manifest
-from shards.plan import plan_epoch
-from shards.read import ReadConfig, open_loader
-from shards.storage import write_atomic
+from pipeline.data.loader import training_transform
+from shards.config import ReadConfig
+from shards.dataset.manifest import Manifest
+from shards.plan.epoch import plan_epoch
+from shards.read.loader import open_loader
+from shards.store.storage import write_atomic
 
 _BATCH_SIZE = 16
 _LEARNING_RATE = 1e-2

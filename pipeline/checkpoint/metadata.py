@@ -7,18 +7,14 @@ checkpoint came from, without the run's folder or its tracking server.
 
 from __future__ import annotations
 
-import importlib.metadata
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
-from pipeline.boundaries import is_evaluated, is_milestone
-from pipeline.config import to_json
-from pipeline.step import RANDOMNESS
-from shards.plan import PLAN_VERSION
-
-if TYPE_CHECKING:
-    from pipeline.state import Worker
+from pipeline.checkpoint.location import META, Location
+from pipeline.errors import CheckpointError
+from shards.store import storage
 
 FORMAT = 3
 _MOVED = {
@@ -31,7 +27,6 @@ _MOVED = {
 """Fields of formats 1 and 2 that are options in `config` since format 3."""
 _FIRST_DEFAULTS: dict[str, Any] = {"sort_window": 1, "shuffle_shards": 0, "epoch_tail": "straddle"}
 """Values of a format 1 from before these options existed."""
-_LIBRARIES = ("torch", "torchvision", "numpy", "ray", "webdataset", "mlflow", "detr-cluster")
 
 
 class Best(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -121,38 +116,13 @@ def _to_format_3(fields: dict[str, Any]) -> dict[str, Any]:
     return fields | {"config": config, "format": FORMAT, "state_folder": fields.pop("part", "")}
 
 
-def meta_of(worker: Worker, step: int) -> Meta:
-    """Return the metadata of the checkpoint of `step`, without `best` and `state_folder`, which the writer adds."""
-    config, schedule = worker.config, worker.schedule
-    return Meta(
-        step=step,
-        epoch=schedule.epoch(step),
-        samples=schedule.samples(step),
-        run_id=worker.place.run_id,
-        config=msgspec.json.decode(to_json(config)),
-        train_digest=worker.train.digest,
-        num_classes=worker.train.num_classes,
-        code_commit=worker.place.code_commit,
-        world_size=worker.ranks.world_size,
-        versions=_versions(),
-        origin_step=schedule.origin.step,
-        origin_samples=schedule.origin.samples,
-        plan_version=PLAN_VERSION,
-        val_digest=worker.val.digest,
-        total_steps=schedule.total_steps,
-        lr_factor=schedule.factor(step),
-        randomness=RANDOMNESS,
-        milestone=is_milestone(config, schedule, step),
-        evaluate=config.evaluate.asynchronous and is_evaluated(config, schedule, step),
-    )
+def read_meta(path: Location) -> Meta:
+    """Return the metadata of a checkpoint; raise `CheckpointError` if `meta.json` is missing or damaged."""
+    try:
+        return parse_meta(storage.read(str(path / META)))
+    except (OSError, msgspec.DecodeError) as error:
+        raise CheckpointError(f"{path / META} cannot be read ({error}); expected a complete checkpoint") from None
 
 
-def _versions() -> dict[str, str]:
-    """Return the versions of the installed libraries; Ray and MLflow are optional for the loop."""
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def deciding_ap(metrics: Mapping[str, float]) -> float:
+    return metrics.get("mask_AP", metrics["AP"])

@@ -19,11 +19,13 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from pipeline import checkpoint
-from pipeline.checkpoint_store import Location
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint import state as checkpoint_state
+from pipeline.checkpoint.location import Location
+from pipeline.checkpoint.metadata import Meta
+from pipeline.distributed.parallel import unwrap
+from pipeline.distributed.ranks import Ranks, on_first
 from pipeline.errors import CheckpointError, first_line
-from pipeline.meta import Meta
-from pipeline.parallel import Ranks, on_first, unwrap
 
 State = dict[str, Any]
 
@@ -81,13 +83,13 @@ class Saver:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         meta: Meta,
-        averages: checkpoint.Averages | None = None,
+        averages: checkpoint_state.Averages | None = None,
     ) -> None:
         """Start to save, after the previous checkpoint is complete; raise `CheckpointError` if that one failed."""
         self.finish()
         start = time.perf_counter()
         self._last = time.monotonic()
-        state = checkpoint.state_of(model, optimizer, averages)
+        state = checkpoint_state.state_of(model, optimizer, averages)
         # Unlike weights, the statistics of a trainable batch norm change in a forward pass.
         state["model"] |= {
             name: buffer.clone() for name, buffer in unwrap(model).named_buffers() if name in state["model"]
@@ -144,7 +146,7 @@ class Saver:
         return staged
 
     def _write(self, copy: Future[State], meta: Meta) -> None:
-        path = checkpoint.write(self.home, copy.result(), meta, self._ranks)
+        path = checkpoint_state.write(self.home, copy.result(), meta, self._ranks)
         try:
             on_first(self._ranks, lambda: self._saved(meta.step))
         except OSError as error:
@@ -152,4 +154,4 @@ class Saver:
                 f"checkpoint {path} is complete, but the run's folder could not be updated ({first_line(error)}); "
                 "free disk space there and make it writable, then `detr resume`"
             ) from error
-        on_first(self._ranks, lambda: checkpoint.prune(self.home, self._keep))
+        on_first(self._ranks, lambda: catalog.prune(self.home, self._keep))

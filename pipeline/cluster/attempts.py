@@ -26,7 +26,7 @@ Kind = Literal["cause", "hang", "consequence"]
 _KINDS: tuple[Kind, ...] = ("cause", "hang", "consequence")  # the most specific report first
 
 
-class Word(msgspec.Struct, frozen=True):
+class EndReason(msgspec.Struct, frozen=True):
     """Reason and time (seconds since 1970) of an attempt's end; `wanted`: ended to change the number of workers."""
 
     why: str
@@ -43,7 +43,7 @@ class Restart(msgspec.Struct, frozen=True):
     """A restart of the workers. `number` is 1 for the second attempt; `before` and `workers` are numbers of workers."""
 
     number: int
-    ended: Word
+    ended: EndReason
     before: int
     workers: int
 
@@ -60,17 +60,17 @@ class Restart(msgspec.Struct, frozen=True):
         return max(0.0, now - self.ended.at)
 
 
-def forget(folder: Path) -> None:
+def reset(folder: Path) -> None:
     """Delete the records of the previous driver."""
     shutil.rmtree(folder / "attempts", ignore_errors=True)
 
 
-def begun(folder: Path) -> bool:
+def has_started(folder: Path) -> bool:
     """Return True if workers have entered the loop, so that they can receive requests."""
     return _count(folder) > 0
 
 
-def at_work(folder: Path) -> bool:
+def is_running(folder: Path) -> bool:
     """Return True if an attempt has started and no end of it is recorded."""
     number = _count(folder)
     if number == 0:
@@ -78,27 +78,27 @@ def at_work(folder: Path) -> bool:
     return not (_path(folder, number, "cause").exists() or _path(folder, number, "consequence").exists())
 
 
-def begin(folder: Path, workers: int) -> Restart | None:
+def start_attempt(folder: Path, workers: int) -> Restart | None:
     """Record the start of an attempt (rank 0 only); return the restart, or None for the first attempt."""
     number = _count(folder)
     _write_once(folder, f"{number + 1:04d}.begun", _Begun(workers, time.time()))
     if number == 0:
         return None
     before = msgspec.json.decode(_path(folder, number, "begun").read_bytes(), type=_Begun)
-    return Restart(number, last_word(folder, number) or Word(_UNKNOWN, before.at), before.workers, workers)
+    return Restart(number, end_reason(folder, number) or EndReason(_UNKNOWN, before.at), before.workers, workers)
 
 
-def end(folder: Path, why: str, kind: Kind = "cause", *, wanted: bool = False) -> None:
+def record_end(folder: Path, why: str, kind: Kind = "cause", *, wanted: bool = False) -> None:
     """Record why the current attempt ends, or (kind "hang") which worker is stuck in it."""
-    _write_once(folder, f"{_count(folder):04d}.{kind}", Word(why, time.time(), wanted))
+    _write_once(folder, f"{_count(folder):04d}.{kind}", EndReason(why, time.time(), wanted))
 
 
-def stand(folder: Path, rank: int, where: msgspec.Struct) -> None:
+def record_position(folder: Path, rank: int, where: msgspec.Struct) -> None:
     """Record the position of a worker that has not finished a step for long."""
     _write_once(folder, f"{_count(folder):04d}.at-{rank}", where)
 
 
-def standings(folder: Path, world_size: int, kind: type[T]) -> dict[int, T | None]:
+def read_positions(folder: Path, world_size: int, kind: type[T]) -> dict[int, T | None]:
     """Return the recorded position of each worker, by rank; None for a worker without a record."""
     paths = {rank: _path(folder, _count(folder), f"at-{rank}") for rank in range(world_size)}
     return {
@@ -107,20 +107,20 @@ def standings(folder: Path, world_size: int, kind: type[T]) -> dict[int, T | Non
     }
 
 
-def goes_on(folder: Path, rank: int) -> None:
+def clear_hang(folder: Path, rank: int) -> None:
     """Delete the hang report and this rank's position: it has made progress."""
     for kind in ("hang", f"at-{rank}"):
         _path(folder, _count(folder), kind).unlink(missing_ok=True)
 
 
-def last_word(folder: Path, number: int | None = None) -> Word | None:
+def end_reason(folder: Path, number: int | None = None) -> EndReason | None:
     """Return why an attempt (by default the current one) ended: the most specific report, with the earliest time."""
     number = _count(folder) if number is None else number
-    reports: dict[Kind, Word] = {}
+    reports: dict[Kind, EndReason] = {}
     for kind in _KINDS:
         path = _path(folder, number, kind)
         if path.exists():
-            reports[kind] = msgspec.json.decode(path.read_bytes(), type=Word)
+            reports[kind] = msgspec.json.decode(path.read_bytes(), type=EndReason)
     if not reports:
         return None
     best = next(iter(reports.values()))
@@ -129,7 +129,7 @@ def last_word(folder: Path, number: int | None = None) -> Word | None:
         # A hang ends in many ways. Its report is more specific than the cause, but it is not always the reason.
         why = f"{reports['hang'].why} ({why})"
     ends = [report.at for kind, report in reports.items() if kind != "hang"]
-    return Word(why, min(ends, default=best.at), best.wanted)
+    return EndReason(why, min(ends, default=best.at), best.wanted)
 
 
 def _count(folder: Path) -> int:

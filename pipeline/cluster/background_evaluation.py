@@ -16,19 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint
-from pipeline.checkpoint_store import Location, home_of
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint.location import Location, checkpoint_root
+from pipeline.cluster.worker import WorkerJob
 from pipeline.config import RunConfig
 from pipeline.errors import TrainingError
-from pipeline.mlflow_events import EventSender
-from pipeline.ray_worker import WorkerJob
-from pipeline.spool import SpoolTracker
-from pipeline.stopping import asked_to_stop
+from pipeline.run_folder import SPOOL, stop_requested
+from pipeline.tracking.mlflow_sender import EventSender
+from pipeline.tracking.spool import SpoolTracker
 from shards.errors import one_line
 
 Say = Callable[[str], None]
-SPOOL = "spool-evaluation"
-"""Folder of the evaluations' spool, beside that of the run."""
 _LOOK_S = 2.0
 _MANY = 3  # checkpoints without metrics
 
@@ -40,7 +38,7 @@ class Evaluator:
     """
 
     def __init__(self, config: RunConfig, folder: Path, evaluate: Callable[[Location], None], say: Say) -> None:
-        self._home, self._keep = home_of(config.checkpoint.store, folder), config.checkpoint.keep
+        self._home, self._keep = checkpoint_root(config.checkpoint.store, folder), config.checkpoint.keep
         self._folder, self._evaluate, self._say = folder, evaluate, say
         self._trained, self._stopped = threading.Event(), threading.Event()
         self._error: Exception | None = None
@@ -61,14 +59,12 @@ class Evaluator:
                 self._stopped.set()
                 raise
             self._trained.set()
-            while thread.is_alive() and not asked_to_stop(self._folder):
+            while thread.is_alive() and not stop_requested(self._folder):
                 thread.join(0.2)
             if thread.is_alive():
                 self._stopped.set()
             elif self._error is None:
-                checkpoint.prune(
-                    self._home, self._keep
-                )  # before, any checkpoint without metrics might have been the best
+                catalog.prune(self._home, self._keep)  # before, any checkpoint without metrics might have been the best
 
         return run
 
@@ -85,7 +81,7 @@ class Evaluator:
             trained = self._trained.is_set()  # read before listing, so that the last checkpoint is not missed
             path = None
             try:
-                pending = checkpoint.waiting(self._home)
+                pending = catalog.pending_evaluation(self._home)
                 path = next((candidate for candidate in pending if trained or candidate not in failed), None)
                 if path is None and trained:
                     return
@@ -155,8 +151,8 @@ def _evaluate_in_ray(job: WorkerJob, name: str, gpu: bool) -> None:
     """Evaluate the checkpoint `name` of the run in this process alone; runs as a Ray task."""
     import torch
 
-    from pipeline.telling import telling_warnings
-    from pipeline.validation import evaluate_checkpoint
+    from pipeline.tracking.tracker import forward_warnings
+    from pipeline.training.validation import evaluate_checkpoint
 
     config = job.config
     torch.set_num_threads(config.cluster.cpus_per_worker)
@@ -167,9 +163,9 @@ def _evaluate_in_ray(job: WorkerJob, name: str, gpu: bool) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         tracker = SpoolTracker(spool, EventSender(job.tracking_uri, job.run_id, spool), any_order=True)
         try:
-            with telling_warnings(tracker):
-                path = home_of(config.checkpoint.store, job.folder) / "checkpoints" / name
-                if checkpoint.read_evaluation(path) is None:
+            with forward_warnings(tracker):
+                path = checkpoint_root(config.checkpoint.store, job.folder) / "checkpoints" / name
+                if catalog.read_evaluation(path) is None:
                     evaluate_checkpoint(config, path, torch.device("cuda" if gpu else "cpu"), tracker)
         finally:
             tracker.close()

@@ -11,16 +11,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline import attempts
-from pipeline.ray_internals import ControllerCallback
-from pipeline.stopping import ask_to_yield, asked_to_yield, yielded
+from pipeline.cluster import attempts
+from pipeline.cluster.ray_internals import ControllerCallback
+from pipeline.run_folder import clear_handover, handover_requested, request_handover
 from shards.errors import one_line
 
 _YIELD_S = 120.0  # for the current step or evaluation, and the checkpoint
 _LOOK_S = 0.2
 
 
-class GroupNotes(ControllerCallback):  # type: ignore[misc]
+class GroupEndCallback(ControllerCallback):  # type: ignore[misc]
     """Callback that records why groups of workers end, and lets a group save before it is replaced."""
 
     def __init__(self, folder: Path) -> None:
@@ -34,24 +34,24 @@ class GroupNotes(ControllerCallback):  # type: ignore[misc]
         ends_with = getattr(current_state, "next_state", None) if state == "ShuttingDownState" else current_state
         error = getattr(ends_with, "training_failed_error", None)
         if error is not None and state in ("RestartingState", "ShuttingDownState"):
-            note(self._folder, error)
+            record_group_end(self._folder, error)
 
     def _let_save(self, workers: int) -> None:
         """Ask the workers, which run well, to save and return because `workers` of them will replace them."""
-        if not attempts.begun(self._folder):
+        if not attempts.has_started(self._folder):
             return
-        attempts.end(self._folder, f"the cluster has resources for {workers} workers now", wanted=True)
-        ask_to_yield(self._folder)
+        attempts.record_end(self._folder, f"the cluster has resources for {workers} workers now", wanted=True)
+        request_handover(self._folder)
         until = time.monotonic() + _YIELD_S
-        while asked_to_yield(self._folder) and time.monotonic() < until:
+        while handover_requested(self._folder) and time.monotonic() < until:
             time.sleep(_LOOK_S)
-        yielded(self._folder)
+        clear_handover(self._folder)
 
 
-def note(folder: Path, error: BaseException) -> None:
+def record_group_end(folder: Path, error: BaseException) -> None:
     """Record why the group of workers ended, as far as Ray knows."""
     why, certain = explain(error)
-    attempts.end(folder, why, "cause" if certain else "consequence")
+    attempts.record_end(folder, why, "cause" if certain else "consequence")
 
 
 def explain(error: BaseException) -> tuple[str, bool]:

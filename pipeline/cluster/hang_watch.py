@@ -16,11 +16,11 @@ from types import FrameType
 
 import msgspec
 
-from pipeline import attempts
-from pipeline.step import train_step
+from pipeline.cluster import attempts
+from pipeline.training.step import train_step
 
 _RECORD, _JUDGE = 0.7, 0.85  # fractions of the timeout: first every worker records its position, then they are compared
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 _OUR_PACKAGES = tuple(f"{_ROOT / package}/" for package in ("pipeline", "shards", "detr"))
 # A worker that waits for others is in a collective, or in the backward pass, which averages gradients.
 _WAITING_PATHS = ("torch/distributed/", "torch/autograd/", "torch/nn/parallel/")
@@ -29,7 +29,7 @@ _WAITING_CODE = train_step.__code__
 _MAX_NAMED = 4  # workers named in the report
 
 
-class Standing(msgspec.Struct, frozen=True):
+class ThreadPosition(msgspec.Struct, frozen=True):
     """Position of a worker's training thread: steps done, innermost function of our own, and if it waits for others."""
 
     step: int
@@ -54,7 +54,7 @@ class HangWatch:
         self._step, self._since = step, time.monotonic()
         if self._recorded:
             self._recorded = False
-            attempts.goes_on(self._folder, self._rank)
+            attempts.clear_hang(self._folder, self._rank)
 
     def close(self) -> None:
         """Stop watching."""
@@ -65,29 +65,29 @@ class HangWatch:
             quiet_s = time.monotonic() - self._since
             if quiet_s > _RECORD * self._timeout_s and not self._recorded:
                 self._recorded = True
-                attempts.stand(self._folder, self._rank, self._position())
+                attempts.record_position(self._folder, self._rank, self._position())
             if quiet_s > _JUDGE * self._timeout_s and self._recorded:
-                standings = attempts.standings(self._folder, self._world_size, Standing)
-                attempts.end(self._folder, judge(standings, quiet_s), "hang")
+                standings = attempts.read_positions(self._folder, self._world_size, ThreadPosition)
+                attempts.record_end(self._folder, diagnose(standings, quiet_s), "hang")
 
-    def _position(self) -> Standing:
-        return standing(sys._current_frames().get(self._training_thread), self._step)
+    def _position(self) -> ThreadPosition:
+        return thread_position(sys._current_frames().get(self._training_thread), self._step)
 
 
-def standing(frame: FrameType | None, step: int) -> Standing:
+def thread_position(frame: FrameType | None, step: int) -> ThreadPosition:
     """Return the position of a thread from its innermost frame; `step`: steps it has done."""
     waits = False
     while frame is not None:
         code = frame.f_code
         if code.co_filename.startswith(_OUR_PACKAGES):
             location = f"{Path(code.co_filename).relative_to(_ROOT)}:{frame.f_lineno}"
-            return Standing(step, f"{code.co_name} ({location})", waits or code is _WAITING_CODE)
+            return ThreadPosition(step, f"{code.co_name} ({location})", waits or code is _WAITING_CODE)
         waits |= any(path in code.co_filename for path in _WAITING_PATHS)
         frame = frame.f_back
-    return Standing(step, "no code of ours", waits)
+    return ThreadPosition(step, "no code of ours", waits)
 
 
-def judge(standings: dict[int, Standing | None], quiet_s: float) -> str:
+def diagnose(standings: dict[int, ThreadPosition | None], quiet_s: float) -> str:
     """Return one line that names the hung workers and their positions; `standings` has None for a silent worker."""
     known = {rank: position for rank, position in standings.items() if position is not None}
     last = max((position.step for position in known.values()), default=0)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from pipeline.local_ray import join_cluster
+from pipeline.cluster.ray_session import join_cluster
 from shards.errors import ShardError, one_line
-from shards.write import Map
+from shards.write.writer import Map
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -27,7 +27,9 @@ def cluster_map(address: str | None, verbose: bool = False) -> Iterator[Map | No
     if address is None:
         yield None
         return
-    from pipeline.launch import authenticate  # imports MLflow, which takes seconds: only if there is a cluster
+    from pipeline.cluster.ray_session import (
+        authenticate,  # imports MLflow, which takes seconds: only if there is a cluster
+    )
 
     authenticate()
     if not verbose:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import subprocess
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PipelineError
+from pipeline.config import RunConfig
+from pipeline.errors import PipelineError, TrainingError
 from shards.errors import one_line
 
 
@@ -26,7 +30,7 @@ class LocalRay:
         servers before the workers have saved. The servers still end with the driver, whatever kills it, because they
         set PR_SET_PDEATHSIG. Ray itself would keep the servers of a failed start until this process ends.
         """
-        from pipeline.ray_internals import servers_in_own_groups
+        from pipeline.cluster.ray_internals import servers_in_own_groups
 
         try:
             with servers_in_own_groups(self._servers):
@@ -59,3 +63,56 @@ def join_cluster(address: str, verbose: bool) -> None:
 def quiet_options(verbose: bool) -> dict[str, Any]:
     """Return the options of `ray.init` that turn Ray's own log off, unless `verbose`."""
     return {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
+
+
+def authenticate() -> None:
+    """Make Ray send this machine's token to the cluster that it joins; call this before ray is imported.
+
+    `ray start --head` requires a token by default and writes one, yet clients send it only in mode `token`. A chosen
+    mode (`RAY_AUTH_MODE`) is respected; a cluster without authentication ignores the token.
+    """
+    known = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if known or (Path.home() / ".ray" / "auth_token").exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def lock_local_ray() -> None:
+    """Protect the Ray that is started here with a token: its ports are open to the network and accept code to run.
+
+    Ray turns authentication on for servers that it starts, unless `RAY_AUTH_MODE` is set. It is not set here, since it
+    would apply to the servers but not to this process if ray was imported before. Without a token of this run, Ray
+    would write one to the home folder.
+    """
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def connect_ray(config: RunConfig, address: str | None, verbose: bool) -> None:
+    if address:
+        try:
+            join_cluster(address, verbose)
+        except PipelineError as error:
+            raise TrainingError(str(error)) from None
+    else:
+        _start_ray(config, verbose)
+
+
+def _start_ray(config: RunConfig, verbose: bool) -> None:
+    import ray
+
+    # A laptop with fewer cores than workers still runs them, more slowly.
+    needed = (config.cluster.workers + config.evaluate.asynchronous) * config.cluster.cpus_per_worker
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, needed),
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",  # a laptop keeps it when it changes networks
+                **quiet_options(verbose),
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise TrainingError(
+            f"Ray does not start on this machine ({one_line(error)}); expected its servers to: --verbose shows their output, "
+            "--address joins a running cluster"
+        ) from None

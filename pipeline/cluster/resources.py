@@ -12,21 +12,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline import attempts
-from pipeline.config import ClusterConfig
-from pipeline.mlflow_store import connect
-from pipeline.stopping import asked_to_yield
-from pipeline.track import TAG_WARNING
+from pipeline.cluster import attempts
+from pipeline.config import ClusterConfig, RunConfig
+from pipeline.errors import RunConfigError
+from pipeline.run_folder import handover_requested
+from pipeline.tracking.mlflow_client import connect, tracking_uri
+from pipeline.tracking.tags import TAG_ROOM
 from shards.errors import one_line
 
 LOG = logging.getLogger(__name__)
-TAG_ROOM = f"{TAG_WARNING}.room"
 _PATIENCE_S = 90.0  # a group of workers starts in 15 to 60 s, most of which are imports
 _LOOK_S = 5.0
 _ANSWER_S = 10.0  # for clearing the tag at the end
 
 
-def room(cluster: ClusterConfig, gpu: bool) -> str:
+def describe_resources(cluster: ClusterConfig, gpu: bool) -> str:
     """Return one line about the resources that the workers need and those that the connected Ray cluster has."""
     import ray
 
@@ -47,7 +47,7 @@ def room(cluster: ClusterConfig, gpu: bool) -> str:
 
 
 @contextmanager
-def telling_of_waits(run_id: str, folder: Path, why: Callable[[], str]) -> Iterator[None]:
+def report_pending_workers(run_id: str, folder: Path, why: Callable[[], str]) -> Iterator[None]:
     """Inside the block, set the tag `TAG_ROOM` to `why()` while no workers have been running for a while."""
     done = threading.Event()
     # In a thread: an unreachable store blocks its client for minutes, in which the driver must still handle signals.
@@ -66,7 +66,7 @@ def _watch(run_id: str, folder: Path, why: Callable[[], str], done: threading.Ev
         over = done.wait(_LOOK_S)
         now = time.monotonic()
         # Workers that are asked to hand over are running until they have saved.
-        if over or attempts.at_work(folder) or asked_to_yield(folder):
+        if over or attempts.is_running(folder) or handover_requested(folder):
             since = now
         try:
             text = ""
@@ -81,3 +81,55 @@ def _watch(run_id: str, folder: Path, why: Callable[[], str], done: threading.Ev
             if not warned:
                 LOG.warning("a wait for workers could not be reported: %s", one_line(error))
             warned = True
+
+
+def check_resources(config: RunConfig, address: str | None) -> None:
+    """Raise `RunConfigError` when the cluster can never fit the workers, which would wait for ever.
+
+    A Ray that was started here has as many CPUs as were requested.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    fewest, gpus, cpus = config.cluster.fewest, int(have.get("GPU", 0)), int(have.get("CPU", 0))
+    flag = "--cluster.min-workers" if config.cluster.min_workers else "--cluster.workers"
+    if config.cluster.gpu == "yes" and gpus < fewest:
+        raise RunConfigError(
+            f"{'the cluster' if address else 'this machine'} has {gpus} GPUs but {fewest} workers need one each; expected as "
+            f"many: join {'another' if address else 'a'} cluster with --address, lower {flag}, or train on CPUs with "
+            "--cluster.gpu no, or try two small steps with --smoke"
+        )
+    needed = fewest * config.cluster.cpus_per_worker
+    if address and cpus < needed:
+        raise RunConfigError(
+            f"the cluster has {cpus} CPUs but {fewest} workers need {needed}; expected at least as many: lower {flag} or add "
+            "nodes"
+        )
+
+
+def use_gpu(config: RunConfig) -> bool:
+    """Return True if the workers use GPUs; raise `RunConfigError` when "auto" finds too few of them."""
+    import ray
+
+    if config.cluster.gpu != "auto":
+        return config.cluster.gpu == "yes"
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    fewest = config.cluster.fewest
+    if 0 < gpus < fewest:
+        flag = "--cluster.min-workers" if config.cluster.min_workers else "--cluster.workers"
+        raise RunConfigError(
+            f"the cluster has {gpus} GPUs for {fewest} workers; expected one each: "
+            f"{flag} {gpus} (the batch stays the same), or --cluster.gpu no"
+        )
+    return gpus > 0
+
+
+def warn_of_sqlite(say: Callable[[str], None]) -> None:
+    import ray
+
+    hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if len(hosts) > 1 and tracking_uri().startswith("sqlite:"):
+        say(
+            f"warning: the tracking store is a file on this machine, but the cluster has {len(hosts)} hosts; workers "
+            "elsewhere cannot write it: set MLFLOW_TRACKING_URI to a server"
+        )

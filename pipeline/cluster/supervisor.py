@@ -13,26 +13,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from pipeline import attempts
+from pipeline.cluster import attempts
 from pipeline.errors import Interrupted, PipelineError, TrainingError
-from pipeline.mlflow_store import connect
-from pipeline.stopping import ask_to_stop, asked_to_stop, withdraw
+from pipeline.run_folder import FATAL, clear_requests, request_stop, stop_requested
+from pipeline.tracking.mlflow_client import connect
 from shards.errors import ShardError, one_line
 
 GRACE_S = 45.0  # Ray kills a stopped job after 60 s
-_FATAL = "fatal.json"
 _LOOK_S = 0.2
 
 
 @dataclass(frozen=True)
-class Workers:
+class WorkerStatus:
     """Facts about the workers that the driver knows without asking them. By default none."""
 
     gone: Callable[[], bool] = lambda: False
@@ -41,42 +40,32 @@ class Workers:
     """Return the newest saved step, or None."""
 
 
-def fit_and_follow(
-    fit: Callable[[], Any], run_id: str, folder: Path, say: Callable[[str], None], workers: Workers | None = None
+def supervise(
+    fit: Callable[[], Any], run_id: str, folder: Path, say: Callable[[str], None], workers: WorkerStatus | None = None
 ) -> None:
     """Call `fit` and follow the run on stderr until it returns.
 
     Raise `Interrupted` when the run was stopped, and `TrainingError` with the workers' message when it failed. A fatal
     error, which a restart cannot repair, is raised as soon as a worker has written it.
     """
-    (folder / _FATAL).unlink(missing_ok=True)
-    attempts.forget(folder)
-    withdraw(folder)
+    (folder / FATAL).unlink(missing_ok=True)
+    attempts.reset(folder)
+    clear_requests(folder)
     result: Future[None] = Future()
     with _following(run_id), _signals() as received:
         threading.Thread(target=_call, args=(result, fit), name="fit", daemon=True).start()
-        _wait(result, folder, received, say, workers or Workers())
+        _wait(result, folder, received, say, workers or WorkerStatus())
     _raise_fatal(folder, received, say)
     if error := result.exception():
         if received:
             raise Interrupted("interrupted") from error
         raise TrainingError(_explain(error, folder)) from error
-    if asked_to_stop(folder):
+    if stop_requested(folder):
         raise Interrupted("stopped at a checkpoint")
 
 
-def leave_word(folder: Path, message: str, rank: int) -> None:
-    """Write `fatal.json` so that the driver ends the run instead of restarting it; the first rank to write wins."""
-    temporary = folder / f"{_FATAL}.{rank}"
-    # If the folder is missing or its disk is full, the driver learns of the error from Ray, after the restarts.
-    with suppress(OSError):
-        temporary.write_bytes(msgspec.json.encode({"message": message}))
-        if not (folder / _FATAL).exists():
-            temporary.rename(folder / _FATAL)
-
-
 def _wait(
-    result: Future[None], folder: Path, received: list[int], say: Callable[[str], None], workers: Workers
+    result: Future[None], folder: Path, received: list[int], say: Callable[[str], None], workers: WorkerStatus
 ) -> None:
     """Wait for the end of `fit`; raise when the workers must be ended now."""
     deadline = None
@@ -84,9 +73,9 @@ def _wait(
         time.sleep(_LOOK_S)
         _raise_fatal(folder, received, say)
         if received and deadline is None:
-            if not attempts.begun(folder):
+            if not attempts.has_started(folder):
                 raise Interrupted("interrupted before training began")
-            ask_to_stop(folder)
+            request_stop(folder)
             say("stopping: the workers save after their current step; a second signal ends them at once")
             deadline = time.monotonic() + GRACE_S
         if deadline is not None and time.monotonic() > deadline:
@@ -99,7 +88,7 @@ def _wait(
             raise Interrupted("interrupted")
 
 
-def _kept(workers: Workers) -> str:
+def _kept(workers: WorkerStatus) -> str:
     try:
         step = workers.saved()
     except (OSError, PipelineError, ShardError) as error:
@@ -117,7 +106,7 @@ def _call(result: Future[None], fit: Callable[[], Any]) -> None:
 
 @contextmanager
 def _following(run_id: str) -> Iterator[None]:
-    from pipeline.follow import follow
+    from pipeline.display.follow import follow
 
     stop = threading.Event()
     watcher = threading.Thread(
@@ -148,7 +137,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _raise_fatal(folder: Path, received: list[int], say: Callable[[str], None]) -> None:
-    path = folder / _FATAL
+    path = folder / FATAL
     if not path.exists():
         return
     message = msgspec.json.decode(path.read_bytes(), type=dict[str, str])["message"]
@@ -160,7 +149,7 @@ def _raise_fatal(folder: Path, received: list[int], say: Callable[[str], None]) 
 
 def _explain(error: BaseException, folder: Path) -> str:
     """Return one line: the reason that the workers recorded, or the last line of Ray's error."""
-    reason = attempts.last_word(folder)
+    reason = attempts.end_reason(folder)
     if hasattr(error, "worker_failures") and reason:
         return reason.why
     lines = str(error).strip().splitlines() or [type(error).__name__]

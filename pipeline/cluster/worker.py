@@ -9,16 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import attempts
-from pipeline.attempts import Restart
+from pipeline.cluster import attempts
+from pipeline.cluster.attempts import Restart
+from pipeline.cluster.hang_watch import HangWatch
 from pipeline.config import RunConfig
 from pipeline.errors import USER_ERRORS
-from pipeline.fitting import leave_word
-from pipeline.hangs import HangWatch
-from pipeline.mlflow_events import EventSender
-from pipeline.spool import SpoolTracker
-from pipeline.stopping import NOTHING, Asked, Overseer, yielded
-from pipeline.track import TAG_PHASE, TAG_RESIZED, TAG_WARNING, Tracker
+from pipeline.run_folder import clear_handover, write_fatal_error
+from pipeline.tracking.mlflow_sender import EventSender
+from pipeline.tracking.spool import SpoolTracker
+from pipeline.tracking.tags import TAG_PHASE, TAG_RESIZED, TAG_WARNING
+from pipeline.tracking.tracker import Tracker
+from pipeline.training.requests import NO_REQUEST, LoopHooks, Request
 from shards.errors import one_line
 
 _LESS = "expected a run that fits: lower --evaluate.batch-size, --data.reader-threads or the workers of a node"
@@ -44,13 +45,13 @@ def train_in_ray(job: WorkerJob) -> None:
     import ray.train
     import torch
 
-    from pipeline.parallel import Ranks
-    from pipeline.state import Place
-    from pipeline.telling import telling_warnings
-    from pipeline.worker import run
+    from pipeline.distributed.ranks import Ranks
+    from pipeline.tracking.tracker import forward_warnings
+    from pipeline.training.loop import run
+    from pipeline.training.state import RunInfo
 
     context = ray.train.get_context()
-    config = bounded(job.config)
+    config = with_microbatch_limit(job.config)
     torch.set_num_threads(config.cluster.cpus_per_worker)
     ranks = Ranks(
         context.get_world_rank(),
@@ -58,14 +59,14 @@ def train_in_ray(job: WorkerJob) -> None:
         ray.train.torch.get_device(),
         timeout_s=config.cluster.collective_timeout_s,
     )
-    place = Place(job.run_id, job.folder, job.code_commit, job.accept_change)
+    place = RunInfo(job.run_id, job.folder, job.code_commit, job.accept_change)
     tracker, restart = None, None
     if ranks.first:
-        restart = attempts.begin(job.folder, ranks.world_size)
+        restart = attempts.start_attempt(job.folder, ranks.world_size)
         spool = job.folder / "spool"
         tracker = SpoolTracker(spool, EventSender(job.tracking_uri, job.run_id, spool))
         tracker.tags({TAG_PHASE: "training"} | _restart_warning(restart))
-    first_step = FirstStep(tracker, ranks.world_size, restart)
+    first_step = FirstStepReport(tracker, ranks.world_size, restart)
     hangs = HangWatch(job.folder, ranks.rank, ranks.world_size, ranks.timeout_s)
 
     def stepped(step: int) -> None:
@@ -73,8 +74,8 @@ def train_in_ray(job: WorkerJob) -> None:
         first_step(step)
 
     try:
-        with telling_warnings(tracker) if tracker else nullcontext():
-            run(config, place, ranks, tracker, Overseer(Notice().asked, stepped))
+        with forward_warnings(tracker) if tracker else nullcontext():
+            run(config, place, ranks, tracker, LoopHooks(PreemptionNotice().asked, stepped))
     except Exception as error:
         _record_failure(job.folder, ranks.rank, error)
         raise
@@ -82,24 +83,24 @@ def train_in_ray(job: WorkerJob) -> None:
         hangs.close()
         if tracker:
             tracker.close()
-            yielded(job.folder)
+            clear_handover(job.folder)
 
 
 def _record_failure(folder: Path, rank: int, error: Exception) -> None:
     """Write the error for the driver: a fatal one, which would only happen again, or the end of this attempt."""
-    from pipeline.memory import is_shortage
-    from pipeline.parallel import is_peer_failure
+    from pipeline.distributed.ranks import is_peer_failure
+    from pipeline.training.out_of_memory import is_shortage
 
     if isinstance(error, USER_ERRORS):
-        leave_word(folder, str(error), rank)
+        write_fatal_error(folder, str(error), rank)
         return
     if is_shortage(error):
-        leave_word(folder, f"worker {rank} ran out of memory ({one_line(error)}); {_LESS}", rank)
+        write_fatal_error(folder, f"worker {rank} ran out of memory ({one_line(error)}); {_LESS}", rank)
     kind: attempts.Kind = "consequence" if is_peer_failure(error) else "cause"
-    attempts.end(folder, f"worker {rank} failed: {one_line(error)}", kind)
+    attempts.record_end(folder, f"worker {rank} failed: {one_line(error)}", kind)
 
 
-def bounded(config: RunConfig) -> RunConfig:
+def with_microbatch_limit(config: RunConfig) -> RunConfig:
     """Return the configuration with a limit on images per forward pass if the number of workers may shrink.
 
     Each remaining worker then takes more images in a step, but not more at a time.
@@ -117,7 +118,7 @@ def _restart_warning(restart: Restart | None) -> dict[str, str]:
     return {TAG_WARNING: f"{restart.ended.why}; restart {restart.number}"}
 
 
-class FirstStep:
+class FirstStepReport:
     """Callback that reports, after the first step of an attempt, the number of workers and the cost of a restart."""
 
     def __init__(self, tracker: Tracker | None, workers: int, restart: Restart | None) -> None:
@@ -135,31 +136,31 @@ class FirstStep:
             tracker.tags({TAG_RESIZED if restart.ended.wanted else TAG_WARNING: restart.told(step, now)})
 
 
-class Notice:
+class PreemptionNotice:
     """Requests for checkpoints before nodes of these workers are taken away, as Ray announces it.
 
     One checkpoint at once, and another shortly before the first node goes. Ray then restarts the workers on the others.
     """
 
     def __init__(self) -> None:
-        from pipeline.ray_internals import preemption_context
+        from pipeline.cluster.ray_internals import preemption_context
 
         self._context = preemption_context()
         self._known: Any = None
         self._again_at = 0.0
 
-    def asked(self) -> Asked:
+    def asked(self) -> Request:
         """Return the requests after a step; costs nothing while no node is announced."""
         info = self._context.preemption_info
         if info is None:
-            return NOTHING
+            return NO_REQUEST
         if info != self._known:
             self._known = info
             deadline = (info.deadline_ms or 0) / 1000
             second_pays = deadline - time.time() > 1.5 * _BEFORE_S
             self._again_at = deadline - _BEFORE_S if second_pays else 0.0
-            return Asked(save=True)
+            return Request(save=True)
         if self._again_at and time.time() >= self._again_at:
             self._again_at = 0.0
-            return Asked(save=True)
-        return NOTHING
+            return Request(save=True)
+        return NO_REQUEST

@@ -1,7 +1,7 @@
 """Configuration of a run: one tree of frozen dataclasses, `RunConfig`.
 
 Every class checks itself when it is built, so a wrong value fails on the laptop and not on 64 GPUs. Durations are
-in epochs and the batch size is global; `pipeline.optim` converts them to steps once. Fields hold only numbers, strings,
+in epochs and the batch size is global; `pipeline.schedule` converts them to steps once. Fields hold only numbers, strings,
 booleans and tuples, so a configuration survives JSON unchanged (`to_json`, `from_json`). The number of
 classes is not here: it comes from the manifest. This module imports neither torch nor ray nor mlflow.
 """
@@ -15,8 +15,7 @@ from typing import Any
 import msgspec
 
 from detr.config import LossConfig, ModelConfig, TransformConfig
-from pipeline.errors import RunConfigError
-from pipeline.settings import (
+from pipeline.config.sections import (
     Batching,
     CheckpointConfig,
     ClusterConfig,
@@ -28,6 +27,7 @@ from pipeline.settings import (
     TrackConfig,
     require,
 )
+from pipeline.errors import RunConfigError
 
 __all__ = [
     "Batching",

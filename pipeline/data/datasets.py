@@ -6,10 +6,11 @@ from pathlib import Path
 
 from pipeline.config import DataConfig
 from pipeline.errors import RunConfigError
-from shards.cache import CacheConfig, cache_for
+from shards.config import CacheConfig
+from shards.dataset.manifest import ANNOTATIONS_NAME, IMAGES_NAME, Manifest, load_manifest
 from shards.errors import OtherFormatError, ShardError
-from shards.manifest import ANNOTATIONS_NAME, IMAGES_NAME, Manifest, load_manifest
-from shards.room import GIB, size_text
+from shards.store.cache import cache_for
+from shards.store.sizes import GIB, size_text
 
 
 def open_data(config: DataConfig) -> tuple[Manifest, Manifest]:

@@ -17,23 +17,18 @@ from torch import Tensor
 
 from detr.batch import Batch, Target, collate
 from detr.config import TransformConfig
-from detr.geometry import (
-    Geometry,
-    crop_before_resize,
-    draw_geometry,
-    eval_geometry,
-    evaluated_sizes,
-    output_sizes,
-)
+from detr.geometry import Geometry, crop_before_resize, draw_geometry, eval_geometry, evaluated_sizes, output_sizes
 from detr.transforms import apply
 from pipeline.config import Batching, DataConfig, RunConfig
-from pipeline.optim import Schedule
-from pipeline.parallel import Ranks
-from shards.index import Index, Ints
-from shards.manifest import Manifest
-from shards.plan import EpochPlan, PlanConfig, Sizes, plan_epoch, plan_evaluation
-from shards.read import ReadConfig, open_stream
-from shards.sample import Sample
+from pipeline.distributed.ranks import Ranks
+from pipeline.schedule import Schedule
+from shards.arrays import Ints
+from shards.config import PlanConfig, ReadConfig
+from shards.dataset.index import Index
+from shards.dataset.manifest import Manifest
+from shards.plan.epoch import EpochPlan, Sizes, plan_epoch, plan_evaluation
+from shards.read.loader import open_stream
+from shards.read.sample import Sample
 
 Transform = Callable[[Sample], tuple[Tensor, Target]]
 

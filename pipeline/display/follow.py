@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
-from pipeline.mlflow_store import TAG_EPOCHS, TAG_TOTAL_STEPS, unavailable
-from pipeline.standing import Progress, clock_time, left, read_progress
-from pipeline.track import TAG_PHASE, TAG_RESIZED, TAG_WARNING
+from pipeline.display.terminal import clock_time, time_left
+from pipeline.tracking.mlflow_client import unavailable
+from pipeline.tracking.progress import RunProgress, read_progress
+from pipeline.tracking.tags import TAG_EPOCHS, TAG_PHASE, TAG_RESIZED, TAG_TOTAL_STEPS, TAG_WARNING
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,11 +30,11 @@ class RunView:
         self._stream = stream
         self._bar: Any = None
         self._live = stream.isatty()  # no bar in a file; the lines have the same values
-        self._printed: Progress | None = None
+        self._printed: RunProgress | None = None
         self._evaluated: float | None = None
         # Progress that an earlier attempt has left, until this attempt has its own.
-        self._stale: Progress | None = None
-        self._last: tuple[Progress, int, float, dict[str, float]] | None = None
+        self._stale: RunProgress | None = None
+        self._last: tuple[RunProgress, int, float, dict[str, float]] | None = None
         self._printed_phase = ""
         self._warnings: dict[str, str] | None = None
 
@@ -52,7 +53,7 @@ class RunView:
             self._stale = self._printed = progress
         fresh = progress if progress != self._stale else None
         if self._live:
-            self._update_bar(fresh or Progress(0, 0.0), total, epochs, phase, metrics if fresh else {})
+            self._update_bar(fresh or RunProgress(0, 0.0), total, epochs, phase, metrics if fresh else {})
         elif phase.split(" ")[0] != self._printed_phase and phase.startswith("starting"):
             self._printed_phase = phase.split(" ")[0]
             self._line(f"{phase} ...")
@@ -71,7 +72,7 @@ class RunView:
                 scores += f"  mask AP {metrics['val/mask_AP']:.3f}"
             self._line(f"          evaluated at epoch {evaluated:g}:  {scores}")
 
-    def _tell_epochs(self, progress: Progress, total: int, epochs: float, metrics: dict[str, float]) -> None:
+    def _tell_epochs(self, progress: RunProgress, total: int, epochs: float, metrics: dict[str, float]) -> None:
         """Print a line if epochs have ended since the last call: one for all of them."""
         before = int(self._printed.epoch + 1e-9) if self._printed else 0
         now = int(progress.epoch + 1e-9)
@@ -90,7 +91,7 @@ class RunView:
             return
         progress, total, epochs, metrics = self._last
         self._printed = progress
-        without_end = Progress(progress.step, progress.epoch)
+        without_end = RunProgress(progress.step, progress.epoch)
         figures = "  ".join(_figures(progress if running else without_end, metrics))
         self._line(f"epoch {progress.epoch:>3.1f}/{epochs:g}  step {progress.step:>6}/{total}  {figures}")
 
@@ -100,7 +101,9 @@ class RunView:
         if self._bar is not None:
             self._bar.close()
 
-    def _update_bar(self, progress: Progress, total: int, epochs: float, phase: str, metrics: dict[str, float]) -> None:
+    def _update_bar(
+        self, progress: RunProgress, total: int, epochs: float, phase: str, metrics: dict[str, float]
+    ) -> None:
         if self._bar is None:
             # tqdm's own forecast would ignore evaluations and the time before this view was opened.
             form = "{percentage:3.0f}%|{bar:8}| {desc}"
@@ -125,7 +128,7 @@ class RunView:
             print(text, file=self._stream, flush=True)
 
 
-def _figures(progress: Progress, metrics: dict[str, float]) -> list[str]:
+def _figures(progress: RunProgress, metrics: dict[str, float]) -> list[str]:
     """Return the known ones of loss, AP, speed, memory and predicted end as texts."""
     formats = {
         "train/loss": "loss {:8.3f}",
@@ -137,7 +140,7 @@ def _figures(progress: Progress, metrics: dict[str, float]) -> list[str]:
     figures = [text.format(metrics[name]) for name, text in formats.items() if name in metrics]
     end = progress.ends
     if end:
-        figures.append(f"{left(end)} left, ends {clock_time(end)}")
+        figures.append(f"{time_left(end)} left, ends {clock_time(end)}")
     return figures
 
 

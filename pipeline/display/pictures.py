@@ -1,17 +1,21 @@
-"""Pictures of validation images: detections next to the ground truth."""
+"""The pictures of a run: detections on images, curves, sheets."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from pipeline.figures import Boxes, draw, side_by_side
-from shards.detections import Detections
-from shards.manifest import Manifest
-from shards.read import ReadConfig, read_samples
-from shards.segmentation import Masks, decode_masks
+from pipeline.display.draw import COLOURS, Boxes, Line, chart, contact_sheet, draw, side_by_side
+from shards.config import ReadConfig
+from shards.dataset.manifest import Manifest
+from shards.masks.rle import Masks, decode_masks
+from shards.read.loader import read_samples
+from shards.score.detections import Detections
+from shards.score.precision_recall import RECALLS, Curves
 
 THRESHOLD = 0.5  # lowest score of a detection that is drawn
 
@@ -51,3 +55,36 @@ def _masks(found: Detections, height: int, width: int) -> Masks | None:
     if found.masks is None:
         return None
     return decode_masks([{"size": [height, width], "counts": counts} for counts in found.masks], height, width)
+
+
+def curves_picture(boxes: Curves, masks: Curves | None = None) -> Image.Image:
+    """Return a chart of the curves at IoU 0.50, 0.75 and 0.50:0.95 with their means; those of masks on the right."""
+    if masks is None:
+        return _chart(boxes)
+    return side_by_side(_chart(boxes), _chart(masks), ("boxes", "masks"))
+
+
+def _chart(curves: Curves) -> Image.Image:
+    lines = [
+        Line(f"{name} {fmean(ys):.3f}" if ys[0] >= 0 else f"{name} -", colour, ys)
+        for name, colour, ys in (
+            ("AP50", COLOURS[4], curves.precision50),
+            ("AP75", COLOURS[5], curves.precision75),
+            ("AP (IoU 0.50:0.95)", "black", curves.precision),
+        )
+    ]
+    return chart(lines, RECALLS, "recall", "precision")
+
+
+def curves_table(boxes: Curves, masks: Curves | None = None) -> dict[str, list[Any]]:
+    """Return columns by name: recall, and precision at IoU 0.50:0.95, 0.50 and 0.75; masks with prefix `mask_`."""
+    columns: dict[str, list[Any]] = {"recall": list(RECALLS)}
+    for prefix, curves in (("", boxes), ("mask_", masks)):
+        if curves:
+            columns |= {prefix + name: list(ys) for name, ys in vars(curves).items()}
+    return columns
+
+
+def picture_sheet(detections: Detections, manifest: Manifest, count: int = 6) -> Image.Image:
+    """Draw `count` validation images on one sheet, detections next to the ground truth."""
+    return contact_sheet(list(detection_pictures(manifest, detections, count)))

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from pipeline.standing import Progress, clock_time, read_progress
-from pipeline.track import TAG_PHASE
+from pipeline.display.terminal import clock_time, table
+from pipeline.tracking.progress import RunProgress, read_progress
+from pipeline.tracking.tags import TAG_PHASE
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-    from pipeline.layers import LayerScore
+    from pipeline.evaluation.per_layer import LayerScore
+
 
 _MEANINGS = {
     "AP": "IoU 0.50:0.95",
@@ -89,17 +91,7 @@ def runs_table(runs: Sequence[Run]) -> str:
     return table(("run", "name", "status", "epoch", "AP", "AP50", "started", "ends"), rows)
 
 
-def _end(progress: Progress | None) -> str:
+def _end(progress: RunProgress | None) -> str:
     """Return the predicted end, `-` if it is unknown or has passed (the driver is dead or the forecast wrong)."""
     end = progress.ends if progress else None
     return clock_time(end) if end and end > datetime.now(UTC) else "-"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as text with left-aligned columns under a ruled header."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
-
-    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])

@@ -9,12 +9,9 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,89 +19,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from detr.execution import parts
+from detr.compute import fsdp_units
 from detr.model import DETR
-from pipeline.errors import USER_ERRORS
-from shards.errors import one_line
+from pipeline.distributed.ranks import Ranks
 
-_EXPECTED: tuple[type[Exception], ...] = (OSError, *USER_ERRORS)
-_BACKENDS = ("gloo", "NCCL")  # in the text of an error of a collective
 Strategy = Literal["single", "ddp", "fsdp"]
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Rank, world size and device of this process, and the collectives between the ranks."""
-
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    group: dist.ProcessGroup | None = None
-    """Process group of the collectives. None: the default group, which training uses."""
-    timeout_s: float = 600.0
-    """Timeout in seconds of process groups created here."""
-
-    @property
-    def first(self) -> bool:
-        """True on rank 0, which writes, logs and decides."""
-        return self.rank == 0
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum `values` over all ranks, in place; return them."""
-        if self.world_size > 1:
-            dist.all_reduce(values, group=self.group)
-        return values
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return the values of all ranks, in order of rank, on every rank. Pickles: only for small values."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def broadcast(self, value: T) -> T:
-        """Return rank 0's value on every rank; the others' values are ignored. Pickles: only for small values."""
-        if self.world_size == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.group)
-        return values[0]
-
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        if self.world_size > 1:
-            dist.barrier(group=self.group)
-
-    def apart(self) -> Ranks:
-        """Return the same ranks with a new gloo group, for collectives in another thread; a collective call."""
-        if self.world_size == 1:
-            return self
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
-        assert isinstance(group, dist.ProcessGroup)  # every rank is in it
-        return replace(self, group=group)
-
-
-def on_first(ranks: Ranks, act: Callable[[], None]) -> None:
-    """Call `act` on rank 0 while the others wait; a collective call.
-
-    Its error is raised on every rank, as an `OSError`, so that no rank is left waiting.
-    """
-    reason = ""
-    if ranks.first:
-        try:
-            act()
-        except _EXPECTED as error:
-            reason = one_line(error)
-    reason = ranks.broadcast(reason)
-    if reason:
-        raise OSError(reason)
-
-
-def is_peer_failure(error: BaseException | str) -> bool:
-    """Return True if an error, or its message, is one that a collective raises when another rank has died."""
-    return isinstance(error, dist.DistError) or any(backend in str(error) for backend in _BACKENDS)
 
 
 def distribute(model: nn.Module, ranks: Ranks, strategy: Strategy = "ddp") -> nn.Module:
@@ -127,13 +46,15 @@ def _shard(model: nn.Module, ranks: Ranks) -> nn.Module:
     for parameter in model.parameters():
         # FSDP shards contiguous memory only; the backbone's activations keep the layout of the input.
         parameter.data = parameter.data.contiguous()
-    for block in parts(model) if isinstance(model, DETR) else []:
+    for block in fsdp_units(model) if isinstance(model, DETR) else []:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
 
 
-def whole(model: nn.Module, build: Callable[[], nn.Module], averages: Mapping[str, Tensor] | None = None) -> nn.Module:
+def gathered_model(
+    model: nn.Module, build: Callable[[], nn.Module], averages: Mapping[str, Tensor] | None = None
+) -> nn.Module:
     """Return a model that this rank can run alone; a collective call.
 
     With DDP it is the wrapped model. With FSDP, where every forward pass is a collective although ranks evaluate
@@ -152,7 +73,7 @@ def whole(model: nn.Module, build: Callable[[], nn.Module], averages: Mapping[st
 
 
 @contextmanager
-def averaging(model: nn.Module, *, now: bool) -> Iterator[None]:
+def gradient_sync(model: nn.Module, *, now: bool) -> Iterator[None]:
     """Average gradients over ranks in the backward pass inside the block if `now`; otherwise accumulate locally.
 
     The last pass of a step averages the accumulated gradients of all its passes.
@@ -188,3 +109,8 @@ def _replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside a DDP wrapper, whose parameter names have no prefix."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor that FSDP divides, and any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

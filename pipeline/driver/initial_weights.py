@@ -9,44 +9,32 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from detr.config import ModelConfig
-from detr.model import DETR, build_model, freeze_detector
+from detr.mask_head import MASK_MODULES
+from detr.model import DETR, build_model
 from detr.original import (
     load_backbone_weights,
     load_detector_state_dict,
     load_original_state_dict,
-    to_original_state_dict,
 )
-from detr.segmentation import MASK_MODULES
 from pipeline.config import RunConfig
-from pipeline.errors import CheckpointError, RunConfigError, first_line
-from pipeline.predict import UNNAMED, WEIGHTS_NAME, read_card
+from pipeline.errors import RunConfigError, first_line
+from pipeline.exchange.state_file import read_state_file
 from pipeline.recipes import RECIPES
-from pipeline.state_file import read_state_file
-from shards.manifest import Category
+from pipeline.registry.card import WEIGHTS_NAME, read_card
+from shards.dataset.categories import UNNAMED, Category
 
-INITIAL_NAME = "initial.safetensors"
 _CLASS_HEAD = ("class_embed.weight", "class_embed.bias")
 
 
-def build_trained(config: RunConfig, num_classes: int) -> DETR:
-    """Return the run's model with random weights, with the modules frozen that are not trained."""
-    model = build_model(config.model, num_classes)
-    if config.optim.train == "mask_head":
-        freeze_detector(model)
-    return model
-
-
-def settle(config: RunConfig, resolve_folder: Path | None) -> RunConfig:
+def adopt_model_config(config: RunConfig, resolve_folder: Path | None) -> RunConfig:
     """Return the configuration with the architecture of the registered model that the run starts from.
 
     A run may add masks to it. Raise `RunConfigError` naming the fields that were set to another architecture.
@@ -85,27 +73,6 @@ def initial_model(
     if config.initial:
         return model, _load_initial(model, config, categories, resolved)
     return model, _load_backbone(model, config.model)
-
-
-def save_initial(model: DETR, folder: Path) -> None:
-    """Write the run's initial weights into its folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.contiguous() for name, value in to_original_state_dict(model).items()}
-    save_file(weights, folder / INITIAL_NAME)
-
-
-def read_initial(model: DETR, folder: Path) -> None:
-    """Load the run's initial weights into a model.
-
-    Raise `CheckpointError` if the file is missing: the driver wrote it before any worker started.
-    """
-    path = folder / INITIAL_NAME
-    if not path.exists():
-        raise CheckpointError(
-            f"{path} is not there on {platform.node()}; expected the run's folder as the driver made it: give a --storage that "
-            "every node sees, mounted at the same path"
-        )
-    load_original_state_dict(model, load_file(path))
 
 
 def _load_initial(

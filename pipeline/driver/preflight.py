@@ -12,20 +12,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from detr.model import DETR
-from pipeline import checkpoint_store
+from pipeline.checkpoint import location
 from pipeline.config import RunConfig
-from pipeline.data import check_cache_limit, open_data
+from pipeline.data.datasets import check_cache_limit, open_data
+from pipeline.driver.initial_weights import adopt_model_config, initial_model
 from pipeline.errors import RunConfigError
-from pipeline.optim import Schedule
-from pipeline.weights import initial_model, save_initial, settle
-from shards import storage
-from shards.manifest import Manifest
-from shards.segmentation import check_segmentations
-from shards.verify import check_sizes
+from pipeline.schedule import Schedule
+from pipeline.training.model import save_initial
+from shards.dataset.manifest import Manifest
+from shards.dataset.verify import check_sizes
+from shards.read.segmentations import check_segmentations
+from shards.store import storage
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedRun:
     """Checked run: its data, its schedule, its initial weights and lines about them for the user."""
 
     train: Manifest
@@ -54,7 +55,7 @@ def check_data(config: RunConfig) -> None:
     _check_masks(config, *_checked_data(config))
 
 
-def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, Ready]:
+def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, PreparedRun]:
     """Check the run and build its initial model.
 
     Return the configuration with absolute paths, and with the architecture of the registered model if it starts from
@@ -62,23 +63,23 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, R
     """
     _check_initial(config)
     if config.data.built_in:
-        from pipeline.demo import make_built_in
+        from pipeline.built_in.dataset import make_built_in
 
         make_built_in(config, say)
     config = _absolute(config)
     train, val = _checked_data(config)
     resolved = None
     if config.initial.startswith("models:/"):
-        from pipeline.registry import resolve
+        from pipeline.registry.versions import resolve
 
         resolved = resolve(config.initial)
-        config = settle(config, resolved)
+        config = adopt_model_config(config, resolved)
     _check_masks(config, train, val)
     _warn_of_queries(config, train, say)
     model, notes = initial_model(config, train.categories, resolved)
     for line in notes:
         say(line)
-    return config, Ready(train, val, Schedule(config.optim, train.images, config.data.epoch_tail), model, notes)
+    return config, PreparedRun(train, val, Schedule(config.optim, train.images, config.data.epoch_tail), model, notes)
 
 
 def check_storage(config: RunConfig) -> None:
@@ -87,7 +88,7 @@ def check_storage(config: RunConfig) -> None:
     store = config.checkpoint.store and storage.absolute(config.checkpoint.store)
     path = storage.local_path(store)
     if path is None:
-        checkpoint_store.check(store)
+        location.check(store)
     elif store:
         _check_folder(path, "checkpoint.store")
 

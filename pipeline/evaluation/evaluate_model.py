@@ -22,25 +22,26 @@ from detr.config import TransformConfig
 from detr.model import Outputs
 from detr.postprocess import Detection, detect
 from pipeline.config import Batching
+from pipeline.data.loader import evaluation_collate, evaluation_plan, evaluation_transform
+from pipeline.distributed.ranks import Ranks
 from pipeline.errors import RunConfigError, TrainingError
-from pipeline.parallel import Ranks
-from pipeline.predict import UNNAMED
-from pipeline.samples import evaluation_collate, evaluation_plan, evaluation_transform
-from shards.detections import Detections
-from shards.index import Ints
-from shards.manifest import Category, Manifest
-from shards.read import ReadConfig, open_batches
-from shards.score import Score, score_detections
-from shards.segmentation import encode_masks
+from shards.arrays import Ints
+from shards.config import ReadConfig
+from shards.dataset.categories import UNNAMED, Category
+from shards.dataset.manifest import Manifest
+from shards.masks.rle import encode_masks
+from shards.read.loader import open_batches
+from shards.score.coco_eval import Score, score_detections
+from shards.score.detections import Detections
 
 # Called after each batch with (images done by this rank, images of this rank).
 Progress = Callable[[int, int], None]
 
 # Converts the predictions for a batch to one Detection per image.
-Reading = Callable[[Outputs, Batch], list[Detection]]
+OutputReader = Callable[[Outputs, Batch], list[Detection]]
 
 
-def read_queries(outputs: Outputs, batch: Batch) -> list[Detection]:
+def read_last_layer(outputs: Outputs, batch: Batch) -> list[Detection]:
     """Return one detection per query of the last layer, as the paper does, with masks if the model has them."""
     canvas = (batch.images.shape[2], batch.images.shape[3])
     sizes = [target.original_size for target in batch.targets]
@@ -72,7 +73,7 @@ class Evaluation:
     """Number of images that were scored, each once."""
 
 
-def evaluate(
+def evaluate_model(
     model: nn.Module,
     manifest: Manifest,
     categories: Sequence[Category],
@@ -87,7 +88,7 @@ def evaluate(
     are positions in `categories`, which are matched to the categories of the data set by id.
     """
     evaluations = evaluate_readings(
-        model, manifest, categories, (read_queries,), options, ranks=ranks, progress=progress
+        model, manifest, categories, (read_last_layer,), options, ranks=ranks, progress=progress
     )
     return evaluations[0] if evaluations else None
 
@@ -96,7 +97,7 @@ def evaluate_readings(
     model: nn.Module,
     manifest: Manifest,
     categories: Sequence[Category],
-    readings: Sequence[Reading],
+    readings: Sequence[OutputReader],
     options: EvaluateOptions,
     *,
     ranks: Ranks | None = None,
@@ -176,7 +177,7 @@ def detect_batch(
     labels: Ints,
     transform: TransformConfig,
     device: torch.device,
-    readings: Sequence[Reading] = (read_queries,),
+    readings: Sequence[OutputReader] = (read_last_layer,),
 ) -> list[Detections]:
     """Run the model once on a batch and return one `Detections` per reading, in pixels of the original images.
 

@@ -13,9 +13,10 @@ from detr.batch import Batch
 from detr.config import ConfigError
 from detr.model import DETR, Outputs
 from detr.postprocess import Detection, detect
-from pipeline.evaluate import EvaluateOptions, Progress, Reading, evaluate_readings
-from pipeline.parallel import Ranks
-from shards.manifest import Category, Manifest
+from pipeline.distributed.ranks import Ranks
+from pipeline.evaluation.evaluate_model import EvaluateOptions, OutputReader, Progress, evaluate_readings
+from shards.dataset.categories import Category
+from shards.dataset.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def evaluate_layers(
     """Score every decoder layer without and with suppression, then all of them merged.
 
     A collective call: return the scores on rank 0 and None on the other ranks. Each image goes through the model once.
-    The last layer without suppression has the metrics of `pipeline.evaluate.evaluate`. Raise `ConfigError` if `nms` is
+    The last layer without suppression has the metrics of `pipeline.evaluation.evaluate_model.evaluate_model`. Raise `ConfigError` if `nms` is
     not an IoU above 0.
     """
     if not 0 < nms <= 1:
@@ -66,7 +67,7 @@ def evaluate_layers(
     ]
 
 
-def _reading(layer: int | None, nms: float | None) -> Reading:
+def _reading(layer: int | None, nms: float | None) -> OutputReader:
     def read(outputs: Outputs, batch: Batch) -> list[Detection]:
         if layer is not None:
             outputs = (*outputs.auxiliary, outputs)[layer - 1]._replace(auxiliary=(), masks=None)

@@ -28,9 +28,9 @@ from detr.config import TransformConfig
 from detr.model import DETR, build_model
 from detr.position import LearnedPosition
 from pipeline.errors import ExchangeError
-from pipeline.exporting import check_target
-from pipeline.predict import Card, read_model
-from pipeline.registry import resolve
+from pipeline.exchange.export_original import check_target
+from pipeline.registry.card import Card, read_model
+from pipeline.registry.versions import resolve
 
 TOLERANCE = 1e-3
 """Maximum difference between onnxruntime and PyTorch, in logits and in fractions of the image."""

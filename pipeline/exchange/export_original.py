@@ -16,9 +16,9 @@ from torch import Tensor
 from detr.config import ModelConfig
 from detr.original import to_original_state_dict
 from pipeline.errors import ExchangeError
-from pipeline.predict import read_model
-from pipeline.registry import resolve
-from shards.manifest import Category
+from pipeline.registry.card import read_model
+from pipeline.registry.versions import resolve
+from shards.dataset.categories import Category
 
 _MOST_CLASSES = 10_000  # a class head with more rows is a mistake
 _NEVER = -100.0  # the logit of an id without a category; its probability is below 1e-40

@@ -17,21 +17,24 @@ import msgspec
 from detr.config import ConfigError, ModelConfig, TransformConfig
 from detr.model import DETR, build_model
 from detr.original import load_original_state_dict
-from detr.recognise import heads_of_mask_head, recognise
+from detr.original_config import heads_of_mask_head, infer_config
 from pipeline.config import TrackConfig
 from pipeline.errors import ExchangeError, first_line
-from pipeline.mlflow_store import TAG_IMPORTED, code_commit, connect, experiment_id, origin_tags
-from pipeline.predict import UNNAMED, Card
-from pipeline.publish import Registered, check_names, publish
-from pipeline.state_file import StateFile, read_state_file
-from shards.manifest import Category
+from pipeline.exchange.state_file import StateFile, read_state_file
+from pipeline.registry.card import Card
+from pipeline.registry.publish import Registered, check_names, publish
+from pipeline.tracking.mlflow_client import connect
+from pipeline.tracking.mlflow_runs import experiment_id, origin_tags
+from pipeline.tracking.provenance import code_commit
+from pipeline.tracking.tags import TAG_IMPORTED
+from shards.dataset.categories import UNNAMED, Category
 
 _COCO_CLASSES = 91  # the largest category id of COCO's things plus 1
 _PANOPTIC_CLASSES = 250  # the original's number for things and stuff; things have the same ids as above
 _Value = TypeVar("_Value", bool, int, float)
 
 
-class Recognised(NamedTuple):
+class OriginalModel(NamedTuple):
     """Model of one of the original's files with its weights, and lines about it for the user."""
 
     model: DETR
@@ -116,7 +119,7 @@ def _card(model: DETR, categories: tuple[Category, ...], epochs: int, source: st
     )
 
 
-def read_original(path: Path, *, heads: int | None = None, dilation: bool = False) -> Recognised:
+def read_original(path: Path, *, heads: int | None = None, dilation: bool = False) -> OriginalModel:
     """Build the model of one of the original's files, with its weights.
 
     Raise `ValueError`, one line without the path, if the file is not the original's or contradicts `heads` or `dilation`.
@@ -128,7 +131,7 @@ def read_original(path: Path, *, heads: int | None = None, dilation: bool = Fals
     _refuse_contradiction("--heads", heads, shown)
     _refuse_contradiction("--dilation", dilation or None, dilated)
     chosen = {"dropout": _option(options, "dropout", float), "auxiliary": _option(options, "aux_loss", bool)}
-    config, classes = recognise(
+    config, classes = infer_config(
         file.state,
         heads=heads or shown,
         dilation=dilation or bool(dilated),
@@ -143,7 +146,7 @@ def read_original(path: Path, *, heads: int | None = None, dilation: bool = Fals
         hint = " although the file's name has dc5 in it" if "dc5" in path.name.lower() else ""
         assumed.append(f"no dilation{hint} (a DC5 model needs --dilation)")
     epochs = file.epoch + 1 if file.epoch is not None else 0
-    return Recognised(model.eval(), epochs, (_description(config, classes, file), *_assumption(assumed)))
+    return OriginalModel(model.eval(), epochs, (_description(config, classes, file), *_assumption(assumed)))
 
 
 def _option(options: Mapping[str, Any], name: str, kind: type[_Value]) -> _Value | None:

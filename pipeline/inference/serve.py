@@ -18,7 +18,7 @@ import mlflow
 from mlflow.pyfunc.model import PythonModel
 from PIL import Image
 
-from pipeline.predict import Detector, coco_results
+from pipeline.inference.detector import Detector, coco_results
 
 ARTIFACT = "detector"
 

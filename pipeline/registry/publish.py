@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import RegistryError, TrackingError, first_line
-from pipeline.predict import Card, write_folder
+from pipeline.registry.card import Card, write_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from detr.model import DETR
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = (
     "torch",
     "torchvision",

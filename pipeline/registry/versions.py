@@ -2,84 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import checkpoint
-from pipeline.checkpoint_store import Location, home_of
-from pipeline.config import RunConfig
 from pipeline.errors import RegistryError, first_line
-from pipeline.mlflow_store import connect, find_run
-from pipeline.predict import CARD_NAME, Card
-from pipeline.publish import Registered, check_names, publish
+from pipeline.registry.card import CARD_NAME
+from pipeline.tracking.mlflow_client import connect
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-
-def register(
-    client: MlflowClient,
-    run_id: str,
-    config: RunConfig,
-    path: Location,
-    metrics: Mapping[str, float],
-    *,
-    name: str,
-    alias: str,
-    only_if_better: bool = False,
-) -> Registered:
-    """Publish the checkpoint at `path` as a version of `name` and point `alias` at it.
-
-    A step of a run is published once; publishing it again finds that version. With `only_if_better`, the alias stays on a
-    version with a higher AP on the same validation data. Raise `TrackingError` if MLflow refuses.
-    """
-    from pipeline.weights import build_trained
-    from shards.manifest import load_manifest
-
-    check_names(name, alias)
-    meta = checkpoint.read_meta(path)
-    train = load_manifest(config.data.train)
-    model = build_trained(config, train.num_classes)
-    checkpoint.load_weights(path, model, averaged=meta.ema)
-    card = Card(
-        model=config.model,
-        transform=config.transform,
-        categories=train.categories,
-        evaluate_batch_size=config.evaluate.batch_size,
-        evaluate_batching=config.evaluate.batching,
-        channels_last=config.compute.channels_last,
-        ema=config.optim.ema,
-        recipe=config.recipe,
-        run_id=run_id,
-        checkpoint=str(path),
-        step=meta.step,
-        epoch=meta.epoch,
-        metrics=dict(metrics),
-        train_digest=meta.train_digest,
-        val_digest=load_manifest(config.data.val).digest,
-        code_commit=meta.code_commit,
-    )
-    again = f"detr register {run_id} --name {name}" + (f" --alias {alias}" if alias != "best" else "")
-    return publish(client, model, card, name=name, alias=alias, again=again, only_if_better=only_if_better)
-
-
-def register_run(name_or_id: str, *, name: str, alias: str) -> Registered:
-    """Publish the best checkpoint of a run, finished or not, and point `alias` at it unconditionally."""
-    from pipeline.config import from_json
-    from pipeline.mlflow_store import TAG_FOLDER, read_config
-
-    client = connect()
-    run = find_run(client, name_or_id)
-    run_id = str(run.info.run_id)
-    config = from_json(read_config(client, run_id))
-    found = checkpoint.best(home_of(config.checkpoint.store, Path(run.data.tags[TAG_FOLDER])))
-    if found is None:
-        raise RegistryError(
-            f"run {name_or_id} has no evaluated checkpoint yet; expected one: wait for its first evaluation"
-        )
-    path, metrics = found
-    return register(client, run_id, config, path, metrics, name=name, alias=alias)
 
 
 def find_version(client: MlflowClient, uri: str) -> Any:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from detr.criterion import Losses
-from pipeline.breakdown import PARTS, StepClock, memory_gib
-from pipeline.forecast import Forecast
-from pipeline.optim import Schedule
-from pipeline.parallel import Ranks
-from pipeline.standing import TAG_PROGRESS, Progress
-from pipeline.track import TAG_WARNING, Tracker
+from pipeline.distributed.ranks import Ranks
+from pipeline.schedule import Schedule
+from pipeline.tracking.progress import Forecast, RunProgress
+from pipeline.tracking.step_timer import PARTS, StepClock, memory_gib
+from pipeline.tracking.tags import TAG_DATA_WAIT, TAG_PROGRESS
+from pipeline.tracking.tracker import Tracker
 
-TAG_DATA_WAIT = f"{TAG_WARNING}.data_wait"
 _MOST_WAIT = 0.05  # share of a step
 _JUDGED_STEPS = 20  # over fewer steps the share of waiting is mostly noise
 
@@ -144,7 +143,7 @@ class Meter:
     def _tags(self, step: int, epoch: float, interval: Interval) -> dict[str, str]:
         left_s = self._forecast.remaining_s(step) if self._forecast else None
         end = "" if left_s is None else (datetime.now(UTC) + timedelta(seconds=left_s)).isoformat(timespec="seconds")
-        tags = {TAG_PROGRESS: Progress(step, round(epoch, 4), end).to_json()}
+        tags = {TAG_PROGRESS: RunProgress(step, round(epoch, 4), end).to_json()}
         warning = self._watch.judge(self._steps, interval)
         return tags if warning is None else tags | {TAG_DATA_WAIT: warning}
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import first_line
-from pipeline.mlflow_store import connect
-from pipeline.track import Event
+from pipeline.tracking.mlflow_client import connect
+from pipeline.tracking.tracker import Event
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -1,17 +1,16 @@
-"""Prediction of when a run ends, from the time that its steps and evaluations have taken.
-
-The remaining steps count with the mean of the last ones, checkpoint stalls included, and the remaining evaluations with
-the time of the last one. Before the first evaluation, its time is estimated from the forward pass. Of evaluations in
-the background only the last one is waited for, and it runs in one process instead of on all workers.
-"""
+"""How far a run is and when it will end."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
+from datetime import datetime
 
-from pipeline.boundaries import next_evaluation
+import msgspec
+
 from pipeline.config import RunConfig
-from pipeline.optim import Schedule
+from pipeline.schedule import Schedule, next_evaluation
+from pipeline.tracking.tags import TAG_PROGRESS
 
 _FIRST = 200  # steps before the first forecast, or a tenth of a run of less than 2000
 _WINDOW = 1000  # steps that the mean is taken over
@@ -68,3 +67,26 @@ class Forecast:
             at = next_evaluation(self._config, self._schedule, at)
             count += 1
         return count
+
+
+class RunProgress(msgspec.Struct, omit_defaults=True):
+    """State of a run at its last log point; `end` is the predicted end in ISO 8601, empty if unknown."""
+
+    step: int
+    epoch: float
+    end: str = ""
+
+    def to_json(self) -> str:
+        """Return the text of the tag."""
+        return msgspec.json.encode(self).decode()
+
+    @property
+    def ends(self) -> datetime | None:
+        """Predicted end, with its time zone."""
+        return datetime.fromisoformat(self.end) if self.end else None
+
+
+def read_progress(tags: Mapping[str, str]) -> RunProgress | None:
+    """Return the progress from a run's tags; None before its first log point."""
+    text = tags.get(TAG_PROGRESS)
+    return msgspec.json.decode(text, type=RunProgress) if text else None

@@ -22,7 +22,7 @@ import msgspec
 from PIL import Image
 
 from pipeline.errors import first_line
-from pipeline.track import Event, Told
+from pipeline.tracking.tracker import Event, ReportedSteps
 
 LOG = logging.getLogger(__name__)
 _BATCH = 1000  # MLflow's largest number of metrics in one request
@@ -48,7 +48,7 @@ class SpoolTracker:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._send, self._interval_s = folder, send, interval_s
         self._path = folder / _EVENTS
-        self._told = Told(any_order)
+        self._told = ReportedSteps(any_order)
         self._read_told()
         self._file = self._path.open("ab", buffering=0)
         self._unwritten = b""

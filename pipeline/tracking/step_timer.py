@@ -16,15 +16,15 @@ from typing import Any, Literal, get_args
 
 import torch
 
-Part = Literal["data_wait", "forward", "loss", "backward", "optimizer", "checkpoint_stall", "other"]
-PARTS: tuple[Part, ...] = get_args(Part)
+Phase = Literal["data_wait", "forward", "loss", "backward", "optimizer", "checkpoint_stall", "other"]
+PARTS: tuple[Phase, ...] = get_args(Phase)
 """forward and backward: the network; backward also averages gradients over ranks. loss: matching and losses. optimizer:
 clipping, the check of the norm, and the update. checkpoint_stall: see `Saver.stalled_s`. other: ranks waiting for each
 other before a step, and bookkeeping."""
-Lap = Callable[[Part], None]
+Lap = Callable[[Phase], None]
 
 
-def no_lap(part: Part) -> None:
+def no_lap(part: Phase) -> None:
     """Do nothing: the lap of callers that do not measure."""
 
 
@@ -33,21 +33,21 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         self._marks: _HostMarks | _DeviceMarks = _DeviceMarks() if device.type == "cuda" else _HostMarks()
-        self._laps: list[tuple[Part | None, Any]] = []
+        self._laps: list[tuple[Phase | None, Any]] = []
         self.start()
 
     def start(self) -> None:
         """Discard the time since the last lap."""
         self._laps.append((None, self._marks.mark()))
 
-    def lap(self, part: Part) -> None:
+    def lap(self, part: Phase) -> None:
         """Count the time since the last lap to `part`."""
         self._laps.append((part, self._marks.mark()))
 
-    def read(self) -> dict[Part, float]:
+    def read(self) -> dict[Phase, float]:
         """Return the seconds of each phase since the last call; on a GPU, wait for the work before the last lap."""
         self._marks.wait(self._laps[-1][1])
-        seconds: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
+        seconds: dict[Phase, float] = dict.fromkeys(PARTS, 0.0)
         for (_, start), (part, end) in pairwise(self._laps):
             if part is not None:
                 seconds[part] += self._marks.seconds(start, end)

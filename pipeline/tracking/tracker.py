@@ -7,22 +7,17 @@ come in any order, as those of evaluations in the background, exactly the report
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import msgspec
 from PIL import Image
 
-TAG_PHASE = "detr.phase"
-"""Run tag: current phase of the run."""
-TAG_WARNING = "detr.warning"
-"""Run tag: last warning, such as a store that does not answer. A cause with a tag of its own (this name, a dot and the
-cause) sets it to an empty text when it has passed."""
-TAG_RESIZED = "detr.resized"
-"""Run tag: last change of the number of workers because the cluster had resources for more."""
-TAG_LEFT_OUT = "detr.left_out"
-"""Run tag: training images that are skipped."""
+from pipeline.tracking.tags import TAG_WARNING
+
 _EVENTS = ("cluster", "restart")
 """Families whose points are events of an attempt, so that two attempts can report the same step."""
 
@@ -73,7 +68,7 @@ class MemoryTracker:
         self.tables: dict[str, Mapping[str, list[Any]]] = {}
         self.checkpoints: list[tuple[str, int]] = []
         self.last_tags: dict[str, str] = {}
-        self._told = Told()
+        self._told = ReportedSteps()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """See `Tracker.metrics`."""
@@ -101,7 +96,7 @@ class MemoryTracker:
         """Do nothing: there is nothing to send."""
 
 
-class Told:
+class ReportedSteps:
     """Reported steps by family; with `any_order`, steps before the last one may still be reported."""
 
     def __init__(self, any_order: bool = False) -> None:
@@ -139,3 +134,31 @@ class Told:
         for name in found:
             self.add(name.split("/")[0], step)
         return found
+
+
+_WARNING_LOGGERS = ("shards", "pipeline.checkpoint.catalog")
+
+
+@contextmanager
+def forward_warnings(tracker: Tracker) -> Iterator[None]:
+    """Report warnings about data and checkpoints in the block as a tag of the run: Ray keeps the workers' logs."""
+    handler, loggers = _Teller(tracker), [logging.getLogger(name) for name in _WARNING_LOGGERS]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+class _Teller(logging.Handler):
+    """Log handler that reports warnings to a tracker."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        super().__init__(logging.WARNING)
+        self._tracker = tracker
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Set the warning tag of the run."""
+        self._tracker.tags({TAG_WARNING: record.getMessage()[:500]})

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from pipeline.errors import TrackingError
-from pipeline.mlflow_store import connect, tracking_uri, without_secret
+from pipeline.tracking.mlflow_client import connect, tracking_uri, without_secret
 
 # Without this the UI opens as one for language-model traces.
 _VIEW = "#/experiments?workflowType=machine_learning"

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import msgspec
 import torch
 
-from detr.execution import compile_shapes, set_channels_last, set_recompute
-from detr.model import DETR
-from pipeline import checkpoint
-from pipeline.checkpoint_store import Location
-from pipeline.config import RunConfig
-from pipeline.ema import Ema
-from pipeline.optim import build_optimizer
-from pipeline.parallel import distribute, unwrap
-from pipeline.state import State, Worker
-from pipeline.weights import build_trained, read_initial
+from detr.compute import compile_shapes
+from pipeline.checkpoint import state as checkpoint_state
+from pipeline.checkpoint.location import Location
+from pipeline.checkpoint.metadata import Meta
+from pipeline.config import to_json
+from pipeline.distributed.parallel import distribute, unwrap
+from pipeline.schedule import is_evaluated, is_milestone
+from pipeline.tracking.provenance import library_versions
+from pipeline.training.ema import Ema
+from pipeline.training.model import build_on_device, read_initial
+from pipeline.training.optim import build_optimizer
+from pipeline.training.state import TrainState, WorkerContext
+from pipeline.training.step import RANDOMNESS
+from shards.plan.epoch import PLAN_VERSION
+
+if TYPE_CHECKING:
+    from pipeline.training.state import WorkerContext
 
 
-def restore(worker: Worker, newest: Location | None, step: int) -> State:
+def restore(worker: WorkerContext, newest: Location | None, step: int) -> TrainState:
     """Return the state after `step` steps, from the checkpoint `newest` or, if None, from the initial weights.
 
     A collective call.
     """
     config, ranks = worker.config, worker.ranks
     torch.manual_seed(config.seed)
-    model = build(config, worker.train.num_classes, ranks.device)
+    model = build_on_device(config, worker.train.num_classes, ranks.device)
     if newest is None:
         read_initial(model, worker.place.folder)
     if config.compute.compile:
@@ -32,16 +42,32 @@ def restore(worker: Worker, newest: Location | None, step: int) -> State:
     optimizer = build_optimizer(unwrap(wrapped), config.optim)
     ema = Ema(wrapped, config.optim.ema) if config.optim.ema else None
     if newest is not None:
-        checkpoint.load(newest, wrapped, optimizer, ranks, ema.averages if ema else None)
+        checkpoint_state.load(newest, wrapped, optimizer, ranks, ema.averages if ema else None)
     wrapped.train()
-    return State(wrapped, optimizer, step, ema)
+    return TrainState(wrapped, optimizer, step, ema)
 
 
-def build(config: RunConfig, num_classes: int, device: torch.device) -> DETR:
-    """Return the run's model on a device, not yet wrapped for several workers."""
-    compute = config.compute
-    model = build_trained(config, num_classes).to(device)
-    if compute.channels_last:
-        set_channels_last(model)
-    set_recompute(model, compute.recompute)
-    return model
+def checkpoint_metadata(worker: WorkerContext, step: int) -> Meta:
+    """Return the metadata of the checkpoint of `step`, without `best` and `state_folder`, which the writer adds."""
+    config, schedule = worker.config, worker.schedule
+    return Meta(
+        step=step,
+        epoch=schedule.epoch(step),
+        samples=schedule.samples(step),
+        run_id=worker.place.run_id,
+        config=msgspec.json.decode(to_json(config)),
+        train_digest=worker.train.digest,
+        num_classes=worker.train.num_classes,
+        code_commit=worker.place.code_commit,
+        world_size=worker.ranks.world_size,
+        versions=library_versions(),
+        origin_step=schedule.origin.step,
+        origin_samples=schedule.origin.samples,
+        plan_version=PLAN_VERSION,
+        val_digest=worker.val.digest,
+        total_steps=schedule.total_steps,
+        lr_factor=schedule.factor(step),
+        randomness=RANDOMNESS,
+        milestone=is_milestone(config, schedule, step),
+        evaluate=config.evaluate.asynchronous and is_evaluated(config, schedule, step),
+    )

@@ -8,48 +8,17 @@ left, and divided into steps from there (`Origin`), so nothing has to be a multi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from pipeline.checkpoint.metadata import Meta
 from pipeline.config import RunConfig
-from pipeline.errors import CheckpointError, RunConfigError
-from pipeline.meta import Meta
-from shards import storage
-from shards.manifest import Manifest
-from shards.plan import PLAN_VERSION
-from shards.steps import START, Origin
+from pipeline.errors import CheckpointError
+from shards.dataset.manifest import Manifest
+from shards.plan.epoch import PLAN_VERSION
+from shards.plan.steps import START, Origin
 
 # The order of the stream depends on these; the other values only affect how it is sorted and divided into steps.
 _ORDER = ("training data digest", "seed", "data.shuffle_shards", "order of the plan")
-
-
-@dataclass(frozen=True)
-class Changes:
-    """Changes of the configuration when a run is resumed; None keeps a value."""
-
-    epochs: int | None = None
-    """New total number of epochs, not below the old one."""
-    batch_size: int | None = None
-    """New global batch size."""
-    data: str | None = None
-    """Folder or URL of new training data."""
-    accept: bool = False
-    """Continue although the stream of samples is another one, because data or batch size changed."""
-
-    def of(self, config: RunConfig) -> RunConfig:
-        """Return the configuration with these changes; raise `RunConfigError` for fewer epochs than before."""
-        optim, data = config.optim, config.data
-        if self.epochs is not None:
-            if self.epochs < optim.epochs:
-                raise RunConfigError(
-                    f"--epochs {self.epochs} is less than the run's {optim.epochs}; expected as many or more: "
-                    "start a new run for a shorter schedule"
-                )
-            optim = replace(optim, epochs=self.epochs, max_steps=0)
-        if self.batch_size is not None:
-            optim = replace(optim, batch_size=self.batch_size)
-        if self.data is not None:
-            data = replace(data, train=storage.absolute(self.data), built_in=False)
-        return replace(config, optim=optim, data=data)
 
 
 @dataclass(frozen=True)

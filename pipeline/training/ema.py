@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from pipeline.parallel import unwrap
+from pipeline.distributed.parallel import local_tensor, unwrap
 
 
 class Ema:
@@ -32,15 +31,11 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the averages towards the weights after the update of `step` (counted from 0), without a device sync."""
-        averages = [_local(value) for value in self.averages.values()]
-        weights = [_local(value) for value in self._parameters]
+        averages = [local_tensor(value) for value in self.averages.values()]
+        weights = [local_tensor(value) for value in self._parameters]
         torch._foreach_lerp_(averages, weights, 1.0 - decay_at(self._decay, step))
 
 
 def decay_at(decay: float, step: int) -> float:
     """Return the decay of the average at the update of `step` (counted from 0), lower in the first steps."""
     return min(decay, (2 + step) / (11 + step))
-
-
-def _local(value: Tensor) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value

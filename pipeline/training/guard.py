@@ -20,13 +20,15 @@ import msgspec
 import torch
 from torch import nn
 
-from pipeline import checkpoint
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint import state as checkpoint_state
+from pipeline.checkpoint.saver import Saver
 from pipeline.config import GuardConfig
+from pipeline.distributed.ranks import Ranks
 from pipeline.errors import TrainingError
-from pipeline.parallel import Ranks
-from pipeline.saving import Saver
-from pipeline.step import Diverged
-from pipeline.track import TAG_WARNING, Tracker
+from pipeline.tracking.tags import TAG_WARNING
+from pipeline.tracking.tracker import Tracker
+from pipeline.training.divergence import Diverged
 
 
 class Guard:
@@ -44,7 +46,7 @@ class Guard:
         event: Diverged,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        averages: checkpoint.Averages | None = None,
+        averages: checkpoint_state.Averages | None = None,
     ) -> None:
         """Record the event and prepare model, optimizer and averages for the next step; a collective call.
 
@@ -66,13 +68,13 @@ class Guard:
         if policy == "rollback":
             self._saver.finish()
             home = self._saver.home
-            newest = self._ranks.broadcast(checkpoint.newest(home) if self._ranks.first else None)
+            newest = self._ranks.broadcast(catalog.newest(home) if self._ranks.first else None)
             if newest is None:
                 raise TrainingError(
                     f"{event}, or skip such steps (--guard.policy skip): there is no checkpoint to return to yet; "
                     f"{self._kept(event)}"
                 )
-            checkpoint.load(newest, model, optimizer, self._ranks, averages)
+            checkpoint_state.load(newest, model, optimizer, self._ranks, averages)
 
     def _path(self, event: Diverged) -> Path:
         # One file per step: a step that a resumed run repeats is the same event.

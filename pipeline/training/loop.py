@@ -17,32 +17,33 @@ from dataclasses import dataclass
 from functools import partial
 
 from detr.batch import Batch
-from pipeline import checkpoint, saved
-from pipeline.boundaries import next_boundary
-from pipeline.checkpoint_store import home_of
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint.location import checkpoint_root
+from pipeline.checkpoint.metadata import read_meta
+from pipeline.checkpoint.saver import Saver, open_saver
 from pipeline.config import RunConfig
-from pipeline.data import check_cache, open_data
-from pipeline.forecast import Forecast
-from pipeline.guard import Guard
-from pipeline.identity import continuation
-from pipeline.memory import explaining
-from pipeline.meta import meta_of
-from pipeline.meter import Meter
-from pipeline.optim import Schedule, set_learning_rates
-from pipeline.parallel import Ranks
-from pipeline.restoring import restore
-from pipeline.samples import training_batches
-from pipeline.saving import Saver, open_saver
-from pipeline.state import Place, State, Worker
-from pipeline.step import Diverged, train_step
-from pipeline.stopping import NOBODY, NOTHING, Asked, Overseer, StopWatch
-from pipeline.telling import tell_left_out, tell_opening
-from pipeline.track import Tracker
-from pipeline.validation import evaluation_due, validate
+from pipeline.data.datasets import check_cache, open_data
+from pipeline.data.loader import training_batches
+from pipeline.distributed.ranks import Ranks
+from pipeline.schedule import Schedule, next_boundary
+from pipeline.tracking.meter import Meter
+from pipeline.tracking.progress import Forecast
+from pipeline.tracking.tracker import Tracker
+from pipeline.training.checkpointing import checkpoint_metadata, restore
+from pipeline.training.continuation import continuation
+from pipeline.training.divergence import Diverged
+from pipeline.training.guard import Guard
+from pipeline.training.optim import set_learning_rates
+from pipeline.training.out_of_memory import explaining
+from pipeline.training.reporting import report_left_out, report_opening
+from pipeline.training.requests import NO_HOOKS, NO_REQUEST, LoopHooks, Request, RequestPoller
+from pipeline.training.state import RunInfo, TrainState, WorkerContext
+from pipeline.training.step import train_step
+from pipeline.training.validation import evaluation_due, validate
 
 
 @dataclass(frozen=True)
-class Means:
+class LoopParts:
     """Collaborators of the loop in each step."""
 
     batches: Iterator[tuple[Batch, ...]]
@@ -50,31 +51,33 @@ class Means:
     """Handles steps that diverge."""
     saver: Saver
     meter: Meter
-    watch: Callable[[], Asked]
+    watch: Callable[[], Request]
     """Returns the requests of the driver and the cluster to this rank."""
     stepped: Callable[[int], None]
     """Called after each step with its number."""
 
-    def asks(self) -> Asked:
+    def asks(self) -> Request:
         """Return the watch's requests, with a save if the saver needs one."""
         request = self.watch()
         return request._replace(save=request.save or self.saver.due())
 
 
-def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None, overseer: Overseer = NOBODY) -> None:
+def run(
+    config: RunConfig, place: RunInfo, ranks: Ranks, tracker: Tracker | None, overseer: LoopHooks = NO_HOOKS
+) -> None:
     """Train until the last step or a request to stop, from the newest checkpoint; a collective call."""
     train, val = open_data(config.data)
     check_cache(config.data, train, val)
     # Rank 0 decides: another rank could look a moment later, or at a folder that is not yet in sync.
-    home = home_of(config.checkpoint.store, place.folder)
-    newest = ranks.broadcast(saved.newest_of_run(home, place.folder) if ranks.first else None)
-    meta = None if newest is None else checkpoint.read_meta(newest)
+    home = checkpoint_root(config.checkpoint.store, place.folder)
+    newest = ranks.broadcast(catalog.newest_of_run(home, place.folder) if ranks.first else None)
+    meta = None if newest is None else read_meta(newest)
     origin = continuation(meta, config, train, place.accept_change).origin
     schedule = Schedule(config.optim, train.images, config.data.epoch_tail, origin)
-    worker = Worker(config, place, ranks, tracker, train, val, schedule)
+    worker = WorkerContext(config, place, ranks, tracker, train, val, schedule)
     state = restore(worker, newest, 0 if meta is None else meta.step)
     if state.step == 0 and tracker:
-        tell_opening(config, tracker, val)
+        report_opening(config, tracker, val)
     # One stream to the end of the run: checkpoints, evaluations and ends of epochs do not stop its threads.
     with (
         closing(training_batches(train, config, schedule, ranks, state.step, schedule.total_steps)) as batches,
@@ -84,16 +87,16 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None, 
             ranks,
             config.checkpoint.keep,
             config.checkpoint.every_minutes,
-            partial(saved.note_saved, place.folder),
+            partial(catalog.note_saved, place.folder),
         ) as saver,
     ):
         # Only rank 0 looks for requests; the others have none of their own.
-        watch = StopWatch(place.folder, overseer).asked if ranks.first else _no_request
+        watch = RequestPoller(place.folder, overseer).asked if ranks.first else _no_request
         guard = Guard(place.folder, config.guard, ranks, tracker, saver)
         meter = Meter(
             schedule, ranks, tracker, lambda: saver.stalled_s, Forecast(config, schedule, val.images, ranks.world_size)
         )
-        means = Means(batches, guard, saver, meter, watch, overseer.stepped)
+        means = LoopParts(batches, guard, saver, meter, watch, overseer.stepped)
         while True:
             if state.step and evaluation_due(worker, state.step):
                 with meter.evaluating():
@@ -106,20 +109,20 @@ def run(config: RunConfig, place: Place, ranks: Ranks, tracker: Tracker | None, 
                 return
 
 
-def _no_request() -> Asked:
-    return NOTHING
+def _no_request() -> Request:
+    return NO_REQUEST
 
 
-def _train(worker: Worker, state: State, means: Means, until: int) -> Asked:
+def _train(worker: WorkerContext, state: TrainState, means: LoopParts, until: int) -> Request:
     """Train until step `until` or until a rank asks to stop; return the last requests.
 
     A request to save does not end it, so the points of the curves stay where they are.
     """
     schedule, meter = worker.schedule, means.meter
     lap = meter.clock.lap
-    asked = NOTHING
+    asked = NO_REQUEST
     while state.step < until and not asked.stop:
-        asked = NOTHING
+        asked = NO_REQUEST
         lap("other")
         micro_batches = next(means.batches)
         lap("data_wait")
@@ -154,8 +157,8 @@ def _train(worker: Worker, state: State, means: Means, until: int) -> Asked:
     return asked
 
 
-def _save(worker: Worker, state: State, means: Means) -> None:
+def _save(worker: WorkerContext, state: TrainState, means: LoopParts) -> None:
     with means.meter.aside():
-        means.saver.save(state.model, state.optimizer, meta_of(worker, state.step), state.averages)
+        means.saver.save(state.model, state.optimizer, checkpoint_metadata(worker, state.step), state.averages)
         if worker.config.data.max_bad_samples:
-            tell_left_out(worker.tracker, worker.train, worker.ranks)
+            report_left_out(worker.tracker, worker.train, worker.ranks)

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from detr.batch import Batch
 from pipeline.config import RunConfig
+from pipeline.distributed.parallel import local_tensor
+from pipeline.distributed.ranks import Ranks
 from pipeline.errors import TrainingError
-from pipeline.parallel import Ranks
-from shards.room import size_text
+from shards.store.sizes import size_text
 
 # "Tried to allocate 2.50 GiB" (CUDA), "you tried to allocate 4294967296 bytes" (CPU).
 _WANTED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?([KMG]i?B|bytes)")
@@ -97,7 +97,7 @@ def _table(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    local = (local_tensor(tensor) for tensor in tensors)
     return sum(tensor.numel() * tensor.element_size() for tensor in local)
 
 

@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoint_store import Location, home_of
+from pipeline.checkpoint.location import Location, checkpoint_root
 from pipeline.config import RunConfig
-from pipeline.ema import Ema
-from pipeline.optim import Schedule
-from pipeline.parallel import Ranks
-from pipeline.track import Tracker
-from shards.manifest import Manifest
+from pipeline.distributed.ranks import Ranks
+from pipeline.schedule import Schedule
+from pipeline.tracking.tracker import Tracker
+from pipeline.training.ema import Ema
+from shards.dataset.manifest import Manifest
 
 
 @dataclass(frozen=True)
-class Place:
+class RunInfo:
     """Identity of the run for its workers."""
 
     run_id: str
@@ -30,7 +30,7 @@ class Place:
 
 
 @dataclass
-class State:
+class TrainState:
     """Mutable state of the training."""
 
     model: nn.Module
@@ -47,11 +47,11 @@ class State:
 
 
 @dataclass(frozen=True)
-class Worker:
+class WorkerContext:
     """Constant context of a worker."""
 
     config: RunConfig
-    place: Place
+    place: RunInfo
     ranks: Ranks
     tracker: Tracker | None
     """None on all ranks but rank 0."""
@@ -62,4 +62,4 @@ class Worker:
     @property
     def home(self) -> Location:
         """Location of the run's checkpoints."""
-        return home_of(self.config.checkpoint.store, self.place.folder)
+        return checkpoint_root(self.config.checkpoint.store, self.place.folder)

@@ -22,26 +22,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from detr.batch import Batch, normalise
+from detr.compute import autocast
 from detr.criterion import Losses, ce_weight_sum, compute_losses
-from detr.execution import autocast
 from detr.matcher import NonFiniteError
 from detr.model import Outputs
-from pipeline.breakdown import Lap, no_lap
 from pipeline.config import RunConfig
-from pipeline.errors import TrainingError
-from pipeline.parallel import Ranks, averaging, clip_gradients
-from pipeline.stopping import NOTHING, Asked
+from pipeline.distributed.parallel import clip_gradients, gradient_sync
+from pipeline.distributed.ranks import Ranks
+from pipeline.tracking.step_timer import Lap, no_lap
+from pipeline.training.divergence import ForwardPass, divergence
+from pipeline.training.requests import NO_REQUEST, Request
 
 RANDOMNESS = "1: dropout from torch.manual_seed((seed * 1000003 + step) * 4099 + rank + (micro-batch << 48))"
 """Version and rule of the seeds in `train_step`, stored in checkpoints: change the number with the rule."""
-
-_REMEDY = "lower --optim.lr or look at these images"
 
 
 class StepResult(NamedTuple):
@@ -51,39 +50,8 @@ class StepResult(NamedTuple):
     """This rank's share of the global loss."""
     grad_norm: Tensor
     """Total norm of the gradient before clipping."""
-    asked: Asked = NOTHING
+    asked: Request = NO_REQUEST
     """Requests of any rank after this step; the same on every rank."""
-
-
-class Diverged(TrainingError):
-    """Raised before the update of a step whose loss or gradient is not finite or too large.
-
-    `record` holds the gradient norm and, per rank, losses and image ids. `asked` are the requests of any rank after this
-    step.
-    """
-
-    def __init__(self, message: str, step: int, record: dict[str, Any], asked: Asked = NOTHING) -> None:
-        super().__init__(message)
-        self.step, self.record, self.asked = step, record, asked
-
-    @property
-    def reason(self) -> str:
-        """Message without the step and the remedy."""
-        return str(self).removeprefix(f"step {self.step}: ").partition(f"; {_REMEDY}")[0]
-
-    def __reduce__(self) -> tuple[type[Diverged], tuple[str, int, dict[str, Any], Asked]]:
-        return type(self), (str(self), self.step, self.record, self.asked)  # Ray sends it to the driver
-
-
-class _Pass(NamedTuple):
-    """Result of the forward and backward pass over one micro-batch."""
-
-    batch: Batch
-    losses: Losses
-    layers: list[tuple[Tensor, Tensor]]
-    """Logits and boxes of each decoder layer, detached."""
-    error: str = ""
-    """Message of the matcher if its costs were not finite."""
 
 
 class Dividers(NamedTuple):
@@ -94,7 +62,7 @@ class Dividers(NamedTuple):
 
 
 def normalisers(
-    batches: Sequence[Batch], config: RunConfig, ranks: Ranks, asks: Asked = NOTHING
+    batches: Sequence[Batch], config: RunConfig, ranks: Ranks, asks: Request = NO_REQUEST
 ) -> tuple[list[Dividers], Tensor]:
     """Return the divisors of each micro-batch's losses, and the number of ranks that make each request.
 
@@ -127,7 +95,7 @@ def train_step(
     config: RunConfig,
     ranks: Ranks,
     step: int,
-    asks: Asked = NOTHING,
+    asks: Request = NO_REQUEST,
     lap: Lap = no_lap,
 ) -> StepResult:
     """Run forward, losses and backward of each micro-batch, then clip the gradient and update the weights.
@@ -147,20 +115,20 @@ def train_step(
     for number, (batch, divider) in enumerate(zip(batches, dividers, strict=True)):
         # Seed by step, so that dropout does not depend on earlier steps and a resumed run repeats it bit for bit.
         torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + ranks.rank + (number << 48))
-        with averaging(model, now=number == len(batches) - 1):
+        with gradient_sync(model, now=number == len(batches) - 1):
             passes.append(_pass(model, batch.to(ranks.device), divider, config, lap))
     grad_norm = clip_gradients(optimizer, config.optim.clip_norm)
     norm, *counts = torch.cat([grad_norm.double()[None], asking]).tolist()  # one device sync for both
-    asked = Asked(*(count > 0 for count in counts))
+    asked = Request(*(count > 0 for count in counts))
     if not norm < (config.guard.max_grad_norm or math.inf):  # false for NaN
-        raise _diverged(passes, norm, config.guard.max_grad_norm, ranks, step, asked)
+        raise divergence(passes, norm, config.guard.max_grad_norm, ranks, step, asked)
     optimizer.step()
     lap("optimizer")
     losses = _sum([(len(result.batch), result.losses) for result in passes])
     return StepResult(losses, grad_norm.detach(), asked)
 
 
-def _pass(model: nn.Module, batch: Batch, dividers: Dividers, config: RunConfig, lap: Lap) -> _Pass:
+def _pass(model: nn.Module, batch: Batch, dividers: Dividers, config: RunConfig, lap: Lap) -> ForwardPass:
     images = normalise(batch, config.transform)
     with autocast(images.device, config.compute.precision):
         outputs = model(images, batch.padding)
@@ -176,7 +144,7 @@ def _pass(model: nn.Module, batch: Batch, dividers: Dividers, config: RunConfig,
     lap("loss")
     losses.total.backward()  # type: ignore[no-untyped-call]
     lap("backward")
-    return _Pass(batch, losses, layers, error)
+    return ForwardPass(batch, losses, layers, error)
 
 
 def _not_finite(outputs: Outputs) -> Losses:
@@ -198,42 +166,3 @@ def _sum(found: Sequence[tuple[int, Losses]]) -> Losses:
         for name, value in found[0][1].parts.items()
     }
     return Losses(torch.stack([losses.total.detach() for _, losses in found]).sum(), parts)
-
-
-def _diverged(
-    passes: Sequence[_Pass], grad_norm: float, bound: float, ranks: Ranks, step: int, asked: Asked
-) -> Diverged:
-    """Return the same error on every rank; a collective call."""
-    own = {
-        "images": [target.image_id for result in passes for target in result.batch.targets],
-        "losses": [{name: str(float(value)) for name, value in result.losses.parts.items()} for result in passes],
-        "words": [text for result in passes for text in _words(result)],
-    }
-    by_rank = ranks.gather(own)
-    record = {"grad_norm": str(grad_norm), "ranks": by_rank}
-    not_finite = "; ".join(f"rank {rank}: {text}" for rank, found in enumerate(by_rank) for text in found["words"])
-    ids = [image_id for found in by_rank for image_id in found["images"]]
-    if not_finite:
-        reason = f"not finite before the update: {not_finite}"
-    elif math.isfinite(grad_norm):
-        reason = f"the gradient's norm is past guard.max_grad_norm ({grad_norm:.4g} > {bound:g}); images {ids}"
-    else:
-        reason = f"the gradient is not finite though every loss is; images {ids}"
-    return Diverged(f"step {step}: {reason}; {_REMEDY}", step, record, asked)
-
-
-def _words(result: _Pass) -> list[str]:
-    """Describe the values of a pass that are not finite: the matcher's message, or the losses and their images."""
-    if result.error:
-        return [result.error]
-    names = [name for name, value in result.losses.parts.items() if not torch.isfinite(value)]
-    if not names:
-        return []
-    # The matcher checks only images with objects, so predictions for the others can be the cause.
-    finite = [
-        torch.stack([values[row].isfinite().all() for layer in result.layers for values in layer]).all()
-        for row in range(len(result.batch))
-    ]
-    ids = [target.image_id for target in result.batch.targets]
-    bad = [image_id for image_id, is_finite in zip(ids, finite, strict=True) if not is_finite]
-    return [f"{', '.join(names)} on images {bad or ids}"]

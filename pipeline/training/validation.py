@@ -7,23 +7,27 @@ import time
 import torch
 from torch import nn
 
-from detr.execution import uncompiled
-from pipeline import checkpoint
-from pipeline.boundaries import is_evaluated
-from pipeline.checkpoint_store import Location
+from detr.compute import uncompiled
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint import state as checkpoint_state
+from pipeline.checkpoint.location import Location
+from pipeline.checkpoint.metadata import read_meta
+from pipeline.checkpoint.saver import Saver
 from pipeline.config import RunConfig
-from pipeline.data import open_data
-from pipeline.evaluate import EvaluateOptions, Evaluation, Progress, evaluate
-from pipeline.parallel import Ranks, whole
-from pipeline.restoring import build
-from pipeline.saving import Saver
-from pipeline.state import State, Worker
-from pipeline.telling import tell_evaluation, tell_pictures
-from pipeline.track import TAG_PHASE, Tracker
-from shards.manifest import Manifest
+from pipeline.data.datasets import open_data
+from pipeline.distributed.parallel import gathered_model
+from pipeline.distributed.ranks import Ranks
+from pipeline.evaluation.evaluate_model import EvaluateOptions, Evaluation, Progress, evaluate_model
+from pipeline.schedule import is_evaluated
+from pipeline.tracking.tags import TAG_PHASE
+from pipeline.tracking.tracker import Tracker
+from pipeline.training.model import build_on_device
+from pipeline.training.reporting import report_evaluation, report_pictures
+from pipeline.training.state import TrainState, WorkerContext
+from shards.dataset.manifest import Manifest
 
 
-def evaluation_due(worker: Worker, step: int) -> bool:
+def evaluation_due(worker: WorkerContext, step: int) -> bool:
     """Return true if the checkpoint of `step` must be evaluated now; a collective call.
 
     That is at the end of every `evaluate.every` epochs and of the run, unless its metrics are already written. Always
@@ -32,11 +36,11 @@ def evaluation_due(worker: Worker, step: int) -> bool:
     config = worker.config
     if config.evaluate.asynchronous or not is_evaluated(config, worker.schedule, step):
         return False
-    path = checkpoint.folder_of(worker.home, step)
-    return worker.ranks.broadcast(worker.ranks.first and checkpoint.read_evaluation(path) is None)
+    path = catalog.folder_of(worker.home, step)
+    return worker.ranks.broadcast(worker.ranks.first and catalog.read_evaluation(path) is None)
 
 
-def validate(worker: Worker, state: State, saver: Saver) -> None:
+def validate(worker: WorkerContext, state: TrainState, saver: Saver) -> None:
     """Score the state on the validation data, report the metrics and write them beside its checkpoint.
 
     A collective call.
@@ -45,18 +49,18 @@ def validate(worker: Worker, state: State, saver: Saver) -> None:
     start = time.perf_counter()
 
     def build_model() -> nn.Module:
-        return build(config, worker.train.num_classes, ranks.device)
+        return build_on_device(config, worker.train.num_classes, ranks.device)
 
     with uncompiled():  # evaluation batches have many canvas shapes, and each would be compiled
-        model = whole(state.model, build_model, state.averages)
+        model = gathered_model(state.model, build_model, state.averages)
         evaluation = _score(config, model, worker.train, worker.val, ranks, _telling(tracker))
     saver.finish()  # the metrics are written beside the checkpoint
     if evaluation is not None:
-        path, epoch = checkpoint.folder_of(worker.home, state.step), worker.schedule.epoch(state.step)
+        path, epoch = catalog.folder_of(worker.home, state.step), worker.schedule.epoch(state.step)
         _tell_and_note(config, path, worker.val, evaluation, tracker, state.step, epoch, start)
         if tracker:
             tracker.tags({TAG_PHASE: "training"})
-        checkpoint.prune(worker.home, config.checkpoint.keep)
+        catalog.prune(worker.home, config.checkpoint.keep)
     ranks.barrier()
 
 
@@ -64,9 +68,9 @@ def evaluate_checkpoint(config: RunConfig, path: Location, device: torch.device,
     """Score a checkpoint in this process alone; the metrics equal those of `validate`, because batches are the same."""
     start = time.perf_counter()
     train, val = open_data(config.data)
-    meta = checkpoint.read_meta(path)
-    model = build(config, meta.num_classes, device)
-    checkpoint.load_weights(path, model, averaged=meta.ema)
+    meta = read_meta(path)
+    model = build_on_device(config, meta.num_classes, device)
+    checkpoint_state.load_weights(path, model, averaged=meta.ema)
     last = meta.step >= meta.total_steps  # before the last step, the phase of the run is that of its training
     ranks = Ranks(device=device)
     evaluation = _score(config, model, train, val, ranks, _telling(tracker if last else None))
@@ -94,7 +98,7 @@ def _score(
         config.data.reader_threads,
         config.evaluate.limit,
     )
-    return evaluate(model, val, train.categories, options, ranks=ranks, progress=progress)
+    return evaluate_model(model, val, train.categories, options, ranks=ranks, progress=progress)
 
 
 def _tell_and_note(
@@ -108,7 +112,7 @@ def _tell_and_note(
     start: float,
 ) -> None:
     if tracker:
-        tell_evaluation(tracker, path, step, epoch, evaluation, start)
-        tell_pictures(tracker, val, evaluation.detections, config.evaluate.pictures, step)
+        report_evaluation(tracker, path, step, epoch, evaluation, start)
+        report_pictures(tracker, val, evaluation.detections, config.evaluate.pictures, step)
     # Report first, write last: after a kill in between, the evaluation is repeated and its reports are dropped as duplicates.
-    checkpoint.write_evaluation(path, evaluation.score.metrics)
+    catalog.write_evaluation(path, evaluation.score.metrics)

@@ -1,12 +1,13 @@
 """Reading of categories from a file, for formats that do not contain them."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
 from shards.errors import ShardError
-from shards.manifest import Category
 
 
 class _Category(msgspec.Struct):
@@ -18,7 +19,7 @@ class _Categories(msgspec.Struct):
     categories: list[_Category]
 
 
-def numbered(names: Iterable[str], first_id: int) -> tuple[Category, ...]:
+def categories_from_names(names: Iterable[str], first_id: int) -> tuple[Category, ...]:
     """Return categories of these names with ids from `first_id`."""
     return tuple(Category(number, name) for number, name in enumerate(names, first_id))
 
@@ -38,13 +39,13 @@ def read_categories(path: Path, first_id: int) -> tuple[Category, ...]:
 def parse_categories(name: str, content: bytes, first_id: int) -> tuple[Category, ...]:
     """Return the categories in the content of the file `name`, as `read_categories`."""
     if not name.lower().endswith(".json"):
-        return numbered(_lines(name, content), first_id)
+        return categories_from_names(_lines(name, content), first_id)
     try:
         decoded = msgspec.json.decode(content, type=list[str] | _Categories)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ShardError(f"{name}: {error}; expected a COCO JSON with 'categories', or a list of names") from None
     if isinstance(decoded, list):
-        return numbered(_checked(name, decoded), first_id)
+        return categories_from_names(_checked(name, decoded), first_id)
     categories = sorted(decoded.categories, key=lambda category: category.id)
     _checked(name, [category.name for category in categories])
     if len({category.id for category in categories}) < len(categories):
@@ -72,3 +73,14 @@ def _checked(name: str, names: list[str]) -> list[str]:
     else:
         return names
     raise ShardError(f"{name}: has {problem}; expected distinct names of categories")
+
+
+class Category(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A category: original id and name. Its position in `Manifest.categories` is its label."""
+
+    id: int
+    name: str
+
+
+UNNAMED = "N/A"
+"""Name of a label without a category: the original's labels are category ids, which have gaps."""

@@ -4,16 +4,15 @@ A *row* is an image's position in `index/images.npy`.
 """
 
 import functools
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from shards.arrays import Ints, Records
 from shards.errors import ShardError
-
-Ints = npt.NDArray[np.int64]
-Records = npt.NDArray[np.void]
 
 # `shard`, `offset`, `length`, `crc32`: location and checksum of the encoded image; `text_*`: the same of the sample's
 # segmentation.json (length 0 if it has none). `first`, `count`: its annotations. Sizes in pixels.
@@ -33,6 +32,8 @@ IMAGE_DTYPE = np.dtype(
         ("text_crc32", "<u4"),
     ]
 )
+
+
 # `image`: row in images.npy. `bbox`: x, y, width, height in pixels as in the COCO JSON (not clamped to the image).
 ANNOTATION_DTYPE = np.dtype(
     [
@@ -95,7 +96,7 @@ class Index:
         return order, ids[order]
 
 
-def contradiction(index: Index, samples: Sequence[int], sizes: Sequence[int], classes: int) -> str | None:
+def find_inconsistency(index: Index, samples: Sequence[int], sizes: Sequence[int], classes: int) -> str | None:
     """Return a message of one line if the index is inconsistent with itself or its manifest, otherwise None.
 
     The index has as many records as the manifest says. `samples` are the images of each shard by the manifest, `sizes`
@@ -142,3 +143,10 @@ def _of_annotations(images: Records, annotations: Records, classes: int) -> str 
 def _first(where: npt.NDArray[np.bool_]) -> int | None:
     """Return the position of the first true value, or None."""
     return int(where.argmax()) if where.any() else None
+
+
+def npy(records: Records) -> bytes:
+    """Return the bytes of a .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, records, allow_pickle=False)
+    return buffer.getvalue()

@@ -9,10 +9,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from shards import storage
-from shards.cache import Cache
 from shards.errors import ShardError
-from shards.fetch import Item
+from shards.store import storage
+from shards.store.cache import Cache
+from shards.store.download import Item
 
 Array = npt.NDArray[np.generic]
 
@@ -31,10 +31,10 @@ def read_listed(url: str, file: File) -> bytes:
     Raise `ShardError` if the file is absent or differs, and `OSError`, naming it, if a retry may succeed.
     """
     try:
-        with storage.naming(url):
+        with storage.error_context(url):
             content = storage.read(url)
     except FileNotFoundError:
-        raise storage.absent(url) from None
+        raise storage.missing_file_error(url) from None
     if len(content) != file.bytes:
         raise ShardError(f"{url}: got {len(content)} bytes, expected {file.bytes}: copy it again")
     if hashlib.sha256(content).hexdigest() != file.sha256:

@@ -20,24 +20,20 @@ from typing import cast
 import msgspec
 import numpy as np
 
-from shards import storage
-from shards.cache import CacheConfig, cache_for
+from shards.arrays import Records
+from shards.config import CacheConfig
+from shards.dataset.categories import Category
+from shards.dataset.index import ANNOTATION_DTYPE, IMAGE_DTYPE, Index, find_inconsistency
+from shards.dataset.listed_files import File, load_listed, read_listed
 from shards.errors import OtherFormatError, ShardError
-from shards.index import ANNOTATION_DTYPE, IMAGE_DTYPE, Index, Records, contradiction
-from shards.listed import File, load_listed, read_listed
+from shards.store import storage
+from shards.store.cache import cache_for
 
 FORMAT = 2
 MANIFEST_NAME = "manifest.json"
 SOURCE_NAME = "source.json"
 IMAGES_NAME = "index/images.npy"
 ANNOTATIONS_NAME = "index/annotations.npy"
-
-
-class Category(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A category: original id and name. Its position in `Manifest.categories` is its label."""
-
-    id: int
-    name: str
 
 
 class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,7 +95,7 @@ def load_manifest(url: str | os.PathLike[str], cache: CacheConfig | None = None)
     url = storage.absolute(os.fspath(url)).removesuffix("/" + MANIFEST_NAME)
     path = storage.join(url, MANIFEST_NAME)
     try:
-        with storage.naming(path):
+        with storage.error_context(path):
             content = _read_manifest(path)
     except FileNotFoundError:
         raise ShardError(
@@ -118,7 +114,7 @@ def load_index(manifest: Manifest) -> Index:
     annotations = _load_records(manifest, ANNOTATIONS_NAME, ANNOTATION_DTYPE, manifest.annotations)
     index = Index(images=images, annotations=annotations)
     shards = manifest.shards
-    problem = contradiction(
+    problem = find_inconsistency(
         index, [shard.samples for shard in shards], [shard.bytes for shard in shards], manifest.num_classes
     )
     if problem is not None:

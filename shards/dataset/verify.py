@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards import storage
+from shards.arrays import Records
+from shards.dataset.manifest import Manifest, Shard, check_file, load_index, load_manifest
+from shards.dataset.tars import TarMember, file_digest, image_members, scan_tar, text_members
 from shards.errors import ShardError
-from shards.index import Records
-from shards.manifest import Manifest, Shard, check_file, load_index, load_manifest
-from shards.retry import StoreError
-from shards.tars import TarMember, file_digest, image_members, scan_tar, text_members
+from shards.store import storage
+from shards.store.retry import StoreError
 
 # Called with (shards checked, shards in all).
 Progress = Callable[[int, int], None]
@@ -72,7 +72,7 @@ def _check_size(url: str, shard: Shard) -> None:
     try:
         length = storage.size(url)
     except FileNotFoundError:
-        raise storage.absent(url) from None
+        raise storage.missing_file_error(url) from None
     if length != shard.bytes:
         raise ShardError(
             f"{url}: got {length} bytes, expected {shard.bytes}: it is truncated or of another data set; copy it again"
@@ -85,7 +85,7 @@ def _check_shard(manifest: Manifest, shard: Shard, records: Records | None) -> l
         length = storage.size(url)
         path = storage.local_path(url)
         if path is not None:
-            with storage.naming(url):
+            with storage.error_context(url):
                 return _check_tar(url, path, length, shard, records)
         with tempfile.NamedTemporaryFile() as copy:
             storage.download(url, Path(copy.name))

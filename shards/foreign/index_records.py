@@ -7,13 +7,15 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from shards.checks import MAX_IMAGE_ID, check_annotations
-from shards.columns import AnnotationColumns, ImageColumns, Mask
-from shards.defects import Defect
-from shards.foreign import ForeignSample, ForeignTar
-from shards.images import COLOURS
-from shards.index import ANNOTATION_DTYPE, IMAGE_DTYPE, Ints, Records
-from shards.manifest import Category, Shard
+from shards.arrays import Ints, Mask, Records
+from shards.dataset.categories import Category
+from shards.dataset.index import ANNOTATION_DTYPE, IMAGE_DTYPE
+from shards.dataset.manifest import Shard
+from shards.foreign.tar_samples import ForeignSample, ForeignTar
+from shards.source.checks import MAX_IMAGE_ID, check_annotations
+from shards.source.columns import AnnotationColumns, ImageColumns
+from shards.source.defects import Defect
+from shards.source.images import COLOURS
 
 _UNKNOWN = -1  # category id that no COCO JSON has
 

@@ -13,30 +13,29 @@ from pathlib import Path
 
 import msgspec
 
-from shards import storage
-from shards.categories import numbered, parse_categories, read_categories
+from shards.arrays import Ints
 from shards.config import IndexConfig, WriteConfig
-from shards.defects import REPORT_NAME, DefectReport, SourceError, make_report, parse_report, printable
-from shards.document import each
-from shards.errors import ShardError
-from shards.foreign import ForeignTar, read_tar
-from shards.foreign_index import gather, image_ids, records, samples_of
-from shards.index import Ints
-from shards.listed import File
-from shards.manifest import (
+from shards.dataset.categories import Category, categories_from_names, parse_categories, read_categories
+from shards.dataset.index import npy
+from shards.dataset.listed_files import File
+from shards.dataset.manifest import (
     ANNOTATIONS_NAME,
     FORMAT,
     IMAGES_NAME,
     MANIFEST_NAME,
     SOURCE_NAME,
-    Category,
     Manifest,
     Shard,
     load_manifest,
 )
-from shards.records import npy
-from shards.source import without_entries
-from shards.write import Progress
+from shards.errors import ShardError
+from shards.foreign.index_records import gather, image_ids, records, samples_of
+from shards.foreign.tar_samples import ForeignTar, read_tar
+from shards.source.coco import without_entries
+from shards.source.defects import SourceError, printable
+from shards.source.report import REPORT_NAME, DefectReport, make_report, parse_report
+from shards.store import storage
+from shards.workers import Progress, thread_map
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def index_tars(
     config = config or IndexConfig()
     url = storage.absolute(os.fspath(url))
     names = _tars(url)
-    tars = each(lambda name: _read(url, name, not config.without_annotations), names, config.workers, progress)
+    tars = thread_map(lambda name: _read(url, name, not config.without_annotations), names, config.workers, progress)
     ids = image_ids(tars)
     origin = _origin(url, config, tars, ids)
     index = gather(tars, ids, origin.categories)
@@ -156,7 +155,7 @@ def _origin(url: str, config: IndexConfig, tars: Sequence[ForeignTar], ids: Ints
         raise ShardError(
             f"{url}: the tars do not name their categories; expected --categories FILE (a COCO JSON or names)"
         )
-    categories = numbered(names, 1)
+    categories = categories_from_names(names, 1)
     return _Origin(categories, _source(categories), name, digest)
 
 

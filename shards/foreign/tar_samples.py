@@ -21,12 +21,12 @@ from pathlib import Path
 
 import msgspec
 
-from shards.columns import Int64
-from shards.defects import Defect
+from shards.dataset.manifest import Shard
+from shards.dataset.tars import BLOCK, SEGMENTATIONS, TarMember, file_digest, image_members, scan_tar
 from shards.errors import ShardError
-from shards.images import Look, Unfit, look_at
-from shards.manifest import Shard
-from shards.tars import BLOCK, SEGMENTATIONS, TarMember, file_digest, image_members, scan_tar
+from shards.source.columns import Int64
+from shards.source.defects import Defect
+from shards.source.images import DecodedInfo, UnusableImage, inspect_image
 
 _TWICE = "/"  # an extension that no file has
 
@@ -79,7 +79,7 @@ class ForeignSample:
     key: str
     image: TarMember
     text: TarMember | None
-    look: Look
+    look: DecodedInfo
     image_id: int | None
     objects: list[Object]
 
@@ -108,7 +108,7 @@ def read_tar(path: Path, name: str, annotated: bool) -> ForeignTar:
         for key, files in _grouped(members):
             try:
                 found.append(_sample(key, files, content, annotated))
-            except Unfit as error:
+            except UnusableImage as error:
                 kind, problem = error.args
                 found.append(Defect(f"{name}: sample {key}: {problem}", kind))
     return ForeignTar(Shard(name, len(found), path.stat().st_size, file_digest(path)), found)
@@ -144,11 +144,11 @@ def _grouped(members: list[TarMember]) -> Iterator[tuple[str, dict[str, TarMembe
 def _sample(key: str, files: dict[str, TarMember], content: mmap.mmap, annotated: bool) -> ForeignSample:
     """Return a sample; raise `Unfit` with the kind of the defect and a message if it cannot be used."""
     if _TWICE in files:
-        raise Unfit("malformed", f"holds {files[_TWICE].name} twice")
+        raise UnusableImage("malformed", f"holds {files[_TWICE].name} twice")
     image = _only("images", image_members(list(files.values())))
     if image is None:
-        raise Unfit("malformed", f"has no image; got only {', '.join(sorted(files))}")
-    look = look_at(_bytes(content, image))
+        raise UnusableImage("malformed", f"has no image; got only {', '.join(sorted(files))}")
+    look = inspect_image(_bytes(content, image))
     width, height = look.size
     text = files.get(SEGMENTATIONS[1:])
     json_files = [file for file in files.values() if file.name.endswith(".json") and file is not text]
@@ -157,17 +157,17 @@ def _sample(key: str, files: dict[str, TarMember], content: mmap.mmap, annotated
     objects = entry.objects if entry.annotations is None else entry.annotations
     if objects is None and annotated:
         lacks = "its JSON has neither 'annotations' nor 'objects'" if json else "has no JSON"
-        raise Unfit("malformed", f"{lacks}; got {', '.join(sorted(files))}")
+        raise UnusableImage("malformed", f"{lacks}; got {', '.join(sorted(files))}")
     inner = entry.image if isinstance(entry.image, _Image) else _Image()
     for size in ((inner.width, inner.height), (entry.width, entry.height)):
         if None not in size and size != (width, height):
-            raise Unfit(
+            raise UnusableImage(
                 "wrong-size",
                 f"is {width}x{height} pixels (before any EXIF rotation), but its JSON says {size[0]}x{size[1]}",
             )
     objects = objects or []
     if text is not None and not _fit(_bytes(content, text), len(objects)):
-        raise Unfit(
+        raise UnusableImage(
             "malformed", f"{text.name} is no list with one segmentation for each of its {len(objects)} annotations"
         )
     ids = [value for value in (inner.id, entry.image_id, entry.id) if isinstance(value, int)]
@@ -183,7 +183,7 @@ def _only(what: str, members: Sequence[TarMember]) -> TarMember | None:
     candidates = plain or members
     if len(candidates) > 1:
         names = ", ".join(member.name for member in candidates)
-        raise Unfit("malformed", f"has {len(candidates)} {what}: {names}; expected one")
+        raise UnusableImage("malformed", f"has {len(candidates)} {what}: {names}; expected one")
     return candidates[0] if candidates else None
 
 
@@ -192,7 +192,7 @@ def _decoded(content: bytes) -> _Entry:
     try:
         decoded = _entry.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Unfit("malformed", f"its JSON: {str(error).replace('`', '')}") from None
+        raise UnusableImage("malformed", f"its JSON: {str(error).replace('`', '')}") from None
     return _Entry(annotations=decoded) if isinstance(decoded, list) else decoded
 
 

@@ -6,27 +6,24 @@ A converter lists images, objects and categories; `write_coco` then checks, shar
 import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
 
 import msgspec
 from PIL import Image
 
 from shards.config import WriteConfig
-from shards.defects import Defect, Lost, SourceError, printable
-from shards.manifest import Category, Manifest
-from shards.tars import IMAGE_ENDINGS
-from shards.write import Map, Progress, write_coco
+from shards.dataset.categories import Category
+from shards.dataset.manifest import Manifest
+from shards.dataset.tars import IMAGE_ENDINGS
+from shards.source.defects import Defect, SourceError, Unconvertible, printable
+from shards.workers import Progress
+from shards.write.writer import Map, write_coco
 
 # Suffixes of image files; the format itself is detected from the content.
 IMAGE_SUFFIXES = frozenset("." + ending for ending in IMAGE_ENDINGS)
 MAX_ID = 10**12 - 1
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class ImageRecord(msgspec.Struct, gc=False):
@@ -69,7 +66,7 @@ class Document:
     root: Path
     images: Path
     content: bytes
-    lost: Lost
+    lost: Unconvertible
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ def make_document(
                 content.annotations.append(record)
         objects_lost += image.lost
     images_lost = len(unpaired) + len(file_names) - len(content.images)
-    lost = Lost(images_lost, objects_lost, tuple(defects))
+    lost = Unconvertible(images_lost, objects_lost, tuple(defects))
     return Document(name, root, images, msgspec.json.encode(content), lost)
 
 
@@ -161,22 +158,3 @@ def image_size(path: Path) -> tuple[int, int]:
             return image.size
     except Exception as error:  # Pillow's plugins raise nearly anything for damaged bytes
         raise ValueError(f"its size cannot be read: {str(error).replace(str(path), path.name)}") from None
-
-
-def each(
-    function: Callable[[T], R], items: Sequence[T], workers: int, progress: Callable[[int, int], Any] | None
-) -> list[R]:
-    """Return `function` of every item, in order, from `workers` threads; 0 runs in the calling thread.
-
-    For work that mostly waits, such as reading many small files. `progress` is called with (items done, items in all).
-    """
-    executor = ThreadPoolExecutor(max(1, workers), thread_name_prefix="convert")
-    results: list[R] = []
-    try:
-        for result in executor.map(function, items) if workers else map(function, items):
-            results.append(result)
-            if progress is not None:
-                progress(len(results), len(items))
-    finally:
-        executor.shutdown(cancel_futures=True)
-    return results

@@ -20,21 +20,12 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, ParseError
 
-from shards.categories import numbered, read_categories
 from shards.config import VocConfig
-from shards.defects import Defect
-from shards.document import (
-    IMAGE_SUFFIXES,
-    Document,
-    Labelled,
-    ObjectRecord,
-    each,
-    image_size,
-    make_document,
-)
+from shards.dataset.categories import Category, categories_from_names, read_categories
 from shards.errors import ShardError
-from shards.manifest import Category
-from shards.write import Progress
+from shards.formats.document import IMAGE_SUFFIXES, Document, Labelled, ObjectRecord, image_size, make_document
+from shards.source.defects import Defect
+from shards.workers import Progress, thread_map
 
 # In the order of the devkit (VOCinit.m), which other tools use for the labels as well.
 NAMES = (
@@ -87,13 +78,13 @@ def voc_document(
     # Read the names of other splits too, so that all splits have the same categories.
     others = [] if config.categories else sorted(xml.difference(stems))
     paths = [folder.annotations / f"{stem}.xml" for stem in [*stems, *others]]
-    files = each(lambda path: _read(path, config.zero_based), paths, config.workers, progress)
+    files = thread_map(lambda path: _read(path, config.zero_based), paths, config.workers, progress)
     if config.categories:
         categories = read_categories(config.categories, 1)
     else:
         categories = _categories({found.name for file in files for found in file.objects})
     chosen = list(zip(stems, files, strict=False))
-    labelled = each(lambda pair: _labelled(folder, *pair, categories, config), chosen, config.workers, None)
+    labelled = thread_map(lambda pair: _labelled(folder, *pair, categories, config), chosen, config.workers, None)
     name = f"{folder.root.name}-{config.split}" if config.split else folder.root.name
     file_names = [folder.image_of[stem][0] for stem in stems]
     return make_document(name, folder.root, folder.images, file_names, labelled, categories, defects)
@@ -156,7 +147,7 @@ def _listed(root: Path, split: str) -> list[str]:
 
 
 def _categories(found: set[str]) -> tuple[Category, ...]:
-    return numbered(NAMES if found <= set(NAMES) else sorted(found), 1)
+    return categories_from_names(NAMES if found <= set(NAMES) else sorted(found), 1)
 
 
 def _read(path: Path, zero_based: bool) -> _File:

@@ -21,21 +21,12 @@ from pathlib import Path
 
 import msgspec
 
-from shards.categories import read_categories
 from shards.config import YoloConfig
-from shards.defects import Defect
-from shards.document import (
-    IMAGE_SUFFIXES,
-    Document,
-    Labelled,
-    ObjectRecord,
-    each,
-    image_size,
-    make_document,
-)
+from shards.dataset.categories import Category, read_categories
 from shards.errors import ShardError
-from shards.manifest import Category
-from shards.write import Progress
+from shards.formats.document import IMAGE_SUFFIXES, Document, Labelled, ObjectRecord, image_size, make_document
+from shards.source.defects import Defect
+from shards.workers import Progress, thread_map
 
 _NAME_FILES = ("classes.txt", "labels/classes.txt", "obj.names")
 _DECIMALS = 4  # of coordinates in pixels; labels have six decimals of an image's side
@@ -62,7 +53,7 @@ def yolo_document(
     if not file_names:
         raise ShardError(f"{images}: has no images; expected a folder of images: check --root and --split")
     defects = _orphans(labels, file_names)
-    labelled = each(lambda name: _labelled(images, labels, name, known), file_names, config.workers, progress)
+    labelled = thread_map(lambda name: _labelled(images, labels, name, known), file_names, config.workers, progress)
     if not any(image.objects or any(defect.rejected for defect in image.defects) for image in labelled):
         raise ShardError(
             f"{labels}: none of the {len(file_names)} images has an object; expected a label file for some"

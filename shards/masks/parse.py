@@ -9,9 +9,8 @@ from typing import Annotated
 
 import msgspec
 
-from shards.defects import Defect
-
 MAX_COORDINATE = 1e5  # pixels; pycocotools' memory grows with the length of an outline
+
 
 # A segmentation with content: data sets with boxes only often have `null` or `[]`.
 _SAID = re.compile(rb'"segmentation"\s*+:\s*+(?!null|\[\s*\])')
@@ -37,16 +36,10 @@ class FormError(ValueError):
         self.kind = kind
 
 
-class _Annotation(msgspec.Struct, gc=False):
-    id: int
-    segmentation: msgspec.Raw = msgspec.Raw(b"null")
-
-
-_annotation = msgspec.json.Decoder(_Annotation)
 _segmentation = msgspec.json.Decoder(list[list[float]] | RunLengths | None)
 
 
-def outlines(raw: msgspec.Raw, height: int, width: int) -> list[list[float]] | list[int]:
+def parse_segmentation(raw: msgspec.Raw, height: int, width: int) -> list[list[float]] | list[int]:
     """Return the polygons (x, y, x, y, ...) or else the run lengths of a segmentation of an image of that size.
 
     Raise `FormError` if the segmentation is absent, empty or malformed.
@@ -77,22 +70,9 @@ def outlines(raw: msgspec.Raw, height: int, width: int) -> list[list[float]] | l
     return polygons
 
 
-def any_said(annotations: Iterable[msgspec.Raw]) -> bool:
+def has_segmentations(annotations: Iterable[msgspec.Raw]) -> bool:
     """Return true if the JSON of any annotation has a segmentation, valid or not."""
     return any(_SAID.search(bytes(text)) for text in annotations)
-
-
-def outline_defects(image_id: int, annotations: Iterable[bytes], height: int, width: int) -> list[Defect]:
-    """Return a defect for each of an image's annotations, given as JSON, whose segmentation cannot be used."""
-    defects = []
-    for text in annotations:
-        annotation = _annotation.decode(text)
-        try:
-            outlines(annotation.segmentation, height, width)
-        except FormError as error:
-            message = f"annotation {annotation.id} of image {image_id}: {error}; it cannot be used for masks"
-            defects.append(Defect(message, error.kind, image_id, annotation.id))
-    return defects
 
 
 def _ill_formed(problem: str) -> FormError:

@@ -13,65 +13,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from shards.arrays import Ints, ceil_div
+from shards.config import PlanConfig
+from shards.dataset.manifest import Manifest
 from shards.errors import ShardError
-from shards.index import Ints
-from shards.manifest import Manifest
-from shards.shapes import pair_up, rough_keys
-from shards.steps import START, EpochTail, Origin, Steps, ceil_div
+from shards.hashing import hashes
+from shards.plan.shape_order import pair_up, rough_keys
+from shards.plan.steps import START, Origin, Steps
 
 # Version of the order of the samples; increase it with every change that gives another order for equal arguments.
 PLAN_VERSION = 1
-_MASK = (1 << 64) - 1
+
+
 # Hash keys for the order of shards and of steps. Never change them: other numbers would give another order.
 _SHARDS, _STEPS = 1, 2
 _SORTED_AT_ONCE = 1 << 15  # samples that are sorted by size together, which bounds the memory
+
+
 # (rows int64 [n], epochs int64 [n]) -> heights and widths in pixels, int64 [n] each; see `plan_epoch`.
 Sizes = Callable[[Ints, Ints], tuple[Ints, Ints]]
-
-
-@dataclass(frozen=True)
-class PlanConfig:
-    """Options of the order of samples and of the cut into steps: part of a run's identity, the same on every rank."""
-
-    sort_window: int = 1
-    """Number of global batches whose samples are sorted together by size. 1 sorts inside each batch, which moves no
-    sample to another step; larger windows make the images of a step more alike, so that ranks wait less for each
-    other."""
-    shuffle_shards: int = 0
-    """Number of shards that are shuffled together, for data sets larger than a node's cache: their blocks, and the
-    samples in each, have a new order in every epoch. 0 shuffles the whole epoch."""
-    epoch_tail: EpochTail = "straddle"
-    """End of an epoch. straddle: cut the concatenation of the epochs, so that every step is full. short: end each epoch
-    with a step of the remaining samples."""
-
-    def __post_init__(self) -> None:
-        if self.sort_window < 1 or self.shuffle_shards < 0:
-            raise ShardError(
-                f"got sort_window {self.sort_window} and shuffle_shards {self.shuffle_shards}, "
-                "expected at least 1 and 0"
-            )
-        if self.epoch_tail not in ("straddle", "short"):
-            raise ShardError(f"got epoch_tail {self.epoch_tail!r}, expected straddle or short")
-
-
-def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Return splitmix64 of each state in `values`: a fixed, well mixed bijection of 64-bit integers."""
-    mixed = values + np.uint64(0x9E3779B97F4A7C15)  # wraps around, as intended
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed ^= mixed >> np.uint64(shift)  # in place: an epoch may have a hundred million
-        mixed *= np.uint64(factor)
-    mixed ^= mixed >> np.uint64(31)
-    return mixed
-
-
-def hashes(numbers: tuple[int, ...], values: npt.ArrayLike) -> npt.NDArray[np.uint64]:
-    """Return a 64-bit hash of (*numbers, value) per value, uint64 of the shape of `values`; [1] for a scalar."""
-    state = np.zeros(1, np.uint64)
-    for number in numbers:
-        state = splitmix64(state ^ np.array([number & _MASK], np.uint64))
-    return splitmix64(state ^ np.asarray(values).astype(np.uint64))
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Ints:

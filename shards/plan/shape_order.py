@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from shards.index import Ints
+from shards.arrays import Ints
 
 # Pairing costs the square of the block size, and sorted images are alike in blocks of this many anyway.
 _BLOCK = 64

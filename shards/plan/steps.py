@@ -6,11 +6,10 @@ samples. A run that continues with another batch size has a new origin there, an
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
+from shards.arrays import ceil_div
+from shards.config import EpochTail
 from shards.errors import ShardError
-
-EpochTail = Literal["straddle", "short"]
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,3 @@ class Steps:
     def _per_epoch(self) -> int:
         """Steps of an epoch, if steps end with epochs."""
         return ceil_div(self.images, self.batch_size)
-
-
-def ceil_div(dividend: int, divisor: int) -> int:
-    """Return the quotient rounded up, exact for integers of any size."""
-    return -(-dividend // divisor)

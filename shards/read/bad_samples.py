@@ -4,8 +4,8 @@ import functools
 import logging
 import threading
 
+from shards.dataset.manifest import Manifest
 from shards.errors import BadSampleError, ShardError
-from shards.manifest import Manifest
 
 LOG = logging.getLogger(__name__)
 

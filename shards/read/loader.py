@@ -7,41 +7,21 @@ Threads and files stay open from shard to shard. Each batch is one task, so at m
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
-from shards.bad_samples import BadSamples, bad_samples
+from shards.arrays import Ints
+from shards.config import ReadConfig
+from shards.dataset.manifest import Manifest
 from shards.errors import BadSampleError, ShardError
-from shards.index import Ints
-from shards.manifest import Manifest
-from shards.plan import EpochPlan
-from shards.sample import Sample, SampleReader, naming
+from shards.plan.epoch import EpochPlan
+from shards.read.bad_samples import BadSamples, bad_samples
+from shards.read.sample import Sample, SampleReader, error_context
 
 T = TypeVar("T")
 B = TypeVar("B")
 _Task = tuple[Ints, Ints]  # rows and their epochs
-
-
-@dataclass(frozen=True)
-class ReadConfig:
-    """Options of the loader."""
-
-    threads: int = 2
-    """Decoding threads. 0 reads in the calling thread, one batch at a time."""
-    prefetch: int = 4
-    """Maximum number of batches in memory, finished or in progress. Fewer than `threads` leaves threads idle."""
-    masks: bool = False
-    """Also read a mask of each object; every annotation then needs a segmentation."""
-    max_bad_samples: int = 0
-    """Maximum number of damaged samples to leave out of their batches, each with a warning, before reading fails."""
-
-    def __post_init__(self) -> None:
-        if self.max_bad_samples < 0:
-            raise ShardError(f"got max_bad_samples {self.max_bad_samples}, expected 0 or more")
-        if self.threads < 0 or self.prefetch < 1:
-            raise ShardError(f"got threads {self.threads} and prefetch {self.prefetch}, expected at least 0 and 1")
 
 
 def open_loader(
@@ -168,5 +148,5 @@ def _stream(
 
 def _one(reader: SampleReader, row: int, epoch: int, transform: Callable[[Sample], T]) -> T:
     sample = reader.read(row, epoch)
-    with naming(reader, row):
+    with error_context(reader, row):
         return transform(sample)

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shards import storage
-from shards.cache import cache_for
+from shards.dataset.manifest import Manifest
 from shards.errors import BadSampleError
-from shards.fetch import DigestError, Item
-from shards.manifest import Manifest
-from shards.ranges import CachedReader, Files, RangeReader
+from shards.store import storage
+from shards.store.cache import cache_for
+from shards.store.download import DigestError, Item
+from shards.store.range_reader import CachedReader, RangeReader, RangeSource
 
 
 class _Field(NamedTuple):
@@ -31,7 +31,7 @@ _IMAGE = _Field("", "", "its bytes")
 _TEXT = _Field("text_", " of its segmentations", "its segmentations")
 
 
-class Members:
+class MemberReader:
     """Reader of the encoded image and the segmentations of single samples; safe to share between threads.
 
     cached: read through the data set's cache, if it has one. lenient: if a shard in the store is not the manifest's,
@@ -46,7 +46,7 @@ class Members:
         cache = cache_for(manifest.url, manifest.cache) if cached else None
         self._damage: dict[int, str] = {}  # by number of the shard
         self._damage_lock = threading.Lock()
-        self._files: Files = RangeReader()
+        self._files: RangeSource = RangeReader()
         if cache is not None:
             self._files = CachedReader(cache, shard_items(manifest), lenient=lenient)
 

@@ -11,12 +11,13 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
+from shards.arrays import Ints
+from shards.dataset.manifest import Manifest
 from shards.errors import BadSampleError, ShardError
-from shards.images import to_rgb
-from shards.index import Ints
-from shards.manifest import Manifest
-from shards.members import Members
-from shards.segmentation import Masks, SegmentationReader
+from shards.masks.rle import Masks
+from shards.read.member_reader import MemberReader
+from shards.read.segmentations import SegmentationReader
+from shards.rgb import to_rgb
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,7 @@ class SampleReader:
 
     def __init__(self, manifest: Manifest, *, masks: bool = False, lenient: bool = False) -> None:
         self._index = manifest.index()
-        self._members = Members(manifest, lenient=lenient)
+        self._members = MemberReader(manifest, lenient=lenient)
         self._segmentations = SegmentationReader(manifest, self._members) if masks else None
 
     def read(self, row: int, epoch: int = 0) -> Sample:
@@ -99,7 +100,7 @@ class SampleReader:
         return self._members.both(row)
 
     def _decode(self, row: int, content: bytes) -> npt.NDArray[np.uint8]:
-        with naming(self, row, BadSampleError):
+        with error_context(self, row, BadSampleError):
             return decode(content)
 
 
@@ -124,7 +125,7 @@ def _colours(content: bytes) -> str:
 
 
 @contextmanager
-def naming(reader: SampleReader, row: int, kind: type[ShardError] = ShardError) -> Generator[None, None, None]:
+def error_context(reader: SampleReader, row: int, kind: type[ShardError] = ShardError) -> Generator[None, None, None]:
     """Raise `kind`, naming the sample, for an error in the block.
 
     The block must not fetch bytes: errors of the network and a lack of memory may pass, and are not the sample's.

@@ -8,24 +8,19 @@ pycocotools reads out of bounds if run lengths do not fill the image, so they ar
 """
 
 import math
-from collections.abc import Sequence
 from contextlib import closing
-from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
+from shards.arrays import Ints
+from shards.dataset.manifest import Manifest
 from shards.errors import BadSampleError
-from shards.index import Ints
-from shards.manifest import Manifest
-from shards.members import Members
-from shards.outlines import FormError, outlines
+from shards.masks.parse import FormError
+from shards.masks.rle import Masks, Runs, decode_masks, to_runs
+from shards.read.member_reader import MemberReader
 
-Masks = npt.NDArray[np.bool_]
-Runs = dict[str, Any]
 CHECKED_IMAGES = 32  # checked in each data set before a run
-
 _segmentations = msgspec.json.Decoder(list[msgspec.Raw])
 _ABSENT = msgspec.Raw(b"null")
 
@@ -33,7 +28,7 @@ _ABSENT = msgspec.Raw(b"null")
 class SegmentationReader:
     """Decoder of the segmentations of single samples into runs or masks; safe to share between threads."""
 
-    def __init__(self, manifest: Manifest, members: Members) -> None:
+    def __init__(self, manifest: Manifest, members: MemberReader) -> None:
         self._index = manifest.index()
         self._members = members
 
@@ -52,7 +47,7 @@ class SegmentationReader:
             if annotation["iscrowd"] and not crowds:
                 continue
             try:
-                runs.append(_to_runs(raw, height, width))
+                runs.append(to_runs(raw, height, width))
             except FormError as error:
                 raise BadSampleError(
                     f"{self._members.name(row)}: annotation {int(annotation['annotation_id'])} {error}; masks need polygons "
@@ -87,7 +82,7 @@ def true_runs(manifest: Manifest, rows: Ints, *, cached: bool = True) -> list[Ru
 
     cached: read through the data set's cache, which fetches complete shards.
     """
-    with closing(Members(manifest, cached=cached)) as members:
+    with closing(MemberReader(manifest, cached=cached)) as members:
         reader = SegmentationReader(manifest, members)
         return [runs for row in rows.tolist() for runs in reader.runs(row, members.segmentations(row), crowds=True)]
 
@@ -102,7 +97,7 @@ def check_segmentations(manifest: Manifest, most: int = 0) -> None:
     stride = max(1, math.ceil(len(rows) / CHECKED_IMAGES))
     checked = rows[::stride].tolist()
     errors: list[BadSampleError] = []
-    with closing(Members(manifest, cached=False)) as members:
+    with closing(MemberReader(manifest, cached=False)) as members:
         reader = SegmentationReader(manifest, members)
         for row in checked:
             try:
@@ -113,44 +108,3 @@ def check_segmentations(manifest: Manifest, most: int = 0) -> None:
                     raise errors[0] from None
     if errors and len(errors) == len(checked):
         raise errors[0]
-
-
-def encode_masks(masks: Masks) -> npt.NDArray[np.object_]:
-    """Return the counts of the masks' runs, bytes [N], as `Detections.masks` holds them.
-
-    masks: bool [N, height, width] in any memory layout; [N, width, height] transposed avoids a copy.
-    """
-    from pycocotools import mask
-
-    counts = np.empty(len(masks), np.object_)
-    if len(masks):
-        columns = np.asfortranarray(masks.transpose(1, 2, 0)).view(np.uint8)
-        counts[:] = [runs["counts"] for runs in mask.encode(columns)]
-    return counts
-
-
-def decode_masks(runs: Sequence[Runs], height: int, width: int) -> Masks:
-    """Return the masks of `runs` of images of that size, bool [N, height, width]."""
-    from pycocotools import mask
-
-    masks = np.zeros((len(runs), height, width), np.bool_)
-    if runs:
-        columns = mask.decode(list(runs)).view(np.bool_)
-        boxes = mask.toBbox(list(runs)).astype(int).tolist()
-        # Only the boxes, because copying from column-major to row-major order is slow.
-        for number, (x, y, box_width, box_height) in enumerate(boxes):
-            region = np.s_[y : y + box_height, x : x + box_width]
-            masks[number][region] = columns[..., number][region]
-    return masks
-
-
-def _to_runs(raw: msgspec.Raw, height: int, width: int) -> Runs:
-    """Return the runs of a segmentation given as JSON; raise `FormError` if it cannot be used."""
-    from pycocotools import mask
-
-    shape = outlines(raw, height, width)
-    if isinstance(shape[0], int):
-        runs: Runs = mask.frPyObjects({"size": [height, width], "counts": shape}, height, width)
-        return runs
-    merged: Runs = mask.merge(mask.frPyObjects(shape, height, width))
-    return merged

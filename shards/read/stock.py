@@ -15,16 +15,17 @@ from typing import IO, Any
 import msgspec
 import numpy as np
 
-from shards import storage
-from shards.cache import Cache, CacheConfig, cache_for
+from shards.config import CacheConfig
+from shards.dataset.index import Index
+from shards.dataset.manifest import Manifest, load_index, load_manifest
+from shards.dataset.tars import IMAGE_ENDINGS, SEGMENTATIONS
+from shards.dataset.verify import Progress, Report
 from shards.errors import ShardError
-from shards.fetch import PIECE, Item
-from shards.index import Index
-from shards.manifest import Manifest, load_index, load_manifest
-from shards.members import shard_items
-from shards.retry import StoreError
-from shards.tars import IMAGE_ENDINGS, SEGMENTATIONS
-from shards.verify import Progress, Report
+from shards.read.member_reader import shard_items
+from shards.store import storage
+from shards.store.cache import Cache, cache_for
+from shards.store.download import PIECE, Item
+from shards.store.retry import StoreError
 
 _SEGMENTATIONS = SEGMENTATIONS.removeprefix(".")
 
@@ -102,10 +103,10 @@ def _open(item: Item, cache: Cache | None) -> IO[bytes]:
     if path is None:
         return io.BufferedReader(_RemoteFile(item.url), PIECE)
     try:
-        with storage.naming(item.url):
+        with storage.error_context(item.url):
             return path.open("rb")
     except FileNotFoundError:
-        raise storage.absent(item.url) from None
+        raise storage.missing_file_error(item.url) from None
 
 
 class _RemoteFile(io.RawIOBase):
@@ -123,7 +124,7 @@ class _RemoteFile(io.RawIOBase):
         try:
             content = storage.read_range(self._url, self._offset, len(buffer))
         except FileNotFoundError:
-            raise storage.absent(self._url) from None
+            raise storage.missing_file_error(self._url) from None
         buffer[: len(content)] = content
         self._offset += len(content)
         return len(content)

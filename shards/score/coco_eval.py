@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from shards.curves import Curves, Precision, mean_curves
-from shards.detections import Detections
+from shards.arrays import Ints
+from shards.dataset.index import Index
+from shards.dataset.manifest import Manifest
 from shards.errors import ShardError
-from shards.index import Index, Ints
-from shards.manifest import Manifest
-from shards.segmentation import true_runs
+from shards.read.segmentations import true_runs
+from shards.score.detections import Detections
+from shards.score.precision_recall import Curves, Precision, mean_curves
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 MASK_METRICS = tuple(f"mask_{name}" for name in METRICS)

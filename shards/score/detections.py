@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from shards.arrays import Ints
 from shards.errors import ShardError
-from shards.index import Ints
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,15 +1,19 @@
 """Checks of the images and annotations of a COCO JSON, on whole columns at once, with a defect for each problem."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import PurePosixPath
 
+import msgspec
 import numpy as np
 
-from shards.columns import AnnotationColumns, Floats, ImageColumns, Mask, duplicated, positions, repeated
-from shards.defects import Defect
-from shards.index import Ints
+from shards.arrays import Floats, Ints, Mask
+from shards.masks.parse import FormError, parse_segmentation
+from shards.source.columns import AnnotationColumns, ImageColumns, duplicated, positions, repeated
+from shards.source.defects import Defect
 
 MAX_IMAGE_ID = 10**12 - 1  # keys of samples have twelve digits
+
+
 # Pixels that a box may reach beyond its image without a note; COCO's boxes are rounded to hundredths.
 _SLACK = 0.5
 _NO_NAMES = frozenset({"", ".", ".."})
@@ -135,3 +139,24 @@ def _beyond(boxes: Floats, images: ImageColumns, owners: Ints) -> tuple[Floats, 
         excess = np.maximum.reduce([-x, -y, x + width - image_widths, y + height - image_heights])
         outside = (x >= image_widths) | (y >= image_heights) | (x + width <= 0) | (y + height <= 0)
     return np.where(owners < 0, np.nan, excess), outside & (excess > _SLACK) & (owners >= 0)
+
+
+class _Annotation(msgspec.Struct, gc=False):
+    id: int
+    segmentation: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_annotation = msgspec.json.Decoder(_Annotation)
+
+
+def outline_defects(image_id: int, annotations: Iterable[bytes], height: int, width: int) -> list[Defect]:
+    """Return a defect for each of an image's annotations, given as JSON, whose segmentation cannot be used."""
+    defects = []
+    for text in annotations:
+        annotation = _annotation.decode(text)
+        try:
+            parse_segmentation(annotation.segmentation, height, width)
+        except FormError as error:
+            message = f"annotation {annotation.id} of image {image_id}: {error}; it cannot be used for masks"
+            defects.append(Defect(message, error.kind, image_id, annotation.id))
+    return defects

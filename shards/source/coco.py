@@ -13,15 +13,15 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from shards import storage
-from shards.checks import check_annotations, check_images
-from shards.columns import AnnotationColumns, ImageColumns, Texts, annotation_columns, image_columns
-from shards.defects import Defect as Defect
-from shards.defects import SourceError as SourceError
+from shards.arrays import Ints
+from shards.dataset.categories import Category
 from shards.errors import ShardError
-from shards.images import ImageSource
-from shards.index import Ints
-from shards.manifest import Category
+from shards.source.checks import check_annotations, check_images
+from shards.source.columns import AnnotationColumns, ImageColumns, Texts, annotation_columns, image_columns
+from shards.source.defects import Defect as Defect
+from shards.source.defects import SourceError as SourceError
+from shards.source.images import ImageSource
+from shards.store import storage
 
 # The entries of lists stay undecoded text, so that one pass over the file finds all of them.
 _Top = dict[str, list[msgspec.Raw] | dict[str, msgspec.Raw] | str | int | float | bool | None]

@@ -12,18 +12,16 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
-from shards.defects import Defect
-from shards.index import Ints
+from shards.arrays import Floats, Ints, Mask
+from shards.source.defects import Defect
 
-Floats = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
 Texts = list[msgspec.Raw]
-
 _CHUNK = 4096  # entries decoded at once
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _Pixels = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
+
+
 # Values that are not valid JSON but that Python's json module writes; kept as text until the annotation is checked.
 _Number = float | Literal["NaN", "Infinity", "-Infinity"]
 

@@ -11,17 +11,19 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from shards import storage
-from shards.defects import Defect
 from shards.errors import ShardError, one_line
+from shards.rgb import to_rgb
+from shards.source.defects import Defect
+from shards.store import storage
 
 # File extensions by Pillow's name of the format; MPO is a JPEG with a second picture inside, which some cameras write.
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
 _SAME = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "tiff": "tif", "dib": "bmp"}
+
+
 # Messages about images that are converted to RGB, by the kind of the note.
 COLOURS = {
     "cmyk": "is CMYK; it is read as RGB",
@@ -31,6 +33,8 @@ COLOURS = {
 }
 NO_FILE = -1  # instead of a checksum
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+
+
 # Pillow warns about large pictures, which are no attack here, and about odd metadata, which is not used here. Ignored
 # for the whole process, because `warnings.catch_warnings` is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -60,12 +64,12 @@ class ImageFile:
         return not any(defect.rejected for defect in self.defects)
 
 
-class Unfit(Exception):
+class UnusableImage(Exception):
     """Raised for an unusable image; its arguments are the kind of the defect and the message."""
 
 
 @dataclass(frozen=True)
-class Look:
+class DecodedInfo:
     """Properties of a decoded image: Pillow's name of the format, size in pixels, colours, EXIF orientation."""
 
     format: str
@@ -102,14 +106,14 @@ def read_image(folder: str, source: ImageSource) -> ImageFile:
         return ImageFile(b"", NO_FILE, "", (defect("missing-file", "no such file in the folder of images"),))
     crc32 = checksum(content)
     try:
-        look = look_at(content)
+        look = inspect_image(content)
         if look.size != (source.width, source.height):
-            raise Unfit(
+            raise UnusableImage(
                 "wrong-size",
                 f"is {look.size[0]}x{look.size[1]} pixels (before any EXIF rotation), but the JSON says "
                 f"{source.width}x{source.height}",
             )
-    except Unfit as error:
+    except UnusableImage as error:
         return ImageFile(content, crc32, "", (defect(*error.args),))
     extension = EXTENSIONS[look.format]
     notes = []
@@ -128,35 +132,19 @@ def read_image(folder: str, source: ImageSource) -> ImageFile:
     return ImageFile(content, crc32, extension, tuple(notes))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return a copy of an image as RGB of 8 bits, without transparency; a 16-bit grey PNG gives its upper 8 bits.
-
-    Raise `ValueError` for other grey images of more than 8 bits: Pillow would clip them at 255, to black and white, and
-    the file does not say which value is the brightest.
-    """
-    if image.mode == "I;16" and image.format == "PNG":
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F" or image.mode.startswith("I"):
-        raise ValueError(
-            f"its pixels are grey of more than 8 bits ({image.format} of Pillow's mode {image.mode}); expected 8 bits per "
-            "channel, or a PNG of 16-bit grey: convert it"
-        )
-    return image.convert("RGB")
-
-
 def checksum(content: bytes | None) -> int:
     """Return the crc32 of a file's bytes, or `NO_FILE` for None."""
     return NO_FILE if content is None else zlib.crc32(content)
 
 
-def look_at(content: bytes) -> Look:
+def inspect_image(content: bytes) -> DecodedInfo:
     """Decode a complete image; raise `Unfit` with the kind of the defect and a message if that fails."""
     if not content:
-        raise Unfit("truncated", "the file is empty")
+        raise UnusableImage("truncated", "the file is empty")
     return _decode_jpeg(content) if content.startswith(b"\xff\xd8") else _decode_other(content)
 
 
-def _decode_jpeg(content: bytes) -> Look:
+def _decode_jpeg(content: bytes) -> DecodedInfo:
     try:
         height, width, colour_space, _ = simplejpeg.decode_jpeg_header(content)
         if colour_space in ("CMYK", "YCCK"):
@@ -168,8 +156,8 @@ def _decode_jpeg(content: bytes) -> Look:
         if "subsampling" in str(error):  # valid, but TurboJPEG's interface has no name for it
             return _decode_other(content)
         kind = "truncated" if "Premature end of JPEG file" in str(error) else "corrupt"
-        raise Unfit(kind, f"cannot be decoded: {one_line(error)}") from None
-    return Look("JPEG", (width, height), colours, _orientation(content))
+        raise UnusableImage(kind, f"cannot be decoded: {one_line(error)}") from None
+    return DecodedInfo("JPEG", (width, height), colours, _orientation(content))
 
 
 def _orientation(content: bytes) -> int:
@@ -182,23 +170,23 @@ def _orientation(content: bytes) -> int:
         return 1
 
 
-def _decode_other(content: bytes) -> Look:
+def _decode_other(content: bytes) -> DecodedInfo:
     try:
         with Image.open(io.BytesIO(content)) as image:
             name, size = image.format or "", image.size
             if name not in EXTENSIONS:
-                raise Unfit("unknown-format", f"its format {name} is none of {', '.join(EXTENSIONS)}")
+                raise UnusableImage("unknown-format", f"its format {name} is none of {', '.join(EXTENSIONS)}")
             image.load()
             colours = _colours(image)
             orientation = int(image.getexif().get(_ORIENTATION, 1))
-    except Unfit:
+    except UnusableImage:
         raise
     except UnidentifiedImageError:
-        raise Unfit("not-an-image", "is not an image that Pillow can read") from None
+        raise UnusableImage("not-an-image", "is not an image that Pillow can read") from None
     except Exception as error:  # Pillow's plugins raise many kinds of errors for damaged bytes
         kind = "truncated" if "truncated" in str(error) else "corrupt"
-        raise Unfit(kind, f"cannot be decoded: {one_line(error)}") from None
-    return Look(name, size, colours, orientation)
+        raise UnusableImage(kind, f"cannot be decoded: {one_line(error)}") from None
+    return DecodedInfo(name, size, colours, orientation)
 
 
 def _colours(image: Image.Image) -> str:
@@ -211,6 +199,6 @@ def _colours(image: Image.Image) -> str:
         try:
             to_rgb(image)
         except ValueError as error:
-            raise Unfit("unknown-format", str(error)) from None
+            raise UnusableImage("unknown-format", str(error)) from None
         return "16-bit"
     return "alpha" if image.has_transparency_data else ""

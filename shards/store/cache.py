@@ -17,26 +17,15 @@ import time
 import weakref
 from pathlib import Path
 
-import msgspec
-
-from shards import storage
-from shards.fetch import DigestError, Item, fetch
-from shards.room import GIB, Room, hold, let_go, locked, unusable
+from shards.config import CacheConfig
+from shards.store import storage
+from shards.store.cache_space import CacheSpace, locked, pin, unpin, unusable
+from shards.store.download import DigestError, Item, fetch
+from shards.store.sizes import GIB
 
 LOG = logging.getLogger(__name__)
-
 STAMP_S = 1.0  # precision of the time of the last read
 ENV_FOLDER = "DETR_CACHE"
-
-
-class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Folder and size limit of the cache on each node."""
-
-    folder: str = ""
-    """Folder of the cache. "off": read every sample from the store. Empty: no cache for local data sets, and for remote
-    ones the folder named by DETR_CACHE, else one below the home folder."""
-    gib: float = 0.0
-    """Maximum size of the cache in GiB. 0: the free disk space is the limit."""
 
 
 def cache_for(url: str, config: CacheConfig) -> "Cache | None":
@@ -63,7 +52,7 @@ class Cache:
         Raise `ShardError` if the folder cannot be written.
         """
         self._folder = folder
-        self._space = Room(folder, limit)
+        self._space = CacheSpace(folder, limit)
         self._refused: dict[str, str] = {}  # messages of files whose digest was wrong, by sha256
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -112,8 +101,8 @@ class Cache:
     def hold(self, item: Item, descriptor: int, user: object) -> None:
         """Keep an open file in the cache until `user` is garbage-collected, then close it."""
         path = self.path(item)
-        hold(path)
-        weakref.finalize(user, let_go, path, descriptor)
+        pin(path)
+        weakref.finalize(user, unpin, path, descriptor)
 
     def __str__(self) -> str:
         return str(self._folder)

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shards.errors import ShardError
-from shards.fetch import Item
+from shards.store.download import Item
+from shards.store.sizes import GIB, size_text
 
 LOG = logging.getLogger(__name__)
-
-GIB = 1 << 30
 SPARE = GIB // 2  # bytes of the disk that are left to other files, such as checkpoints
 WAIT_S = 0.1  # between checks for space that other processes are about to release
 PATIENCE_S = 10.0  # seconds of waiting before it is logged
+
 
 # Files that this process maps into memory: waiting for their release would be waiting for itself.
 _held: Counter[Path] = Counter()
@@ -35,7 +35,7 @@ class _CacheFile(NamedTuple):
     path: Path
 
 
-class Room:
+class CacheSpace:
     """Space of a cache folder; `limit` is the maximum of all files together in bytes, 0 for the disk's free space."""
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -138,12 +138,12 @@ class Room:
         return files, partial_files
 
 
-def hold(path: Path) -> None:
+def pin(path: Path) -> None:
     """Record that this process keeps a file open, so that it does not wait for its release."""
     _held[path] += 1
 
 
-def let_go(path: Path, descriptor: int) -> None:
+def unpin(path: Path, descriptor: int) -> None:
     """Close a file that was recorded with `hold`."""
     _held[path] -= 1
     if not _held[path]:
@@ -195,12 +195,3 @@ def unusable(folder: Path, error: OSError) -> ShardError:
         f"{folder}: the cache cannot be written ({error.strerror or error}); expected a folder with free space on this "
         "node: free some, choose another folder with --data.cache DIR, or give --data.cache off"
     )
-
-
-def size_text(size: int) -> str:
-    """Return a number of bytes in the largest fitting unit: GiB, MiB or bytes."""
-    if size >= GIB:
-        return f"{size / GIB:.2f} GiB"
-    if size >= 1 << 20:
-        return f"{size / (1 << 20):.1f} MiB"
-    return f"{size} bytes"

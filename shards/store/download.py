@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from shards import storage
 from shards.errors import ShardError
+from shards.store import storage
 
 PIECE = 8 << 20  # bytes per request: fewer cost throughput, more cost memory
 PARALLEL = 4  # concurrent requests for one file; several threads may fetch a file each
@@ -69,7 +69,7 @@ def _pieces(item: Item) -> Iterator[tuple[int, bytes]]:
             if len(content) < length:
                 return
     except FileNotFoundError:
-        raise storage.absent(item.url) from None
+        raise storage.missing_file_error(item.url) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from shards import storage
-from shards.cache import Cache
-from shards.fetch import DigestError, Item
+from shards.store import storage
+from shards.store.cache import Cache
+from shards.store.download import DigestError, Item
 
 LOG = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ LOG = logging.getLogger(__name__)
 OPEN_FILES = 128
 
 
-class Files(Protocol):
+class RangeSource(Protocol):
     """Interface of the readers."""
 
     def read(self, url: str, offset: int, length: int) -> bytes:
@@ -60,12 +60,12 @@ class RangeReader:
             path = storage.local_path(url)
             if path is None:
                 return storage.read_range(url, offset, length)
-            with storage.naming(url):
+            with storage.error_context(url):
                 file = self._open(url, path)
                 # `file` keeps the descriptor open here, even if another thread drops it from the table meanwhile.
                 return os.pread(file.descriptor, length, offset)
         except FileNotFoundError:
-            raise storage.absent(url) from None
+            raise storage.missing_file_error(url) from None
 
     def forget(self, url: str) -> None:
         """Reopen the file at its next read: it may have been replaced."""
@@ -106,9 +106,9 @@ class CachedReader:
             try:
                 return storage.read_range(url, offset, length)
             except FileNotFoundError:
-                raise storage.absent(url) from None
+                raise storage.missing_file_error(url) from None
         try:
-            with storage.naming(f"{url}, as kept in {self._cache}"):
+            with storage.error_context(f"{url}, as kept in {self._cache}"):
                 return os.pread(descriptor, length, offset)
         finally:
             os.close(descriptor)

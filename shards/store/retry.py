@@ -36,7 +36,7 @@ class StoreError(OSError):
 
 
 @contextmanager
-def hurried() -> Iterator[None]:
+def fewer_retries() -> Iterator[None]:
     """Limit the attempts of this thread in the block to `HURRIED_ATTEMPTS`: for a user who waits for a check."""
     token = _hurried.set(True)
     try:
@@ -45,7 +45,7 @@ def hurried() -> Iterator[None]:
         _hurried.reset(token)
 
 
-def patiently(request: Callable[[], T], url: str) -> T:
+def with_retries(request: Callable[[], T], url: str) -> T:
     """Return the result of `request()`, retried while the store's error may pass.
 
     Raise `ShardError` at once if access is denied or the request refused, and `StoreError` after `ATTEMPTS` attempts

@@ -20,7 +20,7 @@ from typing import Any
 import fsspec
 
 from shards.errors import ShardError
-from shards.retry import StoreError, patiently
+from shards.store.retry import StoreError, with_retries
 
 
 def local_path(url: str) -> Path | None:
@@ -75,7 +75,7 @@ def exists(url: str) -> bool:
     if path is not None:
         return path.exists()
     filesystem, name = _remote(url)
-    return bool(patiently(lambda: filesystem.exists(name), url))
+    return bool(with_retries(lambda: filesystem.exists(name), url))
 
 
 def size(url: str) -> int:
@@ -84,14 +84,14 @@ def size(url: str) -> int:
     if path is not None:
         return path.stat().st_size
     filesystem, name = _remote(url)
-    return int(patiently(lambda: filesystem.size(name), url))
+    return int(with_retries(lambda: filesystem.size(name), url))
 
 
 def age_s(url: str) -> float:
     """Return the seconds since a remote file was written, by the clocks of store and machine; infinite if unknown."""
     filesystem, name = _remote(url)
     try:
-        return time.time() - float(patiently(lambda: filesystem.modified(name), url).timestamp())
+        return time.time() - float(with_retries(lambda: filesystem.modified(name), url).timestamp())
     except (FileNotFoundError, NotImplementedError):
         return math.inf  # deleted meanwhile, or not supported by fsspec's file system
 
@@ -102,14 +102,14 @@ def read(url: str) -> bytes:
     if path is not None:
         return path.read_bytes()
     filesystem, name = _remote(url)
-    return bytes(patiently(lambda: filesystem.cat_file(name), url))
+    return bytes(with_retries(lambda: filesystem.cat_file(name), url))
 
 
 def read_range(url: str, offset: int, length: int) -> bytes:
     """Return `length` bytes from `offset`, fewer only at the file's end; raise `FileNotFoundError` if it is absent."""
     path = local_path(url)
     if path is not None:
-        return patiently(lambda: _local_range(path, offset, length), url)
+        return with_retries(lambda: _local_range(path, offset, length), url)
     filesystem, name = _remote(url)
 
     def request() -> bytes:
@@ -121,7 +121,7 @@ def read_range(url: str, offset: int, length: int) -> bytes:
                 return b""
             raise
 
-    return patiently(request, url)
+    return with_retries(request, url)
 
 
 def _local_range(path: Path, offset: int, length: int) -> bytes:
@@ -132,7 +132,7 @@ def _local_range(path: Path, offset: int, length: int) -> bytes:
 def download(url: str, path: Path) -> None:
     """Copy the file at a remote URL to a local path, in chunks."""
     filesystem, name = _remote(url)
-    patiently(lambda: filesystem.get_file(name, str(path)), url)
+    with_retries(lambda: filesystem.get_file(name, str(path)), url)
 
 
 def listing(url: str) -> dict[str, int]:
@@ -143,7 +143,7 @@ def listing(url: str) -> dict[str, int]:
     filesystem, name = _remote(url)
     filesystem.invalidate_cache()  # to see what other processes have written since
     try:
-        found = patiently(lambda: filesystem.find(name, detail=True), url)
+        found = with_retries(lambda: filesystem.find(name, detail=True), url)
     except FileNotFoundError:
         return {}
     root = name.strip("/")
@@ -153,7 +153,7 @@ def listing(url: str) -> dict[str, int]:
 def upload(path: Path, url: str) -> None:
     """Copy a local file to a remote URL atomically."""
     filesystem, name = _remote(url)
-    patiently(lambda: filesystem.put_file(str(path), name), url)
+    with_retries(lambda: filesystem.put_file(str(path), name), url)
 
 
 def write(url: str, content: bytes) -> None:
@@ -164,7 +164,7 @@ def write(url: str, content: bytes) -> None:
         write_atomic(path, content)
         return
     filesystem, name = _remote(url)
-    patiently(lambda: filesystem.pipe_file(name, content), url)
+    with_retries(lambda: filesystem.pipe_file(name, content), url)
 
 
 def remove(url: str) -> None:
@@ -174,8 +174,8 @@ def remove(url: str) -> None:
         path.unlink(missing_ok=True)
         return
     filesystem, name = _remote(url)
-    if patiently(lambda: filesystem.exists(name), url):
-        patiently(lambda: filesystem.rm_file(name), url)
+    if with_retries(lambda: filesystem.exists(name), url):
+        with_retries(lambda: filesystem.rm_file(name), url)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -215,13 +215,13 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def absent(url: str) -> ShardError:
+def missing_file_error(url: str) -> ShardError:
     """Return the error for a file that the manifest lists and that does not exist."""
     return ShardError(f"{url}: no such file; the manifest lists it: copy it back or write the data set again")
 
 
 @contextmanager
-def naming(url: str) -> Iterator[None]:
+def error_context(url: str) -> Iterator[None]:
     """Add `url` to the message of an error that reading a local file raises in the block.
 
     Raise `ShardError` for lasting errors (permissions, not a file) and `OSError` for those that may pass, such as of a

@@ -2,22 +2,13 @@
 
 import numpy as np
 
-from shards import storage
 from shards.config import Policy
-from shards.defects import REPORT_NAME, DefectReport, parse_report
+from shards.dataset.manifest import MANIFEST_NAME, Manifest, load_manifest
 from shards.errors import ShardError
-from shards.images import read_image
-from shards.manifest import MANIFEST_NAME, Manifest, load_manifest
-from shards.source import Source, file_sizes
-
-
-def load_report(manifest: Manifest) -> DefectReport | None:
-    """Return the report of defects in a data set's source; None when the data set has none."""
-    url = storage.join(manifest.url, REPORT_NAME)
-    try:
-        return parse_report(storage.read(url), url)
-    except FileNotFoundError:
-        return None
+from shards.source.coco import Source, file_sizes
+from shards.source.images import read_image
+from shards.source.report import REPORT_NAME, load_report
+from shards.store import storage
 
 
 def existing_data_set(out: str) -> Manifest | None:

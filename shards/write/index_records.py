@@ -1,17 +1,17 @@
 """Make the records of the index from the source and the written shards."""
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 
-from shards.columns import positions
-from shards.index import ANNOTATION_DTYPE, IMAGE_DTYPE, Ints, Records
-from shards.part import Written
-from shards.source import Source
+from shards.arrays import Ints, Records
+from shards.dataset.index import ANNOTATION_DTYPE, IMAGE_DTYPE
+from shards.source.coco import Source
+from shards.source.columns import positions
+from shards.write.shard import ShardResult
 
 
-def image_records(source: Source, written: Sequence[Written]) -> tuple[Records, Ints]:
+def image_records(source: Source, written: Sequence[ShardResult]) -> tuple[Records, Ints]:
     """Return IMAGE_DTYPE [written images], in the order of the shards, and the row of each in the source."""
     shards = [part for part in written if part.shard is not None]
     places = [place for part in shards for place in part.places]
@@ -42,10 +42,3 @@ def annotation_records(source: Source, rows: Ints) -> Records:
     records["label"] = positions(columns.category_ids[picked], category_ids)
     records["iscrowd"] = columns.iscrowd[picked]
     return records
-
-
-def npy(records: Records) -> bytes:
-    """Return the bytes of a .npy file."""
-    buffer = io.BytesIO()
-    np.save(buffer, records, allow_pickle=False)
-    return buffer.getvalue()

@@ -11,18 +11,18 @@ from dataclasses import dataclass
 
 import msgspec
 
-from shards import storage
-from shards.defects import Defect
+from shards.dataset.manifest import Shard
+from shards.dataset.tars import SEGMENTATIONS, TarMember, TarWriter, file_digest, sample_key
 from shards.errors import ShardError
-from shards.images import ImageFile, ImageSource, checksum, read_content, read_image
-from shards.manifest import Shard
-from shards.outlines import outline_defects
-from shards.staging import Stage
-from shards.tars import SEGMENTATIONS, TarMember, TarWriter, file_digest, sample_key
+from shards.source.checks import outline_defects
+from shards.source.defects import Defect
+from shards.source.images import ImageFile, ImageSource, checksum, read_content, read_image
+from shards.store import storage
+from shards.write.staging import Stage
 
 
 @dataclass(frozen=True)
-class Sample:
+class SourceSample:
     """An image, and its entry and annotations as JSON text of the source."""
 
     image: ImageSource
@@ -31,7 +31,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardJob:
     """A shard to be written: its samples in their order, and the folder or URL of their images. Picklable.
 
     Without `write` the shard is only checked for defects, as the data set cannot be written anyway. `masks`: the source
@@ -40,13 +40,13 @@ class Part:
 
     name: str
     folder: str
-    samples: list[Sample]
+    samples: list[SourceSample]
     write: bool
     quarantine: bool
     masks: bool
 
 
-class Place(msgspec.Struct, frozen=True, gc=False, array_like=True):
+class MemberOffsets(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Offsets of a sample's members: encoded image, and segmentations (length 0 when there are none)."""
 
     image_id: int
@@ -58,7 +58,7 @@ class Place(msgspec.Struct, frozen=True, gc=False, array_like=True):
     text_crc32: int
 
 
-class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ShardResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Result of writing a shard.
 
     `shard` is the tar, or None when it has no samples or was not to be written; `read` the crc32 of each image file, -1
@@ -68,11 +68,11 @@ class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     shard: Shard | None
     read: tuple[int, ...]
-    places: tuple[Place, ...]
+    places: tuple[MemberOffsets, ...]
     defects: tuple[Defect, ...]
 
 
-def write_part(part: Part, stage: Stage, done: Callable[[int], None]) -> Written:
+def write_part(part: ShardJob, stage: Stage, done: Callable[[int], None]) -> ShardResult:
     """Write one shard, or reuse the finished one of a stopped run; call `done` with the number of images processed.
 
     Raise `ShardError` when this process does not see the images or the stage, and `OSError` when it cannot write.
@@ -90,7 +90,7 @@ def write_part(part: Part, stage: Stage, done: Callable[[int], None]) -> Written
             done(len(part.samples))
             return finished
     read: list[int] = []
-    places: list[Place] = []
+    places: list[MemberOffsets] = []
     defects: list[Defect] = []
     failed = False
     with stage.draft(part.name) as draft:
@@ -110,13 +110,13 @@ def write_part(part: Part, stage: Stage, done: Callable[[int], None]) -> Written
         draft.finished = bool(places) and not failed
         digest = tar.finish()
     shard = Shard(part.name, len(places), tar.bytes, digest) if draft.finished else None
-    written = Written(shard, tuple(read), tuple(places), tuple(defects))
+    written = ShardResult(shard, tuple(read), tuple(places), tuple(defects))
     if part.write and not failed:
         stage.write_note(part.name, msgspec.json.encode(written))
     return written
 
 
-def sample_texts(sample: Sample) -> tuple[bytes, bytes]:
+def sample_texts(sample: SourceSample) -> tuple[bytes, bytes]:
     """Return a sample's JSON, and that of its segmentations (empty when none of its annotations has one).
 
     Segmentations are a member of their own: they are most of the text, and detection never reads them. Numbers keep the
@@ -132,7 +132,7 @@ def sample_texts(sample: Sample) -> tuple[bytes, bytes]:
 
 
 @contextmanager
-def _refuse_deep_nesting(sample: Sample) -> Iterator[None]:
+def _refuse_deep_nesting(sample: SourceSample) -> Iterator[None]:
     """Raise `ShardError` for JSON that nests too deeply.
 
     The source was parsed before, but a worker may have less of the recursion limit left than the parent had.
@@ -148,13 +148,13 @@ _NULL = msgspec.Raw(b"null")
 _NO_MEMBER = TarMember("", 0, 0, 0)
 
 
-def _add(tar: TarWriter, sample: Sample, image: ImageFile) -> Place:
+def _add(tar: TarWriter, sample: SourceSample, image: ImageFile) -> MemberOffsets:
     key = sample_key(sample.image.image_id)
     entry, text = sample_texts(sample)
     encoded = tar.add(f"{key}.{image.extension}", image.content, image.crc32)
     tar.add(f"{key}.json", entry)
     segmentations = tar.add(key + SEGMENTATIONS, text) if text else _NO_MEMBER
-    return Place(
+    return MemberOffsets(
         image_id=sample.image.image_id,
         offset=encoded.offset,
         length=encoded.length,
@@ -165,13 +165,13 @@ def _add(tar: TarWriter, sample: Sample, image: ImageFile) -> Place:
     )
 
 
-def _finished(part: Part, stage: Stage) -> Written | None:
+def _finished(part: ShardJob, stage: Stage) -> ShardResult | None:
     """Return the shard of an earlier run if it is complete and of the same images."""
     note = stage.read_note(part.name)
     if note is None:
         return None
     try:
-        written = msgspec.json.decode(note, type=Written)
+        written = msgspec.json.decode(note, type=ShardResult)
     except msgspec.DecodeError:
         return None
     if written.shard is not None and not _is_complete(storage.join(stage.url, part.name), written.shard):

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from shards import storage
-from shards.defects import REPORT_NAME, SourceError
+from shards.dataset.manifest import ANNOTATIONS_NAME, IMAGES_NAME, MANIFEST_NAME, SOURCE_NAME
 from shards.errors import ShardError
-from shards.manifest import ANNOTATIONS_NAME, IMAGES_NAME, MANIFEST_NAME, SOURCE_NAME
+from shards.source.defects import SourceError
+from shards.source.report import REPORT_NAME
+from shards.store import storage
 
 _NOTES = ".partial"
 _KEY = f"{_NOTES}/key"

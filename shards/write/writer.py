@@ -15,15 +15,11 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 
-from shards import storage
-from shards.checks import MAX_IMAGE_ID
+from shards.arrays import Ints
 from shards.config import WriteConfig
-from shards.defects import REPORT_NAME, Defect, Lost, SourceError, make_report, printable, told
-from shards.errors import ShardError
-from shards.existing import check_same, existing_data_set
-from shards.index import Ints
-from shards.listed import File
-from shards.manifest import (
+from shards.dataset.index import npy
+from shards.dataset.listed_files import File
+from shards.dataset.manifest import (
     ANNOTATIONS_NAME,
     FORMAT,
     IMAGES_NAME,
@@ -32,18 +28,22 @@ from shards.manifest import (
     Manifest,
     load_manifest,
 )
-from shards.outlines import any_said
-from shards.part import Part, Sample, Written, write_part
-from shards.plan import hashes
-from shards.processes import process_map
-from shards.records import annotation_records, image_records, npy
-from shards.source import Source, read_source
-from shards.staging import Stage, staging
+from shards.errors import ShardError
+from shards.hashing import hashes
+from shards.masks.parse import has_segmentations
+from shards.source.checks import MAX_IMAGE_ID
+from shards.source.coco import Source, read_source
+from shards.source.defects import Defect, SourceError, Unconvertible, printable
+from shards.source.report import REPORT_NAME, drop_mismeasured, make_report
+from shards.store import storage
+from shards.workers import Progress, process_map
+from shards.write.existing import check_same, existing_data_set
+from shards.write.index_records import annotation_records, image_records
+from shards.write.shard import ShardJob, ShardResult, SourceSample, write_part
+from shards.write.staging import Stage, staging
 
-# Called with (images done, images in all), never from two threads at once.
-Progress = Callable[[int, int], None]
 # Applies a function to many parts and returns the results in their order; function, parts and results are picklable.
-Map = Callable[[Callable[[Part], Written], Iterable[Part]], Iterable[Written]]
+Map = Callable[[Callable[[ShardJob], ShardResult], Iterable[ShardJob]], Iterable[ShardResult]]
 
 
 def write_coco(
@@ -53,7 +53,7 @@ def write_coco(
     config: WriteConfig | None = None,
     progress: Progress | None = None,
     map: Map | None = None,
-    lost: Lost | None = None,
+    lost: Unconvertible | None = None,
 ) -> Manifest:
     """Write a COCO data set (image folder or URL, JSON file) to the new folder or URL `out` and return its manifest.
 
@@ -81,7 +81,7 @@ def write_coco(
     try:
         with staging(out, _key(source, config, name)) as stage:
             written = list(_write_parts(source, stage, config, progress, map))
-            defects = told([*source.defects, *(defect for part in written for defect in part.defects)])
+            defects = drop_mismeasured([*source.defects, *(defect for part in written for defect in part.defects)])
             if not any(part.places for part in written) or (
                 config.on_defect == "fail" and any(defect.rejected for defect in defects)
             ):
@@ -100,7 +100,7 @@ def write_coco(
     return load_manifest(out)
 
 
-def _with_lost(source: Source, lost: Lost) -> Source:
+def _with_lost(source: Source, lost: Unconvertible) -> Source:
     listed = source.listed[0] + lost.images, source.listed[1] + lost.annotations
     last = int(source.images.ids.max(initial=0)) if source.limited else MAX_IMAGE_ID
     defects = (defect for defect in lost.defects if defect.image_id is None or defect.image_id <= last)
@@ -124,24 +124,24 @@ def _key(source: Source, config: WriteConfig, name: str) -> str:
     return hashlib.sha256(msgspec.json.encode(identity)).hexdigest()
 
 
-def _parts(source: Source, config: WriteConfig) -> Iterator[Part]:
+def _parts(source: Source, config: WriteConfig) -> Iterator[ShardJob]:
     order = _order(source).tolist()
     quarantine = config.on_defect == "quarantine"
     write = quarantine or not any(defect.rejected for defect in source.defects)
     texts = source.annotations.texts
-    masks = any_said(texts)
+    masks = has_segmentations(texts)
     for number, rows in enumerate(shard_rows(len(order), config.samples_per_shard)):
         samples = []
         for row in order[rows.start : rows.stop]:
             first, count = int(source.first[row]), int(source.count[row])
             annotations = [bytes(texts[position]) for position in source.rows[first : first + count].tolist()]
-            samples.append(Sample(source.image(row), bytes(source.images.texts[row]), annotations))
-        yield Part(f"shard-{number:06d}.tar", source.folder, samples, write, quarantine, masks)
+            samples.append(SourceSample(source.image(row), bytes(source.images.texts[row]), annotations))
+        yield ShardJob(f"shard-{number:06d}.tar", source.folder, samples, write, quarantine, masks)
 
 
 def _write_parts(
     source: Source, stage: Stage, config: WriteConfig, progress: Progress | None, map: Map | None
-) -> Iterator[Written]:
+) -> Iterator[ShardResult]:
     total, count = len(source.images), 0
 
     def report(done: int) -> None:
@@ -162,7 +162,7 @@ def _write_parts(
             yield write_part(part, stage, lambda done: report(count + done))
 
 
-def _write_part(stage: Stage, part: Part, done: Callable[[int], None]) -> Written:
+def _write_part(stage: Stage, part: ShardJob, done: Callable[[int], None]) -> ShardResult:
     return write_part(part, stage, done)
 
 
@@ -171,7 +171,7 @@ def _ignore(_: int) -> None:
 
 
 def _write_rest(
-    source: Source, written: list[Written], defects: list[Defect], stage: Stage, config: WriteConfig, name: str
+    source: Source, written: list[ShardResult], defects: list[Defect], stage: Stage, config: WriteConfig, name: str
 ) -> None:
     """Write the index, the report and, last, the manifest."""
     images, rows = image_records(source, written)

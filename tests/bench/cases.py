@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from detr.batch import Target
+from detr.compute import Precision, Recompute, autocast, compile_shapes, set_channels_last, set_recompute
 from detr.config import LossConfig, ModelConfig
 from detr.criterion import compute_losses
-from detr.execution import Precision, Recompute, autocast, compile_shapes, set_channels_last, set_recompute
 from detr.model import DETR, Outputs, build_model
 from tests.bench import peer
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from detr.batch import Batch
-from pipeline import checkpoint
-from pipeline.optim import build_optimizer
-from pipeline.parallel import Ranks
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint.saver import Saver
+from pipeline.distributed.ranks import Ranks
 from pipeline.recipes import RECIPES
-from pipeline.saving import Saver
-from pipeline.step import train_step
-from pipeline.weights import build_trained
+from pipeline.training.model import build_trainable_model
+from pipeline.training.optim import build_optimizer
+from pipeline.training.step import train_step
 from tests.bench import cases
 from tests.support.checkpoints import meta, save_checkpoint
 
@@ -32,7 +32,7 @@ def checkpointing(device: str, rounds: int) -> list[Row]:
     config = RECIPES["detr-r50"]
     config = replace(config, model=replace(config.model, backbone_weights="random"))
     ranks = Ranks(device=torch.device(device))
-    model = build_trained(config, cases.CLASSES).to(ranks.device)
+    model = build_trainable_model(config, cases.CLASSES).to(ranks.device)
     optimizer = build_optimizer(model, config.optim)
     images = torch.randint(0, 256, (IMAGES, 3, SIDE, SIDE), dtype=torch.uint8)
     batch = Batch(images, None, tuple(cases.targets(IMAGES, 7)), ((SIDE, SIDE),) * IMAGES)
@@ -56,7 +56,7 @@ def checkpointing(device: str, rounds: int) -> list[Row]:
             start = time.perf_counter()
             save_checkpoint(Path(folder) / "waited", model, optimizer, meta(number), ranks)
             waited.append(time.perf_counter() - start)
-            checkpoint.prune(Path(folder) / "waited", keep=1)
+            catalog.prune(Path(folder) / "waited", keep=1)
             before = saver.stalled_s
             saver.save(model, optimizer, meta(number))
             while saver.under_way:

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from tests.bench import peer
+from tests.support.real_data import COCO_TINY as COCO
 
-COCO = Path(os.environ.get("DETR_COCO_TINY", Path(__file__).parents[2] / "../shared/data/coco-tiny"))
 BATCH = 4
 EPOCHS = 4
 ORIGINAL = "original, 2 workers"
@@ -51,7 +51,7 @@ def loading(device: str, rounds: int) -> list[dict[str, Any]]:
 
 
 def _write(folder: Path) -> None:
-    from shards.write import write_coco
+    from shards.write.writer import write_coco
 
     write_coco(COCO / "train2017", COCO / "annotations" / "instances_train2017.json", folder / "shards")
 
@@ -66,10 +66,10 @@ def _ours(pixels: str, threads: int, normalised: bool = False) -> Callable[[Path
     def run(folder: Path) -> Iterator[int]:
         from detr.batch import normalise
         from pipeline.config import RunConfig
-        from pipeline.optim import Schedule
-        from pipeline.parallel import Ranks
-        from pipeline.samples import training_batches
-        from shards.manifest import load_manifest
+        from pipeline.data.loader import training_batches
+        from pipeline.distributed.ranks import Ranks
+        from pipeline.schedule import Schedule
+        from shards.dataset.manifest import load_manifest
 
         manifest = load_manifest(folder / "shards")
         config = RunConfig()
@@ -92,8 +92,9 @@ def _ours(pixels: str, threads: int, normalised: bool = False) -> Callable[[Path
 def _decode(folder: Path) -> Iterator[int]:
     import numpy as np
 
-    from shards.manifest import load_manifest
-    from shards.read import ReadConfig, read_samples
+    from shards.config import ReadConfig
+    from shards.dataset.manifest import load_manifest
+    from shards.read.loader import read_samples
 
     manifest = load_manifest(folder / "shards")
     for _ in range(EPOCHS):

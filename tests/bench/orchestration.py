@@ -27,14 +27,14 @@ import psutil
 import torch
 
 if TYPE_CHECKING:
-    from pipeline.ray_worker import WorkerJob
+    from pipeline.cluster.worker import WorkerJob
 
 Row = dict[str, Any]
 TURN = 50  # steps, with a log point in their middle
 ROUND = 7  # turns of each side, with one checkpoint; the demo's 3,000 steps have eight
 WARM = 175  # a log point was 25 steps before, the next one is 25 steps away
 # What is replaced in the real run, as `unittest.mock.patch` names it.
-RAYS_WORKER, LOOPS_BATCHES = "pipeline.launch.train_in_ray", "pipeline.worker.training_batches"
+RAYS_WORKER, LOOPS_BATCHES = "pipeline.cluster.launch.train_in_ray", "pipeline.training.loop.training_batches"
 _DRIVER = "DETR_BENCH_DRIVER"
 
 
@@ -75,7 +75,7 @@ def _run(folder: Path, rounds: int) -> dict[str, Any]:
     from pipeline.recipes import RECIPES
     from pipeline.train import Launch, train
     from shards.synthetic import write_synthetic
-    from shards.write import write_coco
+    from shards.write.writer import write_coco
 
     made = write_synthetic(folder / "source", val=20)
     for name, split in (("train", made.train), ("val", made.val)):
@@ -102,12 +102,12 @@ def _run(folder: Path, rounds: int) -> dict[str, Any]:
 
 def _measured_worker(job: "WorkerJob") -> None:
     """In Ray's worker: the real one, with a gate in its stream of batches at which the bare loop has its turn."""
-    from pipeline import worker
+    from pipeline.cluster.worker import train_in_ray
     from pipeline.config import to_json
-    from pipeline.ray_worker import train_in_ray
+    from pipeline.training import loop
 
     turns: dict[str, Any] = {"whole": [], "bare": []}
-    original = worker.training_batches
+    original = loop.training_batches
     with _bare_loop(to_json(job.config).decode()) as bare_turn:
 
         def gated(*arguments: Any) -> Iterator[Any]:
@@ -150,20 +150,21 @@ def _bare_loop(config: str) -> Iterator[Callable[[], dict[str, float]]]:
 
 def _bare() -> None:
     """A turn of the bare loop for each line of stdin after the first, which is the configuration."""
-    from detr.execution import set_channels_last
+    from detr.compute import set_channels_last
     from pipeline.config import from_json
-    from pipeline.optim import Schedule, build_optimizer, set_learning_rates
-    from pipeline.parallel import Ranks
-    from pipeline.samples import training_batches
-    from pipeline.step import train_step
-    from pipeline.weights import build_trained
-    from shards.manifest import load_manifest
+    from pipeline.data.loader import training_batches
+    from pipeline.distributed.ranks import Ranks
+    from pipeline.schedule import Schedule
+    from pipeline.training.model import build_trainable_model
+    from pipeline.training.optim import build_optimizer, set_learning_rates
+    from pipeline.training.step import train_step
+    from shards.dataset.manifest import load_manifest
 
     config = from_json(json.loads(sys.stdin.readline()))
     torch.set_num_threads(config.cluster.cpus_per_worker)
     manifest, ranks = load_manifest(config.data.train), Ranks()
     schedule = Schedule(config.optim, manifest.images)
-    model = build_trained(config, manifest.num_classes).train()
+    model = build_trainable_model(config, manifest.num_classes).train()
     set_channels_last(model)
     optimizer = build_optimizer(model, config.optim)
     batches = training_batches(manifest, config, schedule, ranks, 0, schedule.total_steps)

@@ -21,11 +21,12 @@ import numpy as np
 from detr.config import TransformConfig
 from detr.geometry import draw_geometry, output_sizes
 from pipeline.config import RunConfig
-from pipeline.optim import Schedule
-from pipeline.parallel import Ranks
-from pipeline.samples import rank_parts
-from shards.manifest import load_manifest
-from shards.plan import EpochPlan, PlanConfig, Sizes, plan_epoch
+from pipeline.data.loader import rank_parts
+from pipeline.distributed.ranks import Ranks
+from pipeline.schedule import Schedule
+from shards.config import PlanConfig
+from shards.dataset.manifest import load_manifest
+from shards.plan.epoch import EpochPlan, Sizes, plan_epoch
 from tests.bench.simulated import COCO_IMAGES, plain, real_sizes, write_simulated
 
 Row = dict[str, Any]

@@ -11,12 +11,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from shards.index import ANNOTATION_DTYPE
-from shards.listed import File
-from shards.manifest import ANNOTATIONS_NAME, IMAGES_NAME, MANIFEST_NAME, Manifest, Shard
-from shards.write import WriteConfig, write_coco
+from shards.config import WriteConfig
+from shards.dataset.index import ANNOTATION_DTYPE
+from shards.dataset.listed_files import File
+from shards.dataset.manifest import ANNOTATIONS_NAME, IMAGES_NAME, MANIFEST_NAME, Manifest, Shard
+from shards.write.writer import write_coco
+from tests.support.real_data import COCO_TINY as COCO
 
-COCO = Path(os.environ.get("DETR_COCO_TINY", Path(__file__).parents[2] / "../shared/data/coco-tiny"))
 COCO_IMAGES, COCO_ANNOTATIONS = 118_287, 860_001  # of train2017
 _PER_SHARD = 1000
 

@@ -17,13 +17,14 @@ import numpy as np
 from detr.batch import collate
 from detr.geometry import draw_geometry
 from pipeline.config import RunConfig
-from pipeline.optim import Schedule
-from pipeline.parallel import Ranks
-from pipeline.samples import training_batches, training_transform
-from shards.index import Ints
-from shards.manifest import Manifest, load_manifest
-from shards.plan import plan_epoch
-from shards.read import ReadConfig, open_loader
+from pipeline.data.loader import training_batches, training_transform
+from pipeline.distributed.ranks import Ranks
+from pipeline.schedule import Schedule
+from shards.arrays import Ints
+from shards.config import ReadConfig
+from shards.dataset.manifest import Manifest, load_manifest
+from shards.plan.epoch import plan_epoch
+from shards.read.loader import open_loader
 from tests.bench.simulated import write_simulated
 
 Row = dict[str, Any]

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from detr.batch import Batch, Target, collate, normalise
+from detr.compute import Precision
 from detr.config import ModelConfig, TransformConfig
-from detr.execution import Precision
 from detr.geometry import draw_geometry
 from detr.model import build_model
 from tests.bench import cases, peer

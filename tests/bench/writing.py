@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from unittest.mock import patch
 
-from shards.tars import BLOCK, TarMember
+from shards.dataset.tars import BLOCK, TarMember
+from tests.support.real_data import COCO_TINY
 
 Row = dict[str, Any]
 STOCK = "no decoding, webdataset's tars"
-COCO_TINY = Path(os.environ.get("DETR_COCO_TINY", Path(__file__).parents[2] / "../shared/data/coco-tiny"))
 IMAGES, ANNOTATIONS, JSON_BYTES = 118_287, 860_001, 448e6  # of COCO's instances_train2017.json
 REPEATS = 12  # writes of all images in one process
 
@@ -124,10 +124,10 @@ def _pycocotools(folder: Path) -> Callable[[], object]:
 
 def _read_source(folder: Path) -> Callable[[], object]:
     """Include sha256 and checks, but not the search for image files, which pycocotools does not do either."""
-    from shards import source
+    from shards.source import coco
 
-    source._file_finder = lambda _: lambda name: True  # type: ignore[assignment]
-    return lambda: source.read_source(folder, folder / "instances.json")
+    coco._file_finder = lambda _: lambda name: True  # type: ignore[assignment]
+    return lambda: coco.read_source(folder, folder / "instances.json")
 
 
 def _plain(folder: Path) -> Callable[[], object]:
@@ -151,9 +151,12 @@ def _shards(folder: Path, decode: bool) -> Callable[[], object]:
     """Go from columns to tars and index; the fixed costs of a write are left out."""
     import shutil
 
-    from shards import images, part, records, write
-    from shards.source import read_source
-    from shards.staging import staging
+    from shards.dataset import index as dataset_index
+    from shards.source import images
+    from shards.source.coco import read_source
+    from shards.write import index_records, writer
+    from shards.write import shard as shard_writer
+    from shards.write.staging import staging
 
     splits = [
         (read_source(COCO_TINY / f"{name}2017", COCO_TINY / "annotations" / f"instances_{name}2017.json"), name)
@@ -166,12 +169,12 @@ def _shards(folder: Path, decode: bool) -> Callable[[], object]:
 
     def work() -> None:
         for source, name in splits:
-            reading = patch.object(part, "read_image", images.read_image if decode else without_decoding)
+            reading = patch.object(shard_writer, "read_image", images.read_image if decode else without_decoding)
             with reading, staging(str(folder / name), "key") as stage:
-                written = list(write._write_parts(source, stage, write.WriteConfig(), None, None))
-                index, rows = records.image_records(source, written)
-                for columns in (index, records.annotation_records(source, rows)):
-                    records.npy(columns)
+                written = list(writer._write_parts(source, stage, writer.WriteConfig(), None, None))
+                index, rows = index_records.image_records(source, written)
+                for columns in (index, index_records.annotation_records(source, rows)):
+                    dataset_index.npy(columns)
             shutil.rmtree(folder / name)
 
     return work
@@ -209,9 +212,9 @@ class _StockTarWriter:
 
 
 def _stock_shards(folder: Path) -> Callable[[], object]:
-    from shards import part
+    from shards.write import shard as shard_writer
 
-    part.TarWriter = _StockTarWriter  # type: ignore[misc,assignment]
+    shard_writer.TarWriter = _StockTarWriter  # type: ignore[misc,assignment]
     return _shards(folder, False)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e_command import Command
-from tests.recording import Recording
+from tests.support.command import Command
+from tests.support.recording import Recording
 
 
 @pytest.fixture(scope="session")

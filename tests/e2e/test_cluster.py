@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e_command import TINY, Command
-from tests.ray_nodes import free_port, node, wait_for_nodes, wait_until_open
-from tests.recording import Recording
-from tests.s3_server import SECRET, S3Server
+from tests.support.command import TINY, Command
+from tests.support.ray_nodes import free_port, node, wait_for_nodes, wait_until_open
+from tests.support.recording import Recording
+from tests.support.s3_server import SECRET, S3Server
 
 pytestmark = pytest.mark.xdist_group("ray")
 EPOCHS, STEPS = 20, 120

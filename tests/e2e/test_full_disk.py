@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TinyData
-from tests.e2e_command import TINY, Command
-from tests.small_disk import mounted, remount, run_on
+from tests.support.command import TINY, Command
+from tests.support.small_disk import mounted, remount, run_on
 
 HERE = "tests.e2e.test_full_disk"
 

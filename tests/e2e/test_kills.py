@@ -12,8 +12,8 @@ import psutil
 import pytest
 import torch
 
-from tests.e2e_command import TINY, Command, config_of, kill, newest_weights, ray_workers, train_alone, until
-from tests.recording import Recording
+from tests.support.command import TINY, Command, config_of, kill, newest_weights, ray_workers, train_alone, until
+from tests.support.recording import Recording
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 STEPS = 120

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.weights import INITIAL_NAME
-from tests.e2e_command import TINY, Command, config_of, until
-from tests.ray_nodes import Node, free_port, node, wait_for_nodes
-from tests.recording import Kept, Recording, seen_per_epoch
+from pipeline.training.model import INITIAL_NAME
+from tests.support.command import TINY, Command, config_of, until
+from tests.support.ray_nodes import Node, free_port, node, wait_for_nodes
+from tests.support.recording import Kept, Recording, seen_per_epoch
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 IMAGES, BATCH_SIZE, STEPS = 24, 6, 160
@@ -107,16 +107,16 @@ def test_a_run_goes_on_with_the_nodes_that_are_there(
 
 def alone(folder: Path, run: str, empty: Path) -> list[Kept]:
     """The steps of the run of this name as one process takes them in the folder `empty`, undisturbed."""
-    from pipeline import worker
     from pipeline.config import ClusterConfig
-    from pipeline.parallel import Ranks
-    from pipeline.state import Place
+    from pipeline.distributed.ranks import Ranks
+    from pipeline.training import loop
+    from pipeline.training.state import RunInfo
 
     config = replace(config_of(folder, run), cluster=ClusterConfig())
     (weights,) = folder.glob(f"runs/{run}-*/{INITIAL_NAME}")
     shutil.copy(weights, empty)
     taken: list[Kept] = []
-    train_step = worker.train_step
+    train_step = loop.train_step
 
     def recorded(model: Any, batches: Any, *rest: Any) -> Any:
         result = train_step(model, batches, *rest)
@@ -125,8 +125,8 @@ def alone(folder: Path, run: str, empty: Path) -> list[Kept]:
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "train_step", recorded)
-        worker.run(config, Place("run", empty, "commit"), Ranks(), None)
+        patch.setattr(loop, "train_step", recorded)
+        loop.run(config, RunInfo("run", empty, "commit"), Ranks(), None)
     return taken
 
 

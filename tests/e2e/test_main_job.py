@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from tests.e2e_command import TINY, Command, config_of, kill, newest_weights, ray_workers, train_alone
+from tests.support.command import TINY, Command, config_of, kill, newest_weights, ray_workers, train_alone
 
 pytestmark = pytest.mark.xdist_group("ray")
 TRAIN = ["train", "overfit", "--data.train", "data/train", "--data.val", "data/val", *TINY]

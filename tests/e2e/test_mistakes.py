@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from tests.e2e_command import Command
-from tests.ray_nodes import free_port
+from tests.support.command import Command
+from tests.support.ray_nodes import free_port
 
 
 @pytest.mark.parametrize(

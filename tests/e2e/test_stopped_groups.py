@@ -10,8 +10,8 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from pipeline.fitting import GRACE_S
-from tests.e2e_command import TINY, Command
+from pipeline.cluster.supervisor import GRACE_S
+from tests.support.command import TINY, Command
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 TRAIN = ["train", "overfit", "--data.train", "data/train", "--data.val", "data/val", *TINY]

@@ -8,18 +8,23 @@ from typing import Any
 import pytest
 from mlflow.exceptions import MlflowException
 
-from pipeline import checkpoint
+from pipeline import run_folder
 from pipeline import train as driver
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint.metadata import read_meta
 from pipeline.config import RunConfig
+from pipeline.distributed.ranks import Ranks
+from pipeline.driver.changes import ResumeOptions
 from pipeline.errors import CheckpointError, Interrupted, RunConfigError, TrackingError, TrainingError
-from pipeline.identity import Changes
-from pipeline.mlflow_store import TAG_STREAM, TAG_TOTAL_STEPS, connect, find_run
-from pipeline.parallel import Ranks
-from pipeline.spool import SpoolTracker
-from pipeline.state import Place
-from pipeline.track import Event
-from pipeline.train import BusyError, Launch, resume, train
-from pipeline.worker import run
+from pipeline.run_folder import BusyError
+from pipeline.tracking.mlflow_client import connect
+from pipeline.tracking.mlflow_runs import find_run
+from pipeline.tracking.spool import SpoolTracker
+from pipeline.tracking.tags import TAG_STREAM, TAG_TOTAL_STEPS
+from pipeline.tracking.tracker import Event
+from pipeline.train import Launch, resume, train
+from pipeline.training.loop import run
+from pipeline.training.state import RunInfo
 
 
 @pytest.fixture
@@ -35,7 +40,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | None],
         def run_workers(config: RunConfig, run_id: str, folder: Path, *, accept_change: bool = False, **_: Any) -> None:
             if error is not None:
                 raise error
-            run(config, Place(run_id, folder, "commit", accept_change), Ranks(), None)
+            run(config, RunInfo(run_id, folder, "commit", accept_change), Ranks(), None)
 
         monkeypatch.setattr(driver, "run_workers", run_workers)
 
@@ -74,7 +79,7 @@ def test_a_run_that_is_done_is_not_trained_again(
     assert (outcome.version, outcome.is_best) == ("1", True)
     with pytest.raises(RunConfigError, match="--epochs"):
         resume("tiny", launch=launch)
-    assert resume("tiny", Changes(epochs=2), launch).version == "2"
+    assert resume("tiny", ResumeOptions(epochs=2), launch).version == "2"
 
 
 def test_a_run_has_one_driver(
@@ -85,7 +90,7 @@ def test_a_run_has_one_driver(
         train(short_config, launch)
     run_id = find_run(connect(), "tiny").info.run_id
     (folder,) = Path(short_config.storage).glob(f"tiny-{run_id[:8]}")
-    with driver._only_driver(folder, run_id), pytest.raises(BusyError, match="process"):
+    with run_folder.only_driver(folder, run_id), pytest.raises(BusyError, match="process"):
         resume("tiny", launch=launch)
 
 
@@ -98,9 +103,9 @@ def test_another_batch_size_is_refused_until_it_is_accepted_and_then_noted(
     said: list[str] = []
     launch = Launch(say=said.append)
     with pytest.raises(CheckpointError, match=r"optim.batch_size 4, now it is 5; .* `detr resume --accept-change`"):
-        resume("tiny", Changes(epochs=2, batch_size=5), launch)
+        resume("tiny", ResumeOptions(epochs=2, batch_size=5), launch)
     assert said == []
-    resume("tiny", Changes(epochs=2, batch_size=5, accept=True), launch)
+    resume("tiny", ResumeOptions(epochs=2, batch_size=5, accept=True), launch)
     change = "from step 2 (8 samples) on: optim.batch_size 4 -> 5"
     assert said[1] == (
         f"warning: another stream of samples {change}; it is entered at epoch 0.67 and shows the rest of that epoch"
@@ -109,10 +114,10 @@ def test_another_batch_size_is_refused_until_it_is_accepted_and_then_noted(
     assert tags[TAG_STREAM] == change
     assert tags[TAG_TOTAL_STEPS] == "6"  # 16 samples are left: four steps, the last of them filled up
     (folder,) = (tmp_path / "runs").iterdir()
-    newest = checkpoint.newest(folder)
-    assert newest == checkpoint.folder_of(folder, 6)
-    resume("tiny", Changes(epochs=3), launch)  # and is the run's own from then on
-    assert checkpoint.read_meta(checkpoint.folder_of(folder, 8)).samples == 38
+    newest = catalog.newest(folder)
+    assert newest == catalog.folder_of(folder, 6)
+    resume("tiny", ResumeOptions(epochs=3), launch)  # and is the run's own from then on
+    assert read_meta(catalog.folder_of(folder, 8)).samples == 38
 
 
 def test_a_run_is_not_begun_anew_where_its_store_is_gone(
@@ -124,16 +129,16 @@ def test_a_run_is_not_begun_anew_where_its_store_is_gone(
     kept.rename(away)
     workers(AssertionError("the workers were started"))
     with pytest.raises(CheckpointError, match=rf"^{kept}/tiny-\w+ .* has saved step \d+ there: is its storage mounted"):
-        resume("tiny", Changes(epochs=2), launch)
+        resume("tiny", ResumeOptions(epochs=2), launch)
     away.rename(kept)
     workers(None)
-    assert resume("tiny", Changes(epochs=2), launch).version == "2"
+    assert resume("tiny", ResumeOptions(epochs=2), launch).version == "2"
 
 
 def test_a_store_is_tried_before_data_and_model_are_made_ready(
     short_config: RunConfig, store: str, launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.preflight.prepare", lambda *_: pytest.fail("made ready"))
+    monkeypatch.setattr("pipeline.driver.preflight.prepare", lambda *_: pytest.fail("made ready"))
     config = replace(short_config, checkpoint=replace(short_config.checkpoint, store="foo://bar"))
     with pytest.raises(RunConfigError, match=r"^checkpoint\.store foo://bar: "):
         train(config, launch)
@@ -167,7 +172,7 @@ def test_what_mlflow_did_not_take_by_the_end_is_sent_by_the_next_resume(
 ) -> None:
     def trained(config: RunConfig, run_id: str, folder: Path, **_: Any) -> None:
         tracker = SpoolTracker(folder / "spool", refuse)
-        run(config, Place(run_id, folder, "commit"), Ranks(), tracker)
+        run(config, RunInfo(run_id, folder, "commit"), Ranks(), tracker)
         tracker.close()
 
     monkeypatch.setattr(driver, "run_workers", trained)
@@ -200,7 +205,7 @@ def test_what_mlflow_did_not_take_of_a_trained_run_is_sent_before_it_is_register
 ) -> None:
     def trained(config: RunConfig, run_id: str, folder: Path, **_: Any) -> None:
         tracker = SpoolTracker(folder / "spool", refuse)
-        run(config, Place(run_id, folder, "commit"), Ranks(), tracker)
+        run(config, RunInfo(run_id, folder, "commit"), Ranks(), tracker)
         tracker.close()
 
     def ended(*_: object, **__: object) -> None:
@@ -210,7 +215,7 @@ def test_what_mlflow_did_not_take_of_a_trained_run_is_sent_before_it_is_register
     launch = Launch(say=lambda text: None)
     with monkeypatch.context() as away:
         away.setattr(driver, "EventSender", Away)
-        away.setattr("pipeline.registry.register", ended)
+        away.setattr("pipeline.registry.versions.registration.register", ended)
         with pytest.raises(TrainingError):
             train(replace(short_config, storage=str(tmp_path / "runs")), launch)
     assert find_run(connect(), "tiny").info.status == status
@@ -226,7 +231,7 @@ def test_an_mlflow_that_goes_away_is_one_line_that_says_what_is_kept(
 
     workers(None)
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.registry.register", away)
+        patch.setattr("pipeline.registry.versions.registration.register", away)
         with pytest.raises(TrackingError, match=r"failed .*kept: `detr resume \w+` does") as caught:
             train(short_config, launch)
     assert "\n" not in str(caught.value)

@@ -6,8 +6,6 @@ before. Boxes are clamped to the image and to the crop, and dropped without area
 """
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +14,8 @@ from PIL import Image, ImageOps
 from detr.config import TransformConfig
 from detr.geometry import Geometry, draw_geometry
 from detr.transforms import apply
+from tests.support.real_data import COCO_TINY
 
-COCO_TINY = Path(os.environ.get("DETR_COCO_TINY", Path(__file__).parents[2] / "../shared/data/coco-tiny"))
 pytestmark = pytest.mark.skipif(
     not COCO_TINY.is_dir(), reason=f"no COCO images at {COCO_TINY}; set DETR_COCO_TINY to a folder of them"
 )

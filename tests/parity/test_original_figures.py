@@ -1,7 +1,6 @@
 """The model against figures measured with the original implementation; the rules are in the golden folder's README."""
 
 import json
-import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,9 +20,9 @@ from detr.matcher import match
 from detr.model import DETR, Outputs, build_model
 from detr.original import load_original_state_dict, to_original_state_dict
 from detr.postprocess import detect
+from tests.support.real_data import GOLDEN
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = Path(os.environ.get("DETR_GOLDEN", ROOT.parent / "shared" / "golden"))
 RELATIVE = 1e-4
 
 pytestmark = pytest.mark.skipif(

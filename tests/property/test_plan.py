@@ -9,9 +9,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.manifest import Manifest
-from shards.plan import EpochPlan, PlanConfig, plan_epoch, shard_blocks
-from shards.steps import START, Origin, Steps
+from shards.config import PlanConfig
+from shards.dataset.manifest import Manifest
+from shards.plan.epoch import EpochPlan, plan_epoch, shard_blocks
+from shards.plan.steps import START, Origin, Steps
 
 images = st.integers(1, 60)
 batch_sizes = st.integers(1, 80)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from detr.config import TransformConfig
 from detr.geometry import output_sizes
-from shards.shapes import pair_up
+from shards.plan.shape_order import pair_up
 
 sides = st.integers(1, 2000)
 shapes = st.lists(st.tuples(sides, sides), max_size=300)

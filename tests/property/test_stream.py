@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from detr.batch import collate
 from pipeline.config import DataConfig, RunConfig
-from pipeline.optim import Schedule
-from pipeline.parallel import Ranks
-from pipeline.samples import augmented_sizes, rank_parts, training_batches, training_transform
-from shards.manifest import Manifest, load_manifest
-from shards.plan import PlanConfig, plan_epoch
-from shards.read import ReadConfig, open_loader, open_stream
-from shards.sample import Sample
+from pipeline.data.loader import augmented_sizes, rank_parts, training_batches, training_transform
+from pipeline.distributed.ranks import Ranks
+from pipeline.schedule import Schedule
+from shards.config import PlanConfig, ReadConfig
+from shards.dataset.manifest import Manifest, load_manifest
+from shards.plan.epoch import plan_epoch
+from shards.read.loader import open_loader, open_stream
+from shards.read.sample import Sample
 
 EPOCHS = 2
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shards.cache import Cache, CacheConfig
-from shards.fetch import Item
-from shards.manifest import Manifest, load_manifest
+from shards.config import CacheConfig
+from shards.dataset.manifest import Manifest, load_manifest
+from shards.store.cache import Cache
+from shards.store.download import Item
 
 
 def content(cache: Cache, item: Item) -> bytes:

@@ -6,11 +6,11 @@ import msgspec
 import torch
 from torch import nn
 
-from pipeline import checkpoint
-from pipeline.checkpoint_store import Location
+from pipeline.checkpoint import state as checkpoint_state
+from pipeline.checkpoint.location import Location
+from pipeline.checkpoint.metadata import Meta
 from pipeline.config import RunConfig, to_json
-from pipeline.meta import Meta
-from pipeline.parallel import Ranks
+from pipeline.distributed.ranks import Ranks
 
 Run = tuple[nn.Module, torch.optim.Optimizer]
 
@@ -57,7 +57,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     meta: Meta,
     ranks: Ranks,
-    averages: checkpoint.Averages | None = None,
+    averages: checkpoint_state.Averages | None = None,
 ) -> Location:
     """Write a checkpoint and wait for it; a collective call."""
-    return checkpoint.write(home, checkpoint.state_of(model, optimizer, averages), meta, ranks)
+    return checkpoint_state.write(home, checkpoint_state.state_of(model, optimizer, averages), meta, ranks)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from shards.detections import Detections
-from shards.manifest import Manifest
+from shards.dataset.manifest import Manifest
+from shards.score.detections import Detections
 
 
 def coco_results(manifest: Manifest, detections: Detections) -> list[dict[str, Any]]:

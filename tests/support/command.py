@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Self
 
 import psutil
 
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.config import RunConfig
-    from pipeline.parallel import Ranks
+    from pipeline.distributed.ranks import Ranks
 
 # A model that learns nothing in no time: what is tested is that everything holds together.
 TINY = [
@@ -155,8 +155,9 @@ def config_of(folder: Path, run: str) -> "RunConfig":
 def newest_weights(config: "RunConfig", run_folder: Path) -> "dict[str, Tensor]":
     """The weights of the newest checkpoint in the folder of a run."""
     from detr.model import build_model
-    from pipeline.checkpoint import load_weights, newest
-    from shards.manifest import load_manifest
+    from pipeline.checkpoint.catalog import newest
+    from pipeline.checkpoint.state import load_weights
+    from shards.dataset.manifest import load_manifest
 
     model = build_model(config.model, load_manifest(config.data.train).num_classes)
     path = newest(run_folder)
@@ -170,19 +171,19 @@ def train_alone(config: "RunConfig", run_folder: Path, folder: Path) -> list[tup
 
     As many processes as the run has workers train it. Return the points that it reports: name, value and step.
     """
-    from pipeline.weights import INITIAL_NAME
+    from pipeline.training.model import INITIAL_NAME
 
     shutil.copy(run_folder / INITIAL_NAME, folder)
     return run_ranks(config.cluster.workers, _train, config, folder)[0]  # type: ignore[no-any-return]
 
 
 def _train(ranks: "Ranks", config: "RunConfig", folder: Path) -> list[tuple[str, float, int]]:
-    from pipeline.state import Place
-    from pipeline.track import MemoryTracker
-    from pipeline.worker import run
+    from pipeline.tracking.tracker import MemoryTracker
+    from pipeline.training.loop import run
+    from pipeline.training.state import RunInfo
 
     tracker = MemoryTracker() if ranks.first else None
-    run(config, Place("run", folder, "commit"), ranks, tracker)
+    run(config, RunInfo("run", folder, "commit"), ranks, tracker)
     return tracker.points if tracker else []
 
 

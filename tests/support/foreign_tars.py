@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from shards.adopt import index_tars
 from shards.config import IndexConfig
-from shards.manifest import Manifest
+from shards.dataset.manifest import Manifest
+from shards.foreign.index_tars import index_tars
 
 
 def picture(width: int = 40, height: int = 30, kind: str = "JPEG") -> bytes:

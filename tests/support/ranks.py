@@ -36,7 +36,7 @@ def started_ranks(
 ) -> Iterator[tuple[list[BaseProcess], list[Connection]]]:
     """The processes of `run_ranks`, and what each one's answer comes through; they are ended with the block."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "pipeline.worker"])
+    context.set_forkserver_preload(["torch", "pipeline.training.loop"])
     with tempfile.TemporaryDirectory() as folder:
         pairs = [context.Pipe(duplex=False) for _ in range(world_size)]
         processes: list[BaseProcess] = [
@@ -87,7 +87,7 @@ def _rank(
     import torch
     import torch.distributed as dist
 
-    from pipeline.parallel import Ranks
+    from pipeline.distributed.ranks import Ranks
 
     torch.set_num_threads(1)
     try:

@@ -39,7 +39,7 @@ class Recording:
     @property
     def environment(self) -> dict[str, str]:
         """For the processes in which workers start, or for Ray's nodes."""
-        path = os.pathsep.join([RECORDER, str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([RECORDER, str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
         return {"DETR_RECORD": str(self.folder), "PYTHONPATH": path.rstrip(os.pathsep)}
 
     def pace(self, seconds: float) -> None:

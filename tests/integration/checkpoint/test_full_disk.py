@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline import checkpoint
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint import state as checkpoint_state
+from pipeline.checkpoint.saver import open_saver
+from pipeline.distributed.ranks import Ranks
 from pipeline.errors import CheckpointError
-from pipeline.parallel import Ranks
-from pipeline.saving import open_saver
-from tests.ranks import run_ranks
-from tests.small_disk import mounted, remount, run_on
 from tests.support.checkpoints import meta
+from tests.support.ranks import run_ranks
+from tests.support.small_disk import mounted, remount, run_on
 
 HERE = "tests.integration.test_checkpoint_disk"
 Run = tuple[nn.Module, torch.optim.Optimizer]
@@ -57,9 +58,9 @@ def outlive(*disks: str) -> None:
     """
     for home, read_only_after in zip(map(Path, disks), (0, 2), strict=True):
         print("\n".join(run_ranks(2, train, home, read_only_after)))
-        for number, path in enumerate(checkpoint.list_checkpoints(home), start=1):
+        for number, path in enumerate(catalog.list_checkpoints(home), start=1):
             run = made()
-            checkpoint.load(path, *run, Ranks())
+            checkpoint_state.load(path, *run, Ranks())
             assert all((parameter == number).all() for parameter in run[0].parameters())
         print(*(path.name for path in sorted((home / "checkpoints").iterdir())))
 

@@ -13,14 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import checkpoint
-from pipeline.checkpoint_store import Location, Url
-from pipeline.parallel import Ranks
-from pipeline.saving import open_saver
-from shards import storage
-from tests.ranks import started_ranks
-from tests.s3_server import S3Server
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint import state as checkpoint_state
+from pipeline.checkpoint.location import Location, Url
+from pipeline.checkpoint.metadata import read_meta
+from pipeline.checkpoint.saver import open_saver
+from pipeline.distributed.ranks import Ranks
+from shards.store import storage
 from tests.support.checkpoints import meta
+from tests.support.ranks import started_ranks
+from tests.support.s3_server import S3Server
 
 SIDE = 1450  # four square matrices with AdamW's two moments: 100 MB
 Run = tuple[nn.Module, torch.optim.Optimizer]
@@ -58,11 +60,11 @@ def train(ranks: Ranks, home: Location, side: int, environment: dict[str, str]) 
     """Go on from the newest checkpoint and save after every second step, for ever."""
     os.environ.update(environment)  # the processes fork from a server that may be older than the store
     run = made(side)
-    newest = ranks.broadcast(checkpoint.newest(home))
+    newest = ranks.broadcast(catalog.newest(home))
     step = 0
     if newest is not None:
-        checkpoint.load(newest, *run, ranks)
-        step = checkpoint.read_meta(newest).step
+        checkpoint_state.load(newest, *run, ranks)
+        step = read_meta(newest).step
         assert_is_of(run, step)
     with open_saver(home, run[1], ranks, keep=2) as saver:
         while True:
@@ -75,8 +77,8 @@ def train(ranks: Ranks, home: Location, side: int, environment: dict[str, str]) 
 
 
 def newest_step(home: Location) -> int:
-    newest = checkpoint.newest(home)
-    return 0 if newest is None else checkpoint.read_meta(newest).step
+    newest = catalog.newest(home)
+    return 0 if newest is None else read_meta(newest).step
 
 
 def unfinished(home: Location) -> list[Path]:
@@ -114,9 +116,9 @@ def kill_at_random(home: Location, side: int, chance: random.Random, *, aimed: b
     step = newest_step(home)
     assert step >= before > begun
     run = made(side)
-    newest = checkpoint.newest(home)
+    newest = catalog.newest(home)
     assert newest is not None
-    checkpoint.load(newest, *run, Ranks())
+    checkpoint_state.load(newest, *run, Ranks())
     assert_is_of(run, step)
     return step
 
@@ -149,7 +151,7 @@ def test_after_kills_in_the_middle_of_uploading_the_newest_is_whole(
         chance, step = random.Random(3), 0
         for _ in range(5):
             step = kill_at_random(home, SIDE // 2, chance, **server.environment)
-        checkpoint.prune(home, keep=1)
+        catalog.prune(home, keep=1)
         assert newest_step(home) == step
         names = {name.rpartition("/")[2] for name in storage.listing(str(home))}
         assert names == {"meta.json", ".metadata", "__0_0.distcp", "__1_0.distcp"}

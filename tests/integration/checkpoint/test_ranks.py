@@ -5,10 +5,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipeline import checkpoint
-from pipeline.parallel import Ranks, distribute, unwrap
-from tests.ranks import run_ranks
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint import state as checkpoint_state
+from pipeline.checkpoint.metadata import read_meta
+from pipeline.distributed.parallel import distribute, unwrap
+from pipeline.distributed.ranks import Ranks
 from tests.support.checkpoints import meta, save_checkpoint
+from tests.support.ranks import run_ranks
 
 State = dict[str, Tensor]
 
@@ -36,11 +39,11 @@ def save(ranks: Ranks, folder: Path) -> State:
 
 
 def load(ranks: Ranks, folder: Path) -> State:
-    path = checkpoint.newest(folder)
+    path = catalog.newest(folder)
     assert path is not None
-    assert checkpoint.read_meta(path).step == 3
+    assert read_meta(path).step == 3
     model, optimizer = wrapped(ranks, 2 + ranks.rank)
-    checkpoint.load(path, model, optimizer, ranks)
+    checkpoint_state.load(path, model, optimizer, ranks)
     return state(model, optimizer)
 
 
@@ -62,8 +65,8 @@ def test_saved_by_one_loaded_by_two(tmp_path: Path) -> None:
 
 def test_weights_saved_by_two_are_read_by_this_process_alone(tmp_path: Path) -> None:
     saved, _ = run_ranks(2, save, tmp_path)
-    path = checkpoint.newest(tmp_path)
+    path = catalog.newest(tmp_path)
     assert path is not None
     model, _ = wrapped(Ranks(), 5)
-    checkpoint.load_weights(path, model)
+    checkpoint_state.load_weights(path, model)
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())

@@ -10,16 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import checkpoint, checkpoint_store
-from pipeline.checkpoint_store import Url
+from pipeline.checkpoint import catalog, location
+from pipeline.checkpoint import state as checkpoint_state
+from pipeline.checkpoint.location import Url
+from pipeline.checkpoint.saver import open_saver
+from pipeline.distributed.parallel import distribute, unwrap
+from pipeline.distributed.ranks import Ranks
 from pipeline.errors import CheckpointError, RunConfigError
-from pipeline.parallel import Ranks, distribute, unwrap
-from pipeline.saving import open_saver
-from shards import retry, storage
-from tests.e2e_command import until
-from tests.ranks import run_ranks
-from tests.s3_server import S3Server
+from shards.store import retry, storage
 from tests.support.checkpoints import meta
+from tests.support.command import until
+from tests.support.ranks import run_ranks
+from tests.support.s3_server import S3Server
 
 HOME = Url("s3://sets/runs/tiny-1")
 Run = tuple[nn.Module, torch.optim.Optimizer]
@@ -67,7 +69,7 @@ def values(run: Run) -> dict[str, torch.Tensor]:
 
 def loaded(number: int) -> dict[str, torch.Tensor]:
     run = made(99)
-    checkpoint.load(checkpoint.folder_of(HOME, number), *run, Ranks())
+    checkpoint_state.load(catalog.folder_of(HOME, number), *run, Ranks())
     return values(run)
 
 
@@ -90,16 +92,16 @@ def save_of_ranks(ranks: Ranks, environment: dict[str, str]) -> dict[str, torch.
 
 def load_of_ranks(ranks: Ranks, environment: dict[str, str]) -> dict[str, torch.Tensor]:
     os.environ.update(environment)
-    newest = checkpoint.newest(HOME)
+    newest = catalog.newest(HOME)
     assert newest is not None
     run = made(5 + ranks.rank, ranks)
-    checkpoint.load(newest, *run, ranks)
+    checkpoint_state.load(newest, *run, ranks)
     return values(run)
 
 
 def test_two_ranks_save_to_the_store_and_any_number_loads_from_it(server: S3Server) -> None:
     kept, _ = run_ranks(2, save_of_ranks, server.environment)
-    assert [str(path) for path in checkpoint.list_checkpoints(HOME)] == [
+    assert [str(path) for path in catalog.list_checkpoints(HOME)] == [
         f"{HOME}/checkpoints/step-0000000{n}" for n in (1, 2)
     ]
     names = [name for name in storage.listing(str(HOME)) if name.endswith(".distcp")]
@@ -150,17 +152,17 @@ def test_a_store_that_breaks_ends_in_one_line_and_what_it_holds_stays(
         server.start()
     assert "\n" not in str(caught.value)
     assert "earlier checkpoints are intact: restore the store" in str(caught.value)
-    assert checkpoint.newest(HOME) == checkpoint.folder_of(HOME, 1)
+    assert catalog.newest(HOME) == catalog.folder_of(HOME, 1)
     assert_same(loaded(1), kept)
 
 
 def test_wrong_credentials_and_an_absent_bucket_are_one_line_before_a_run_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    checkpoint_store.check("s3://sets/runs")
+    location.check("s3://sets/runs")
     assert storage.listing("s3://sets/runs") == {}
     with pytest.raises(RunConfigError, match=r"^checkpoint\.store s3://nowhere/runs cannot be written") as caught:
-        checkpoint_store.check("s3://nowhere/runs")
+        location.check("s3://nowhere/runs")
     assert "\n" not in str(caught.value)
     with monkeypatch.context() as patch:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "another")
@@ -169,7 +171,7 @@ def test_wrong_credentials_and_an_absent_bucket_are_one_line_before_a_run_starts
             RunConfigError,
             match=r"^checkpoint\.store s3://sets/runs: access denied .*expected credentials that allow it",
         ) as denied:
-            checkpoint_store.check("s3://sets/runs")
+            location.check("s3://sets/runs")
     fsspec.filesystem("s3").clear_instance_cache()
     assert "\n" not in str(denied.value)
 
@@ -180,7 +182,7 @@ def test_a_store_that_does_not_answer_is_one_line_within_seconds(
     server.stop()
     try:
         with pytest.raises(RunConfigError) as caught:
-            checkpoint_store.check("s3://sets/runs/")
+            location.check("s3://sets/runs/")
     finally:
         server.start()
     assert caplog.text.count(" of 3 in ") == 2  # two waits of a second at most

@@ -11,18 +11,20 @@ import pytest
 import torch
 
 from detr.model import build_model
-from pipeline import checkpoint
 from pipeline import train as driver
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint.metadata import read_meta
 from pipeline.config import RunConfig
+from pipeline.distributed.ranks import Ranks
+from pipeline.driver.changes import ResumeOptions
 from pipeline.errors import TrainingError
-from pipeline.identity import Changes
-from pipeline.mlflow_store import connect, find_run
-from pipeline.parallel import Ranks
-from pipeline.registered import evaluate_registered
-from pipeline.state import Place
+from pipeline.inference.evaluate import evaluate
+from pipeline.tracking.mlflow_client import connect
+from pipeline.tracking.mlflow_runs import find_run
 from pipeline.train import Launch, resume, train
-from pipeline.weights import save_initial
-from pipeline.worker import run
+from pipeline.training.loop import run
+from pipeline.training.model import save_initial
+from pipeline.training.state import RunInfo
 
 EPOCHS = 4  # of three steps
 
@@ -57,7 +59,7 @@ def test_what_a_driver_left_is_evaluated_while_training_goes_on_and_a_killed_eva
     expected = evaluated_inside(tiny_config, tmp_path / "inside")
 
     def workers_whose_driver_dies(config: RunConfig, run_id: str, folder: Path, **_: object) -> None:
-        run(config, Place(run_id, folder, "commit"), Ranks(), None)
+        run(config, RunInfo(run_id, folder, "commit"), Ranks(), None)
         raise TrainingError("the driver is gone")
 
     with pytest.MonkeyPatch.context() as patch:
@@ -65,18 +67,18 @@ def test_what_a_driver_left_is_evaluated_while_training_goes_on_and_a_killed_eva
         with pytest.raises(TrainingError, match="the driver is gone"):
             train(beside, Launch(say=lambda text: None))
     (folder,) = (tmp_path / "runs").iterdir()
-    assert [path.name for path in checkpoint.waiting(folder)] == ["step-00000003", "step-00000006"]
+    assert [path.name for path in catalog.pending_evaluation(folder)] == ["step-00000003", "step-00000006"]
 
     done, killed, said = threading.Event(), list[int](), list[str]()
     killer = threading.Thread(target=kill_first_evaluation, args=(done, killed))
     killer.start()
     try:
-        outcome = resume("tiny", Changes(epochs=EPOCHS), Launch(say=said.append))
+        outcome = resume("tiny", ResumeOptions(epochs=EPOCHS), Launch(say=said.append))
     finally:
         done.set()
         killer.join()
     assert len(killed) == 1
-    assert checkpoint.waiting(folder) == []
+    assert catalog.pending_evaluation(folder) == []
     client = connect()
     found = find_run(client, "tiny")
     assert found.info.status == "FINISHED"
@@ -91,11 +93,13 @@ def test_what_a_driver_left_is_evaluated_while_training_goes_on_and_a_killed_eva
     drawn = [path.split("+")[2] for path in images if path.startswith("images/curves~precision_recall+step+")]
     assert sorted(map(int, drawn)) == sorted(expected)
     best = max(expected, key=lambda step: (expected[step]["AP"], step))
-    assert checkpoint.read_meta(outcome.best).step == best
+    assert read_meta(outcome.best).step == best
     assert outcome.metrics == pytest.approx(expected[best], abs=1e-6)
     # One that waited is pruned once it has its figures.
-    assert {path.name for path in checkpoint.list_checkpoints(folder)} == {f"step-{step:08d}" for step in (best, 3 * EPOCHS)}
-    registered = evaluate_registered("models:/detr-tiny@best", tiny_config.data.val)
+    assert {path.name for path in catalog.list_checkpoints(folder)} == {
+        f"step-{step:08d}" for step in (best, 3 * EPOCHS)
+    }
+    registered = evaluate("models:/detr-tiny@best", tiny_config.data.val)
     assert registered.score.metrics == pytest.approx(expected[best], abs=1e-6)
 
 
@@ -108,8 +112,6 @@ def evaluated_inside(config: RunConfig, folder: Path) -> dict[int, dict[str, flo
     )
     torch.manual_seed(config.seed)
     save_initial(build_model(config.model, 4), folder)
-    run(config, Place("run", folder, "commit"), Ranks(), None)
-    figures = {
-        checkpoint.read_meta(path).step: checkpoint.read_evaluation(path) for path in checkpoint.list_checkpoints(folder)
-    }
+    run(config, RunInfo("run", folder, "commit"), Ranks(), None)
+    figures = {read_meta(path).step: catalog.read_evaluation(path) for path in catalog.list_checkpoints(folder)}
     return {step: metrics for step, metrics in figures.items() if metrics is not None}

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import attempts
-from pipeline.hangs import HangWatch
-from pipeline.parallel import Ranks, on_first
-from tests.ranks import run_ranks
+from pipeline.cluster import attempts
+from pipeline.cluster.hang_watch import HangWatch
+from pipeline.distributed.ranks import Ranks, on_first
+from tests.support.ranks import run_ranks
 
 _TIMEOUT_S = 2.0
 
@@ -41,14 +41,17 @@ def meet(ranks: Ranks, folder: Path, how: str) -> tuple[str, float]:
 
 @pytest.mark.parametrize(
     ("how", "named"),
-    [("busy", "worker 1 hangs in on_first (pipeline/parallel.py:"), ("stopped", "worker 1 does not respond")],
+    [
+        ("busy", "worker 1 hangs in on_first (pipeline/distributed/parallel.py:"),
+        ("stopped", "worker 1 does not respond"),
+    ],
 )
 def test_the_missing_rank_is_named(tmp_path: Path, how: str, named: str) -> None:
-    attempts.begin(tmp_path, 2)
+    attempts.start_attempt(tmp_path, 2)
     (message, waited_s), _ = run_ranks(2, meet, tmp_path, how)
     assert "imed out" in message
     assert waited_s == pytest.approx(_TIMEOUT_S, abs=1)
-    word = attempts.last_word(tmp_path)
+    word = attempts.end_reason(tmp_path)
     assert word is not None
     assert word.why.startswith(named)
     assert word.why.endswith("the last was step 5")

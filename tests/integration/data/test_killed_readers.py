@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import RunConfig
-from pipeline.optim import Schedule
-from pipeline.parallel import Ranks
-from pipeline.samples import rank_parts
-from shards.manifest import load_manifest
-from shards.read import ReadConfig, open_stream
-from shards.sample import Sample
+from pipeline.data.loader import rank_parts
+from pipeline.distributed.ranks import Ranks
+from pipeline.schedule import Schedule
+from shards.config import ReadConfig, WriteConfig
+from shards.dataset.manifest import load_manifest
+from shards.read.loader import open_stream
+from shards.read.sample import Sample
 from shards.synthetic import write_synthetic
-from shards.write import WriteConfig, write_coco
+from shards.write.writer import write_coco
 
 IMAGES, BATCH_SIZE, EPOCHS = 90, 4, 2
 EVERY = 5  # steps between checkpoints
@@ -64,7 +65,7 @@ def start(
 ) -> list[multiprocessing.Process]:
     folder.mkdir()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "pipeline.worker"])
+    context.set_forkserver_preload(["torch", "pipeline.training.loop"])
     processes = [
         context.Process(target=read, args=(config, Ranks(rank, world_size), step, held, folder), daemon=True)
         for rank in range(world_size)

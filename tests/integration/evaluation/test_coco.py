@@ -1,6 +1,5 @@
 """What an evaluation finds on real COCO images does not depend on how many of them share a batch."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,18 +9,20 @@ import torch
 
 from detr.config import ModelConfig, TransformConfig
 from detr.model import DETR, build_model
-from pipeline import checkpoint
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint import state as checkpoint_state
 from pipeline.config import Batching, DataConfig, EvaluateConfig, RunConfig
-from pipeline.evaluate import EvaluateOptions, Evaluation, evaluate
-from pipeline.parallel import Ranks
+from pipeline.distributed.ranks import Ranks
+from pipeline.evaluation.evaluate_model import EvaluateOptions, Evaluation, evaluate_model
 from pipeline.recipes import OVERFIT
-from pipeline.state import Place
-from pipeline.weights import save_initial
-from pipeline.worker import run
-from shards.manifest import Manifest
-from shards.write import WriteConfig, write_coco
+from pipeline.training.loop import run
+from pipeline.training.model import save_initial
+from pipeline.training.state import RunInfo
+from shards.config import WriteConfig
+from shards.dataset.manifest import Manifest
+from shards.write.writer import write_coco
+from tests.support.real_data import COCO_TINY
 
-COCO_TINY = Path(os.environ.get("DETR_COCO_TINY", Path(__file__).parents[2] / "../shared/data/coco-tiny"))
 pytestmark = pytest.mark.skipif(
     not COCO_TINY.is_dir(), reason=f"no COCO images at {COCO_TINY}; set DETR_COCO_TINY to a folder of them"
 )
@@ -49,7 +50,7 @@ def evaluated(
     model: DETR, data: Manifest, batch_size: int, batching: Batching, transform: TransformConfig = SMALL
 ) -> Evaluation:
     options = EvaluateOptions(transform, batch_size, batching, threads=1)
-    found = evaluate(model, data, data.categories, options)
+    found = evaluate_model(model, data, data.categories, options)
     assert found is not None
     return found
 
@@ -103,8 +104,8 @@ def learned(config: RunConfig, data: Manifest, folder: Path) -> DETR:
     torch.manual_seed(0)
     model = build_model(config.model, data.num_classes)
     save_initial(model, folder)
-    run(config, Place("run", folder, "commit"), Ranks(), None)
-    newest = checkpoint.newest(folder)
+    run(config, RunInfo("run", folder, "commit"), Ranks(), None)
+    newest = catalog.newest(folder)
     assert newest is not None
-    checkpoint.load_weights(newest, model)
+    checkpoint_state.load_weights(newest, model)
     return model

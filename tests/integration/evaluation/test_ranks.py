@@ -7,15 +7,17 @@ import numpy as np
 import torch
 
 from detr.model import build_model
-from pipeline import checkpoint
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint import state as checkpoint_state
+from pipeline.checkpoint.metadata import read_meta
 from pipeline.config import RunConfig
-from pipeline.evaluate import EvaluateOptions, evaluate
-from pipeline.parallel import Ranks
-from pipeline.state import Place
-from pipeline.weights import save_initial
-from pipeline.worker import run
-from shards.manifest import load_manifest
-from tests.ranks import run_ranks
+from pipeline.distributed.ranks import Ranks
+from pipeline.evaluation.evaluate_model import EvaluateOptions, evaluate_model
+from pipeline.training.loop import run
+from pipeline.training.model import save_initial
+from pipeline.training.state import RunInfo
+from shards.dataset.manifest import load_manifest
+from tests.support.ranks import run_ranks
 
 Evaluated = tuple[dict[str, float], np.ndarray, np.ndarray, np.ndarray | None] | None
 
@@ -25,7 +27,7 @@ def evaluated(ranks: Ranks, config: RunConfig, limit: int = 0) -> Evaluated:
     model = build_model(config.model, 4)
     val = load_manifest(config.data.val)
     options = EvaluateOptions(config.transform, batch_size=2, threads=1, limit=limit)
-    found = evaluate(model, val, val.categories, options, ranks=ranks)
+    found = evaluate_model(model, val, val.categories, options, ranks=ranks)
     if found is None:
         return None
     detections = found.detections
@@ -67,7 +69,7 @@ def test_ranks_without_a_batch_take_part(tiny_config: RunConfig) -> None:
 
 
 def go_on(ranks: Ranks, config: RunConfig, folder: Path) -> None:
-    run(config, Place("run", folder, "commit"), ranks, None)
+    run(config, RunInfo("run", folder, "commit"), ranks, None)
 
 
 def test_a_run_that_changes_its_number_of_workers_ends_with_the_same_weights(
@@ -92,10 +94,10 @@ def test_a_run_that_changes_its_number_of_workers_ends_with_the_same_weights(
             run_ranks(world_size, go_on, part, tmp_path / "together")
     states = []
     for name in ("alone", "together"):
-        path = checkpoint.newest(tmp_path / name)
+        path = catalog.newest(tmp_path / name)
         assert path is not None
-        assert checkpoint.read_meta(path).step == 6
-        checkpoint.load_weights(path, model)
+        assert read_meta(path).step == 6
+        checkpoint_state.load_weights(path, model)
         states.append({key: value.clone() for key, value in model.state_dict().items()})
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-5, msg=key)

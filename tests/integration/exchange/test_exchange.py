@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,19 +14,22 @@ from detr.config import ModelConfig
 from detr.model import build_model
 from detr.original import to_original_state_dict
 from pipeline.config import RunConfig
+from pipeline.driver.preflight import prepare
 from pipeline.errors import RegistryError, TrackingError
-from pipeline.exporting import export_original
-from pipeline.importing import import_file
-from pipeline.mlflow_store import connect, find_runs
-from pipeline.predict import read_card, read_model
-from pipeline.preflight import prepare
-from pipeline.registered import evaluate_registered, predict
-from pipeline.registry import find_version, resolve
+from pipeline.exchange.export_original import export_original
+from pipeline.exchange.import_original import import_file
+from pipeline.inference.evaluate import evaluate
+from pipeline.inference.predict import predict
+from pipeline.registry.card import read_card, read_model
+from pipeline.registry.versions import find_version, resolve
+from pipeline.tracking.mlflow_client import connect
+from pipeline.tracking.mlflow_runs import find_runs
 from pipeline.train import resume
-from shards.manifest import load_manifest
-from shards.write import WriteConfig, write_coco
+from shards.config import WriteConfig
+from shards.dataset.manifest import load_manifest
+from shards.write.writer import write_coco
+from tests.support.real_data import COCO_TINY
 
-COCO_TINY = Path(os.environ.get("DETR_COCO_TINY", Path(__file__).parents[2] / "../shared/data/coco-tiny"))
 needs_coco = pytest.mark.skipif(
     not COCO_TINY.is_dir(), reason=f"no COCO images at {COCO_TINY}; set DETR_COCO_TINY to a folder of them"
 )
@@ -86,7 +88,7 @@ def test_it_evaluates_on_coco_by_category_id(imported: MlflowClient, file: Path,
     annotations["annotations"] = [one for one in annotations["annotations"] if one["image_id"] in kept]
     (tmp_path / "val.json").write_text(json.dumps(annotations))
     write_coco(COCO_TINY / "val2017", tmp_path / "val.json", tmp_path / "val", WriteConfig())
-    found = evaluate_registered("models:/small@paper", str(tmp_path / "val"))
+    found = evaluate("models:/small@paper", str(tmp_path / "val"))
     manifest = load_manifest(str(tmp_path / "val"))
     assert 0 <= found.score.metrics["AP"] <= 1
     assert set(found.detections.image_ids.tolist()) == kept

@@ -9,15 +9,18 @@ import pytest
 from PIL import Image
 
 from detr.model import DETR
-from pipeline import checkpoint
+from pipeline.checkpoint import catalog
 from pipeline.config import RunConfig
-from pipeline.registered import evaluate_registered, predict
-from pipeline.registry import find_version, register, register_run
+from pipeline.inference.evaluate import evaluate
+from pipeline.inference.predict import predict
+from pipeline.registry.registration import register, register_run
+from pipeline.registry.versions import find_version
+from shards.config import WriteConfig
+from shards.dataset.manifest import load_manifest
 from shards.errors import ShardError
-from shards.manifest import load_manifest
-from shards.segmentation import decode_masks
-from shards.write import WriteConfig, write_coco
-from tests.integration.test_registry import Trained, train_in
+from shards.masks.rle import decode_masks
+from shards.write.writer import write_coco
+from tests.integration.registry.test_registry import Trained, train_in
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +38,9 @@ def masked(shared_store: str, masks_config: RunConfig, tmp_path_factory: pytest.
 
 
 def test_a_registered_version_with_masks_evaluates_as_its_run_did(masked: Trained) -> None:
-    best = checkpoint.best(masked.folder)
+    best = catalog.best(masked.folder)
     assert best is not None
-    found = evaluate_registered("models:/masked@best", masked.config.data.val)
+    found = evaluate("models:/masked@best", masked.config.data.val)
     assert found.score.metrics == pytest.approx(best[1], abs=1e-6)
     assert len(found.score.metrics) == 24
     assert find_version(masked.client, "models:/masked@best").tags["mask_AP"] == f"{best[1]['mask_AP']:.6f}"
@@ -66,7 +69,7 @@ def test_data_without_segmentations_is_refused_before_the_model_runs(
     write_coco(val.parent / "coco" / "val", tmp_path / "instances.json", tmp_path / "out", WriteConfig())
     monkeypatch.setattr(DETR, "forward", lambda *_: pytest.fail("the model ran"))
     with pytest.raises(ShardError, match="has no segmentation"):
-        evaluate_registered("models:/masked@best", str(tmp_path / "out"))
+        evaluate("models:/masked@best", str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +85,7 @@ def test_the_alias_stays_on_a_version_of_better_masks(
     masked.client.create_registered_model(name)
     masked.client.create_model_version(name, source=str(masked.folder), tags=current | {"val_digest": val_digest})
     masked.client.set_registered_model_alias(name, "best", "1")
-    best = checkpoint.best(masked.folder)
+    best = catalog.best(masked.folder)
     assert best is not None
     done = register(masked.client, masked.run_id, masked.config, *best, name=name, alias="best", only_if_better=True)
     assert done.alias_moved is moved

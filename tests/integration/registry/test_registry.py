@@ -18,20 +18,25 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from detr.model import build_model
-from jobs.model_commands import evaluate as evaluate_command
-from pipeline import checkpoint
+from jobs.commands.models import evaluate as evaluate_command
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint import state as checkpoint_state
 from pipeline.config import RunConfig
+from pipeline.distributed.ranks import Ranks
 from pipeline.errors import PipelineError, RegistryError, TrackingError
-from pipeline.evaluate import EvaluateOptions, evaluate
-from pipeline.mlflow_store import TAG_FOLDER, connect, create_run
-from pipeline.parallel import Ranks
-from pipeline.predict import read_card, read_model
-from pipeline.registered import evaluate_registered, predict
-from pipeline.registry import Registered, find_version, register, register_run, resolve, run_of
-from pipeline.state import Place
-from pipeline.weights import save_initial
-from pipeline.worker import run
-from shards.manifest import load_manifest
+from pipeline.evaluation.evaluate_model import EvaluateOptions, evaluate_model
+from pipeline.inference.evaluate import evaluate
+from pipeline.inference.predict import predict
+from pipeline.registry.card import read_card, read_model
+from pipeline.registry.registration import register, register_run
+from pipeline.registry.versions import Registered, find_version, resolve, run_of
+from pipeline.tracking.mlflow_client import connect
+from pipeline.tracking.mlflow_runs import create_run
+from pipeline.tracking.tags import TAG_FOLDER
+from pipeline.training.loop import run
+from pipeline.training.model import save_initial
+from pipeline.training.state import RunInfo
+from shards.dataset.manifest import load_manifest
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def train_in(root: Path, config: RunConfig) -> Trained:
     run_id = create_run(client, config, {}, {TAG_FOLDER: str(folder)})
     torch.manual_seed(0)
     save_initial(build_model(config.model, 4), folder)
-    run(config, Place(run_id, folder, "abc123"), Ranks(), None)
+    run(config, RunInfo(run_id, folder, "abc123"), Ranks(), None)
     return Trained(client, config, run_id, folder, root / "mlartifacts")
 
 
@@ -87,7 +92,7 @@ def _fresh_modules() -> Iterator[None]:
 
 def test_a_version_says_where_it_came_from(trained: Trained, version: str) -> None:
     found = find_version(trained.client, "models:/tiny@best")
-    best = checkpoint.best(trained.folder)
+    best = catalog.best(trained.folder)
     assert best is not None
     assert str(found.version) == version == "1"
     assert found.run_id == trained.run_id == run_of(trained.client, "models:/tiny/1")
@@ -119,7 +124,7 @@ def test_the_alias_stays_on_a_better_version_of_the_same_data(
     own.client.create_registered_model("tiny")
     own.client.create_model_version("tiny", source=str(own.folder), tags={"AP": ap, "val_digest": val_digest})
     own.client.set_registered_model_alias("tiny", "best", "1")
-    best = checkpoint.best(own.folder)
+    best = catalog.best(own.folder)
     assert best is not None
     done = register(own.client, own.run_id, own.config, *best, name="tiny", alias="best", only_if_better=only_if_better)
     assert done == Registered("2", moved)
@@ -162,13 +167,13 @@ def test_every_layer_of_a_version_is_scored_and_the_last_as_without_asking(
 
 
 def test_a_registered_version_evaluates_as_the_model_in_memory(trained: Trained, version: str) -> None:
-    best = checkpoint.best(trained.folder)
+    best = catalog.best(trained.folder)
     assert best is not None
     model = build_model(trained.config.model, 4)
-    checkpoint.load_weights(best[0], model)
+    checkpoint_state.load_weights(best[0], model)
     val = load_manifest(trained.config.data.val)
-    expected = evaluate(model, val, val.categories, EvaluateOptions(trained.config.transform, batch_size=2))
-    found = evaluate_registered("models:/tiny@best", trained.config.data.val)
+    expected = evaluate_model(model, val, val.categories, EvaluateOptions(trained.config.transform, batch_size=2))
+    found = evaluate("models:/tiny@best", trained.config.data.val)
     assert expected is not None
     assert found.score.metrics == pytest.approx(expected.score.metrics, abs=1e-6)
     assert found.score.metrics == pytest.approx(best[1], abs=1e-6)
@@ -181,16 +186,16 @@ def test_a_version_of_a_run_with_averages_holds_them_and_says_so(
 ) -> None:
     trained = train_in(tmp_path, replace(short_config, optim=replace(short_config.optim, ema=0.9)))
     register_run(trained.run_id, name="tiny", alias="best")
-    best = checkpoint.best(trained.folder)
+    best = catalog.best(trained.folder)
     assert best is not None
     weights = read_model(resolve("models:/tiny@best"))[0].state_dict()
     for averaged in (True, False):
         model = build_model(trained.config.model, 4)
-        checkpoint.load_weights(best[0], model, averaged=averaged)
+        checkpoint_state.load_weights(best[0], model, averaged=averaged)
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items()) is averaged
     assert read_card(resolve("models:/tiny@best")).ema == 0.9
     assert find_version(trained.client, "models:/tiny@best").tags["ema"] == "0.9"
-    found = evaluate_registered("models:/tiny@best", trained.config.data.val)
+    found = evaluate("models:/tiny@best", trained.config.data.val)
     assert found.score.metrics == pytest.approx(best[1], abs=1e-6)
 
 
@@ -215,19 +220,19 @@ def test_a_version_is_evaluated_in_the_batches_that_its_card_names(
         seen.append(options["batching"])
         raise InterruptedError
 
-    monkeypatch.setattr("pipeline.registered.evaluate", evaluate)
+    monkeypatch.setattr("pipeline.inference.evaluate.evaluate_model", evaluate)
     model, card = read_model(resolve("models:/tiny@best"))
     card = msgspec.structs.replace(card, evaluate_batching=batching)
-    monkeypatch.setattr("pipeline.registered.read_model", lambda folder: (model, card))
+    monkeypatch.setattr("pipeline.inference.evaluate.read_model", lambda folder: (model, card))
     with pytest.raises(InterruptedError):
-        evaluate_registered("models:/tiny@best", trained.config.data.val)
+        evaluate("models:/tiny@best", trained.config.data.val)
     assert seen == [batching]
 
 
 def test_the_run_s_files_may_be_gone_once_it_is_registered(own: Trained) -> None:
     register_run("tiny", name="tiny", alias="best")
     shutil.rmtree(own.folder)
-    assert evaluate_registered("models:/tiny@best", own.config.data.val).score.metrics["AP"] >= 0
+    assert evaluate("models:/tiny@best", own.config.data.val).score.metrics["AP"] >= 0
 
 
 def test_nothing_that_is_stored_is_a_pickle(trained: Trained, version: str) -> None:
@@ -351,11 +356,11 @@ def test_evaluating_on_data_of_other_categories_is_refused(trained: Trained, ver
     content["categories"][1]["name"] = "bus"
     (manifest / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(PipelineError, match="category 2 is 'square' to the model and 'bus'"):
-        evaluate_registered("models:/tiny@best", str(manifest))
+        evaluate("models:/tiny@best", str(manifest))
 
 
 def test_a_run_starts_from_a_registered_version(trained: Trained, version: str) -> None:
-    from pipeline.preflight import prepare
+    from pipeline.driver.preflight import prepare
 
     said: list[str] = []
     other = replace(
@@ -365,7 +370,7 @@ def test_a_run_starts_from_a_registered_version(trained: Trained, version: str) 
     assert config.model == trained.config.model
     assert "starting from models:/tiny@best" in said
     model = build_model(trained.config.model, 4)
-    best = checkpoint.best(trained.folder)
+    best = catalog.best(trained.folder)
     assert best is not None
-    checkpoint.load_weights(best[0], model)
+    checkpoint_state.load_weights(best[0], model)
     assert torch.equal(ready.model.class_embed.weight, model.class_embed.weight)

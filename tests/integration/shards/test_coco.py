@@ -6,7 +6,6 @@ import copy
 import hashlib
 import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +14,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.plan import plan_epoch
-from shards.read import ReadConfig, open_loader, read_samples
-from shards.score import MASK_METRICS, METRICS, Detections, coco_metrics
-from shards.segmentation import encode_masks
-from shards.verify import verify
-from shards.write import WriteConfig, write_coco
-from tests.coco_results import coco_results
+from shards.config import ReadConfig, WriteConfig
+from shards.dataset.verify import verify
+from shards.masks.rle import encode_masks
+from shards.plan.epoch import plan_epoch
+from shards.read.loader import open_loader, read_samples
+from shards.score.coco_eval import MASK_METRICS, METRICS, Detections, coco_metrics
+from shards.write.writer import write_coco
+from tests.support.coco_results import coco_results
+from tests.support.real_data import COCO_TINY
 
-COCO_TINY = Path(os.environ.get("DETR_COCO_TINY", Path(__file__).parents[2] / "../shared/data/coco-tiny"))
 pytestmark = pytest.mark.skipif(
     not COCO_TINY.is_dir(), reason=f"no COCO images at {COCO_TINY}; set DETR_COCO_TINY to a folder of them"
 )

@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.adopt import IndexConfig, index_tars
-from shards.document import Document, write_document
-from shards.manifest import Manifest
-from shards.plan import plan_epoch
-from shards.read import open_loader, read_samples
-from shards.verify import verify
-from shards.voc import VocConfig, voc_document
-from shards.write import WriteConfig, write_coco
-from shards.yolo import YoloConfig, yolo_document
+from shards.config import IndexConfig, VocConfig, WriteConfig, YoloConfig
+from shards.dataset.manifest import Manifest
+from shards.dataset.verify import verify
+from shards.foreign.index_tars import index_tars
+from shards.formats.document import Document, write_document
+from shards.formats.voc import voc_document
+from shards.formats.yolo import yolo_document
+from shards.plan.epoch import plan_epoch
+from shards.read.loader import open_loader, read_samples
+from shards.write.writer import write_coco
+from tests.support.real_data import COCO_TINY
 
-COCO_TINY = Path(os.environ.get("DETR_COCO_TINY", Path(__file__).parents[2] / "../shared/data/coco-tiny"))
 pytestmark = pytest.mark.skipif(
     not COCO_TINY.is_dir(), reason=f"no COCO images at {COCO_TINY}; set DETR_COCO_TINY to a folder of them"
 )

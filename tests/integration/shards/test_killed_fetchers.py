@@ -18,11 +18,11 @@ LIMIT, FILES = 1_000_000, 8
 READER = """
 import hashlib, os, random, sys, threading, time
 from pathlib import Path
-from shards import fetch
-from shards.cache import Cache
-from shards.fetch import Item
+from shards.store import download
+from shards.store.cache import Cache
+from shards.store.download import Item
 
-fetch.PIECE = 40_000
+download.PIECE = 40_000
 items = [Item(str(path), path.stat().st_size, path.name) for path in sorted(Path("store").iterdir())]
 cache = Cache(Path("kept"), int(sys.argv[1]))
 print("ready", flush=True)

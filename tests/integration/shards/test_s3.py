@@ -16,16 +16,16 @@ import fsspec
 import numpy as np
 import pytest
 
-from shards import retry, storage
-from shards.cache import CacheConfig
+from shards.config import CacheConfig, ReadConfig
+from shards.dataset.manifest import Manifest, load_manifest
+from shards.dataset.verify import check_sizes
 from shards.errors import ShardError
-from shards.manifest import Manifest, load_manifest
-from shards.plan import plan_epoch
-from shards.read import ReadConfig, open_loader, read_samples
-from shards.sample import Sample
-from shards.verify import check_sizes
+from shards.plan.epoch import plan_epoch
+from shards.read.loader import open_loader, read_samples
+from shards.read.sample import Sample
+from shards.store import retry, storage
 from tests.conftest import TinyData
-from tests.s3_server import SECRET, S3Server
+from tests.support.s3_server import SECRET, S3Server
 
 IMAGES = 12
 
@@ -81,9 +81,10 @@ def test_without_a_cache_each_sample_is_one_request_masks_included(s3: S3Server,
 READ = """
 import sys
 import numpy as np
-from shards.cache import CacheConfig
-from shards.manifest import load_manifest
-from shards.read import ReadConfig, read_samples
+from shards.config import CacheConfig
+from shards.dataset.manifest import load_manifest
+from shards.config import ReadConfig
+from shards.read.loader import read_samples
 manifest = load_manifest("s3://sets/coco", CacheConfig(sys.argv[1]))
 print("ready", flush=True)
 sys.stdin.readline()

@@ -1,7 +1,6 @@
 """Real COCO images with a dozen kinds of defects sown among them: the command names each, and leaves the rest whole."""
 
 import json
-import os
 import random
 import shutil
 import tarfile
@@ -13,10 +12,10 @@ import pytest
 from PIL import Image
 
 from jobs.cli import run
-from shards.manifest import load_manifest
-from shards.verify import verify
+from shards.dataset.manifest import load_manifest
+from shards.dataset.verify import verify
+from tests.support.real_data import COCO_TINY
 
-COCO_TINY = Path(os.environ.get("DETR_COCO_TINY", Path(__file__).parents[2] / "../shared/data/coco-tiny"))
 pytestmark = pytest.mark.skipif(
     not COCO_TINY.is_dir(), reason=f"no COCO images at {COCO_TINY}; set DETR_COCO_TINY to a folder of them"
 )

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +10,15 @@ import fsspec
 import numpy as np
 import pytest
 
-from shards.cache import CacheConfig
-from shards.manifest import load_manifest
-from shards.plan import plan_epoch
-from shards.read import ReadConfig, open_loader
-from shards.stock import open_webdataset, verify_stock
-from shards.write import WriteConfig, write_coco
-from tests.s3_server import S3Server
+from shards.config import CacheConfig, ReadConfig, WriteConfig
+from shards.dataset.manifest import load_manifest
+from shards.plan.epoch import plan_epoch
+from shards.read.loader import open_loader
+from shards.read.stock import open_webdataset, verify_stock
+from shards.write.writer import write_coco
+from tests.support.real_data import COCO_TINY
+from tests.support.s3_server import S3Server
 
-COCO_TINY = Path(os.environ.get("DETR_COCO_TINY", Path(__file__).parents[2] / "../shared/data/coco-tiny"))
 pytestmark = pytest.mark.skipif(
     not COCO_TINY.is_dir(), reason=f"no COCO images at {COCO_TINY}; set DETR_COCO_TINY to a folder of them"
 )

@@ -12,9 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shards.manifest import load_manifest
+from shards.config import WriteConfig
+from shards.dataset.manifest import load_manifest
 from shards.synthetic import write_synthetic
-from shards.write import WriteConfig, write_coco
+from shards.write.writer import write_coco
 
 IMAGES, SAMPLES = 1200, 2  # enough shards that no way of stopping comes too late
 

@@ -9,7 +9,7 @@ import fsspec
 import pytest
 
 from tests.conftest import TinyData
-from tests.s3_server import S3Server
+from tests.support.s3_server import S3Server
 
 
 @pytest.fixture

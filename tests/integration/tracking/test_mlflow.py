@@ -12,26 +12,17 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
-from pipeline import mlflow_store, ui
 from pipeline.config import RunConfig, flatten, from_json
 from pipeline.errors import TrackingError
-from pipeline.mlflow_events import EventSender
-from pipeline.mlflow_store import (
-    CONFIG_ARTIFACT,
-    TAG_COMMIT,
-    TAG_FOLDER,
-    code_commit,
-    connect,
-    create_run,
-    find_run,
-    find_runs,
-    holds_secret,
-    read_config,
-    without_secret,
-)
-from pipeline.spool import SpoolTracker
-from pipeline.track import Event
-from shards.manifest import load_manifest
+from pipeline.tracking import mlflow_runs, ui
+from pipeline.tracking.mlflow_client import connect, holds_secret, without_secret
+from pipeline.tracking.mlflow_runs import CONFIG_ARTIFACT, create_run, find_run, find_runs, read_config
+from pipeline.tracking.mlflow_sender import EventSender
+from pipeline.tracking.provenance import code_commit
+from pipeline.tracking.spool import SpoolTracker
+from pipeline.tracking.tags import TAG_COMMIT, TAG_FOLDER
+from pipeline.tracking.tracker import Event
+from shards.dataset.manifest import load_manifest
 
 
 @pytest.fixture
@@ -124,7 +115,7 @@ def test_runs_of_other_programs_are_not_listed(client: MlflowClient, tiny_config
 def test_runs_are_found_among_many_others(
     client: MlflowClient, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlflow_store, "_PAGE", 2)
+    monkeypatch.setattr(mlflow_runs, "_PAGE", 2)
     ids = [created(client, tiny_config, name) for name in ("first", "second", "third", "fourth")]
     experiment = client.get_run(ids[0]).info.experiment_id
     for _ in range(3):

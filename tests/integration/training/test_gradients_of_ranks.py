@@ -16,14 +16,16 @@ from detr.config import ModelConfig, TransformConfig
 from detr.matcher import generalized_iou, match
 from detr.model import Outputs, build_model
 from pipeline.config import OptimConfig, RunConfig
-from pipeline.optim import build_optimizer
-from pipeline.parallel import Ranks, Strategy, distribute, unwrap
-from pipeline.step import train_step
-from pipeline.stopping import NOTHING, Asked
-from pipeline.weights import build_trained
-from shards.manifest import Manifest
-from shards.plan import PlanConfig, plan_epoch
-from tests.ranks import run_ranks
+from pipeline.distributed.parallel import Strategy, distribute, unwrap
+from pipeline.distributed.ranks import Ranks
+from pipeline.training.model import build_trainable_model
+from pipeline.training.optim import build_optimizer
+from pipeline.training.requests import NO_REQUEST, Request
+from pipeline.training.step import train_step
+from shards.config import PlanConfig
+from shards.dataset.manifest import Manifest
+from shards.plan.epoch import plan_epoch
+from tests.support.ranks import run_ranks
 
 MODEL = ModelConfig(
     backbone="tiny",
@@ -79,7 +81,7 @@ def gradients(
     passes: into so many micro-batches a rank's images are cut.
     """
     torch.manual_seed(0)
-    model = build_trained(config, 4)
+    model = build_trainable_model(config, 4)
     wrapped = distribute(model, ranks, strategy)
     optimizer = build_optimizer(unwrap(wrapped), config.optim)
     made, mine = samples(boxes), shares[ranks.rank]
@@ -211,7 +213,7 @@ def originals(shares: list[tuple[int, ...]], boxes: tuple[int, ...]) -> tuple[di
     total = 0.0
     for share in shares:
         torch.manual_seed(0)
-        model = build_trained(CONFIG, 4).train()
+        model = build_trainable_model(CONFIG, 4).train()
         batch = collate([made[i] for i in share])
         outputs = model(normalise(batch, CONFIG.transform), batch.padding)
         loss = torch.zeros(())
@@ -304,10 +306,10 @@ def test_what_is_not_finite_on_one_rank_stops_every_rank_before_the_update(
 
 def stopping_step(ranks: Ranks) -> list[bool]:
     """Whether this rank is to stop after a step in which nobody, and one in which rank 1 alone asks for it."""
-    wrapped = distribute(build_trained(CONFIG, 4), ranks)
+    wrapped = distribute(build_trainable_model(CONFIG, 4), ranks)
     optimizer = build_optimizer(unwrap(wrapped), CONFIG.optim)
     batch = collate(samples(EVEN)[:2])
-    asks = (NOTHING, Asked(stop=ranks.rank == 1))
+    asks = (NO_REQUEST, Request(stop=ranks.rank == 1))
     return [
         train_step(wrapped, [batch], optimizer, CONFIG, ranks, step, ask).asked.stop for step, ask in enumerate(asks)
     ]

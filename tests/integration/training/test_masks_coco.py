@@ -1,6 +1,5 @@
 """Masks of real COCO images on their way into training: augmented with their boxes, and learned from."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,18 +11,19 @@ from torch import Tensor
 
 from detr.config import TransformConfig
 from pipeline.config import DataConfig, RunConfig
-from pipeline.optim import Schedule
-from pipeline.parallel import Ranks
-from pipeline.preflight import prepare
-from pipeline.samples import training_batches
-from pipeline.state import Place
-from pipeline.track import MemoryTracker
-from pipeline.worker import run
-from shards.manifest import Manifest
-from shards.score import MASK_METRICS
-from shards.write import WriteConfig, write_coco
+from pipeline.data.loader import training_batches
+from pipeline.distributed.ranks import Ranks
+from pipeline.driver.preflight import prepare
+from pipeline.schedule import Schedule
+from pipeline.tracking.tracker import MemoryTracker
+from pipeline.training.loop import run
+from pipeline.training.state import RunInfo
+from shards.config import WriteConfig
+from shards.dataset.manifest import Manifest
+from shards.score.coco_eval import MASK_METRICS
+from shards.write.writer import write_coco
+from tests.support.real_data import COCO_TINY
 
-COCO_TINY = Path(os.environ.get("DETR_COCO_TINY", Path(__file__).parents[2] / "../shared/data/coco-tiny"))
 pytestmark = pytest.mark.skipif(
     not COCO_TINY.is_dir(), reason=f"no COCO images at {COCO_TINY}; set DETR_COCO_TINY to a folder of them"
 )
@@ -78,7 +78,7 @@ def test_masks_of_real_images_are_learned_from_and_scored(masks_config: RunConfi
     ready.place(tmp_path / "run")
     tracker = MemoryTracker()
     torch.manual_seed(0)
-    run(config, Place("run", tmp_path / "run", "commit"), Ranks(), tracker)
+    run(config, RunInfo("run", tmp_path / "run", "commit"), Ranks(), tracker)
     losses = [value for name, value, _ in tracker.points if name in ("train/loss_mask", "train/loss_dice")]
     assert len(losses) == 24
     assert sum(losses[-2:]) < 0.9 * sum(losses[:2])

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import worker
 from pipeline.config import ClusterConfig, RunConfig
-from pipeline.parallel import Ranks, Strategy
-from pipeline.preflight import prepare
-from pipeline.state import Place
-from pipeline.step import StepResult
-from tests.ranks import run_ranks
+from pipeline.distributed.parallel import Strategy
+from pipeline.distributed.ranks import Ranks
+from pipeline.driver.preflight import prepare
+from pipeline.training import loop
+from pipeline.training.state import RunInfo
+from pipeline.training.step import StepResult
+from tests.support.ranks import run_ranks
 
 IMAGES, STEPS = 12, 16
 Steps = dict[int, tuple[list[int], float]]
@@ -42,7 +43,7 @@ def config(tiny_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> 
 def go_on(ranks: Ranks, config: RunConfig, strategy: Strategy, folder: Path, crash: int | None) -> Steps:
     """Train from the newest checkpoint on until the end, or until a step that crashes: what each step used and lost."""
     taken: Steps = {}
-    train_step = worker.train_step
+    train_step = loop.train_step
 
     def recorded(
         model: Any, batches: Any, optimizer: Any, config: Any, ranks: Ranks, step: int, *rest: Any
@@ -55,14 +56,14 @@ def go_on(ranks: Ranks, config: RunConfig, strategy: Strategy, folder: Path, cra
         taken[step] = [one for of_rank in ids for one in of_rank], loss
         return result
 
-    worker.train_step = recorded
+    loop.train_step = recorded
     try:
         cluster = ClusterConfig(workers=ranks.world_size, strategy=strategy)
-        worker.run(replace(config, cluster=cluster), Place("run", folder, "commit"), ranks, None)
+        loop.run(replace(config, cluster=cluster), RunInfo("run", folder, "commit"), ranks, None)
     except _CrashError:
         pass
     finally:
-        worker.train_step = train_step
+        loop.train_step = train_step
     return taken
 
 

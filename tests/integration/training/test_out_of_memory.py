@@ -4,13 +4,13 @@ import resource
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline import worker
 from pipeline.config import RunConfig
-from pipeline.memory import MemoryShortage
-from pipeline.parallel import Ranks
-from pipeline.preflight import prepare
-from pipeline.state import Place
-from tests.ranks import run_ranks
+from pipeline.distributed.ranks import Ranks
+from pipeline.driver.preflight import prepare
+from pipeline.training import loop
+from pipeline.training.out_of_memory import MemoryShortage
+from pipeline.training.state import RunInfo
+from tests.support.ranks import run_ranks
 
 
 def with_less(ranks: Ranks, config: RunConfig, folder: Path, spare: int) -> str:
@@ -19,7 +19,7 @@ def with_less(ranks: Ranks, config: RunConfig, folder: Path, spare: int) -> str:
     limit = pages * resource.getpagesize() + spare
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
-        worker.run(config, Place("run", folder, "commit"), ranks, None)
+        loop.run(config, RunInfo("run", folder, "commit"), ranks, None)
     except MemoryShortage as error:
         return str(error)
     return ""

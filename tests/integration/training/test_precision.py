@@ -11,14 +11,16 @@ import torch
 
 from detr.model import build_model
 from pipeline.config import DataConfig
-from pipeline.optim import Schedule, build_optimizer, set_learning_rates
-from pipeline.parallel import Ranks
+from pipeline.data.loader import training_batches
+from pipeline.distributed.ranks import Ranks
 from pipeline.recipes import DEMO
-from pipeline.samples import training_batches
-from pipeline.step import train_step
-from shards.manifest import Manifest, load_manifest
+from pipeline.schedule import Schedule
+from pipeline.training.optim import build_optimizer, set_learning_rates
+from pipeline.training.step import train_step
+from shards.config import WriteConfig
+from shards.dataset.manifest import Manifest, load_manifest
 from shards.synthetic import write_synthetic
-from shards.write import WriteConfig, write_coco
+from shards.write.writer import write_coco
 
 STEPS = 200
 

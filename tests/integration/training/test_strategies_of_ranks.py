@@ -10,17 +10,19 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.tensor import DTensor
 
 from detr.batch import collate
-from detr.execution import compile_shapes, set_channels_last, set_recompute
+from detr.compute import compile_shapes, set_channels_last, set_recompute
 from detr.model import DETR
-from pipeline import checkpoint
-from pipeline.ema import Ema
-from pipeline.optim import build_optimizer
-from pipeline.parallel import Ranks, Strategy, distribute, unwrap, whole
-from pipeline.step import train_step
-from pipeline.weights import build_trained
-from tests.integration.test_gradients_of_ranks import CONFIG, UNEVEN, samples
-from tests.ranks import run_ranks
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint import state as checkpoint_state
+from pipeline.distributed.parallel import Strategy, distribute, gathered_model, unwrap
+from pipeline.distributed.ranks import Ranks
+from pipeline.training.ema import Ema
+from pipeline.training.model import build_trainable_model
+from pipeline.training.optim import build_optimizer
+from pipeline.training.step import train_step
+from tests.integration.training.test_gradients_of_ranks import CONFIG, UNEVEN, samples
 from tests.support.checkpoints import meta, save_checkpoint
+from tests.support.ranks import run_ranks
 
 WORLD: dict[Strategy, int] = {"single": 1, "ddp": 2, "fsdp": 2}
 # The paper's rate. At ten times that, what processors round otherwise becomes another assignment of queries to objects
@@ -30,7 +32,7 @@ State = dict[str, Tensor]
 
 
 def bare() -> DETR:
-    model = build_trained(RUN, 4)
+    model = build_trainable_model(RUN, 4)
     set_channels_last(model)
     set_recompute(model, "both")
     return model
@@ -105,11 +107,11 @@ def save(ranks: Ranks, strategy: Strategy, folder: Path) -> tuple[State, float]:
 def load(ranks: Ranks, strategy: Strategy, folder: Path) -> list[tuple[State, float]]:
     found = []
     for origin in WORLD:
-        path = checkpoint.newest(folder / origin)
+        path = catalog.newest(folder / origin)
         assert path is not None
         model, optimizer = build(ranks, strategy, seed=1 + ranks.rank)
         ema = Ema(model, 0.9)
-        checkpoint.load(path, model, optimizer, ranks, ema.averages)
+        checkpoint_state.load(path, model, optimizer, ranks, ema.averages)
         found.append((state(model, optimizer, ema), step(model, optimizer, ranks, 3)))
     return found
 
@@ -131,7 +133,7 @@ def outputs(ranks: Ranks, strategy: Strategy) -> list[Tensor]:
     ema = Ema(model, 0.9)
     step(model, optimizer, ranks, 0)
     ema.update(0)
-    models = [whole(model, bare, averages).eval() for averages in (None, ema.averages)]
+    models = [gathered_model(model, bare, averages).eval() for averages in (None, ema.averages)]
     if ranks.rank > 0:
         return []  # so that a collective would wait for ever
     with torch.inference_mode():

@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-_MODULE = "pipeline.worker"
+_MODULE = "pipeline.training.loop"
 
 
 class _Wrapping(Loader):

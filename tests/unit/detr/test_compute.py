@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from detr.batch import Target
+from detr.compute import autocast, compile_shapes, set_channels_last, set_recompute, uncompiled
 from detr.config import LossConfig, ModelConfig
 from detr.criterion import compute_losses
-from detr.execution import autocast, compile_shapes, set_channels_last, set_recompute, uncompiled
 from detr.model import DETR, build_model
 
 SMALL = ModelConfig(

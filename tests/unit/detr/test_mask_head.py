@@ -8,10 +8,10 @@ from torch.nn import functional as F
 from detr.batch import Target
 from detr.config import ConfigError, LossConfig, ModelConfig
 from detr.criterion import compute_losses
+from detr.mask_head import AttentionMap, MaskHead
 from detr.model import DETR, Outputs, build_model, freeze_detector
 from detr.original import load_detector_state_dict, load_original_state_dict, to_original_state_dict
 from detr.postprocess import detect
-from detr.segmentation import AttentionMap, MaskHead
 
 TINY = ModelConfig(
     backbone="tiny", norm="group", frozen_stages=0, hidden_dim=128, heads=8, encoder_layers=1, decoder_layers=2,

@@ -9,7 +9,7 @@ from torch import Tensor
 from detr.config import ConfigError, ModelConfig
 from detr.model import build_model
 from detr.original import to_original_state_dict
-from detr.recognise import heads_of_mask_head, recognise
+from detr.original_config import heads_of_mask_head, infer_config
 
 SMALL: dict[str, Any] = {
     "backbone": "resnet18",
@@ -33,7 +33,7 @@ def state_of(config: ModelConfig, classes: int) -> dict[str, Tensor]:
 )
 def test_configs_of_the_papers_models_are_found(backbone: Any, dilation: bool, masks: bool) -> None:
     config, classes = ModelConfig(backbone=backbone, dilation=dilation, masks=masks), 250 if masks else 91
-    assert recognise(state_of(config, classes), dilation=dilation) == (config, classes)
+    assert infer_config(state_of(config, classes), dilation=dilation) == (config, classes)
 
 
 @pytest.mark.parametrize(
@@ -55,21 +55,21 @@ def test_configs_of_the_papers_models_are_found(backbone: Any, dilation: bool, m
 def test_configs_of_other_models_are_found(changes: dict[str, Any]) -> None:
     config = ModelConfig(**(SMALL | changes))
     unseen = {"heads": 4, "dropout": config.dropout, "auxiliary": config.auxiliary}
-    assert recognise(state_of(config, 3), **unseen) == (config, 3)
+    assert infer_config(state_of(config, 3), **unseen) == (config, 3)
 
 
 def test_a_mask_head_shows_the_number_of_heads() -> None:
     config = ModelConfig(**(SMALL | {"hidden_dim": 128, "heads": 16, "masks": True}))
     state = state_of(config, 3)
     assert heads_of_mask_head(state) == 16
-    assert recognise(state) == (config, 3)
+    assert infer_config(state) == (config, 3)
     assert heads_of_mask_head(state_of(ModelConfig(**SMALL), 3)) is None
 
 
 def test_batch_counters_do_not_matter() -> None:
     state = state_of(ModelConfig(**SMALL), 3)
     state["backbone.0.body.bn1.num_batches_tracked"] = torch.tensor(1)
-    assert recognise(state, heads=4)[0] == ModelConfig(**SMALL)
+    assert infer_config(state, heads=4)[0] == ModelConfig(**SMALL)
 
 
 @pytest.mark.parametrize(
@@ -91,14 +91,14 @@ def test_foreign_state_dict_error_explains_why(key: str, tensor: Tensor | None, 
     else:
         state[key] = tensor
     with pytest.raises(ValueError, match=said) as caught:
-        recognise(state)
+        infer_config(state)
     assert "\n" not in str(caught.value)
 
 
 def test_impossible_heads_are_refused() -> None:
     with pytest.raises(ConfigError, match="hidden_dim: got 32, expected a multiple of heads=5"):
-        recognise(state_of(ModelConfig(**SMALL), 3), heads=5)
+        infer_config(state_of(ModelConfig(**SMALL), 3), heads=5)
     masks = state_of(ModelConfig(**(SMALL | {"hidden_dim": 128, "heads": 8, "masks": True})), 3)
     masks["mask_head.lay1.weight"] = torch.zeros(128, 128, 3, 3)
     with pytest.raises(ValueError, match="has 128 channels, expected 128 and one for each head"):
-        recognise(masks)
+        infer_config(masks)

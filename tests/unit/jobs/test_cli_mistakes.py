@@ -195,9 +195,9 @@ def test_operating_system_error_gives_one_line(
 def test_output_files_are_checked_before_evaluation(
     detr: Detr, monkeypatch: pytest.MonkeyPatch, flag: str, path: str
 ) -> None:
-    from pipeline import registered
+    from pipeline.inference import evaluate as evaluate_version
 
-    monkeypatch.setattr(registered, "evaluate_registered", lambda *_, **__: pytest.fail("evaluated"))
+    monkeypatch.setattr(evaluate_version, "evaluate", lambda *_, **__: pytest.fail("evaluated"))
     result = detr("evaluate", "models:/a@b", "--data", "d", flag, path)
     assert result.status == 1
     assert f"{path} cannot be written; expected a file in a folder that exists" in result.line

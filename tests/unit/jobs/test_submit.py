@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from jobs import cluster_commands
 from jobs import submit as module
 from jobs.cli import check
+from jobs.commands import cluster
 from jobs.spec import Spec
 from jobs.submit import JobError, spec_named, submit
 from pipeline.errors import PipelineError
@@ -35,7 +35,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
 
 def submit_here(*command: str) -> None:
     """Run `detr submit local -- COMMAND`."""
-    cluster_commands.submit(["local", "--", *command], check)
+    cluster.submit(["local", "--", *command], check)
 
 
 def test_job_runs_the_same_command_in_the_folder_of_the_spec(server: Server) -> None:

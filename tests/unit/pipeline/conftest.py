@@ -10,15 +10,16 @@ import torch
 
 from detr.batch import Batch
 from detr.model import build_model
-from pipeline import checkpoint
-from pipeline import worker as module
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint import state as checkpoint_state
 from pipeline.config import RunConfig
-from pipeline.parallel import Ranks
-from pipeline.state import Place
-from pipeline.step import StepResult, train_step
-from pipeline.track import MemoryTracker
-from pipeline.weights import save_initial
-from pipeline.worker import run
+from pipeline.distributed.ranks import Ranks
+from pipeline.tracking.tracker import MemoryTracker
+from pipeline.training import loop as module
+from pipeline.training.loop import run
+from pipeline.training.model import save_initial
+from pipeline.training.state import RunInfo
+from pipeline.training.step import StepResult, train_step
 
 
 class Kill(BaseException):
@@ -38,17 +39,17 @@ class KillingTracker(MemoryTracker):
         super().metrics(values, step)
 
 
-def start(config: RunConfig, folder: Path) -> Place:
+def start(config: RunConfig, folder: Path) -> RunInfo:
     torch.manual_seed(config.seed)
     save_initial(build_model(config.model, 4), folder)
-    return Place("run", folder, "commit")
+    return RunInfo("run", folder, "commit")
 
 
 def weights(config: RunConfig, folder: Path) -> dict[str, torch.Tensor]:
     model = build_model(config.model, 4)
-    path = checkpoint.newest(folder)
+    path = catalog.newest(folder)
     assert path is not None
-    checkpoint.load_weights(path, model)
+    checkpoint_state.load_weights(path, model)
     return model.state_dict()
 
 
@@ -57,9 +58,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 
 def evaluated(folder: Path) -> list[str]:
-    return [
-        path.name[-2:] for path in checkpoint.list_checkpoints(folder) if checkpoint.read_evaluation(path) is not None
-    ]
+    return [path.name[-2:] for path in catalog.list_checkpoints(folder) if catalog.read_evaluation(path) is not None]
 
 
 def shown_images(patch: pytest.MonkeyPatch) -> dict[int, list[int]]:
@@ -93,5 +92,5 @@ def uninterrupted(config: RunConfig, finished: Path) -> Path:
 
 
 @pytest.fixture
-def place(config: RunConfig, tmp_path: Path) -> Place:
+def place(config: RunConfig, tmp_path: Path) -> RunInfo:
     return start(config, tmp_path / "run")

@@ -6,8 +6,8 @@ from typing import cast
 import pytest
 
 from pipeline.recipes import NOTES, RECIPES
-from shards.manifest import Manifest
-from shards.plan import plan_epoch
+from shards.dataset.manifest import Manifest
+from shards.plan.epoch import plan_epoch
 
 PAPER = ["detr-r50", "detr-r50-dc5", "detr-r101", "detr-r101-dc5", "detr-r50-150ep"]
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards import storage
-from shards.fetch import Item
-from shards.manifest import Manifest
-from shards.write import WriteConfig, write_coco
-from tests.foreign_tars import picture, tar, thing
+from shards.config import WriteConfig
+from shards.dataset.manifest import Manifest
+from shards.store import storage
+from shards.store.download import Item
+from shards.write.writer import write_coco
+from tests.support.foreign_tars import picture, tar, thing
 
 
 @dataclass

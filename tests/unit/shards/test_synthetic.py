@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from shards.dataset.verify import verify
 from shards.errors import ShardError
 from shards.synthetic import CATEGORIES, MAX_SIDE, MIN_SIDE, MIN_VISIBLE, write_synthetic
-from shards.verify import verify
-from shards.write import write_coco
+from shards.write.writer import write_coco
 
 
 @pytest.fixture(scope="module")

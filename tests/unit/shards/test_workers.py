@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from shards.errors import ShardError
-from shards.processes import process_map
+from shards.workers import process_map
 
 Done = Callable[[int], None]
 

@@ -8,10 +8,10 @@ from detr.batch import Target
 from detr.config import ModelConfig, TransformConfig
 from detr.model import build_model
 from detr.original import load_backbone_weights
-from pipeline.pretrain import point_labels, pretrain_backbone
-from shards.manifest import Manifest
+from pipeline.built_in.pretrain import point_labels, pretrain_backbone
+from shards.dataset.manifest import Manifest
 from shards.synthetic import write_synthetic
-from shards.write import write_coco
+from shards.write.writer import write_coco
 
 MODEL = ModelConfig(backbone="tiny", norm="frozen_batch", hidden_dim=32, heads=2, encoder_layers=1, decoder_layers=1)
 TRANSFORM = TransformConfig(train_scales=(64,), eval_size=64, crop=False)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import checkpoint, saved
+from pipeline.checkpoint import catalog
 from pipeline.config import RunConfig
+from pipeline.distributed.ranks import Ranks
 from pipeline.errors import CheckpointError
-from pipeline.parallel import Ranks
-from pipeline.track import MemoryTracker
-from pipeline.worker import run
+from pipeline.tracking.tracker import MemoryTracker
+from pipeline.training.loop import run
 from tests.unit.pipeline.conftest import Kill, KillingTracker, start
 
 
@@ -39,7 +39,7 @@ def test_workers_without_the_store_refuse_to_start_again(tiny_config: RunConfig,
     away.rename(store)
     run(config, place, Ranks(), tracker)
     assert losses(tracker) == [4, 5, 6]
-    assert saved.newest_of_run(store / "tiny-1", place.folder) == checkpoint.folder_of(store / "tiny-1", 6)
+    assert catalog.newest_of_run(store / "tiny-1", place.folder) == catalog.folder_of(store / "tiny-1", 6)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tiny_config: RunConfig, tmp_path: Path) -> None:

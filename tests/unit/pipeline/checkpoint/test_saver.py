@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import checkpoint, saving
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint import saver as checkpoint_saver
+from pipeline.checkpoint import state as checkpoint_state
+from pipeline.checkpoint.saver import Saver, open_saver
+from pipeline.distributed.ranks import Ranks
 from pipeline.errors import CheckpointError
-from pipeline.parallel import Ranks
-from pipeline.saving import Saver, open_saver
 from tests.support.checkpoints import meta
 
 Run = tuple[nn.Module, torch.optim.Optimizer]
@@ -42,7 +44,7 @@ def values(run: Run) -> dict[str, torch.Tensor]:
 
 def loaded(folder: Path, number: int) -> dict[str, torch.Tensor]:
     run = made(99)
-    checkpoint.load(checkpoint.folder_of(folder, number), *run, Ranks())
+    checkpoint_state.load(catalog.folder_of(folder, number), *run, Ranks())
     return values(run)
 
 
@@ -105,17 +107,17 @@ def test_the_next_save_raises_a_failed_write_and_keeps_earlier_ones(
     with open_saver(tmp_path, run[1], Ranks(), keep=9) as saver:
         saver.save(*run, meta(1))
         saver.finish()
-        monkeypatch.setattr(saving.checkpoint, "save_distributed", full)
+        monkeypatch.setattr(checkpoint_saver.checkpoint_state, "save_distributed", full)
         saver.save(*run, meta(2))
         step(run)
         with pytest.raises(CheckpointError, match="No space left"):
             saver.save(*run, meta(3))
-    assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 1)
+    assert catalog.newest(tmp_path) == catalog.folder_of(tmp_path, 1)
 
 
 def test_a_save_is_due_after_the_interval_on_rank_0_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, now = made(1), [100.0]
-    monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(checkpoint_saver.time, "monotonic", lambda: now[0])
     with open_saver(tmp_path, run[1], Ranks(), keep=9, every_minutes=5) as saver:
         now[0] += 299
         assert not saver.due()
@@ -132,7 +134,7 @@ def test_a_save_is_due_after_the_interval_on_rank_0_only(tmp_path: Path, monkeyp
 
 def test_no_save_is_due_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, release = made(1), threading.Event()
-    monkeypatch.setattr(saving.checkpoint, "write", lambda *_: release.wait(10))
+    monkeypatch.setattr(checkpoint_saver.checkpoint_state, "write", lambda *_: release.wait(10))
     with open_saver(tmp_path, run[1], Ranks(), keep=9, every_minutes=1e-9) as saver:
         saver.save(*run, meta(1))
         assert not saver.due()
@@ -147,7 +149,7 @@ def test_a_save_is_due_on_a_rank_that_failed_to_write(tmp_path: Path, monkeypatc
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving.checkpoint, "save_distributed", full)
+    monkeypatch.setattr(checkpoint_saver.checkpoint_state, "save_distributed", full)
     saver = Saver(tmp_path, run[1], Ranks(), keep=9)
     saver.save(*run, meta(1))
     assert saver._writing is not None
@@ -161,4 +163,4 @@ def test_only_the_newest_keep_checkpoints_are_kept(tmp_path: Path) -> None:
     with open_saver(tmp_path, run[1], Ranks(), keep=2) as saver:
         for number in range(5):
             saver.save(*run, meta(number))
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+    assert [path.name for path in catalog.list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]

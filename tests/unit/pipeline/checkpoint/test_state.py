@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import checkpoint, checkpoint_store
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint import state as checkpoint_state
+from pipeline.checkpoint.metadata import Best, read_meta
+from pipeline.distributed.ranks import Ranks
 from pipeline.errors import CheckpointError
-from pipeline.meta import Best
-from pipeline.parallel import Ranks
-from shards import storage
+from shards.store import storage
 from tests.support.checkpoints import assert_same_state, meta, save_checkpoint, small
 
 
@@ -28,30 +29,30 @@ def save(folder: Path, step: int, seed: int = 0) -> Path:
 def test_saved_state_is_loaded_bit_for_bit(tmp_path: Path) -> None:
     path = save(tmp_path, 3, seed=1)
     other = small(2)
-    checkpoint.load(path, *other, Ranks())
+    checkpoint_state.load(path, *other, Ranks())
     assert_same_state(other, small(1))
-    assert checkpoint.read_meta(path) == meta(3)
+    assert read_meta(path) == meta(3)
     assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_weights_are_loaded_without_the_optimizer(tmp_path: Path) -> None:
     model, _ = small(2)
-    checkpoint.load_weights(save(tmp_path, 3, seed=1), model)
+    checkpoint_state.load_weights(save(tmp_path, 3, seed=1), model)
     assert torch.equal(model.state_dict()["0.weight"], small(1)[0].state_dict()["0.weight"])
 
 
 def test_the_newest_is_the_complete_checkpoint_of_the_highest_step(tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path) is None
+    assert catalog.newest(tmp_path) is None
     for step in (900, 1000, 200):
         save(tmp_path, step)
     save(tmp_path, 5000).rename(tmp_path / "checkpoints" / "step-00005000.partial")
     save(tmp_path, 6000).joinpath("meta.json").unlink()
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == [
+    assert [path.name for path in catalog.list_checkpoints(tmp_path)] == [
         "step-00000200",
         "step-00000900",
         "step-00001000",
     ]
-    assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 1000)
+    assert catalog.newest(tmp_path) == catalog.folder_of(tmp_path, 1000)
 
 
 def test_the_remains_of_a_killed_attempt_are_replaced(tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_the_remains_of_a_killed_attempt_are_replaced(tmp_path: Path) -> None:
     assert not partial.exists()
     assert not (path / "old").exists()
     model, optimizer = small(9)
-    checkpoint.load(path, model, optimizer, Ranks())
+    checkpoint_state.load(path, model, optimizer, Ranks())
     assert_same_state((model, optimizer), small(5))
 
 
@@ -72,8 +73,7 @@ import sys, pathlib
 sys.path.insert(0, sys.argv[2])
 import torch
 from torch import nn
-from pipeline import checkpoint
-from pipeline.parallel import Ranks
+from pipeline.distributed.ranks import Ranks
 from tests.support.checkpoints import meta, save_checkpoint
 model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(40)))
 optimizer = torch.optim.AdamW(model.parameters())
@@ -91,7 +91,7 @@ while True:
 
 
 def test_a_kill_during_writing_leaves_the_newest_complete(tmp_path: Path) -> None:
-    root = Path(checkpoint.__file__).parent.parent
+    root = Path(catalog.__file__).parents[2]
     model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(40)))
     optimizer = torch.optim.AdamW(model.parameters())
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(root)], stdout=subprocess.PIPE)
@@ -100,46 +100,46 @@ def test_a_kill_during_writing_leaves_the_newest_complete(tmp_path: Path) -> Non
         for _ in range(3):
             done = int(process.stdout.readline())
         # The fourth is being written: kill it as soon as its folder exists.
-        partial = checkpoint.folder_of(tmp_path, done + 1).with_suffix(".partial")
+        partial = catalog.folder_of(tmp_path, done + 1).with_suffix(".partial")
         until = time.monotonic() + 20
         while not partial.exists() and time.monotonic() < until:
-            done = max([done, *(int(path.name.split("-")[1]) for path in checkpoint.list_checkpoints(tmp_path))])
-            partial = checkpoint.folder_of(tmp_path, done + 1).with_suffix(".partial")
+            done = max([done, *(int(path.name.split("-")[1]) for path in catalog.list_checkpoints(tmp_path))])
+            partial = catalog.folder_of(tmp_path, done + 1).with_suffix(".partial")
         os.kill(process.pid, signal.SIGKILL)
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
-    newest = checkpoint.newest(tmp_path)
+    newest = catalog.newest(tmp_path)
     assert newest is not None
-    checkpoint.load(newest, model, optimizer, Ranks())
-    step = checkpoint.read_meta(newest).step
+    checkpoint_state.load(newest, model, optimizer, Ranks())
+    step = read_meta(newest).step
     assert step >= 3
     assert all((value == step).all() for value in model.state_dict().values())
 
 
 def test_metrics_are_written_beside_the_checkpoint(tmp_path: Path) -> None:
     path = save(tmp_path, 3)
-    assert checkpoint.read_evaluation(path) is None
-    checkpoint.write_evaluation(path, {"AP": 0.25, "APs": -1.0})
-    assert checkpoint.read_evaluation(path) == {"AP": 0.25, "APs": -1.0}
+    assert catalog.read_evaluation(path) is None
+    catalog.write_evaluation(path, {"AP": 0.25, "APs": -1.0})
+    assert catalog.read_evaluation(path) == {"AP": 0.25, "APs": -1.0}
     assert not list(path.glob("*.partial"))
 
 
 def test_the_best_is_the_newest_with_the_highest_ap(tmp_path: Path) -> None:
-    assert checkpoint.best(tmp_path) is None
+    assert catalog.best(tmp_path) is None
     for step, ap in ((1, 0.1), (2, 0.4), (3, 0.4), (4, 0.3)):
-        checkpoint.write_evaluation(save(tmp_path, step), {"AP": ap})
+        catalog.write_evaluation(save(tmp_path, step), {"AP": ap})
     save(tmp_path, 5)  # not evaluated
-    found = checkpoint.best(tmp_path)
+    found = catalog.best(tmp_path)
     assert found is not None
     assert (found[0].name, found[1]["AP"]) == ("step-00000003", 0.4)
 
 
 def test_with_masks_the_best_has_the_highest_mask_ap(tmp_path: Path) -> None:
     for step, ap, mask_ap in ((1, 0.4, 0.1), (2, 0.3, 0.2), (3, 0.5, 0.0)):
-        checkpoint.write_evaluation(save(tmp_path, step), {"AP": ap, "mask_AP": mask_ap})
-    found = checkpoint.best(tmp_path)
+        catalog.write_evaluation(save(tmp_path, step), {"AP": ap, "mask_AP": mask_ap})
+    found = catalog.best(tmp_path)
     assert found is not None
     assert found[0].name == "step-00000002"
 
@@ -148,23 +148,23 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in range(1, 7):
         path = save(tmp_path, step)
         if step in (2, 4):
-            checkpoint.write_evaluation(path, {"AP": 1 / step})
-    checkpoint.prune(tmp_path, keep=2)
+            catalog.write_evaluation(path, {"AP": 1 / step})
+    catalog.prune(tmp_path, keep=2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "step-00000002",
         "step-00000005",
         "step-00000006",
     ]
-    checkpoint.prune(tmp_path, keep=2)
-    assert len(checkpoint.list_checkpoints(tmp_path)) == 3
+    catalog.prune(tmp_path, keep=2)
+    assert len(catalog.list_checkpoints(tmp_path)) == 3
 
 
 def test_pruning_keeps_milestones(tmp_path: Path) -> None:
     for step in range(1, 6):
         milestone = meta(step, milestone=step in (1, 3))
         save_checkpoint(tmp_path, *small(0), milestone, Ranks())
-        checkpoint.prune(tmp_path, keep=1)
-    assert [path.name[-1] for path in checkpoint.list_checkpoints(tmp_path)] == ["1", "3", "5"]
+        catalog.prune(tmp_path, keep=1)
+    assert [path.name[-1] for path in catalog.list_checkpoints(tmp_path)] == ["1", "3", "5"]
 
 
 def test_pruning_keeps_what_cannot_be_read_or_deleted(
@@ -181,11 +181,11 @@ def test_pruning_keeps_what_cannot_be_read_or_deleted(
 
     with monkeypatch.context() as patch:
         patch.setattr(storage, "read", busy)
-        checkpoint.prune(tmp_path, keep=2)
-    assert len(checkpoint.list_checkpoints(tmp_path)) == 5
+        catalog.prune(tmp_path, keep=2)
+    assert len(catalog.list_checkpoints(tmp_path)) == 5
     assert "Too many open files" in caplog.text
     caplog.clear()
-    discard = checkpoint_store.discard
+    discard = catalog.delete
 
     def held(path: Path) -> None:
         if path.name.endswith("3"):
@@ -193,21 +193,19 @@ def test_pruning_keeps_what_cannot_be_read_or_deleted(
         discard(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_store, "discard", held)
-        checkpoint.prune(tmp_path, keep=1)
-    assert [path.name[-1] for path in checkpoint.list_checkpoints(tmp_path)] == ["1", "2", "3", "5"], (
-        "others are deleted"
-    )
+        patch.setattr(catalog, "delete", held)
+        catalog.prune(tmp_path, keep=1)
+    assert [path.name[-1] for path in catalog.list_checkpoints(tmp_path)] == ["1", "2", "3", "5"], "others are deleted"
     assert "failed 1 times" in caplog.text
-    checkpoint.prune(tmp_path, keep=1)
-    assert [path.name[-1] for path in checkpoint.list_checkpoints(tmp_path)] == ["1", "2", "5"]
+    catalog.prune(tmp_path, keep=1)
+    assert [path.name[-1] for path in catalog.list_checkpoints(tmp_path)] == ["1", "2", "5"]
 
 
 def test_pruning_removes_the_remains_of_kills(tmp_path: Path) -> None:
     save(tmp_path, 1).rename(tmp_path / "checkpoints" / "step-00000001.deleted.partial")
     save(tmp_path, 5).rename(tmp_path / "checkpoints" / "step-00000005.partial")
     save(tmp_path, 2)
-    checkpoint.prune(tmp_path, keep=1)
+    catalog.prune(tmp_path, keep=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
@@ -228,7 +226,7 @@ def test_a_damaged_meta_is_one_clear_error(tmp_path: Path, content: bytes) -> No
     path = save(tmp_path, 3)
     (path / "meta.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"meta\.json cannot be read .*expected a complete checkpoint") as caught:
-        checkpoint.read_meta(path)
+        read_meta(path)
     assert "\n" not in str(caught.value)
 
 
@@ -244,10 +242,10 @@ def test_metadata_of_format_1_is_read(tmp_path: Path) -> None:
         "optim": {"batch_size": 2},
         "data": {"sort_window": 1, "shuffle_shards": 0, "epoch_tail": "straddle"},
     }
-    read = checkpoint.read_meta(path)
+    read = read_meta(path)
     assert read == meta(3, config=config)
     assert (read.best, read.ema, read.milestone, read.state_folder) == (None, False, False, "")
-    checkpoint.load_weights(path, small(2)[0])
+    checkpoint_state.load_weights(path, small(2)[0])
 
 
 def test_options_of_format_2_are_moved_into_the_configuration(tmp_path: Path) -> None:
@@ -257,7 +255,7 @@ def test_options_of_format_2_are_moved_into_the_configuration(tmp_path: Path) ->
     fields["config"]["optim"] |= {"ema": 0.9, "batch_size": 7}
     fields |= {"format": 2, "seed": 3, "batch_size": 7, "sort_window": 2, "shuffle_shards": 4, "epoch_tail": "short"}
     (path / "meta.json").write_text(json.dumps(fields | {"ema": True, "part": "8f1c"}))
-    read = checkpoint.read_meta(path)
+    read = read_meta(path)
     assert (read.format, read.ema, read.state_folder) == (3, True, "8f1c")
     assert (read.option("seed"), read.option("optim.batch_size")) == (3, 7)
     options = [read.option(f"data.{name}") for name in ("sort_window", "shuffle_shards", "epoch_tail")]
@@ -265,17 +263,17 @@ def test_options_of_format_2_are_moved_into_the_configuration(tmp_path: Path) ->
 
 
 def test_metadata_has_the_best_ap_so_far_and_its_step(tmp_path: Path) -> None:
-    assert checkpoint.read_meta(save(tmp_path, 1)).best is None
+    assert read_meta(save(tmp_path, 1)).best is None
     for step, ap in ((1, 0.2), (2, 0.5), (3, 0.3)):
-        checkpoint.write_evaluation(save(tmp_path, step), {"AP": 0.9 - ap, "mask_AP": ap})
-    assert checkpoint.read_meta(save(tmp_path, 4)).best == Best(2, 0.5)
+        catalog.write_evaluation(save(tmp_path, step), {"AP": 0.9 - ap, "mask_AP": ap})
+    assert read_meta(save(tmp_path, 4)).best == Best(2, 0.5)
 
 
 def test_metrics_that_cannot_be_written_are_one_clear_error(tmp_path: Path) -> None:
     path = save(tmp_path, 3)
     (path / "evaluation.json").mkdir()
     with pytest.raises(CheckpointError, match=r"evaluation\.json could not be written .*checkpoint itself is intact"):
-        checkpoint.write_evaluation(path, {"AP": 0.1})
+        catalog.write_evaluation(path, {"AP": 0.1})
 
 
 def shortened(path: Path) -> None:
@@ -300,8 +298,8 @@ def test_a_damaged_checkpoint_is_one_clear_error(tmp_path: Path, damage: object)
     path = save(tmp_path, 3)
     damage(path)  # type: ignore[operator]
     for load in (
-        lambda: checkpoint.load(path, *small(0), Ranks()),
-        lambda: checkpoint.load_weights(path, small(0)[0]),
+        lambda: checkpoint_state.load(path, *small(0), Ranks()),
+        lambda: checkpoint_state.load_weights(path, small(0)[0]),
     ):
         with pytest.raises(CheckpointError, match=r"does not fit this model or is damaged") as caught:
             load()
@@ -311,7 +309,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(tmp_path: Path, damage: object)
 def test_another_model_s_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
     path = save(tmp_path, 3)
     with pytest.raises(CheckpointError, match="does not fit this model or is damaged"):
-        checkpoint.load_weights(path, nn.Linear(3, 3))
+        checkpoint_state.load_weights(path, nn.Linear(3, 3))
 
 
 @dataclass
@@ -326,7 +324,7 @@ def test_loading_runs_no_code_from_the_metadata(tmp_path: Path) -> None:
     path = save(tmp_path, 3)
     (path / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "harm")))
     with pytest.raises(CheckpointError):
-        checkpoint.load(path, *small(0), Ranks())
+        checkpoint_state.load(path, *small(0), Ranks())
     assert not (tmp_path / "harm").exists()
 
 
@@ -337,7 +335,7 @@ def test_loading_runs_no_code_from_a_value(tmp_path: Path) -> None:
     model, optimizer = small(2)
     optimizer.param_groups[0]["note"] = "harmless"
     with pytest.raises(CheckpointError):
-        checkpoint.load(path, model, optimizer, Ranks())
+        checkpoint_state.load(path, model, optimizer, Ranks())
     assert not (tmp_path / "harm").exists()
 
 
@@ -349,8 +347,8 @@ def test_a_failed_write_is_one_error_and_keeps_earlier_checkpoints(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_distributed", full)
+    monkeypatch.setattr(checkpoint_state, "save_distributed", full)
     with pytest.raises(CheckpointError, match=r"could not be written .*No space left.*earlier checkpoints are intact"):
         save(tmp_path, 2)
     assert not list(tmp_path.rglob("*.partial"))  # its files may be what fills the disk
-    assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 1)
+    assert catalog.newest(tmp_path) == catalog.folder_of(tmp_path, 1)

@@ -8,18 +8,19 @@ import fsspec
 import pytest
 import torch
 
-from pipeline import checkpoint, checkpoint_store
-from pipeline.checkpoint_store import Location, Url, home_of
+from pipeline.checkpoint import catalog, location
+from pipeline.checkpoint import state as checkpoint_state
+from pipeline.checkpoint.location import Location, Url, checkpoint_root
+from pipeline.checkpoint.metadata import Best, read_meta
 from pipeline.config import RunConfig
+from pipeline.distributed.ranks import Ranks
+from pipeline.driver.preflight import check_storage, prepare
 from pipeline.errors import CheckpointError, RunConfigError
-from pipeline.meta import Best
-from pipeline.parallel import Ranks
-from pipeline.preflight import check_storage, prepare
-from pipeline.state import Place
-from pipeline.track import MemoryTracker
-from pipeline.worker import run
-from shards import storage
+from pipeline.tracking.tracker import MemoryTracker
+from pipeline.training.loop import run
+from pipeline.training.state import RunInfo
 from shards.errors import ShardError
+from shards.store import storage
 from tests.support.checkpoints import assert_same_state, meta, save_checkpoint, small
 from tests.unit.pipeline.conftest import Kill, KillingTracker, start
 
@@ -45,9 +46,11 @@ def files(home: Url) -> list[str]:
 
 def test_checkpoints_are_in_the_run_folder_or_below_the_store(tmp_path: Path) -> None:
     folder = tmp_path / "name-1"
-    assert home_of("", folder) == folder
-    assert home_of("/mnt/kept", folder) == home_of("file:///mnt/kept", folder) == Path("/mnt/kept/name-1")
-    assert home_of("s3://bucket/runs/", folder) == Url("s3://bucket/runs/name-1")
+    assert checkpoint_root("", folder) == folder
+    assert (
+        checkpoint_root("/mnt/kept", folder) == checkpoint_root("file:///mnt/kept", folder) == Path("/mnt/kept/name-1")
+    )
+    assert checkpoint_root("s3://bucket/runs/", folder) == Url("s3://bucket/runs/name-1")
 
 
 def test_saved_state_is_loaded_and_metadata_is_written_last(home: Url, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,24 +62,24 @@ def test_saved_state_is_loaded_and_metadata_is_written_last(home: Url, monkeypat
     assert written[-1] == f"{path}/meta.json"
     assert files(home) == ["3/*/.metadata", "3/*/__0_0.distcp", "3/meta.json"]
     other = small(2)
-    checkpoint.load(path, *other, Ranks())
+    checkpoint_state.load(path, *other, Ranks())
     assert_same_state(other, small(1))
     model, _ = small(2)
-    checkpoint.load_weights(path, model)
+    checkpoint_state.load_weights(path, model)
     assert torch.equal(model.state_dict()["0.weight"], small(1)[0].state_dict()["0.weight"])
 
 
 def test_metrics_best_and_pruning_work_as_in_a_folder(home: Url) -> None:
     for step, ap in ((1, 0.1), (2, 0.4), (3, 0.4), (4, 0.3)):
-        checkpoint.write_evaluation(save(home, step), {"AP": ap})
+        catalog.write_evaluation(save(home, step), {"AP": ap})
     path = save(home, 5)
-    assert checkpoint.read_evaluation(path) is None
-    assert checkpoint.read_meta(path).best == Best(3, 0.4)
-    found = checkpoint.best(home)
+    assert catalog.read_evaluation(path) is None
+    assert read_meta(path).best == Best(3, 0.4)
+    found = catalog.best(home)
     assert found is not None
     assert (found[0].name, found[1]) == ("step-00000003", {"AP": 0.4})
-    checkpoint.prune(home, keep=1)
-    assert [path.name[-1] for path in checkpoint.list_checkpoints(home)] == ["3", "5"]
+    catalog.prune(home, keep=1)
+    assert [path.name[-1] for path in catalog.list_checkpoints(home)] == ["3", "5"]
     assert {name[0] for name in files(home)} == {"3", "5"}
 
 
@@ -84,8 +87,8 @@ def test_checkpoints_without_metadata_are_ignored_and_pruned(home: Url) -> None:
     save(home, 1)
     storage.remove(str(save(home, 2) / "meta.json"))
     storage.write(str(home / "checkpoints" / "step-00000003" / "0123" / "__0_0.distcp"), b"half")
-    assert checkpoint.newest(home) == checkpoint.folder_of(home, 1)
-    checkpoint.prune(home, keep=9)
+    assert catalog.newest(home) == catalog.folder_of(home, 1)
+    catalog.prune(home, keep=9)
     assert files(home) == ["1/*/.metadata", "1/*/__0_0.distcp", "1/meta.json"]
 
 
@@ -107,16 +110,16 @@ def test_a_killed_attempt_keeps_the_earlier_checkpoint_and_is_removed(
             save(home, 3, seed=2)
     assert len(files(home)) == 5
     loaded = small(9)
-    checkpoint.load(path, *loaded, Ranks())
+    checkpoint_state.load(path, *loaded, Ranks())
     assert_same_state(loaded, small(1))
-    checkpoint.prune(home, keep=9)
+    catalog.prune(home, keep=9)
     assert len(files(home)) == 3
-    checkpoint.load(path, *loaded, Ranks())
+    checkpoint_state.load(path, *loaded, Ranks())
     assert_same_state(loaded, small(1))
     save(home, 3, seed=5)
-    checkpoint.prune(home, keep=9)
+    catalog.prune(home, keep=9)
     assert len(files(home)) == 3
-    checkpoint.load(path, *loaded, Ranks())
+    checkpoint_state.load(path, *loaded, Ranks())
     assert_same_state(loaded, small(5))
 
 
@@ -126,7 +129,7 @@ def test_deleting_removes_the_metadata_first(home: Url, monkeypatch: pytest.Monk
     removed: list[str] = []
     remove = storage.remove
     monkeypatch.setattr(storage, "remove", lambda url: (removed.append(url), remove(url)))
-    checkpoint.prune(home, keep=1)
+    catalog.prune(home, keep=1)
     assert removed[0].endswith("step-00000001/meta.json")
     assert len(removed) == 3
 
@@ -134,11 +137,11 @@ def test_deleting_removes_the_metadata_first(home: Url, monkeypatch: pytest.Monk
 def test_a_damaged_checkpoint_in_a_store_is_one_clear_error(home: Url) -> None:
     path = save(home, 3)
     with pytest.raises(CheckpointError, match=r"step-00000009/meta\.json cannot be read"):
-        checkpoint.load_weights(checkpoint.folder_of(home, 9), small(0)[0])
+        checkpoint_state.load_weights(catalog.folder_of(home, 9), small(0)[0])
     data = next(name for name in storage.listing(str(path)) if name.endswith(".distcp"))
     storage.write(str(path / data), storage.read(str(path / data))[:900])
     with pytest.raises(CheckpointError, match="does not fit this model or is damaged"):
-        checkpoint.load(path, *small(0), Ranks())
+        checkpoint_state.load(path, *small(0), Ranks())
 
 
 def test_a_refused_write_is_one_line_and_keeps_earlier_checkpoints(home: Url, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +161,8 @@ def test_a_refused_write_is_one_line_and_keeps_earlier_checkpoints(home: Url, mo
     with monkeypatch.context() as patch:
         patch.setattr(storage, "read", lambda url: refuse(url) if url.endswith(".distcp") else read(url))
         with pytest.raises(CheckpointError, match=r"step-00000001 cannot be read .*access denied"):
-            checkpoint.load(checkpoint.folder_of(home, 1), *small(0), Ranks())
-    assert checkpoint.newest(home) == checkpoint.folder_of(home, 1)
+            checkpoint_state.load(catalog.folder_of(home, 1), *small(0), Ranks())
+    assert catalog.newest(home) == catalog.folder_of(home, 1)
 
 
 def test_a_store_is_tried_before_a_run_exists(
@@ -195,7 +198,7 @@ def test_a_store_is_tried_before_a_run_exists(
 
     monkeypatch.setattr(storage, "write", absent)
     with pytest.raises(RunConfigError, match=r"^checkpoint.store s3://bucket/runs cannot be written .*bucket does not"):
-        checkpoint_store.check("s3://bucket/runs")
+        location.check("s3://bucket/runs")
     monkeypatch.chdir(tmp_path)
     config, _ = prepare(stored("kept"), lambda _: None)
     assert config.checkpoint.store == str(tmp_path / "kept")
@@ -209,7 +212,7 @@ def test_a_killed_run_continues_from_the_store(tiny_config: RunConfig, home: Url
     config = replace(
         tiny_config, checkpoint=replace(tiny_config.checkpoint, every_steps=2, store="memory://bucket/runs")
     )
-    place: Place = start(config, tmp_path / "tiny-1")
+    place: RunInfo = start(config, tmp_path / "tiny-1")
     with pytest.raises(Kill):
         run(config, place, Ranks(), KillingTracker("train", 4))
     assert not (place.folder / "checkpoints").exists()
@@ -217,9 +220,9 @@ def test_a_killed_run_continues_from_the_store(tiny_config: RunConfig, home: Url
     run(config, place, Ranks(), tracker)
     assert [step for name, _, step in tracker.points if name == "train/loss"] == [4, 5, 6]
     assert tracker.checkpoints[-1] == (f"{home}/checkpoints/step-00000006", 6)
-    found = checkpoint.best(home)
+    found = catalog.best(home)
     assert found is not None
     plain = start(tiny_config, tmp_path / "plain")
     run(tiny_config, plain, Ranks(), None)
-    other = checkpoint.read_evaluation(checkpoint.folder_of(plain.folder, 6))
-    assert checkpoint.read_evaluation(checkpoint.folder_of(home, 6)) == other is not None
+    other = catalog.read_evaluation(catalog.folder_of(plain.folder, 6))
+    assert catalog.read_evaluation(catalog.folder_of(home, 6)) == other is not None

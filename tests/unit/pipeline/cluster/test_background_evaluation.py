@@ -10,18 +10,20 @@ import pytest
 import torch
 
 from detr.model import build_model
-from pipeline import asynchronous, checkpoint
-from pipeline.asynchronous import Evaluator
-from pipeline.checkpoint_store import Location
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint.location import Location
+from pipeline.checkpoint.metadata import read_meta
+from pipeline.cluster import background_evaluation
+from pipeline.cluster.background_evaluation import Evaluator
 from pipeline.config import RunConfig
+from pipeline.distributed.ranks import Ranks
 from pipeline.errors import TrainingError
-from pipeline.parallel import Ranks
-from pipeline.state import Place
-from pipeline.stopping import ask_to_stop
-from pipeline.track import MemoryTracker
-from pipeline.validation import evaluate_checkpoint
-from pipeline.weights import save_initial
-from pipeline.worker import run
+from pipeline.run_folder import request_stop
+from pipeline.tracking.tracker import MemoryTracker
+from pipeline.training.loop import run
+from pipeline.training.model import save_initial
+from pipeline.training.state import RunInfo
+from pipeline.training.validation import evaluate_checkpoint
 
 
 @pytest.fixture
@@ -36,17 +38,17 @@ def config(tiny_config: RunConfig) -> RunConfig:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asynchronous, "_LOOK_S", 0.01)
+    monkeypatch.setattr(background_evaluation, "_LOOK_S", 0.01)
 
 
-def place(config: RunConfig, folder: Path) -> Place:
+def place(config: RunConfig, folder: Path) -> RunInfo:
     torch.manual_seed(config.seed)
     save_initial(build_model(config.model, 4), folder)
-    return Place("run", folder, "commit")
+    return RunInfo("run", folder, "commit")
 
 
 def steps(paths: list[Location]) -> list[int]:
-    return [checkpoint.read_meta(path).step for path in paths]
+    return [read_meta(path).step for path in paths]
 
 
 def test_background_evaluation_gives_the_metrics_of_the_loops_own(config: RunConfig, tmp_path: Path) -> None:
@@ -57,12 +59,12 @@ def test_background_evaluation_gives_the_metrics_of_the_loops_own(config: RunCon
         run(chosen, place(chosen, tmp_path / name), Ranks(), trackers[-1])
     home = tmp_path / "beside"
     assert "val/AP" not in {name for name, _, _ in trackers[0].points}
-    assert steps(checkpoint.list_checkpoints(home)) == steps(checkpoint.waiting(home)) == [3, 6]
+    assert steps(catalog.list_checkpoints(home)) == steps(catalog.pending_evaluation(home)) == [3, 6]
     tracker = MemoryTracker()
-    for path in checkpoint.waiting(home):
+    for path in catalog.pending_evaluation(home):
         evaluate_checkpoint(config, path, torch.device("cpu"), tracker)
-        checkpoint.prune(home, 1)
-    assert checkpoint.waiting(home) == []
+        catalog.prune(home, 1)
+    assert catalog.pending_evaluation(home) == []
     expected = {(name, step): value for name, value, step in trackers[1].points if name.startswith("val/")}
     assert {(name, step): value for name, value, step in tracker.points if name.startswith("val/")} == expected
     assert len(expected) == 24
@@ -71,7 +73,7 @@ def test_background_evaluation_gives_the_metrics_of_the_loops_own(config: RunCon
     assert ("curves/precision_recall", 6) in tracker.pictures
     assert tracker.tables == trackers[1].tables
     assert tracker.tables.keys() == {"per_class_ap.json", "precision_recall.json"}
-    best = [checkpoint.best(tmp_path / name) for name in ("beside", "inside")]
+    best = [catalog.best(tmp_path / name) for name in ("beside", "inside")]
     assert best[0] is not None
     assert best[1] is not None
     assert (best[0][0].name, best[0][1]) == (best[1][0].name, best[1][1])
@@ -88,9 +90,11 @@ class Run:
         self.hold = threading.Event()
         self.hold.set()
         monkeypatch.setattr(
-            checkpoint, "waiting", lambda home: [home / str(step) for step in self.saved if step not in self.evaluated]
+            catalog,
+            "pending_evaluation",
+            lambda home: [home / str(step) for step in self.saved if step not in self.evaluated],
         )
-        monkeypatch.setattr(checkpoint, "prune", lambda home, keep: self.pruned.append(True))
+        monkeypatch.setattr(catalog, "prune", lambda home, keep: self.pruned.append(True))
         self.evaluator = Evaluator(config, folder, self.evaluate, self.messages.append)
 
     def evaluate(self, path: Location) -> None:
@@ -160,7 +164,7 @@ def test_a_stopped_run_does_not_wait_for_evaluations(fake: Run) -> None:
 
     def fit() -> None:
         fake.saved.append(1)
-        ask_to_stop(fake.folder)
+        request_stop(fake.folder)
 
     start = time.monotonic()
     fake.evaluator.around(fit)()

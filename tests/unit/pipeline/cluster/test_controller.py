@@ -14,9 +14,10 @@ from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from pipeline import attempts, controller
-from pipeline.controller import GroupNotes, explain
-from pipeline.stopping import StopWatch, asked_to_yield, yielded
+from pipeline.cluster import attempts, controller
+from pipeline.cluster.controller import GroupEndCallback, explain
+from pipeline.run_folder import clear_handover, handover_requested
+from pipeline.training.requests import RequestPoller
 
 KILLED = "Worker unexpectedly exits with a connection error code 2. End of file."
 GUESS = " Some common causes include: (1) the process was killed by the OOM killer due to high memory usage, (2) more."
@@ -65,35 +66,35 @@ def test_a_preempted_node_is_reported() -> None:
 
 @pytest.mark.parametrize("final", [False, True])
 def test_the_end_of_a_group_is_recorded(tmp_path: Path, final: bool) -> None:
-    attempts.begin(tmp_path, 2)
+    attempts.start_attempt(tmp_path, 2)
     error = WorkerGroupError("", {1: died(RAY + KILLED)})
     state: Any = RestartingState(training_failed_error=error)
     if final:
         state = ShuttingDownState(next_state=SimpleNamespace(training_failed_error=error))  # type: ignore[arg-type]
-    GroupNotes(tmp_path).after_controller_state_update(None, state)
-    word = attempts.last_word(tmp_path)
+    GroupEndCallback(tmp_path).after_controller_state_update(None, state)
+    word = attempts.end_reason(tmp_path)
     assert word is not None
     assert word.why == f"worker 1 died: {REASON}"
 
 
 def test_workers_save_before_they_are_replaced(tmp_path: Path) -> None:
-    attempts.begin(tmp_path, 2)
+    attempts.start_attempt(tmp_path, 2)
     saved = []
 
     def work() -> None:
-        watch = StopWatch(tmp_path)
+        watch = RequestPoller(tmp_path)
         while not watch.asked().stop:
             time.sleep(0.02)
         saved.append(True)
-        yielded(tmp_path)
+        clear_handover(tmp_path)
 
     thread = threading.Thread(target=work)
     thread.start()
     resizing = ResizingState(ResizeDecision(num_workers=3, resources_per_worker={"CPU": 1}))
-    GroupNotes(tmp_path).after_controller_state_update(None, resizing)
+    GroupEndCallback(tmp_path).after_controller_state_update(None, resizing)
     assert saved
     thread.join()
-    restart = attempts.begin(tmp_path, 3)
+    restart = attempts.start_attempt(tmp_path, 3)
     assert restart is not None
     assert restart.ended.wanted
     assert "2 -> 3 workers" in restart.told(7, time.time())
@@ -101,7 +102,7 @@ def test_workers_save_before_they_are_replaced(tmp_path: Path) -> None:
 
 def test_workers_that_do_not_answer_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(controller, "_YIELD_S", 0.3)
-    attempts.begin(tmp_path, 2)
+    attempts.start_attempt(tmp_path, 2)
     resizing = ResizingState(ResizeDecision(num_workers=3, resources_per_worker={"CPU": 1}))
-    GroupNotes(tmp_path).after_controller_state_update(None, resizing)
-    assert not asked_to_yield(tmp_path), "the next group would stop at once"
+    GroupEndCallback(tmp_path).after_controller_state_update(None, resizing)
+    assert not handover_requested(tmp_path), "the next group would stop at once"

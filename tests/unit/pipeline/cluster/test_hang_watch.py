@@ -12,25 +12,25 @@ import torch
 from torch import nn
 
 import pipeline
-from pipeline import attempts
+from pipeline.cluster import attempts
+from pipeline.cluster.hang_watch import HangWatch, ThreadPosition, diagnose, thread_position
 from pipeline.config import RunConfig
-from pipeline.hangs import HangWatch, Standing, judge, standing
-from pipeline.parallel import Ranks
-from pipeline.step import train_step
+from pipeline.distributed.ranks import Ranks
+from pipeline.training.step import train_step
 
 ROOT = Path(pipeline.__file__).parents[1]
-IN_SUM = Standing(12, "sum (pipeline/parallel.py:50)", True)
-IN_DATA = Standing(12, "next (shards/read.py:99)", False)
+IN_SUM = ThreadPosition(12, "sum (pipeline/distributed/parallel.py:50)", True)
+IN_DATA = ThreadPosition(12, "next (shards/read/loader.py:99)", False)
 
 
 @pytest.mark.parametrize(
     ("standings", "report"),
     [
         ({0: IN_SUM, 1: None, 2: IN_SUM}, "worker 1 does not respond"),
-        ({0: IN_SUM, 1: IN_SUM, 2: IN_DATA}, r"worker 2 hangs in next \(shards/read.py:99\)"),
+        ({0: IN_SUM, 1: IN_SUM, 2: IN_DATA}, r"worker 2 hangs in next \(shards/read/loader.py:99\)"),
         (
-            {0: IN_SUM, 1: Standing(11, "sum (pipeline/parallel.py:50)", True)},
-            r"worker 1 hangs in sum \(pipeline/par.*\)",
+            {0: IN_SUM, 1: ThreadPosition(11, "sum (pipeline/distributed/parallel.py:50)", True)},
+            r"worker 1 hangs in sum \(pipeline/distributed/par.*\)",
         ),
         ({0: IN_SUM, 1: IN_SUM}, r"the workers wait for each other, worker 0 in sum \(.*\), worker 1 in sum \(.*\)"),
         ({0: IN_DATA, 1: IN_DATA}, "the workers wait for each other, worker 0 in next .*"),
@@ -40,14 +40,14 @@ IN_DATA = Standing(12, "next (shards/read.py:99)", False)
         ),
     ],
 )
-def test_the_report_names_the_hung_workers(standings: dict[int, Standing | None], report: str) -> None:
-    line = judge(standings, 480.2)
+def test_the_report_names_the_hung_workers(standings: dict[int, ThreadPosition | None], report: str) -> None:
+    line = diagnose(standings, 480.2)
     assert re.fullmatch(report + "; no step has ended for 480 s, the last was step 12", line), line
 
 
-def called_through(*files: tuple[str, str]) -> Standing:
+def called_through(*files: tuple[str, str]) -> ThreadPosition:
     """Return the position in the last of these functions, (path, name), each of which calls the next."""
-    call: Callable[[], Standing] = lambda: standing(sys._getframe(1), 3)  # noqa: E731
+    call: Callable[[], ThreadPosition] = lambda: thread_position(sys._getframe(1), 3)  # noqa: E731
     for path, name in reversed(files):
         scope: dict[str, Any] = {"call": call}
         exec(compile(f"def {name}():\n    return call()", str(ROOT / path), "exec"), scope)
@@ -56,50 +56,52 @@ def called_through(*files: tuple[str, str]) -> Standing:
 
 
 def test_the_position_is_our_innermost_function() -> None:
-    loop, reading = ("pipeline/worker.py", "_train"), ("shards/read.py", "taken")
-    assert called_through(loop, reading) == Standing(3, "taken (shards/read.py:2)", False)
-    assert called_through(loop, reading, ("lib/queue.py", "get")) == Standing(3, "taken (shards/read.py:2)", False)
+    loop, reading = ("pipeline/training/loop.py", "_train"), ("shards/read/loader.py", "taken")
+    assert called_through(loop, reading) == ThreadPosition(3, "taken (shards/read/loader.py:2)", False)
+    assert called_through(loop, reading, ("lib/queue.py", "get")) == ThreadPosition(
+        3, "taken (shards/read/loader.py:2)", False
+    )
     assert called_through(("lib/queue.py", "get")).where == "no code of ours"
 
 
 @pytest.mark.parametrize(
     "deeper",
     [
-        [("pipeline/parallel.py", "sum"), ("torch/distributed/distributed_c10d.py", "all_reduce")],
-        [("pipeline/step.py", "_pass"), ("torch/autograd/graph.py", "_engine_run_backward")],
+        [("pipeline/distributed/parallel.py", "sum"), ("torch/distributed/distributed_c10d.py", "all_reduce")],
+        [("pipeline/training/step.py", "_pass"), ("torch/autograd/graph.py", "_engine_run_backward")],
     ],
 )
 def test_collectives_and_the_backward_pass_count_as_waiting(deeper: list[tuple[str, str]]) -> None:
-    assert called_through(("pipeline/worker.py", "_train"), *deeper).waits
+    assert called_through(("pipeline/training/loop.py", "_train"), *deeper).waits
 
 
 def test_the_step_function_counts_as_waiting(tiny_config: RunConfig) -> None:
-    positions: list[Standing] = []
+    positions: list[ThreadPosition] = []
 
     def record(_: str) -> None:
-        positions.append(standing(sys._getframe(1), 3))
+        positions.append(thread_position(sys._getframe(1), 3))
         raise InterruptedError
 
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters())
     with pytest.raises(InterruptedError):
         train_step(model, [], optimizer, tiny_config, Ranks(), 3, lap=record)
-    assert positions[0].where.startswith("train_step (pipeline/step.py:")
+    assert positions[0].where.startswith("train_step (pipeline/training/step.py:")
     assert positions[0].waits
 
 
 def test_a_hang_report_is_withdrawn_when_the_worker_continues(tmp_path: Path) -> None:
-    attempts.begin(tmp_path, 2)
+    attempts.start_attempt(tmp_path, 2)
     watch = HangWatch(tmp_path, 0, 2, 0.5)
     try:
         watch.stepped(7)
         until = time.monotonic() + 10
-        while (word := attempts.last_word(tmp_path)) is None:
+        while (word := attempts.end_reason(tmp_path)) is None:
             assert time.monotonic() < until
             time.sleep(0.02)
         assert word.why.startswith("worker 1 does not respond; no step has ended for ")
         watch.stepped(8)
-        assert attempts.last_word(tmp_path) is None
-        assert attempts.standings(tmp_path, 2, Standing) == {0: None, 1: None}
+        assert attempts.end_reason(tmp_path) is None
+        assert attempts.read_positions(tmp_path, 2, ThreadPosition) == {0: None, 1: None}
     finally:
         watch.close()

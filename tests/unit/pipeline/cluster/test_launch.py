@@ -5,15 +5,16 @@ from dataclasses import replace
 import pytest
 import ray
 
+from pipeline.cluster.ray_session import connect_ray
+from pipeline.cluster.resources import check_resources
 from pipeline.config import ClusterConfig, RunConfig
 from pipeline.errors import RunConfigError, TrainingError
-from pipeline.launch import _check_resources, _connect_ray
 from pipeline.recipes import RECIPES
 
 
 def check(monkeypatch: pytest.MonkeyPatch, have: dict[str, float], config: RunConfig, address: str | None) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: have)
-    _check_resources(config, address)
+    check_resources(config, address)
 
 
 @pytest.mark.parametrize(("address", "where"), [(None, "this machine"), ("auto", "the cluster")])
@@ -53,5 +54,5 @@ def test_a_ray_that_does_not_answer_is_one_line(
 
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(TrainingError, match=message) as caught:
-        _connect_ray(RECIPES["demo"], address, verbose=False)
+        connect_ray(RECIPES["demo"], address, verbose=False)
     assert "\n" not in str(caught.value)

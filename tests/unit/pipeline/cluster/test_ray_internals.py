@@ -6,7 +6,7 @@ import ray
 
 
 def test_the_installed_ray_is_the_tested_release() -> None:
-    from pipeline.ray_internals import TESTED_RAY
+    from pipeline.cluster.ray_internals import TESTED_RAY
 
     assert ray.__version__.startswith(f"{TESTED_RAY}."), (
         f"Ray {ray.__version__} is installed, but the private interfaces in ray_internals.py were tested with {TESTED_RAY}: "

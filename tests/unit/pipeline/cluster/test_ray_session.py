@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.local_ray import LocalRay
+from pipeline.cluster.ray_session import LocalRay
 
 
 def start_server() -> Any:

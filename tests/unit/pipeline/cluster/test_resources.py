@@ -8,17 +8,18 @@ import pytest
 import ray
 from mlflow import MlflowClient
 
-from pipeline import attempts, waiting
+from pipeline.cluster import attempts, resources
+from pipeline.cluster.resources import describe_resources, report_pending_workers
 from pipeline.config import ClusterConfig
-from pipeline.mlflow_store import connect
-from pipeline.stopping import ask_to_yield, yielded
-from pipeline.waiting import TAG_ROOM, room, telling_of_waits
+from pipeline.run_folder import clear_handover, request_handover
+from pipeline.tracking.mlflow_client import connect
+from pipeline.tracking.tags import TAG_ROOM
 
 
 @pytest.fixture
 def client(store: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    monkeypatch.setattr(waiting, "_PATIENCE_S", 0.3)
-    monkeypatch.setattr(waiting, "_LOOK_S", 0.05)
+    monkeypatch.setattr(resources, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(resources, "_LOOK_S", 0.05)
     return connect()
 
 
@@ -42,21 +43,21 @@ def until(condition: Callable[[], bool]) -> None:
 def test_the_text_names_the_resources_needed_and_present(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 5.0, "GPU": 4.0})
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
-    text = room(ClusterConfig(workers=8, min_workers=3, cpus_per_worker=2), gpu=True)
+    text = describe_resources(ClusterConfig(workers=8, min_workers=3, cpus_per_worker=2), gpu=True)
     present = "the cluster has 5 CPU (1 free) and 4 GPU (0 free);"
     assert f"at least 3 workers need 6 CPU and 3 GPU in all, and {present}" in text
-    text = room(ClusterConfig(workers=1), gpu=False)
+    text = describe_resources(ClusterConfig(workers=1), gpu=False)
     assert ": 1 worker needs 1 CPU in all, and the cluster has 5 CPU (1 free);" in text
 
 
 def test_a_wait_is_reported_and_cleared_when_workers_run(
     run_id: str, tmp_path: Path, tag: Callable[[], str | None]
 ) -> None:
-    with telling_of_waits(run_id, tmp_path, lambda: "no CPUs"):
+    with report_pending_workers(run_id, tmp_path, lambda: "no CPUs"):
         until(lambda: tag() == "no CPUs")
-        attempts.begin(tmp_path, 2)
+        attempts.start_attempt(tmp_path, 2)
         until(lambda: tag() == "")
-        attempts.end(tmp_path, "worker 1 died")
+        attempts.record_end(tmp_path, "worker 1 died")
         until(lambda: tag() == "no CPUs")
     until(lambda: tag() == "")  # a finished run waits for nothing
 
@@ -65,7 +66,7 @@ def test_a_wait_is_reported_once_although_free_resources_change(
     run_id: str, tmp_path: Path, tag: Callable[[], str | None]
 ) -> None:
     free = iter(range(1000))
-    with telling_of_waits(run_id, tmp_path, lambda: f"{next(free)} free"):
+    with report_pending_workers(run_id, tmp_path, lambda: f"{next(free)} free"):
         until(lambda: tag() == "0 free")
         time.sleep(0.5)
         assert tag() == "0 free"
@@ -75,15 +76,15 @@ def test_workers_that_start_or_run_are_not_reported(
     run_id: str, tmp_path: Path, tag: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    attempts.begin(tmp_path, 2)
-    with telling_of_waits(run_id, tmp_path, lambda: str(asked.append(1))):
+    attempts.start_attempt(tmp_path, 2)
+    with report_pending_workers(run_id, tmp_path, lambda: str(asked.append(1))):
         time.sleep(1)
-        ask_to_yield(tmp_path)
-        attempts.end(tmp_path, "there are resources for 3 workers", wanted=True)
+        request_handover(tmp_path)
+        attempts.record_end(tmp_path, "there are resources for 3 workers", wanted=True)
         time.sleep(1)
-    monkeypatch.setattr(waiting, "_PATIENCE_S", 60)
-    yielded(tmp_path)
-    with telling_of_waits(run_id, tmp_path, lambda: str(asked.append(1))):
+    monkeypatch.setattr(resources, "_PATIENCE_S", 60)
+    clear_handover(tmp_path)
+    with report_pending_workers(run_id, tmp_path, lambda: str(asked.append(1))):
         time.sleep(1)
     assert not asked
     assert tag() is None
@@ -100,5 +101,5 @@ def test_a_ray_or_store_that_does_not_answer_is_asked_again(
             raise answer
         return answer
 
-    with telling_of_waits(run_id, tmp_path, why):
+    with report_pending_workers(run_id, tmp_path, why):
         until(lambda: tag() == "no CPUs")

@@ -11,24 +11,25 @@ from typing import Any, ClassVar
 
 import pytest
 
-from pipeline import fitting
-from pipeline.attempts import begin, end
+from pipeline.cluster import supervisor
+from pipeline.cluster.attempts import record_end, start_attempt
+from pipeline.cluster.supervisor import WorkerStatus, supervise
 from pipeline.errors import Interrupted, TrainingError
-from pipeline.fitting import Workers, fit_and_follow, leave_word
-from pipeline.stopping import Asked, Overseer, StopWatch, ask_to_stop, ask_to_yield, asked_to_stop, withdraw
-from shards.retry import StoreError
+from pipeline.run_folder import clear_requests, request_handover, request_stop, stop_requested, write_fatal_error
+from pipeline.training.requests import LoopHooks, Request, RequestPoller
+from shards.store.retry import StoreError
 
 Fit = Callable[..., None]
 
 
 @pytest.fixture
 def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
-    monkeypatch.setattr(fitting, "_following", lambda _: nullcontext())
+    monkeypatch.setattr(supervisor, "_following", lambda _: nullcontext())
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
 
     def run(work: Callable[[], None], say: Callable[[str], None] = lambda _: None, **known: Any) -> None:
         try:
-            fit_and_follow(work, "run", tmp_path, say, Workers(**known))
+            supervise(work, "run", tmp_path, say, WorkerStatus(**known))
         finally:
             assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
@@ -47,7 +48,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_a_fit_that_ends_is_the_end(fit: Fit, tmp_path: Path) -> None:
-    ask_to_stop(tmp_path)  # of an earlier attempt
+    request_stop(tmp_path)  # of an earlier attempt
     fit(lambda: None)
 
 
@@ -63,8 +64,8 @@ def test_a_fatal_error_ends_a_fit_that_would_restart(fit: Fit, tmp_path: Path) -
     forever = threading.Event()
 
     def try_again() -> None:
-        leave_word(tmp_path, "image 7 is damaged", 1)
-        leave_word(tmp_path, "another rank's consequence", 0)
+        write_fatal_error(tmp_path, "image 7 is damaged", 1)
+        write_fatal_error(tmp_path, "another rank's consequence", 0)
         forever.wait(60)
 
     with pytest.raises(TrainingError, match=r"^image 7 is damaged$"):
@@ -77,9 +78,9 @@ def test_the_first_signal_asks_the_workers_and_waits_for_them(fit: Fit, tmp_path
     saved = []
 
     def work() -> None:
-        begin(tmp_path, 1)
+        start_attempt(tmp_path, 1)
         signal_this_process(number)
-        until(lambda: asked_to_stop(tmp_path))
+        until(lambda: stop_requested(tmp_path))
         time.sleep(0.5)
         saved.append(True)
 
@@ -94,12 +95,12 @@ def test_workers_that_do_not_answer_are_not_waited_for(
 ) -> None:
     forever = threading.Event()
     if reason == "no answer in time":
-        monkeypatch.setattr(fitting, "GRACE_S", 0.3)
+        monkeypatch.setattr(supervisor, "GRACE_S", 0.3)
 
     def hang() -> None:
-        begin(tmp_path, 1)
+        start_attempt(tmp_path, 1)
         signal_this_process(signal.SIGTERM)
-        until(lambda: asked_to_stop(tmp_path))
+        until(lambda: stop_requested(tmp_path))
         if reason == "a second signal":
             signal_this_process(signal.SIGTERM)
         forever.wait(60)
@@ -117,10 +118,10 @@ def test_a_store_without_answer_does_not_make_a_stop_a_failure(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forever, messages = threading.Event(), list[str]()
-    monkeypatch.setattr(fitting, "GRACE_S", 0.3)
+    monkeypatch.setattr(supervisor, "GRACE_S", 0.3)
 
     def hang() -> None:
-        begin(tmp_path, 1)
+        start_attempt(tmp_path, 1)
         signal_this_process(signal.SIGTERM)
         forever.wait(60)
 
@@ -137,10 +138,10 @@ def test_workers_that_cannot_save_do_not_make_a_stop_a_failure(fit: Fit, tmp_pat
     forever, messages = threading.Event(), list[str]()
 
     def fail() -> None:
-        begin(tmp_path, 1)
+        start_attempt(tmp_path, 1)
         signal_this_process(signal.SIGTERM)
-        until(lambda: asked_to_stop(tmp_path))
-        leave_word(tmp_path, "checkpoint s3://bucket/runs could not be written", 0)
+        until(lambda: stop_requested(tmp_path))
+        write_fatal_error(tmp_path, "checkpoint s3://bucket/runs could not be written", 0)
         forever.wait(60)
 
     with pytest.raises(Interrupted, match=r"^interrupted$"):
@@ -152,7 +153,7 @@ def test_workers_that_cannot_save_do_not_make_a_stop_a_failure(fit: Fit, tmp_pat
 
 
 def test_a_fatal_error_without_the_runs_folder_is_not_written(tmp_path: Path) -> None:
-    leave_word(tmp_path / "not mounted", "the run's folder is not there", 1)
+    write_fatal_error(tmp_path / "not mounted", "the run's folder is not there", 1)
     assert not (tmp_path / "not mounted").exists()
 
 
@@ -163,10 +164,10 @@ def test_a_signal_before_training_ends_the_run_at_once(fit: Fit, tmp_path: Path)
         signal_this_process(signal.SIGINT)
         forever.wait(60)
 
-    begin(tmp_path, 1)  # of an earlier attempt
+    start_attempt(tmp_path, 1)  # of an earlier attempt
     with pytest.raises(Interrupted, match="before training began"):
         fit(start_slowly)
-    assert not asked_to_stop(tmp_path)
+    assert not stop_requested(tmp_path)
     forever.set()
 
 
@@ -175,9 +176,9 @@ def test_a_failed_fit_is_reported_by_the_most_specific_reason(fit: Fit, tmp_path
         worker_failures: ClassVar = {0: RuntimeError("connection closed")}
 
     def fail() -> None:
-        begin(tmp_path, 2)
-        end(tmp_path, "worker 0 failed: connection closed", "consequence")
-        end(tmp_path, "worker 1 died: killed")
+        start_attempt(tmp_path, 2)
+        record_end(tmp_path, "worker 0 failed: connection closed", "consequence")
+        record_end(tmp_path, "worker 1 died: killed")
         raise GroupFailed("Ray's long report")
 
     with pytest.raises(TrainingError, match=r"^worker 1 died: killed$"):
@@ -185,23 +186,23 @@ def test_a_failed_fit_is_reported_by_the_most_specific_reason(fit: Fit, tmp_path
 
 
 def test_the_watch_sees_a_stop_request(tmp_path: Path) -> None:
-    watch = StopWatch(tmp_path)
+    watch = RequestPoller(tmp_path)
     assert not watch.asked().stop
-    ask_to_stop(tmp_path)
+    request_stop(tmp_path)
     until(lambda: watch.asked().stop)
 
 
 def test_the_watch_sees_a_handover_request(tmp_path: Path) -> None:
-    watch = StopWatch(tmp_path)
-    ask_to_yield(tmp_path)
-    assert watch.asked() == Asked(stop=True)
-    withdraw(tmp_path)
-    assert StopWatch(tmp_path).asked() == Asked()
+    watch = RequestPoller(tmp_path)
+    request_handover(tmp_path)
+    assert watch.asked() == Request(stop=True)
+    clear_requests(tmp_path)
+    assert RequestPoller(tmp_path).asked() == Request()
 
 
 def test_the_watch_passes_on_the_overseers_requests(tmp_path: Path) -> None:
-    watch = StopWatch(tmp_path, Overseer(asks=lambda: Asked(save=True)))
-    assert watch.asked() == watch.asked() == Asked(save=True)
+    watch = RequestPoller(tmp_path, LoopHooks(asks=lambda: Request(save=True)))
+    assert watch.asked() == watch.asked() == Request(save=True)
 
 
 @pytest.mark.parametrize("ray", ["fails", "hangs"])
@@ -210,7 +211,7 @@ def test_workers_that_end_after_a_signal_are_part_of_the_stop(fit: Fit, tmp_path
     forever, gone, messages = threading.Event(), threading.Event(), list[str]()
 
     def work() -> None:
-        begin(tmp_path, 1)
+        start_attempt(tmp_path, 1)
         signal_this_process(signal.SIGTERM)
         if ray == "fails":
             raise RuntimeError("RpcError Socket closed")

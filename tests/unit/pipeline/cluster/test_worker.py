@@ -9,12 +9,13 @@ from ray.train.v2._internal.execution import context
 from ray.train.v2._internal.execution.preemption import PreemptionContext
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from pipeline import ray_worker
-from pipeline.attempts import Restart, Word
+from pipeline.cluster import worker as ray_worker
+from pipeline.cluster.attempts import EndReason, Restart
+from pipeline.cluster.worker import FirstStepReport, PreemptionNotice, with_microbatch_limit
 from pipeline.config import ClusterConfig, RunConfig
-from pipeline.ray_worker import FirstStep, Notice, bounded
-from pipeline.stopping import NOTHING, Asked
-from pipeline.track import TAG_RESIZED, TAG_WARNING, MemoryTracker
+from pipeline.tracking.tags import TAG_RESIZED, TAG_WARNING
+from pipeline.tracking.tracker import MemoryTracker
+from pipeline.training.requests import NO_REQUEST, Request
 
 
 @pytest.fixture
@@ -31,45 +32,45 @@ def info(in_s: float | None, node: str = "n") -> PreemptionInfo:
 
 
 def test_nothing_is_requested_while_all_nodes_stay(preemption: PreemptionContext) -> None:
-    notice = Notice()
-    assert [notice.asked(), notice.asked()] == [NOTHING, NOTHING]
+    notice = PreemptionNotice()
+    assert [notice.asked(), notice.asked()] == [NO_REQUEST, NO_REQUEST]
 
 
 def test_each_announced_node_causes_a_checkpoint(preemption: PreemptionContext) -> None:
-    notice = Notice()
+    notice = PreemptionNotice()
     preemption.preemption_info = info(None)
-    assert [notice.asked(), notice.asked()] == [Asked(save=True), NOTHING]
+    assert [notice.asked(), notice.asked()] == [Request(save=True), NO_REQUEST]
     preemption.preemption_info = info(5, "m")
-    assert [notice.asked(), notice.asked()] == [Asked(save=True), NOTHING]
+    assert [notice.asked(), notice.asked()] == [Request(save=True), NO_REQUEST]
 
 
 def test_a_second_checkpoint_comes_shortly_before_the_node_goes(
     preemption: PreemptionContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notice = Notice()
+    notice = PreemptionNotice()
     preemption.preemption_info = info(100)
-    assert [notice.asked(), notice.asked()] == [Asked(save=True), NOTHING]
+    assert [notice.asked(), notice.asked()] == [Request(save=True), NO_REQUEST]
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 100 - ray_worker._BEFORE_S + 1)
-    assert [notice.asked(), notice.asked()] == [Asked(save=True), NOTHING]
+    assert [notice.asked(), notice.asked()] == [Request(save=True), NO_REQUEST]
 
 
 @pytest.mark.parametrize(("left_s", "again"), [(35, True), (25, False)])
 def test_a_late_notice_causes_a_second_checkpoint_only_if_it_pays(
     preemption: PreemptionContext, monkeypatch: pytest.MonkeyPatch, left_s: float, again: bool
 ) -> None:
-    notice = Notice()
+    notice = PreemptionNotice()
     preemption.preemption_info = info(left_s)
-    assert notice.asked() == Asked(save=True)
+    assert notice.asked() == Request(save=True)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + left_s - ray_worker._BEFORE_S + 1)
-    assert notice.asked() == Asked(save=again)
+    assert notice.asked() == Request(save=again)
 
 
 @pytest.mark.parametrize(("wanted", "tag"), [(False, TAG_WARNING), (True, TAG_RESIZED)])
 def test_the_first_step_reports_the_cost_of_the_restart(wanted: bool, tag: str) -> None:
     tracker = MemoryTracker()
-    first = FirstStep(tracker, 2, Restart(1, Word("why", time.time() - 30, wanted), 3, 2))
+    first = FirstStepReport(tracker, 2, Restart(1, EndReason("why", time.time() - 30, wanted), 3, 2))
     first(41)
     first(42)
     assert tracker.last_tags[tag].startswith("why; restart 1, 3 -> 2 workers, resumed after 30 s at step 41")
@@ -79,8 +80,8 @@ def test_the_first_step_reports_the_cost_of_the_restart(wanted: bool, tag: str) 
 
 def test_the_first_attempt_reports_only_the_number_of_workers() -> None:
     tracker = MemoryTracker()
-    FirstStep(tracker, 2, None)(1)
-    FirstStep(None, 2, None)(1)
+    FirstStepReport(tracker, 2, None)(1)
+    FirstStepReport(None, 2, None)(1)
     assert tracker.points == [("cluster/workers", 2.0, 1)]
     assert not tracker.last_tags
 
@@ -89,6 +90,6 @@ def test_fewer_workers_take_no_more_images_at_a_time(tiny_config: RunConfig) -> 
     fixed = replace(tiny_config, cluster=ClusterConfig(workers=3))
     elastic = replace(tiny_config, cluster=ClusterConfig(workers=3, min_workers=1))
     chosen = replace(elastic, compute=replace(elastic.compute, max_microbatch=1))
-    assert bounded(fixed) == fixed
-    assert bounded(elastic).compute.max_microbatch == 2  # of 4 images, 3 workers take 2, 1 and 1
-    assert bounded(chosen) == chosen
+    assert with_microbatch_limit(fixed) == fixed
+    assert with_microbatch_limit(elastic).compute.max_microbatch == 2  # of 4 images, 3 workers take 2, 1 and 1
+    assert with_microbatch_limit(chosen) == chosen

@@ -8,14 +8,14 @@ import msgspec
 import pytest
 
 from pipeline.config import DataConfig
-from pipeline.data import check_cache, check_cache_limit, check_room, open_data
+from pipeline.data.datasets import check_cache, check_cache_limit, check_room, open_data
 from pipeline.errors import RunConfigError
-from shards import cache as caching
-from shards import room
+from shards import config as shards_config
+from shards.dataset.listed_files import File
+from shards.dataset.manifest import ANNOTATIONS_NAME, IMAGES_NAME, Manifest, Shard
 from shards.errors import ShardError
-from shards.listed import File
-from shards.manifest import ANNOTATIONS_NAME, IMAGES_NAME, Manifest, Shard
-from shards.room import GIB, size_text
+from shards.store import cache_space
+from shards.store.sizes import GIB, size_text
 from tests.conftest import TinyData
 
 Usage = namedtuple("Usage", "free")
@@ -41,7 +41,7 @@ def sets(config: DataConfig) -> tuple[Manifest, Manifest]:
 
 def test_both_data_sets_are_read_through_the_cache_of_the_run(config: DataConfig, tmp_path: Path) -> None:
     train, val = open_data(replace(config, cache_gib=3))
-    assert train.cache == val.cache == caching.CacheConfig(str(tmp_path / "kept"), 3)
+    assert train.cache == val.cache == shards_config.CacheConfig(str(tmp_path / "kept"), 3)
     assert train.url == config.train
 
 
@@ -86,7 +86,7 @@ def test_two_blocks_and_the_validation_data_must_fit_the_cache(config: DataConfi
 
 
 def test_too_little_disk_space_is_refused_before_downloads(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: Usage(room.SPARE + 7 * GIB))
+    monkeypatch.setattr(cache_space.shutil, "disk_usage", lambda _: Usage(cache_space.SPARE + 7 * GIB))
     with pytest.raises(RunConfigError, match=rf"12.50 GiB but {config.cache} may hold 7.00 GiB"):
         check_cache(config, *sets(config))
     check_cache(replace(config, shuffle_shards=2), *sets(config))
@@ -103,10 +103,10 @@ def test_an_evaluation_that_does_not_fit_is_refused_with_a_remedy(
     config: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, val = sets(config)
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: Usage(room.SPARE + int(2.24 * GIB)))
+    monkeypatch.setattr(cache_space.shutil, "disk_usage", lambda _: Usage(cache_space.SPARE + int(2.24 * GIB)))
     with pytest.raises(RunConfigError, match=r"shards and index take 2.25 GiB but .* may hold 2.24 GiB; .* DETR_CACHE"):
         check_room(val)
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: Usage(room.SPARE + int(2.25 * GIB)))
+    monkeypatch.setattr(cache_space.shutil, "disk_usage", lambda _: Usage(cache_space.SPARE + int(2.25 * GIB)))
     check_room(val)
 
 

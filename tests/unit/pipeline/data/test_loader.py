@@ -10,14 +10,14 @@ import pytest
 
 from detr.config import TransformConfig
 from detr.geometry import draw_geometry
-from pipeline import samples as module
 from pipeline.config import RunConfig
-from pipeline.optim import Schedule
-from pipeline.parallel import Ranks
-from pipeline.samples import augmented_sizes, rank_parts, training_batches
+from pipeline.data import loader as module
+from pipeline.data.loader import augmented_sizes, rank_parts, training_batches
+from pipeline.distributed.ranks import Ranks
+from pipeline.schedule import Schedule
+from shards.dataset.manifest import Manifest, load_manifest
 from shards.errors import ShardError
-from shards.manifest import Manifest, load_manifest
-from shards.plan import EpochPlan, plan_epoch
+from shards.plan.epoch import EpochPlan, plan_epoch
 
 
 @pytest.fixture

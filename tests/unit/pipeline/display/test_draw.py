@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.figures import Boxes, contact_sheet, draw, side_by_side
+from pipeline.display.draw import Boxes, contact_sheet, draw, side_by_side
 
 GREY = (128, 128, 128)
 ORANGE = (0xE6, 0x9F, 0x00)

@@ -4,10 +4,9 @@ from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any, cast
 
-from pipeline.follow import RunView
-from pipeline.mlflow_store import TAG_EPOCHS, TAG_TOTAL_STEPS
-from pipeline.standing import TAG_PROGRESS, Progress
-from pipeline.track import TAG_PHASE, TAG_WARNING
+from pipeline.display.follow import RunView
+from pipeline.tracking.progress import RunProgress
+from pipeline.tracking.tags import TAG_EPOCHS, TAG_PHASE, TAG_PROGRESS, TAG_TOTAL_STEPS, TAG_WARNING
 
 FIGURES = {"train/loss": 5.4403, "speed/images_per_s": 146.62, "speed/memory_gib": 1.234, "epoch": 0.5}
 
@@ -19,7 +18,7 @@ class Terminal(io.StringIO):
 
 def state(step: int, epoch: float, end: str = "", metrics: dict[str, float] | None = None, **tags: str) -> Any:
     """Return a run at this step."""
-    all_tags = {TAG_TOTAL_STEPS: "3000", TAG_EPOCHS: "12", TAG_PROGRESS: Progress(step, epoch, end).to_json()}
+    all_tags = {TAG_TOTAL_STEPS: "3000", TAG_EPOCHS: "12", TAG_PROGRESS: RunProgress(step, epoch, end).to_json()}
     all_tags |= {TAG_PHASE: "training"} | tags
     return cast(Any, SimpleNamespace(data=SimpleNamespace(tags=all_tags, metrics=FIGURES | (metrics or {}))))
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from pipeline.curves import curves_picture, curves_table
-from shards.curves import RECALLS, UNSCORED, Curves
+from pipeline.display.pictures import curves_picture, curves_table
+from shards.score.precision_recall import RECALLS, UNSCORED, Curves
 
 STEP = tuple(1.0 if recall < 0.5 else 0.25 for recall in RECALLS)
 FLAT = (0.5,) * 101

@@ -2,10 +2,11 @@ from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 
-from pipeline.report import metrics_table, runs_table
-from pipeline.standing import TAG_PROGRESS, Progress, clock_time
-from pipeline.track import TAG_PHASE
-from shards.score import MASK_METRICS, METRICS
+from pipeline.display.tables import metrics_table, runs_table
+from pipeline.display.terminal import clock_time
+from pipeline.tracking.progress import RunProgress
+from pipeline.tracking.tags import TAG_PHASE, TAG_PROGRESS
+from shards.score.coco_eval import MASK_METRICS, METRICS
 
 
 def test_without_masks_the_table_has_one_column_of_metrics() -> None:
@@ -26,7 +27,7 @@ def test_metrics_of_masks_are_next_to_those_of_boxes() -> None:
 
 def test_only_running_runs_have_a_predicted_end() -> None:
     def tags(end: datetime) -> dict[str, str]:
-        return {TAG_PHASE: "training", TAG_PROGRESS: Progress(7, 0.5, end.isoformat()).to_json()}
+        return {TAG_PHASE: "training", TAG_PROGRESS: RunProgress(7, 0.5, end.isoformat()).to_json()}
 
     end = datetime.now(UTC) + timedelta(hours=1)
     past = end - timedelta(hours=2)  # the driver is dead

@@ -2,11 +2,13 @@ from datetime import UTC, date, datetime, time, timedelta
 
 import pytest
 
-from pipeline.standing import TAG_PROGRESS, Progress, clock_time, left, read_progress
+from pipeline.display.terminal import clock_time, time_left
+from pipeline.tracking.progress import RunProgress, read_progress
+from pipeline.tracking.tags import TAG_PROGRESS
 
 
 def test_progress_is_read_as_it_was_written() -> None:
-    for progress in (Progress(7, 0.5), Progress(7, 0.5, "2031-05-04T03:02:01+00:00")):
+    for progress in (RunProgress(7, 0.5), RunProgress(7, 0.5, "2031-05-04T03:02:01+00:00")):
         assert read_progress({TAG_PROGRESS: progress.to_json()}) == progress
     assert read_progress({}) is None
     assert progress.ends == datetime(2031, 5, 4, 3, 2, 1, tzinfo=UTC)
@@ -17,7 +19,7 @@ def test_progress_is_read_as_it_was_written() -> None:
     [(-5, "0s"), (41, "41s"), (760, "12m40s"), (18_120, "5h02m"), (3 * 86_400 + 4 * 3600, "3d04h")],
 )
 def test_the_remaining_time_has_at_most_two_units(seconds: float, text: str) -> None:
-    assert left(datetime.now(UTC) + timedelta(seconds=seconds + 0.3)) == text
+    assert time_left(datetime.now(UTC) + timedelta(seconds=seconds + 0.3)) == text
 
 
 def test_the_end_is_in_local_time_with_the_day_unless_it_is_today() -> None:

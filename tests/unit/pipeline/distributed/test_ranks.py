@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from pipeline.parallel import Ranks, is_peer_failure, on_first
-from tests.ranks import run_ranks
+from pipeline.distributed.ranks import Ranks, is_peer_failure, on_first
+from tests.support.ranks import run_ranks
 
 
 def broadcast_of_rank(ranks: Ranks) -> list[Any]:

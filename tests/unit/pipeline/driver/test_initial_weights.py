@@ -10,11 +10,12 @@ from torch import Tensor
 from detr.model import DETR, build_model
 from detr.original import to_original_state_dict
 from pipeline.config import RunConfig
+from pipeline.driver.initial_weights import adopt_model_config, initial_model
 from pipeline.errors import CheckpointError, RunConfigError, first_line
-from pipeline.predict import Card, write_folder
 from pipeline.recipes import RECIPES
-from pipeline.weights import build_trained, initial_model, read_initial, save_initial, settle
-from shards.manifest import Category
+from pipeline.registry.card import Card, write_folder
+from pipeline.training.model import build_trainable_model, read_initial, save_initial
+from shards.dataset.categories import Category
 
 CLASSES = tuple(Category(number, name) for number, name in enumerate("abcd", start=1))
 BACKBONE = "backbone.0.body."
@@ -221,8 +222,8 @@ def test_labels_without_a_category_leave_the_class_head(tiny_config: RunConfig, 
 def test_a_run_takes_the_initial_model_s_shape_but_not_its_dropout(tiny_config: RunConfig, tmp_path: Path) -> None:
     registered(tmp_path, tiny_config, CLASSES)
     other = replace(tiny_config, model=replace(tiny_config.model, hidden_dim=32, num_queries=9, dropout=0.3))
-    assert settle(other, tmp_path).model == replace(tiny_config.model, dropout=0.3)
-    assert settle(other, None) == other
+    assert adopt_model_config(other, tmp_path).model == replace(tiny_config.model, dropout=0.3)
+    assert adopt_model_config(other, None) == other
 
 
 def test_a_run_may_add_a_mask_head_to_the_registered_model(
@@ -230,12 +231,12 @@ def test_a_run_may_add_a_mask_head_to_the_registered_model(
 ) -> None:
     detector = replace(tiny_config, model=replace(masks_config.model, masks=False))
     before = registered(tmp_path, detector, CLASSES)
-    config = settle(replace(masks_config, initial="models:/tiny@best"), tmp_path)
+    config = adopt_model_config(replace(masks_config, initial="models:/tiny@best"), tmp_path)
     assert config.model == masks_config.model
     for name in ("detr-r50-masks", "finetune"):
         recipe = replace(RECIPES[name], initial="models:/tiny@best")
         asked = replace(recipe, model=replace(recipe.model, masks=True))
-        assert settle(asked, tmp_path).model == replace(masks_config.model, dropout=recipe.model.dropout)
+        assert adopt_model_config(asked, tmp_path).model == replace(masks_config.model, dropout=recipe.model.dropout)
     model, notes = initial_model(config, CLASSES, tmp_path)
     after, fresh = model.state_dict(), seeded(config, 4, seed=config.seed).state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.state_dict().items())
@@ -247,7 +248,7 @@ def test_a_run_may_add_a_mask_head_to_the_registered_model(
 
 def test_a_registered_mask_head_is_kept(masks_config: RunConfig, tiny_config: RunConfig, tmp_path: Path) -> None:
     before = registered(tmp_path, masks_config, CLASSES)
-    config = settle(replace(tiny_config, initial="models:/tiny@best"), tmp_path)
+    config = adopt_model_config(replace(tiny_config, initial="models:/tiny@best"), tmp_path)
     assert config.model.masks
     model, notes = initial_model(config, CLASSES, tmp_path)
     assert_same(model.state_dict(), before.state_dict())
@@ -282,22 +283,22 @@ def test_a_mask_head_needs_a_detector_of_the_same_classes(masks_config: RunConfi
 
 
 def test_frozen_modules_get_no_gradient(masks_config: RunConfig) -> None:
-    head = build_trained(replace(masks_config, optim=replace(masks_config.optim, train="mask_head")), 4)
+    head = build_trainable_model(replace(masks_config, optim=replace(masks_config.optim, train="mask_head")), 4)
     trained = {name.split(".")[0] for name, value in head.named_parameters() if value.requires_grad}
     assert trained == {"bbox_attention", "mask_head"}
-    assert build_trained(masks_config, 4).class_embed.weight.requires_grad
+    assert build_trainable_model(masks_config, 4).class_embed.weight.requires_grad
 
 
 def test_a_shape_that_was_asked_for_is_not_dropped_silently(tiny_config: RunConfig, tmp_path: Path) -> None:
     registered(tmp_path, tiny_config, CLASSES)
     recipe = RECIPES["finetune"]
     free = replace(recipe.model, dropout=0.3, backbone_weights="random", num_queries=tiny_config.model.num_queries)
-    assert settle(replace(recipe, model=free), tmp_path).model.hidden_dim == tiny_config.model.hidden_dim
+    assert adopt_model_config(replace(recipe, model=free), tmp_path).model.hidden_dim == tiny_config.model.hidden_dim
     asked = replace(recipe, model=replace(recipe.model, num_queries=300, decoder_layers=5))
     with pytest.raises(
         RunConfigError, match=r"--model\.decoder-layers, --model\.num-queries.*from --initial: leave out"
     ):
-        settle(asked, tmp_path)
+        adopt_model_config(asked, tmp_path)
 
 
 def test_a_folder_that_is_not_the_driver_s_is_one_line(tiny_config: RunConfig, tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 
-from pipeline import preflight
 from pipeline.config import RunConfig
+from pipeline.driver import preflight
+from pipeline.driver.preflight import check, prepare
 from pipeline.errors import RunConfigError
-from pipeline.preflight import check, prepare
+from shards.config import WriteConfig
+from shards.dataset.manifest import load_manifest
 from shards.errors import ShardError
-from shards.manifest import load_manifest
-from shards.write import WriteConfig, write_coco
+from shards.write.writer import write_coco
 
 
 def relabelled(tiny_data: Any, tmp_path: Path, categories: list[dict[str, object]]) -> str:

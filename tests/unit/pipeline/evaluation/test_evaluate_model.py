@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from detr.config import TransformConfig
 from detr.model import Outputs
+from pipeline.distributed.ranks import Ranks
 from pipeline.errors import RunConfigError, TrainingError
-from pipeline.evaluate import EvaluateOptions, Evaluation, Progress, evaluate, match_categories
-from pipeline.parallel import Ranks
-from shards.manifest import Category, Manifest, load_manifest
-from shards.write import WriteConfig, write_coco
-from tests.coco_results import coco_results
+from pipeline.evaluation.evaluate_model import EvaluateOptions, Evaluation, Progress, evaluate_model, match_categories
+from shards.config import WriteConfig
+from shards.dataset.categories import Category
+from shards.dataset.manifest import Manifest, load_manifest
+from shards.write.writer import write_coco
+from tests.support.coco_results import coco_results
 
 TRANSFORM = TransformConfig(eval_size=64, max_size=64)
 OPTIONS = EvaluateOptions(TRANSFORM, batch_size=2, threads=1)
@@ -28,7 +30,8 @@ class Oracle(nn.Module):
 
     def __init__(self, manifest: Manifest, categories: tuple[Category, ...], masks: bool = False) -> None:
         super().__init__()
-        from shards.read import ReadConfig, read_samples
+        from shards.config import ReadConfig
+        from shards.read.loader import read_samples
 
         labels = {category.id: label for label, category in enumerate(categories)}
         self._classes, self._truth, self._masks = len(categories), {}, masks
@@ -97,7 +100,7 @@ def score(
     progress: Progress | None = None,
 ) -> tuple[Oracle, Evaluation]:
     oracle = Oracle(manifest, categories, masks)
-    found = evaluate(oracle, manifest, categories, options, progress=progress)
+    found = evaluate_model(oracle, manifest, categories, options, progress=progress)
     assert found is not None
     return oracle, found
 
@@ -134,7 +137,7 @@ def test_evaluation_mode_is_set_and_the_previous_mode_restored(tiny_data: Any) -
     oracle = Oracle(manifest, manifest.categories)
     for mode in (True, False):
         oracle.train(mode)
-        evaluate(oracle, manifest, manifest.categories, replace(OPTIONS, batch_size=5))
+        evaluate_model(oracle, manifest, manifest.categories, replace(OPTIONS, batch_size=5))
         assert oracle.training is mode
     assert oracle.modes == [False, False]
 
@@ -212,6 +215,6 @@ def test_boxes_come_back_in_pixels_of_the_original_image(tiny_data: Any) -> None
             return Outputs(logits, torch.tensor([[[0.5, 0.5, 0.25, 0.5]]]).expand(len(images), 1, 4))
 
     options = replace(OPTIONS, transform=replace(TRANSFORM, eval_size=96, max_size=96))
-    found = evaluate(Centre(), manifest, manifest.categories, options)
+    found = evaluate_model(Centre(), manifest, manifest.categories, options)
     assert found is not None
     np.testing.assert_allclose(found.detections.boxes_xywh, np.tile([24.0, 16.0, 16.0, 32.0], (5, 1)), atol=1e-5)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from detr.config import ConfigError
 from detr.model import Outputs, build_model
-from pipeline import layers
 from pipeline.config import RunConfig
-from pipeline.evaluate import Evaluation, evaluate, evaluate_readings
-from pipeline.layers import LayerScore, evaluate_layers
-from pipeline.report import layers_table
-from shards.manifest import Manifest, load_manifest
-from tests.unit.pipeline.test_evaluate import OPTIONS, Oracle
+from pipeline.display.tables import layers_table
+from pipeline.evaluation import per_layer
+from pipeline.evaluation.evaluate_model import Evaluation, evaluate_model, evaluate_readings
+from pipeline.evaluation.per_layer import LayerScore, evaluate_layers
+from shards.dataset.manifest import Manifest, load_manifest
+from tests.unit.pipeline.evaluation.test_evaluate_model import OPTIONS, Oracle
 
 
 class ThreeLayers(nn.Module):
@@ -90,10 +90,10 @@ def test_the_last_layer_without_suppression_equals_an_evaluation(
         kept.extend(evaluate_readings(*arguments, **more) or [])
         return kept
 
-    monkeypatch.setattr(layers, "evaluate_readings", keeping)
+    monkeypatch.setattr(per_layer, "evaluate_readings", keeping)
     torch.manual_seed(0)
     model = build_model(replace(tiny_config.model, auxiliary=auxiliary), 4)
-    plain = evaluate(model, manifest, manifest.categories, OPTIONS)
+    plain = evaluate_model(model, manifest, manifest.categories, OPTIONS)
     scores(model, manifest)
     assert plain is not None
     first, _, last, _, merged = [evaluation.detections for evaluation in kept]

@@ -12,11 +12,11 @@ import torch
 
 from detr.config import ModelConfig, TransformConfig
 from detr.model import build_model
-from pipeline import onnx_file
 from pipeline.errors import ExchangeError
-from pipeline.onnx_file import difference_in_onnxruntime, export_onnx
-from pipeline.predict import Card, write_folder
-from shards.manifest import Category
+from pipeline.exchange import export_onnx as onnx_exporter
+from pipeline.exchange.export_onnx import difference_in_onnxruntime, export_onnx
+from pipeline.registry.card import Card, write_folder
+from shards.dataset.categories import Category
 
 # Every departure that the original's format refuses, and free parts of the graph: group norm, trained positions at 0.
 CONFIG = ModelConfig(
@@ -59,21 +59,21 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _resolved(registered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_file, "resolve", lambda uri: registered)
+    monkeypatch.setattr(onnx_exporter, "resolve", lambda uri: registered)
 
 
 @pytest.fixture(scope="module")
 def exported(registered: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...]]:
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_file, "resolve", lambda uri: registered)
+        patch.setattr(onnx_exporter, "resolve", lambda uri: registered)
         return path, export_onnx("models:/a/1", path)
 
 
 def test_any_batch_and_size_gives_the_outputs_of_pytorch(exported: tuple[Path, tuple[str, ...]]) -> None:
     import onnxruntime
 
-    from pipeline.predict import read_model
+    from pipeline.registry.card import read_model
 
     path, notes = exported
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -82,7 +82,7 @@ def test_any_batch_and_size_gives_the_outputs_of_pytorch(exported: tuple[Path, t
         ("padding", "tensor(bool)"),
     ]
     assert [tensor.name for tensor in session.get_outputs()] == ["logits", "boxes"]
-    model, _ = read_model(onnx_file.resolve("models:/a/1"))
+    model, _ = read_model(onnx_exporter.resolve("models:/a/1"))
     for batch, height, width in ((1, 64, 64), (2, 65, 300), (8, 127, 90)):
         images, padding = torch.randn(batch, 3, height, width), torch.zeros(batch, height, width, dtype=torch.bool)
         padding[-1, :, width // 2 :] = batch > 1  # at 90 px that is the edge of a cell, where rounding would show
@@ -109,9 +109,9 @@ def test_a_model_with_masks_is_exported(tmp_path: Path) -> None:
     """Sizes in which one stage is exactly twice the next, as 320 px gives, and sizes in which none is."""
     torch.manual_seed(0)
     config = replace(CONFIG, backbone="resnet18", norm="frozen_batch", hidden_dim=128, heads=8, masks=True)
-    model, path = onnx_file._Flat(build_model(replace(config, auxiliary=False), 2).eval()), tmp_path / "m.onnx"
+    model, path = onnx_exporter._Flat(build_model(replace(config, auxiliary=False), 2).eval()), tmp_path / "m.onnx"
     card = Card(**{field: getattr(CARD, field) for field in CARD.__struct_fields__} | {"model": config})
-    onnx_file._write(model, path, card, None)
+    onnx_exporter._write(model, path, card, None)
     for side in (320, 200):
         assert difference_in_onnxruntime(model, path, TransformConfig(eval_size=side, max_size=400)) < 1e-3
 
@@ -119,22 +119,22 @@ def test_a_model_with_masks_is_exported(tmp_path: Path) -> None:
 def test_no_canvas_is_larger_than_the_file_takes() -> None:
     """Learned positions at a stride of 16 end at 800 pixels, and the paper's images are 1066 wide."""
     config = replace(CONFIG, position="learned")
-    largest = onnx_file._largest_side(build_model(config, 2))
+    largest = onnx_exporter._largest_side(build_model(config, 2))
     assert largest == 800
-    assert onnx_file._canvases(TransformConfig(), largest)[0] == (800, 800)
-    assert onnx_file._canvases(TransformConfig(), None)[0] == (800, 1066)
+    assert onnx_exporter._canvases(TransformConfig(), largest)[0] == (800, 800)
+    assert onnx_exporter._canvases(TransformConfig(), None)[0] == (800, 1066)
 
 
 def test_the_file_of_another_model_is_detected(exported: tuple[Path, tuple[str, ...]]) -> None:
     torch.manual_seed(1)
-    other = onnx_file._Flat(build_model(CONFIG, 2).eval())
+    other = onnx_exporter._Flat(build_model(CONFIG, 2).eval())
     assert difference_in_onnxruntime(other, exported[0], TransformConfig(eval_size=320, max_size=400)) > 1e-2
 
 
 @pytest.mark.parametrize("difference", [2e-3, float("nan")])
 def test_a_file_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, difference: float) -> None:
-    monkeypatch.setattr(onnx_file, "_write", lambda model, path, *_: path.write_text("onnx"))
-    monkeypatch.setattr(onnx_file, "difference_in_onnxruntime", lambda *_: difference)
+    monkeypatch.setattr(onnx_exporter, "_write", lambda model, path, *_: path.write_text("onnx"))
+    monkeypatch.setattr(onnx_exporter, "difference_in_onnxruntime", lambda *_: difference)
     with pytest.raises(ExchangeError, match=r"onnxruntime and PyTorch differ by .*expected at most 0\.001"):
         export_onnx("models:/a/1", tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -152,7 +152,7 @@ def test_missing_packages_are_named_with_the_extra(tmp_path: Path, monkeypatch: 
 
 
 def test_the_target_is_checked_before_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_file, "resolve", lambda uri: pytest.fail("fetched"))
+    monkeypatch.setattr(onnx_exporter, "resolve", lambda uri: pytest.fail("fetched"))
     for path in (tmp_path, tmp_path / "absent" / "m.onnx"):
         with pytest.raises(ExchangeError, match="cannot be written; expected a file in a folder that exists"):
             export_onnx("models:/a/1", path)

@@ -12,15 +12,17 @@ import torch
 from detr.config import ConfigError, ModelConfig
 from detr.model import DETR, build_model
 from detr.original import to_original_state_dict
-from pipeline import exporting, importing
 from pipeline.config import RunConfig
+from pipeline.driver.initial_weights import initial_model
 from pipeline.errors import ExchangeError, RegistryError
-from pipeline.evaluate import match_categories
-from pipeline.exporting import export_original
-from pipeline.importing import coco_names, import_file, read_original
-from pipeline.predict import Card, write_folder
-from pipeline.weights import initial_model
-from shards.manifest import Category, load_manifest
+from pipeline.evaluation.evaluate_model import match_categories
+from pipeline.exchange import export_original as original_exporter
+from pipeline.exchange import import_original as original_importer
+from pipeline.exchange.export_original import export_original
+from pipeline.exchange.import_original import coco_names, import_file, read_original
+from pipeline.registry.card import Card, write_folder
+from shards.dataset.categories import Category
+from shards.dataset.manifest import load_manifest
 
 # Real backbones under a transformer that is quick to build; a mask head needs a width of 128.
 QUICK: dict[str, Any] = {
@@ -151,7 +153,7 @@ def test_a_wrong_tensor_is_one_line(tmp_path: Path, change: str, store: str) -> 
 def test_other_files_give_one_line_and_are_not_registered(
     tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importing, "connect", lambda: pytest.fail("MLflow was asked"))
+    monkeypatch.setattr(original_importer, "connect", lambda: pytest.fail("MLflow was asked"))
     path = tmp_path / "w.pth"
     if content == "text":
         path.write_text("no weights")
@@ -178,14 +180,14 @@ def test_coco_s_labels_are_its_category_ids() -> None:
     assert len(names) == 80
     assert (names[1], names[13], names[18], names[90]) == ("person", "stop sign", "dog", "toothbrush")
     assert not {0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83} & names.keys()
-    labels, source = importing._categories(91, None)
+    labels, source = original_importer._categories(91, None)
     assert [category.id for category in labels] == list(range(91))
     assert (labels[0].name, labels[12].name, labels[90].name) == ("N/A", "N/A", "toothbrush")
     assert "COCO" in source
 
 
 def test_panoptic_labels_have_the_names_of_things() -> None:
-    labels, _ = importing._categories(250, None)
+    labels, _ = original_importer._categories(250, None)
     assert [category.id for category in labels] == list(range(250))
     assert (labels[0].name, labels[18].name, labels[92].name, labels[249].name) == ("N/A", "dog", "92", "249")
 
@@ -195,12 +197,12 @@ def test_other_classes_are_named_by_a_file(tmp_path: Path, form: str) -> None:
     listed = [{"id": 3, "name": "cat", "supercategory": "animal"}, {"id": 1, "name": "bus"}]
     content = listed if form == "list" else {"images": [{"id": 1}], "categories": listed}
     (tmp_path / "c.json").write_text(json.dumps(content))
-    labels, _ = importing._categories(5, tmp_path / "c.json")
+    labels, _ = original_importer._categories(5, tmp_path / "c.json")
     assert [(label.id, label.name) for label in labels] == [(0, "N/A"), (1, "bus"), (2, "N/A"), (3, "cat"), (4, "N/A")]
 
 
 def test_other_classes_are_named_by_number_without_a_file() -> None:
-    labels, source = importing._categories(3, None)
+    labels, source = original_importer._categories(3, None)
     assert labels == (Category(0, "0"), Category(1, "1"), Category(2, "2"))
     assert "give --categories FILE" in source
 
@@ -218,7 +220,7 @@ def test_other_classes_are_named_by_number_without_a_file() -> None:
 def test_categories_that_do_not_fit_are_one_line(tmp_path: Path, content: object, message: str) -> None:
     (tmp_path / "c.json").write_text(json.dumps(content))
     with pytest.raises(ExchangeError, match=message) as caught:
-        importing._categories(3, tmp_path / "c.json")
+        original_importer._categories(3, tmp_path / "c.json")
     assert_one_line(caught)
 
 
@@ -238,7 +240,7 @@ def test_labels_without_a_category_match_nothing_of_a_data_set(tiny_data: Any) -
 def registered(folder: Path, model: DETR, categories: tuple[Category, ...]) -> None:
     card = Card(
         model=model.config,
-        transform=importing.TransformConfig(),
+        transform=original_importer.TransformConfig(),
         categories=categories,
         evaluate_batch_size=2,
         recipe="",
@@ -256,7 +258,7 @@ def registered(folder: Path, model: DETR, categories: tuple[Category, ...]) -> N
 
 @pytest.fixture
 def _registered_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "resolve", lambda uri: tmp_path / "registered")
+    monkeypatch.setattr(original_exporter, "resolve", lambda uri: tmp_path / "registered")
 
 
 @pytest.mark.usefixtures("_registered_here")
@@ -265,7 +267,7 @@ def test_an_imported_file_is_exported_byte_for_byte(tmp_path: Path, masks: bool)
     config = replace(SMALL, hidden_dim=128, masks=True) if masks else SMALL
     written(tmp_path / "in.pth", config)
     model = read_original(tmp_path / "in.pth").model
-    registered(tmp_path / "registered", model, importing._categories(91, None)[0])
+    registered(tmp_path / "registered", model, original_importer._categories(91, None)[0])
     notes = export_original("models:/a/1", tmp_path / "out.pth")
     before, after = (torch.load(tmp_path / name, weights_only=True) for name in ("in.pth", "out.pth"))
     assert after.keys() == {"model"}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.state_file import read_state_file
+from pipeline.exchange.state_file import read_state_file
 
 STATE = OrderedDict(a=torch.arange(6.0).view(2, 3), b=torch.ones(4))
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from pipeline import publish
+from pipeline.registry import publish
 
-ROOT = Path(publish.__file__).resolve().parents[1]
+ROOT = Path(publish.__file__).resolve().parents[2]
 SERVE = """
 import sys
 from importlib.abc import MetaPathFinder
@@ -25,7 +25,7 @@ class Block(MetaPathFinder):
         return None
 
 sys.meta_path.insert(0, Block())
-import pipeline.serve
+import pipeline.inference.serve
 """
 
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from detr.criterion import Losses
-from pipeline.breakdown import PARTS
 from pipeline.config import RunConfig
-from pipeline.forecast import Forecast
-from pipeline.meter import TAG_DATA_WAIT, Interval, Meter, WaitWatch
-from pipeline.optim import Schedule
-from pipeline.parallel import Ranks
-from pipeline.standing import read_progress
-from pipeline.track import MemoryTracker
-from tests.ranks import run_ranks
+from pipeline.distributed.ranks import Ranks
+from pipeline.schedule import Schedule
+from pipeline.tracking.meter import Interval, Meter, WaitWatch
+from pipeline.tracking.progress import Forecast, read_progress
+from pipeline.tracking.step_timer import PARTS
+from pipeline.tracking.tags import TAG_DATA_WAIT
+from pipeline.tracking.tracker import MemoryTracker
+from tests.support.ranks import run_ranks
 
 CONFIG = RunConfig()
 CONFIG = replace(CONFIG, optim=replace(CONFIG.optim, batch_size=10, epochs=4))
@@ -83,7 +83,7 @@ def test_the_forecast_counts_an_evaluation_without_its_checkpoint_stall(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now, stalled = [0.0], [0.0]
-    monkeypatch.setattr("pipeline.meter.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("pipeline.tracking.meter.time.perf_counter", lambda: now[0])
     forecast = Forecast(CONFIG, SCHEDULE, 50)
     meter = Meter(SCHEDULE, Ranks(), None, lambda: stalled[0], forecast)
     for _ in range(40):

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 
 from pipeline.config import RunConfig
-from pipeline.forecast import Forecast
-from pipeline.optim import Schedule
+from pipeline.schedule import Schedule
+from pipeline.tracking.progress import Forecast
 
 # 400 steps of ten images, an evaluation after each hundred.
 CONFIG = RunConfig()

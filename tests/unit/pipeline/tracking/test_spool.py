@@ -14,9 +14,9 @@ import msgspec
 import pytest
 from PIL import Image
 
-from pipeline import spool
-from pipeline.spool import SpoolTracker
-from pipeline.track import Event
+from pipeline.tracking import spool
+from pipeline.tracking.spool import SpoolTracker
+from pipeline.tracking.tracker import Event
 
 
 class Server:
@@ -243,7 +243,7 @@ WRITER = """
 import sys, time
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from pipeline.spool import SpoolTracker
+from pipeline.tracking.spool import SpoolTracker
 def send(events):
     raise ConnectionError
 tracker = SpoolTracker(Path(sys.argv[1]), send, interval_s=0.01)
@@ -256,7 +256,7 @@ while True:
 
 
 def test_a_killed_process_loses_only_its_half_written_line(tmp_path: Path, open_spool: Open) -> None:
-    root = Path(spool.__file__).parent.parent
+    root = Path(spool.__file__).parents[2]
     process = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(tmp_path / "spool"), str(root)], stdout=subprocess.PIPE
     )

@@ -4,13 +4,13 @@ import time
 import pytest
 import torch
 
-from pipeline import breakdown
-from pipeline.breakdown import PARTS, StepClock, memory_gib
+from pipeline.tracking import step_timer
+from pipeline.tracking.step_timer import PARTS, StepClock, memory_gib
 
 
 def test_phases_add_up_to_the_total_time(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 10.0, 10.5, 12.0, 20.0, 21.0, 30.0, 30.25])
-    monkeypatch.setattr(breakdown._HostMarks, "mark", lambda _: next(times))
+    monkeypatch.setattr(step_timer._HostMarks, "mark", lambda _: next(times))
     clock = StepClock(torch.device("cpu"))
     clock.start()  # at 10
     clock.lap("data_wait")

@@ -2,7 +2,7 @@
 
 import math
 
-from pipeline.track import MemoryTracker, Told
+from pipeline.tracking.tracker import MemoryTracker, ReportedSteps
 
 
 def test_the_memory_tracker_drops_repeated_steps() -> None:
@@ -39,7 +39,7 @@ def test_a_table_of_an_earlier_step_is_dropped() -> None:
 
 
 def test_with_any_order_only_reported_steps_are_dropped() -> None:
-    told = Told(any_order=True)
+    told = ReportedSteps(any_order=True)
     assert told.fresh({"val/AP": 0.5}, 7) == {"val/AP": 0.5}
     assert told.fresh({"val/AP": 0.5}, 7) == {}
     assert told.fresh({"val/AP": 0.4, "val/AP50": math.nan}, 3) == {"val/AP": 0.4}

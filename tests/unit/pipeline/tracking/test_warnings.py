@@ -3,14 +3,14 @@ import logging
 from types import SimpleNamespace
 from typing import Any, cast
 
-from pipeline.follow import RunView
-from pipeline.telling import telling_warnings
-from pipeline.track import TAG_WARNING, MemoryTracker
+from pipeline.display.follow import RunView
+from pipeline.tracking.tags import TAG_WARNING
+from pipeline.tracking.tracker import MemoryTracker, forward_warnings
 
 
 def test_warnings_about_data_are_reported_inside_the_block() -> None:
-    tracker, logger = MemoryTracker(), logging.getLogger("shards.retry")
-    with telling_warnings(tracker):
+    tracker, logger = MemoryTracker(), logging.getLogger("shards.store.retry")
+    with forward_warnings(tracker):
         logger.warning("%s does not answer", "s3://shards")
         logger.info("fetched")
     assert tracker.last_tags == {TAG_WARNING: "s3://shards does not answer"}

@@ -11,18 +11,20 @@ from torch import nn
 
 from detr.batch import Batch
 from detr.model import DETR, build_model
-from pipeline import checkpoint
-from pipeline import worker as module
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint import state as checkpoint_state
+from pipeline.checkpoint.metadata import read_meta
 from pipeline.config import GuardConfig, OptimConfig, RunConfig
-from pipeline.ema import Ema, decay_at
+from pipeline.distributed.ranks import Ranks
 from pipeline.errors import RunConfigError
-from pipeline.evaluate import EvaluateOptions, evaluate
-from pipeline.parallel import Ranks
-from pipeline.state import Place
-from pipeline.step import StepResult, train_step
-from pipeline.weights import save_initial
-from pipeline.worker import run
-from shards.manifest import load_manifest
+from pipeline.evaluation.evaluate_model import EvaluateOptions, evaluate_model
+from pipeline.training import loop as module
+from pipeline.training.ema import Ema, decay_at
+from pipeline.training.loop import run
+from pipeline.training.model import save_initial
+from pipeline.training.state import RunInfo
+from pipeline.training.step import StepResult, train_step
+from shards.dataset.manifest import load_manifest
 
 Weights = dict[str, torch.Tensor]
 
@@ -64,15 +66,15 @@ def config(tiny_config: RunConfig) -> RunConfig:
     )
 
 
-def start(config: RunConfig, folder: Path) -> Place:
+def start(config: RunConfig, folder: Path) -> RunInfo:
     torch.manual_seed(config.seed)
     save_initial(build_model(config.model, 4), folder)
-    return Place("run", folder, "commit")
+    return RunInfo("run", folder, "commit")
 
 
 def loaded(config: RunConfig, folder: Path, step: int, averaged: bool) -> DETR:
     model = build_model(config.model, 4)
-    checkpoint.load_weights(checkpoint.folder_of(folder, step), model, averaged=averaged)
+    checkpoint_state.load_weights(catalog.folder_of(folder, step), model, averaged=averaged)
     return model
 
 
@@ -92,7 +94,7 @@ def test_an_interrupted_run_has_identical_averages(config: RunConfig, tmp_path: 
     weights, averages = found = both(config, interrupted.folder, 6)
     assert same(found, both(config, uninterrupted.folder, 6))
     assert not torch.equal(weights["class_embed.weight"], averages["class_embed.weight"])
-    assert checkpoint.read_meta(checkpoint.folder_of(uninterrupted.folder, 6)).ema
+    assert read_meta(catalog.folder_of(uninterrupted.folder, 6)).ema
 
 
 def test_averaging_does_not_change_the_weights(config: RunConfig, tiny_config: RunConfig, tmp_path: Path) -> None:
@@ -100,7 +102,7 @@ def test_averaging_does_not_change_the_weights(config: RunConfig, tiny_config: R
     for name, chosen in (("with", config), ("without", plain)):
         run(chosen, start(chosen, tmp_path / name), Ranks(), None)
     assert same(both(config, tmp_path / "with", 6)[:1], [loaded(plain, tmp_path / "without", 6, False).state_dict()])
-    assert not checkpoint.read_meta(checkpoint.folder_of(tmp_path / "without", 6)).ema
+    assert not read_meta(catalog.folder_of(tmp_path / "without", 6)).ema
 
 
 def test_the_average_is_evaluated(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,9 +110,9 @@ def test_the_average_is_evaluated(config: RunConfig, tmp_path: Path, monkeypatch
 
     def watched(model: nn.Module, *more: Any, **options: Any) -> Any:
         seen.append({name: value.clone() for name, value in model.state_dict().items()})
-        return evaluate(model, *more, **options)
+        return evaluate_model(model, *more, **options)
 
-    monkeypatch.setattr("pipeline.validation.evaluate", watched)
+    monkeypatch.setattr("pipeline.training.validation.evaluate_model", watched)
     place = start(config, tmp_path)
     run(config, place, Ranks(), None)
     assert [same([found], [both(config, tmp_path, step)[1]]) for step, found in zip((3, 6), seen, strict=True)] == [
@@ -118,9 +120,9 @@ def test_the_average_is_evaluated(config: RunConfig, tmp_path: Path, monkeypatch
     ] * 2
     val = load_manifest(config.data.val)
     averaged = loaded(config, tmp_path, 6, True)
-    expected = evaluate(averaged, val, val.categories, EvaluateOptions(config.transform, batch_size=2))
+    expected = evaluate_model(averaged, val, val.categories, EvaluateOptions(config.transform, batch_size=2))
     assert expected is not None
-    assert checkpoint.read_evaluation(checkpoint.folder_of(tmp_path, 6)) == pytest.approx(expected.score.metrics)
+    assert catalog.read_evaluation(catalog.folder_of(tmp_path, 6)) == pytest.approx(expected.score.metrics)
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])

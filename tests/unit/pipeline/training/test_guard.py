@@ -14,27 +14,32 @@ import torch
 
 from detr.batch import Batch
 from detr.model import build_model
-from pipeline import checkpoint, worker
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint import state as checkpoint_state
+from pipeline.checkpoint.metadata import read_meta
+from pipeline.checkpoint.saver import Saver
 from pipeline.config import GuardConfig, RunConfig
+from pipeline.distributed.ranks import Ranks
 from pipeline.errors import TrainingError
-from pipeline.parallel import Ranks
-from pipeline.saving import Saver
-from pipeline.state import Place
-from pipeline.step import Diverged, StepResult, train_step
-from pipeline.stopping import NOTHING, Asked, Overseer
-from pipeline.track import TAG_WARNING, MemoryTracker
-from pipeline.weights import save_initial
-from pipeline.worker import run
+from pipeline.tracking.tags import TAG_WARNING
+from pipeline.tracking.tracker import MemoryTracker
+from pipeline.training import loop
+from pipeline.training.divergence import Diverged
+from pipeline.training.loop import run
+from pipeline.training.model import save_initial
+from pipeline.training.requests import NO_REQUEST, LoopHooks, Request
+from pipeline.training.state import RunInfo
+from pipeline.training.step import StepResult, train_step
 
 STEPS = 6
 Weights = dict[str, torch.Tensor]
 
 
 @pytest.fixture
-def start(tiny_config: RunConfig, tmp_path: Path) -> Place:
+def start(tiny_config: RunConfig, tmp_path: Path) -> RunInfo:
     torch.manual_seed(0)
     save_initial(build_model(tiny_config.model, 4), tmp_path)
-    return Place("run", tmp_path, "commit")
+    return RunInfo("run", tmp_path, "commit")
 
 
 def guarded(config: RunConfig, **options: Any) -> RunConfig:
@@ -54,13 +59,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
             next(target for target in batches[0].targets if len(target.boxes)).boxes[0, 2] = torch.nan
         return train_step(model, batches, *more)
 
-    monkeypatch.setattr(worker, "train_step", step)
+    monkeypatch.setattr(loop, "train_step", step)
     return steps
 
 
 def weights(config: RunConfig, folder: Path, step: int) -> Weights:
     model = build_model(config.model, 4)
-    checkpoint.load_weights(checkpoint.folder_of(folder, step), model)
+    checkpoint_state.load_weights(catalog.folder_of(folder, step), model)
     return model.state_dict()
 
 
@@ -74,14 +79,14 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_stop_ends_the_run_before_the_update_and_keeps_the_event(
-    tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]]
+    tiny_config: RunConfig, start: RunInfo, poisoned: dict[int, list[int]]
 ) -> None:
     poisoned[3] = []
     with pytest.raises(
         Diverged, match=r"step 3: not finite before the update: rank 0: .* target boxes of images \d+"
     ) as raised:
         run(guarded(tiny_config), start, Ranks(), MemoryTracker())
-    assert checkpoint.newest(start.folder) == checkpoint.folder_of(start.folder, 3)
+    assert catalog.newest(start.folder) == catalog.folder_of(start.folder, 3)
     assert f"; kept in {start.folder / 'events' / 'step-00000003.json'}" in str(raised.value)
     (event,) = events(start.folder)
     assert (event["step"], event["policy"], event["grad_norm"]) == (3, "stop", "nan")
@@ -94,14 +99,14 @@ def test_the_error_survives_pickling() -> None:
 
 
 def test_skip_leaves_the_update_out_and_continues_to_the_last_step(
-    tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]]
+    tiny_config: RunConfig, start: RunInfo, poisoned: dict[int, list[int]]
 ) -> None:
     poisoned[2] = []
     tracker, config = MemoryTracker(), guarded(tiny_config, policy="skip")
     run(config, start, Ranks(), tracker)
     assert same(weights(config, start.folder, 3), weights(config, start.folder, 2))
     assert not same(weights(config, start.folder, 4), weights(config, start.folder, 3))
-    assert checkpoint.newest(start.folder) == checkpoint.folder_of(start.folder, STEPS)
+    assert catalog.newest(start.folder) == catalog.folder_of(start.folder, STEPS)
     assert ("guard/events", 1.0, 2) in tracker.points
     assert tracker.tables["guard_events.json"]["step"] == ["2"]
     assert tracker.last_tags["detr.guard"].startswith("1 skip: step 2: not finite")
@@ -113,34 +118,34 @@ def test_skip_leaves_the_update_out_and_continues_to_the_last_step(
 
 
 def test_rollback_restores_the_newest_weights_and_continues_the_stream(
-    tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]]
+    tiny_config: RunConfig, start: RunInfo, poisoned: dict[int, list[int]]
 ) -> None:
     poisoned[5] = []
     config = guarded(tiny_config, policy="rollback")
     run(config, start, Ranks(), MemoryTracker())
-    last = checkpoint.folder_of(start.folder, STEPS)
-    assert checkpoint.newest(start.folder) == last
-    assert checkpoint.read_meta(last).samples == STEPS * 4
+    last = catalog.folder_of(start.folder, STEPS)
+    assert catalog.newest(start.folder) == last
+    assert read_meta(last).samples == STEPS * 4
     # The fifth step is undone, and the sixth skipped.
     assert same(weights(config, start.folder, STEPS), weights(config, start.folder, 4))
 
 
 def test_rollback_before_the_first_checkpoint_is_an_error(
-    tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]]
+    tiny_config: RunConfig, start: RunInfo, poisoned: dict[int, list[int]]
 ) -> None:
     poisoned[1] = []
     with pytest.raises(TrainingError, match=r"skip\): there is no checkpoint to return to yet"):
         run(guarded(tiny_config, policy="rollback"), start, Ranks(), None)
 
 
-def test_a_norm_above_the_bound_is_a_divergence(tiny_config: RunConfig, start: Place) -> None:
+def test_a_norm_above_the_bound_is_a_divergence(tiny_config: RunConfig, start: RunInfo) -> None:
     message = r"step 0: the gradient's norm is past guard.max_grad_norm \(\S+ > 1e-06\); images \[\d+"
     with pytest.raises(Diverged, match=message):
         run(guarded(tiny_config, max_grad_norm=1e-6), start, Ranks(), None)
 
 
 def test_too_many_events_end_the_run_and_repeated_steps_count_once(
-    tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]]
+    tiny_config: RunConfig, start: RunInfo, poisoned: dict[int, list[int]]
 ) -> None:
     poisoned |= {2: [], 4: [], 5: []}
     config = guarded(tiny_config, policy="skip", max_events=2)
@@ -157,7 +162,7 @@ def test_a_run_continues_from_a_checkpoint_before_the_first_update(
     config = guarded(tiny_config, policy="skip")
     found = []
     for every, stops in ((1, (1, 0)), (0, (0,))):
-        place = Place("run", tmp_path / str(every), "commit")
+        place = RunInfo("run", tmp_path / str(every), "commit")
         torch.manual_seed(0)
         save_initial(build_model(config.model, 4), place.folder)
         for stop in stops:
@@ -168,16 +173,16 @@ def test_a_run_continues_from_a_checkpoint_before_the_first_update(
 
 
 def test_a_request_at_a_skipped_step_is_fulfilled(
-    tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]]
+    tiny_config: RunConfig, start: RunInfo, poisoned: dict[int, list[int]]
 ) -> None:
     poisoned[0] = []
-    asked = iter([Asked(save=True)])
-    run(guarded(tiny_config, policy="skip"), start, Ranks(), None, Overseer(lambda: next(asked, NOTHING)))
-    assert checkpoint.list_checkpoints(start.folder)[0] == checkpoint.folder_of(start.folder, 1)
+    asked = iter([Request(save=True)])
+    run(guarded(tiny_config, policy="skip"), start, Ranks(), None, LoopHooks(lambda: next(asked, NO_REQUEST)))
+    assert catalog.list_checkpoints(start.folder)[0] == catalog.folder_of(start.folder, 1)
 
 
 def test_the_wait_for_a_rollback_is_not_counted_as_step_time(
-    tiny_config: RunConfig, start: Place, poisoned: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch
+    tiny_config: RunConfig, start: RunInfo, poisoned: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slow(self: Saver, *more: Any) -> None:
         time.sleep(0.3)

@@ -11,35 +11,37 @@ import pytest
 import torch
 
 from detr.model import build_model
-from pipeline import checkpoint
-from pipeline.breakdown import PARTS
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint import state as checkpoint_state
+from pipeline.checkpoint.metadata import read_meta
 from pipeline.config import RunConfig, from_json
-from pipeline.parallel import Ranks
-from pipeline.standing import Progress, read_progress
-from pipeline.state import Place
-from pipeline.step import RANDOMNESS
-from pipeline.track import MemoryTracker
-from pipeline.weights import build_trained
-from pipeline.worker import run
+from pipeline.distributed.ranks import Ranks
+from pipeline.tracking.progress import RunProgress, read_progress
+from pipeline.tracking.step_timer import PARTS
+from pipeline.tracking.tracker import MemoryTracker
+from pipeline.training.loop import run
+from pipeline.training.model import build_trainable_model
+from pipeline.training.state import RunInfo
+from pipeline.training.step import RANDOMNESS
+from shards.dataset.manifest import load_manifest
 from shards.errors import ShardError
-from shards.manifest import load_manifest
-from shards.score import METRICS
+from shards.score.coco_eval import METRICS
 from tests.unit.pipeline.conftest import Kill, KillingTracker, assert_same, evaluated, start, weights
 
 
 def trained_weights(config: RunConfig, folder: Path) -> dict[str, torch.Tensor]:
     """As `weights`, of a model of which a part is frozen."""
-    model = build_trained(config, 4)
-    path = checkpoint.newest(folder)
+    model = build_trainable_model(config, 4)
+    path = catalog.newest(folder)
     assert path is not None
-    checkpoint.load_weights(path, model)
+    checkpoint_state.load_weights(path, model)
     return model.state_dict()
 
 
-def test_a_run_saves_evaluates_and_tells_at_the_right_steps(config: RunConfig, place: Place) -> None:
+def test_a_run_saves_evaluates_and_tells_at_the_right_steps(config: RunConfig, place: RunInfo) -> None:
     tracker = MemoryTracker()
     run(config, place, Ranks(), tracker)
-    assert [path.name[-1] for path in checkpoint.list_checkpoints(place.folder)] == ["2", "3", "4", "6"]
+    assert [path.name[-1] for path in catalog.list_checkpoints(place.folder)] == ["2", "3", "4", "6"]
     assert evaluated(place.folder) == ["03", "06"]
     assert [step for name, _, step in tracker.points if name == "train/loss"] == [1, 2, 3, 4, 5, 6]
     assert [step for name, _, step in tracker.points if name == "val/AP"] == [3, 6]
@@ -55,7 +57,7 @@ def test_a_run_saves_evaluates_and_tells_at_the_right_steps(config: RunConfig, p
     assert [value for name, value, _ in tracker.points if name == "epoch"][-1] == 2.0
 
 
-def test_the_parts_of_a_run_s_steps_add_up_to_the_time_that_they_took(config: RunConfig, place: Place) -> None:
+def test_the_parts_of_a_run_s_steps_add_up_to_the_time_that_they_took(config: RunConfig, place: RunInfo) -> None:
     config, tracker = replace(config, track=replace(config.track, log_every=2)), MemoryTracker()
     start_s = time.perf_counter()
     run(config, place, Ranks(), tracker)
@@ -71,7 +73,7 @@ def test_the_parts_of_a_run_s_steps_add_up_to_the_time_that_they_took(config: Ru
     assert told["step/checkpoint_stall_s", 4] > 0
     steps = {2: 2, 3: 1, 4: 1, 6: 2}
     assert 0 < sum(told["step/total_s", step] * count for step, count in steps.items()) < took_s
-    assert read_progress(tracker.last_tags) == Progress(6, 2.0, tracker_end(tracker))
+    assert read_progress(tracker.last_tags) == RunProgress(6, 2.0, tracker_end(tracker))
 
 
 def tracker_end(tracker: MemoryTracker) -> str:
@@ -90,7 +92,7 @@ def test_a_run_with_masks_tells_their_losses_and_scores(masks_config: RunConfig,
     assert {f"val/mask_{name}" for name in METRICS} | {f"val/{name}" for name in METRICS} <= points.keys()
     assert points["train/loss_mask"] > 0 < points["train/loss_dice"]
     assert len(tracker.tables["per_class_ap.json"]["mask_AP"]) == 4
-    metrics = checkpoint.read_evaluation(checkpoint.folder_of(place.folder, 3))
+    metrics = catalog.read_evaluation(catalog.folder_of(place.folder, 3))
     assert metrics is not None
     assert metrics["mask_AP"] == points["val/mask_AP"]
     assert len(tracker.tables["precision_recall.json"]["mask_precision"]) == 101
@@ -142,7 +144,7 @@ def test_training_changes_what_may_change_and_no_more(config: RunConfig, uninter
 
 
 def test_the_checkpoint_says_what_it_is_of(config: RunConfig, uninterrupted: Path) -> None:
-    meta = checkpoint.read_meta(checkpoint.folder_of(uninterrupted, 4))
+    meta = read_meta(catalog.folder_of(uninterrupted, 4))
     assert (meta.step, meta.samples, meta.run_id) == (4, 16, "run")
     assert (meta.num_classes, meta.code_commit, meta.world_size) == (4, "commit", 1)
     assert meta.epoch == pytest.approx(16 / 12)
@@ -159,7 +161,7 @@ def test_the_checkpoint_says_what_it_is_of(config: RunConfig, uninterrupted: Pat
     )
 
 
-def test_evaluations_come_every_so_many_epochs_and_at_the_end(config: RunConfig, place: Place) -> None:
+def test_evaluations_come_every_so_many_epochs_and_at_the_end(config: RunConfig, place: RunInfo) -> None:
     longer = replace(
         config,
         optim=replace(config.optim, batch_size=12, epochs=3),
@@ -170,11 +172,11 @@ def test_evaluations_come_every_so_many_epochs_and_at_the_end(config: RunConfig,
     assert evaluated(place.folder) == ["02", "03"]
 
 
-def test_a_batch_larger_than_the_data_set_still_trains(config: RunConfig, place: Place) -> None:
+def test_a_batch_larger_than_the_data_set_still_trains(config: RunConfig, place: RunInfo) -> None:
     wide = replace(config, optim=replace(config.optim, batch_size=16, epochs=3))
     tracker = MemoryTracker()
     run(wide, place, Ranks(), tracker)  # three epochs are 36 samples; the third step is filled up from a fourth
-    meta = checkpoint.read_meta(checkpoint.folder_of(place.folder, 3))
+    meta = read_meta(catalog.folder_of(place.folder, 3))
     assert (meta.samples, meta.epoch) == (48, 3.0)
 
 

@@ -10,24 +10,24 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import checkpoint
-from pipeline import worker as module
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint.metadata import read_meta
 from pipeline.config import RunConfig
+from pipeline.distributed.ranks import Ranks
 from pipeline.errors import CheckpointError
-from pipeline.identity import continuation
-from pipeline.parallel import Ranks
-from pipeline.state import Place
-from pipeline.track import MemoryTracker
-from pipeline.worker import run
-from shards.manifest import load_manifest
-from shards.plan import epoch_order
-from shards.steps import Origin
+from pipeline.tracking.tracker import MemoryTracker
+from pipeline.training.continuation import continuation
+from pipeline.training.loop import run
+from pipeline.training.state import RunInfo
+from shards.dataset.manifest import load_manifest
+from shards.plan.epoch import epoch_order
+from shards.plan.steps import Origin
 from tests.unit.pipeline.conftest import Kill, KillingTracker, assert_same, evaluated, shown_images, start, weights
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 6])
 def test_an_interrupted_run_ends_with_the_very_weights_of_an_uninterrupted_one(
-    config: RunConfig, place: Place, uninterrupted: Path, step: int
+    config: RunConfig, place: RunInfo, uninterrupted: Path, step: int
 ) -> None:
     tracker = KillingTracker("train", step)
     with pytest.raises(Kill):
@@ -39,7 +39,7 @@ def test_an_interrupted_run_ends_with_the_very_weights_of_an_uninterrupted_one(
 
 
 def test_a_run_that_is_lengthened_ends_as_one_that_was_long_from_the_start(
-    config: RunConfig, place: Place, uninterrupted: Path
+    config: RunConfig, place: RunInfo, uninterrupted: Path
 ) -> None:
     run(replace(config, optim=replace(config.optim, max_steps=2)), place, Ranks(), None)
     assert evaluated(place.folder) == ["02"]
@@ -48,10 +48,10 @@ def test_a_run_that_is_lengthened_ends_as_one_that_was_long_from_the_start(
     assert_same(weights(config, place.folder), weights(config, uninterrupted))
 
 
-def test_a_checkpoint_that_was_saved_but_not_evaluated_is_evaluated_first(config: RunConfig, place: Place) -> None:
+def test_a_checkpoint_that_was_saved_but_not_evaluated_is_evaluated_first(config: RunConfig, place: RunInfo) -> None:
     with pytest.raises(Kill):
         run(config, place, Ranks(), KillingTracker("evaluation", 3))
-    assert checkpoint.newest(place.folder) == checkpoint.folder_of(place.folder, 3)
+    assert catalog.newest(place.folder) == catalog.folder_of(place.folder, 3)
     assert evaluated(place.folder) == []
     tracker = MemoryTracker()
     run(config, place, Ranks(), tracker)
@@ -60,30 +60,30 @@ def test_a_checkpoint_that_was_saved_but_not_evaluated_is_evaluated_first(config
 
 
 def test_a_kill_between_telling_and_noting_an_evaluation_repeats_it(
-    config: RunConfig, place: Place, uninterrupted: Path
+    config: RunConfig, place: RunInfo, uninterrupted: Path
 ) -> None:
     def killed(*_: object) -> None:
         raise Kill
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.checkpoint, "write_evaluation", killed)
+        patch.setattr(catalog, "write_evaluation", killed)
         with pytest.raises(Kill):
             run(config, place, Ranks(), MemoryTracker())
     run(config, place, Ranks(), None)
-    figures = [checkpoint.read_evaluation(checkpoint.folder_of(folder, 6)) for folder in (place.folder, uninterrupted)]
+    figures = [catalog.read_evaluation(catalog.folder_of(folder, 6)) for folder in (place.folder, uninterrupted)]
     assert figures[0] == figures[1] is not None
 
 
 def test_a_finished_run_that_is_entered_again_does_nothing(config: RunConfig, uninterrupted: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
     tracker = MemoryTracker()
-    run(config, Place("run", uninterrupted, "commit"), Ranks(), tracker)
+    run(config, RunInfo("run", uninterrupted, "commit"), Ranks(), tracker)
     assert tracker.points == []
     assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
 
 
 def test_another_seed_batch_size_or_data_set_is_refused(config: RunConfig, uninterrupted: Path) -> None:
-    place = Place("run", uninterrupted, "commit")
+    place = RunInfo("run", uninterrupted, "commit")
     others = {
         "seed 42, now it is 43": replace(config, seed=43),
         "optim.batch_size 4, now it is 6": replace(config, optim=replace(config.optim, batch_size=6)),
@@ -96,7 +96,7 @@ def test_another_seed_batch_size_or_data_set_is_refused(config: RunConfig, unint
 
 
 def test_another_plan_is_refused_and_so_are_other_classes(config: RunConfig, uninterrupted: Path) -> None:
-    place = Place("run", uninterrupted, "commit", accept_change=False)
+    place = RunInfo("run", uninterrupted, "commit", accept_change=False)
     others = {
         "data.sort_window 1, now it is 2": replace(config.data, sort_window=2),
         "data.shuffle_shards 0, now it is 1": replace(config.data, shuffle_shards=1),
@@ -105,14 +105,14 @@ def test_another_plan_is_refused_and_so_are_other_classes(config: RunConfig, uni
     for said, data in others.items():
         with pytest.raises(CheckpointError, match=said):
             run(replace(config, data=data), place, Ranks(), None)
-    meta = checkpoint.read_meta(checkpoint.folder_of(uninterrupted, 4))
+    meta = read_meta(catalog.folder_of(uninterrupted, 4))
     fewer = msgspec.structs.replace(meta, num_classes=3)
     with pytest.raises(CheckpointError, match=r"is of 3 classes and .* has 4"):
         continuation(fewer, config, load_manifest(config.data.train), accept_change=True)
 
 
 def test_an_accepted_batch_size_goes_on_at_the_next_sample(
-    config: RunConfig, place: Place, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, place: RunInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = shown_images(monkeypatch)
     run(replace(config, optim=replace(config.optim, max_steps=2)), place, Ranks(), None)
@@ -120,7 +120,7 @@ def test_an_accepted_batch_size_goes_on_at_the_next_sample(
     changed = replace(place, accept_change=True)
     with pytest.raises(Kill):
         run(wider, changed, Ranks(), KillingTracker("train", 5))
-    meta = checkpoint.read_meta(checkpoint.folder_of(place.folder, 4))
+    meta = read_meta(catalog.folder_of(place.folder, 4))
     assert (meta.samples, meta.option("optim.batch_size"), meta.origin_step, meta.origin_samples) == (18, 5, 2, 8)
     run(wider, place, Ranks(), None)  # what was accepted once is the run's own from then on
     # The stream as it was, from the very sample on.
@@ -134,7 +134,7 @@ def test_an_accepted_batch_size_goes_on_at_the_next_sample(
 
 
 def test_accepted_data_is_entered_at_the_same_number_of_samples(
-    config: RunConfig, place: Place, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, place: RunInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = shown_images(monkeypatch)
     run(replace(config, optim=replace(config.optim, max_steps=2)), place, Ranks(), None)
@@ -142,7 +142,10 @@ def test_accepted_data_is_entered_at_the_same_number_of_samples(
     run(other, replace(place, accept_change=True), Ranks(), None)  # 8 of 3 times 5 samples were seen
     assert list(seen) == [0, 1, 2, 3]
     way = continuation(
-        checkpoint.read_meta(checkpoint.folder_of(place.folder, 2)), other, load_manifest(config.data.val), True
+        read_meta(catalog.folder_of(place.folder, 2)),
+        other,
+        load_manifest(config.data.val),
+        True,
     )
     assert (way.origin, way.exact) == (Origin(2, 8), False)
     assert way.told(5).startswith("another stream of samples from step 2 (8 samples) on: training data digest")
@@ -226,11 +229,11 @@ FORMAT_1 = """\
 
 @pytest.mark.parametrize("text", [FORMAT_1, FORMAT_2])
 def test_a_run_continues_from_a_checkpoint_of_an_older_format(
-    config: RunConfig, place: Place, uninterrupted: Path, text: str
+    config: RunConfig, place: RunInfo, uninterrupted: Path, text: str
 ) -> None:
     run(replace(config, optim=replace(config.optim, max_steps=2)), place, Ranks(), None)
     train, val = load_manifest(config.data.train).digest, load_manifest(config.data.val).digest
-    path = checkpoint.folder_of(place.folder, 2) / "meta.json"
+    path = catalog.folder_of(place.folder, 2) / "meta.json"
     path.write_text(text.replace("TRAIN_DIGEST", train).replace("VAL_DIGEST", val))
     run(config, place, Ranks(), None)
     assert_same(weights(config, place.folder), weights(config, uninterrupted))
@@ -253,7 +256,7 @@ def test_with_short_tails_and_windows_an_interrupted_run_ends_with_the_very_weig
 
 
 def test_the_data_set_may_lie_elsewhere_when_the_run_goes_on(
-    config: RunConfig, place: Place, uninterrupted: Path, tmp_path: Path
+    config: RunConfig, place: RunInfo, uninterrupted: Path, tmp_path: Path
 ) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(config.data.train, moved)

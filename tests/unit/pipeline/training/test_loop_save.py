@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 
-from pipeline import checkpoint
-from pipeline import worker as module
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint import state as checkpoint_state
+from pipeline.checkpoint.metadata import read_meta
+from pipeline.checkpoint.saver import Saver
 from pipeline.config import RunConfig
+from pipeline.distributed.ranks import Ranks
 from pipeline.errors import CheckpointError
-from pipeline.parallel import Ranks
-from pipeline.saving import Saver
-from pipeline.state import Place
-from pipeline.stopping import NOTHING, Asked, Overseer
-from pipeline.track import MemoryTracker
-from pipeline.worker import run
+from pipeline.tracking.tracker import MemoryTracker
+from pipeline.training import loop as module
+from pipeline.training.loop import run
+from pipeline.training.requests import NO_REQUEST, LoopHooks, Request
+from pipeline.training.state import RunInfo
 from tests.unit.pipeline.conftest import Kill, KillingTracker, assert_same, shown_images, start, weights
 
 
@@ -26,7 +28,7 @@ def saved_by_the_clock(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
 
 
 def test_a_save_that_the_clock_asks_for_changes_neither_the_result_nor_the_curves(
-    config: RunConfig, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, place: RunInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(
         config,
@@ -37,11 +39,11 @@ def test_a_save_that_the_clock_asks_for_changes_neither_the_result_nor_the_curve
     run(config, place, Ranks(), plain)
     other = start(config, tmp_path / "clocked")
     saved_by_the_clock(monkeypatch, 1, 2, 4, 6)
-    written, write = [], checkpoint.write
-    monkeypatch.setattr(checkpoint, "write", lambda *more: (written.append(more[2].step), write(*more))[1])
+    written, write = [], checkpoint_state.write
+    monkeypatch.setattr(checkpoint_state, "write", lambda *more: (written.append(more[2].step), write(*more))[1])
     run(config, other, Ranks(), clocked)
     assert written == [1, 2, 3, 4, 6]  # the last one is due in any case
-    assert [path.name[-1] for path in checkpoint.list_checkpoints(other.folder)] == ["1", "2", "3", "4", "6"]
+    assert [path.name[-1] for path in catalog.list_checkpoints(other.folder)] == ["1", "2", "3", "4", "6"]
     assert_same(weights(config, other.folder), weights(config, place.folder))
 
     def curves(tracker: MemoryTracker) -> list[Any]:
@@ -52,19 +54,19 @@ def test_a_save_that_the_clock_asks_for_changes_neither_the_result_nor_the_curve
 
 
 def test_a_run_goes_on_from_a_save_that_the_clock_asked_for(
-    config: RunConfig, place: Place, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, place: RunInfo, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(config, checkpoint=replace(config.checkpoint, every_steps=0))
     saved_by_the_clock(monkeypatch, 5)
     with pytest.raises(Kill):
         run(config, place, Ranks(), KillingTracker("train", 6))
-    assert checkpoint.newest(place.folder) == checkpoint.folder_of(place.folder, 5)
+    assert catalog.newest(place.folder) == catalog.folder_of(place.folder, 5)
     run(config, place, Ranks(), None)
     assert_same(weights(config, place.folder), weights(config, uninterrupted))
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_long_before_the_next_one(
-    config: RunConfig, place: Place, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, place: RunInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise CheckpointError("no room")
@@ -79,14 +81,14 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_long_before_the_next_o
     saved_by_the_clock(monkeypatch, 1)
     due_at_first = Saver.due
     monkeypatch.setattr(Saver, "due", lambda saver: due_at_first(saver) or due(saver))
-    monkeypatch.setattr(checkpoint, "write", full)
+    monkeypatch.setattr(checkpoint_state, "write", full)
     tracker = MemoryTracker()
     with pytest.raises(CheckpointError, match="no room"):
         run(config, place, Ranks(), tracker)
     assert max(step for name, _, step in tracker.points if name == "train/loss") < 30
 
 
-def test_milestones_are_saved_and_stay(config: RunConfig, place: Place) -> None:
+def test_milestones_are_saved_and_stay(config: RunConfig, place: RunInfo) -> None:
     tight = replace(
         config,
         optim=replace(config.optim, epochs=4),
@@ -94,45 +96,43 @@ def test_milestones_are_saved_and_stay(config: RunConfig, place: Place) -> None:
         checkpoint=replace(config.checkpoint, every_steps=0, keep=1, keep_every_epochs=2),
     )
     run(tight, place, Ranks(), None)
-    best = checkpoint.best(place.folder)
+    best = catalog.best(place.folder)
     assert best is not None
-    left = {path.name[-2:]: checkpoint.read_meta(path).milestone for path in checkpoint.list_checkpoints(place.folder)}
+    left = {path.name[-2:]: read_meta(path).milestone for path in catalog.list_checkpoints(place.folder)}
     assert left == {best[0].name[-2:]: False} | {"06": True, "12": True}
 
 
-def test_old_checkpoints_go_and_the_best_stays(config: RunConfig, place: Place) -> None:
+def test_old_checkpoints_go_and_the_best_stays(config: RunConfig, place: RunInfo) -> None:
     tight = replace(config, checkpoint=replace(config.checkpoint, every_steps=1, keep=1))
     run(tight, place, Ranks(), None)
-    names = [path.name[-1] for path in checkpoint.list_checkpoints(place.folder)]
-    best = checkpoint.best(place.folder)
+    names = [path.name[-1] for path in catalog.list_checkpoints(place.folder)]
+    best = catalog.best(place.folder)
     assert best is not None
     assert set(names) == {"6", best[0].name[-1]}
 
 
 def test_a_run_that_is_asked_to_stop_saves_after_the_step_and_goes_on_from_it(
-    config: RunConfig, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, place: RunInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def asked_at(step: int) -> None:
         seen = shown_images(monkeypatch)
-        monkeypatch.setattr(module.StopWatch, "asked", lambda _: Asked(stop=len(seen) == step))
+        monkeypatch.setattr(module.RequestPoller, "asked", lambda _: Request(stop=len(seen) == step))
 
     run(config, place, Ranks(), None)
     whole = start(config, tmp_path / "stopped")
     asked_at(1)  # while the second step is taken
     run(config, whole, Ranks(), None)
-    assert checkpoint.newest(whole.folder) == checkpoint.folder_of(whole.folder, 2)
+    assert catalog.newest(whole.folder) == catalog.folder_of(whole.folder, 2)
     asked_at(99)
     run(config, whole, Ranks(), None)
     assert_same(weights(config, place.folder), weights(config, whole.folder))
 
 
-def test_the_overseer_hears_of_every_step_and_what_it_asks_for_is_done(config: RunConfig, place: Place) -> None:
+def test_the_overseer_hears_of_every_step_and_what_it_asks_for_is_done(config: RunConfig, place: RunInfo) -> None:
     heard: list[int] = []
-    asked = {0: Asked(save=True), 3: Asked(stop=True)}  # after so many steps, of the one that follows
+    asked = {0: Request(save=True), 3: Request(stop=True)}  # after so many steps, of the one that follows
     config = replace(config, checkpoint=replace(config.checkpoint, every_steps=0, keep=9))
-    overseer = Overseer(lambda: asked.get(len(heard), NOTHING), heard.append)
+    overseer = LoopHooks(lambda: asked.get(len(heard), NO_REQUEST), heard.append)
     run(config, place, Ranks(), None, overseer)
     assert heard == [1, 2, 3, 4]
-    assert [path.name for path in checkpoint.list_checkpoints(place.folder)] == [
-        f"step-{step:08d}" for step in (1, 3, 4)
-    ]
+    assert [path.name for path in catalog.list_checkpoints(place.folder)] == [f"step-{step:08d}" for step in (1, 3, 4)]

@@ -7,8 +7,9 @@ import torch
 from detr.config import ModelConfig
 from detr.model import DETR, build_model
 from pipeline.config import OptimConfig
-from pipeline.optim import Schedule, build_optimizer, set_learning_rates
-from shards.steps import Origin
+from pipeline.schedule import Schedule
+from pipeline.training.optim import build_optimizer, set_learning_rates
+from shards.plan.steps import Origin
 
 COCO = 118_287
 

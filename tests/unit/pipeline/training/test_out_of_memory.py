@@ -10,8 +10,8 @@ from torch import nn
 
 from detr.batch import Batch
 from pipeline.config import RunConfig
-from pipeline.memory import MemoryShortage, explaining, is_shortage
-from pipeline.parallel import Ranks
+from pipeline.distributed.ranks import Ranks
+from pipeline.training.out_of_memory import MemoryShortage, explaining, is_shortage
 
 TOO_MUCH = 1 << 47  # bytes: more than a process can address
 

@@ -9,10 +9,10 @@ from torch import nn
 from detr.batch import Batch, Target, collate
 from detr.model import DETR, Outputs, build_model
 from pipeline.config import RunConfig
+from pipeline.distributed.ranks import Ranks
 from pipeline.errors import TrainingError
-from pipeline.optim import build_optimizer
-from pipeline.parallel import Ranks
-from pipeline.step import normalisers, train_step
+from pipeline.training.optim import build_optimizer
+from pipeline.training.step import normalisers, train_step
 
 
 def target(image_id: int, boxes: int) -> Target:
@@ -60,7 +60,7 @@ def test_weights_that_are_not_finite_stop_before_the_update(model: DETR, batch: 
 def test_a_loss_that_is_not_finite_leaves_the_weights(
     model: DETR, batch: Batch, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline import step as module
+    from pipeline.training import step as module
 
     compute = module.compute_losses
 

@@ -5,9 +5,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from shards.dataset.manifest import ANNOTATIONS_NAME, IMAGES_NAME, load_index, load_manifest
+from shards.dataset.verify import verify
 from shards.errors import ShardError
-from shards.manifest import ANNOTATIONS_NAME, IMAGES_NAME, load_index, load_manifest
-from shards.verify import verify
 
 
 def rewrite(folder, name, change):

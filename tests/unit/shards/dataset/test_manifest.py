@@ -8,11 +8,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from shards import storage
-from shards.cache import CacheConfig
+from shards.config import CacheConfig
+from shards.dataset.index import ANNOTATION_DTYPE, IMAGE_DTYPE
+from shards.dataset.manifest import load_index, load_manifest
 from shards.errors import ShardError
-from shards.index import ANNOTATION_DTYPE, IMAGE_DTYPE
-from shards.manifest import load_index, load_manifest
+from shards.store import storage
 
 
 def edit(folder: Path, **fields: object) -> None:

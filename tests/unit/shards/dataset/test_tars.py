@@ -2,8 +2,8 @@ import tarfile
 
 import pytest
 
+from shards.dataset.tars import BLOCK, TarWriter, file_digest, image_members, scan_tar, tar_header
 from shards.errors import ShardError
-from shards.tars import BLOCK, TarWriter, file_digest, image_members, scan_tar, tar_header
 
 
 def test_scan_finds_every_file_and_refuses_truncated_tars(coco):

@@ -3,9 +3,9 @@ import os
 
 import pytest
 
-from shards import tars
+from shards.dataset import tars
+from shards.dataset.verify import verify
 from shards.errors import ShardError
-from shards.verify import verify
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_unreadable_shards_are_reported_with_the_others(coco, written, monkeypat
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return tars.file_digest(path)
 
-    monkeypatch.setattr("shards.verify.file_digest", digest)
+    monkeypatch.setattr("shards.dataset.verify.file_digest", digest)
     first, last = problems(coco)
     assert "out/shard-000000.tar: cannot be read: [Errno 5] Input/output error" in first
     assert "out/shard-000002.tar: cannot be read: [Errno 13] Permission denied" in last

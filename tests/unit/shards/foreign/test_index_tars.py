@@ -8,14 +8,14 @@ import fsspec
 import numpy as np
 import pytest
 
-from shards.adopt import index_tars
+from shards.dataset.verify import verify
 from shards.errors import ShardError
-from shards.plan import plan_epoch
-from shards.read import open_loader, read_samples
-from shards.segmentation import true_runs
-from shards.source import SourceError
-from shards.verify import verify
-from tests.foreign_tars import index, picture, tar, thing
+from shards.foreign.index_tars import index_tars
+from shards.plan.epoch import plan_epoch
+from shards.read.loader import open_loader, read_samples
+from shards.read.segmentations import true_runs
+from shards.source.coco import SourceError
+from tests.support.foreign_tars import index, picture, tar, thing
 
 
 def test_tars_become_a_data_set_without_being_changed(tars, names):

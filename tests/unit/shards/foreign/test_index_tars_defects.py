@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from shards.dataset.verify import verify
 from shards.errors import ShardError
-from shards.existing import load_report
-from shards.read import read_samples
-from shards.source import SourceError
-from shards.verify import verify
-from tests.foreign_tars import index, picture, tar, thing
+from shards.read.loader import read_samples
+from shards.source.coco import SourceError
+from shards.source.report import load_report
+from tests.support.foreign_tars import index, picture, tar, thing
 
 
 def test_samples_without_annotations_are_accepted_only_on_request(tmp_path, names):

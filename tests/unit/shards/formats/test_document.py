@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from shards.categories import read_categories
-from shards.document import image_ids, image_size
+from shards.dataset.categories import read_categories
 from shards.errors import ShardError
+from shards.formats.document import image_ids, image_size
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from shards.defects import SourceError
-from shards.document import write_document
+from shards.config import VocConfig, WriteConfig
 from shards.errors import ShardError
-from shards.existing import load_report
-from shards.voc import NAMES, VocConfig, voc_document
-from shards.write import WriteConfig
+from shards.formats.document import write_document
+from shards.formats.voc import NAMES, voc_document
+from shards.source.defects import SourceError
+from shards.source.report import load_report
 
 SIZE = "<size><width>40</width><height>30</height></size>"
 PART = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from shards.defects import SourceError
-from shards.document import write_document
+from shards.config import WriteConfig, YoloConfig
 from shards.errors import ShardError
-from shards.existing import load_report
-from shards.segmentation import true_runs
-from shards.write import WriteConfig
-from shards.yolo import YoloConfig, yolo_document
+from shards.formats.document import write_document
+from shards.formats.yolo import yolo_document
+from shards.read.segmentations import true_runs
+from shards.source.defects import SourceError
+from shards.source.report import load_report
 
 
 def write(root: Path, name: str, *lines: str, images: str = "images", labels: str = "labels") -> None:

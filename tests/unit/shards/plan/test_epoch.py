@@ -5,20 +5,13 @@ from typing import cast
 import numpy as np
 import pytest
 
-from shards import plan
+from shards.config import PlanConfig
+from shards.dataset.manifest import Manifest
 from shards.errors import ShardError
-from shards.manifest import Manifest
-from shards.plan import (
-    PLAN_VERSION,
-    PlanConfig,
-    epoch_order,
-    hashes,
-    plan_epoch,
-    plan_evaluation,
-    shard_blocks,
-    splitmix64,
-)
-from shards.steps import Steps
+from shards.hashing import hashes, splitmix64
+from shards.plan import epoch as epoch_plan
+from shards.plan.epoch import PLAN_VERSION, epoch_order, plan_epoch, plan_evaluation, shard_blocks
+from shards.plan.steps import Steps
 
 
 def by_row(rows, epochs):
@@ -76,7 +69,7 @@ def test_order_of_a_large_epoch_never_changes():
 def test_block_size_of_sorting_does_not_change_the_order(monkeypatch):
     expected = a_large_plan()
     for at_once in (1, 5000, 1 << 20):
-        monkeypatch.setattr(plan, "_SORTED_AT_ONCE", at_once)
+        monkeypatch.setattr(epoch_plan, "_SORTED_AT_ONCE", at_once)
         assert np.array_equal(a_large_plan().rows, expected.rows)
 
 

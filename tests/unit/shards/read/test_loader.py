@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards import ranges, storage
-from shards.bad_samples import BadSamples
+from shards.config import ReadConfig
 from shards.errors import ShardError
-from shards.plan import plan_epoch
-from shards.read import ReadConfig, open_batches, open_loader, read_samples
-from shards.sample import decode
+from shards.plan.epoch import plan_epoch
+from shards.read.bad_samples import BadSamples
+from shards.read.loader import open_batches, open_loader, read_samples
+from shards.read.sample import decode
+from shards.store import range_reader, storage
 
 
 def ids(sample):
@@ -161,7 +162,7 @@ def test_transient_errors_during_a_fetch_pass_unchanged(coco, monkeypatch, error
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(ranges.RangeReader, "read", fails)
+    monkeypatch.setattr(range_reader.RangeReader, "read", fails)
     with pytest.raises(type(error)) as caught:
         list(read_samples(manifest, range(7)))
     assert caught.value is error
@@ -169,8 +170,8 @@ def test_transient_errors_during_a_fetch_pass_unchanged(coco, monkeypatch, error
 
 def test_bytes_that_are_not_an_image_raise_an_error_that_names_it(coco, monkeypatch):
     manifest = coco.write()
-    read = ranges.RangeReader.read
-    monkeypatch.setattr(ranges.RangeReader, "read", lambda *arguments: bytes(len(read(*arguments))))
+    read = range_reader.RangeReader.read
+    monkeypatch.setattr(range_reader.RangeReader, "read", lambda *arguments: bytes(len(read(*arguments))))
     crc32 = int(manifest.index().images["crc32"][0])
     monkeypatch.setattr("zlib.crc32", lambda content: crc32)
     with pytest.raises(ShardError, match=r"image \d+ in shard-000000.tar: UnidentifiedImageError: "):
@@ -218,12 +219,12 @@ def test_impossible_arguments_are_refused_before_reading(coco):
 
 
 def test_the_number_of_open_files_is_bounded(coco, monkeypatch):
-    monkeypatch.setattr(ranges, "OPEN_FILES", 2)
+    monkeypatch.setattr(range_reader, "OPEN_FILES", 2)
     manifest = coco.write(samples_per_shard=1)
     order = np.random.default_rng(0).integers(0, 7, 100)
     found = [sample.row for sample in read_samples(manifest, order, ReadConfig(threads=4, prefetch=8))]
     assert found == order.tolist()
-    files = ranges.RangeReader()
+    files = range_reader.RangeReader()
     for shard in manifest.shards:
         files.read(storage.join(manifest.url, shard.name), 0, 1)
     assert sorted(open_below(coco.root / "out")) == [shard.name for shard in manifest.shards[-2:]]
@@ -251,8 +252,8 @@ def test_closing_a_loader_cancels_pending_batches(coco):
 def test_a_data_set_can_be_read_from_a_remote_url(coco):
     import fsspec
 
-    from shards.manifest import load_manifest
-    from shards.verify import verify
+    from shards.dataset.manifest import load_manifest
+    from shards.dataset.verify import verify
 
     local = coco.write(samples_per_shard=3)
     memory = fsspec.filesystem("memory")
@@ -332,13 +333,13 @@ def test_image_and_masks_are_read_with_one_request(coco, monkeypatch):
         annotation["segmentation"] = [[2, 2, 20, 2, 20, 20, 2, 20]]
     manifest = coco.write()
     requests = []
-    read = ranges.RangeReader.read
+    read = range_reader.RangeReader.read
 
     def record_and_read(*arguments):
         requests.append(arguments)
         return read(*arguments)
 
-    monkeypatch.setattr(ranges.RangeReader, "read", record_and_read)
+    monkeypatch.setattr(range_reader.RangeReader, "read", record_and_read)
     samples = list(read_samples(manifest, range(7), ReadConfig(0, masks=True)))
     assert sum(int(sample.masks.sum()) for sample in samples) > 300
     assert len(requests) == 7

@@ -6,10 +6,12 @@ from PIL import Image
 from pycocotools import mask
 from pycocotools.coco import COCO
 
-from shards.bad_samples import BadSamples
+from shards.config import ReadConfig
 from shards.errors import ShardError
-from shards.read import ReadConfig, read_samples
-from shards.segmentation import check_segmentations, decode_masks, encode_masks, true_runs
+from shards.masks.rle import decode_masks, encode_masks
+from shards.read.bad_samples import BadSamples
+from shards.read.loader import read_samples
+from shards.read.segmentations import check_segmentations, true_runs
 
 BOX = [[10, 10, 30.5, 10, 30.5, 25, 10, 25]]
 

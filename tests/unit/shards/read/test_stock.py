@@ -7,12 +7,12 @@ import fsspec
 import pytest
 from torch.utils.data import DataLoader
 
-from shards.adopt import IndexConfig, index_tars
-from shards.cache import CacheConfig
+from shards.config import CacheConfig, IndexConfig
+from shards.dataset.manifest import load_manifest
 from shards.errors import ShardError
-from shards.manifest import load_manifest
-from shards.stock import open_webdataset, verify_stock
-from tests.foreign_tars import picture, tar, thing
+from shards.foreign.index_tars import index_tars
+from shards.read.stock import open_webdataset, verify_stock
+from tests.support.foreign_tars import picture, tar, thing
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def image_id(sample) -> int:
 
 
 def test_importing_the_module_imports_no_torch():
-    code = "import shards.stock, sys; sys.exit('torch' in sys.modules or 'webdataset' in sys.modules)"
+    code = "import shards.read.stock, sys; sys.exit('torch' in sys.modules or 'webdataset' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

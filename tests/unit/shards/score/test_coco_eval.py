@@ -11,9 +11,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from shards.errors import ShardError
-from shards.score import MASK_METRICS, METRICS, Detections, coco_metrics, score_detections
-from shards.segmentation import encode_masks
-from tests.coco_results import coco_results
+from shards.masks.rle import encode_masks
+from shards.score.coco_eval import MASK_METRICS, METRICS, Detections, coco_metrics, score_detections
+from tests.support.coco_results import coco_results
 
 
 def guesses(data, manifest, seed=0, per_box=3):

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shards.curves import RECALLS, UNSCORED
-from shards.detections import Detections
-from shards.score import score_detections
-from tests.unit.shards.test_score import guesses, truth_itself, with_masks
+from shards.score.coco_eval import score_detections
+from shards.score.detections import Detections
+from shards.score.precision_recall import RECALLS, UNSCORED
+from tests.unit.shards.score.test_coco_eval import guesses, truth_itself, with_masks
 
 
 def means(curves):

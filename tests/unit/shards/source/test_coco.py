@@ -3,11 +3,11 @@ import json
 import pytest
 from PIL import Image
 
-from shards import part
 from shards.errors import ShardError
-from shards.existing import load_report
-from shards.source import SourceError, read_source
-from shards.write import write_coco
+from shards.source.coco import SourceError, read_source
+from shards.source.report import load_report
+from shards.write import shard as shard_writer
+from shards.write.writer import write_coco
 
 
 def one_line(error: BaseException) -> str:
@@ -164,7 +164,7 @@ def test_json_too_deep_for_a_worker_is_one_line(coco, monkeypatch, where):
     def fails(*_):
         raise RecursionError
 
-    monkeypatch.setattr(part, where, fails)
+    monkeypatch.setattr(shard_writer, where, fails)
     with pytest.raises(ShardError, match=r"image \d+ \(picture \d.*\): its JSON is nested too deeply"):
         coco.write()
 

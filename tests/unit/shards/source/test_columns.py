@@ -7,9 +7,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from shards import columns
-from shards.columns import annotation_columns, duplicated, image_columns, positions, repeated
-from shards.defects import Defect
+from shards.source import columns
+from shards.source.columns import annotation_columns, duplicated, image_columns, positions, repeated
+from shards.source.defects import Defect
 
 
 def raws(entries: list[dict]) -> list[msgspec.Raw]:

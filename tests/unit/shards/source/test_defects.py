@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.defects import KINDS, Defect, DefectReport, defect_table, make_report, parse_report
+from shards.dataset.verify import verify
 from shards.errors import ShardError
-from shards.existing import load_report
-from shards.source import SourceError
-from shards.verify import verify
+from shards.source.coco import SourceError
+from shards.source.defects import KINDS, Defect
+from shards.source.report import DefectReport, defect_table, load_report, make_report, parse_report
 
 
 def rewrite(coco: Any, position: int, change: Any) -> None:
@@ -256,7 +256,7 @@ def test_defects_beyond_the_limit_are_ignored(coco):
 
 
 def test_an_unreadable_image_is_no_defect_of_the_source(coco, monkeypatch):
-    from shards import storage
+    from shards.store import storage
 
     def fails(url: str) -> bytes:
         if url.endswith("picture 2.jpg"):

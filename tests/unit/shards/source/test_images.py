@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.images import COLOURS, ImageSource, Unfit, look_at, read_image
-from shards.sample import decode
+from shards.read.sample import decode
+from shards.source.images import COLOURS, ImageSource, UnusableImage, inspect_image, read_image
 
 RAMP = np.array([[0, 255, 256, 40000, 65535]], np.uint16)
 
@@ -25,7 +25,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 def test_a_16_bit_grey_png_keeps_its_shades_and_is_noted():
     content = encoded(Image.fromarray(RAMP), "PNG")
     assert decode(content).tolist() == [[[shade] * 3 for shade in (0, 0, 1, 156, 255)]]
-    assert look_at(content).colours == "16-bit"
+    assert inspect_image(content).colours == "16-bit"
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,8 @@ def test_a_16_bit_grey_png_keeps_its_shades_and_is_noted():
 )
 def test_other_grey_images_of_more_than_8_bits_are_refused(pixels):
     content = encoded(Image.fromarray(pixels.reshape(2, 3)), "TIFF")
-    with pytest.raises(Unfit) as caught:
-        look_at(content)
+    with pytest.raises(UnusableImage) as caught:
+        inspect_image(content)
     assert caught.value.args[0] == "unknown-format"
     assert "grey of more than 8 bits" in caught.value.args[1]
     with pytest.raises(ValueError, match="grey of more than 8 bits"):
@@ -55,8 +55,8 @@ def test_transparency_is_dropped_and_noted(mode, tmp_path):
 
 def test_a_palette_image_is_noted_only_if_it_is_transparent():
     palette = Image.new("P", (4, 3))
-    assert look_at(encoded(palette, "PNG")).colours == ""
-    assert look_at(encoded(palette, "PNG", transparency=0)).colours == "alpha"
+    assert inspect_image(encoded(palette, "PNG")).colours == ""
+    assert inspect_image(encoded(palette, "PNG", transparency=0)).colours == "alpha"
 
 
 def test_threads_do_not_change_the_warning_filters():
@@ -67,7 +67,7 @@ def test_threads_do_not_change_the_warning_filters():
     sys.setswitchinterval(1e-5)
     try:
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda _: look_at(content), range(600)))
+            list(pool.map(lambda _: inspect_image(content), range(600)))
     finally:
         sys.setswitchinterval(interval)
     assert warnings.filters == before
@@ -76,8 +76,8 @@ def test_threads_do_not_change_the_warning_filters():
 def test_a_large_image_raises_no_warning():
     """In a process of its own, because pytest resets the warning filters for every test."""
     code = (
-        "import sys; from PIL import Image; from shards.images import look_at; Image.MAX_IMAGE_PIXELS = 500\n"
-        "print(look_at(sys.stdin.buffer.read()).size)"
+        "import sys; from PIL import Image; from shards.source.images import inspect_image; Image.MAX_IMAGE_PIXELS = 500\n"
+        "print(inspect_image(sys.stdin.buffer.read()).size)"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],

@@ -10,17 +10,18 @@ import time
 import numpy as np
 import pytest
 
-from shards import fetch, storage
-from shards.cache import Cache, CacheConfig, cache_for
+from shards.config import CacheConfig
+from shards.dataset.manifest import load_manifest
 from shards.errors import ShardError
-from shards.fetch import Item
-from shards.manifest import load_manifest
-from shards.read import read_samples
-from tests.cached_files import content, kept, names, read_at_once
+from shards.read.loader import read_samples
+from shards.store import download, storage
+from shards.store.cache import Cache, cache_for
+from shards.store.download import Item
+from tests.support.cached_files import content, kept, names, read_at_once
 
 
 def test_many_threads_fetch_a_file_only_once(store, asked, tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "PIECE", 300)
+    monkeypatch.setattr(download, "PIECE", 300)
     item = store("x")
     read_at_once(12, lambda number: content(Cache(tmp_path / "kept"), item))
     assert sorted(asked) == [("x", 0), ("x", 300), ("x", 600), ("x", 900)]
@@ -57,8 +58,8 @@ def test_a_waiting_process_fetches_the_file_if_the_first_is_killed(store, tmp_pa
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from shards import storage\n"
-        "from shards.cache import Cache, Item\n"
+        "from shards.store import storage\n"
+        "from shards.store.cache import Cache, Item\n"
         "storage.read_range = lambda *_: print('fetching', flush=True) or time.sleep(99)\n"
         f"Cache(Path({str(tmp_path / 'kept')!r})).open(Item({item.url!r}, 1000, {item.sha256!r}))"
     )
@@ -82,7 +83,7 @@ def test_a_full_disk_raises_one_line_and_leaves_no_file(store, tmp_path):
     code = (
         "import resource\n"
         "from pathlib import Path\n"
-        "from shards.cache import Cache, Item\n"
+        "from shards.store.cache import Cache, Item\n"
         "from shards.errors import ShardError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
         "try:\n"
@@ -101,7 +102,7 @@ def test_a_failed_write_raises_one_line_and_leaves_no_file(store, tmp_path, monk
     def fails(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(fetch.os, "pwrite", fails)
+    monkeypatch.setattr(download.os, "pwrite", fails)
     with pytest.raises(ShardError, match=r"kept: the cache cannot be written \("):
         Cache(tmp_path / "kept").open(store("x"))
     assert names(tmp_path / "kept") == []

@@ -5,13 +5,13 @@ import time
 import numpy as np
 import pytest
 
-from shards.cache import CacheConfig
+from shards.config import CacheConfig, ReadConfig
+from shards.dataset.manifest import load_manifest
 from shards.errors import ShardError
-from shards.fetch import DigestError
-from shards.manifest import load_manifest
-from shards.members import Members
-from shards.read import ReadConfig, read_samples
-from tests.cached_files import kept, names, read_at_once
+from shards.read.loader import read_samples
+from shards.read.member_reader import MemberReader
+from shards.store.download import DigestError
+from tests.support.cached_files import kept, names, read_at_once
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:700] + bytes([b[700] ^ 1]) + b[701:], lambda b: b[:-100]])
@@ -74,10 +74,10 @@ def test_only_the_damaged_sample_is_left_out_if_bad_samples_are_allowed(coco, tm
 
 
 def test_many_threads_search_for_the_damaged_image_only_once(coco, tmp_path, asked, monkeypatch):
-    find = Members._find_damaged
-    monkeypatch.setattr(Members, "_find_damaged", lambda self, shard: time.sleep(0.05) or find(self, shard))
+    find = MemberReader._find_damaged
+    monkeypatch.setattr(MemberReader, "_find_damaged", lambda self, shard: time.sleep(0.05) or find(self, shard))
     manifest, row, shard = damaged(coco, tmp_path)
-    members = Members(manifest)
+    members = MemberReader(manifest)
     asked.clear()
     messages = []
 

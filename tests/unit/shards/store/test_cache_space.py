@@ -10,16 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from shards import cache as caching
-from shards import room, storage
-from shards.cache import Cache, CacheConfig
+from shards.config import CacheConfig, PlanConfig, ReadConfig
+from shards.dataset.listed_files import File, load_listed
+from shards.dataset.manifest import load_index, load_manifest
 from shards.errors import ShardError
-from shards.listed import File, load_listed
-from shards.manifest import load_index, load_manifest
-from shards.plan import PlanConfig, plan_epoch
-from shards.read import ReadConfig, open_loader
-from shards.room import GIB
-from tests.cached_files import content, names, read_at_once
+from shards.plan.epoch import plan_epoch
+from shards.read.loader import open_loader
+from shards.store import cache as caching
+from shards.store import cache_space, storage
+from shards.store.cache import Cache
+from shards.store.sizes import GIB
+from tests.support.cached_files import content, names, read_at_once
 
 
 def never(_):
@@ -63,8 +64,8 @@ def test_a_reservation_waits_until_a_file_is_no_longer_read(store, tmp_path):
 
 
 def test_a_long_wait_for_space_is_logged_once(store, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(room, "PATIENCE_S", 0.05)
-    monkeypatch.setattr(room, "WAIT_S", 0.02)
+    monkeypatch.setattr(cache_space, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(cache_space, "WAIT_S", 0.02)
     cache = Cache(tmp_path / "kept", 1000)
     held = cache.open(store("a", 1000))
     threading.Timer(0.2, os.close, (held,)).start()
@@ -88,7 +89,7 @@ def test_threads_can_share_a_cache_with_space_for_one_file(store, tmp_path):
 
 def test_concurrent_reservations_never_exceed_the_limit(store, tmp_path, monkeypatch):
     taken = []
-    evict_for, allocate = room.Room._evict_for, room._allocate
+    evict_for, allocate = cache_space.CacheSpace._evict_for, cache_space._allocate
 
     def evict_slowly(self, item):
         fits = evict_for(self, item)
@@ -99,8 +100,8 @@ def test_concurrent_reservations_never_exceed_the_limit(store, tmp_path, monkeyp
         allocate(descriptor, size)
         taken.append(sum(path.stat().st_size for path in (tmp_path / "kept").glob("*.part")))
 
-    monkeypatch.setattr(room.Room, "_evict_for", evict_slowly)
-    monkeypatch.setattr(room, "_allocate", allocate_and_record)
+    monkeypatch.setattr(cache_space.CacheSpace, "_evict_for", evict_slowly)
+    monkeypatch.setattr(cache_space, "_allocate", allocate_and_record)
     monkeypatch.setattr(caching, "fetch", lambda *_: time.sleep(0.2))
     cache = Cache(tmp_path / "kept", 1500)
     items = [store(name, size) for name, size in (("a", 1000), ("b", 999))]
@@ -156,7 +157,7 @@ def test_a_shard_larger_than_the_cache_raises_one_line(store, tmp_path):
 
 
 def test_nothing_is_requested_if_the_disk_has_no_space(store, tmp_path, asked, monkeypatch):
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=room.SPARE + 900))
+    monkeypatch.setattr(cache_space.shutil, "disk_usage", lambda _: SimpleNamespace(free=cache_space.SPARE + 900))
     with pytest.raises(ShardError, match="no space"):
         Cache(tmp_path / "kept").open(store("x"))
     assert not asked
@@ -188,7 +189,7 @@ def test_a_mapped_index_can_be_evicted_only_after_its_last_use(coco, store, tmp_
     assert len(content(small, store("x", 99))) == 99
     assert listed.sha256 in names(folder)
     # Waiting for space would be waiting for itself.
-    monkeypatch.setattr(room.time, "sleep", never)
+    monkeypatch.setattr(cache_space.time, "sleep", never)
     with pytest.raises(ShardError, match="no space"):
         small.open(store("y", 101))
     assert len(set(images.tolist())) == 7
@@ -198,7 +199,7 @@ def test_a_mapped_index_can_be_evicted_only_after_its_last_use(coco, store, tmp_
 
 
 def test_an_index_that_is_not_an_array_can_be_evicted(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(room.time, "sleep", never)
+    monkeypatch.setattr(cache_space.time, "sleep", never)
     item = store("x")
     cache = Cache(tmp_path / "kept", 1000)
     with pytest.raises(ShardError, match="not a NumPy array"):
@@ -207,7 +208,7 @@ def test_an_index_that_is_not_an_array_can_be_evicted(store, tmp_path, monkeypat
 
 
 def test_the_capacity_is_the_limit_or_the_free_disk_space(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=room.SPARE + 5000))
+    monkeypatch.setattr(cache_space.shutil, "disk_usage", lambda _: SimpleNamespace(free=cache_space.SPARE + 5000))
     cache = Cache(tmp_path / "kept")
     content(cache, store("x"))
     assert cache.room() == 6000

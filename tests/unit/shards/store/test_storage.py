@@ -5,10 +5,10 @@ import threading
 import fsspec
 import pytest
 
-from shards import ranges, retry, storage
+from shards.dataset.manifest import load_manifest
 from shards.errors import ShardError
-from shards.manifest import load_manifest
-from shards.ranges import RangeReader
+from shards.store import range_reader, retry, storage
+from shards.store.range_reader import RangeReader
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def failing(*errors):
 
 def test_transient_errors_are_retried_with_growing_waits(waits, caplog):
     away = (ConnectionError("gone"), TimeoutError(), OSError(errno.EBUSY, "SlowDown"), RuntimeError("client"))
-    assert retry.patiently(failing(*away), "s3://b/x") == b"at last"
+    assert retry.with_retries(failing(*away), "s3://b/x") == b"at last"
     bounds = [0.5, 1, 2, 4]
     assert len(waits) == 4
     assert all(bound / 2 <= wait <= bound for wait, bound in zip(waits, bounds, strict=True))
@@ -48,7 +48,7 @@ def test_a_permanent_outage_raises_one_line_after_a_bounded_time(waits):
     with pytest.raises(
         retry.StoreError, match=r"^s3://b/x: no good answer in 8 attempts; .* try again \(gone\)$"
     ) as caught:
-        retry.patiently(failing(*[ConnectionError("gone\nfar away")] * 99), "s3://b/x")
+        retry.with_retries(failing(*[ConnectionError("gone\nfar away")] * 99), "s3://b/x")
     assert "\n" not in str(caught.value)
     assert not isinstance(caught.value, ShardError)  # a later attempt may succeed
     assert len(waits) == 7
@@ -66,7 +66,7 @@ def test_a_permanent_outage_raises_one_line_after_a_bounded_time(waits):
 )
 def test_lasting_errors_are_not_retried(waits, error):
     with pytest.raises(ShardError, match=r"^s3://b/x: ") as caught:
-        retry.patiently(failing(error), "s3://b/x")
+        retry.with_retries(failing(error), "s3://b/x")
     assert "\n" not in str(caught.value)
     assert not waits
 
@@ -103,7 +103,7 @@ def test_a_wrong_client_setting_raises_one_line_without_retry(waits, monkeypatch
 )
 def test_errors_that_are_not_of_the_store_pass_unchanged(waits, error):
     with pytest.raises(type(error)) as caught:
-        retry.patiently(failing(error), "s3://b/x")
+        retry.with_retries(failing(error), "s3://b/x")
     assert caught.value is error
     assert not waits
 
@@ -203,7 +203,7 @@ def test_a_transient_read_error_names_the_local_file(tmp_path, monkeypatch):
     path.write_bytes(b"x" * 10)
     files = RangeReader()
     for number in (errno.EIO, errno.ESTALE):  # of a disk and a file server: both may pass
-        monkeypatch.setattr(ranges.os, "pread", failing_with(number))
+        monkeypatch.setattr(range_reader.os, "pread", failing_with(number))
         with pytest.raises(OSError, match=rf"^{path}: cannot be read: .*{os.strerror(number)}") as caught:
             files.read(str(path), 0, 10)
         assert not isinstance(caught.value, ShardError)
@@ -212,7 +212,7 @@ def test_a_transient_read_error_names_the_local_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.ENOTDIR])
 def test_a_lasting_read_error_names_the_local_file(tmp_path, monkeypatch, number):
     (tmp_path / "shard").touch()
-    monkeypatch.setattr(ranges.os, "open", failing_with(number))
+    monkeypatch.setattr(range_reader.os, "open", failing_with(number))
     with pytest.raises(ShardError, match=rf"^{tmp_path}/shard: cannot be read: .*{os.strerror(number)}"):
         RangeReader().read(str(tmp_path / "shard"), 0, 10)
 

@@ -10,13 +10,16 @@ import fsspec
 import msgspec
 import pytest
 
-from shards import part, staging, storage, write
+from shards.config import WriteConfig
+from shards.dataset.manifest import load_manifest
+from shards.dataset.verify import verify
 from shards.errors import ShardError
-from shards.manifest import load_manifest
-from shards.source import SourceError
-from shards.staging import Stage
-from shards.verify import verify
-from shards.write import WriteConfig, write_coco
+from shards.source.coco import SourceError
+from shards.store import storage
+from shards.write import shard as shard_writer
+from shards.write import staging, writer
+from shards.write.staging import Stage
+from shards.write.writer import write_coco
 
 URL = "memory://bucket/coco"
 CONFIG = WriteConfig(samples_per_shard=2, name="instances")
@@ -81,7 +84,7 @@ def test_manifest_is_last_and_a_stopped_upload_continues(coco, local, bucket, mo
 
 def test_an_uploaded_shard_of_another_size_is_written_again(coco, local, bucket, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(write, "_write_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(writer, "_write_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             write_remote(coco)
     bucket.pipe_file("/bucket/coco/shard-000001.tar", b"half of")
@@ -91,7 +94,7 @@ def test_an_uploaded_shard_of_another_size_is_written_again(coco, local, bucket,
 
 def test_unfinished_upload_of_another_input_is_replaced_when_old(coco, local, bucket, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(write, "_write_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(writer, "_write_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             write_remote(coco, WriteConfig(samples_per_shard=1))
     before = content(URL)
@@ -112,10 +115,10 @@ def test_superseded_writer_does_not_touch_the_other_data_set(coco, bucket, monke
     """A writer without activity is taken for dead: between shards, while it makes or uploads one, or at its end."""
     monkeypatch.setattr(staging, "YOUNG_S", 0.0)
     where, call = {
-        "write_part": (write, 1),
-        "read_image": (part, 3),
+        "write_part": (writer, 1),
+        "read_image": (shard_writer, 3),
         "upload": (storage, 3),
-        "_check_there": (write, 1),
+        "_check_there": (writer, 1),
     }[when]
     original, calls = getattr(where, when), []
 
@@ -136,7 +139,7 @@ def test_superseded_writer_does_not_touch_the_other_data_set(coco, bucket, monke
 
 
 def test_defective_source_keeps_the_data_set_of_another_writer(coco, bucket, monkeypatch):
-    original = write.make_report
+    original = writer.make_report
 
     def overtaken(policy, *args):
         if policy == "fail":
@@ -144,7 +147,7 @@ def test_defective_source_keeps_the_data_set_of_another_writer(coco, bucket, mon
         return original(policy, *args)
 
     monkeypatch.setattr(staging, "YOUNG_S", 0.0)
-    monkeypatch.setattr(write, "make_report", overtaken)
+    monkeypatch.setattr(writer, "make_report", overtaken)
     coco.annotations.write_text(json.dumps(coco.data))
     (coco.images / "picture 4.jpg").write_bytes(b"")
     with pytest.raises(SourceError):
@@ -158,7 +161,7 @@ def test_two_attempts_at_a_shard_write_separate_files(tmp_path, monkeypatch, mod
     stage = Stage(str(tmp_path), "key")
     with stage.draft("a.tar") as first:
         first.file.write(b"first, ")
-        monkeypatch.setattr(f"shards.staging.{module}", lambda: 4242)
+        monkeypatch.setattr(f"shards.write.staging.{module}", lambda: 4242)
         with stage.draft("a.tar") as second:
             second.file.write(b"second")
             second.finished = True

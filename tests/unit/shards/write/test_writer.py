@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards import part, write
+from shards.config import WriteConfig
+from shards.dataset.manifest import IMAGES_NAME
 from shards.errors import ShardError
-from shards.manifest import IMAGES_NAME
-from shards.write import WriteConfig, write_coco
+from shards.write import shard as shard_writer
+from shards.write import writer
+from shards.write.writer import write_coco
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -189,8 +191,10 @@ def test_interrupted_run_publishes_nothing_and_can_continue(coco, monkeypatch):
     assert not (coco.root / "out").exists()
 
     read = []
-    original = part.read_image
-    monkeypatch.setattr(part, "read_image", lambda folder, image: read.append(image.name) or original(folder, image))
+    original = shard_writer.read_image
+    monkeypatch.setattr(
+        shard_writer, "read_image", lambda folder, image: read.append(image.name) or original(folder, image)
+    )
     assert write_coco(*arguments).digest == expected.digest
     assert len(read) == 3  # two shards of two were finished
     assert content(coco.root / "out") == content(coco.root / "expected")
@@ -209,7 +213,7 @@ def test_leftovers_of_another_input_are_not_used(coco):
 
 def test_leftovers_with_another_shard_size_are_not_used(coco, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(write, "_write_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(writer, "_write_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             coco.write(samples_per_shard=1)
     coco.write("expected", samples_per_shard=4)
@@ -238,7 +242,7 @@ def test_shards_written_elsewhere_must_be_visible(coco):
 @pytest.mark.parametrize("change", ["truncated", "one bit", "image changed since"])
 def test_damaged_leftover_is_written_again(coco, monkeypatch, change):
     with monkeypatch.context() as patch:
-        patch.setattr(write, "_write_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(writer, "_write_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             coco.write(samples_per_shard=4)
     (coco.root / "out.partial" / "index").mkdir()

@@ -1,0 +1,74 @@
+"""Detections on image files with a registered version."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from PIL import Image
+
+from pipeline.display.draw import Boxes, draw
+from pipeline.display.terminal import progress_bar
+from pipeline.distributed.ranks import default_device
+from pipeline.errors import PipelineError
+from pipeline.inference.detector import Detector, Prediction, coco_results
+from pipeline.registry.versions import resolve
+from shards.masks.rle import decode_masks
+from shards.rgb import to_rgb
+
+
+def predict(uri: str, images: Sequence[Path], out: Path, *, threshold: float = 0.5) -> list[dict[str, Any]]:
+    """Detect on picture files: write annotated copies and `detections.json` (COCO's result format) into `out`.
+
+    Images are numbered from 1 in the order given; each result also names its file.
+    """
+    for path in images:
+        _open(path).close()
+    detector = Detector(resolve(uri), default_device())
+    out.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
+    with progress_bar("detecting") as advance:
+        for number, path in enumerate(images, start=1):
+            image = _decode(path)
+            found = detector([image], threshold)[0]
+            draw(image, _boxes(found, image.height, image.width)).save(out / f"{number:04d}-{path.stem}.png")
+            results += [{"file_name": str(path), **result} for result in coco_results(number, found)]
+            advance(number, len(images))
+    (out / "detections.json").write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
+    return results
+
+
+def _open(path: Path) -> Image.Image:
+    """Open a picture file and read its header, not yet its pixels."""
+    try:
+        return Image.open(path)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise _no_picture(path, error) from None
+
+
+def _decode(path: Path) -> Image.Image:
+    with _open(path) as opened:
+        try:
+            return to_rgb(opened)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise _no_picture(path, error) from None
+
+
+def _no_picture(path: Path, error: Exception) -> PipelineError:
+    reason = "no such file" if isinstance(error, FileNotFoundError) else "not a picture that can be read"
+    return PipelineError(f"{path}: {reason}; expected a picture file (JPEG, PNG, ...)")
+
+
+def _boxes(found: Sequence[Prediction], height: int, width: int) -> Boxes:
+    boxes = np.array([detection.box_xyxy for detection in found], dtype=np.float64).reshape(-1, 4)
+    runs = [detection.segmentation for detection in found if detection.segmentation is not None]
+    return Boxes(
+        boxes,
+        [detection.label for detection in found],
+        [detection.name for detection in found],
+        [detection.score for detection in found],
+        decode_masks(runs, height, width) if runs else None,
+    )

@@ -1,0 +1,37 @@
+"""The code and library versions that a run is made with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+from pathlib import Path
+
+
+def code_commit() -> str:
+    """Return the Git commit of this code, with `-dirty` if files differ from it, or `unknown` outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+_LIBRARIES = ("torch", "torchvision", "numpy", "ray", "webdataset", "mlflow", "detr-cluster")
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the installed libraries; Ray and MLflow are optional for the loop."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
