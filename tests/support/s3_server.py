@@ -18,8 +18,10 @@ class S3Server:
     """`rclone serve s3` over a folder, whose subfolders are the buckets."""
 
     def __init__(self, folder: Path, *, written: bool = False) -> None:
-        """``written``: through the server, and beside it into its folder only before the first request, as it would not
-        notice later. Otherwise it looks at the folder anew each time, which can take it for ever while it is written to.
+        """Start a server over `folder`.
+
+        `written`: files are written through the server; into its folder only before the first request, since it would
+        not notice later. Otherwise it reads the folder at each request, which may never end while files are written.
         """
         self._flags = ["-vv"] if written else ["--dir-cache-time", "0s", "-vv"]
         self.root = folder / "buckets"

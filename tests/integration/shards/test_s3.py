@@ -190,7 +190,7 @@ def test_a_store_that_stays_away_is_one_clear_line(
 
 
 def test_nobody_but_us_tries_again(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """botocore and s3fs would, five times each, for minutes."""
+    """Left to themselves, botocore and s3fs retry five times each, for minutes."""
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
     s3.stop()
     connections = []

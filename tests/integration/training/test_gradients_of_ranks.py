@@ -264,7 +264,7 @@ def test_divided_by_each_rank_s_own_sums_the_gradient_is_the_original_s(
 
 
 def failing_step(ranks: Ranks, where: str, strategy: Strategy) -> tuple[str, bool]:
-    """A step in which one rank's images alone are at fault: what is raised, and are the weights as before?"""
+    """Run a step in which one rank's images are at fault; return the error, and if the weights are as before."""
     torch.manual_seed(0)
     model = build_model(MODEL, 4)
     wrapped = distribute(model, ranks, strategy)

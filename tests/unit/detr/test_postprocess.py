@@ -76,7 +76,7 @@ def test_nms_keeps_the_best_of_each_class_in_order(threshold: float, merge: bool
 
 
 def test_nms_keeps_boxes_of_other_classes_beyond_the_edges() -> None:
-    """torchvision moves classes apart by the largest coordinate alone: here they would still overlap."""
+    """Here torchvision moves classes apart by the largest coordinate alone: here they would still overlap."""
     boxes = torch.tensor([[[0.8, 0.8, 0.8, 0.8], [0.1, 0.1, 0.8, 0.8]]])
     logits = torch.tensor([[[9.0, 0, 0], [0, 8.0, 0]]])
     (found,) = detect(Outputs(logits, boxes), [(100, 100)], nms=0.01)
