@@ -27,6 +27,7 @@ from shards.config import PlanConfig, ReadConfig
 from shards.dataset.index import Index
 from shards.dataset.manifest import Manifest
 from shards.plan.epoch import EpochPlan, Sizes, plan_epoch, plan_evaluation
+from shards.read.bad_samples import BadSamples
 from shards.read.loader import open_stream
 from shards.read.sample import Sample
 
@@ -101,11 +102,17 @@ def _apply(sample: Sample, geometry: Geometry) -> tuple[Tensor, Target]:
 
 
 def training_batches(
-    manifest: Manifest, config: RunConfig, schedule: Schedule, ranks: Ranks, step: int, until: int
+    manifest: Manifest,
+    config: RunConfig,
+    schedule: Schedule,
+    ranks: Ranks,
+    step: int,
+    until: int,
+    bad: BadSamples | None = None,
 ) -> Generator[tuple[Batch, ...], None, None]:
     """Yield this rank's micro-batches of each step from `step` to `until` - 1, pinned if they go to a GPU.
 
-    The reader threads run until the generator is closed: across epochs, and while the caller saves or evaluates.
+    `bad` collects the samples that are skipped because they are damaged. The reader threads run until the generator is closed: across epochs, and while the caller saves or evaluates.
     """
     threads = config.data.reader_threads
     passes = _passes(config, ranks)
@@ -116,6 +123,7 @@ def training_batches(
         transform=training_transform(config.seed, config.transform),
         collate=_collate(config, ranks),
         config=ReadConfig(threads, 2 * threads, config.model.masks, config.data.max_bad_samples),
+        bad=bad,
     )
     with closing(slices), closing(batches):
         while len(step_batches := tuple(islice(batches, passes))) == passes:

@@ -40,6 +40,7 @@ from pipeline.training.requests import NO_HOOKS, NO_REQUEST, LoopHooks, Request,
 from pipeline.training.state import RunInfo, TrainState, WorkerContext
 from pipeline.training.step import train_step
 from pipeline.training.validation import evaluation_due, validate
+from shards.read.bad_samples import BadSamples
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class LoopParts:
     """Collaborators of the loop in each step."""
 
     batches: Iterator[tuple[Batch, ...]]
+    bad: BadSamples
+    """Training samples that were skipped because they are damaged."""
     guard: Guard
     """Handles steps that diverge."""
     saver: Saver
@@ -78,9 +81,10 @@ def run(
     state = restore(worker, newest, 0 if meta is None else meta.step)
     if state.step == 0 and tracker:
         report_opening(config, tracker, val)
+    bad = BadSamples()
     # One stream to the end of the run: checkpoints, evaluations and ends of epochs do not stop its threads.
     with (
-        closing(training_batches(train, config, schedule, ranks, state.step, schedule.total_steps)) as batches,
+        closing(training_batches(train, config, schedule, ranks, state.step, schedule.total_steps, bad)) as batches,
         open_saver(
             home,
             state.optimizer,
@@ -96,7 +100,7 @@ def run(
         meter = Meter(
             schedule, ranks, tracker, lambda: saver.stalled_s, Forecast(config, schedule, val.images, ranks.world_size)
         )
-        means = LoopParts(batches, guard, saver, meter, watch, overseer.stepped)
+        means = LoopParts(batches, bad, guard, saver, meter, watch, overseer.stepped)
         while True:
             if state.step and evaluation_due(worker, state.step):
                 with meter.evaluating():
@@ -161,4 +165,4 @@ def _save(worker: WorkerContext, state: TrainState, means: LoopParts) -> None:
     with means.meter.aside():
         means.saver.save(state.model, state.optimizer, checkpoint_metadata(worker, state.step), state.averages)
         if worker.config.data.max_bad_samples:
-            report_left_out(worker.tracker, worker.train, worker.ranks)
+            report_left_out(worker.tracker, means.bad, worker.ranks)

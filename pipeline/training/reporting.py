@@ -13,7 +13,7 @@ from pipeline.evaluation.evaluate_model import Evaluation
 from pipeline.tracking.tags import TAG_LEFT_OUT
 from pipeline.tracking.tracker import Tracker
 from shards.dataset.manifest import Manifest
-from shards.read.bad_samples import bad_samples
+from shards.read.bad_samples import BadSamples
 from shards.score.detections import Detections
 from shards.score.precision_recall import UNSCORED, Curves
 
@@ -62,8 +62,8 @@ def report_pictures(tracker: Tracker, val: Manifest, detections: Detections, cou
         tracker.picture(f"detections/{number}", picture, step)
 
 
-def report_left_out(tracker: Tracker | None, train: Manifest, ranks: Ranks) -> None:
+def report_left_out(tracker: Tracker | None, bad: BadSamples, ranks: Ranks) -> None:
     """Report the training images that any rank has skipped; a collective call."""
-    lines: set[str] = set().union(*ranks.gather(bad_samples(train).lines()))
+    lines: set[str] = set().union(*ranks.gather(bad.lines()))
     if lines and tracker:
         tracker.tags({TAG_LEFT_OUT: f"{len(lines)} training images: {'; '.join(sorted(lines))}"[:5000]})

@@ -1,10 +1,8 @@
 """Collector of the samples that a process left out because their bytes are damaged."""
 
-import functools
 import logging
 import threading
 
-from shards.dataset.manifest import Manifest
 from shards.errors import BadSampleError, ShardError
 
 LOG = logging.getLogger(__name__)
@@ -40,9 +38,3 @@ class BadSamples:
         """Return one message per damaged sample."""
         with self._lock:
             return tuple(self._messages.values())
-
-
-@functools.lru_cache(maxsize=16)
-def bad_samples(manifest: Manifest) -> BadSamples:
-    """Return the collector that all loaders of a data set share in this process unless they are given another."""
-    return BadSamples()

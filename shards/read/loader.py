@@ -16,7 +16,7 @@ from shards.config import ReadConfig
 from shards.dataset.manifest import Manifest
 from shards.errors import BadSampleError, ShardError
 from shards.plan.epoch import EpochPlan
-from shards.read.bad_samples import BadSamples, bad_samples
+from shards.read.bad_samples import BadSamples
 from shards.read.sample import Sample, SampleReader, error_context
 
 T = TypeVar("T")
@@ -40,8 +40,7 @@ def open_loader(
 
     `manifest` is the data set that `plan`, from `plan_epoch`, was made for. `start_step` is the global step to start
     with, by default the plan's first; `plan.end_step` gives no batches. A rank without samples in a step gets
-    `collate([])`. `transform` and `collate` are called in the threads. `bad` collects damaged samples, by default in
-    `bad_samples(manifest)`.
+    `collate([])`. `transform` and `collate` are called in the threads. `bad` collects damaged samples.
 
     Closing or exhausting the generator ends its threads. Raise `ShardError` at once for an impossible rank or step.
     While iterating, raise `BadSampleError` for bytes that are not the manifest's, naming image and shard.
@@ -72,8 +71,7 @@ def open_stream(
 
     The next task is taken from `tasks` in the calling thread, when fewer than `prefetch` batches exist.
     """
-    collector = bad_samples(manifest) if bad is None else bad
-    return _stream(manifest, tasks, transform, collate, config or ReadConfig(), collector)
+    return _stream(manifest, tasks, transform, collate, config or ReadConfig(), bad or BadSamples())
 
 
 def open_batches(
