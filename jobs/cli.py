@@ -76,7 +76,8 @@ def run(argv: Sequence[str]) -> int:
         )
     if "--verbose" not in rest:
         _quiet()
-    from pipeline.errors import USER_ERRORS, first_line
+    from pipeline.errors import USER_ERRORS
+    from shards.errors import one_line
 
     try:
         COMMANDS[name].act(rest)
@@ -92,7 +93,7 @@ def run(argv: Sequence[str]) -> int:
         return 0
     except OSError as error:
         if error.filename is None:
-            return _fail(first_line(error), 1)
+            return _fail(one_line(error), 1)
         return _fail(f"{error.filename}: {error.strerror}; expected a path that can be used", 1)
     return 0
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from jobs.spec import SPECS, Spec
 from pipeline.cluster.ray_session import authenticate
-from pipeline.errors import PipelineError, RunConfigError, first_line
+from pipeline.errors import PipelineError, RunConfigError
+from shards.errors import one_line
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -74,7 +75,7 @@ def connect(spec: Spec) -> JobSubmissionClient:
         ) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise JobError(
-            f"no Ray job server answers at {spec.address} ({first_line(error)}); expected a running cluster: "
+            f"no Ray job server answers at {spec.address} ({one_line(error)}); expected a running cluster: "
             "start one with `ray start --head`, or give --address"
         ) from None
 

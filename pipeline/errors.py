@@ -24,7 +24,7 @@ the command line prints such an error without a traceback and exits with status 
 from __future__ import annotations
 
 from detr.config import ConfigError
-from shards.errors import ShardError, one_line
+from shards.errors import ShardError
 
 
 class PipelineError(Exception):
@@ -62,5 +62,3 @@ class Interrupted(TrainingError):
 
 
 USER_ERRORS: tuple[type[Exception], ...] = (PipelineError, ConfigError, ShardError)
-
-first_line = one_line

@@ -19,7 +19,7 @@ from pipeline.cluster.launch import run_workers
 from pipeline.config import RunConfig, from_json, to_json
 from pipeline.driver.changes import ResumeOptions
 from pipeline.errors import CheckpointError, Interrupted, RunConfigError, TrainingError
-from pipeline.run_folder import SPOOLS, only_driver
+from pipeline.run_folder import CHECKPOINTS, EVALUATION_SPOOL, INITIAL_NAME, SPOOL, only_driver
 from pipeline.tracking.mlflow_client import connect, tracking_uri, translated_errors
 from pipeline.tracking.mlflow_runs import CONFIG_ARTIFACT, create_run, find_run, read_config, set_final_status
 from pipeline.tracking.mlflow_sender import EventSender
@@ -35,7 +35,6 @@ from pipeline.tracking.tags import (
     TAG_TRAIN_DIGEST,
 )
 from pipeline.training.continuation import Continuation, continuation
-from pipeline.training.model import INITIAL_NAME
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -108,7 +107,7 @@ def train(config: RunConfig, launch: Launch | None = None) -> Outcome:
     with only_driver(folder, run_id), _recorded(client, run_id):
         ready.place(folder)
         home = checkpoint_root(config.checkpoint.store, folder)
-        launch.say(f"run {config.run_name} ({run_id[:8]}): {total} steps, checkpoints in {home / 'checkpoints'}")
+        launch.say(f"run {config.run_name} ({run_id[:8]}): {total} steps, checkpoints in {home / CHECKPOINTS}")
         _run(config, run_id, folder, launch)
         return _conclude(client, config, run_id, folder, launch)
 
@@ -250,7 +249,7 @@ def _run(config: RunConfig, run_id: str, folder: Path, launch: Launch, accept_ch
 
 def _send_unsent(run_id: str, folder: Path, launch: Launch) -> None:
     """Send what a finished run could not send to MLflow while it ran, if there is anything."""
-    if any(unsent(folder / name) for name in SPOOLS):
+    if unsent(folder / SPOOL) or unsent(folder / EVALUATION_SPOOL):
         with only_driver(folder, run_id):
             launch.say("sending what MLflow had not taken when the run ended")
             _send_rest(run_id, folder, launch)
@@ -258,7 +257,7 @@ def _send_unsent(run_id: str, folder: Path, launch: Launch) -> None:
 
 def _send_rest(run_id: str, folder: Path, launch: Launch) -> None:
     """Send what is left in the spools of the run to MLflow."""
-    for spool in (folder / name for name in SPOOLS):
+    for spool in (folder / SPOOL, folder / EVALUATION_SPOOL):
         if not drain(spool, EventSender(tracking_uri(), run_id, spool)):
             launch.say(
                 f"warning: MLflow did not take all points; the rest is kept in {spool} for the next `detr resume`"

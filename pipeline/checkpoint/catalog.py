@@ -12,10 +12,11 @@ from typing import Literal
 import msgspec
 
 from pipeline.checkpoint import location
-from pipeline.checkpoint.location import CHECKPOINTS, META, PARTIAL, Location, Url
+from pipeline.checkpoint.location import META, PARTIAL, Location, Url
 from pipeline.checkpoint.metadata import deciding_ap, parse_meta, read_meta
-from pipeline.errors import CheckpointError, first_line
-from shards.errors import ShardError
+from pipeline.errors import CheckpointError
+from pipeline.run_folder import CHECKPOINTS, SAVED
+from shards.errors import ShardError, one_line
 from shards.store import storage
 
 LOG = logging.getLogger(__name__)
@@ -24,14 +25,14 @@ _EVALUATION = "evaluation.json"
 
 def folder_of(home: Location, step: int) -> Location:
     """Return the location of the checkpoint of `step`."""
-    return home / "checkpoints" / f"step-{step:08d}"
+    return home / CHECKPOINTS / f"step-{step:08d}"
 
 
 def list_checkpoints(home: Location) -> list[Location]:
     """Return the complete checkpoints of a run, oldest first."""
     if isinstance(home, Url):
         return [*location.complete_in_store(home)]
-    found = (home / "checkpoints").glob("step-*")
+    found = (home / CHECKPOINTS).glob("step-*")
     return [*sorted(path for path in found if not path.name.endswith(PARTIAL) and (path / META).exists())]
 
 
@@ -46,7 +47,7 @@ def write_evaluation(path: Location, metrics: Mapping[str, float]) -> None:
         storage.write(str(path / _EVALUATION), msgspec.json.format(msgspec.json.encode(dict(metrics)), indent=2))
     except OSError as error:
         raise CheckpointError(
-            f"{path / _EVALUATION} could not be written ({first_line(error)}); the checkpoint itself is intact, and "
+            f"{path / _EVALUATION} could not be written ({one_line(error)}); the checkpoint itself is intact, and "
             "`detr resume` evaluates it again: free disk space or restore the access first"
         ) from error
 
@@ -92,7 +93,7 @@ def prune(home: Location, keep: int) -> None:
                     delete(path)
     if failures:
         message = "deleting old checkpoints in %s failed %d times (%s); tried again at the next checkpoint"
-        LOG.warning(message, home, len(failures), first_line(failures[0]))
+        LOG.warning(message, home, len(failures), one_line(failures[0]))
 
 
 @contextmanager
@@ -124,12 +125,9 @@ def _has_flag(path: Location, name: Literal["evaluate", "milestone"]) -> bool:
     return bool(getattr(meta, name))
 
 
-_NOTE = "saved"
-
-
 def note_saved(folder: Path, step: int) -> None:
     """Record that the checkpoint of `step` is complete, on rank 0; raise `OSError` if that fails."""
-    storage.write(str(folder / _NOTE), str(step).encode())
+    storage.write(str(folder / SAVED), str(step).encode())
 
 
 def newest_of_run(home: Location, folder: Path) -> Location | None:
@@ -138,8 +136,8 @@ def newest_of_run(home: Location, folder: Path) -> Location | None:
     Raise `CheckpointError` if the run has saved but no checkpoint is found: it must not start again silently.
     """
     found = newest(home)
-    if found is None and (folder / _NOTE).exists():
-        step = (folder / _NOTE).read_text()
+    if found is None and (folder / SAVED).exists():
+        step = (folder / SAVED).read_text()
         raise CheckpointError(
             f"{home} holds no checkpoint, but the run has saved step {step} there: is its storage mounted here? Bring it "
             "back, then `detr resume`; `detr train` starts another run"

@@ -22,14 +22,14 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import RunConfigError, first_line
-from shards.errors import ShardError
+from pipeline.errors import RunConfigError
+from pipeline.run_folder import CHECKPOINTS
+from shards.errors import ShardError, one_line
 from shards.store import storage
 from shards.store.retry import StoreError, fewer_retries
 
 META = "meta.json"
 PARTIAL = ".partial"
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True, order=True)
@@ -82,7 +82,7 @@ def check(store: str) -> None:
         raise RunConfigError(f"checkpoint.store {str(error).replace('/' + name, '')}") from None
     except OSError as error:
         raise RunConfigError(
-            f"checkpoint.store {store} cannot be written ({first_line(error)}); expected a folder or URL that this machine "
+            f"checkpoint.store {store} cannot be written ({one_line(error)}); expected a folder or URL that this machine "
             "and every worker may write: give another --checkpoint.store"
         ) from None
 

@@ -25,7 +25,8 @@ from pipeline.checkpoint.location import Location
 from pipeline.checkpoint.metadata import Meta
 from pipeline.distributed.parallel import unwrap
 from pipeline.distributed.ranks import Ranks, on_first
-from pipeline.errors import CheckpointError, first_line
+from pipeline.errors import CheckpointError
+from shards.errors import one_line
 
 State = dict[str, Any]
 
@@ -151,7 +152,7 @@ class Saver:
             on_first(self._ranks, lambda: self._saved(meta.step))
         except OSError as error:
             raise CheckpointError(
-                f"checkpoint {path} is complete, but the run's folder could not be updated ({first_line(error)}); "
+                f"checkpoint {path} is complete, but the run's folder could not be updated ({one_line(error)}); "
                 "free disk space there and make it writable, then `detr resume`"
             ) from error
         on_first(self._ranks, lambda: catalog.prune(self.home, self._keep))

@@ -22,8 +22,8 @@ from pipeline.checkpoint.metadata import Best, Meta, deciding_ap, read_meta
 from pipeline.checkpoint.safe_reader import RestrictedPlanner, RestrictedReader
 from pipeline.distributed.parallel import unwrap
 from pipeline.distributed.ranks import Ranks, is_peer_failure, on_first
-from pipeline.errors import CheckpointError, first_line
-from shards.errors import ShardError
+from pipeline.errors import CheckpointError
+from shards.errors import ShardError, one_line
 from shards.store import storage
 from shards.store.retry import StoreError
 
@@ -141,4 +141,4 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _reason(error: BaseException) -> str:
-    return first_line(_cause(error))
+    return one_line(_cause(error))

@@ -6,19 +6,19 @@
                           0001.hang          which worker is stuck and keeps the others waiting
                           0001.consequence   error of a worker whose peer had died; used only if there is no cause
 
-Every file is written atomically, and the first writer wins. The records belong to one driver; the next deletes them.
+Every file is written atomically, and the first writer wins. The records belong to one driver: the next one deletes
+them (`clear_notes`).
 """
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
 import time
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import msgspec
+
+from pipeline.run_folder import ATTEMPTS, write_once
 
 _UNKNOWN = "a worker died"
 T = TypeVar("T", bound=msgspec.Struct)
@@ -58,11 +58,6 @@ class Restart(msgspec.Struct, frozen=True):
     def seconds(self, now: float) -> float:
         """Return the seconds from the end of the previous attempt until `now`."""
         return max(0.0, now - self.ended.at)
-
-
-def reset(folder: Path) -> None:
-    """Delete the records of the previous driver."""
-    shutil.rmtree(folder / "attempts", ignore_errors=True)
 
 
 def has_started(folder: Path) -> bool:
@@ -133,22 +128,14 @@ def end_reason(folder: Path, number: int | None = None) -> EndReason | None:
 
 
 def _count(folder: Path) -> int:
-    return len(list((folder / "attempts").glob("*.begun")))
+    return len(list((folder / ATTEMPTS).glob("*.begun")))
 
 
 def _path(folder: Path, number: int, kind: str) -> Path:
-    return folder / "attempts" / f"{number:04d}.{kind}"
+    return folder / ATTEMPTS / f"{number:04d}.{kind}"
 
 
 def _write_once(folder: Path, name: str, record: msgspec.Struct) -> None:
-    """Write a record atomically, unless it exists already."""
-    target = folder / "attempts" / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{name}.{secrets.token_hex(4)}")
-    temporary.write_bytes(msgspec.json.encode(record))
-    try:
-        os.link(temporary, target)  # unlike a rename, it does not replace an existing file
-    except FileExistsError:
-        pass
-    finally:
-        temporary.unlink()
+    path = folder / ATTEMPTS / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_once(path, msgspec.json.encode(record))

@@ -21,7 +21,7 @@ from pipeline.checkpoint.location import Location, checkpoint_root
 from pipeline.cluster.worker import WorkerJob
 from pipeline.config import RunConfig
 from pipeline.errors import TrainingError
-from pipeline.run_folder import SPOOL, stop_requested
+from pipeline.run_folder import EVALUATION_SPOOL, stop_requested
 from pipeline.tracking.mlflow_sender import EventSender
 from pipeline.tracking.spool import SpoolTracker
 from shards.errors import one_line
@@ -126,7 +126,7 @@ def evaluator_on_ray(job: WorkerJob, gpu: bool, say: Say) -> Evaluator:
 
     def evaluate(path: Location) -> None:
         try:
-            ray.get(task.remote(job, path.name, gpu))
+            ray.get(task.remote(job, path, gpu))
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
             raise TrainingError(f"checkpoint {path} could not be evaluated ({one_line(cause)})") from error
@@ -147,8 +147,8 @@ def _warn_of_resources(have: dict[str, float], config: RunConfig, gpu: bool, say
             )
 
 
-def _evaluate_in_ray(job: WorkerJob, name: str, gpu: bool) -> None:
-    """Evaluate the checkpoint `name` of the run in this process alone; runs as a Ray task."""
+def _evaluate_in_ray(job: WorkerJob, path: Location, gpu: bool) -> None:
+    """Evaluate a checkpoint of the run in this process alone; runs as a Ray task."""
     import torch
 
     from pipeline.tracking.tracker import forward_warnings
@@ -156,7 +156,7 @@ def _evaluate_in_ray(job: WorkerJob, name: str, gpu: bool) -> None:
 
     config = job.config
     torch.set_num_threads(config.cluster.cpus_per_worker)
-    spool = job.folder / SPOOL
+    spool = job.folder / EVALUATION_SPOOL
     spool.mkdir(exist_ok=True)
     with (spool / "lock").open("w") as lock:
         # Ray may start a task again that it believes lost but that still runs.
@@ -164,7 +164,6 @@ def _evaluate_in_ray(job: WorkerJob, name: str, gpu: bool) -> None:
         tracker = SpoolTracker(spool, EventSender(job.tracking_uri, job.run_id, spool), any_order=True)
         try:
             with forward_warnings(tracker):
-                path = checkpoint_root(config.checkpoint.store, job.folder) / "checkpoints" / name
                 if catalog.read_evaluation(path) is None:
                     evaluate_checkpoint(config, path, torch.device("cuda" if gpu else "cpu"), tracker)
         finally:

@@ -16,12 +16,7 @@ from pipeline.checkpoint import catalog
 from pipeline.checkpoint.location import checkpoint_root
 from pipeline.checkpoint.metadata import read_meta
 from pipeline.cluster.background_evaluation import evaluator_on_ray
-from pipeline.cluster.ray_session import (
-    LocalRay,
-    authenticate,
-    connect_ray,
-    lock_local_ray,
-)
+from pipeline.cluster.ray_session import LocalRay, authenticate, connect_ray, lock_local_ray
 from pipeline.cluster.resources import (
     check_resources,
     describe_resources,
@@ -32,6 +27,7 @@ from pipeline.cluster.resources import (
 from pipeline.cluster.supervisor import WorkerStatus, supervise
 from pipeline.cluster.worker import WorkerJob, train_in_ray
 from pipeline.config import ClusterConfig, RunConfig
+from pipeline.run_folder import RAY
 from pipeline.tracking.mlflow_client import tracking_uri
 from pipeline.tracking.provenance import code_commit
 from shards.store.retry import fewer_retries
@@ -131,7 +127,7 @@ def _trainer(job: WorkerJob, gpu: bool) -> TorchTrainer:
         run_config=RayRunConfig(
             # A new name each time: Ray's record of an earlier attempt must not end this one at once.
             name=f"attempt-{os.getpid()}-{os.urandom(4).hex()}",
-            storage_path=str(job.folder / "ray"),
+            storage_path=str(job.folder / RAY),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             callbacks=[GroupEndCallback(job.folder)],
         ),

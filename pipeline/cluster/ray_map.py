@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from pipeline.cluster.ray_session import join_cluster
+from pipeline.cluster.ray_session import authenticate, join_cluster
 from shards.errors import ShardError, one_line
 from shards.write.writer import Map
 
@@ -27,10 +27,6 @@ def cluster_map(address: str | None, verbose: bool = False) -> Iterator[Map | No
     if address is None:
         yield None
         return
-    from pipeline.cluster.ray_session import (
-        authenticate,  # imports MLflow, which takes seconds: only if there is a cluster
-    )
-
     authenticate()
     if not verbose:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

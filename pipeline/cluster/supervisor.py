@@ -18,11 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from pipeline.cluster import attempts
 from pipeline.errors import Interrupted, PipelineError, TrainingError
-from pipeline.run_folder import FATAL, clear_requests, request_stop, stop_requested
+from pipeline.run_folder import clear_notes, read_fatal_error, request_stop, stop_requested
 from pipeline.tracking.mlflow_client import connect
 from shards.errors import ShardError, one_line
 
@@ -48,9 +46,7 @@ def supervise(
     Raise `Interrupted` when the run was stopped, and `TrainingError` with the workers' message when it failed. A fatal
     error, which a restart cannot repair, is raised as soon as a worker has written it.
     """
-    (folder / FATAL).unlink(missing_ok=True)
-    attempts.reset(folder)
-    clear_requests(folder)
+    clear_notes(folder)
     result: Future[None] = Future()
     with _following(run_id), _signals() as received:
         threading.Thread(target=_call, args=(result, fit), name="fit", daemon=True).start()
@@ -137,10 +133,9 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _raise_fatal(folder: Path, received: list[int], say: Callable[[str], None]) -> None:
-    path = folder / FATAL
-    if not path.exists():
+    message = read_fatal_error(folder)
+    if message is None:
         return
-    message = msgspec.json.decode(path.read_bytes(), type=dict[str, str])["message"]
     if received:
         say(f"the workers failed while they were stopping: {message}")
         raise Interrupted("interrupted")

@@ -14,7 +14,7 @@ from pipeline.cluster.attempts import Restart
 from pipeline.cluster.hang_watch import HangWatch
 from pipeline.config import RunConfig
 from pipeline.errors import USER_ERRORS
-from pipeline.run_folder import clear_handover, write_fatal_error
+from pipeline.run_folder import SPOOL, clear_handover, write_fatal_error
 from pipeline.tracking.mlflow_sender import EventSender
 from pipeline.tracking.spool import SpoolTracker
 from pipeline.tracking.tags import TAG_PHASE, TAG_RESIZED, TAG_WARNING
@@ -63,7 +63,7 @@ def train_in_ray(job: WorkerJob) -> None:
     tracker, restart = None, None
     if ranks.first:
         restart = attempts.start_attempt(job.folder, ranks.world_size)
-        spool = job.folder / "spool"
+        spool = job.folder / SPOOL
         tracker = SpoolTracker(spool, EventSender(job.tracking_uri, job.run_id, spool))
         tracker.tags({TAG_PHASE: "training"} | _restart_warning(restart))
     first_step = FirstStepReport(tracker, ranks.world_size, restart)
@@ -92,10 +92,10 @@ def _record_failure(folder: Path, rank: int, error: Exception) -> None:
     from pipeline.training.out_of_memory import is_shortage
 
     if isinstance(error, USER_ERRORS):
-        write_fatal_error(folder, str(error), rank)
+        write_fatal_error(folder, str(error))
         return
     if is_shortage(error):
-        write_fatal_error(folder, f"worker {rank} ran out of memory ({one_line(error)}); {_LESS}", rank)
+        write_fatal_error(folder, f"worker {rank} ran out of memory ({one_line(error)}); {_LESS}")
     kind: attempts.Kind = "consequence" if is_peer_failure(error) else "cause"
     attempts.record_end(folder, f"worker {rank} failed: {one_line(error)}", kind)
 

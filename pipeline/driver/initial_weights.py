@@ -25,11 +25,12 @@ from detr.original import (
     load_original_state_dict,
 )
 from pipeline.config import RunConfig
-from pipeline.errors import RunConfigError, first_line
+from pipeline.errors import RunConfigError
 from pipeline.exchange.state_file import read_state_file
 from pipeline.recipes import RECIPES
 from pipeline.registry.card import WEIGHTS_NAME, read_card
 from shards.dataset.categories import UNNAMED, Category
+from shards.errors import one_line
 
 _CLASS_HEAD = ("class_embed.weight", "class_embed.bias")
 
@@ -144,7 +145,7 @@ def _imagenet(backbone: str) -> Mapping[str, Tensor]:
         return state
     except (OSError, RuntimeError) as error:
         raise RunConfigError(
-            f"torchvision's ImageNet weights of {backbone} could not be fetched ({first_line(error)}); expected "
+            f"torchvision's ImageNet weights of {backbone} could not be fetched ({one_line(error)}); expected "
             "a network or a file: give --model.backbone-weights PATH, or `random` if that is what you want"
         ) from None
 

@@ -19,7 +19,7 @@ from detr.model import DETR, build_model
 from detr.original import load_original_state_dict
 from detr.original_config import heads_of_mask_head, infer_config
 from pipeline.config import TrackConfig
-from pipeline.errors import ExchangeError, first_line
+from pipeline.errors import ExchangeError
 from pipeline.exchange.state_file import StateFile, read_state_file
 from pipeline.registry.card import Card
 from pipeline.registry.publish import Registered, check_names, publish
@@ -28,6 +28,7 @@ from pipeline.tracking.mlflow_runs import experiment_id, origin_tags
 from pipeline.tracking.provenance import code_commit
 from pipeline.tracking.tags import TAG_IMPORTED
 from shards.dataset.categories import UNNAMED, Category
+from shards.errors import one_line
 
 _COCO_CLASSES = 91  # the largest category id of COCO's things plus 1
 _PANOPTIC_CLASSES = 250  # the original's number for things and stuff; things have the same ids as above
@@ -235,7 +236,7 @@ def _names_from(path: Path, classes: int) -> dict[int, str]:
             named = msgspec.json.decode(content, type=_Annotations).categories
     except (OSError, msgspec.DecodeError) as error:
         raise ExchangeError(
-            f"--categories {path}: {first_line(error)}; expected JSON with COCO's `categories` (id and name)"
+            f"--categories {path}: {one_line(error)}; expected JSON with COCO's `categories` (id and name)"
         ) from None
     ids = [category.id for category in named]
     outside = [number for number in ids if not 0 <= number < classes]

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.errors import first_line
+from shards.errors import one_line
 
 # Building either of them runs no code of the file.
 _ALLOWED: list[Any] = [argparse.Namespace, pathlib.PosixPath]
@@ -70,9 +70,9 @@ def _load(path: Path) -> Any:
             f"holds more than tensors, which would have to run as code ({foreign[1]}); expected a plain state dict"
         ) from None
     except Exception as error:  # damaged and foreign files raise errors of many types
-        raise ValueError(f"not a state dict ({first_line(error)})") from None
+        raise ValueError(f"not a state dict ({one_line(error)})") from None
 
 
 def _without_advice(error: Exception) -> str:
     """Return torch's message without its advice to load the file with code; the reason is at the end."""
-    return first_line(ValueError(str(error).partition("WeightsUnpickler error:")[2].strip() or "cannot be unpickled"))
+    return one_line(ValueError(str(error).partition("WeightsUnpickler error:")[2].strip() or "cannot be unpickled"))

@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.errors import RegistryError, TrackingError, first_line
+from pipeline.errors import RegistryError, TrackingError
 from pipeline.registry.card import Card, write_folder
+from shards.errors import one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,20 +26,8 @@ if TYPE_CHECKING:
     from detr.model import DETR
 
 _ROOT = Path(__file__).resolve().parents[2]
-_PACKAGES = (
-    "torch",
-    "torchvision",
-    "numpy",
-    "scipy",
-    "pillow",
-    "msgspec",
-    "safetensors",
-    "mlflow",
-    "fsspec",
-    "pycocotools",
-    "simplejpeg",
-)
-"""Packages that a registered version is pinned to: everything that `serve.py` imports."""
+_PACKAGES = ("torch", "numpy", "pillow", "msgspec", "safetensors", "pycocotools", "mlflow")
+"""Packages that a registered version is pinned to: all that `pipeline.inference.serve` imports and no others."""
 
 
 class Registered(NamedTuple):
@@ -96,7 +85,7 @@ def _explained(name: str, again: str) -> Generator[None, None, None]:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:  # errors of `requests` are OSErrors
         raise TrackingError(
-            f"registering {name!r} failed ({first_line(error)}); expected a store that takes the version: "
+            f"registering {name!r} failed ({one_line(error)}); expected a store that takes the version: "
             f"`{again}` tries again"
         ) from None
 
@@ -130,7 +119,7 @@ def _log_model(client: MlflowClient, card: Card, folder: Path) -> str:
         warnings.simplefilter("always")  # record them even if warnings are errors
         mlflow.pyfunc.save_model(
             path=folder / "model",
-            python_model=str(_ROOT / "pipeline" / "serve.py"),
+            python_model=str(_ROOT / "pipeline" / "inference" / "serve.py"),
             artifacts={"detector": str(folder / "detector")},
             code_paths=[str(_ROOT / package) for package in ("detr", "shards", "pipeline")],
             signature=signature,

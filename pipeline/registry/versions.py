@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import RegistryError, first_line
+from pipeline.errors import RegistryError
 from pipeline.registry.card import CARD_NAME
 from pipeline.tracking.mlflow_client import connect
+from shards.errors import one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -64,7 +65,7 @@ def resolve(uri: str) -> Path:
         folder = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}"))
     except (MlflowException, OSError) as error:
         raise RegistryError(
-            f"the files of {uri} cannot be fetched ({first_line(error)}); expected them in the artifact store: "
+            f"the files of {uri} cannot be fetched ({one_line(error)}); expected them in the artifact store: "
             "is it mounted or reachable from here?"
         ) from None
     found = sorted(folder.rglob(CARD_NAME))

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from pipeline.errors import TrackingError, first_line
+from pipeline.errors import TrackingError
+from shards.errors import one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -109,7 +110,7 @@ def _split_query(rest: str) -> tuple[str, str, str]:
 def _reason(error: Exception, uri: str) -> str:
     """Return an error's first line without the secrets of `uri`, which MLflow and drivers may repeat."""
     shown = without_secret(uri)
-    message = first_line(error).replace(uri, shown)
+    message = one_line(error).replace(uri, shown)
     pieces = [piece for piece in re.split(r"[/:@?&=;#]+", uri) if len(piece) > 2 and piece not in shown]
     leaks = any(piece in message or unquote(piece) in message for piece in pieces)
     return type(error).__name__ if leaks else message

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from pipeline.config import RunConfig, flatten, to_json
-from pipeline.errors import TrackingError, first_line
+from pipeline.errors import TrackingError
 from pipeline.tracking.mlflow_client import tracking_uri, unavailable
 from pipeline.tracking.provenance import code_commit
 from pipeline.tracking.tags import TAG_COMMIT, TAG_FOLDER, TAG_PHASE
+from shards.errors import one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -109,7 +110,7 @@ def read_config(client: MlflowClient, run_id: str) -> bytes:
             stored = Path(client.download_artifacts(run_id, CONFIG_ARTIFACT, folder)).read_bytes()
         except (MlflowException, OSError) as error:
             raise TrackingError(
-                f"run {run_id} has no {CONFIG_ARTIFACT} ({first_line(error)}); expected a run of `detr train`"
+                f"run {run_id} has no {CONFIG_ARTIFACT} ({one_line(error)}); expected a run of `detr train`"
             ) from None
     config: dict[str, Any] = msgspec.json.decode(stored)
     if "evaluate" in config:
@@ -168,4 +169,4 @@ def set_final_status(client: MlflowClient, run_id: str, phase: str, status: str,
         client.set_tag(run_id, TAG_PHASE, phase)
         client.set_terminated(run_id, status)
     except unavailable() as error:
-        warn(f"warning: could not set the run's status in MLflow to {phase} ({first_line(error)})")
+        warn(f"warning: could not set the run's status in MLflow to {phase} ({one_line(error)})")

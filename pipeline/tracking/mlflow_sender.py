@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.errors import first_line
 from pipeline.tracking.mlflow_client import connect
 from pipeline.tracking.tracker import Event
+from shards.errors import one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -69,7 +69,7 @@ class EventSender:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # an error of the disk, which may pass; Pillow's own errors have no number
             # Trying again would block all later events.
-            LOG.warning("picture %s is dropped: it cannot be decoded (%s)", path, first_line(error))
+            LOG.warning("picture %s is dropped: it cannot be decoded (%s)", path, one_line(error))
             return
         client.log_image(
             self._run_id, image, key=event.name, step=event.step, timestamp=event.time_ms, synchronous=True

@@ -21,8 +21,8 @@ from typing import Any
 import msgspec
 from PIL import Image
 
-from pipeline.errors import first_line
 from pipeline.tracking.tracker import Event, ReportedSteps
+from shards.errors import one_line
 
 LOG = logging.getLogger(__name__)
 _BATCH = 1000  # MLflow's largest number of metrics in one request
@@ -145,7 +145,7 @@ class SpoolTracker:
                 wait_s = min(60.0, wait_s * 2)
                 if not warned:
                     LOG.warning(
-                        "tracking is behind (%s); events are kept in %s and sent later", first_line(error), self._path
+                        "tracking is behind (%s); events are kept in %s and sent later", one_line(error), self._path
                     )
                 warned = True
             if stopping:
@@ -182,7 +182,7 @@ def drain(folder: Path, send: Callable[[list[Event]], None]) -> bool:
             pass
     except Exception as error:  # the client of the server may raise anything
         LOG.warning(
-            "the tracking server did not accept all events (%s); the rest is kept in %s", first_line(error), folder
+            "the tracking server did not accept all events (%s); the rest is kept in %s", one_line(error), folder
         )
         return False
     return True

@@ -26,9 +26,11 @@ from pipeline.checkpoint.saver import Saver
 from pipeline.config import GuardConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import TrainingError
+from pipeline.run_folder import EVENTS
 from pipeline.tracking.tags import TAG_WARNING
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.divergence import Diverged
+from shards.store.storage import write_atomic
 
 
 class Guard:
@@ -39,7 +41,7 @@ class Guard:
     ) -> None:
         self._config, self._ranks, self._tracker = config, ranks, tracker
         self._saver = saver
-        self._folder = run_folder / "events"
+        self._folder = run_folder / EVENTS
 
     def handle(
         self,
@@ -86,10 +88,7 @@ class Guard:
     def _record(self, event: Diverged) -> None:
         self._folder.mkdir(exist_ok=True)
         record = {"step": event.step, "policy": self._config.policy, "said": str(event)} | event.record
-        path = self._path(event)
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2))
-        partial.rename(path)
+        write_atomic(self._path(event), msgspec.json.format(msgspec.json.encode(record), indent=2))
 
     def _report(self, event: Diverged, count: int) -> None:
         assert self._tracker

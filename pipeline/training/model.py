@@ -10,14 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from detr.compute import set_channels_last, set_recompute
 from detr.model import DETR, build_model, freeze_detector
-from detr.original import (
-    load_original_state_dict,
-    to_original_state_dict,
-)
+from detr.original import load_original_state_dict, to_original_state_dict
 from pipeline.config import RunConfig
 from pipeline.errors import CheckpointError
-
-INITIAL_NAME = "initial.safetensors"
+from pipeline.run_folder import INITIAL_NAME
 
 
 def build_trainable_model(config: RunConfig, num_classes: int) -> DETR:

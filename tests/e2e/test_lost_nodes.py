@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.training.model import INITIAL_NAME
+from pipeline.run_folder import INITIAL_NAME
 from tests.support.command import TINY, Command, config_of, until
 from tests.support.ray_nodes import Node, free_port, node, wait_for_nodes
 from tests.support.recording import Kept, Recording, seen_per_epoch

@@ -171,7 +171,7 @@ def train_alone(config: "RunConfig", run_folder: Path, folder: Path) -> list[tup
 
     As many processes as the run has workers train it. Return the points that it reports: name, value and step.
     """
-    from pipeline.training.model import INITIAL_NAME
+    from pipeline.run_folder import INITIAL_NAME
 
     shutil.copy(run_folder / INITIAL_NAME, folder)
     return run_ranks(config.cluster.workers, _train, config, folder)[0]  # type: ignore[no-any-return]

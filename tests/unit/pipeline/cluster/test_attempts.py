@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster import attempts
+from pipeline.run_folder import clear_notes
 
 
 def test_the_first_attempt_is_no_restart(tmp_path: Path) -> None:
@@ -90,5 +91,5 @@ def test_a_hang_is_reported_unless_the_worker_continued(tmp_path: Path) -> None:
 def test_a_driver_deletes_the_records_of_the_previous_one(tmp_path: Path) -> None:
     attempts.start_attempt(tmp_path, 2)
     attempts.record_end(tmp_path, "worker 1 died")
-    attempts.reset(tmp_path)
+    clear_notes(tmp_path)
     assert attempts.start_attempt(tmp_path, 2) is None

@@ -15,7 +15,7 @@ from pipeline.cluster import supervisor
 from pipeline.cluster.attempts import record_end, start_attempt
 from pipeline.cluster.supervisor import WorkerStatus, supervise
 from pipeline.errors import Interrupted, TrainingError
-from pipeline.run_folder import clear_requests, request_handover, request_stop, stop_requested, write_fatal_error
+from pipeline.run_folder import clear_notes, request_handover, request_stop, stop_requested, write_fatal_error
 from pipeline.training.requests import LoopHooks, Request, RequestPoller
 from shards.store.retry import StoreError
 
@@ -64,8 +64,8 @@ def test_a_fatal_error_ends_a_fit_that_would_restart(fit: Fit, tmp_path: Path) -
     forever = threading.Event()
 
     def try_again() -> None:
-        write_fatal_error(tmp_path, "image 7 is damaged", 1)
-        write_fatal_error(tmp_path, "another rank's consequence", 0)
+        write_fatal_error(tmp_path, "image 7 is damaged")
+        write_fatal_error(tmp_path, "another rank's consequence")
         forever.wait(60)
 
     with pytest.raises(TrainingError, match=r"^image 7 is damaged$"):
@@ -141,7 +141,7 @@ def test_workers_that_cannot_save_do_not_make_a_stop_a_failure(fit: Fit, tmp_pat
         start_attempt(tmp_path, 1)
         signal_this_process(signal.SIGTERM)
         until(lambda: stop_requested(tmp_path))
-        write_fatal_error(tmp_path, "checkpoint s3://bucket/runs could not be written", 0)
+        write_fatal_error(tmp_path, "checkpoint s3://bucket/runs could not be written")
         forever.wait(60)
 
     with pytest.raises(Interrupted, match=r"^interrupted$"):
@@ -153,7 +153,7 @@ def test_workers_that_cannot_save_do_not_make_a_stop_a_failure(fit: Fit, tmp_pat
 
 
 def test_a_fatal_error_without_the_runs_folder_is_not_written(tmp_path: Path) -> None:
-    write_fatal_error(tmp_path / "not mounted", "the run's folder is not there", 1)
+    write_fatal_error(tmp_path / "not mounted", "the run's folder is not there")
     assert not (tmp_path / "not mounted").exists()
 
 
@@ -196,7 +196,7 @@ def test_the_watch_sees_a_handover_request(tmp_path: Path) -> None:
     watch = RequestPoller(tmp_path)
     request_handover(tmp_path)
     assert watch.asked() == Request(stop=True)
-    clear_requests(tmp_path)
+    clear_notes(tmp_path)
     assert RequestPoller(tmp_path).asked() == Request()
 
 

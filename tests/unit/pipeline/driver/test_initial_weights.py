@@ -11,11 +11,12 @@ from detr.model import DETR, build_model
 from detr.original import to_original_state_dict
 from pipeline.config import RunConfig
 from pipeline.driver.initial_weights import adopt_model_config, initial_model
-from pipeline.errors import CheckpointError, RunConfigError, first_line
+from pipeline.errors import CheckpointError, RunConfigError
 from pipeline.recipes import RECIPES
 from pipeline.registry.card import Card, write_folder
 from pipeline.training.model import build_trainable_model, read_initial, save_initial
 from shards.dataset.categories import Category
+from shards.errors import one_line
 
 CLASSES = tuple(Category(number, name) for number, name in enumerate("abcd", start=1))
 BACKBONE = "backbone.0.body."
@@ -156,8 +157,8 @@ def test_an_unreachable_host_gives_no_random_weights(
 
 
 def test_an_error_that_says_nothing_is_told_by_its_class() -> None:
-    assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
-    assert first_line(OSError("one\ntwo")) == "one"
+    assert one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert one_line(OSError("one\ntwo")) == "one"
 
 
 def test_a_run_starts_from_a_state_dict_of_the_same_classes(tiny_config: RunConfig, tmp_path: Path) -> None:
