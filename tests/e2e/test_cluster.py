@@ -16,7 +16,7 @@ from tests.support.recording import Recording
 from tests.support.s3_server import SECRET, S3Server
 
 pytestmark = pytest.mark.xdist_group("ray")
-EPOCHS, STEPS = 20, 120
+EPOCHS, STEPS = 10, 60
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ def cluster(detr: Command, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         }
+        recording.pace(0.1)
         nodes = detr.env | recording.environment | {"RAY_AUTH_MODE": "token"}
         head = ["--head", "--port", str(port), "--dashboard-port", str(dashboard), "--dashboard-host", "127.0.0.1"]
         stack.enter_context(node(detr.folder, nodes, *head))
@@ -71,8 +72,8 @@ def submitted(detr: Command, cluster: Cluster) -> Submitted:
     words = ["train", "overfit", "--data.train", train, "--data.val", val, *store, *TINY, "--optim.epochs", str(EPOCHS)]
     output = detr("submit", "local", "--", *words, "--track.run-name", "submitted")
     (job,) = set(re.findall(r"detr-\d{8}-\d{6}-\w{4}", output))
-    detr.wait_for_checkpoint("submitted", 20, cluster.store.root / "sets" / "runs")
-    cluster.recording.pace(1)  # so that the job is not done before it is stopped
+    detr.wait_for_checkpoint("submitted", 10, cluster.store.root / "sets" / "runs")
+    cluster.recording.pace(2)  # so that the job is not done before it is stopped
     assert detr("jobs", "status", job).strip() == "RUNNING"
     assert "train overfit" in detr("jobs", "list")
     follower = detr.start("jobs", "logs", job, "--follow")
@@ -86,7 +87,7 @@ def submitted(detr: Command, cluster: Cluster) -> Submitted:
 
 
 def test_submitted_job_is_stopped_and_resumed_as_one_run(detr: Command, submitted: Submitted) -> None:
-    assert 20 <= submitted.stopped_at < STEPS
+    assert 10 <= submitted.stopped_at < STEPS
     assert detr.runs_named("submitted") == ["FINISHED"]
     steps = detr.points("submitted", "train/loss")
     assert steps == sorted(set(steps))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TinyData
 from tests.support.command import TINY, Command
 from tests.support.small_disk import mounted, remount, run_on
+from tests.support.tiny_data import TinyData
 
 HERE = "tests.e2e.test_full_disk"
 

@@ -61,7 +61,7 @@ class Cluster:
 def cluster(detr: Command, recording: Recording) -> Iterator[Cluster]:
     port = free_port()
     (detr.folder / "token").write_text("a-token-of-this-test-alone-0123456789abcdef")
-    detr.env |= {"RAY_AUTH_TOKEN_PATH": str(detr.folder / "token")}
+    detr.env |= {"RAY_AUTH_TOKEN_PATH": str(detr.folder / "token"), "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1"}
     environment = detr.env | {"RAY_AUTH_MODE": "token"}
     address = f"127.0.0.1:{port}"
     with ExitStack() as stack:

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from tests.support.command import TINY, Command, config_of, kill, newest_weights, ray_workers, train_alone
+from tests.support.recording import Recording
 
 pytestmark = pytest.mark.xdist_group("ray")
 TRAIN = ["train", "overfit", "--data.train", "data/train", "--data.val", "data/val", *TINY]
-EPOCHS, STEPS = 20, 120
+EPOCHS, STEPS = 10, 60
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,14 @@ class Killed:
 
 
 @pytest.fixture(scope="module")
-def killed(detr: Command) -> Killed:
+def killed(detr: Command, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    recording = Recording(tmp_path_factory.mktemp("killed") / "steps")
+    recording.pace(0.1)  # so that the run does not end before the kills
+    detr.env |= recording.environment
     driver = detr.start(
-        *TRAIN, "--optim.epochs", str(EPOCHS), "--evaluate.every", "10", "--track.run-name", "killed-once"
+        *TRAIN, "--optim.epochs", str(EPOCHS), "--evaluate.every", "5", "--track.run-name", "killed-once"
     )
-    detr.wait_for_checkpoint("killed-once", 20)
+    detr.wait_for_checkpoint("killed-once", 10)
     workers, servers = ray_workers(driver.pid), psutil.Process(driver.pid).children(recursive=True)
     assert len(workers) == 2
     kill(psutil.Process(driver.pid))
@@ -41,7 +45,7 @@ def killed(detr: Command) -> Killed:
     _, orphans = psutil.wait_procs(workers, timeout=60)
 
     driver = detr.start("resume", "killed-once")
-    detr.wait_for_checkpoint("killed-once", 50)
+    detr.wait_for_checkpoint("killed-once", 30)
     kill(ray_workers(driver.pid)[0])
     output, _ = driver.communicate(timeout=300)
     assert driver.returncode == 0, output

@@ -17,7 +17,7 @@ from shards.dataset.manifest import load_manifest
 from shards.synthetic import write_synthetic
 from shards.write.writer import write_coco
 
-IMAGES, SAMPLES = 1200, 2  # enough shards that no way of stopping comes too late
+IMAGES, SAMPLES = 500, 1  # enough shards that no way of stopping comes too late
 
 
 @pytest.fixture(scope="module")
