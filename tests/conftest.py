@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 import pytest
 
 from detr.config import ModelConfig, TransformConfig
+from tests.support.tiny_data import TinyData
 
 if TYPE_CHECKING:  # the tests of `detr` also run where only torch, torchvision and scipy are
     from pipeline.config import RunConfig
@@ -73,15 +74,6 @@ def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DETR_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-@dataclass(frozen=True)
-class TinyData:
-    """Folders of a sharded training and validation set; 12 and 5 images of 64 px, classes 1 to 4."""
-
-    root: Path
-    train: str
-    val: str
 
 
 @pytest.fixture(scope="session")

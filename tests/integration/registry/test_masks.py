@@ -20,7 +20,7 @@ from shards.dataset.manifest import load_manifest
 from shards.errors import ShardError
 from shards.masks.rle import decode_masks
 from shards.write.writer import write_coco
-from tests.integration.registry.test_registry import Trained, train_in
+from tests.support.registry import Trained, train_in
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +22,19 @@ from jobs.commands.models import evaluate as evaluate_command
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint import state as checkpoint_state
 from pipeline.config import RunConfig
-from pipeline.distributed.ranks import Ranks
 from pipeline.errors import PipelineError, RegistryError, TrackingError
 from pipeline.evaluation.evaluate_model import EvaluateOptions, evaluate_model
 from pipeline.inference.evaluate import evaluate
 from pipeline.inference.predict import predict
 from pipeline.registry.card import read_card, read_model
+from pipeline.registry.publish import Registered
 from pipeline.registry.registration import register, register_run
-from pipeline.registry.versions import Registered, find_version, resolve, run_of
+from pipeline.registry.versions import find_version, resolve, run_of
 from pipeline.tracking.mlflow_client import connect
 from pipeline.tracking.mlflow_runs import create_run
 from pipeline.tracking.tags import TAG_FOLDER
-from pipeline.training.loop import run
-from pipeline.training.model import save_initial
-from pipeline.training.state import RunInfo
 from shards.dataset.manifest import load_manifest
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A run of one step, evaluated."""
-
-    client: MlflowClient
-    config: RunConfig
-    run_id: str
-    folder: Path
-    artifacts: Path
-
-
-def train_in(root: Path, config: RunConfig) -> Trained:
-    client, folder = connect(), root / "runs" / "tiny"
-    run_id = create_run(client, config, {}, {TAG_FOLDER: str(folder)})
-    torch.manual_seed(0)
-    save_initial(build_model(config.model, 4), folder)
-    run(config, RunInfo(run_id, folder, "abc123"), Ranks(), None)
-    return Trained(client, config, run_id, folder, root / "mlartifacts")
+from tests.support.registry import Trained, train_in
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from shards.plan.epoch import plan_epoch
 from shards.read.loader import open_loader, read_samples
 from shards.read.sample import Sample
 from shards.store import retry, storage
-from tests.conftest import TinyData
 from tests.support.s3_server import SECRET, S3Server
+from tests.support.tiny_data import TinyData
 
 IMAGES = 12
 

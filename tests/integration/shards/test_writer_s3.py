@@ -8,8 +8,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tests.conftest import TinyData
 from tests.support.s3_server import S3Server
+from tests.support.tiny_data import TinyData
 
 
 @pytest.fixture

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from detr.batch import Target, collate, normalise
-from detr.config import ModelConfig, TransformConfig
 from detr.matcher import generalized_iou, match
 from detr.model import Outputs, build_model
-from pipeline.config import OptimConfig, RunConfig
+from pipeline.config import RunConfig
 from pipeline.distributed.parallel import Strategy, distribute, unwrap
 from pipeline.distributed.ranks import Ranks
 from pipeline.training.model import build_trainable_model
@@ -26,46 +25,15 @@ from shards.config import PlanConfig
 from shards.dataset.manifest import Manifest
 from shards.plan.epoch import plan_epoch
 from tests.support.ranks import run_ranks
+from tests.support.step_samples import CONFIG, MODEL, UNEVEN, samples
 
-MODEL = ModelConfig(
-    backbone="tiny",
-    backbone_weights="random",
-    norm="group",
-    frozen_stages=0,
-    hidden_dim=16,
-    heads=2,
-    encoder_layers=1,
-    decoder_layers=2,
-    feedforward_dim=32,
-    dropout=0.0,
-    num_queries=6,
-)
-# A clip norm so large that the gradient is left as it is.
-CONFIG = RunConfig(model=MODEL, optim=OptimConfig(batch_size=8, clip_norm=1e9), transform=TransformConfig(crop=False))
 EVEN = (2,) * 8
-UNEVEN = (0, 5, 1, 0, 9, 0, 0, 2)  # one image has more boxes than there are queries
 SHORT = (1, 2, 0, 3, 1, 0, 4, 2, 1, 1, 0, 5, 2)
 FEW = (0, 0, 0, 1, 0, 0, 0, 0)  # fewer boxes than ranks
 
 # The same with a mask head, which needs 128 channels and 8 heads; and with that head alone being trained.
 MASKS = replace(CONFIG, model=replace(MODEL, masks=True, hidden_dim=128, heads=8))
 HEAD = replace(MASKS, optim=replace(MASKS.optim, train="mask_head"))
-
-Samples = list[tuple[Tensor, Target]]
-
-
-def samples(boxes: tuple[int, ...]) -> Samples:
-    """Images on equal canvases, so that padding cannot make a difference."""
-    generator = torch.Generator().manual_seed(3)
-    made = []
-    for image_id, count in enumerate(boxes):
-        image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=generator)
-        centres = 0.3 + 0.4 * torch.rand(count, 2, generator=generator)
-        sizes = 0.1 + 0.2 * torch.rand(count, 2, generator=generator)
-        labels = torch.randint(0, 4, (count,), generator=generator)
-        masks = torch.rand(count, 64, 64, generator=generator) < 0.3
-        made.append((image, Target(torch.cat([centres, sizes], 1), labels, image_id, (64, 64), masks)))
-    return made
 
 
 def gradients(

@@ -20,9 +20,9 @@ from pipeline.training.ema import Ema
 from pipeline.training.model import build_trainable_model
 from pipeline.training.optim import build_optimizer
 from pipeline.training.step import train_step
-from tests.integration.training.test_gradients_of_ranks import CONFIG, UNEVEN, samples
 from tests.support.checkpoints import meta, save_checkpoint
 from tests.support.ranks import run_ranks
+from tests.support.step_samples import CONFIG, UNEVEN, samples
 
 WORLD: dict[Strategy, int] = {"single": 1, "ddp": 2, "fsdp": 2}
 # The paper's rate. At ten times that, what processors round otherwise becomes another assignment of queries to objects

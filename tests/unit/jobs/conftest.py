@@ -1,32 +1,12 @@
 """Fixture that runs the command in the test's own process."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from jobs import cli
 from jobs.cli import run
-
-ROOT = Path(cli.__file__).parent.parent
-
-
-@dataclass(frozen=True)
-class Result:
-    status: int
-    out: str
-    err: str
-
-    @property
-    def line(self) -> str:
-        """The text on stderr, which must be exactly one line."""
-        assert self.err.endswith("\n")
-        assert self.err.count("\n") == 1, self.err
-        return self.err.strip()
-
-
-Detr = Callable[..., Result]
+from tests.support.in_process import Detr, Result
 
 
 @pytest.fixture

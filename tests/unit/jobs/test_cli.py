@@ -17,7 +17,7 @@ from jobs.cli import COMMANDS
 from jobs.commands import runs
 from pipeline.config import from_json
 from pipeline.recipes import NOTES, RECIPES
-from tests.unit.jobs.conftest import ROOT, Detr
+from tests.support.in_process import ROOT, Detr
 
 HELPS: list[list[str]] = [
     [],

@@ -9,7 +9,7 @@ import pytest
 
 from jobs import cli
 from jobs.cli import COMMANDS
-from tests.unit.jobs.conftest import ROOT, Detr
+from tests.support.in_process import ROOT, Detr
 
 
 @pytest.mark.parametrize(

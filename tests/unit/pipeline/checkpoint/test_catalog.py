@@ -11,7 +11,7 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.errors import CheckpointError
 from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.loop import run
-from tests.unit.pipeline.conftest import Kill, KillingTracker, start
+from tests.support.runs import Kill, KillingTracker, start
 
 
 def stored(config: RunConfig, store: Path) -> RunConfig:

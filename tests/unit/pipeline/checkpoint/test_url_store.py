@@ -22,7 +22,7 @@ from pipeline.training.state import RunInfo
 from shards.errors import ShardError
 from shards.store import storage
 from tests.support.checkpoints import assert_same_state, meta, save_checkpoint, small
-from tests.unit.pipeline.conftest import Kill, KillingTracker, start
+from tests.support.runs import Kill, KillingTracker, start
 
 
 @pytest.fixture

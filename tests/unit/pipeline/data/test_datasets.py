@@ -16,7 +16,7 @@ from shards.dataset.manifest import ANNOTATIONS_NAME, IMAGES_NAME, Manifest, Sha
 from shards.errors import ShardError
 from shards.store import cache_space
 from shards.store.sizes import GIB, size_text
-from tests.conftest import TinyData
+from tests.support.tiny_data import TinyData
 
 Usage = namedtuple("Usage", "free")
 

@@ -16,7 +16,7 @@ from pipeline.evaluation import per_layer
 from pipeline.evaluation.evaluate_model import Evaluation, evaluate_model, evaluate_readings
 from pipeline.evaluation.per_layer import LayerScore, evaluate_layers
 from shards.dataset.manifest import Manifest, load_manifest
-from tests.unit.pipeline.evaluation.test_evaluate_model import OPTIONS, Oracle
+from tests.support.oracle import OPTIONS, Oracle
 
 
 class ThreeLayers(nn.Module):

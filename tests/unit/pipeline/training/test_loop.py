@@ -26,7 +26,7 @@ from pipeline.training.step import RANDOMNESS
 from shards.dataset.manifest import load_manifest
 from shards.errors import ShardError
 from shards.score.coco_eval import METRICS
-from tests.unit.pipeline.conftest import Kill, KillingTracker, assert_same, evaluated, start, weights
+from tests.support.runs import Kill, KillingTracker, assert_same, evaluated, start, weights
 
 
 def trained_weights(config: RunConfig, folder: Path) -> dict[str, torch.Tensor]:

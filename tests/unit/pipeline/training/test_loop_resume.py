@@ -22,7 +22,7 @@ from pipeline.training.state import RunInfo
 from shards.dataset.manifest import load_manifest
 from shards.plan.epoch import epoch_order
 from shards.plan.steps import Origin
-from tests.unit.pipeline.conftest import Kill, KillingTracker, assert_same, evaluated, shown_images, start, weights
+from tests.support.runs import Kill, KillingTracker, assert_same, evaluated, shown_images, start, weights
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 6])

@@ -18,7 +18,7 @@ from pipeline.training import loop as module
 from pipeline.training.loop import run
 from pipeline.training.requests import NO_REQUEST, LoopHooks, Request
 from pipeline.training.state import RunInfo
-from tests.unit.pipeline.conftest import Kill, KillingTracker, assert_same, shown_images, start, weights
+from tests.support.runs import Kill, KillingTracker, assert_same, shown_images, start, weights
 
 
 def saved_by_the_clock(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:

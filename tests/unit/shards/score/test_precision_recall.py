@@ -8,7 +8,7 @@ import pytest
 from shards.score.coco_eval import score_detections
 from shards.score.detections import Detections
 from shards.score.precision_recall import RECALLS, UNSCORED
-from tests.unit.shards.score.test_coco_eval import guesses, truth_itself, with_masks
+from tests.support.detections import guesses, truth_itself, with_masks
 
 
 def means(curves):
