@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detr.config import ModelConfig
-from detr.recompute import call
+from detr.recompute import run_layer
 
 _BLOCKS = {
     "resnet18": (2, 2, 2, 2),
@@ -160,7 +160,7 @@ class ResNet(nn.Module):
             if not every:
                 outputs.clear()  # frees the earlier outputs, which are the largest
             for block in self.get_submodule(name).children():
-                x = call(block, x, again=self.recompute)
+                x = run_layer(block, x, recompute=self.recompute)
             outputs.append(x)
         return outputs
 

@@ -31,10 +31,10 @@ def set_channels_last(model: DETR) -> None:
     model.backbone[0].body.channels_last = True  # type: ignore[union-attr]
 
 
-def set_recompute(model: DETR, parts: Recompute) -> None:
+def set_recompute(model: DETR, modules: Recompute) -> None:
     """Recompute activations of the encoder's layers or the backbone's blocks in the backward pass, to save memory."""
-    model.transformer.encoder.recompute = parts in ("encoder", "both")
-    model.backbone[0].body.recompute = parts in ("backbone", "both")  # type: ignore[union-attr]
+    model.transformer.encoder.recompute = modules in ("encoder", "both")
+    model.backbone[0].body.recompute = modules in ("backbone", "both")  # type: ignore[union-attr]
 
 
 def fsdp_units(model: DETR) -> list[list[nn.Module]]:

@@ -4,13 +4,13 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def call(module: nn.Module, *inputs: Tensor | None, again: bool) -> Tensor:
-    """Return `module(*inputs)`; with `again`, its activations are recomputed in the backward pass instead of kept.
+def run_layer(module: nn.Module, *inputs: Tensor | None, recompute: bool) -> Tensor:
+    """Return `module(*inputs)`; with `recompute`, its activations are recomputed in the backward pass instead of kept.
 
     Dropout draws the same numbers both times. A module without trainable parameters or inputs is called directly, since
     autograd keeps nothing of it.
     """
-    if again and is_grad_enabled() and _needs_gradients(module, *inputs):
+    if recompute and is_grad_enabled() and _needs_gradients(module, *inputs):
         return checkpoint(module, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
     return module(*inputs)  # type: ignore[no-any-return]
 

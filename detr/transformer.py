@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from detr.config import ModelConfig
-from detr.recompute import call
+from detr.recompute import run_layer
 
 _MANY_SCORES = 1 << 20  # 4 MiB; fewer are not worth computing twice
 
@@ -129,7 +129,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
         for layer in self.layers:
-            x = call(layer, x, position, mask, again=self.recompute)
+            x = run_layer(layer, x, position, mask, recompute=self.recompute)
         return self.norm(x)  # type: ignore[no-any-return]
 
 

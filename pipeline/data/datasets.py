@@ -34,7 +34,7 @@ def check_cache(config: DataConfig, train: Manifest, val: Manifest) -> None:
     for manifest in (train, val):
         cache = cache_for(manifest.url, manifest.cache)
         if cache is not None:
-            _check(config, train, val, cache.room(), str(cache))
+            _check(config, train, val, cache.capacity(), str(cache))
             return
 
 
@@ -48,9 +48,9 @@ def check_room(manifest: Manifest) -> None:
     """Raise `RunConfigError` if a data set that is evaluated outside of a run does not fit the cache."""
     cache = cache_for(manifest.url, manifest.cache)
     needed = sum(shard.bytes for shard in manifest.shards) + sum(_index_sizes(manifest).values())
-    if cache is not None and needed > cache.room():
+    if cache is not None and needed > cache.capacity():
         raise RunConfigError(
-            f"shards and index take {size_text(needed)} but {cache} may hold {size_text(cache.room())}; expected space for all, or they "
+            f"shards and index take {size_text(needed)} but {cache} may hold {size_text(cache.capacity())}; expected space for all, or they "
             "would be fetched again and again: free some disk, or set DETR_CACHE to another folder, or to off"
         )
 

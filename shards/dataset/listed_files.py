@@ -67,7 +67,7 @@ def _load_kept(cache: Cache, item: Item) -> Array:
         os.close(descriptor)
         raise
     # A mapped file keeps its disk blocks even when it is deleted, so the cache would exceed its limit.
-    cache.hold(item, descriptor, array.base)
+    cache.keep_while_used(item, descriptor, array.base)
     return array
 
 

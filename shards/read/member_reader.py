@@ -64,7 +64,7 @@ class MemberReader:
             return b""
         return self._read(row, _TEXT)[0]
 
-    def both(self, row: int) -> tuple[bytes, bytes]:
+    def image_and_segmentations(self, row: int) -> tuple[bytes, bytes]:
         """Return image and segmentations of a row with one request, as they are adjacent; raise as `image`."""
         if not self._images[row]["text_length"]:
             return self.image(row), b""
@@ -92,7 +92,7 @@ class MemberReader:
             if problem is None:
                 return contents
             if not last:
-                self._files.forget(url)
+                self._files.invalidate(url)
         raise BadSampleError(f"{self.name(row)}: {problem}")
 
     def _damaged(self, shard: int) -> str:

@@ -97,7 +97,7 @@ class SampleReader:
         """Return the image and, if masks are read, its segmentations."""
         if self._segmentations is None:
             return self._members.image(row), b""
-        return self._members.both(row)
+        return self._members.image_and_segmentations(row)
 
     def _decode(self, row: int, content: bytes) -> npt.NDArray[np.uint8]:
         with error_context(self, row, BadSampleError):

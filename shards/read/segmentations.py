@@ -35,7 +35,7 @@ class SegmentationReader:
     def runs(self, row: int, text: bytes, *, crowds: bool) -> list[Runs]:
         """Return the runs of a sample's annotations in the order of the index, with or without those of crowds.
 
-        text: the sample's segmentations from `Members`, empty if it has none.
+        text: the sample's segmentations from `MemberReader`, empty if it has none.
 
         Raise `BadSampleError`, naming image and annotation, if a segmentation is absent or cannot be used.
         """

@@ -94,11 +94,11 @@ class Cache:
                 LOG.warning("%s: changed on the disk; %s is fetched again", path, item.url)
                 path.unlink(missing_ok=True)
 
-    def room(self) -> int:
+    def capacity(self) -> int:
         """Return the maximum size in bytes of all files together: the limit, or what the disk allows."""
-        return self._space.total()
+        return self._space.capacity()
 
-    def hold(self, item: Item, descriptor: int, user: object) -> None:
+    def keep_while_used(self, item: Item, descriptor: int, user: object) -> None:
         """Keep an open file in the cache until `user` is garbage-collected, then close it."""
         path = self.path(item)
         pin(path)

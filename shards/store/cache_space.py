@@ -26,7 +26,7 @@ PATIENCE_S = 10.0  # seconds of waiting before it is logged
 
 
 # Files that this process maps into memory: waiting for their release would be waiting for itself.
-_held: Counter[Path] = Counter()
+_pinned: Counter[Path] = Counter()
 
 
 class _CacheFile(NamedTuple):
@@ -44,9 +44,9 @@ class CacheSpace:
 
     def locked(self) -> AbstractContextManager[None]:
         """Hold the lock of the folder, under which space is reserved and files are evicted."""
-        return locked(self._folder / "room.lock")
+        return locked(self._folder / "space.lock")
 
-    def total(self) -> int:
+    def capacity(self) -> int:
         """Return the maximum size in bytes of all files together: the limit, or what the disk allows."""
         files, partial_files = self._scan()
         free = self._free() + sum(file.bytes for file in files + partial_files)
@@ -106,7 +106,7 @@ class CacheSpace:
                 break
             if _evict(file.path):
                 missing -= file.bytes
-            elif file.path not in _held:
+            elif file.path not in _pinned:
                 in_use += file.bytes
         if missing <= 0:
             return True
@@ -140,14 +140,14 @@ class CacheSpace:
 
 def pin(path: Path) -> None:
     """Record that this process keeps a file open, so that it does not wait for its release."""
-    _held[path] += 1
+    _pinned[path] += 1
 
 
 def unpin(path: Path, descriptor: int) -> None:
-    """Close a file that was recorded with `hold`."""
-    _held[path] -= 1
-    if not _held[path]:
-        del _held[path]
+    """Close a file that was recorded with `pin`."""
+    _pinned[path] -= 1
+    if not _pinned[path]:
+        del _pinned[path]
     os.close(descriptor)
 
 

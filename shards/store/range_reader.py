@@ -25,7 +25,7 @@ class RangeSource(Protocol):
     def read(self, url: str, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`, fewer only at the file's end; raise `ShardError` if it is absent."""
 
-    def forget(self, url: str) -> None:
+    def invalidate(self, url: str) -> None:
         """Invalidate `url`, because its bytes failed a check: reopen it, or check the cached copy."""
 
     def close(self) -> None:
@@ -67,7 +67,7 @@ class RangeReader:
         except FileNotFoundError:
             raise storage.missing_file_error(url) from None
 
-    def forget(self, url: str) -> None:
+    def invalidate(self, url: str) -> None:
         """Reopen the file at its next read: it may have been replaced."""
         with self._lock:
             self._files.pop(url, None)
@@ -113,7 +113,7 @@ class CachedReader:
         finally:
             os.close(descriptor)
 
-    def forget(self, url: str) -> None:
+    def invalidate(self, url: str) -> None:
         """Remove the cached copy if it changed on the disk."""
         self._cache.check(self._items[url])
 

@@ -49,7 +49,7 @@ def with_retries(request: Callable[[], T], url: str) -> T:
     """Return the result of `request()`, retried while the store's error may pass.
 
     Raise `ShardError` at once if access is denied or the request refused, and `StoreError` after `ATTEMPTS` attempts
-    (see `hurried`); both name `url`. `FileNotFoundError` passes: only the caller knows what an absent file means.
+    (see `fewer_retries`); both name `url`. `FileNotFoundError` passes: only the caller knows what an absent file means.
     """
     attempts = min(HURRIED_ATTEMPTS, ATTEMPTS) if _hurried.get() else ATTEMPTS
     for attempt in range(1, attempts + 1):

@@ -13,12 +13,12 @@ from shards.write.shard import ShardResult
 
 def image_records(source: Source, written: Sequence[ShardResult]) -> tuple[Records, Ints]:
     """Return IMAGE_DTYPE [written images], in the order of the shards, and the row of each in the source."""
-    shards = [part for part in written if part.shard is not None]
-    places = [place for part in shards for place in part.places]
-    records = np.zeros(len(places), IMAGE_DTYPE)
-    for field in places[0].__struct_fields__ if places else ():
-        records[field] = [getattr(place, field) for place in places]
-    records["shard"] = np.repeat(np.arange(len(shards)), [len(part.places) for part in shards])
+    shards = [result for result in written if result.shard is not None]
+    members = [member for result in shards for member in result.members]
+    records = np.zeros(len(members), IMAGE_DTYPE)
+    for field in members[0].__struct_fields__ if members else ():
+        records[field] = [getattr(member, field) for member in members]
+    records["shard"] = np.repeat(np.arange(len(shards)), [len(result.members) for result in shards])
     rows = positions(records["image_id"], source.images.ids)
     records["width"], records["height"] = source.images.widths[rows], source.images.heights[rows]
     records["count"] = source.count[rows]

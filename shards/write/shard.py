@@ -62,57 +62,57 @@ class ShardResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Result of writing a shard.
 
     `shard` is the tar, or None when it has no samples or was not to be written; `read` the crc32 of each image file, -1
-    when it is missing; `places` the samples in the tar, in their order; `defects` those of image files and
+    when it is missing; `members` the samples in the tar, in their order; `defects` those of image files and
     segmentations.
     """
 
     shard: Shard | None
     read: tuple[int, ...]
-    places: tuple[MemberOffsets, ...]
+    members: tuple[MemberOffsets, ...]
     defects: tuple[Defect, ...]
 
 
-def write_part(part: ShardJob, stage: Stage, done: Callable[[int], None]) -> ShardResult:
+def write_shard(job: ShardJob, stage: Stage, done: Callable[[int], None]) -> ShardResult:
     """Write one shard, or reuse the finished one of a stopped run; call `done` with the number of images processed.
 
     Raise `ShardError` when this process does not see the images or the stage, and `OSError` when it cannot write.
     """
-    folder = storage.local_path(part.folder)
+    folder = storage.local_path(job.folder)
     if folder is not None and not folder.is_dir():
         raise ShardError(
-            f"{part.folder}: no such folder of images on {socket.gethostname()}; expected images and --out to be "
+            f"{job.folder}: no such folder of images on {socket.gethostname()}; expected images and --out to be "
             "visible from every process and node: give a shared folder or a URL"
         )
-    if part.write:
+    if job.write:
         stage.check_visible()
-        finished = _finished(part, stage)
+        finished = _finished(job, stage)
         if finished is not None:
-            done(len(part.samples))
+            done(len(job.samples))
             return finished
     read: list[int] = []
-    places: list[MemberOffsets] = []
+    members: list[MemberOffsets] = []
     defects: list[Defect] = []
     failed = False
-    with stage.draft(part.name) as draft:
+    with stage.draft(job.name) as draft:
         tar = TarWriter(draft.file)
-        for sample in part.samples:
-            image = read_image(part.folder, sample.image)
+        for sample in job.samples:
+            image = read_image(job.folder, sample.image)
             read.append(image.crc32)
             defects += image.defects
-            failed = failed or not (image.sound or part.quarantine)
+            failed = failed or not (image.sound or job.quarantine)
             with _refuse_deep_nesting(sample):
-                if part.masks and image.sound:
+                if job.masks and image.sound:
                     _, _, width, height = sample.image
                     defects += outline_defects(sample.image.image_id, sample.annotations, height, width)
-                if image.sound and part.write and not failed:
-                    places.append(_add(tar, sample, image))
+                if image.sound and job.write and not failed:
+                    members.append(_add(tar, sample, image))
             done(1)
-        draft.finished = bool(places) and not failed
+        draft.finished = bool(members) and not failed
         digest = tar.finish()
-    shard = Shard(part.name, len(places), tar.bytes, digest) if draft.finished else None
-    written = ShardResult(shard, tuple(read), tuple(places), tuple(defects))
-    if part.write and not failed:
-        stage.write_note(part.name, msgspec.json.encode(written))
+    shard = Shard(job.name, len(members), tar.bytes, digest) if draft.finished else None
+    written = ShardResult(shard, tuple(read), tuple(members), tuple(defects))
+    if job.write and not failed:
+        stage.write_note(job.name, msgspec.json.encode(written))
     return written
 
 
@@ -165,22 +165,22 @@ def _add(tar: TarWriter, sample: SourceSample, image: ImageFile) -> MemberOffset
     )
 
 
-def _finished(part: ShardJob, stage: Stage) -> ShardResult | None:
+def _finished(job: ShardJob, stage: Stage) -> ShardResult | None:
     """Return the shard of an earlier run if it is complete and of the same images."""
-    note = stage.read_note(part.name)
+    note = stage.read_note(job.name)
     if note is None:
         return None
     try:
         written = msgspec.json.decode(note, type=ShardResult)
     except msgspec.DecodeError:
         return None
-    if written.shard is not None and not _is_complete(storage.join(stage.url, part.name), written.shard):
+    if written.shard is not None and not _is_complete(storage.join(stage.url, job.name), written.shard):
         return None
     same = all(
-        checksum(read_content(part.folder, sample.image.name)) == expected
-        for sample, expected in zip(part.samples, written.read, strict=False)
+        checksum(read_content(job.folder, sample.image.name)) == expected
+        for sample, expected in zip(job.samples, written.read, strict=False)
     )
-    return written if same and len(written.read) == len(part.samples) else None
+    return written if same and len(written.read) == len(job.samples) else None
 
 
 def _is_complete(url: str, shard: Shard) -> bool:

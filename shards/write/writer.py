@@ -39,10 +39,10 @@ from shards.store import storage
 from shards.workers import Progress, process_map
 from shards.write.existing import check_same, existing_data_set
 from shards.write.index_records import annotation_records, image_records
-from shards.write.shard import ShardJob, ShardResult, SourceSample, write_part
+from shards.write.shard import ShardJob, ShardResult, SourceSample, write_shard
 from shards.write.staging import Stage, staging
 
-# Applies a function to many parts and returns the results in their order; function, parts and results are picklable.
+# Applies a function to many shard jobs and returns the results in their order; function, jobs and results are picklable.
 Map = Callable[[Callable[[ShardJob], ShardResult], Iterable[ShardJob]], Iterable[ShardResult]]
 
 
@@ -80,9 +80,9 @@ def write_coco(
     report_url = f"{out}.{REPORT_NAME}"
     try:
         with staging(out, _key(source, config, name)) as stage:
-            written = list(_write_parts(source, stage, config, progress, map))
-            defects = drop_mismeasured([*source.defects, *(defect for part in written for defect in part.defects)])
-            if not any(part.places for part in written) or (
+            written = list(_write_shards(source, stage, config, progress, map))
+            defects = drop_mismeasured([*source.defects, *(defect for result in written for defect in result.defects)])
+            if not any(result.members for result in written) or (
                 config.on_defect == "fail" and any(defect.rejected for defect in defects)
             ):
                 report = make_report(config.on_defect, defects, source.listed, (0, 0))
@@ -124,7 +124,7 @@ def _key(source: Source, config: WriteConfig, name: str) -> str:
     return hashlib.sha256(msgspec.json.encode(identity)).hexdigest()
 
 
-def _parts(source: Source, config: WriteConfig) -> Iterator[ShardJob]:
+def _jobs(source: Source, config: WriteConfig) -> Iterator[ShardJob]:
     order = _order(source).tolist()
     quarantine = config.on_defect == "quarantine"
     write = quarantine or not any(defect.rejected for defect in source.defects)
@@ -139,7 +139,7 @@ def _parts(source: Source, config: WriteConfig) -> Iterator[ShardJob]:
         yield ShardJob(f"shard-{number:06d}.tar", source.folder, samples, write, quarantine, masks)
 
 
-def _write_parts(
+def _write_shards(
     source: Source, stage: Stage, config: WriteConfig, progress: Progress | None, map: Map | None
 ) -> Iterator[ShardResult]:
     total, count = len(source.images), 0
@@ -150,20 +150,20 @@ def _write_parts(
             progress(done, total)
         count = max(done, count)
 
-    parts = _parts(source, config)
+    jobs = _jobs(source, config)
     if map is not None:
-        for written in map(functools.partial(write_part, stage=stage, done=_ignore), parts):
+        for written in map(functools.partial(write_shard, stage=stage, done=_ignore), jobs):
             report(count + len(written.read))
             yield written
     elif config.workers:
-        yield from process_map(functools.partial(_write_part, stage), parts, config.workers, report)
+        yield from process_map(functools.partial(_write_shard, stage), jobs, config.workers, report)
     else:
-        for part in parts:
-            yield write_part(part, stage, lambda done: report(count + done))
+        for job in jobs:
+            yield write_shard(job, stage, lambda done: report(count + done))
 
 
-def _write_part(stage: Stage, part: ShardJob, done: Callable[[int], None]) -> ShardResult:
-    return write_part(part, stage, done)
+def _write_shard(stage: Stage, job: ShardJob, done: Callable[[int], None]) -> ShardResult:
+    return write_shard(job, stage, done)
 
 
 def _ignore(_: int) -> None:
@@ -182,7 +182,7 @@ def _write_rest(
         IMAGES_NAME: npy(images),
         ANNOTATIONS_NAME: npy(annotations),
     }
-    shards = tuple(part.shard for part in written if part.shard is not None)
+    shards = tuple(result.shard for result in written if result.shard is not None)
     _check_there(stage, {shard.name: shard.bytes for shard in shards})
     for file_name, content in contents.items():
         stage.write(file_name, content)

@@ -171,7 +171,7 @@ def _shards(folder: Path, decode: bool) -> Callable[[], object]:
         for source, name in splits:
             reading = patch.object(shard_writer, "read_image", images.read_image if decode else without_decoding)
             with reading, staging(str(folder / name), "key") as stage:
-                written = list(writer._write_parts(source, stage, writer.WriteConfig(), None, None))
+                written = list(writer._write_shards(source, stage, writer.WriteConfig(), None, None))
                 index, rows = index_records.image_records(source, written)
                 for columns in (index, index_records.annotation_records(source, rows)):
                     dataset_index.npy(columns)

@@ -60,11 +60,11 @@ def differ(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     )
 
 
-@pytest.mark.parametrize("parts", ["encoder", "backbone", "both"])
-def test_recomputed_activations_give_the_same_gradients_with_dropout(parts: str) -> None:
+@pytest.mark.parametrize("modules", ["encoder", "backbone", "both"])
+def test_recomputed_activations_give_the_same_gradients_with_dropout(modules: str) -> None:
     expected_loss, expected = step(model())
     detector = model()
-    set_recompute(detector, parts)
+    set_recompute(detector, modules)
     loss, gradients = step(detector)
     assert loss == expected_loss
     assert differ(gradients, expected) == 0.0
@@ -84,11 +84,11 @@ def saved_bytes(work: Callable[[], object]) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("parts", ["encoder", "backbone", "both"])
-def test_recomputing_keeps_fewer_activations(parts: str) -> None:
+@pytest.mark.parametrize("modules", ["encoder", "backbone", "both"])
+def test_recomputing_keeps_fewer_activations(modules: str) -> None:
     detector = model()
     before = saved_bytes(lambda: detector(images(), padding()).logits)
-    set_recompute(detector, parts)
+    set_recompute(detector, modules)
     assert saved_bytes(lambda: detector(images(), padding()).logits) < before
 
 

@@ -60,12 +60,12 @@ def test_results_are_in_order_and_progress_is_complete():
 def test_parts_are_made_as_they_are_needed():
     made: list[int] = []
 
-    def parts():
+    def items():
         for number in range(50):
             made.append(number)
             yield number
 
-    results = process_map(slowest_first, parts(), 1, lambda _: None)
+    results = process_map(slowest_first, items(), 1, lambda _: None)
     next(results)
     assert len(made) <= 4
     results.close()

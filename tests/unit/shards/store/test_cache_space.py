@@ -211,6 +211,6 @@ def test_the_capacity_is_the_limit_or_the_free_disk_space(store, tmp_path, monke
     monkeypatch.setattr(cache_space.shutil, "disk_usage", lambda _: SimpleNamespace(free=cache_space.SPARE + 5000))
     cache = Cache(tmp_path / "kept")
     content(cache, store("x"))
-    assert cache.room() == 6000
-    assert Cache(tmp_path / "kept", 3000).room() == 3000
-    assert Cache(tmp_path / "kept", GIB).room() == 6000
+    assert cache.capacity() == 6000
+    assert Cache(tmp_path / "kept", 3000).capacity() == 3000
+    assert Cache(tmp_path / "kept", GIB).capacity() == 6000

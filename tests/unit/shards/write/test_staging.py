@@ -110,12 +110,12 @@ def test_unfinished_upload_of_another_input_is_replaced_when_old(coco, local, bu
     assert content(URL) == content(local.url)
 
 
-@pytest.mark.parametrize("when", ["write_part", "read_image", "upload", "_check_there"])
+@pytest.mark.parametrize("when", ["write_shard", "read_image", "upload", "_check_there"])
 def test_superseded_writer_does_not_touch_the_other_data_set(coco, bucket, monkeypatch, when):
     """A writer without activity is taken for dead: between shards, while it makes or uploads one, or at its end."""
     monkeypatch.setattr(staging, "YOUNG_S", 0.0)
     where, call = {
-        "write_part": (writer, 1),
+        "write_shard": (writer, 1),
         "read_image": (shard_writer, 3),
         "upload": (storage, 3),
         "_check_there": (writer, 1),

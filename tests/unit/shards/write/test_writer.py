@@ -229,8 +229,8 @@ def test_shards_written_elsewhere_must_be_visible(coco):
     assert manifest.digest == expected.digest
     assert calls == [(2, 7), (4, 7), (6, 7), (7, 7)]
 
-    def somewhere_else(function, parts):
-        for written in map(function, parts):
+    def somewhere_else(function, jobs):
+        for written in map(function, jobs):
             (coco.root / "lost.partial" / written.shard.name).unlink()
             yield written
 
