@@ -74,6 +74,12 @@ def test_no_folder_is_crowded() -> None:
     assert not crowded
 
 
+def test_every_folder_is_a_package() -> None:
+    """A folder without `__init__.py` is missing from the wheel."""
+    folders = {path.parent for package in PACKAGES for path in files(package)}
+    assert not [str(folder) for folder in folders if not (folder / "__init__.py").exists()]
+
+
 def test_no_file_imports_another_in_a_circle() -> None:
     graph = grimp.build_graph(*PACKAGES, exclude_type_checking_imports=True)
     order = TopologicalSorter({module: graph.find_modules_directly_imported_by(module) for module in graph.modules})
