@@ -24,6 +24,7 @@ from shards.arrays import ceil_div
 from shards.errors import ShardError
 from shards.hashing import hashes
 from shards.store import storage
+from shards.workers import Progress
 
 CATEGORIES = ("circle", "square", "triangle", "cross")
 MIN_SIDE, MAX_SIDE = 14, 43  # pixels
@@ -58,13 +59,12 @@ def write_synthetic(
     val: int = 200,
     size: int = 96,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Synthetic:
     """Write `OUT/{train,val}/*.jpg` and `OUT/annotations/instances_{train,val}.json`, and return their paths.
 
     Files of the same names in the local folder `out_dir` are replaced. `train` and `val` are numbers of images, `size`
-    the side of the square images in pixels, at least 64, `seed` any integer. `progress` is called with (images done,
-    images in all).
+    the side of the square images in pixels, at least 64, `seed` any integer. `progress` counts images.
 
     Raise `ShardError` when `size` or a number of images is too small, or the folder cannot be written.
     """

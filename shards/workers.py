@@ -16,6 +16,8 @@ from shards.errors import ShardError
 P = TypeVar("P")
 R = TypeVar("R")
 T = TypeVar("T")
+# Called with (number done, number in total), never from two threads at once.
+Progress = Callable[[int, int], None]
 _POLL_S = 0.1
 _AHEAD = 2  # items per process that are submitted and not yet yielded
 
@@ -113,16 +115,10 @@ def _run(function: Callable[[Any, Callable[[int], None]], R], item: Any, slot: i
     return function(item, done)
 
 
-# Called with (images done, images in all), never from two threads at once.
-Progress = Callable[[int, int], None]
-
-
-def thread_map(
-    function: Callable[[T], R], items: Sequence[T], workers: int, progress: Callable[[int, int], Any] | None
-) -> list[R]:
+def thread_map(function: Callable[[T], R], items: Sequence[T], workers: int, progress: Progress | None) -> list[R]:
     """Return `function` of every item, in order, from `workers` threads; 0 runs in the calling thread.
 
-    For work that mostly waits, such as reading many small files. `progress` is called with (items done, items in all).
+    For work that mostly waits, such as reading many small files. `progress` counts items.
     """
     executor = ThreadPoolExecutor(max(1, workers), thread_name_prefix="convert")
     results: list[R] = []

@@ -7,12 +7,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from jobs.parsing import Command, Flag, choose, parse
 from shards.config import IndexConfig, VocConfig, WriteConfig, YoloConfig
+
+if TYPE_CHECKING:
+    from shards.workers import Progress
 
 # Commands use workers by default. Functions do not, since a script that does needs an `if __name__ == "__main__":`.
 _WRITE = WriteConfig(workers=2)
@@ -92,8 +95,8 @@ def _write(options: Target, write: Callable[..., Any]) -> None:
     from pipeline.display.terminal import progress_bar
 
     def make() -> Any:
-        with cluster_map(options.address) as part_map, progress_bar("sharding") as progress:
-            return write(options.write, progress, part_map)
+        with cluster_map(options.address) as map_jobs, progress_bar("sharding") as progress:
+            return write(options.write, progress, map_jobs)
 
     _make_and_report(make)
 
@@ -144,7 +147,7 @@ def _shard_yolo(argv: list[str]) -> None:
     _shard_document(lambda progress: yolo_document(options.root, config, progress), options)
 
 
-def _shard_document(convert: Callable[[Callable[[int, int], None]], Any], options: Target) -> None:
+def _shard_document(convert: Callable[[Progress], Any], options: Target) -> None:
     """Convert labels of another format to a COCO document, then write it."""
     from pipeline.display.terminal import progress_bar
     from shards.formats.document import write_document

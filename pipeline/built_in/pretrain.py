@@ -40,9 +40,6 @@ _WARMUP = 0.1  # fraction of all steps
 _POINTS = 4  # along each side of a cell
 _SMALL = 0.6  # fraction of the epochs that use smaller images, from the first one
 
-# Called after every step with (steps done, total steps, loss of the last step).
-Progress = Callable[[int, int, float], None]
-
 
 @dataclass(frozen=True)
 class Pretraining:
@@ -63,12 +60,13 @@ def pretrain_backbone(
     *,
     seed: int,
     epochs: int = 5,
-    progress: Progress | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
 ) -> Pretraining:
     """Train the backbone of `model_config` on the images of `manifest` and write it for `load_backbone_weights`.
 
     Frozen batch norm is trained here as trainable batch norm. `out_path` is a safetensors file, written atomically; its
-    folder is created. The same arguments give the same bytes on one machine with one number of threads.
+    folder is created. `progress` is called with (steps done, steps in total, loss of the last step). The same arguments
+    give the same bytes on one machine with one number of threads.
     """
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 from tqdm import tqdm
 
+from shards.workers import Progress
+
 
 @contextmanager
-def progress_bar(description: str, unit: str = "image") -> Iterator[Callable[[int, int], None]]:
+def progress_bar(description: str, unit: str = "image") -> Iterator[Progress]:
     """Yield a function to call with (done, total); the bar is removed at the end of the block."""
     with tqdm(desc=description, unit=unit, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
 

@@ -14,9 +14,10 @@ from detr.config import ConfigError
 from detr.model import DETR, Outputs
 from detr.postprocess import Detection, detect
 from pipeline.distributed.ranks import Ranks
-from pipeline.evaluation.evaluate_model import EvaluateOptions, OutputReader, Progress, evaluate_readings
+from pipeline.evaluation.evaluate_model import EvaluateOptions, OutputReader, evaluate_readings
 from shards.dataset.categories import Category
 from shards.dataset.manifest import Manifest
+from shards.workers import Progress
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,11 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """A data set.
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True, dict=True):
+    """A data set: the content of its manifest, and how to reach its files.
 
-    `url` is where it was loaded from and `cache` where fetched files are kept; both are part of neither the file nor
-    the digest.
+    `url` is the folder that it was loaded from, and `cache` configures the cache of its files. Neither is in the file or
+    the digest: they are fields so that this one value, pickled to a worker, is enough to read samples there.
     """
 
     format: int
@@ -64,7 +64,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     url: str = ""
     cache: CacheConfig = CacheConfig()
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """Sha256 of the canonical JSON: equal exactly when categories, index and every shard's bytes are equal."""
         return hashlib.sha256(self.to_json()).hexdigest()
@@ -80,7 +80,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     def index(self) -> Index:
         """Return the index of this data set, loaded and checked against its digests once per process."""
-        return _cached_index(self)
+        return self._index
+
+    @functools.cached_property
+    def _index(self) -> Index:
+        return _index_of(self)  # its key is a hash of all shards, so it is looked up once per manifest
 
 
 def load_manifest(url: str | os.PathLike[str], cache: CacheConfig | None = None) -> Manifest:
@@ -152,7 +156,7 @@ def _load_records(manifest: Manifest, name: str, dtype: np.dtype[np.void], count
 
 
 @functools.lru_cache(maxsize=16)
-def _cached_index(manifest: Manifest) -> Index:
+def _index_of(manifest: Manifest) -> Index:
     return load_index(manifest)
 
 

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,8 @@ from shards.dataset.tars import TarMember, file_digest, image_members, scan_tar,
 from shards.errors import ShardError
 from shards.store import storage
 from shards.store.retry import StoreError
+from shards.workers import Progress
 
-# Called with (shards checked, shards in all).
-Progress = Callable[[int, int], None]
 _FIELDS = ("offset", "length", "crc32")
 
 
@@ -38,7 +37,7 @@ class Report:
 def verify(url: str | os.PathLike[str], progress: Progress | None = None) -> Report:
     """Hash every file of a data set and compare every sample with the index.
 
-    Damage is reported and not raised, as precisely as possible: which shard is missing, truncated or changed, and which
+    `progress` counts shards. Damage is reported and not raised, as precisely as possible: which shard is missing, truncated or changed, and which
     of its images are affected. Raise `ShardError` only when there is no manifest to check against.
     """
     manifest = load_manifest(url)

@@ -19,13 +19,14 @@ from shards.config import CacheConfig
 from shards.dataset.index import Index
 from shards.dataset.manifest import Manifest, load_index, load_manifest
 from shards.dataset.tars import IMAGE_ENDINGS, SEGMENTATIONS
-from shards.dataset.verify import Progress, Report
+from shards.dataset.verify import Report
 from shards.errors import ShardError
 from shards.read.member_reader import shard_items
 from shards.store import storage
 from shards.store.cache import Cache, cache_for
 from shards.store.download import PIECE, Item
 from shards.store.retry import StoreError
+from shards.workers import Progress
 
 _SEGMENTATIONS = SEGMENTATIONS.removeprefix(".")
 

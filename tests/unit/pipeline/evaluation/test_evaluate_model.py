@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from detr.model import Outputs
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import RunConfigError, TrainingError
-from pipeline.evaluation.evaluate_model import EvaluateOptions, Evaluation, Progress, evaluate_model, match_categories
+from pipeline.evaluation.evaluate_model import EvaluateOptions, Evaluation, evaluate_model, match_categories
 from shards.config import WriteConfig
 from shards.dataset.categories import Category
 from shards.dataset.manifest import Manifest, load_manifest
+from shards.workers import Progress
 from shards.write.writer import write_coco
 from tests.support.coco_results import coco_results
 from tests.support.oracle import OPTIONS, TRANSFORM, Oracle
