@@ -27,12 +27,14 @@ from pipeline.tracking.spool import drain, unsent
 from pipeline.tracking.tags import (
     TAG_EPOCHS,
     TAG_FOLDER,
+    TAG_INITIAL_WEIGHTS,
     TAG_LEFT_OUT,
+    TAG_PENDING_WORKERS,
     TAG_PHASE,
-    TAG_ROOM,
     TAG_STREAM,
     TAG_TOTAL_STEPS,
     TAG_TRAIN_DIGEST,
+    TAG_VAL_DIGEST,
 )
 from pipeline.training.continuation import Continuation, continuation
 
@@ -95,8 +97,8 @@ def train(config: RunConfig, launch: Launch | None = None) -> Outcome:
             },
             {
                 TAG_TRAIN_DIGEST: ready.train.digest,
-                "detr.val_digest": ready.val.digest,
-                "detr.initial_weights": "; ".join(ready.said),
+                TAG_VAL_DIGEST: ready.val.digest,
+                TAG_INITIAL_WEIGHTS: "; ".join(ready.notes),
                 TAG_TOTAL_STEPS: str(total),
                 TAG_EPOCHS: str(min(config.optim.epochs, ready.schedule.epoch(total))),
                 TAG_PHASE: "starting",
@@ -105,9 +107,9 @@ def train(config: RunConfig, launch: Launch | None = None) -> Outcome:
         folder = Path(config.storage) / f"{config.run_name}-{run_id[:8]}"
         client.set_tag(run_id, TAG_FOLDER, str(folder))
     with only_driver(folder, run_id), _recorded(client, run_id):
-        ready.place(folder)
-        home = checkpoint_root(config.checkpoint.store, folder)
-        launch.say(f"run {config.run_name} ({run_id[:8]}): {total} steps, checkpoints in {home / CHECKPOINTS}")
+        ready.write_initial_weights(folder)
+        root = checkpoint_root(config.checkpoint.store, folder)
+        launch.say(f"run {config.run_name} ({run_id[:8]}): {total} steps, checkpoints in {root / CHECKPOINTS}")
         _run(config, run_id, folder, launch)
         return _conclude(client, config, run_id, folder, launch)
 
@@ -126,15 +128,15 @@ def resume(name: str, changes: ResumeOptions | None = None, launch: Launch | Non
         run = find_run(client, run_of(client, name) if name.startswith("models:/") else name)
         run_id, folder = str(run.info.run_id), Path(run.data.tags[TAG_FOLDER])
         original = from_json(read_config(client, run_id))
-    home = checkpoint_root(original.checkpoint.store, folder)
-    newest = catalog.newest_of_run(home, folder)
+    root = checkpoint_root(original.checkpoint.store, folder)
+    newest = catalog.newest_of_run(root, folder)
     if newest is None and not (folder / INITIAL_NAME).exists():
-        raise CheckpointError(f"{home} holds no checkpoint of run {name}; expected one: is its storage mounted here?")
+        raise CheckpointError(f"{root} holds no checkpoint of run {name}; expected one: is its storage mounted here?")
     config = changes.of(original)
     if changes.data is not None:
         check_data(config)
     position = _position(config, newest, changes.accept)
-    trained = newest is not None and position.at_end and _is_evaluated(home, newest)
+    trained = newest is not None and position.at_end and _is_evaluated(root, newest)
     if trained and run.info.status == "FINISHED":
         _send_unsent(run_id, folder, launch)
         raise RunConfigError(
@@ -148,7 +150,7 @@ def resume(name: str, changes: ResumeOptions | None = None, launch: Launch | Non
         total = position.schedule.total_steps
         launch.say(f"run {run.info.run_name} ({run_id[:8]}) continues at step {position.step} of {total}")
         if position.stream.changes:
-            launch.say(f"warning: {position.stream.told(position.train.images)}")
+            launch.say(f"warning: {position.stream.message(position.train.images)}")
         _announce(client, run_id, _resumed_tags(position, run.data.tags))
         if trained:
             _send_rest(run_id, folder, launch)
@@ -185,9 +187,9 @@ def _position(config: RunConfig, newest: Location | None, accept_change: bool) -
     return _Position(meta.step if meta else 0, train, schedule, stream)
 
 
-def _is_evaluated(home: Location, newest: Location) -> bool:
+def _is_evaluated(root: Location, newest: Location) -> bool:
     """Return true if the newest checkpoint has its metrics and no other checkpoint waits for an evaluation."""
-    return catalog.read_evaluation(newest) is not None and not catalog.pending_evaluation(home)
+    return catalog.read_evaluation(newest) is not None and not catalog.pending_evaluation(root)
 
 
 def _resumed_tags(position: _Position, before: Mapping[str, str]) -> dict[str, str]:
@@ -200,8 +202,8 @@ def _resumed_tags(position: _Position, before: Mapping[str, str]) -> dict[str, s
     tags[TAG_TOTAL_STEPS] = str(schedule.total_steps)
     tags[TAG_EPOCHS] = str(schedule.epoch(schedule.total_steps))
     tags[TAG_PHASE] = "starting"
-    if before.get(TAG_ROOM):
-        tags[TAG_ROOM] = ""  # left by a driver that was killed while it waited for resources
+    if before.get(TAG_PENDING_WORKERS):
+        tags[TAG_PENDING_WORKERS] = ""  # left by a driver that was killed while it waited for resources
     return tags
 
 
@@ -268,10 +270,10 @@ def _conclude(client: MlflowClient, config: RunConfig, run_id: str, folder: Path
     """Register the best checkpoint of a trained run."""
     from pipeline.registry.registration import register
 
-    home = checkpoint_root(config.checkpoint.store, folder)
-    found = catalog.best(home)
+    root = checkpoint_root(config.checkpoint.store, folder)
+    found = catalog.best(root)
     if found is None:
-        raise TrainingError(f"the run ended without an evaluated checkpoint in {home}; expected one at its last step")
+        raise TrainingError(f"the run ended without an evaluated checkpoint in {root}; expected one at its last step")
     best, metrics = found
     client.set_tag(run_id, TAG_PHASE, "registering")
     left_out = client.get_run(run_id).data.tags.get(TAG_LEFT_OUT)

@@ -71,7 +71,7 @@ class Saver:
         self._every_s = every_minutes * 60 if ranks.first and every_minutes else math.inf
         self._last = time.monotonic()
         # Training runs collectives at the same time, and two threads must not share a process group.
-        self._ranks = ranks.apart()
+        self._ranks = ranks.with_new_group()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         cuda = ranks.device.type == "cuda"
         self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))

@@ -4,7 +4,7 @@
                           0001.cause         why the attempt ended, and when
                           0001.at-3          position of worker 3, written while no step finishes
                           0001.hang          which worker is stuck and keeps the others waiting
-                          0001.consequence   error of a worker whose peer had died; used only if there is no cause
+                          0001.symptom       error of a worker whose peer had died; used only if there is no cause
 
 Every file is written atomically, and the first writer wins. The records belong to one driver: the next one deletes
 them (`clear_notes`).
@@ -22,8 +22,8 @@ from pipeline.run_folder import ATTEMPTS, write_once
 
 _UNKNOWN = "a worker died"
 T = TypeVar("T", bound=msgspec.Struct)
-Kind = Literal["cause", "hang", "consequence"]
-_KINDS: tuple[Kind, ...] = ("cause", "hang", "consequence")  # the most specific report first
+Kind = Literal["cause", "hang", "symptom"]
+_KINDS: tuple[Kind, ...] = ("cause", "hang", "symptom")  # the most specific report first
 
 
 class EndReason(msgspec.Struct, frozen=True):
@@ -47,7 +47,7 @@ class Restart(msgspec.Struct, frozen=True):
     before: int
     workers: int
 
-    def told(self, step: int, now: float) -> str:
+    def message(self, step: int, now: float) -> str:
         """Return one line about the cause and the cost of the restart, once `step` steps are done."""
         facts = [f"{self.ended.why}; restart {self.number}"]
         if self.before != self.workers:
@@ -70,7 +70,7 @@ def is_running(folder: Path) -> bool:
     number = _count(folder)
     if number == 0:
         return False
-    return not (_path(folder, number, "cause").exists() or _path(folder, number, "consequence").exists())
+    return not (_path(folder, number, "cause").exists() or _path(folder, number, "symptom").exists())
 
 
 def start_attempt(folder: Path, workers: int) -> Restart | None:

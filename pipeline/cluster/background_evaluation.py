@@ -38,7 +38,7 @@ class Evaluator:
     """
 
     def __init__(self, config: RunConfig, folder: Path, evaluate: Callable[[Location], None], say: Say) -> None:
-        self._home, self._keep = checkpoint_root(config.checkpoint.store, folder), config.checkpoint.keep
+        self._root, self._keep = checkpoint_root(config.checkpoint.store, folder), config.checkpoint.keep
         self._folder, self._evaluate, self._say = folder, evaluate, say
         self._trained, self._stopped = threading.Event(), threading.Event()
         self._error: Exception | None = None
@@ -64,7 +64,7 @@ class Evaluator:
             if thread.is_alive():
                 self._stopped.set()
             elif self._error is None:
-                catalog.prune(self._home, self._keep)  # before, any checkpoint without metrics might have been the best
+                catalog.prune(self._root, self._keep)  # before, any checkpoint without metrics might have been the best
 
         return run
 
@@ -81,7 +81,7 @@ class Evaluator:
             trained = self._trained.is_set()  # read before listing, so that the last checkpoint is not missed
             path = None
             try:
-                pending = catalog.pending_evaluation(self._home)
+                pending = catalog.pending_evaluation(self._root)
                 path = next((candidate for candidate in pending if trained or candidate not in failed), None)
                 if path is None and trained:
                     return

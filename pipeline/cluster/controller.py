@@ -51,7 +51,7 @@ class GroupEndCallback(ControllerCallback):  # type: ignore[misc]
 def record_group_end(folder: Path, error: BaseException) -> None:
     """Record why the group of workers ended, as far as Ray knows."""
     why, certain = explain(error)
-    attempts.record_end(folder, why, "cause" if certain else "consequence")
+    attempts.record_end(folder, why, "cause" if certain else "symptom")
 
 
 def explain(error: BaseException) -> tuple[str, bool]:

@@ -67,8 +67,8 @@ class HangWatch:
                 self._recorded = True
                 attempts.record_position(self._folder, self._rank, self._position())
             if quiet_s > _JUDGE * self._timeout_s and self._recorded:
-                standings = attempts.read_positions(self._folder, self._world_size, ThreadPosition)
-                attempts.record_end(self._folder, diagnose(standings, quiet_s), "hang")
+                positions = attempts.read_positions(self._folder, self._world_size, ThreadPosition)
+                attempts.record_end(self._folder, diagnose(positions, quiet_s), "hang")
 
     def _position(self) -> ThreadPosition:
         return thread_position(sys._current_frames().get(self._training_thread), self._step)
@@ -87,11 +87,11 @@ def thread_position(frame: FrameType | None, step: int) -> ThreadPosition:
     return ThreadPosition(step, "no code of ours", waits)
 
 
-def diagnose(standings: dict[int, ThreadPosition | None], quiet_s: float) -> str:
-    """Return one line that names the hung workers and their positions; `standings` has None for a silent worker."""
-    known = {rank: position for rank, position in standings.items() if position is not None}
+def diagnose(positions: dict[int, ThreadPosition | None], quiet_s: float) -> str:
+    """Return one line that names the hung workers and their positions; `positions` has None for a silent worker."""
+    known = {rank: position for rank, position in positions.items() if position is not None}
     last = max((position.step for position in known.values()), default=0)
-    silent = [f"worker {rank} does not respond" for rank in standings if rank not in known]
+    silent = [f"worker {rank} does not respond" for rank in positions if rank not in known]
     behind = [rank for rank, position in known.items() if position.step < last]
     busy = [rank for rank, position in known.items() if not position.waits]
     hung = [f"worker {rank} hangs in {known[rank].where}" for rank in behind or busy]
@@ -100,7 +100,9 @@ def diagnose(standings: dict[int, ThreadPosition | None], quiet_s: float) -> str
     elif 0 < len(hung) < len(known):
         found = hung
     else:
-        positions = [f"worker {rank} in {position.where}" for rank, position in known.items()]
-        found = ["the workers wait for each other", *positions]
+        found = [
+            "the workers wait for each other",
+            *(f"worker {rank} in {position.where}" for rank, position in known.items()),
+        ]
     more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
     return f"{', '.join(found[:_MAX_NAMED])}{more}; no step has ended for {quiet_s:.0f} s, the last was step {last}"

@@ -17,7 +17,7 @@ from pipeline.config import ClusterConfig, RunConfig
 from pipeline.errors import RunConfigError
 from pipeline.run_folder import handover_requested
 from pipeline.tracking.mlflow_client import connect, tracking_uri
-from pipeline.tracking.tags import TAG_ROOM
+from pipeline.tracking.tags import TAG_PENDING_WORKERS
 from shards.errors import one_line
 
 LOG = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def describe_resources(cluster: ClusterConfig, gpu: bool) -> str:
 
 @contextmanager
 def report_pending_workers(run_id: str, folder: Path, why: Callable[[], str]) -> Iterator[None]:
-    """Inside the block, set the tag `TAG_ROOM` to `why()` while no workers have been running for a while."""
+    """Inside the block, set the tag `TAG_PENDING_WORKERS` to `why()` while no workers have been running for a while."""
     done = threading.Event()
     # In a thread: an unreachable store blocks its client for minutes, in which the driver must still handle signals.
     thread = threading.Thread(target=_watch, args=(run_id, folder, why, done), name="waits", daemon=True)
@@ -73,7 +73,7 @@ def _watch(run_id: str, folder: Path, why: Callable[[], str], done: threading.Ev
             if now - since >= _PATIENCE_S:
                 text = reported or why()  # not updated during a wait, since the free resources change all the time
             if text != reported:
-                connect().set_tag(run_id, TAG_ROOM, text)
+                connect().set_tag(run_id, TAG_PENDING_WORKERS, text)
                 reported = text
             warned = False
         except Exception as error:

@@ -59,7 +59,7 @@ def train_in_ray(job: WorkerJob) -> None:
         ray.train.torch.get_device(),
         timeout_s=config.cluster.collective_timeout_s,
     )
-    place = RunInfo(job.run_id, job.folder, job.code_commit, job.accept_change)
+    run_info = RunInfo(job.run_id, job.folder, job.code_commit, job.accept_change)
     tracker, restart = None, None
     if ranks.first:
         restart = attempts.start_attempt(job.folder, ranks.world_size)
@@ -75,7 +75,7 @@ def train_in_ray(job: WorkerJob) -> None:
 
     try:
         with forward_warnings(tracker) if tracker else nullcontext():
-            run(config, place, ranks, tracker, LoopHooks(PreemptionNotice().asked, stepped))
+            run(config, run_info, ranks, tracker, LoopHooks(PreemptionNotice().request, stepped))
     except Exception as error:
         _record_failure(job.folder, ranks.rank, error)
         raise
@@ -96,7 +96,7 @@ def _record_failure(folder: Path, rank: int, error: Exception) -> None:
         return
     if is_shortage(error):
         write_fatal_error(folder, f"worker {rank} ran out of memory ({one_line(error)}); {_LESS}")
-    kind: attempts.Kind = "consequence" if is_peer_failure(error) else "cause"
+    kind: attempts.Kind = "symptom" if is_peer_failure(error) else "cause"
     attempts.record_end(folder, f"worker {rank} failed: {one_line(error)}", kind)
 
 
@@ -133,7 +133,7 @@ class FirstStepReport:
         if restart := self._restart:
             now = time.time()
             tracker.metrics({"restart/seconds": restart.seconds(now)}, step)
-            tracker.tags({TAG_RESIZED if restart.ended.wanted else TAG_WARNING: restart.told(step, now)})
+            tracker.tags({TAG_RESIZED if restart.ended.wanted else TAG_WARNING: restart.message(step, now)})
 
 
 class PreemptionNotice:
@@ -149,7 +149,7 @@ class PreemptionNotice:
         self._known: Any = None
         self._again_at = 0.0
 
-    def asked(self) -> Request:
+    def request(self) -> Request:
         """Return the requests after a step; costs nothing while no node is announced."""
         info = self._context.preemption_info
         if info is None:

@@ -116,7 +116,7 @@ def training_batches(
     """
     threads = config.data.reader_threads
     passes = _passes(config, ranks)
-    slices = rank_parts(manifest, config, schedule, ranks, step, until)
+    slices = rank_slices(manifest, config, schedule, ranks, step, until)
     batches = open_stream(
         manifest,
         (micro_batch for rank_slice in slices for micro_batch in _split(rank_slice, passes)),
@@ -143,7 +143,7 @@ def _split(rank_slice: tuple[Ints, Ints], passes: int) -> list[tuple[Ints, Ints]
     return [(rows[start:stop], epochs[start:stop]) for start, stop in pairwise(bounds)]
 
 
-def rank_parts(
+def rank_slices(
     manifest: Manifest, config: RunConfig, schedule: Schedule, ranks: Ranks, step: int, until: int
 ) -> Generator[tuple[Ints, Ints], None, None]:
     """Yield this rank's rows and their epochs for each step; the next epoch is planned while the current one is read."""

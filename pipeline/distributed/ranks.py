@@ -42,7 +42,7 @@ class Ranks:
             dist.all_reduce(values, group=self.group)
         return values
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks, in order of rank, on every rank. Pickles: only for small values."""
         if self.world_size == 1:
             return [value]
@@ -63,7 +63,7 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier(group=self.group)
 
-    def apart(self) -> Ranks:
+    def with_new_group(self) -> Ranks:
         """Return the same ranks with a new gloo group, for collectives in another thread; a collective call."""
         if self.world_size == 1:
             return self

@@ -33,9 +33,9 @@ class PreparedRun:
     val: Manifest
     schedule: Schedule
     model: DETR
-    said: tuple[str, ...]
+    notes: tuple[str, ...]
 
-    def place(self, folder: Path) -> None:
+    def write_initial_weights(self, folder: Path) -> None:
         """Write the initial weights into the run's folder, where the workers read them."""
         save_initial(self.model, folder)
 

@@ -33,9 +33,7 @@ from shards.masks.rle import encode_masks
 from shards.read.loader import open_batches
 from shards.score.coco_eval import Score, score_detections
 from shards.score.detections import Detections
-
-# Called after each batch with (images done by this rank, images of this rank).
-Progress = Callable[[int, int], None]
+from shards.workers import Progress
 
 # Converts the predictions for a batch to one Detection per image.
 OutputReader = Callable[[Outputs, Batch], list[Detection]]
@@ -103,7 +101,7 @@ def evaluate_readings(
     ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> list[Evaluation] | None:
-    """Do the same as `evaluate` for several readings of the predictions, from one forward pass per image.
+    """Do the same as `evaluate_model` for several readings of the predictions, from one forward pass per image.
 
     Return one evaluation per reading.
     """
@@ -134,7 +132,7 @@ def evaluate_readings(
                 progress(len(seen), total)
     finally:
         model.train(training)
-    gathered = ranks.gather(([Detections.concatenate(of_reading) for of_reading in collected], seen))
+    gathered = ranks.all_gather(([Detections.concatenate(of_reading) for of_reading in collected], seen))
     if not ranks.first:
         return None
     rows = np.concatenate(planned)

@@ -35,7 +35,7 @@ def restore(worker: WorkerContext, newest: Location | None, step: int) -> TrainS
     torch.manual_seed(config.seed)
     model = build_on_device(config, worker.train.num_classes, ranks.device)
     if newest is None:
-        read_initial(model, worker.place.folder)
+        read_initial(model, worker.run_info.folder)
     if config.compute.compile:
         compile_shapes(model)
     wrapped = distribute(model, ranks, config.cluster.strategy)
@@ -54,11 +54,11 @@ def checkpoint_metadata(worker: WorkerContext, step: int) -> Meta:
         step=step,
         epoch=schedule.epoch(step),
         samples=schedule.samples(step),
-        run_id=worker.place.run_id,
+        run_id=worker.run_info.run_id,
         config=msgspec.json.decode(to_json(config)),
         train_digest=worker.train.digest,
         num_classes=worker.train.num_classes,
-        code_commit=worker.place.code_commit,
+        code_commit=worker.run_info.code_commit,
         world_size=worker.ranks.world_size,
         versions=library_versions(),
         origin_step=schedule.origin.step,

@@ -35,7 +35,7 @@ class Continuation:
     def __str__(self) -> str:
         return f"from step {self.origin.step} ({self.origin.samples} samples) on: {', '.join(self.changes)}"
 
-    def told(self, images: int) -> str:
+    def message(self, images: int) -> str:
         """Describe the change in one line, for a data set of `images` images."""
         shown = "shows the rest of that epoch" if self.exact else "may show images of that epoch again or never"
         return (

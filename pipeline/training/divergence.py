@@ -21,13 +21,13 @@ _REMEDY = "lower --optim.lr or look at these images"
 class Diverged(TrainingError):
     """Raised before the update of a step whose loss or gradient is not finite or too large.
 
-    `record` holds the gradient norm and, per rank, losses and image ids. `asked` are the requests of any rank after this
-    step.
+    `record` holds the gradient norm and, per rank, losses and image ids. `request` holds the requests of any rank
+    after this step.
     """
 
-    def __init__(self, message: str, step: int, record: dict[str, Any], asked: Request = NO_REQUEST) -> None:
+    def __init__(self, message: str, step: int, record: dict[str, Any], request: Request = NO_REQUEST) -> None:
         super().__init__(message)
-        self.step, self.record, self.asked = step, record, asked
+        self.step, self.record, self.request = step, record, request
 
     @property
     def reason(self) -> str:
@@ -35,7 +35,7 @@ class Diverged(TrainingError):
         return str(self).removeprefix(f"step {self.step}: ").partition(f"; {_REMEDY}")[0]
 
     def __reduce__(self) -> tuple[type[Diverged], tuple[str, int, dict[str, Any], Request]]:
-        return type(self), (str(self), self.step, self.record, self.asked)  # Ray sends it to the driver
+        return type(self), (str(self), self.step, self.record, self.request)  # Ray sends it to the driver
 
 
 class ForwardPass(NamedTuple):
@@ -50,7 +50,7 @@ class ForwardPass(NamedTuple):
 
 
 def divergence(
-    passes: Sequence[ForwardPass], grad_norm: float, bound: float, ranks: Ranks, step: int, asked: Request
+    passes: Sequence[ForwardPass], grad_norm: float, bound: float, ranks: Ranks, step: int, request: Request
 ) -> Diverged:
     """Return the same error on every rank; a collective call."""
     own = {
@@ -58,7 +58,7 @@ def divergence(
         "losses": [{name: str(float(value)) for name, value in result.losses.parts.items()} for result in passes],
         "words": [text for result in passes for text in _words(result)],
     }
-    by_rank = ranks.gather(own)
+    by_rank = ranks.all_gather(own)
     record = {"grad_norm": str(grad_norm), "ranks": by_rank}
     not_finite = "; ".join(f"rank {rank}: {text}" for rank, found in enumerate(by_rank) for text in found["words"])
     ids = [image_id for found in by_rank for image_id in found["images"]]
@@ -68,7 +68,7 @@ def divergence(
         reason = f"the gradient's norm is past guard.max_grad_norm ({grad_norm:.4g} > {bound:g}); images {ids}"
     else:
         reason = f"the gradient is not finite though every loss is; images {ids}"
-    return Diverged(f"step {step}: {reason}; {_REMEDY}", step, record, asked)
+    return Diverged(f"step {step}: {reason}; {_REMEDY}", step, record, request)
 
 
 def _words(result: ForwardPass) -> list[str]:

@@ -27,7 +27,7 @@ from pipeline.config import GuardConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import TrainingError
 from pipeline.run_folder import EVENTS
-from pipeline.tracking.tags import TAG_WARNING
+from pipeline.tracking.tags import TAG_GUARD, TAG_WARNING
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.divergence import Diverged
 from shards.store.storage import write_atomic
@@ -62,7 +62,7 @@ class Guard:
         if self._tracker:
             self._report(event, count)
         if policy == "stop":
-            raise Diverged(f"{event}; {self._kept(event)}", event.step, event.record, event.asked)
+            raise Diverged(f"{event}; {self._kept(event)}", event.step, event.record, event.request)
         if count > allowed:
             raise TrainingError(
                 f"{event}; this is event {count}, and guard.max_events allows {allowed}; {self._kept(event)}"
@@ -93,7 +93,7 @@ class Guard:
     def _report(self, event: Diverged, count: int) -> None:
         assert self._tracker
         self._tracker.metrics({"guard/events": float(count)}, event.step)
-        self._tracker.tags({"detr.guard": f"{count} {self._config.policy}: {event}"[:500]})
+        self._tracker.tags({TAG_GUARD: f"{count} {self._config.policy}: {event}"[:500]})
         if self._config.policy != "stop" and count <= self._config.max_events:
             action = "skipped" if self._config.policy == "skip" else "skipped and the newest checkpoint restored"
             # One tag for each event: a follower polls the tags and would miss overwritten ones.

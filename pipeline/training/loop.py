@@ -54,30 +54,30 @@ class LoopParts:
     """Handles steps that diverge."""
     saver: Saver
     meter: Meter
-    watch: Callable[[], Request]
-    """Returns the requests of the driver and the cluster to this rank."""
+    poll: Callable[[], Request]
+    """Return the requests of the driver and the cluster to this rank."""
     stepped: Callable[[int], None]
     """Called after each step with its number."""
 
-    def asks(self) -> Request:
-        """Return the watch's requests, with a save if the saver needs one."""
-        request = self.watch()
+    def request(self) -> Request:
+        """Return the polled requests, with a save if the saver needs one."""
+        request = self.poll()
         return request._replace(save=request.save or self.saver.due())
 
 
 def run(
-    config: RunConfig, place: RunInfo, ranks: Ranks, tracker: Tracker | None, overseer: LoopHooks = NO_HOOKS
+    config: RunConfig, run_info: RunInfo, ranks: Ranks, tracker: Tracker | None, hooks: LoopHooks = NO_HOOKS
 ) -> None:
     """Train until the last step or a request to stop, from the newest checkpoint; a collective call."""
     train, val = open_data(config.data)
     check_cache(config.data, train, val)
     # Rank 0 decides: another rank could look a moment later, or at a folder that is not yet in sync.
-    home = checkpoint_root(config.checkpoint.store, place.folder)
-    newest = ranks.broadcast(catalog.newest_of_run(home, place.folder) if ranks.first else None)
+    root = checkpoint_root(config.checkpoint.store, run_info.folder)
+    newest = ranks.broadcast(catalog.newest_of_run(root, run_info.folder) if ranks.first else None)
     meta = None if newest is None else read_meta(newest)
-    origin = continuation(meta, config, train, place.accept_change).origin
+    origin = continuation(meta, config, train, run_info.accept_change).origin
     schedule = Schedule(config.optim, train.images, config.data.epoch_tail, origin)
-    worker = WorkerContext(config, place, ranks, tracker, train, val, schedule)
+    worker = WorkerContext(config, run_info, ranks, tracker, train, val, schedule)
     state = restore(worker, newest, 0 if meta is None else meta.step)
     if state.step == 0 and tracker:
         report_opening(config, tracker, val)
@@ -86,30 +86,30 @@ def run(
     with (
         closing(training_batches(train, config, schedule, ranks, state.step, schedule.total_steps, bad)) as batches,
         open_saver(
-            home,
+            root,
             state.optimizer,
             ranks,
             config.checkpoint.keep,
             config.checkpoint.every_minutes,
-            partial(catalog.note_saved, place.folder),
+            partial(catalog.note_saved, run_info.folder),
         ) as saver,
     ):
         # Only rank 0 looks for requests; the others have none of their own.
-        watch = RequestPoller(place.folder, overseer).asked if ranks.first else _no_request
-        guard = Guard(place.folder, config.guard, ranks, tracker, saver)
+        poll = RequestPoller(run_info.folder, hooks).poll if ranks.first else _no_request
+        guard = Guard(run_info.folder, config.guard, ranks, tracker, saver)
         meter = Meter(
             schedule, ranks, tracker, lambda: saver.stalled_s, Forecast(config, schedule, val.images, ranks.world_size)
         )
-        means = LoopParts(batches, bad, guard, saver, meter, watch, overseer.stepped)
+        parts = LoopParts(batches, bad, guard, saver, meter, poll, hooks.stepped)
         while True:
             if state.step and evaluation_due(worker, state.step):
-                with meter.evaluating():
+                with meter.paused_for_evaluation():
                     validate(worker, state, saver)
             if state.step >= schedule.total_steps:
                 return
-            asked = _train(worker, state, means, until=next_boundary(config, schedule, state.step))
-            _save(worker, state, means)
-            if asked.stop:
+            request = _train(worker, state, parts, until=next_boundary(config, schedule, state.step))
+            _save(worker, state, parts)
+            if request.stop:
                 return
 
 
@@ -117,18 +117,18 @@ def _no_request() -> Request:
     return NO_REQUEST
 
 
-def _train(worker: WorkerContext, state: TrainState, means: LoopParts, until: int) -> Request:
+def _train(worker: WorkerContext, state: TrainState, parts: LoopParts, until: int) -> Request:
     """Train until step `until` or until a rank asks to stop; return the last requests.
 
     A request to save does not end it, so the points of the curves stay where they are.
     """
-    schedule, meter = worker.schedule, means.meter
+    schedule, meter = worker.schedule, parts.meter
     lap = meter.clock.lap
-    asked = NO_REQUEST
-    while state.step < until and not asked.stop:
-        asked = NO_REQUEST
+    request = NO_REQUEST
+    while state.step < until and not request.stop:
+        request = NO_REQUEST
         lap("other")
-        micro_batches = next(means.batches)
+        micro_batches = next(parts.batches)
         lap("data_wait")
         set_learning_rates(state.optimizer, schedule.factor(state.step))
         try:
@@ -140,29 +140,29 @@ def _train(worker: WorkerContext, state: TrainState, means: LoopParts, until: in
                     worker.config,
                     worker.ranks,
                     state.step,
-                    means.asks(),
+                    parts.request(),
                     lap,
                 )
             images = schedule.samples(state.step + 1) - schedule.samples(state.step)
             meter.add(result.losses, result.grad_norm, images)
             if state.ema:
                 state.ema.update(state.step)
-            asked = result.asked
+            request = result.request
         except Diverged as event:
-            with meter.aside():
-                means.guard.handle(event, state.model, state.optimizer, state.averages)
-            asked = event.asked
+            with meter.paused():
+                parts.guard.handle(event, state.model, state.optimizer, state.averages)
+            request = event.request
         state.step += 1
-        means.stepped(state.step)
-        if state.step % worker.config.track.log_every == 0 or state.step == until or asked.stop:
-            meter.tell(state.step, state.optimizer)
-        if asked.save and state.step < until and not asked.stop:
-            _save(worker, state, means)
-    return asked
+        parts.stepped(state.step)
+        if state.step % worker.config.track.log_every == 0 or state.step == until or request.stop:
+            meter.log(state.step, state.optimizer)
+        if request.save and state.step < until and not request.stop:
+            _save(worker, state, parts)
+    return request
 
 
-def _save(worker: WorkerContext, state: TrainState, means: LoopParts) -> None:
-    with means.meter.aside():
-        means.saver.save(state.model, state.optimizer, checkpoint_metadata(worker, state.step), state.averages)
+def _save(worker: WorkerContext, state: TrainState, parts: LoopParts) -> None:
+    with parts.meter.paused():
+        parts.saver.save(state.model, state.optimizer, checkpoint_metadata(worker, state.step), state.averages)
         if worker.config.data.max_bad_samples:
-            report_left_out(worker.tracker, means.bad, worker.ranks)
+            report_left_out(worker.tracker, parts.bad, worker.ranks)

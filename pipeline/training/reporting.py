@@ -43,16 +43,16 @@ def report_evaluation(
     tracker.table("per_class_ap.json", columns, step)
     curves = (evaluation.score.curves, evaluation.score.mask_curves)
     tracker.table("precision_recall.json", curves_table(*curves), step)
-    _tell_curves(tracker, *curves, step)
+    _report_curves(tracker, *curves, step)
 
 
 def report_opening(config: RunConfig, tracker: Tracker, val: Manifest) -> None:
     """Report ground-truth images and empty curves at step 0, where MLflow's slider starts."""
     report_pictures(tracker, val, Detections.empty(config.model.masks), config.evaluate.pictures, 0)
-    _tell_curves(tracker, UNSCORED, UNSCORED if config.model.masks else None, 0)
+    _report_curves(tracker, UNSCORED, UNSCORED if config.model.masks else None, 0)
 
 
-def _tell_curves(tracker: Tracker, boxes: Curves, masks: Curves | None, step: int) -> None:
+def _report_curves(tracker: Tracker, boxes: Curves, masks: Curves | None, step: int) -> None:
     tracker.picture("curves/precision_recall", curves_picture(boxes, masks), step)
 
 
@@ -64,6 +64,6 @@ def report_pictures(tracker: Tracker, val: Manifest, detections: Detections, cou
 
 def report_left_out(tracker: Tracker | None, bad: BadSamples, ranks: Ranks) -> None:
     """Report the training images that any rank has skipped; a collective call."""
-    lines: set[str] = set().union(*ranks.gather(bad.lines()))
+    lines: set[str] = set().union(*ranks.all_gather(bad.lines()))
     if lines and tracker:
         tracker.tags({TAG_LEFT_OUT: f"{len(lines)} training images: {'; '.join(sorted(lines))}"[:5000]})

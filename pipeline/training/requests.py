@@ -29,7 +29,7 @@ NO_REQUEST = Request()
 class LoopHooks:
     """Callbacks of the code that started the loop: its requests, and a call after each step. By default neither."""
 
-    asks: Callable[[], Request] = lambda: NO_REQUEST
+    request: Callable[[], Request] = lambda: NO_REQUEST
     """Return further requests of rank 0; called at every step."""
     stepped: Callable[[int], None] = lambda _: None
     """Called after each step with the number of steps done."""
@@ -39,16 +39,16 @@ NO_HOOKS = LoopHooks()
 
 
 class RequestPoller:
-    """Poller of the requests in the run's folder (about once a second) and of the overseer (at every step)."""
+    """Poller of the requests in the run's folder (about once a second) and of its caller (at every step)."""
 
-    def __init__(self, run_folder: Path, overseer: LoopHooks = NO_HOOKS) -> None:
-        self._folder, self._overseer, self._next, self._asked = run_folder, overseer, 0.0, False
+    def __init__(self, run_folder: Path, hooks: LoopHooks = NO_HOOKS) -> None:
+        self._folder, self._hooks, self._next, self._stop = run_folder, hooks, 0.0, False
 
-    def asked(self) -> Request:
+    def poll(self) -> Request:
         """Return this rank's requests after the current step."""
         now = time.monotonic()
-        if not self._asked and now >= self._next:
+        if not self._stop and now >= self._next:
             self._next = now + _LOOK_S
-            self._asked = stop_requested(self._folder) or handover_requested(self._folder)
-        save, stop = self._overseer.asks()
-        return Request(save, stop or self._asked)
+            self._stop = stop_requested(self._folder) or handover_requested(self._folder)
+        save, stop = self._hooks.request()
+        return Request(save, stop or self._stop)

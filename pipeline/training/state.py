@@ -51,7 +51,7 @@ class WorkerContext:
     """Constant context of a worker."""
 
     config: RunConfig
-    place: RunInfo
+    run_info: RunInfo
     ranks: Ranks
     tracker: Tracker | None
     """None on all ranks but rank 0."""
@@ -60,6 +60,6 @@ class WorkerContext:
     schedule: Schedule
 
     @property
-    def home(self) -> Location:
+    def root(self) -> Location:
         """Location of the run's checkpoints."""
-        return checkpoint_root(self.config.checkpoint.store, self.place.folder)
+        return checkpoint_root(self.config.checkpoint.store, self.run_info.folder)

@@ -50,7 +50,7 @@ class StepResult(NamedTuple):
     """This rank's share of the global loss."""
     grad_norm: Tensor
     """Total norm of the gradient before clipping."""
-    asked: Request = NO_REQUEST
+    request: Request = NO_REQUEST
     """Requests of any rank after this step; the same on every rank."""
 
 
@@ -62,7 +62,7 @@ class Dividers(NamedTuple):
 
 
 def normalisers(
-    batches: Sequence[Batch], config: RunConfig, ranks: Ranks, asks: Request = NO_REQUEST
+    batches: Sequence[Batch], config: RunConfig, ranks: Ranks, request: Request = NO_REQUEST
 ) -> tuple[list[Dividers], Tensor]:
     """Return the divisors of each micro-batch's losses, and the number of ranks that make each request.
 
@@ -72,7 +72,7 @@ def normalisers(
     per_batch = [batch.targets for batch in batches]
     boxes = sum(len(target.labels) for targets in per_batch for target in targets)
     weights = [ce_weight_sum(targets, config.model.num_queries, config.loss) for targets in per_batch]
-    mine = torch.tensor([float(boxes), sum(weights), *map(float, asks)], dtype=torch.float64)
+    mine = torch.tensor([float(boxes), sum(weights), *map(float, request)], dtype=torch.float64)
     sums = ranks.sum(mine.to(ranks.device, non_blocking=True))
     total_boxes, total_weight, asking = sums[0], sums[1], sums[2:]
     if config.optim.normalise == "per_rank":
@@ -95,19 +95,19 @@ def train_step(
     config: RunConfig,
     ranks: Ranks,
     step: int,
-    asks: Request = NO_REQUEST,
+    request: Request = NO_REQUEST,
     lap: Lap = no_lap,
 ) -> StepResult:
     """Run forward, losses and backward of each micro-batch, then clip the gradient and update the weights.
 
-    `batches` are this rank's micro-batches: equally many on every rank, some perhaps without images. `asks` are this
+    `batches` are this rank's micro-batches: equally many on every rank, some perhaps without images. `request` holds this
     rank's requests after the step. `lap` is called at the end of each phase of the step. The caller sets learning rates.
 
     Raise `Diverged` before the update, naming step, images and losses, if anything is not finite on any rank or the norm
     of the gradient exceeds `guard.max_grad_norm`. Gradients are averaged by then, so the norm is the same on every rank,
     and all ranks raise together.
     """
-    dividers, asking = normalisers(batches, config, ranks, asks)
+    dividers, asking = normalisers(batches, config, ranks, request)
     # Before the forward pass, to free the memory of the last gradients for the activations.
     optimizer.zero_grad(set_to_none=True)
     passes = []
@@ -119,13 +119,13 @@ def train_step(
             passes.append(_pass(model, batch.to(ranks.device), divider, config, lap))
     grad_norm = clip_gradients(optimizer, config.optim.clip_norm)
     norm, *counts = torch.cat([grad_norm.double()[None], asking]).tolist()  # one device sync for both
-    asked = Request(*(count > 0 for count in counts))
+    any_request = Request(*(count > 0 for count in counts))
     if not norm < (config.guard.max_grad_norm or math.inf):  # false for NaN
-        raise divergence(passes, norm, config.guard.max_grad_norm, ranks, step, asked)
+        raise divergence(passes, norm, config.guard.max_grad_norm, ranks, step, any_request)
     optimizer.step()
     lap("optimizer")
     losses = _sum([(len(result.batch), result.losses) for result in passes])
-    return StepResult(losses, grad_norm.detach(), asked)
+    return StepResult(losses, grad_norm.detach(), any_request)
 
 
 def _pass(model: nn.Module, batch: Batch, dividers: Dividers, config: RunConfig, lap: Lap) -> ForwardPass:

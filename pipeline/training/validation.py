@@ -17,7 +17,7 @@ from pipeline.config import RunConfig
 from pipeline.data.datasets import open_data
 from pipeline.distributed.parallel import gathered_model
 from pipeline.distributed.ranks import Ranks
-from pipeline.evaluation.evaluate_model import EvaluateOptions, Evaluation, Progress, evaluate_model
+from pipeline.evaluation.evaluate_model import EvaluateOptions, Evaluation, evaluate_model
 from pipeline.schedule import is_evaluated
 from pipeline.tracking.tags import TAG_PHASE
 from pipeline.tracking.tracker import Tracker
@@ -25,6 +25,7 @@ from pipeline.training.model import build_on_device
 from pipeline.training.reporting import report_evaluation, report_pictures
 from pipeline.training.state import TrainState, WorkerContext
 from shards.dataset.manifest import Manifest
+from shards.workers import Progress
 
 
 def evaluation_due(worker: WorkerContext, step: int) -> bool:
@@ -36,7 +37,7 @@ def evaluation_due(worker: WorkerContext, step: int) -> bool:
     config = worker.config
     if config.evaluate.asynchronous or not is_evaluated(config, worker.schedule, step):
         return False
-    path = catalog.folder_of(worker.home, step)
+    path = catalog.folder_of(worker.root, step)
     return worker.ranks.broadcast(worker.ranks.first and catalog.read_evaluation(path) is None)
 
 
@@ -53,14 +54,14 @@ def validate(worker: WorkerContext, state: TrainState, saver: Saver) -> None:
 
     with uncompiled():  # evaluation batches have many canvas shapes, and each would be compiled
         model = gathered_model(state.model, build_model, state.averages)
-        evaluation = _score(config, model, worker.train, worker.val, ranks, _telling(tracker))
+        evaluation = _score(config, model, worker.train, worker.val, ranks, _phase_reporter(tracker))
     saver.finish()  # the metrics are written beside the checkpoint
     if evaluation is not None:
-        path, epoch = catalog.folder_of(worker.home, state.step), worker.schedule.epoch(state.step)
-        _tell_and_note(config, path, worker.val, evaluation, tracker, state.step, epoch, start)
+        path, epoch = catalog.folder_of(worker.root, state.step), worker.schedule.epoch(state.step)
+        _report_and_write(config, path, worker.val, evaluation, tracker, state.step, epoch, start)
         if tracker:
             tracker.tags({TAG_PHASE: "training"})
-        catalog.prune(worker.home, config.checkpoint.keep)
+        catalog.prune(worker.root, config.checkpoint.keep)
     ranks.barrier()
 
 
@@ -73,12 +74,12 @@ def evaluate_checkpoint(config: RunConfig, path: Location, device: torch.device,
     checkpoint_state.load_weights(path, model, averaged=meta.ema)
     last = meta.step >= meta.total_steps  # before the last step, the phase of the run is that of its training
     ranks = Ranks(device=device)
-    evaluation = _score(config, model, train, val, ranks, _telling(tracker if last else None))
+    evaluation = _score(config, model, train, val, ranks, _phase_reporter(tracker if last else None))
     assert evaluation is not None  # a single process is rank 0
-    _tell_and_note(config, path, val, evaluation, tracker, meta.step, meta.epoch, start)
+    _report_and_write(config, path, val, evaluation, tracker, meta.step, meta.epoch, start)
 
 
-def _telling(tracker: Tracker | None) -> Progress:
+def _phase_reporter(tracker: Tracker | None) -> Progress:
     def progress(done: int, total: int) -> None:
         if tracker:
             tracker.tags({TAG_PHASE: f"evaluating {done * 100 // max(total, 1)}%"})
@@ -101,7 +102,7 @@ def _score(
     return evaluate_model(model, val, train.categories, options, ranks=ranks, progress=progress)
 
 
-def _tell_and_note(
+def _report_and_write(
     config: RunConfig,
     path: Location,
     val: Manifest,

@@ -21,7 +21,7 @@ import numpy as np
 from detr.config import TransformConfig
 from detr.geometry import draw_geometry, output_sizes
 from pipeline.config import RunConfig
-from pipeline.data.loader import rank_parts
+from pipeline.data.loader import rank_slices
 from pipeline.distributed.ranks import Ranks
 from pipeline.schedule import Schedule
 from shards.config import PlanConfig
@@ -157,8 +157,8 @@ def _rank(folder: str) -> dict[str, float]:
     config = RunConfig()
     config = replace(config, optim=replace(config.optim, batch_size=RANKS * PER_RANK))
     schedule = Schedule(config.optim, manifest.images)
-    seconds = _seconds(lambda: next(rank_parts(manifest, config, schedule, Ranks(777, RANKS), 5, 60)))
-    for _ in rank_parts(manifest, config, schedule, Ranks(777, RANKS), 5, 60):
+    seconds = _seconds(lambda: next(rank_slices(manifest, config, schedule, Ranks(777, RANKS), 5, 60)))
+    for _ in rank_slices(manifest, config, schedule, Ranks(777, RANKS), 5, 60):
         pass
     after = _memory()
     return {"first_part_s": seconds} | {f"{name}_mb": (after[name] - before[name]) / 1e6 for name in after}

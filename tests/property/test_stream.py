@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from detr.batch import collate
 from pipeline.config import DataConfig, RunConfig
-from pipeline.data.loader import augmented_sizes, rank_parts, training_batches, training_transform
+from pipeline.data.loader import augmented_sizes, rank_slices, training_batches, training_transform
 from pipeline.distributed.ranks import Ranks
 from pipeline.schedule import Schedule
 from shards.config import PlanConfig, ReadConfig
@@ -57,7 +57,7 @@ def delivered(
     until = schedule.total_steps if until is None else until
     steps: list[list[tuple[int, int]]] = [[] for _ in range(until - first)]
     for rank in range(world_size):
-        parts = rank_parts(manifest, config, schedule, Ranks(rank, world_size), first, until)
+        parts = rank_slices(manifest, config, schedule, Ranks(rank, world_size), first, until)
         read = ReadConfig(threads=threads, prefetch=max(1, 2 * threads))
         with closing(open_stream(manifest, parts, transform=seen, collate=list, config=read)) as stream:
             for step, samples in zip(steps, stream, strict=True):

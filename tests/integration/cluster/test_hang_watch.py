@@ -18,8 +18,8 @@ _TIMEOUT_S = 2.0
 
 def meet(ranks: Ranks, folder: Path, how: str) -> tuple[str, float]:
     """Return the first rank's error in a sum that misses the second rank, and the seconds it waited."""
-    pids = ranks.gather(os.getpid())
-    apart = Ranks(ranks.rank, ranks.world_size, timeout_s=_TIMEOUT_S).apart()
+    pids = ranks.all_gather(os.getpid())
+    group = Ranks(ranks.rank, ranks.world_size, timeout_s=_TIMEOUT_S).with_new_group()
     watch = HangWatch(folder, ranks.rank, ranks.world_size, _TIMEOUT_S)
     watch.stepped(5)
     start = time.monotonic()
@@ -31,7 +31,7 @@ def meet(ranks: Ranks, folder: Path, how: str) -> tuple[str, float]:
             on_first(Ranks(), lambda: time.sleep(1.5 * _TIMEOUT_S))
     else:
         try:
-            apart.sum(torch.ones(1))
+            group.sum(torch.ones(1))
         except RuntimeError as error:
             message = str(error)
         os.kill(pids[1], signal.SIGCONT)
@@ -42,7 +42,7 @@ def meet(ranks: Ranks, folder: Path, how: str) -> tuple[str, float]:
 @pytest.mark.parametrize(
     ("how", "named"),
     [
-        ("busy", "worker 1 hangs in on_first (pipeline/distributed/parallel.py:"),
+        ("busy", "worker 1 hangs in on_first (pipeline/distributed/ranks.py:"),
         ("stopped", "worker 1 does not respond"),
     ],
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import RunConfig
-from pipeline.data.loader import rank_parts
+from pipeline.data.loader import rank_slices
 from pipeline.distributed.ranks import Ranks
 from pipeline.schedule import Schedule
 from shards.config import ReadConfig, WriteConfig
@@ -48,7 +48,7 @@ def read(config: RunConfig, ranks: Ranks, step: int, held: int | None, folder: P
         def seen(sample: Sample) -> str:
             return f"{sample.epoch}:{sample.image_id}"
 
-        parts = rank_parts(manifest, config, schedule, ranks, step, schedule.total_steps)
+        parts = rank_slices(manifest, config, schedule, ranks, step, schedule.total_steps)
         stream = open_stream(manifest, parts, transform=seen, collate=list, config=ReadConfig(threads=2))
         with closing(stream):
             for samples in stream:

@@ -277,9 +277,9 @@ def stopping_step(ranks: Ranks) -> list[bool]:
     wrapped = distribute(build_trainable_model(CONFIG, 4), ranks)
     optimizer = build_optimizer(unwrap(wrapped), CONFIG.optim)
     batch = collate(samples(EVEN)[:2])
-    asks = (NO_REQUEST, Request(stop=ranks.rank == 1))
+    requests = (NO_REQUEST, Request(stop=ranks.rank == 1))
     return [
-        train_step(wrapped, [batch], optimizer, CONFIG, ranks, step, ask).asked.stop for step, ask in enumerate(asks)
+        train_step(wrapped, [batch], optimizer, CONFIG, ranks, step, ask).request.stop for step, ask in enumerate(requests)
     ]
 
 

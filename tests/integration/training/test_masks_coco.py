@@ -75,7 +75,7 @@ def test_masks_of_real_images_are_learned_from_and_scored(masks_config: RunConfi
         evaluate=replace(masks_config.evaluate, every=12, batch_size=4),
     )
     config, ready = prepare(config, lambda line: None)
-    ready.place(tmp_path / "run")
+    ready.write_initial_weights(tmp_path / "run")
     tracker = MemoryTracker()
     torch.manual_seed(0)
     run(config, RunInfo("run", tmp_path / "run", "commit"), Ranks(), tracker)

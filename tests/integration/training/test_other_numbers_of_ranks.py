@@ -51,7 +51,7 @@ def go_on(ranks: Ranks, config: RunConfig, strategy: Strategy, folder: Path, cra
         if step == crash:
             raise _CrashError
         result = train_step(model, batches, optimizer, config, ranks, step, *rest)
-        ids = ranks.gather([target.image_id for batch in batches for target in batch.targets])
+        ids = ranks.all_gather([target.image_id for batch in batches for target in batch.targets])
         loss = float(ranks.sum(result.losses.total.detach().clone())) / ranks.world_size
         taken[step] = [one for of_rank in ids for one in of_rank], loss
         return result
@@ -73,7 +73,7 @@ def test_two_then_one_then_three_ranks_are_one_run(config: RunConfig, tmp_path: 
 
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
-        prepare(config, lambda _: None)[1].place(tmp_path / name)
+        prepare(config, lambda _: None)[1].write_initial_weights(tmp_path / name)
     whole = attempt(tmp_path / "whole", 1, "single", None)
     parts = attempt(tmp_path / "parts", 2, "ddp", 5)
     assert max(parts) == 4

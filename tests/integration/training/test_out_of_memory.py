@@ -32,7 +32,7 @@ def test_a_step_that_does_not_fit_is_one_line_that_says_what_to_lower(tiny_confi
         optim=replace(tiny_config.optim, max_steps=1),
     )
     config, ready = prepare(config, lambda _: None)
-    ready.place(tmp_path)
+    ready.write_initial_weights(tmp_path)
     (said,) = run_ranks(1, with_less, config, tmp_path, 700 << 20)
     assert said.startswith("step 0: worker 0 ran out of host memory in a pass of 4 images of 1600x1600 (weights ")
     assert "iB more were wanted); expected a step that fits: --compute.max-microbatch 2" in said

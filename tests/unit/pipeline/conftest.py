@@ -31,5 +31,5 @@ def uninterrupted(config: RunConfig, finished: Path) -> Path:
 
 
 @pytest.fixture
-def place(config: RunConfig, tmp_path: Path) -> RunInfo:
+def run_info(config: RunConfig, tmp_path: Path) -> RunInfo:
     return start(config, tmp_path / "run")

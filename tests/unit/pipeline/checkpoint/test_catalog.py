@@ -24,28 +24,28 @@ def losses(tracker: MemoryTracker) -> list[int]:
 
 def test_workers_without_the_store_refuse_to_start_again(tiny_config: RunConfig, tmp_path: Path) -> None:
     store, away = tmp_path / "store", tmp_path / "away"
-    config, place = stored(tiny_config, store), start(tiny_config, tmp_path / "tiny-1")
+    config, run_info = stored(tiny_config, store), start(tiny_config, tmp_path / "tiny-1")
     with pytest.raises(Kill):
-        run(config, place, Ranks(), KillingTracker("train", 4))
+        run(config, run_info, Ranks(), KillingTracker("train", 4))
     store.rename(away)
     tracker = MemoryTracker()
     with pytest.raises(
         CheckpointError, match=r"store/tiny-1 .* has saved step 3 there: is its storage mounted"
     ) as caught:
-        run(config, place, Ranks(), tracker)
+        run(config, run_info, Ranks(), tracker)
     assert "\n" not in str(caught.value)
     assert tracker.points == []
     assert not store.exists()
     away.rename(store)
-    run(config, place, Ranks(), tracker)
+    run(config, run_info, Ranks(), tracker)
     assert losses(tracker) == [4, 5, 6]
-    assert catalog.newest_of_run(store / "tiny-1", place.folder) == catalog.folder_of(store / "tiny-1", 6)
+    assert catalog.newest_of_run(store / "tiny-1", run_info.folder) == catalog.folder_of(store / "tiny-1", 6)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tiny_config: RunConfig, tmp_path: Path) -> None:
-    config, place = stored(tiny_config, tmp_path / "store"), start(tiny_config, tmp_path / "tiny-1")
+    config, run_info = stored(tiny_config, tmp_path / "store"), start(tiny_config, tmp_path / "tiny-1")
     with pytest.raises(Kill):
-        run(config, place, Ranks(), KillingTracker("train", 2))
+        run(config, run_info, Ranks(), KillingTracker("train", 2))
     tracker = MemoryTracker()
-    run(config, place, Ranks(), tracker)
+    run(config, run_info, Ranks(), tracker)
     assert losses(tracker) == [1, 2, 3, 4, 5, 6]

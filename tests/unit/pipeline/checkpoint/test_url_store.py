@@ -212,12 +212,12 @@ def test_a_killed_run_continues_from_the_store(tiny_config: RunConfig, home: Url
     config = replace(
         tiny_config, checkpoint=replace(tiny_config.checkpoint, every_steps=2, store="memory://bucket/runs")
     )
-    place: RunInfo = start(config, tmp_path / "tiny-1")
+    run_info: RunInfo = start(config, tmp_path / "tiny-1")
     with pytest.raises(Kill):
-        run(config, place, Ranks(), KillingTracker("train", 4))
-    assert not (place.folder / "checkpoints").exists()
+        run(config, run_info, Ranks(), KillingTracker("train", 4))
+    assert not (run_info.folder / "checkpoints").exists()
     tracker = MemoryTracker()
-    run(config, place, Ranks(), tracker)
+    run(config, run_info, Ranks(), tracker)
     assert [step for name, _, step in tracker.points if name == "train/loss"] == [4, 5, 6]
     assert tracker.checkpoints[-1] == (f"{home}/checkpoints/step-00000006", 6)
     found = catalog.best(home)

@@ -18,7 +18,7 @@ def test_the_first_attempt_is_no_restart(tmp_path: Path) -> None:
 
 
 def test_an_attempt_is_at_work_until_its_end_is_recorded(tmp_path: Path) -> None:
-    kinds: tuple[attempts.Kind, ...] = ("cause", "consequence")
+    kinds: tuple[attempts.Kind, ...] = ("cause", "symptom")
     for kind in kinds:
         assert not attempts.is_running(tmp_path)
         attempts.start_attempt(tmp_path, 2)
@@ -34,13 +34,13 @@ def test_a_restart_reports_reason_workers_and_time_lost(tmp_path: Path) -> None:
     before = time.time()
     restart = attempts.start_attempt(tmp_path, 2)
     assert restart is not None
-    line = restart.told(120, before + 31)
+    line = restart.message(120, before + 31)
     assert line == "worker 1 died: of cold; restart 1, 3 -> 2 workers, resumed after 31 s at step 120"
     assert restart.seconds(before + 31) == pytest.approx(31, abs=1)
     again = attempts.start_attempt(tmp_path, 2)
     assert again is not None
     assert again.number == 2
-    assert again.told(120, time.time()) == "a worker died; restart 2, resumed after 0 s at step 120"
+    assert again.message(120, time.time()) == "a worker died; restart 2, resumed after 0 s at step 120"
 
 
 def test_the_first_of_several_reasons_is_kept(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_the_first_of_several_reasons_is_kept(tmp_path: Path) -> None:
 
 def test_a_cause_wins_over_a_consequence_with_the_earliest_time(tmp_path: Path) -> None:
     attempts.start_attempt(tmp_path, 2)
-    attempts.record_end(tmp_path, "worker 0 failed: connection closed by peer", "consequence")
+    attempts.record_end(tmp_path, "worker 0 failed: connection closed by peer", "symptom")
     consequence = attempts.end_reason(tmp_path)
     assert consequence is not None
     assert consequence.why == "worker 0 failed: connection closed by peer"
@@ -73,7 +73,7 @@ def test_a_cause_wins_over_a_consequence_with_the_earliest_time(tmp_path: Path) 
 def test_a_hang_is_reported_unless_the_worker_continued(tmp_path: Path) -> None:
     attempts.start_attempt(tmp_path, 2)
     attempts.record_end(tmp_path, "worker 1 hangs", "hang")
-    attempts.record_end(tmp_path, "timed out", "consequence")
+    attempts.record_end(tmp_path, "timed out", "symptom")
     word = attempts.end_reason(tmp_path)
     assert word is not None
     assert word.why == "worker 1 hangs"

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from detr.model import build_model
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint.location import Location
 from pipeline.checkpoint.metadata import read_meta
@@ -21,9 +20,8 @@ from pipeline.errors import TrainingError
 from pipeline.run_folder import request_stop
 from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.loop import run
-from pipeline.training.model import save_initial
-from pipeline.training.state import RunInfo
 from pipeline.training.validation import evaluate_checkpoint
+from tests.support.runs import start
 
 
 @pytest.fixture
@@ -41,12 +39,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background_evaluation, "_LOOK_S", 0.01)
 
 
-def place(config: RunConfig, folder: Path) -> RunInfo:
-    torch.manual_seed(config.seed)
-    save_initial(build_model(config.model, 4), folder)
-    return RunInfo("run", folder, "commit")
-
-
 def steps(paths: list[Location]) -> list[int]:
     return [read_meta(path).step for path in paths]
 
@@ -56,7 +48,7 @@ def test_background_evaluation_gives_the_metrics_of_the_loops_own(config: RunCon
     trackers: list[MemoryTracker] = []
     for name, chosen in (("beside", config), ("inside", inside)):
         trackers.append(MemoryTracker())
-        run(chosen, place(chosen, tmp_path / name), Ranks(), trackers[-1])
+        run(chosen, start(chosen, tmp_path / name), Ranks(), trackers[-1])
     home = tmp_path / "beside"
     assert "val/AP" not in {name for name, _, _ in trackers[0].points}
     assert steps(catalog.list_checkpoints(home)) == steps(catalog.pending_evaluation(home)) == [3, 6]
@@ -100,9 +92,9 @@ class Run:
     def evaluate(self, path: Location) -> None:
         self.active += 1
         self.most = max(self.most, self.active)
-        self.hold.wait(10)
-        step = int(path.name)
+        self.hold.wait(60)
         self.active -= 1
+        step = int(path.name)
         if self.fails(step):
             raise TrainingError(f"no figures for {step}")
         self.evaluated.append(step)
@@ -164,11 +156,12 @@ def test_a_stopped_run_does_not_wait_for_evaluations(fake: Run) -> None:
 
     def fit() -> None:
         fake.saved.append(1)
+        while not fake.active:
+            time.sleep(0.01)
         request_stop(fake.folder)
 
-    start = time.monotonic()
     fake.evaluator.around(fit)()
-    assert time.monotonic() - start < 5
+    assert fake.active == 1  # still held
     fake.hold.set()
     assert fake.pruned == []
 

@@ -82,8 +82,8 @@ def test_workers_save_before_they_are_replaced(tmp_path: Path) -> None:
     saved = []
 
     def work() -> None:
-        watch = RequestPoller(tmp_path)
-        while not watch.asked().stop:
+        poller = RequestPoller(tmp_path)
+        while not poller.poll().stop:
             time.sleep(0.02)
         saved.append(True)
         clear_handover(tmp_path)
@@ -97,7 +97,7 @@ def test_workers_save_before_they_are_replaced(tmp_path: Path) -> None:
     restart = attempts.start_attempt(tmp_path, 3)
     assert restart is not None
     assert restart.ended.wanted
-    assert "2 -> 3 workers" in restart.told(7, time.time())
+    assert "2 -> 3 workers" in restart.message(7, time.time())
 
 
 def test_workers_that_do_not_answer_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

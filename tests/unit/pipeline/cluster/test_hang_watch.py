@@ -19,18 +19,18 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.training.step import train_step
 
 ROOT = Path(pipeline.__file__).parents[1]
-IN_SUM = ThreadPosition(12, "sum (pipeline/distributed/parallel.py:50)", True)
+IN_SUM = ThreadPosition(12, "sum (pipeline/distributed/ranks.py:50)", True)
 IN_DATA = ThreadPosition(12, "next (shards/read/loader.py:99)", False)
 
 
 @pytest.mark.parametrize(
-    ("standings", "report"),
+    ("positions", "report"),
     [
         ({0: IN_SUM, 1: None, 2: IN_SUM}, "worker 1 does not respond"),
         ({0: IN_SUM, 1: IN_SUM, 2: IN_DATA}, r"worker 2 hangs in next \(shards/read/loader.py:99\)"),
         (
-            {0: IN_SUM, 1: ThreadPosition(11, "sum (pipeline/distributed/parallel.py:50)", True)},
-            r"worker 1 hangs in sum \(pipeline/distributed/par.*\)",
+            {0: IN_SUM, 1: ThreadPosition(11, "sum (pipeline/distributed/ranks.py:50)", True)},
+            r"worker 1 hangs in sum \(pipeline/distributed/ra.*\)",
         ),
         ({0: IN_SUM, 1: IN_SUM}, r"the workers wait for each other, worker 0 in sum \(.*\), worker 1 in sum \(.*\)"),
         ({0: IN_DATA, 1: IN_DATA}, "the workers wait for each other, worker 0 in next .*"),
@@ -40,8 +40,8 @@ IN_DATA = ThreadPosition(12, "next (shards/read/loader.py:99)", False)
         ),
     ],
 )
-def test_the_report_names_the_hung_workers(standings: dict[int, ThreadPosition | None], report: str) -> None:
-    line = diagnose(standings, 480.2)
+def test_the_report_names_the_hung_workers(positions: dict[int, ThreadPosition | None], report: str) -> None:
+    line = diagnose(positions, 480.2)
     assert re.fullmatch(report + "; no step has ended for 480 s, the last was step 12", line), line
 
 
@@ -67,7 +67,7 @@ def test_the_position_is_our_innermost_function() -> None:
 @pytest.mark.parametrize(
     "deeper",
     [
-        [("pipeline/distributed/parallel.py", "sum"), ("torch/distributed/distributed_c10d.py", "all_reduce")],
+        [("pipeline/distributed/ranks.py", "sum"), ("torch/distributed/distributed_c10d.py", "all_reduce")],
         [("pipeline/training/step.py", "_pass"), ("torch/autograd/graph.py", "_engine_run_backward")],
     ],
 )

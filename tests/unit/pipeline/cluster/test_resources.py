@@ -13,7 +13,7 @@ from pipeline.cluster.resources import describe_resources, report_pending_worker
 from pipeline.config import ClusterConfig
 from pipeline.run_folder import clear_handover, request_handover
 from pipeline.tracking.mlflow_client import connect
-from pipeline.tracking.tags import TAG_ROOM
+from pipeline.tracking.tags import TAG_PENDING_WORKERS
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def run_id(client: MlflowClient) -> str:
 
 @pytest.fixture
 def tag(client: MlflowClient, run_id: str) -> Callable[[], str | None]:
-    return lambda: client.get_run(run_id).data.tags.get(TAG_ROOM)
+    return lambda: client.get_run(run_id).data.tags.get(TAG_PENDING_WORKERS)
 
 
 def until(condition: Callable[[], bool]) -> None:

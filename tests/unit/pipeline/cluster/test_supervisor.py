@@ -177,7 +177,7 @@ def test_a_failed_fit_is_reported_by_the_most_specific_reason(fit: Fit, tmp_path
 
     def fail() -> None:
         start_attempt(tmp_path, 2)
-        record_end(tmp_path, "worker 0 failed: connection closed", "consequence")
+        record_end(tmp_path, "worker 0 failed: connection closed", "symptom")
         record_end(tmp_path, "worker 1 died: killed")
         raise GroupFailed("Ray's long report")
 
@@ -186,23 +186,23 @@ def test_a_failed_fit_is_reported_by_the_most_specific_reason(fit: Fit, tmp_path
 
 
 def test_the_watch_sees_a_stop_request(tmp_path: Path) -> None:
-    watch = RequestPoller(tmp_path)
-    assert not watch.asked().stop
+    poller = RequestPoller(tmp_path)
+    assert not poller.poll().stop
     request_stop(tmp_path)
-    until(lambda: watch.asked().stop)
+    until(lambda: poller.poll().stop)
 
 
 def test_the_watch_sees_a_handover_request(tmp_path: Path) -> None:
-    watch = RequestPoller(tmp_path)
+    poller = RequestPoller(tmp_path)
     request_handover(tmp_path)
-    assert watch.asked() == Request(stop=True)
+    assert poller.poll() == Request(stop=True)
     clear_notes(tmp_path)
-    assert RequestPoller(tmp_path).asked() == Request()
+    assert RequestPoller(tmp_path).poll() == Request()
 
 
 def test_the_watch_passes_on_the_overseers_requests(tmp_path: Path) -> None:
-    watch = RequestPoller(tmp_path, LoopHooks(asks=lambda: Request(save=True)))
-    assert watch.asked() == watch.asked() == Request(save=True)
+    poller = RequestPoller(tmp_path, LoopHooks(request=lambda: Request(save=True)))
+    assert poller.poll() == poller.poll() == Request(save=True)
 
 
 @pytest.mark.parametrize("ray", ["fails", "hangs"])

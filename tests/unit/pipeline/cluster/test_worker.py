@@ -33,15 +33,15 @@ def info(in_s: float | None, node: str = "n") -> PreemptionInfo:
 
 def test_nothing_is_requested_while_all_nodes_stay(preemption: PreemptionContext) -> None:
     notice = PreemptionNotice()
-    assert [notice.asked(), notice.asked()] == [NO_REQUEST, NO_REQUEST]
+    assert [notice.request(), notice.request()] == [NO_REQUEST, NO_REQUEST]
 
 
 def test_each_announced_node_causes_a_checkpoint(preemption: PreemptionContext) -> None:
     notice = PreemptionNotice()
     preemption.preemption_info = info(None)
-    assert [notice.asked(), notice.asked()] == [Request(save=True), NO_REQUEST]
+    assert [notice.request(), notice.request()] == [Request(save=True), NO_REQUEST]
     preemption.preemption_info = info(5, "m")
-    assert [notice.asked(), notice.asked()] == [Request(save=True), NO_REQUEST]
+    assert [notice.request(), notice.request()] == [Request(save=True), NO_REQUEST]
 
 
 def test_a_second_checkpoint_comes_shortly_before_the_node_goes(
@@ -49,10 +49,10 @@ def test_a_second_checkpoint_comes_shortly_before_the_node_goes(
 ) -> None:
     notice = PreemptionNotice()
     preemption.preemption_info = info(100)
-    assert [notice.asked(), notice.asked()] == [Request(save=True), NO_REQUEST]
+    assert [notice.request(), notice.request()] == [Request(save=True), NO_REQUEST]
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 100 - ray_worker._BEFORE_S + 1)
-    assert [notice.asked(), notice.asked()] == [Request(save=True), NO_REQUEST]
+    assert [notice.request(), notice.request()] == [Request(save=True), NO_REQUEST]
 
 
 @pytest.mark.parametrize(("left_s", "again"), [(35, True), (25, False)])
@@ -61,10 +61,10 @@ def test_a_late_notice_causes_a_second_checkpoint_only_if_it_pays(
 ) -> None:
     notice = PreemptionNotice()
     preemption.preemption_info = info(left_s)
-    assert notice.asked() == Request(save=True)
+    assert notice.request() == Request(save=True)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + left_s - ray_worker._BEFORE_S + 1)
-    assert notice.asked() == Request(save=again)
+    assert notice.request() == Request(save=again)
 
 
 @pytest.mark.parametrize(("wanted", "tag"), [(False, TAG_WARNING), (True, TAG_RESIZED)])

@@ -12,7 +12,7 @@ from detr.config import TransformConfig
 from detr.geometry import draw_geometry
 from pipeline.config import RunConfig
 from pipeline.data import loader as module
-from pipeline.data.loader import augmented_sizes, rank_parts, training_batches
+from pipeline.data.loader import augmented_sizes, rank_slices, training_batches
 from pipeline.distributed.ranks import Ranks
 from pipeline.schedule import Schedule
 from shards.dataset.manifest import Manifest, load_manifest
@@ -74,7 +74,7 @@ def test_the_next_epoch_is_planned_in_the_background(
 
     monkeypatch.setattr(module, "plan_epoch", plan)
     schedule = Schedule(tiny_config.optim, manifest.images)
-    parts = rank_parts(manifest, tiny_config, schedule, Ranks(), 0, schedule.total_steps)
+    parts = rank_slices(manifest, tiny_config, schedule, Ranks(), 0, schedule.total_steps)
     next(parts)  # of three in the first epoch
     assert second.wait(10)
     assert len(list(parts)) == 5

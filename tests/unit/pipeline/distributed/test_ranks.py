@@ -10,7 +10,7 @@ from tests.support.ranks import run_ranks
 
 def broadcast_of_rank(ranks: Ranks) -> list[Any]:
     own = Path(f"rank-{ranks.rank}") if ranks.first else None
-    return [ranks.broadcast(own), ranks.broadcast(ranks.rank), ranks.apart().broadcast([ranks.rank])]
+    return [ranks.broadcast(own), ranks.broadcast(ranks.rank), ranks.with_new_group().broadcast([ranks.rank])]
 
 
 def fail_on_first(ranks: Ranks) -> str:

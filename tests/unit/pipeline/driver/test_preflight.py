@@ -28,7 +28,7 @@ def test_a_prepared_run_reports_its_initial_weights(tiny_config: RunConfig) -> N
     assert config == tiny_config
     assert ready.train == load_manifest(tiny_config.data.train)
     assert ready.schedule.total_steps == 6
-    assert lines == ["the backbone starts from random weights, as asked"] == list(ready.said)
+    assert lines == ["the backbone starts from random weights, as asked"] == list(ready.notes)
 
 
 @pytest.mark.parametrize(("tail", "steps"), [("straddle", 8), ("short", 9)])
@@ -140,5 +140,5 @@ def test_check_builds_no_model(tiny_config: RunConfig, monkeypatch: pytest.Monke
 
 def test_the_initial_weights_are_written_into_the_run_folder(tiny_config: RunConfig, tmp_path: Path) -> None:
     _, ready = prepare(tiny_config, lambda line: None)
-    ready.place(tmp_path / "runs" / "one")
+    ready.write_initial_weights(tmp_path / "runs" / "one")
     assert [path.name for path in (tmp_path / "runs" / "one").iterdir()] == ["initial.safetensors"]

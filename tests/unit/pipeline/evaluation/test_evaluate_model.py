@@ -157,7 +157,7 @@ def test_a_limit_scores_only_that_many_images(tiny_data: Any) -> None:
 
 def test_an_image_that_two_ranks_delivered_is_refused(tiny_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = load_manifest(tiny_data.val)
-    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, value])
+    monkeypatch.setattr(Ranks, "all_gather", lambda self, value: [value, value])
     with pytest.raises(TrainingError, match=r"delivered 10 images \(5 distinct\); expected each of the 5"):
         score(manifest, manifest.categories)
 

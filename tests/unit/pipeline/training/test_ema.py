@@ -113,8 +113,8 @@ def test_the_average_is_evaluated(config: RunConfig, tmp_path: Path, monkeypatch
         return evaluate_model(model, *more, **options)
 
     monkeypatch.setattr("pipeline.training.validation.evaluate_model", watched)
-    place = start(config, tmp_path)
-    run(config, place, Ranks(), None)
+    run_info = start(config, tmp_path)
+    run(config, run_info, Ranks(), None)
     assert [same([found], [both(config, tmp_path, step)[1]]) for step, found in zip((3, 6), seen, strict=True)] == [
         True
     ] * 2

@@ -162,13 +162,13 @@ def test_a_run_continues_from_a_checkpoint_before_the_first_update(
     config = guarded(tiny_config, policy="skip")
     found = []
     for every, stops in ((1, (1, 0)), (0, (0,))):
-        place = RunInfo("run", tmp_path / str(every), "commit")
+        run_info = RunInfo("run", tmp_path / str(every), "commit")
         torch.manual_seed(0)
-        save_initial(build_model(config.model, 4), place.folder)
+        save_initial(build_model(config.model, 4), run_info.folder)
         for stop in stops:
             saved = replace(config.checkpoint, every_steps=every)
-            run(replace(config, checkpoint=saved, optim=replace(config.optim, max_steps=stop)), place, Ranks(), None)
-        found.append(weights(config, place.folder, STEPS))
+            run(replace(config, checkpoint=saved, optim=replace(config.optim, max_steps=stop)), run_info, Ranks(), None)
+        found.append(weights(config, run_info.folder, STEPS))
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
@@ -176,8 +176,8 @@ def test_a_request_at_a_skipped_step_is_fulfilled(
     tiny_config: RunConfig, start: RunInfo, poisoned: dict[int, list[int]]
 ) -> None:
     poisoned[0] = []
-    asked = iter([Request(save=True)])
-    run(guarded(tiny_config, policy="skip"), start, Ranks(), None, LoopHooks(lambda: next(asked, NO_REQUEST)))
+    requests = iter([Request(save=True)])
+    run(guarded(tiny_config, policy="skip"), start, Ranks(), None, LoopHooks(lambda: next(requests, NO_REQUEST)))
     assert catalog.list_checkpoints(start.folder)[0] == catalog.folder_of(start.folder, 1)
 
 

@@ -17,7 +17,7 @@ from pipeline.checkpoint.metadata import read_meta
 from pipeline.config import RunConfig, from_json
 from pipeline.distributed.ranks import Ranks
 from pipeline.tracking.progress import RunProgress, read_progress
-from pipeline.tracking.step_timer import PARTS
+from pipeline.tracking.step_timer import PHASES
 from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.loop import run
 from pipeline.training.model import build_trainable_model
@@ -38,11 +38,11 @@ def trained_weights(config: RunConfig, folder: Path) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def test_a_run_saves_evaluates_and_tells_at_the_right_steps(config: RunConfig, place: RunInfo) -> None:
+def test_a_run_saves_evaluates_and_tells_at_the_right_steps(config: RunConfig, run_info: RunInfo) -> None:
     tracker = MemoryTracker()
-    run(config, place, Ranks(), tracker)
-    assert [path.name[-1] for path in catalog.list_checkpoints(place.folder)] == ["2", "3", "4", "6"]
-    assert evaluated(place.folder) == ["03", "06"]
+    run(config, run_info, Ranks(), tracker)
+    assert [path.name[-1] for path in catalog.list_checkpoints(run_info.folder)] == ["2", "3", "4", "6"]
+    assert evaluated(run_info.folder) == ["03", "06"]
     assert [step for name, _, step in tracker.points if name == "train/loss"] == [1, 2, 3, 4, 5, 6]
     assert [step for name, _, step in tracker.points if name == "val/AP"] == [3, 6]
     assert [step for _, step in tracker.checkpoints] == [3, 6]
@@ -57,18 +57,18 @@ def test_a_run_saves_evaluates_and_tells_at_the_right_steps(config: RunConfig, p
     assert [value for name, value, _ in tracker.points if name == "epoch"][-1] == 2.0
 
 
-def test_the_parts_of_a_run_s_steps_add_up_to_the_time_that_they_took(config: RunConfig, place: RunInfo) -> None:
+def test_the_parts_of_a_run_s_steps_add_up_to_the_time_that_they_took(config: RunConfig, run_info: RunInfo) -> None:
     config, tracker = replace(config, track=replace(config.track, log_every=2)), MemoryTracker()
     start_s = time.perf_counter()
-    run(config, place, Ranks(), tracker)
+    run(config, run_info, Ranks(), tracker)
     took_s = time.perf_counter() - start_s
     told = {(name, step): value for name, value, step in tracker.points if name.startswith("step/")}
     assert {step for _, step in told} == {2, 3, 4, 6}
     for step in (2, 3, 4, 6):
-        parts = [told[f"step/{part}_s", step] for part in PARTS]
+        parts = [told[f"step/{phase}_s", step] for phase in PHASES]
         assert min(parts) >= 0
         assert sum(parts) == pytest.approx(told["step/total_s", step])
-        assert min(told[f"step/{part}_s", step] for part in ("forward", "loss", "backward", "optimizer")) > 0
+        assert min(told[f"step/{phase}_s", step] for phase in ("forward", "loss", "backward", "optimizer")) > 0
     # The interval that ends at step 4 began with the save of step 3, which waited for that of step 2 to be whole.
     assert told["step/checkpoint_stall_s", 4] > 0
     steps = {2: 2, 3: 1, 4: 1, 6: 2}
@@ -86,13 +86,13 @@ def tracker_end(tracker: MemoryTracker) -> str:
 
 
 def test_a_run_with_masks_tells_their_losses_and_scores(masks_config: RunConfig, tmp_path: Path) -> None:
-    place, tracker = start(masks_config, tmp_path / "run"), MemoryTracker()
-    run(masks_config, place, Ranks(), tracker)
+    run_info, tracker = start(masks_config, tmp_path / "run"), MemoryTracker()
+    run(masks_config, run_info, Ranks(), tracker)
     points = {name: value for name, value, step in tracker.points if step == 3}
     assert {f"val/mask_{name}" for name in METRICS} | {f"val/{name}" for name in METRICS} <= points.keys()
     assert points["train/loss_mask"] > 0 < points["train/loss_dice"]
     assert len(tracker.tables["per_class_ap.json"]["mask_AP"]) == 4
-    metrics = catalog.read_evaluation(catalog.folder_of(place.folder, 3))
+    metrics = catalog.read_evaluation(catalog.folder_of(run_info.folder, 3))
     assert metrics is not None
     assert metrics["mask_AP"] == points["val/mask_AP"]
     assert len(tracker.tables["precision_recall.json"]["mask_precision"]) == 101
@@ -103,11 +103,11 @@ def test_a_run_with_masks_tells_their_losses_and_scores(masks_config: RunConfig,
 
 def test_training_the_mask_head_changes_it_alone(masks_config: RunConfig, tmp_path: Path) -> None:
     config = replace(masks_config, optim=replace(masks_config.optim, train="mask_head"))
-    place = start(config, tmp_path / "run")
+    run_info = start(config, tmp_path / "run")
     torch.manual_seed(config.seed)
     before = build_model(config.model, 4).state_dict()
-    run(config, place, Ranks(), None)
-    after = weights(config, place.folder)
+    run(config, run_info, Ranks(), None)
+    after = weights(config, run_info.folder)
     changed = {name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
     assert changed == {"bbox_attention", "mask_head"}
     untouched = [name for name in after if name.startswith("mask_head") and torch.equal(before[name], after[name])]
@@ -161,22 +161,22 @@ def test_the_checkpoint_says_what_it_is_of(config: RunConfig, uninterrupted: Pat
     )
 
 
-def test_evaluations_come_every_so_many_epochs_and_at_the_end(config: RunConfig, place: RunInfo) -> None:
+def test_evaluations_come_every_so_many_epochs_and_at_the_end(config: RunConfig, run_info: RunInfo) -> None:
     longer = replace(
         config,
         optim=replace(config.optim, batch_size=12, epochs=3),
         evaluate=replace(config.evaluate, every=2),
         checkpoint=replace(config.checkpoint, every_steps=0),
     )
-    run(longer, place, Ranks(), None)
-    assert evaluated(place.folder) == ["02", "03"]
+    run(longer, run_info, Ranks(), None)
+    assert evaluated(run_info.folder) == ["02", "03"]
 
 
-def test_a_batch_larger_than_the_data_set_still_trains(config: RunConfig, place: RunInfo) -> None:
+def test_a_batch_larger_than_the_data_set_still_trains(config: RunConfig, run_info: RunInfo) -> None:
     wide = replace(config, optim=replace(config.optim, batch_size=16, epochs=3))
     tracker = MemoryTracker()
-    run(wide, place, Ranks(), tracker)  # three epochs are 36 samples; the third step is filled up from a fourth
-    meta = read_meta(catalog.folder_of(place.folder, 3))
+    run(wide, run_info, Ranks(), tracker)  # three epochs are 36 samples; the third step is filled up from a fourth
+    meta = read_meta(catalog.folder_of(run_info.folder, 3))
     assert (meta.samples, meta.epoch) == (48, 3.0)
 
 

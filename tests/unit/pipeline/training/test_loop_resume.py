@@ -27,40 +27,40 @@ from tests.support.runs import Kill, KillingTracker, assert_same, evaluated, sho
 
 @pytest.mark.parametrize("step", [1, 3, 4, 6])
 def test_an_interrupted_run_ends_with_the_very_weights_of_an_uninterrupted_one(
-    config: RunConfig, place: RunInfo, uninterrupted: Path, step: int
+    config: RunConfig, run_info: RunInfo, uninterrupted: Path, step: int
 ) -> None:
     tracker = KillingTracker("train", step)
     with pytest.raises(Kill):
-        run(config, place, Ranks(), tracker)
+        run(config, run_info, Ranks(), tracker)
     torch.manual_seed(999)  # a new process has another state of the global generator
-    run(config, place, Ranks(), MemoryTracker())
-    assert_same(weights(config, place.folder), weights(config, uninterrupted))
-    assert evaluated(place.folder) == ["03", "06"]
+    run(config, run_info, Ranks(), MemoryTracker())
+    assert_same(weights(config, run_info.folder), weights(config, uninterrupted))
+    assert evaluated(run_info.folder) == ["03", "06"]
 
 
 def test_a_run_that_is_lengthened_ends_as_one_that_was_long_from_the_start(
-    config: RunConfig, place: RunInfo, uninterrupted: Path
+    config: RunConfig, run_info: RunInfo, uninterrupted: Path
 ) -> None:
-    run(replace(config, optim=replace(config.optim, max_steps=2)), place, Ranks(), None)
-    assert evaluated(place.folder) == ["02"]
-    run(replace(config, optim=replace(config.optim, max_steps=5)), place, Ranks(), None)
-    run(config, place, Ranks(), None)
-    assert_same(weights(config, place.folder), weights(config, uninterrupted))
+    run(replace(config, optim=replace(config.optim, max_steps=2)), run_info, Ranks(), None)
+    assert evaluated(run_info.folder) == ["02"]
+    run(replace(config, optim=replace(config.optim, max_steps=5)), run_info, Ranks(), None)
+    run(config, run_info, Ranks(), None)
+    assert_same(weights(config, run_info.folder), weights(config, uninterrupted))
 
 
-def test_a_checkpoint_that_was_saved_but_not_evaluated_is_evaluated_first(config: RunConfig, place: RunInfo) -> None:
+def test_a_checkpoint_that_was_saved_but_not_evaluated_is_evaluated_first(config: RunConfig, run_info: RunInfo) -> None:
     with pytest.raises(Kill):
-        run(config, place, Ranks(), KillingTracker("evaluation", 3))
-    assert catalog.newest(place.folder) == catalog.folder_of(place.folder, 3)
-    assert evaluated(place.folder) == []
+        run(config, run_info, Ranks(), KillingTracker("evaluation", 3))
+    assert catalog.newest(run_info.folder) == catalog.folder_of(run_info.folder, 3)
+    assert evaluated(run_info.folder) == []
     tracker = MemoryTracker()
-    run(config, place, Ranks(), tracker)
+    run(config, run_info, Ranks(), tracker)
     assert tracker.points[0][2] == 3
-    assert evaluated(place.folder) == ["03", "06"]
+    assert evaluated(run_info.folder) == ["03", "06"]
 
 
 def test_a_kill_between_telling_and_noting_an_evaluation_repeats_it(
-    config: RunConfig, place: RunInfo, uninterrupted: Path
+    config: RunConfig, run_info: RunInfo, uninterrupted: Path
 ) -> None:
     def killed(*_: object) -> None:
         raise Kill
@@ -68,9 +68,9 @@ def test_a_kill_between_telling_and_noting_an_evaluation_repeats_it(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(catalog, "write_evaluation", killed)
         with pytest.raises(Kill):
-            run(config, place, Ranks(), MemoryTracker())
-    run(config, place, Ranks(), None)
-    figures = [catalog.read_evaluation(catalog.folder_of(folder, 6)) for folder in (place.folder, uninterrupted)]
+            run(config, run_info, Ranks(), MemoryTracker())
+    run(config, run_info, Ranks(), None)
+    figures = [catalog.read_evaluation(catalog.folder_of(folder, 6)) for folder in (run_info.folder, uninterrupted)]
     assert figures[0] == figures[1] is not None
 
 
@@ -83,7 +83,7 @@ def test_a_finished_run_that_is_entered_again_does_nothing(config: RunConfig, un
 
 
 def test_another_seed_batch_size_or_data_set_is_refused(config: RunConfig, uninterrupted: Path) -> None:
-    place = RunInfo("run", uninterrupted, "commit")
+    run_info = RunInfo("run", uninterrupted, "commit")
     others = {
         "seed 42, now it is 43": replace(config, seed=43),
         "optim.batch_size 4, now it is 6": replace(config, optim=replace(config.optim, batch_size=6)),
@@ -91,12 +91,12 @@ def test_another_seed_batch_size_or_data_set_is_refused(config: RunConfig, unint
     }
     for said, other in others.items():
         with pytest.raises(CheckpointError, match=said) as caught:
-            run(other, place, Ranks(), None)
+            run(other, run_info, Ranks(), None)
         assert "\n" not in str(caught.value)
 
 
 def test_another_plan_is_refused_and_so_are_other_classes(config: RunConfig, uninterrupted: Path) -> None:
-    place = RunInfo("run", uninterrupted, "commit", accept_change=False)
+    run_info = RunInfo("run", uninterrupted, "commit", accept_change=False)
     others = {
         "data.sort_window 1, now it is 2": replace(config.data, sort_window=2),
         "data.shuffle_shards 0, now it is 1": replace(config.data, shuffle_shards=1),
@@ -104,7 +104,7 @@ def test_another_plan_is_refused_and_so_are_other_classes(config: RunConfig, uni
     }
     for said, data in others.items():
         with pytest.raises(CheckpointError, match=said):
-            run(replace(config, data=data), place, Ranks(), None)
+            run(replace(config, data=data), run_info, Ranks(), None)
     meta = read_meta(catalog.folder_of(uninterrupted, 4))
     fewer = msgspec.structs.replace(meta, num_classes=3)
     with pytest.raises(CheckpointError, match=r"is of 3 classes and .* has 4"):
@@ -112,17 +112,17 @@ def test_another_plan_is_refused_and_so_are_other_classes(config: RunConfig, uni
 
 
 def test_an_accepted_batch_size_goes_on_at_the_next_sample(
-    config: RunConfig, place: RunInfo, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, run_info: RunInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = shown_images(monkeypatch)
-    run(replace(config, optim=replace(config.optim, max_steps=2)), place, Ranks(), None)
+    run(replace(config, optim=replace(config.optim, max_steps=2)), run_info, Ranks(), None)
     wider = replace(config, optim=replace(config.optim, batch_size=5))
-    changed = replace(place, accept_change=True)
+    changed = replace(run_info, accept_change=True)
     with pytest.raises(Kill):
         run(wider, changed, Ranks(), KillingTracker("train", 5))
-    meta = read_meta(catalog.folder_of(place.folder, 4))
+    meta = read_meta(catalog.folder_of(run_info.folder, 4))
     assert (meta.samples, meta.option("optim.batch_size"), meta.origin_step, meta.origin_samples) == (18, 5, 2, 8)
-    run(wider, place, Ranks(), None)  # what was accepted once is the run's own from then on
+    run(wider, run_info, Ranks(), None)  # what was accepted once is the run's own from then on
     # The stream as it was, from the very sample on.
     ids = load_manifest(config.data.train).index().images["image_id"]
     stream = np.concatenate([ids[epoch_order(config.seed, epoch, 12)] for epoch in range(3)]).tolist()
@@ -130,26 +130,26 @@ def test_an_accepted_batch_size_goes_on_at_the_next_sample(
     for step, (begin, end) in enumerate(pairwise(starts)):
         assert sorted(seen[step]) == sorted(stream[begin:end])
     assert len(seen) == 6
-    assert evaluated(place.folder)[-1] == "06"
+    assert evaluated(run_info.folder)[-1] == "06"
 
 
 def test_accepted_data_is_entered_at_the_same_number_of_samples(
-    config: RunConfig, place: RunInfo, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, run_info: RunInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = shown_images(monkeypatch)
-    run(replace(config, optim=replace(config.optim, max_steps=2)), place, Ranks(), None)
+    run(replace(config, optim=replace(config.optim, max_steps=2)), run_info, Ranks(), None)
     other = replace(config, data=replace(config.data, train=config.data.val), optim=replace(config.optim, epochs=3))
-    run(other, replace(place, accept_change=True), Ranks(), None)  # 8 of 3 times 5 samples were seen
+    run(other, replace(run_info, accept_change=True), Ranks(), None)  # 8 of 3 times 5 samples were seen
     assert list(seen) == [0, 1, 2, 3]
-    way = continuation(
-        read_meta(catalog.folder_of(place.folder, 2)),
+    continued = continuation(
+        read_meta(catalog.folder_of(run_info.folder, 2)),
         other,
         load_manifest(config.data.val),
         True,
     )
-    assert (way.origin, way.exact) == (Origin(2, 8), False)
-    assert way.told(5).startswith("another stream of samples from step 2 (8 samples) on: training data digest")
-    assert "entered at epoch 1.60 and may show images of that epoch again or never" in way.told(5)
+    assert (continued.origin, continued.exact) == (Origin(2, 8), False)
+    assert continued.message(5).startswith("another stream of samples from step 2 (8 samples) on: training data digest")
+    assert "entered at epoch 1.60 and may show images of that epoch again or never" in continued.message(5)
 
 
 FORMAT_2 = """\
@@ -229,14 +229,14 @@ FORMAT_1 = """\
 
 @pytest.mark.parametrize("text", [FORMAT_1, FORMAT_2])
 def test_a_run_continues_from_a_checkpoint_of_an_older_format(
-    config: RunConfig, place: RunInfo, uninterrupted: Path, text: str
+    config: RunConfig, run_info: RunInfo, uninterrupted: Path, text: str
 ) -> None:
-    run(replace(config, optim=replace(config.optim, max_steps=2)), place, Ranks(), None)
+    run(replace(config, optim=replace(config.optim, max_steps=2)), run_info, Ranks(), None)
     train, val = load_manifest(config.data.train).digest, load_manifest(config.data.val).digest
-    path = catalog.folder_of(place.folder, 2) / "meta.json"
+    path = catalog.folder_of(run_info.folder, 2) / "meta.json"
     path.write_text(text.replace("TRAIN_DIGEST", train).replace("VAL_DIGEST", val))
-    run(config, place, Ranks(), None)
-    assert_same(weights(config, place.folder), weights(config, uninterrupted))
+    run(config, run_info, Ranks(), None)
+    assert_same(weights(config, run_info.folder), weights(config, uninterrupted))
 
 
 def test_with_short_tails_and_windows_an_interrupted_run_ends_with_the_very_weights(
@@ -256,10 +256,10 @@ def test_with_short_tails_and_windows_an_interrupted_run_ends_with_the_very_weig
 
 
 def test_the_data_set_may_lie_elsewhere_when_the_run_goes_on(
-    config: RunConfig, place: RunInfo, uninterrupted: Path, tmp_path: Path
+    config: RunConfig, run_info: RunInfo, uninterrupted: Path, tmp_path: Path
 ) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(config.data.train, moved)
-    run(replace(config, optim=replace(config.optim, max_steps=2)), place, Ranks(), None)
-    run(replace(config, data=replace(config.data, train=str(moved))), place, Ranks(), None)
-    assert_same(weights(config, place.folder), weights(config, uninterrupted))
+    run(replace(config, optim=replace(config.optim, max_steps=2)), run_info, Ranks(), None)
+    run(replace(config, data=replace(config.data, train=str(moved))), run_info, Ranks(), None)
+    assert_same(weights(config, run_info.folder), weights(config, uninterrupted))

@@ -28,7 +28,7 @@ def saved_by_the_clock(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
 
 
 def test_a_save_that_the_clock_asks_for_changes_neither_the_result_nor_the_curves(
-    config: RunConfig, place: RunInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, run_info: RunInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(
         config,
@@ -36,7 +36,7 @@ def test_a_save_that_the_clock_asks_for_changes_neither_the_result_nor_the_curve
         track=replace(config.track, log_every=3),
     )
     plain, clocked = MemoryTracker(), MemoryTracker()
-    run(config, place, Ranks(), plain)
+    run(config, run_info, Ranks(), plain)
     other = start(config, tmp_path / "clocked")
     saved_by_the_clock(monkeypatch, 1, 2, 4, 6)
     written, write = [], checkpoint_state.write
@@ -44,7 +44,7 @@ def test_a_save_that_the_clock_asks_for_changes_neither_the_result_nor_the_curve
     run(config, other, Ranks(), clocked)
     assert written == [1, 2, 3, 4, 6]  # the last one is due in any case
     assert [path.name[-1] for path in catalog.list_checkpoints(other.folder)] == ["1", "2", "3", "4", "6"]
-    assert_same(weights(config, other.folder), weights(config, place.folder))
+    assert_same(weights(config, other.folder), weights(config, run_info.folder))
 
     def curves(tracker: MemoryTracker) -> list[Any]:
         measured = ("speed", "step", "step_share", "evaluation")
@@ -54,19 +54,19 @@ def test_a_save_that_the_clock_asks_for_changes_neither_the_result_nor_the_curve
 
 
 def test_a_run_goes_on_from_a_save_that_the_clock_asked_for(
-    config: RunConfig, place: RunInfo, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, run_info: RunInfo, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(config, checkpoint=replace(config.checkpoint, every_steps=0))
     saved_by_the_clock(monkeypatch, 5)
     with pytest.raises(Kill):
-        run(config, place, Ranks(), KillingTracker("train", 6))
-    assert catalog.newest(place.folder) == catalog.folder_of(place.folder, 5)
-    run(config, place, Ranks(), None)
-    assert_same(weights(config, place.folder), weights(config, uninterrupted))
+        run(config, run_info, Ranks(), KillingTracker("train", 6))
+    assert catalog.newest(run_info.folder) == catalog.folder_of(run_info.folder, 5)
+    run(config, run_info, Ranks(), None)
+    assert_same(weights(config, run_info.folder), weights(config, uninterrupted))
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_long_before_the_next_one(
-    config: RunConfig, place: RunInfo, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, run_info: RunInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise CheckpointError("no room")
@@ -84,55 +84,57 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_long_before_the_next_o
     monkeypatch.setattr(checkpoint_state, "write", full)
     tracker = MemoryTracker()
     with pytest.raises(CheckpointError, match="no room"):
-        run(config, place, Ranks(), tracker)
+        run(config, run_info, Ranks(), tracker)
     assert max(step for name, _, step in tracker.points if name == "train/loss") < 30
 
 
-def test_milestones_are_saved_and_stay(config: RunConfig, place: RunInfo) -> None:
+def test_milestones_are_saved_and_stay(config: RunConfig, run_info: RunInfo) -> None:
     tight = replace(
         config,
         optim=replace(config.optim, epochs=4),
         evaluate=replace(config.evaluate, every=3),
         checkpoint=replace(config.checkpoint, every_steps=0, keep=1, keep_every_epochs=2),
     )
-    run(tight, place, Ranks(), None)
-    best = catalog.best(place.folder)
+    run(tight, run_info, Ranks(), None)
+    best = catalog.best(run_info.folder)
     assert best is not None
-    left = {path.name[-2:]: read_meta(path).milestone for path in catalog.list_checkpoints(place.folder)}
+    left = {path.name[-2:]: read_meta(path).milestone for path in catalog.list_checkpoints(run_info.folder)}
     assert left == {best[0].name[-2:]: False} | {"06": True, "12": True}
 
 
-def test_old_checkpoints_go_and_the_best_stays(config: RunConfig, place: RunInfo) -> None:
+def test_old_checkpoints_go_and_the_best_stays(config: RunConfig, run_info: RunInfo) -> None:
     tight = replace(config, checkpoint=replace(config.checkpoint, every_steps=1, keep=1))
-    run(tight, place, Ranks(), None)
-    names = [path.name[-1] for path in catalog.list_checkpoints(place.folder)]
-    best = catalog.best(place.folder)
+    run(tight, run_info, Ranks(), None)
+    names = [path.name[-1] for path in catalog.list_checkpoints(run_info.folder)]
+    best = catalog.best(run_info.folder)
     assert best is not None
     assert set(names) == {"6", best[0].name[-1]}
 
 
 def test_a_run_that_is_asked_to_stop_saves_after_the_step_and_goes_on_from_it(
-    config: RunConfig, place: RunInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, run_info: RunInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def asked_at(step: int) -> None:
         seen = shown_images(monkeypatch)
-        monkeypatch.setattr(module.RequestPoller, "asked", lambda _: Request(stop=len(seen) == step))
+        monkeypatch.setattr(module.RequestPoller, "poll", lambda _: Request(stop=len(seen) == step))
 
-    run(config, place, Ranks(), None)
+    run(config, run_info, Ranks(), None)
     whole = start(config, tmp_path / "stopped")
     asked_at(1)  # while the second step is taken
     run(config, whole, Ranks(), None)
     assert catalog.newest(whole.folder) == catalog.folder_of(whole.folder, 2)
     asked_at(99)
     run(config, whole, Ranks(), None)
-    assert_same(weights(config, place.folder), weights(config, whole.folder))
+    assert_same(weights(config, run_info.folder), weights(config, whole.folder))
 
 
-def test_the_overseer_hears_of_every_step_and_what_it_asks_for_is_done(config: RunConfig, place: RunInfo) -> None:
+def test_the_overseer_hears_of_every_step_and_what_it_asks_for_is_done(config: RunConfig, run_info: RunInfo) -> None:
     heard: list[int] = []
-    asked = {0: Request(save=True), 3: Request(stop=True)}  # after so many steps, of the one that follows
+    requests = {0: Request(save=True), 3: Request(stop=True)}  # after so many steps, of the one that follows
     config = replace(config, checkpoint=replace(config.checkpoint, every_steps=0, keep=9))
-    overseer = LoopHooks(lambda: asked.get(len(heard), NO_REQUEST), heard.append)
-    run(config, place, Ranks(), None, overseer)
+    hooks = LoopHooks(lambda: requests.get(len(heard), NO_REQUEST), heard.append)
+    run(config, run_info, Ranks(), None, hooks)
     assert heard == [1, 2, 3, 4]
-    assert [path.name for path in catalog.list_checkpoints(place.folder)] == [f"step-{step:08d}" for step in (1, 3, 4)]
+    assert [path.name for path in catalog.list_checkpoints(run_info.folder)] == [
+        f"step-{step:08d}" for step in (1, 3, 4)
+    ]
