@@ -42,7 +42,7 @@ def import_file(argv: list[str]) -> None:
         dilation=options.dilation,
         categories=options.categories,
     )
-    for note in imported.said:
+    for note in imported.notes:
         print(note)
     print(f"registered models:/{options.name}@{options.alias} (version {imported.registered.version})")
 

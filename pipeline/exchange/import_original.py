@@ -26,7 +26,7 @@ from pipeline.registry.publish import Registered, check_names, publish
 from pipeline.tracking.mlflow_client import connect
 from pipeline.tracking.mlflow_runs import experiment_id, origin_tags
 from pipeline.tracking.provenance import code_commit
-from pipeline.tracking.tags import TAG_IMPORTED
+from pipeline.tracking.tags import TAG_IMPORT_NOTES, TAG_IMPORTED_FROM
 from shards.dataset.categories import UNNAMED, Category
 from shards.errors import one_line
 
@@ -41,14 +41,14 @@ class OriginalModel(NamedTuple):
     model: DETR
     epochs: int
     """Epochs of training according to the file; 0 if it does not say."""
-    said: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 class Imported(NamedTuple):
     """Registered version of an import, and lines about it for the user."""
 
     registered: Registered
-    said: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def import_file(
@@ -81,7 +81,7 @@ def import_file(
     run = client.create_run(
         experiment_id(client, TrackConfig().experiment),
         run_name=f"import {name}",
-        tags={**origin_tags(f"detr import {path.name}"), TAG_IMPORTED: source, "detr.imported": "; ".join(notes)},
+        tags={**origin_tags(f"detr import {path.name}"), TAG_IMPORTED_FROM: source, TAG_IMPORT_NOTES: "; ".join(notes)},
     )
     run_id = str(run.info.run_id)
     card = msgspec.structs.replace(card, run_id=run_id)

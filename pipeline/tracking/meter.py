@@ -15,7 +15,7 @@ from detr.criterion import Losses
 from pipeline.distributed.ranks import Ranks
 from pipeline.schedule import Schedule
 from pipeline.tracking.progress import Forecast, RunProgress
-from pipeline.tracking.step_timer import PARTS, StepClock, memory_gib
+from pipeline.tracking.step_timer import PHASES, StepClock, memory_gib
 from pipeline.tracking.tags import TAG_DATA_WAIT, TAG_PROGRESS
 from pipeline.tracking.tracker import Tracker
 
@@ -69,7 +69,7 @@ class Meter:
         self._steps = self._images = 0
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Stop the clock while the block saves or evaluates; only waits for a checkpoint count as step time."""
         self.clock.lap("other")
         stalled = self._stalled_s()
@@ -87,15 +87,15 @@ class Meter:
         self._images += images
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def paused_for_evaluation(self) -> Iterator[None]:
         """Stop the clock while the block evaluates, and give the time to the forecast."""
         start, stalled = time.perf_counter(), self._stalled_s()
-        with self.aside():
+        with self.paused():
             yield
         if self._forecast:
             self._forecast.evaluated(time.perf_counter() - start - (self._stalled_s() - stalled))
 
-    def tell(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+    def log(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Send the means over the steps since the last call and over ranks to the tracker; a collective call."""
         if self._sum is None or self._norm is None:
             return  # no step was taken
@@ -120,22 +120,22 @@ class Meter:
         phases = self.clock.read()
         stalled = self._stalled_s()
         phases["checkpoint_stall"] = stalled - self._stalled_before
-        # Waits outside of pauses were measured as a part of the optimizer's update.
+        # Waits outside of pauses were measured within the optimizer's update.
         phases["optimizer"] -= phases["checkpoint_stall"] - self._stalled_paused
         self._stalled_before, self._stalled_paused = stalled, 0.0
         # One reduction for everything: losses and phases are summed; waits and memory have a column for each rank.
         by_rank = torch.zeros(2, self._ranks.world_size, dtype=torch.float64)
         by_rank[:, self._ranks.rank] = torch.tensor([phases["data_wait"], memory_gib(self._ranks.device)])
-        seconds = torch.tensor([phases[name] for name in PARTS], dtype=torch.float64)
+        seconds = torch.tensor([phases[name] for name in PHASES], dtype=torch.float64)
         host = torch.cat([seconds, by_rank.flatten()])
         sums = self._ranks.sum(torch.cat([losses.double(), host.to(losses.device)])).cpu()
-        losses, seconds, by_rank = torch.split(sums, [len(losses), len(PARTS), by_rank.numel()])
+        losses, seconds, by_rank = torch.split(sums, [len(losses), len(PHASES), by_rank.numel()])
         waits, memory = by_rank.view(2, -1)
         # Each rank's loss is its share times the world size, so the mean over ranks is the global batch's loss.
         per_step = self._steps * self._ranks.world_size
         return Interval(
             (losses / per_step).tolist(),
-            dict(zip(PARTS, (seconds / per_step).tolist(), strict=True)),
+            dict(zip(PHASES, (seconds / per_step).tolist(), strict=True)),
             (waits / self._steps).tolist(),
             float(memory.max()),
         )
@@ -144,7 +144,7 @@ class Meter:
         left_s = self._forecast.remaining_s(step) if self._forecast else None
         end = "" if left_s is None else (datetime.now(UTC) + timedelta(seconds=left_s)).isoformat(timespec="seconds")
         tags = {TAG_PROGRESS: RunProgress(step, round(epoch, 4), end).to_json()}
-        warning = self._watch.judge(self._steps, interval)
+        warning = self._watch.check(self._steps, interval)
         return tags if warning is None else tags | {TAG_DATA_WAIT: warning}
 
 
@@ -155,7 +155,7 @@ class WaitWatch:
         self._steps, self._wait_s, self._all_s = 0, 0.0, 0.0
         self._judged, self._warned = 0, False
 
-    def judge(self, steps: int, interval: Interval) -> str | None:
+    def check(self, steps: int, interval: Interval) -> str | None:
         """Return a new warning, an empty text if the last one has passed, or None if nothing has changed.
 
         The slowest rank counts, because all wait for it. The first `_JUDGED_STEPS` are ignored: they include the start

@@ -48,8 +48,8 @@ class SpoolTracker:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._send, self._interval_s = folder, send, interval_s
         self._path = folder / _EVENTS
-        self._told = ReportedSteps(any_order)
-        self._read_told()
+        self._reported = ReportedSteps(any_order)
+        self._read_reported_steps()
         self._file = self._path.open("ab", buffering=0)
         self._unwritten = b""
         self._full = False
@@ -59,14 +59,14 @@ class SpoolTracker:
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """See `Tracker.metrics`."""
-        fresh = self._told.fresh(values, step)
-        if fresh:
-            self._append(Event("metrics", _now_ms(), step=step, values=fresh))
+        new = self._reported.new_values(values, step)
+        if new:
+            self._append(Event("metrics", _now_ms(), step=step, values=new))
 
     def picture(self, key: str, image: Image.Image, step: int) -> None:
         """See `Tracker.picture`."""
         family = f"picture:{key}"
-        if self._told.knows(family, step):
+        if self._reported.contains(family, step):
             return
         path = self._folder / f"{key.replace('/', '-')}-{step:08d}.png"
         try:
@@ -74,12 +74,12 @@ class SpoolTracker:
         except OSError as error:
             LOG.warning("picture %s of step %d is lost (%s)", key, step, error)
             return
-        self._told.add(family, step)
+        self._reported.add(family, step)
         self._append(Event("picture", _now_ms(), step=step, name=key, tags={"file": path.name}))
 
     def table(self, name: str, columns: Mapping[str, list[Any]], step: int | None = None) -> None:
         """See `Tracker.table`."""
-        if step is None or not self._told.replaced(f"table:{name}", step):
+        if step is None or not self._reported.is_outdated(f"table:{name}", step):
             self._append(Event("table", _now_ms(), step=step or 0, name=name, columns=dict(columns)))
 
     def tags(self, values: Mapping[str, str]) -> None:
@@ -88,9 +88,9 @@ class SpoolTracker:
 
     def checkpoint(self, uri: str, step: int, metrics: Mapping[str, float]) -> None:
         """See `Tracker.checkpoint`."""
-        fresh = self._told.fresh(metrics, step)
-        if fresh:
-            self._append(Event("checkpoint", _now_ms(), step=step, name=uri, values=fresh))
+        new = self._reported.new_values(metrics, step)
+        if new:
+            self._append(Event("checkpoint", _now_ms(), step=step, name=uri, values=new))
 
     def close(self, timeout_s: float = 60.0) -> None:
         """Flush and stop the thread; events that the server did not accept stay in the spool, see `drain`."""
@@ -117,7 +117,7 @@ class SpoolTracker:
                 LOG.warning("%s cannot be written (%s); events wait in memory", self._path, error)
             self._full = True
 
-    def _read_told(self) -> None:
+    def _read_reported_steps(self) -> None:
         """Read from the spool which steps earlier attempts have reported."""
         if not self._path.exists():
             return
@@ -129,8 +129,8 @@ class SpoolTracker:
             if event.kind in ("picture", "table"):
                 families = {f"{event.kind}:{event.name}"}
             for family in families:
-                if not self._told.knows(family, event.step):
-                    self._told.add(family, event.step)
+                if not self._reported.contains(family, event.step):
+                    self._reported.add(family, event.step)
 
     def _run(self) -> None:
         wait_s, warned = self._interval_s, False

@@ -17,14 +17,14 @@ from typing import Any, Literal, get_args
 import torch
 
 Phase = Literal["data_wait", "forward", "loss", "backward", "optimizer", "checkpoint_stall", "other"]
-PARTS: tuple[Phase, ...] = get_args(Phase)
+PHASES: tuple[Phase, ...] = get_args(Phase)
 """forward and backward: the network; backward also averages gradients over ranks. loss: matching and losses. optimizer:
 clipping, the check of the norm, and the update. checkpoint_stall: see `Saver.stalled_s`. other: ranks waiting for each
 other before a step, and bookkeeping."""
 Lap = Callable[[Phase], None]
 
 
-def no_lap(part: Phase) -> None:
+def no_lap(phase: Phase) -> None:
     """Do nothing: the lap of callers that do not measure."""
 
 
@@ -40,17 +40,17 @@ class StepClock:
         """Discard the time since the last lap."""
         self._laps.append((None, self._marks.mark()))
 
-    def lap(self, part: Phase) -> None:
-        """Count the time since the last lap to `part`."""
-        self._laps.append((part, self._marks.mark()))
+    def lap(self, phase: Phase) -> None:
+        """Count the time since the last lap to `phase`."""
+        self._laps.append((phase, self._marks.mark()))
 
     def read(self) -> dict[Phase, float]:
         """Return the seconds of each phase since the last call; on a GPU, wait for the work before the last lap."""
         self._marks.wait(self._laps[-1][1])
-        seconds: dict[Phase, float] = dict.fromkeys(PARTS, 0.0)
-        for (_, start), (part, end) in pairwise(self._laps):
-            if part is not None:
-                seconds[part] += self._marks.seconds(start, end)
+        seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
+        for (_, start), (phase, end) in pairwise(self._laps):
+            if phase is not None:
+                seconds[phase] += self._marks.seconds(start, end)
         self._marks.forget([mark for _, mark in self._laps[:-1]])
         self._laps = [(None, self._laps[-1][1])]
         return seconds

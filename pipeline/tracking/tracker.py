@@ -68,11 +68,11 @@ class MemoryTracker:
         self.tables: dict[str, Mapping[str, list[Any]]] = {}
         self.checkpoints: list[tuple[str, int]] = []
         self.last_tags: dict[str, str] = {}
-        self._told = ReportedSteps()
+        self._reported = ReportedSteps()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """See `Tracker.metrics`."""
-        self.points += [(name, value, step) for name, value in self._told.fresh(values, step).items()]
+        self.points += [(name, value, step) for name, value in self._reported.new_values(values, step).items()]
 
     def picture(self, key: str, image: Image.Image, step: int) -> None:
         """See `Tracker.picture`."""
@@ -80,7 +80,7 @@ class MemoryTracker:
 
     def table(self, name: str, columns: Mapping[str, list[Any]], step: int | None = None) -> None:
         """See `Tracker.table`."""
-        if step is None or not self._told.replaced(f"table:{name}", step):
+        if step is None or not self._reported.is_outdated(f"table:{name}", step):
             self.tables[name] = columns
 
     def tags(self, values: Mapping[str, str]) -> None:
@@ -110,26 +110,26 @@ class ReportedSteps:
             steps.clear()  # the last step is enough
         steps.add(step)
 
-    def knows(self, family: str, step: int) -> bool:
+    def contains(self, family: str, step: int) -> bool:
         """Return whether a step was reported, or must not be reported any more."""
         steps = self._steps.get(family, ())
         if self._any_order:
             return step in steps
         return family not in _EVENTS and step <= max(steps, default=-1)
 
-    def replaced(self, family: str, step: int) -> bool:
+    def is_outdated(self, family: str, step: int) -> bool:
         """Return whether a later step was reported; record this one if not."""
         if step < max(self._steps.get(family, ()), default=-1):
             return True
         self.add(family, step)
         return False
 
-    def fresh(self, values: Mapping[str, float], step: int) -> dict[str, float]:
+    def new_values(self, values: Mapping[str, float], step: int) -> dict[str, float]:
         """Return the finite values whose family was not reported at this step, and record them."""
         found = {
             name: float(value)
             for name, value in values.items()
-            if math.isfinite(value) and not self.knows(name.split("/")[0], step)
+            if math.isfinite(value) and not self.contains(name.split("/")[0], step)
         }
         for name in found:
             self.add(name.split("/")[0], step)
@@ -142,7 +142,7 @@ _WARNING_LOGGERS = ("shards", "pipeline.checkpoint.catalog")
 @contextmanager
 def forward_warnings(tracker: Tracker) -> Iterator[None]:
     """Report warnings about data and checkpoints in the block as a tag of the run: Ray keeps the workers' logs."""
-    handler, loggers = _Teller(tracker), [logging.getLogger(name) for name in _WARNING_LOGGERS]
+    handler, loggers = _WarningHandler(tracker), [logging.getLogger(name) for name in _WARNING_LOGGERS]
     for logger in loggers:
         logger.addHandler(handler)
     try:
@@ -152,7 +152,7 @@ def forward_warnings(tracker: Tracker) -> Iterator[None]:
             logger.removeHandler(handler)
 
 
-class _Teller(logging.Handler):
+class _WarningHandler(logging.Handler):
     """Log handler that reports warnings to a tracker."""
 
     def __init__(self, tracker: Tracker) -> None:

@@ -125,3 +125,13 @@ def test_each_step_that_the_guard_skips_is_a_warning() -> None:
     warnings = {f"{TAG_WARNING}.guard.{n}": f"step {n} left out: no ({n} of 3)" for n in (1, 2)}
     printed = lines(fresh(), state(0, 0.0, "", **warnings), state(0, 0.0, "", **warnings))
     assert printed[:2] == ["warning: step 1 left out: no (1 of 3)", "warning: step 2 left out: no (2 of 3)"]
+
+
+def test_each_new_warning_is_one_line_but_not_earlier_ones() -> None:
+    stream = io.StringIO()
+    view = RunView(stream)
+    for warning in ("of an earlier attempt", "of an earlier attempt", "no answer", "no answer", "restart 1"):
+        run = SimpleNamespace(data=SimpleNamespace(tags={TAG_WARNING: warning}, metrics={}))
+        view.show(cast(Any, run))
+    lines = [line for line in stream.getvalue().splitlines() if "warning" in line]
+    assert lines == ["warning: no answer", "warning: restart 1"]

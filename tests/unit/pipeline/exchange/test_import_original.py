@@ -91,24 +91,24 @@ def test_options_are_read_from_a_training_checkpoint(tmp_path: Path) -> None:
     found = read_original(tmp_path / "w.pth")
     assert found.model.config == config
     assert_same(found.model, model)
-    assert (found.epochs, len(found.said)) == (150, 1)
-    assert "DC5" in found.said[0]
-    assert "trained for 150 epochs" in found.said[0]
+    assert (found.epochs, len(found.notes)) == (150, 1)
+    assert "DC5" in found.notes[0]
+    assert "trained for 150 epochs" in found.notes[0]
 
 
 def test_flags_say_what_neither_tensors_nor_options_do(tmp_path: Path) -> None:
     written(tmp_path / "w.pth")
     found = read_original(tmp_path / "w.pth", heads=4)
     assert found.model.config == replace(SMALL, heads=4)
-    assert len(found.said) == 1
-    assert read_original(tmp_path / "w.pth").said[1] == "assumed, for the file does not say: 8 heads"
+    assert len(found.notes) == 1
+    assert read_original(tmp_path / "w.pth").notes[1] == "assumed, for the file does not say: 8 heads"
 
 
 def test_a_name_with_dc5_is_no_evidence_but_is_mentioned(tmp_path: Path) -> None:
     written(tmp_path / "detr-r50-dc5.pth", ModelConfig(**QUICK))
     found = read_original(tmp_path / "detr-r50-dc5.pth")
     assert not found.model.config.dilation
-    assert "no dilation although the file's name has dc5 in it" in found.said[1]
+    assert "no dilation although the file's name has dc5 in it" in found.notes[1]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.schedule import Schedule
 from pipeline.tracking.meter import Interval, Meter, WaitWatch
 from pipeline.tracking.progress import Forecast, read_progress
-from pipeline.tracking.step_timer import PARTS
+from pipeline.tracking.step_timer import PHASES
 from pipeline.tracking.tags import TAG_DATA_WAIT
 from pipeline.tracking.tracker import MemoryTracker
 from tests.support.ranks import run_ranks
@@ -29,14 +29,14 @@ class FakeClock:
     def __init__(self, **seconds: float) -> None:
         self.seconds = seconds
 
-    def lap(self, part: str) -> None:
+    def lap(self, phase: str) -> None:
         pass
 
     def start(self) -> None:
         pass
 
     def read(self) -> dict[str, float]:
-        return dict.fromkeys(PARTS, 0.0) | self.seconds
+        return dict.fromkeys(PHASES, 0.0) | self.seconds
 
 
 def add(meter: Meter, loss: float) -> None:
@@ -46,7 +46,7 @@ def add(meter: Meter, loss: float) -> None:
 
 def logged(meter: Meter, clock: FakeClock, tracker: MemoryTracker, step: int) -> dict[str, float]:
     meter.clock = clock  # type: ignore[assignment]
-    meter.tell(step, OPTIMIZER)
+    meter.log(step, OPTIMIZER)
     return {name: value for name, value, at in tracker.points if at == step}
 
 
@@ -62,7 +62,7 @@ def test_times_are_logged_per_step_and_as_shares() -> None:
     assert points["speed/images_per_s"] == 10.0
     assert points["speed/memory_gib"] > 0
     assert (points["epoch"], points["optim/lr"], points["optim/grad_norm"]) == (1.0, 0.5, 3.0)
-    assert {f"step/{part}_s" for part in PARTS} | {f"step_share/{part}" for part in PARTS} <= points.keys()
+    assert {f"step/{phase}_s" for phase in PHASES} | {f"step_share/{phase}" for phase in PHASES} <= points.keys()
     progress = read_progress(tracker.last_tags)
     assert progress is not None
     assert (progress.step, progress.epoch, progress.ends) == (100, 1.0, None)
@@ -90,7 +90,7 @@ def test_the_forecast_counts_an_evaluation_without_its_checkpoint_stall(
         add(meter, 1.0)
     logged(meter, FakeClock(forward=40.0), MemoryTracker(), 40)
     before = forecast.remaining_s(40)
-    with meter.evaluating():
+    with meter.paused_for_evaluation():
         now[0], stalled[0] = 107.0, 7.0
     assert before is not None
     guess = before - (SCHEDULE.total_steps - 40) * 1.0
@@ -103,7 +103,7 @@ def test_a_checkpoint_stall_is_not_counted_as_optimizer_time() -> None:
     tracker, stalled = MemoryTracker(), [0.25]
     meter = Meter(SCHEDULE, Ranks(), tracker, lambda: stalled[0])
     for seconds in (0.0625, 0.25):  # the first 0.0625 s of each while saving, with the clock stopped
-        with meter.aside():
+        with meter.paused():
             stalled[0] += 0.0625
         stalled[0] += seconds - 0.0625  # the rest in the optimizer's update, which waits for the copy
     add(meter, 1.0)
@@ -117,7 +117,7 @@ def test_a_checkpoint_stall_is_not_counted_as_optimizer_time() -> None:
 
 def test_nothing_is_logged_without_a_step() -> None:
     tracker = MemoryTracker()
-    Meter(SCHEDULE, Ranks(), tracker).tell(3, OPTIMIZER)
+    Meter(SCHEDULE, Ranks(), tracker).log(3, OPTIMIZER)
     assert not tracker.points
 
 
@@ -141,7 +141,7 @@ def watched(*shares: float, steps: int = 20) -> list[str | None]:
         {"phases": {"data_wait": 0.0, "forward": 1.0}, "waits": [0.0, share], "losses": [], "memory_gib": 0.0}
         for share in shares
     ]
-    return [watch.judge(steps, Interval(**interval)) for interval in intervals]
+    return [watch.check(steps, Interval(**interval)) for interval in intervals]
 
 
 def test_a_long_wait_for_data_is_one_warning_with_remedies() -> None:

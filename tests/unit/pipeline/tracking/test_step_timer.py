@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.tracking import step_timer
-from pipeline.tracking.step_timer import PARTS, StepClock, memory_gib
+from pipeline.tracking.step_timer import PHASES, StepClock, memory_gib
 
 
 def test_phases_add_up_to_the_total_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,10 +17,10 @@ def test_phases_add_up_to_the_total_time(monkeypatch: pytest.MonkeyPatch) -> Non
     clock.lap("forward")
     clock.start()  # the time until 20 is not counted
     clock.lap("forward")
-    assert clock.read() == dict.fromkeys(PARTS, 0.0) | {"data_wait": 0.5, "forward": 2.5}
+    assert clock.read() == dict.fromkeys(PHASES, 0.0) | {"data_wait": 0.5, "forward": 2.5}
     clock.lap("loss")  # from the last reading at 21 to 30
     clock.lap("backward")
-    assert clock.read() == dict.fromkeys(PARTS, 0.0) | {"loss": 9.0, "backward": 0.25}
+    assert clock.read() == dict.fromkeys(PHASES, 0.0) | {"loss": 9.0, "backward": 0.25}
 
 
 class Event:
@@ -49,12 +49,12 @@ def test_on_a_gpu_phases_are_measured_by_reused_events(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "Event", Event)
     clock = StepClock(torch.device("cuda"))
     for _ in range(3):
-        for part in ("data_wait", "forward", "forward", "backward"):
-            clock.lap(part)
+        for phase in ("data_wait", "forward", "forward", "backward"):
+            clock.lap(phase)
         before = Event.waited
         seconds = clock.read()
         assert Event.waited == before + 1
-        assert seconds == dict.fromkeys(PARTS, 0.0) | {"data_wait": 1.0, "forward": 2.0, "backward": 1.0}
+        assert seconds == dict.fromkeys(PHASES, 0.0) | {"data_wait": 1.0, "forward": 2.0, "backward": 1.0}
     assert Event.made == 5
 
 

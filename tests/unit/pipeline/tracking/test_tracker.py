@@ -1,8 +1,10 @@
-"""The rule that no step is reported twice."""
+"""The rule that no step is reported twice, and warnings as a tag."""
 
+import logging
 import math
 
-from pipeline.tracking.tracker import MemoryTracker, ReportedSteps
+from pipeline.tracking.tags import TAG_WARNING
+from pipeline.tracking.tracker import MemoryTracker, ReportedSteps, forward_warnings
 
 
 def test_the_memory_tracker_drops_repeated_steps() -> None:
@@ -39,7 +41,17 @@ def test_a_table_of_an_earlier_step_is_dropped() -> None:
 
 
 def test_with_any_order_only_reported_steps_are_dropped() -> None:
-    told = ReportedSteps(any_order=True)
-    assert told.fresh({"val/AP": 0.5}, 7) == {"val/AP": 0.5}
-    assert told.fresh({"val/AP": 0.5}, 7) == {}
-    assert told.fresh({"val/AP": 0.4, "val/AP50": math.nan}, 3) == {"val/AP": 0.4}
+    reported = ReportedSteps(any_order=True)
+    assert reported.new_values({"val/AP": 0.5}, 7) == {"val/AP": 0.5}
+    assert reported.new_values({"val/AP": 0.5}, 7) == {}
+    assert reported.new_values({"val/AP": 0.4, "val/AP50": math.nan}, 3) == {"val/AP": 0.4}
+
+
+def test_warnings_about_data_are_reported_inside_the_block() -> None:
+    tracker, logger = MemoryTracker(), logging.getLogger("shards.store.retry")
+    with forward_warnings(tracker):
+        logger.warning("%s does not answer", "s3://shards")
+        logger.info("fetched")
+    assert tracker.last_tags == {TAG_WARNING: "s3://shards does not answer"}
+    logger.warning("later")
+    assert tracker.last_tags == {TAG_WARNING: "s3://shards does not answer"}
