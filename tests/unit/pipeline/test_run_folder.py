@@ -1,0 +1,55 @@
+"""The table of a run's folder, in the module and in ARCHITECTURE.md, against a run and against each other."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline import run_folder
+from pipeline.cluster import attempts
+from pipeline.config import GuardConfig, RunConfig
+from pipeline.distributed.ranks import Ranks
+from pipeline.errors import TrainingError
+from pipeline.run_folder import only_driver, request_handover, request_stop, write_fatal_error
+from pipeline.tracking.spool import SpoolTracker
+from pipeline.training.loop import run
+from pipeline.training.state import RunInfo
+
+ROOT = Path(run_folder.__file__).parents[1]
+
+
+def documented() -> list[list[str]]:
+    """Return the rows of the module's table: name, writer and reader."""
+    lines = [line.strip() for line in (run_folder.__doc__ or "").splitlines() if line.startswith("    ")]
+    return [re.split(r"\s{2,}", line) for line in lines]
+
+
+def test_architecture_has_the_same_table() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text().replace("`", "")
+    table = re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", text[text.index("The folder of a run") :], re.MULTILINE)
+    rows = [[cell.replace("`", "") for cell in row] for row in documented()]
+    assert [list(row) for row in table[: len(rows)]] == rows
+
+
+def test_every_name_of_the_module_is_in_the_table() -> None:
+    names = {value for name, value in vars(run_folder).items() if name.isupper() and isinstance(value, str)}
+    assert names == {name.rstrip("/") for name, _, _ in documented()[1:]}
+
+
+def test_the_table_names_every_file_of_a_run(config: RunConfig, run_info: RunInfo) -> None:
+    folder = run_info.folder
+    guarded = replace(config, guard=GuardConfig(policy="skip", max_grad_norm=1e-9, max_events=1))
+    with only_driver(folder, "run"):
+        tracker = SpoolTracker(folder / run_folder.SPOOL, lambda events: None)
+        attempts.start_attempt(folder, 1)
+        run(replace(config, optim=replace(config.optim, max_steps=2)), run_info, Ranks(), tracker)
+        with pytest.raises(TrainingError, match="max_events"):
+            run(guarded, run_info, Ranks(), tracker)
+        tracker.close()
+        attempts.record_end(folder, "the guard ended it")
+        request_stop(folder)
+        request_handover(folder)
+        write_fatal_error(folder, "too many events")
+    entries = {path.name + "/" * path.is_dir() for path in folder.iterdir()}
+    assert entries == {name for name, _, _ in documented()[1:]} - {"spool-evaluation/", "ray/"}
