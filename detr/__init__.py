@@ -32,43 +32,18 @@ if TYPE_CHECKING:
     from detr.postprocess import detect as detect
 
 _MODULES = {
-    "batch": (
-        "Batch",
-        "Target",
-        "collate",
-        "normalise",
-    ),
-    "config": (
-        "ConfigError",
-        "LossConfig",
-        "ModelConfig",
-        "TransformConfig",
-    ),
-    "criterion": (
-        "Losses",
-        "ce_weight_sum",
-        "compute_losses",
-    ),
-    "matcher": (
-        "NonFiniteError",
-        "match",
-    ),
-    "model": (
-        "DETR",
-        "Outputs",
-        "build_model",
-        "freeze_detector",
-    ),
+    "batch": ("Batch", "Target", "collate", "normalise"),
+    "config": ("ConfigError", "LossConfig", "ModelConfig", "TransformConfig"),
+    "criterion": ("Losses", "ce_weight_sum", "compute_losses"),
+    "matcher": ("NonFiniteError", "match"),
+    "model": ("DETR", "Outputs", "build_model", "freeze_detector"),
     "original": (
         "load_backbone_weights",
         "load_detector_state_dict",
         "load_original_state_dict",
         "to_original_state_dict",
     ),
-    "postprocess": (
-        "Detection",
-        "detect",
-    ),
+    "postprocess": ("Detection", "detect"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

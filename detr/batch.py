@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from detr.config import TransformConfig
+from detr.geometry import Size
 
 _EMPTY_CANVAS = 64  # side in pixels of a batch without images; large enough for a stride of 32
 
@@ -24,7 +25,7 @@ class Target:
     boxes: Tensor
     labels: Tensor
     image_id: int
-    original_size: tuple[int, int]
+    original_size: Size
     masks: Tensor | None = None
 
 
@@ -41,7 +42,7 @@ class Batch:
     images: Tensor
     padding: Tensor | None
     targets: tuple[Target, ...]
-    sizes: tuple[tuple[int, int], ...] = ()
+    sizes: tuple[Size, ...] = ()
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from detr.batch import Target
 from detr.config import LossConfig
+from detr.geometry import Size
 from detr.mask_losses import mask_losses
 from detr.matcher import Assignment, PackedTargets, generalized_iou, match_layers, pack
 from detr.model import Outputs
@@ -35,7 +36,7 @@ def compute_losses(
     num_boxes: float | Tensor,
     config: LossConfig,
     ce_normalizer: float | Tensor | None = None,
-    canvas: tuple[int, int] | None = None,
+    canvas: Size | None = None,
 ) -> Losses:
     """Match queries to objects, then return all losses.
 

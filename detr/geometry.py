@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 
 from detr.config import TransformConfig
 
-Size = tuple[int, int]
 Ints = NDArray[np.int64]
+Size = tuple[int, int]  # (height, width) in pixels
+_Sizes = tuple[Ints, Ints]  # heights and widths of many images
 _MASK64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A resize to `resized` (height, width), then a cut of `size` (height, width) at (top, left), all in pixels."""
+    """A resize to `resized`, then a cut of `size` at (top, left), all in pixels."""
 
     resized: Size
     top: int
@@ -34,7 +35,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Steps applied to an image, in this order: flip left to right, crop, resize to `size` (height, width)."""
+    """Steps applied to an image, in this order: flip left to right, crop, resize to `size`."""
 
     flip: bool
     crop: Crop | None
@@ -43,22 +44,13 @@ class Geometry:
 
 @dataclass(frozen=True)
 class _Crops:
-    """Crops of the images in `rows`, as arrays of the fields of `Crop`; sizes are (heights, widths)."""
+    """Crops of the images in `rows`, as arrays of the fields of `Crop`."""
 
     rows: Ints
-    resized: tuple[Ints, Ints]
+    resized: _Sizes
     top: Ints
     left: Ints
-    size: tuple[Ints, Ints]
-
-
-@dataclass(frozen=True)
-class _Geometries:
-    """Geometries of N images, as arrays of the fields of `Geometry`; sizes are (heights, widths)."""
-
-    flip: NDArray[np.bool_]
-    crops: _Crops | None
-    size: tuple[Ints, Ints]
+    size: _Sizes
 
 
 def resized_size(width: int, height: int, shorter: int, max_size: int | None = None) -> Size:
@@ -72,22 +64,21 @@ def resized_size(width: int, height: int, shorter: int, max_size: int | None = N
 
 def draw_geometry(seed: int, epoch: int, image_id: int, width: int, height: int, config: TransformConfig) -> Geometry:
     """Return the training augmentation of one image in one epoch; `width` and `height` are its pixels before it."""
-    drawn = _draw(seed, _array(epoch), _array(image_id), _array(width), _array(height), config)
+    flip, crops, size = _draw(seed, _array(epoch), _array(image_id), _array(width), _array(height), config)
     crop = None
-    if drawn.crops is not None and len(drawn.crops.rows):
-        crops = drawn.crops
+    if crops is not None and len(crops.rows):
         crop = Crop(_first(crops.resized), int(crops.top[0]), int(crops.left[0]), _first(crops.size))
-    return Geometry(bool(drawn.flip[0]), crop, _first(drawn.size))
+    return Geometry(bool(flip[0]), crop, _first(size))
 
 
 def output_sizes(
     seed: int, epochs: Ints, image_ids: Ints, widths: Ints, heights: Ints, config: TransformConfig
-) -> tuple[Ints, Ints]:
+) -> _Sizes:
     """Return the heights and widths that `draw_geometry` gives many images in training, int64 [N] each.
 
     All arrays are integers [N]; sides are in pixels and at least 1.
     """
-    return _draw(seed, epochs, image_ids, widths, heights, config).size
+    return _draw(seed, epochs, image_ids, widths, heights, config)[2]
 
 
 def eval_geometry(width: int, height: int, config: TransformConfig) -> Geometry:
@@ -95,7 +86,7 @@ def eval_geometry(width: int, height: int, config: TransformConfig) -> Geometry:
     return Geometry(False, None, resized_size(width, height, config.eval_size, config.max_size))
 
 
-def evaluated_sizes(widths: Ints, heights: Ints, config: TransformConfig) -> tuple[Ints, Ints]:
+def evaluated_sizes(widths: Ints, heights: Ints, config: TransformConfig) -> _Sizes:
     """Return the heights and widths that `eval_geometry` gives many images, int64 [N] each; sides in pixels, at least 1."""
     widths, heights = np.array(widths, np.int64), np.array(heights, np.int64)
     return _resized_sizes(widths, heights, np.full_like(widths, config.eval_size), config.max_size)
@@ -124,14 +115,15 @@ def _array(value: int) -> Ints:
     return np.array([value], np.int64)
 
 
-def _first(sizes: tuple[Ints, Ints]) -> Size:
+def _first(sizes: _Sizes) -> Size:
     heights, widths = sizes
     return int(heights[0]), int(widths[0])
 
 
 def _draw(
     seed: int, epochs: Ints, image_ids: Ints, widths: Ints, heights: Ints, config: TransformConfig
-) -> _Geometries:
+) -> tuple[NDArray[np.bool_], _Crops | None, _Sizes]:
+    """Return the flips, crops and sizes of the geometries of many images."""
     widths, heights = np.array(widths, np.int64), np.array(heights, np.int64)
     draws = _Draws(np.array(seed & _MASK64, np.uint64), epochs, image_ids)
     flip = draws.chance(config.flip)
@@ -143,7 +135,7 @@ def _draw(
         heights[rows], widths[rows] = crops.size
         draws.put(rows, draws_of_crops)
     scales = draws.choice(config.train_scales)
-    return _Geometries(flip, crops, _resized_sizes(widths, heights, scales, config.max_size))
+    return flip, crops, _resized_sizes(widths, heights, scales, config.max_size)
 
 
 def _draw_crops(draws: "_Draws", rows: Ints, widths: Ints, heights: Ints, config: TransformConfig) -> _Crops:
@@ -156,7 +148,7 @@ def _draw_crops(draws: "_Draws", rows: Ints, widths: Ints, heights: Ints, config
     return _Crops(rows, (heights, widths), top, left, (h, w))
 
 
-def _resized_sizes(widths: Ints, heights: Ints, shorter: Ints, max_size: int | None = None) -> tuple[Ints, Ints]:
+def _resized_sizes(widths: Ints, heights: Ints, shorter: Ints, max_size: int | None = None) -> _Sizes:
     """Return the heights and widths that `resized_size` describes; exact while products of sides are below 2**53."""
     low, high = np.minimum(widths, heights), np.maximum(widths, heights)
     if max_size is not None:

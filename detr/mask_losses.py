@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from detr.batch import Target
 from detr.config import ConfigError
+from detr.geometry import Size
 from detr.matcher import Assignment
 
 _ALPHA = 0.25  # weight of a pixel inside the object; outside 1 - alpha
-Size = tuple[int, int]
 
 
 def mask_losses(

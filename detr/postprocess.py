@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from detr.geometry import Size
 from detr.model import Outputs
 
-Size = tuple[int, int]
 _MAX_DETECTIONS = 100  # per image; COCO's evaluation uses no more
 
 

@@ -1,4 +1,4 @@
-"""The command `detr`: the table of commands, and the exit status and message of errors.
+"""The command `detr`: the table of its subcommands, and the exit status and message of errors.
 
 Help must answer in under a second, so no torch, ray or mlflow is imported before a command line has been parsed. A
 user's mistake is one line on stderr and exit status 1 (2 for the command line itself), never a traceback.

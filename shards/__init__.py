@@ -36,57 +36,27 @@ if TYPE_CHECKING:
     from shards.score.coco_eval import coco_metrics as coco_metrics
     from shards.score.coco_eval import score_detections as score_detections
     from shards.score.detections import Detections as Detections
-    from shards.source.coco import SourceError as SourceError
+    from shards.source.defects import SourceError as SourceError
     from shards.synthetic import write_synthetic as write_synthetic
     from shards.write.writer import write_coco as write_coco
 
 _HOMES = {
-    "config": (
-        "PlanConfig",
-        "ReadConfig",
-        "WriteConfig",
-    ),
+    "config": ("PlanConfig", "ReadConfig", "WriteConfig"),
     "dataset.categories": ("Category",),
     "dataset.index": ("Index",),
-    "dataset.manifest": (
-        "Manifest",
-        "load_manifest",
-    ),
+    "dataset.manifest": ("Manifest", "load_manifest"),
     "dataset.verify": ("verify",),
     "errors": ("ShardError",),
-    "masks.rle": (
-        "decode_masks",
-        "encode_masks",
-    ),
-    "plan.epoch": (
-        "EpochPlan",
-        "epoch_order",
-        "plan_epoch",
-        "plan_evaluation",
-    ),
-    "plan.steps": (
-        "Origin",
-        "Steps",
-    ),
-    "read.loader": (
-        "open_batches",
-        "open_loader",
-        "read_samples",
-    ),
+    "masks.rle": ("decode_masks", "encode_masks"),
+    "plan.epoch": ("EpochPlan", "epoch_order", "plan_epoch", "plan_evaluation"),
+    "plan.steps": ("Origin", "Steps"),
+    "read.loader": ("open_batches", "open_loader", "read_samples"),
     "read.sample": ("Sample",),
     "read.segmentations": ("check_segmentations",),
-    "read.stock": (
-        "open_webdataset",
-        "verify_stock",
-    ),
-    "score.coco_eval": (
-        "ClassScore",
-        "Score",
-        "coco_metrics",
-        "score_detections",
-    ),
+    "read.stock": ("open_webdataset", "verify_stock"),
+    "score.coco_eval": ("ClassScore", "Score", "coco_metrics", "score_detections"),
     "score.detections": ("Detections",),
-    "source.coco": ("SourceError",),
+    "source.defects": ("SourceError",),
     "synthetic": ("write_synthetic",),
     "write.writer": ("write_coco",),
 }

@@ -1,4 +1,4 @@
-"""Array types and the rounding that the modules of `shards` share."""
+"""Array types of all modules of `shards`."""
 
 import numpy as np
 import numpy.typing as npt
@@ -7,8 +7,3 @@ Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 Records = npt.NDArray[np.void]
-
-
-def ceil_div(dividend: int, divisor: int) -> int:
-    """Return the quotient rounded up, exact for integers of any size."""
-    return -(-dividend // divisor)

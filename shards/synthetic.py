@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from shards.arrays import ceil_div
+from shards.arrays import Mask
 from shards.errors import ShardError
 from shards.hashing import hashes
 from shards.store import storage
@@ -33,7 +33,6 @@ MIN_VISIBLE = 0.6  # fraction of every object's pixels, whatever the number of o
 JPEG_QUALITY = 90
 
 Floats = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class _Draws:
         """Return float32 numbers in 0..1."""
         self._block += 1
         count = math.prod(shape)
-        words = hashes((self._seed, self._block), np.arange(ceil_div(count, 4)))  # of four numbers each
+        words = hashes((self._seed, self._block), np.arange(math.ceil(count / 4)))  # of four numbers each
         numbers = words.view(np.uint16)[:count].astype(np.float32)
         return np.multiply(numbers, np.float32(1 / 65536)).reshape(shape)
 

@@ -1,7 +1,4 @@
-"""Subcommands for runs: train, show, demo, resume, runs, ui.
-
-Heavy packages are imported inside the functions, after parsing, so that help is quick.
-"""
+"""Subcommands for runs: train, show, demo, resume, runs, ui."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Subcommand shard: coco|voc|yolo|index make data sets, verify and info read them."""
+"""Subcommand `shard` and its own: coco, voc, yolo and index make data sets, verify and info read them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _YoloFlags(YoloConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Options of every subcommand that writes a data set."""
+    """Options of the subcommands that write shards."""
 
     out: str
     """Folder or URL (such as s3://BUCKET/NAME) of the new data set."""

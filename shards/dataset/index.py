@@ -33,7 +33,6 @@ IMAGE_DTYPE = np.dtype(
     ]
 )
 
-
 # `image`: row in images.npy. `bbox`: x, y, width, height in pixels as in the COCO JSON (not clamped to the image).
 ANNOTATION_DTYPE = np.dtype(
     [

@@ -66,8 +66,8 @@ def gather(tars: Sequence[ForeignTar], ids: Ints, categories: tuple[Category, ..
         defects += _notes(sample, image_id, name)
     images = ImageColumns(
         ids,
-        np.array([sample.look.size[0] for sample in samples], np.int64),
-        np.array([sample.look.size[1] for sample in samples], np.int64),
+        np.array([sample.info.size[0] for sample in samples], np.int64),
+        np.array([sample.info.size[1] for sample in samples], np.int64),
         [sample.key for sample in samples],
         [],
     )
@@ -114,8 +114,8 @@ def records(index: ForeignIndex, shards: Sequence[Shard]) -> tuple[list[Shard], 
     images = np.zeros(len(kept), IMAGE_DTYPE)
     images["image_id"] = index.ids[usable]
     images["shard"] = positions
-    images["width"] = [sample.look.size[0] for sample in kept]
-    images["height"] = [sample.look.size[1] for sample in kept]
+    images["width"] = [sample.info.size[0] for sample in kept]
+    images["height"] = [sample.info.size[1] for sample in kept]
     for field in ("offset", "length", "crc32"):
         images[field] = [getattr(sample.image, field) for sample in kept]
         images[f"text_{field}"] = [0 if sample.text is None else getattr(sample.text, field) for sample in kept]
@@ -189,9 +189,9 @@ def _alike(samples: Sequence[ForeignSample], ids: Ints, names: Sequence[str]) ->
 
 def _notes(sample: ForeignSample, image_id: int, name: str) -> list[Defect]:
     """Return the notes on a sample's image."""
-    notes, colours = [], sample.look.colours
-    if sample.look.orientation != 1:
-        problem = f"its EXIF orientation {sample.look.orientation} is ignored, as the boxes are of the pixels"
+    notes, colours = [], sample.info.colours
+    if sample.info.orientation != 1:
+        problem = f"its EXIF orientation {sample.info.orientation} is ignored, as the boxes are of the pixels"
         notes.append(Defect(f"{name}: {problem}", "exif-orientation", image_id))
     if colours:
         notes.append(Defect(f"{name}: {COLOURS[colours]}", colours, image_id))

@@ -79,7 +79,7 @@ class ForeignSample:
     key: str
     image: TarMember
     text: TarMember | None
-    look: DecodedInfo
+    info: DecodedInfo
     image_id: int | None
     objects: list[Object]
 
@@ -142,14 +142,14 @@ def _grouped(members: list[TarMember]) -> Iterator[tuple[str, dict[str, TarMembe
 
 
 def _sample(key: str, files: dict[str, TarMember], content: mmap.mmap, annotated: bool) -> ForeignSample:
-    """Return a sample; raise `Unfit` with the kind of the defect and a message if it cannot be used."""
+    """Return a sample; raise `UnusableImage` with the kind of the defect and a message if it cannot be used."""
     if _TWICE in files:
         raise UnusableImage("malformed", f"holds {files[_TWICE].name} twice")
     image = _only("images", image_members(list(files.values())))
     if image is None:
         raise UnusableImage("malformed", f"has no image; got only {', '.join(sorted(files))}")
-    look = inspect_image(_bytes(content, image))
-    width, height = look.size
+    info = inspect_image(_bytes(content, image))
+    width, height = info.size
     text = files.get(SEGMENTATIONS[1:])
     json_files = [file for file in files.values() if file.name.endswith(".json") and file is not text]
     json = _only("JSON files", json_files)
@@ -171,13 +171,13 @@ def _sample(key: str, files: dict[str, TarMember], content: mmap.mmap, annotated
             "malformed", f"{text.name} is no list with one segmentation for each of its {len(objects)} annotations"
         )
     ids = [value for value in (inner.id, entry.image_id, entry.id) if isinstance(value, int)]
-    return ForeignSample(key, image, text, look, ids[0] if ids else None, objects)
+    return ForeignSample(key, image, text, info, ids[0] if ids else None, objects)
 
 
 def _only(what: str, members: Sequence[TarMember]) -> TarMember | None:
     """Return the member whose extension has no dot, or else the only member; None if there are no members.
 
-    Raise `Unfit` if there are several.
+    Raise `UnusableImage` if there are several.
     """
     plain = [member for member in members if "." not in member.ending]
     candidates = plain or members
@@ -188,7 +188,7 @@ def _only(what: str, members: Sequence[TarMember]) -> TarMember | None:
 
 
 def _decoded(content: bytes) -> _Entry:
-    """Return the decoded JSON of a sample; raise `Unfit` if it is malformed."""
+    """Return the decoded JSON of a sample; raise `UnusableImage` if it is malformed."""
     try:
         decoded = _entry.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -11,9 +11,8 @@ import msgspec
 
 MAX_COORDINATE = 1e5  # pixels; pycocotools' memory grows with the length of an outline
 
-
 # A segmentation with content: data sets with boxes only often have `null` or `[]`.
-_SAID = re.compile(rb'"segmentation"\s*+:\s*+(?!null|\[\s*\])')
+_HAS_CONTENT = re.compile(rb'"segmentation"\s*+:\s*+(?!null|\[\s*\])')
 
 
 # Bounded, because Python refuses to print integers of thousands of digits, which messages would contain.
@@ -72,7 +71,7 @@ def parse_segmentation(raw: msgspec.Raw, height: int, width: int) -> list[list[f
 
 def has_segmentations(annotations: Iterable[msgspec.Raw]) -> bool:
     """Return true if the JSON of any annotation has a segmentation, valid or not."""
-    return any(_SAID.search(bytes(text)) for text in annotations)
+    return any(_HAS_CONTENT.search(bytes(text)) for text in annotations)
 
 
 def _ill_formed(problem: str) -> FormError:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shards.arrays import Ints, ceil_div
+from shards.arrays import Ints
 from shards.config import PlanConfig
 from shards.dataset.manifest import Manifest
 from shards.errors import ShardError
 from shards.hashing import hashes
 from shards.plan.shape_order import pair_up, rough_keys
-from shards.plan.steps import START, Origin, Steps
+from shards.plan.steps import START, Origin, Steps, ceil_div
 
 # Version of the order of the samples; increase it with every change that gives another order for equal arguments.
 PLAN_VERSION = 1
@@ -29,7 +29,6 @@ PLAN_VERSION = 1
 # Hash keys for the order of shards and of steps. Never change them: other numbers would give another order.
 _SHARDS, _STEPS = 1, 2
 _SORTED_AT_ONCE = 1 << 15  # samples that are sorted by size together, which bounds the memory
-
 
 # (rows int64 [n], epochs int64 [n]) -> heights and widths in pixels, int64 [n] each; see `plan_epoch`.
 Sizes = Callable[[Ints, Ints], tuple[Ints, Ints]]

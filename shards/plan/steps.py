@@ -7,7 +7,6 @@ samples. A run that continues with another batch size has a new origin there, an
 
 from dataclasses import dataclass
 
-from shards.arrays import ceil_div
 from shards.config import EpochTail
 from shards.errors import ShardError
 
@@ -21,6 +20,11 @@ class Origin:
 
 
 START = Origin()
+
+
+def ceil_div(dividend: int, divisor: int) -> int:
+    """Return the quotient rounded up, exact for integers of any size."""
+    return -(-dividend // divisor)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from shards.read.sample import Sample, SampleReader, error_context
 
 T = TypeVar("T")
 B = TypeVar("B")
-_Task = tuple[Ints, Ints]  # rows and their epochs
+Task = tuple[Ints, Ints]  # rows and their epochs
 
 
 def open_loader(
@@ -60,66 +60,25 @@ def open_loader(
 
 def open_stream(
     manifest: Manifest,
-    tasks: Iterable[tuple[Ints, Ints]],
+    tasks: Iterable[Task],
     *,
     transform: Callable[[Sample], T],
     collate: Callable[[list[T]], B],
     config: ReadConfig | None = None,
     bad: BadSamples | None = None,
 ) -> Generator[B, None, None]:
-    """Return a generator of batches like `open_loader`, one per task (rows, their epochs); tasks may span many plans.
+    """Yield batches like `open_loader`, one per task (rows, their epochs); tasks may span many plans.
 
     The next task is taken from `tasks` in the calling thread, when fewer than `prefetch` batches exist.
     """
-    return _stream(manifest, tasks, transform, collate, config or ReadConfig(), bad or BadSamples())
-
-
-def open_batches(
-    manifest: Manifest,
-    batches: Iterable[Ints],
-    *,
-    transform: Callable[[Sample], T],
-    collate: Callable[[list[T]], B],
-    config: ReadConfig | None = None,
-    bad: BadSamples | None = None,
-) -> Generator[B, None, None]:
-    """Return a generator of batches like `open_loader`, one per array of rows, with epoch 0: for evaluation."""
-    tasks = ((rows, np.zeros(len(rows), np.int64)) for rows in batches)
-    return open_stream(manifest, tasks, transform=transform, collate=collate, config=config, bad=bad)
-
-
-def read_samples(
-    manifest: Manifest,
-    rows: Sequence[int] | Ints,
-    config: ReadConfig | None = None,
-    bad: BadSamples | None = None,
-) -> Generator[Sample, None, None]:
-    """Return a generator of the samples of `rows`, in that order."""
-    single_rows = (np.array([row], np.int64) for row in rows)
-    batches = open_batches(manifest, single_rows, transform=_same, collate=list[Sample], config=config, bad=bad)
-    return (sample for batch in batches for sample in batch)
-
-
-def _same(sample: Sample) -> Sample:
-    return sample
-
-
-def _stream(
-    manifest: Manifest,
-    tasks: Iterable[_Task],
-    transform: Callable[[Sample], T],
-    collate: Callable[[list[T]], B],
-    config: ReadConfig,
-    bad: BadSamples,
-) -> Generator[B, None, None]:
-    """Yield batches in the order of `tasks`; at most `config.prefetch` exist at once."""
+    config, bad = config or ReadConfig(), bad or BadSamples()
     reader = SampleReader(manifest, masks=config.masks, lenient=config.max_bad_samples > 0)
 
-    def read_batch(task: _Task) -> B:
+    def read_batch(task: Task) -> B:
         samples = []
         for row, epoch in zip(*task, strict=True):
             try:
-                samples.append(_one(reader, row, epoch, transform))
+                samples.append(_transformed(reader, row, epoch, transform))
             except BadSampleError as error:
                 bad.add(int(row), error, config.max_bad_samples)
         return collate(samples)
@@ -144,7 +103,35 @@ def _stream(
         reader.close()
 
 
-def _one(reader: SampleReader, row: int, epoch: int, transform: Callable[[Sample], T]) -> T:
+def open_batches(
+    manifest: Manifest,
+    batches: Iterable[Ints],
+    *,
+    transform: Callable[[Sample], T],
+    collate: Callable[[list[T]], B],
+    config: ReadConfig | None = None,
+    bad: BadSamples | None = None,
+) -> Generator[B, None, None]:
+    """Return a generator of batches like `open_loader`, one per array of rows, with epoch 0: for evaluation."""
+    tasks = ((rows, np.zeros(len(rows), np.int64)) for rows in batches)
+    return open_stream(manifest, tasks, transform=transform, collate=collate, config=config, bad=bad)
+
+
+def read_samples(
+    manifest: Manifest,
+    rows: Sequence[int] | Ints,
+    config: ReadConfig | None = None,
+    bad: BadSamples | None = None,
+) -> Generator[Sample, None, None]:
+    """Return a generator of the samples of `rows`, in that order."""
+    single_rows = (np.array([row], np.int64) for row in rows)
+    batches = open_batches(
+        manifest, single_rows, transform=lambda sample: sample, collate=list[Sample], config=config, bad=bad
+    )
+    return (sample for batch in batches for sample in batch)
+
+
+def _transformed(reader: SampleReader, row: int, epoch: int, transform: Callable[[Sample], T]) -> T:
     sample = reader.read(row, epoch)
     with error_context(reader, row):
         return transform(sample)

@@ -13,7 +13,6 @@ from shards.source.defects import Defect
 
 MAX_IMAGE_ID = 10**12 - 1  # keys of samples have twelve digits
 
-
 # Pixels that a box may reach beyond its image without a note; COCO's boxes are rounded to hundredths.
 _SLACK = 0.5
 _NO_NAMES = frozenset({"", ".", ".."})

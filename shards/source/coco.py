@@ -18,8 +18,7 @@ from shards.dataset.categories import Category
 from shards.errors import ShardError
 from shards.source.checks import check_annotations, check_images
 from shards.source.columns import AnnotationColumns, ImageColumns, Texts, annotation_columns, image_columns
-from shards.source.defects import Defect as Defect
-from shards.source.defects import SourceError as SourceError
+from shards.source.defects import Defect, SourceError
 from shards.source.images import ImageSource
 from shards.store import storage
 

@@ -21,7 +21,6 @@ _CHUNK = 4096  # entries decoded at once
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _Pixels = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 
-
 # Values that are not valid JSON but that Python's json module writes; kept as text until the annotation is checked.
 _Number = float | Literal["NaN", "Infinity", "-Infinity"]
 
@@ -204,11 +203,11 @@ def _one_by_one(
 
 
 def _malformed(raw: msgspec.Raw, position: str, problem: str) -> Defect:
-    number = _said_id(raw, "id")
+    number = _id_in(raw, "id")
     if position.startswith("images"):
         name = "" if number is None else f" (image {number})"
         return Defect(f"{position}{name}: {problem}", image_id=number)
-    image_id = _said_id(raw, "image_id")
+    image_id = _id_in(raw, "image_id")
     if number is None and image_id is None:
         return Defect(f"{position}: {problem}")
     annotation = "?" if number is None else number
@@ -217,7 +216,7 @@ def _malformed(raw: msgspec.Raw, position: str, problem: str) -> Defect:
     return Defect(text, image_id=image_id, annotation_id=number)
 
 
-def _said_id(raw: msgspec.Raw, field: str) -> int | None:
+def _id_in(raw: msgspec.Raw, field: str) -> int | None:
     """Return the integer id in a field of a malformed entry, if it has one; "5" and 5.0 count."""
     try:
         value = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])[field]

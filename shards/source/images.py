@@ -23,7 +23,6 @@ from shards.store import storage
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
 _SAME = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "tiff": "tif", "dib": "bmp"}
 
-
 # Messages about images that are converted to RGB, by the kind of the note.
 COLOURS = {
     "cmyk": "is CMYK; it is read as RGB",
@@ -106,29 +105,29 @@ def read_image(folder: str, source: ImageSource) -> ImageFile:
         return ImageFile(b"", NO_FILE, "", (defect("missing-file", "no such file in the folder of images"),))
     crc32 = checksum(content)
     try:
-        look = inspect_image(content)
-        if look.size != (source.width, source.height):
+        info = inspect_image(content)
+        if info.size != (source.width, source.height):
             raise UnusableImage(
                 "wrong-size",
-                f"is {look.size[0]}x{look.size[1]} pixels (before any EXIF rotation), but the JSON says "
+                f"is {info.size[0]}x{info.size[1]} pixels (before any EXIF rotation), but the JSON says "
                 f"{source.width}x{source.height}",
             )
     except UnusableImage as error:
         return ImageFile(content, crc32, "", (defect(*error.args),))
-    extension = EXTENSIONS[look.format]
+    extension = EXTENSIONS[info.format]
     notes = []
     suffix = PurePosixPath(source.name).suffix.lower().removeprefix(".")
     if suffix and _SAME.get(suffix, suffix) != extension:
-        notes.append(defect("misnamed", f"is a {look.format} file; in the shards it is called .{extension}"))
-    if look.orientation != 1:
+        notes.append(defect("misnamed", f"is a {info.format} file; in the shards it is called .{extension}"))
+    if info.orientation != 1:
         notes.append(
             defect(
                 "exif-orientation",
-                f"its EXIF orientation {look.orientation} is ignored, as the boxes are of the pixels",
+                f"its EXIF orientation {info.orientation} is ignored, as the boxes are of the pixels",
             )
         )
-    if look.colours:
-        notes.append(defect(look.colours, COLOURS[look.colours]))
+    if info.colours:
+        notes.append(defect(info.colours, COLOURS[info.colours]))
     return ImageFile(content, crc32, extension, tuple(notes))
 
 
@@ -138,7 +137,7 @@ def checksum(content: bytes | None) -> int:
 
 
 def inspect_image(content: bytes) -> DecodedInfo:
-    """Decode a complete image; raise `Unfit` with the kind of the defect and a message if that fails."""
+    """Decode a complete image; raise `UnusableImage` with the kind of the defect and a message if that fails."""
     if not content:
         raise UnusableImage("truncated", "the file is empty")
     return _decode_jpeg(content) if content.startswith(b"\xff\xd8") else _decode_other(content)
@@ -190,7 +189,7 @@ def _decode_other(content: bytes) -> DecodedInfo:
 
 
 def _colours(image: Image.Image) -> str:
-    """Return a key of COLOURS, or "" for RGB; raise `Unfit` if `to_rgb` cannot convert the image."""
+    """Return a key of COLOURS, or "" for RGB; raise `UnusableImage` if `to_rgb` cannot convert the image."""
     if image.mode == "CMYK":
         return "cmyk"
     if image.mode in ("1", "L"):

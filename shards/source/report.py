@@ -108,13 +108,13 @@ def defect_table(defects: Iterable[Defect]) -> str:
     for kind, severity in KINDS.items():
         matching = by_kind.get(kind, [])
         if matching:
-            names = ", ".join(map(_who, matching[:_SHOWN_IDS]))
+            names = ", ".join(map(_name, matching[:_SHOWN_IDS]))
             more = ", ..." if len(matching) > _SHOWN_IDS else ""
             lines.append(f"{kind:24}{severity:10}{len(matching):8}  {names}{more}")
     return "\n".join(lines)
 
 
-def _who(defect: Defect) -> str:
+def _name(defect: Defect) -> str:
     """Return the name of the image or annotation of a defect."""
     if defect.image_id is None and defect.annotation_id is None:
         return defect.text.partition(":")[0]

@@ -24,7 +24,6 @@ SPARE = GIB // 2  # bytes of the disk that are left to other files, such as chec
 WAIT_S = 0.1  # between checks for space that other processes are about to release
 PATIENCE_S = 10.0  # seconds of waiting before it is logged
 
-
 # Files that this process maps into memory: waiting for their release would be waiting for itself.
 _pinned: Counter[Path] = Counter()
 

@@ -96,23 +96,21 @@ class Stage:
                     self.check_ours()  # do not overwrite another writer's shard
                     storage.upload(Path(f"/proc/self/fd/{file.fileno()}"), storage.join(self.url, name))
             return
-        # A name per process: Ray may retry a shard while the first attempt is still running elsewhere.
-        path = local / f".{name}.{socket.gethostname()}.{os.getpid()}"
-        try:
-            with path.open("wb") as file:
-                draft = Draft(file)
-                yield draft
-                file.flush()
-                os.fsync(file.fileno())
-            if draft.finished:
-                path.rename(local / name)
-        finally:
-            path.unlink(missing_ok=True)
+        # The temporary file is this process's own: Ray may retry a shard while the first attempt runs elsewhere.
+        with suppress(_Unfinished), storage.atomic_path(local / name) as path, path.open("wb") as file:
+            draft = Draft(file)
+            yield draft
+            if not draft.finished:
+                raise _Unfinished
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file; it is complete or absent."""
         self.check_ours()
         storage.write(storage.join(self.url, name), content)
+
+
+class _Unfinished(Exception):
+    """Raised to leave out a draft that is not to be kept."""
 
 
 @dataclass

@@ -107,12 +107,6 @@ def _with_lost(source: Source, lost: Unconvertible) -> Source:
     return replace(source, listed=listed, defects=(*defects, *source.defects))
 
 
-def shard_rows(images: int, samples_per_shard: int) -> list[range]:
-    """Return the rows of each shard."""
-    starts = range(0, images, samples_per_shard)
-    return [range(start, min(start + samples_per_shard, images)) for start in starts]
-
-
 def _order(source: Source) -> Ints:
     """Return image rows by a hash of their id, so that every shard is a fair sample whatever the order of the JSON."""
     ids = source.images.ids
@@ -130,9 +124,9 @@ def _jobs(source: Source, config: WriteConfig) -> Iterator[ShardJob]:
     write = quarantine or not any(defect.rejected for defect in source.defects)
     texts = source.annotations.texts
     masks = has_segmentations(texts)
-    for number, rows in enumerate(shard_rows(len(order), config.samples_per_shard)):
+    for number, start in enumerate(range(0, len(order), config.samples_per_shard)):
         samples = []
-        for row in order[rows.start : rows.stop]:
+        for row in order[start : start + config.samples_per_shard]:
             first, count = int(source.first[row]), int(source.count[row])
             annotations = [bytes(texts[position]) for position in source.rows[first : first + count].tolist()]
             samples.append(SourceSample(source.image(row), bytes(source.images.texts[row]), annotations))

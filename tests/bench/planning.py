@@ -79,9 +79,8 @@ def padding(device: str, rounds: int) -> list[Row]:
 
 
 def _shapes(heights: np.ndarray, widths: np.ndarray, multiple: int) -> int:
-    return len(
-        {(int(h), int(w)) for h, w in zip(-(-heights // multiple).ravel(), -(-widths // multiple).ravel(), strict=True)}
-    )
+    canvases = np.ceil(np.stack([heights.ravel(), widths.ravel()], 1) / multiple)
+    return len(np.unique(canvases, axis=0))
 
 
 def _canvases(sizes: Sizes | None, config: PlanConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """What the loss does at the edges: canvases, full and overfull images, boxes that are none, predictions that are no numbers."""
 
+import math
 from typing import Literal
 
 import pytest
@@ -79,7 +80,8 @@ def test_loss_does_not_depend_on_the_canvas(
     for extra in canvases:
         # The canvas is as large as the other image of the batch.
         height, width = (
-            -(-pixels // STRIDE) * STRIDE + MARGIN + STRIDE * more for pixels, more in zip(size, extra, strict=True)
+            math.ceil(pixels / STRIDE) * STRIDE + MARGIN + STRIDE * more
+            for pixels, more in zip(size, extra, strict=True)
         )
         other = (torch.randn(3, height, width), Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 2, (9, 9)))
         batch = collate([(image, targets[0]), other])

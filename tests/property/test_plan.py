@@ -1,5 +1,6 @@
 """Properties of the plan for any data set, batch size, seed, options and number of ranks."""
 
+import math
 from collections import Counter
 from itertools import pairwise
 from types import SimpleNamespace
@@ -153,7 +154,7 @@ def test_steps_have_no_gaps_and_only_the_last_is_short(count, batch_size, epochs
 @given(images, batch_sizes, epochs_of_a_run, st.integers(1, 6))
 def test_short_tail_ends_each_epoch_with_a_short_step(count, batch_size, epochs, window):
     steps = steps_of(plans_of_a_run(count, batch_size, 0, epochs, PlanConfig(window, epoch_tail="short")))
-    assert list(steps) == list(range(epochs * -(-count // batch_size)))
+    assert list(steps) == list(range(epochs * math.ceil(count / batch_size)))
     for epoch in range(epochs):
         lengths = [len(samples) for samples in steps.values() if {of for _, of in samples} == {epoch}]
         assert lengths == [batch_size] * (count // batch_size) + ([count % batch_size] if count % batch_size else [])

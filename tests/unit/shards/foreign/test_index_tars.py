@@ -14,7 +14,7 @@ from shards.foreign.index_tars import index_tars
 from shards.plan.epoch import plan_epoch
 from shards.read.loader import open_loader, read_samples
 from shards.read.segmentations import true_runs
-from shards.source.coco import SourceError
+from shards.source.defects import SourceError
 from tests.support.foreign_tars import index, picture, tar, thing
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from shards.dataset.verify import verify
 from shards.errors import ShardError
 from shards.read.loader import read_samples
-from shards.source.coco import SourceError
+from shards.source.defects import SourceError
 from shards.source.report import load_report
 from tests.support.foreign_tars import index, picture, tar, thing
 

@@ -4,7 +4,8 @@ import pytest
 from PIL import Image
 
 from shards.errors import ShardError
-from shards.source.coco import SourceError, read_source
+from shards.source.coco import read_source
+from shards.source.defects import SourceError
 from shards.source.report import load_report
 from shards.write import shard as shard_writer
 from shards.write.writer import write_coco

@@ -13,8 +13,7 @@ from PIL import Image
 
 from shards.dataset.verify import verify
 from shards.errors import ShardError
-from shards.source.coco import SourceError
-from shards.source.defects import KINDS, Defect
+from shards.source.defects import KINDS, Defect, SourceError
 from shards.source.report import DefectReport, defect_table, load_report, make_report, parse_report
 
 

@@ -14,7 +14,7 @@ from shards.config import WriteConfig
 from shards.dataset.manifest import load_manifest
 from shards.dataset.verify import verify
 from shards.errors import ShardError
-from shards.source.coco import SourceError
+from shards.source.defects import SourceError
 from shards.store import storage
 from shards.write import shard as shard_writer
 from shards.write import staging, writer
