@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from pipeline.checkpoint import location
 from pipeline.checkpoint.location import META, PARTIAL, Location, Url
 from pipeline.checkpoint.metadata import deciding_ap, parse_meta, read_meta
 from pipeline.errors import CheckpointError
@@ -21,24 +20,47 @@ from shards.store import storage
 
 LOG = logging.getLogger(__name__)
 _EVALUATION = "evaluation.json"
+_DELETED = ".deleted" + PARTIAL
 
 
-def folder_of(home: Location, step: int) -> Location:
+def folder_of(root: Location, step: int) -> Location:
     """Return the location of the checkpoint of `step`."""
-    return home / CHECKPOINTS / f"step-{step:08d}"
+    return root / CHECKPOINTS / f"step-{step:08d}"
 
 
-def list_checkpoints(home: Location) -> list[Location]:
+def list_checkpoints(root: Location) -> list[Location]:
     """Return the complete checkpoints of a run, oldest first."""
-    if isinstance(home, Url):
-        return [*location.complete_in_store(home)]
-    found = (home / CHECKPOINTS).glob("step-*")
-    return [*sorted(path for path in found if not path.name.endswith(PARTIAL) and (path / META).exists())]
+    if isinstance(root, Path):
+        found = (root / CHECKPOINTS).glob("step-*")
+        return [*sorted(path for path in found if not path.name.endswith(PARTIAL) and (path / META).exists())]
+    files = [name.split("/") for name in storage.listing(str(root / CHECKPOINTS))]
+    steps = sorted(names[0] for names in files if names[0].startswith("step-") and names[1:] == [META])
+    return [root / CHECKPOINTS / step for step in steps]
 
 
-def newest(home: Location) -> Location | None:
+def newest(root: Location) -> Location | None:
     """Return the newest complete checkpoint, or None."""
-    return next(reversed(list_checkpoints(home)), None)
+    return next(reversed(list_checkpoints(root)), None)
+
+
+def note_saved(folder: Path, step: int) -> None:
+    """Record that the checkpoint of `step` is complete, on rank 0; raise `OSError` if that fails."""
+    storage.write(str(folder / SAVED), str(step).encode())
+
+
+def newest_of_run(root: Location, folder: Path) -> Location | None:
+    """Return the newest complete checkpoint of the run in `folder`, or None if it has never saved one.
+
+    Raise `CheckpointError` if the run has saved but no checkpoint is found: it must not start again silently.
+    """
+    found = newest(root)
+    if found is None and (folder / SAVED).exists():
+        step = (folder / SAVED).read_text()
+        raise CheckpointError(
+            f"{root} holds no checkpoint, but the run has saved step {step} there: is its storage mounted here? Bring it "
+            "back, then `detr resume`; `detr train` starts another run"
+        )
+    return found
 
 
 def write_evaluation(path: Location, metrics: Mapping[str, float]) -> None:
@@ -65,19 +87,19 @@ def read_evaluation(path: Location) -> dict[str, float] | None:
         ) from None
 
 
-def best(home: Location) -> tuple[Location, dict[str, float]] | None:
+def best(root: Location) -> tuple[Location, dict[str, float]] | None:
     """Return the newest checkpoint with the highest AP (of masks, if predicted) and its metrics, or None."""
-    evaluated = [(path, read_evaluation(path)) for path in list_checkpoints(home)]
+    evaluated = [(path, read_evaluation(path)) for path in list_checkpoints(root)]
     scored = [(path, metrics) for path, metrics in evaluated if metrics is not None]
     return max(scored, key=lambda pair: (deciding_ap(pair[1]), pair[0].name), default=None)
 
 
-def pending_evaluation(home: Location) -> list[Location]:
+def pending_evaluation(root: Location) -> list[Location]:
     """Return the complete checkpoints that still have to be evaluated in the background, oldest first."""
-    return [path for path in list_checkpoints(home) if read_evaluation(path) is None and _has_flag(path, "evaluate")]
+    return [path for path in list_checkpoints(root) if read_evaluation(path) is None and _has_flag(path, "evaluate")]
 
 
-def prune(home: Location, keep: int) -> None:
+def prune(root: Location, keep: int) -> None:
     """Delete old checkpoints, each atomically.
 
     The newest `keep`, the best, milestones and those still to be evaluated are kept. A checkpoint that cannot be read
@@ -85,15 +107,15 @@ def prune(home: Location, keep: int) -> None:
     """
     failures: list[Exception] = []
     with _collecting_failures(failures):
-        remove_leftovers(home, lambda path: read_meta(path).state_folder)
+        _remove_leftovers(root)
     with _collecting_failures(failures):
-        for path in _deletable(home, keep):
+        for path in _deletable(root, keep):
             with _collecting_failures(failures):
                 if not _has_flag(path, "milestone"):
                     delete(path)
     if failures:
         message = "deleting old checkpoints in %s failed %d times (%s); tried again at the next checkpoint"
-        LOG.warning(message, home, len(failures), one_line(failures[0]))
+        LOG.warning(message, root, len(failures), one_line(failures[0]))
 
 
 @contextmanager
@@ -105,12 +127,12 @@ def _collecting_failures(failures: list[Exception]) -> Iterator[None]:
         failures.append(error)
 
 
-def _deletable(home: Location, keep: int) -> list[Location]:
+def _deletable(root: Location, keep: int) -> list[Location]:
     """Return the checkpoints that may be deleted unless they are milestones."""
-    complete = list_checkpoints(home)
+    complete = list_checkpoints(root)
     # Listed before looking up the best: a checkpoint evaluated in between must be in one of the two.
-    kept = [*pending_evaluation(home), *complete[-keep:]]
-    found = best(home)
+    kept = [*pending_evaluation(root), *complete[-keep:]]
+    found = best(root)
     if found:
         kept.append(found[0])
     return [path for path in complete if path not in kept]
@@ -125,29 +147,6 @@ def _has_flag(path: Location, name: Literal["evaluate", "milestone"]) -> bool:
     return bool(getattr(meta, name))
 
 
-def note_saved(folder: Path, step: int) -> None:
-    """Record that the checkpoint of `step` is complete, on rank 0; raise `OSError` if that fails."""
-    storage.write(str(folder / SAVED), str(step).encode())
-
-
-def newest_of_run(home: Location, folder: Path) -> Location | None:
-    """Return the newest complete checkpoint of the run in `folder`, or None if it has never saved one.
-
-    Raise `CheckpointError` if the run has saved but no checkpoint is found: it must not start again silently.
-    """
-    found = newest(home)
-    if found is None and (folder / SAVED).exists():
-        step = (folder / SAVED).read_text()
-        raise CheckpointError(
-            f"{home} holds no checkpoint, but the run has saved step {step} there: is its storage mounted here? Bring it "
-            "back, then `detr resume`; `detr train` starts another run"
-        )
-    return found
-
-
-_DELETED = ".deleted" + PARTIAL
-
-
 def delete(path: Location) -> None:
     """Delete a checkpoint; from the first moment on it is incomplete."""
     if isinstance(path, Path):
@@ -158,30 +157,25 @@ def delete(path: Location) -> None:
         storage.remove(str(path / name))
 
 
-def remove_leftovers(home: Location, state_folder_of: Callable[[Url], str]) -> None:
-    """Delete the remains of killed writes and deletions; nothing may be written meanwhile.
-
-    `state_folder_of` returns the folder that a complete checkpoint in a store uses.
-    """
-    if isinstance(home, Path):
-        for folder in (home / CHECKPOINTS).glob(f"*{PARTIAL}"):
+def _remove_leftovers(root: Location) -> None:
+    """Delete the remains of killed writes and deletions; nothing may be written meanwhile."""
+    if isinstance(root, Path):
+        for folder in (root / CHECKPOINTS).glob(f"*{PARTIAL}"):
             shutil.rmtree(folder, ignore_errors=True)
         return
-    files = storage.listing(str(home / CHECKPOINTS))
+    files = storage.listing(str(root / CHECKPOINTS))
     steps = {name.partition("/")[0] for name in files if name.startswith("step-")}
     for step in steps:
-        path = home / CHECKPOINTS / step
+        path = root / CHECKPOINTS / step
         names = [name.partition("/")[2] for name in files if name.startswith(f"{step}/")]
-        for name in _leftovers(path, names, state_folder_of):
+        for name in _leftovers(path, names):
             storage.remove(str(path / name))
 
 
-def _leftovers(path: Url, names: list[str], state_folder_of: Callable[[Url], str]) -> list[str]:
+def _leftovers(path: Url, names: list[str]) -> list[str]:
     """Return the files of a checkpoint that are not in use: all of them if it is incomplete."""
     if META not in names:
         return names
     folders = {name.partition("/")[0] for name in names if "/" in name}
-    used = state_folder_of(path) if len(folders) > 1 else ""  # one folder is in use without reading `meta.json`
-    if not used:
-        return []
-    return [name for name in names if "/" in name and name.partition("/")[0] != used]
+    used = read_meta(path).state_folder if len(folders) > 1 else ""  # one folder is in use without reading `meta.json`
+    return [name for name in names if used and "/" in name and name.partition("/")[0] != used]

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import RunConfigError
-from pipeline.run_folder import CHECKPOINTS
 from shards.errors import ShardError, one_line
 from shards.store import storage
 from shards.store.retry import StoreError, fewer_retries
@@ -85,10 +84,3 @@ def check(store: str) -> None:
             f"checkpoint.store {store} cannot be written ({one_line(error)}); expected a folder or URL that this machine "
             "and every worker may write: give another --checkpoint.store"
         ) from None
-
-
-def complete_in_store(home: Url) -> list[Url]:
-    """Return the complete checkpoints of a run in a store, oldest first."""
-    files = [name.split("/") for name in storage.listing(str(home / CHECKPOINTS))]
-    steps = sorted(names[0] for names in files if names[0].startswith("step-") and names[1:] == [META])
-    return [home / CHECKPOINTS / step for step in steps]

@@ -33,7 +33,7 @@ State = dict[str, Any]
 
 @contextmanager
 def open_saver(
-    home: Location,
+    root: Location,
     optimizer: torch.optim.Optimizer,
     ranks: Ranks,
     keep: int,
@@ -41,7 +41,7 @@ def open_saver(
     saved: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Saver]:
     """Yield a `Saver` and wait for its last checkpoint at the end of the block; a collective call."""
-    saver = Saver(home, optimizer, ranks, keep, every_minutes, saved)
+    saver = Saver(root, optimizer, ranks, keep, every_minutes, saved)
     try:
         yield saver
         saver.finish()
@@ -52,14 +52,14 @@ def open_saver(
 class Saver:
     """Writer of checkpoints in a thread, one after the other. Every rank must call the same methods in the same order.
 
-    `home` is the parent of the folder `checkpoints`. The newest `keep`, the best and the milestones are kept. On rank 0
+    `root` is the parent of the folder `checkpoints`. The newest `keep`, the best and the milestones are kept. On rank 0
     a save is due `every_minutes` after the start of the last one (0: never), and `saved` is called with the step of
     each complete checkpoint. `stalled_s` counts the seconds that training has waited for saving.
     """
 
     def __init__(
         self,
-        home: Location,
+        root: Location,
         optimizer: torch.optim.Optimizer,
         ranks: Ranks,
         keep: int,
@@ -67,7 +67,7 @@ class Saver:
         saved: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.stalled_s = 0.0
-        self.home, self._keep, self._device, self._saved = home, keep, ranks.device, saved
+        self.root, self._keep, self._device, self._saved = root, keep, ranks.device, saved
         self._every_s = every_minutes * 60 if ranks.first and every_minutes else math.inf
         self._last = time.monotonic()
         # Training runs collectives at the same time, and two threads must not share a process group.
@@ -147,7 +147,7 @@ class Saver:
         return staged
 
     def _write(self, copy: Future[State], meta: Meta) -> None:
-        path = checkpoint_state.write(self.home, copy.result(), meta, self._ranks)
+        path = checkpoint_state.write(self.root, copy.result(), meta, self._ranks)
         try:
             on_first(self._ranks, lambda: self._saved(meta.step))
         except OSError as error:
@@ -155,4 +155,4 @@ class Saver:
                 f"checkpoint {path} is complete, but the run's folder could not be updated ({one_line(error)}); "
                 "free disk space there and make it writable, then `detr resume`"
             ) from error
-        on_first(self._ranks, lambda: catalog.prune(self.home, self._keep))
+        on_first(self._ranks, lambda: catalog.prune(self.root, self._keep))

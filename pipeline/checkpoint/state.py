@@ -50,12 +50,12 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, averages: Avera
     return state
 
 
-def write(home: Location, state: dict[str, Any], meta: Meta, ranks: Ranks) -> Location:
+def write(root: Location, state: dict[str, Any], meta: Meta, ranks: Ranks) -> Location:
     """Write a state as the checkpoint of `meta.step` and return its location; a collective call.
 
     Raise `CheckpointError` on every rank if it cannot be written.
     """
-    target = folder_of(home, meta.step)
+    target = folder_of(root, meta.step)
     partial = None if isinstance(target, Url) else target.with_name(target.name + PARTIAL)
     try:
         if isinstance(target, Url):
@@ -64,7 +64,7 @@ def write(home: Location, state: dict[str, Any], meta: Meta, ranks: Ranks) -> Lo
             on_first(ranks, lambda: _make_anew(partial))
             writer, single = torch_files.FolderWriter(partial), ranks.world_size == 1
             save_distributed(state, storage_writer=writer, process_group=ranks.group, no_dist=single)
-        on_first(ranks, lambda: _finish(home, target, partial, meta))
+        on_first(ranks, lambda: _finish(root, target, partial, meta))
     except (OSError, CheckpointException) as error:
         if partial and ranks.first:
             shutil.rmtree(partial, ignore_errors=True)  # its files may be what fills the disk
@@ -81,9 +81,9 @@ def _make_anew(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _finish(home: Location, target: Location, partial: Path | None, meta: Meta) -> None:
+def _finish(root: Location, target: Location, partial: Path | None, meta: Meta) -> None:
     """Write `meta.json` and rename the folder, on rank 0: afterwards the checkpoint is complete."""
-    best_so_far = best(home)
+    best_so_far = best(root)
     if best_so_far:
         path, metrics = best_so_far
         meta = msgspec.structs.replace(meta, best=Best(read_meta(path).step, deciding_ap(metrics)))

@@ -69,8 +69,8 @@ class Guard:
             )
         if policy == "rollback":
             self._saver.finish()
-            home = self._saver.home
-            newest = self._ranks.broadcast(catalog.newest(home) if self._ranks.first else None)
+            root = self._saver.root
+            newest = self._ranks.broadcast(catalog.newest(root) if self._ranks.first else None)
             if newest is None:
                 raise TrainingError(
                     f"{event}, or skip such steps (--guard.policy skip): there is no checkpoint to return to yet; "

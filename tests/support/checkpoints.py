@@ -52,7 +52,7 @@ def meta(step: int, **fields: Any) -> Meta:
 
 
 def save_checkpoint(
-    home: Location,
+    root: Location,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     meta: Meta,
@@ -60,4 +60,4 @@ def save_checkpoint(
     averages: checkpoint_state.Averages | None = None,
 ) -> Location:
     """Write a checkpoint and wait for it; a collective call."""
-    return checkpoint_state.write(home, checkpoint_state.state_of(model, optimizer, averages), meta, ranks)
+    return checkpoint_state.write(root, checkpoint_state.state_of(model, optimizer, averages), meta, ranks)

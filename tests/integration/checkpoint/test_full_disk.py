@@ -30,11 +30,11 @@ def made() -> Run:
     return model, optimizer
 
 
-def train(ranks: Ranks, home: Path, read_only_after: int) -> str:
+def train(ranks: Ranks, root: Path, read_only_after: int) -> str:
     """Save after each of six steps; what ends it."""
     run = made()
     try:
-        with open_saver(home, run[1], ranks, keep=99) as saver:
+        with open_saver(root, run[1], ranks, keep=99) as saver:
             for step in range(1, 7):
                 run[1].step()
                 with torch.no_grad():
@@ -44,7 +44,7 @@ def train(ranks: Ranks, home: Path, read_only_after: int) -> str:
                 if step == read_only_after:
                     saver.finish()
                     if ranks.first:
-                        remount(home, "ro")
+                        remount(root, "ro")
                     ranks.barrier()
     except CheckpointError as error:
         return str(error)
@@ -56,13 +56,13 @@ def outlive(*disks: str) -> None:
 
     The second disk can be read only after two steps.
     """
-    for home, read_only_after in zip(map(Path, disks), (0, 2), strict=True):
-        print("\n".join(run_ranks(2, train, home, read_only_after)))
-        for number, path in enumerate(catalog.list_checkpoints(home), start=1):
+    for root, read_only_after in zip(map(Path, disks), (0, 2), strict=True):
+        print("\n".join(run_ranks(2, train, root, read_only_after)))
+        for number, path in enumerate(catalog.list_checkpoints(root), start=1):
             run = made()
             checkpoint_state.load(path, *run, Ranks())
             assert all((parameter == number).all() for parameter in run[0].parameters())
-        print(*(path.name for path in sorted((home / "checkpoints").iterdir())))
+        print(*(path.name for path in sorted((root / "checkpoints").iterdir())))
 
 
 def test_a_disk_that_takes_no_more_is_one_line_on_every_rank_and_the_earlier_checkpoints_load(tmp_path: Path) -> None:

@@ -56,17 +56,17 @@ def assert_is_of(run: Run, step: int) -> None:
         assert (moments["exp_avg_sq"] == step + 0.5).all()
 
 
-def train(ranks: Ranks, home: Location, side: int, environment: dict[str, str]) -> None:
+def train(ranks: Ranks, root: Location, side: int, environment: dict[str, str]) -> None:
     """Go on from the newest checkpoint and save after every second step, for ever."""
     os.environ.update(environment)  # the processes fork from a server that may be older than the store
     run = made(side)
-    newest = ranks.broadcast(catalog.newest(home))
+    newest = ranks.broadcast(catalog.newest(root))
     step = 0
     if newest is not None:
         checkpoint_state.load(newest, *run, ranks)
         step = read_meta(newest).step
         assert_is_of(run, step)
-    with open_saver(home, run[1], ranks, keep=2) as saver:
+    with open_saver(root, run[1], ranks, keep=2) as saver:
         while True:
             run[1].step()  # without gradients: what waits for the copy of the last save
             step += 1
@@ -76,34 +76,34 @@ def train(ranks: Ranks, home: Location, side: int, environment: dict[str, str]) 
                 saver.save(*run, meta(step, world_size=2))
 
 
-def newest_step(home: Location) -> int:
-    newest = catalog.newest(home)
+def newest_step(root: Location) -> int:
+    newest = catalog.newest(root)
     return 0 if newest is None else read_meta(newest).step
 
 
-def unfinished(home: Location) -> list[Path]:
+def unfinished(root: Location) -> list[Path]:
     """Folders of checkpoints that are not whole."""
-    assert isinstance(home, Path)
-    left = home.glob("checkpoints/*.partial")
+    assert isinstance(root, Path)
+    left = root.glob("checkpoints/*.partial")
     return [path for path in left if not path.name.endswith(".deleted.partial")]
 
 
-def kill_at_random(home: Location, side: int, chance: random.Random, *, aimed: bool = False, **environment: str) -> int:
+def kill_at_random(root: Location, side: int, chance: random.Random, *, aimed: bool = False, **environment: str) -> int:
     """Start the ranks, kill both or one of them at a random moment, end the other; the newest step afterwards.
 
     aimed: at the next moment, after that one, in which a checkpoint is being written.
     """
-    begun = newest_step(home)
-    with started_ranks(2, train, home, side, environment) as (processes, receivers):
+    begun = newest_step(root)
+    with started_ranks(2, train, root, side, environment) as (processes, receivers):
         until = time.monotonic() + 60
-        while newest_step(home) == begun:
+        while newest_step(root) == begun:
             assert not receivers[0].poll(), receivers[0].recv_bytes().decode(errors="replace")
             assert time.monotonic() < until
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.8))
-        while aimed and not unfinished(home) and time.monotonic() < until:
+        while aimed and not unfinished(root) and time.monotonic() < until:
             time.sleep(0.001)
-        before = newest_step(home)
+        before = newest_step(root)
         doomed = chance.choice([processes, processes[:1], processes[1:]])
         for process in doomed:
             assert process.pid
@@ -113,10 +113,10 @@ def kill_at_random(home: Location, side: int, chance: random.Random, *, aimed: b
         time.sleep(0.2)  # what the other one does with it
         for process in processes:
             process.kill()  # as Ray does
-    step = newest_step(home)
+    step = newest_step(root)
     assert step >= before > begun
     run = made(side)
-    newest = catalog.newest(home)
+    newest = catalog.newest(root)
     assert newest is not None
     checkpoint_state.load(newest, *run, Ranks())
     assert_is_of(run, step)
@@ -146,16 +146,16 @@ def test_after_kills_in_the_middle_of_uploading_the_newest_is_whole(
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     fsspec.filesystem("s3").clear_instance_cache()
-    home = Url("s3://sets/runs/tiny-1")
+    root = Url("s3://sets/runs/tiny-1")
     try:
         chance, step = random.Random(3), 0
         for _ in range(5):
-            step = kill_at_random(home, SIDE // 2, chance, **server.environment)
-        catalog.prune(home, keep=1)
-        assert newest_step(home) == step
-        names = {name.rpartition("/")[2] for name in storage.listing(str(home))}
+            step = kill_at_random(root, SIDE // 2, chance, **server.environment)
+        catalog.prune(root, keep=1)
+        assert newest_step(root) == step
+        names = {name.rpartition("/")[2] for name in storage.listing(str(root))}
         assert names == {"meta.json", ".metadata", "__0_0.distcp", "__1_0.distcp"}
-        assert len(storage.listing(str(home))) == 4
+        assert len(storage.listing(str(root))) == 4
     finally:
         server.stop()
         fsspec.filesystem("s3").clear_instance_cache()

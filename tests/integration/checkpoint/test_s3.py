@@ -23,7 +23,7 @@ from tests.support.command import until
 from tests.support.ranks import run_ranks
 from tests.support.s3_server import S3Server
 
-HOME = Url("s3://sets/runs/tiny-1")
+ROOT = Url("s3://sets/runs/tiny-1")
 Run = tuple[nn.Module, torch.optim.Optimizer]
 
 
@@ -42,8 +42,8 @@ def _client(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         monkeypatch.setenv(name, value)
     fsspec.filesystem("s3").clear_instance_cache()
     yield
-    for name in storage.listing(str(HOME)):
-        storage.remove(str(HOME / name))
+    for name in storage.listing(str(ROOT)):
+        storage.remove(str(ROOT / name))
     fsspec.filesystem("s3").clear_instance_cache()
 
 
@@ -69,7 +69,7 @@ def values(run: Run) -> dict[str, torch.Tensor]:
 
 def loaded(number: int) -> dict[str, torch.Tensor]:
     run = made(99)
-    checkpoint_state.load(catalog.folder_of(HOME, number), *run, Ranks())
+    checkpoint_state.load(catalog.folder_of(ROOT, number), *run, Ranks())
     return values(run)
 
 
@@ -82,7 +82,7 @@ def save_of_ranks(ranks: Ranks, environment: dict[str, str]) -> dict[str, torch.
     """Three saves, one after the other in the saver's thread, of which two stay."""
     os.environ.update(environment)  # the processes fork from a server that may be older than the store
     run = made(1, ranks)
-    with open_saver(HOME, run[1], ranks, keep=2) as saver:
+    with open_saver(ROOT, run[1], ranks, keep=2) as saver:
         for number in range(3):
             kept = values(run)
             saver.save(*run, meta(number))
@@ -92,7 +92,7 @@ def save_of_ranks(ranks: Ranks, environment: dict[str, str]) -> dict[str, torch.
 
 def load_of_ranks(ranks: Ranks, environment: dict[str, str]) -> dict[str, torch.Tensor]:
     os.environ.update(environment)
-    newest = catalog.newest(HOME)
+    newest = catalog.newest(ROOT)
     assert newest is not None
     run = made(5 + ranks.rank, ranks)
     checkpoint_state.load(newest, *run, ranks)
@@ -101,10 +101,10 @@ def load_of_ranks(ranks: Ranks, environment: dict[str, str]) -> dict[str, torch.
 
 def test_two_ranks_save_to_the_store_and_any_number_loads_from_it(server: S3Server) -> None:
     kept, _ = run_ranks(2, save_of_ranks, server.environment)
-    assert [str(path) for path in catalog.list_checkpoints(HOME)] == [
-        f"{HOME}/checkpoints/step-0000000{n}" for n in (1, 2)
+    assert [str(path) for path in catalog.list_checkpoints(ROOT)] == [
+        f"{ROOT}/checkpoints/step-0000000{n}" for n in (1, 2)
     ]
-    names = [name for name in storage.listing(str(HOME)) if name.endswith(".distcp")]
+    names = [name for name in storage.listing(str(ROOT)) if name.endswith(".distcp")]
     assert sorted(name.rpartition("/")[2] for name in names) == ["__0_0.distcp"] * 2 + ["__1_0.distcp"] * 2
     assert_same(loaded(2), kept)
     for of_rank in run_ranks(2, load_of_ranks, server.environment):
@@ -115,7 +115,7 @@ def test_store_that_is_away_for_a_while_delays_a_checkpoint_and_loses_none(
     server: S3Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = made(1)
-    with open_saver(HOME, run[1], Ranks(), keep=2) as saver:
+    with open_saver(ROOT, run[1], Ranks(), keep=2) as saver:
         saver.save(*run, meta(1))
         saver.finish()
         server.stop()
@@ -136,7 +136,7 @@ def test_a_store_that_breaks_ends_in_one_line_and_what_it_holds_stays(
     kept = values(run)
 
     def train() -> None:
-        with open_saver(HOME, run[1], Ranks(), keep=2) as saver:
+        with open_saver(ROOT, run[1], Ranks(), keep=2) as saver:
             saver.save(*run, meta(1))
             saver.finish()
             server.stop()
@@ -152,7 +152,7 @@ def test_a_store_that_breaks_ends_in_one_line_and_what_it_holds_stays(
         server.start()
     assert "\n" not in str(caught.value)
     assert "earlier checkpoints are intact: restore the store" in str(caught.value)
-    assert catalog.newest(HOME) == catalog.folder_of(HOME, 1)
+    assert catalog.newest(ROOT) == catalog.folder_of(ROOT, 1)
     assert_same(loaded(1), kept)
 
 

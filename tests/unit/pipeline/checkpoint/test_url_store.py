@@ -26,19 +26,19 @@ from tests.support.runs import Kill, KillingTracker, start
 
 
 @pytest.fixture
-def home() -> Iterator[Url]:
+def root() -> Iterator[Url]:
     yield Url("memory://bucket/runs/tiny-1")
     fsspec.filesystem("memory").store.clear()
 
 
-def save(home: Location, step: int, seed: int = 0) -> Location:
-    return save_checkpoint(home, *small(seed), meta(step), Ranks())
+def save(root: Location, step: int, seed: int = 0) -> Location:
+    return save_checkpoint(root, *small(seed), meta(step), Ranks())
 
 
-def files(home: Url) -> list[str]:
+def files(root: Url) -> list[str]:
     """Names below the run's checkpoints, with each state folder's random name as `*`."""
     found = []
-    for name in storage.listing(str(home / "checkpoints")):
+    for name in storage.listing(str(root / "checkpoints")):
         step, *rest = name.split("/")
         found.append("/".join([step[-1], *(["*", rest[1]] if len(rest) == 2 else rest)]))
     return sorted(found)
@@ -53,14 +53,14 @@ def test_checkpoints_are_in_the_run_folder_or_below_the_store(tmp_path: Path) ->
     assert checkpoint_root("s3://bucket/runs/", folder) == Url("s3://bucket/runs/name-1")
 
 
-def test_saved_state_is_loaded_and_metadata_is_written_last(home: Url, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_state_is_loaded_and_metadata_is_written_last(root: Url, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     write = storage.write
     monkeypatch.setattr(storage, "write", lambda url, content: (written.append(url), write(url, content)))
-    path = save(home, 3, seed=1)
+    path = save(root, 3, seed=1)
     assert str(path) == "memory://bucket/runs/tiny-1/checkpoints/step-00000003"
     assert written[-1] == f"{path}/meta.json"
-    assert files(home) == ["3/*/.metadata", "3/*/__0_0.distcp", "3/meta.json"]
+    assert files(root) == ["3/*/.metadata", "3/*/__0_0.distcp", "3/meta.json"]
     other = small(2)
     checkpoint_state.load(path, *other, Ranks())
     assert_same_state(other, small(1))
@@ -69,34 +69,34 @@ def test_saved_state_is_loaded_and_metadata_is_written_last(home: Url, monkeypat
     assert torch.equal(model.state_dict()["0.weight"], small(1)[0].state_dict()["0.weight"])
 
 
-def test_metrics_best_and_pruning_work_as_in_a_folder(home: Url) -> None:
+def test_metrics_best_and_pruning_work_as_in_a_folder(root: Url) -> None:
     for step, ap in ((1, 0.1), (2, 0.4), (3, 0.4), (4, 0.3)):
-        catalog.write_evaluation(save(home, step), {"AP": ap})
-    path = save(home, 5)
+        catalog.write_evaluation(save(root, step), {"AP": ap})
+    path = save(root, 5)
     assert catalog.read_evaluation(path) is None
     assert read_meta(path).best == Best(3, 0.4)
-    found = catalog.best(home)
+    found = catalog.best(root)
     assert found is not None
     assert (found[0].name, found[1]) == ("step-00000003", {"AP": 0.4})
-    catalog.prune(home, keep=1)
-    assert [path.name[-1] for path in catalog.list_checkpoints(home)] == ["3", "5"]
-    assert {name[0] for name in files(home)} == {"3", "5"}
+    catalog.prune(root, keep=1)
+    assert [path.name[-1] for path in catalog.list_checkpoints(root)] == ["3", "5"]
+    assert {name[0] for name in files(root)} == {"3", "5"}
 
 
-def test_checkpoints_without_metadata_are_ignored_and_pruned(home: Url) -> None:
-    save(home, 1)
-    storage.remove(str(save(home, 2) / "meta.json"))
-    storage.write(str(home / "checkpoints" / "step-00000003" / "0123" / "__0_0.distcp"), b"half")
-    assert catalog.newest(home) == catalog.folder_of(home, 1)
-    catalog.prune(home, keep=9)
-    assert files(home) == ["1/*/.metadata", "1/*/__0_0.distcp", "1/meta.json"]
+def test_checkpoints_without_metadata_are_ignored_and_pruned(root: Url) -> None:
+    save(root, 1)
+    storage.remove(str(save(root, 2) / "meta.json"))
+    storage.write(str(root / "checkpoints" / "step-00000003" / "0123" / "__0_0.distcp"), b"half")
+    assert catalog.newest(root) == catalog.folder_of(root, 1)
+    catalog.prune(root, keep=9)
+    assert files(root) == ["1/*/.metadata", "1/*/__0_0.distcp", "1/meta.json"]
 
 
 def test_a_killed_attempt_keeps_the_earlier_checkpoint_and_is_removed(
-    home: Url, monkeypatch: pytest.MonkeyPatch
+    root: Url, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even for the same step: the earlier checkpoint counts until the new `meta.json` replaces its own."""
-    path = save(home, 3, seed=1)
+    path = save(root, 3, seed=1)
     write = storage.write
 
     def killed(url: str, content: bytes) -> None:
@@ -107,45 +107,45 @@ def test_a_killed_attempt_keeps_the_earlier_checkpoint_and_is_removed(
     with monkeypatch.context() as patch:
         patch.setattr(storage, "write", killed)
         with pytest.raises(Kill):
-            save(home, 3, seed=2)
-    assert len(files(home)) == 5
+            save(root, 3, seed=2)
+    assert len(files(root)) == 5
     loaded = small(9)
     checkpoint_state.load(path, *loaded, Ranks())
     assert_same_state(loaded, small(1))
-    catalog.prune(home, keep=9)
-    assert len(files(home)) == 3
+    catalog.prune(root, keep=9)
+    assert len(files(root)) == 3
     checkpoint_state.load(path, *loaded, Ranks())
     assert_same_state(loaded, small(1))
-    save(home, 3, seed=5)
-    catalog.prune(home, keep=9)
-    assert len(files(home)) == 3
+    save(root, 3, seed=5)
+    catalog.prune(root, keep=9)
+    assert len(files(root)) == 3
     checkpoint_state.load(path, *loaded, Ranks())
     assert_same_state(loaded, small(5))
 
 
-def test_deleting_removes_the_metadata_first(home: Url, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deleting_removes_the_metadata_first(root: Url, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 2):
-        save(home, step)
+        save(root, step)
     removed: list[str] = []
     remove = storage.remove
     monkeypatch.setattr(storage, "remove", lambda url: (removed.append(url), remove(url)))
-    catalog.prune(home, keep=1)
+    catalog.prune(root, keep=1)
     assert removed[0].endswith("step-00000001/meta.json")
     assert len(removed) == 3
 
 
-def test_a_damaged_checkpoint_in_a_store_is_one_clear_error(home: Url) -> None:
-    path = save(home, 3)
+def test_a_damaged_checkpoint_in_a_store_is_one_clear_error(root: Url) -> None:
+    path = save(root, 3)
     with pytest.raises(CheckpointError, match=r"step-00000009/meta\.json cannot be read"):
-        checkpoint_state.load_weights(catalog.folder_of(home, 9), small(0)[0])
+        checkpoint_state.load_weights(catalog.folder_of(root, 9), small(0)[0])
     data = next(name for name in storage.listing(str(path)) if name.endswith(".distcp"))
     storage.write(str(path / data), storage.read(str(path / data))[:900])
     with pytest.raises(CheckpointError, match="does not fit this model or is damaged"):
         checkpoint_state.load(path, *small(0), Ranks())
 
 
-def test_a_refused_write_is_one_line_and_keeps_earlier_checkpoints(home: Url, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(home, 1)
+def test_a_refused_write_is_one_line_and_keeps_earlier_checkpoints(root: Url, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(root, 1)
 
     def refuse(url: str, *_: object) -> None:
         raise ShardError(f"{url}: access denied")
@@ -155,18 +155,18 @@ def test_a_refused_write_is_one_line_and_keeps_earlier_checkpoints(home: Url, mo
         with pytest.raises(
             CheckpointError, match=r"could not be written .*access denied.*earlier checkpoints"
         ) as caught:
-            save(home, 2)
+            save(root, 2)
     assert "\n" not in str(caught.value)
     read = storage.read
     with monkeypatch.context() as patch:
         patch.setattr(storage, "read", lambda url: refuse(url) if url.endswith(".distcp") else read(url))
         with pytest.raises(CheckpointError, match=r"step-00000001 cannot be read .*access denied"):
-            checkpoint_state.load(catalog.folder_of(home, 1), *small(0), Ranks())
-    assert catalog.newest(home) == catalog.folder_of(home, 1)
+            checkpoint_state.load(catalog.folder_of(root, 1), *small(0), Ranks())
+    assert catalog.newest(root) == catalog.folder_of(root, 1)
 
 
 def test_a_store_is_tried_before_a_run_exists(
-    tiny_config: RunConfig, home: Url, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: RunConfig, root: Url, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stored(store: str) -> RunConfig:
         return replace(tiny_config, storage=str(tmp_path), checkpoint=replace(tiny_config.checkpoint, store=store))
@@ -208,7 +208,7 @@ def test_a_store_is_tried_before_a_run_exists(
         check_storage(stored("s3://me:secret@host/runs"))
 
 
-def test_a_killed_run_continues_from_the_store(tiny_config: RunConfig, home: Url, tmp_path: Path) -> None:
+def test_a_killed_run_continues_from_the_store(tiny_config: RunConfig, root: Url, tmp_path: Path) -> None:
     config = replace(
         tiny_config, checkpoint=replace(tiny_config.checkpoint, every_steps=2, store="memory://bucket/runs")
     )
@@ -219,10 +219,10 @@ def test_a_killed_run_continues_from_the_store(tiny_config: RunConfig, home: Url
     tracker = MemoryTracker()
     run(config, run_info, Ranks(), tracker)
     assert [step for name, _, step in tracker.points if name == "train/loss"] == [4, 5, 6]
-    assert tracker.checkpoints[-1] == (f"{home}/checkpoints/step-00000006", 6)
-    found = catalog.best(home)
+    assert tracker.checkpoints[-1] == (f"{root}/checkpoints/step-00000006", 6)
+    found = catalog.best(root)
     assert found is not None
     plain = start(tiny_config, tmp_path / "plain")
     run(tiny_config, plain, Ranks(), None)
     other = catalog.read_evaluation(catalog.folder_of(plain.folder, 6))
-    assert catalog.read_evaluation(catalog.folder_of(home, 6)) == other is not None
+    assert catalog.read_evaluation(catalog.folder_of(root, 6)) == other is not None
