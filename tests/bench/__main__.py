@@ -1,4 +1,4 @@
-"""`python -m tests.bench`: this package beside the original, as ratios. `--help` says more.
+"""Comparison of this package with the original, as ratios: `python -m tests.bench`; `--help` lists the options.
 
 `PEER_DETR` names a checkout of the original; without one, only this package is timed. Figures belong in
 `BENCHMARKS.md`, with the device and the command.
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def criterion(device: str, rounds: int) -> list[Row]:
-    """Matching and losses, forward and backward, at 6 layers and 100 queries."""
+    """Measure matching and losses, forward and backward, at 6 layers and 100 queries."""
     rows = []
     for images, boxes in ((8, 7), (8, 30), (32, 7), (64, 7)):
         works = {OURS: cases.criterion_ours(images, boxes, device)}
@@ -59,12 +59,12 @@ def criterion(device: str, rounds: int) -> list[Row]:
 
 
 def step(device: str, rounds: int) -> list[Row]:
-    """A training step of R50 on 4 images of 640 x 640, and its peak memory."""
+    """Measure a training step of R50 on 4 images of 640 x 640, and its peak memory."""
     return _add_peaks(_compare("training step, R50, 4 x 640 x 640", _steps(device), rounds, device), device)
 
 
 def inference(device: str, rounds: int) -> list[Row]:
-    """R50 on one image of 800 x 1066."""
+    """Measure inference of R50 on one image of 800 x 1066."""
     images = torch.randn(1, 3, 800, 1066, generator=torch.Generator().manual_seed(0)).to(device)
     works = {
         OURS: cases.inference_ours(images, None, Options()),
@@ -76,9 +76,11 @@ def inference(device: str, rounds: int) -> list[Row]:
 
 
 def recompute(device: str, rounds: int) -> list[Row]:
-    """What activation checkpointing saves and costs in a training step of R50 on 4 images of 640 x 640."""
+    """Measure the time and memory of activation checkpointing in a training step of R50 on 4 images of 640 x 640."""
     images = _images(device)
-    works = {f"recompute {parts}": cases.step_ours(images, None, 7, Options(recompute=parts)) for parts in RECOMPUTE}
+    works = {
+        f"recompute {modules}": cases.step_ours(images, None, 7, Options(recompute=modules)) for modules in RECOMPUTE
+    }
     return _add_peaks(_compare("activation checkpointing, R50, 4 x 640 x 640", works, rounds, device), device)
 
 
@@ -125,7 +127,7 @@ def _add_peaks(rows: list[Row], device: str) -> list[Row]:
 
 
 def _peak(side: str, device: str) -> int:
-    """Peak memory of one side's training step in a process of its own, which nothing before it has shaped."""
+    """Return the peak memory of one side's training step, measured in a process of its own."""
     command = [sys.executable, "-m", "tests.bench", "--device", device, "--memory", side]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -161,7 +163,7 @@ RECOMPUTE = ("none", "encoder", "backbone", "both")
 
 
 def _data(module: str, function: str) -> Callable[[str, int], list[Row]]:
-    """A case of other packages, which a machine that trains only `detr` may lack: imported when it runs."""
+    """Return a case that imports its packages when it runs; a machine that trains only `detr` may lack them."""
     return lambda device, rounds: getattr(importlib.import_module(f"tests.bench.{module}"), function)(device, rounds)
 
 
@@ -180,7 +182,7 @@ CASES: dict[str, Callable[[str, int], list[Row]]] = {
     "orchestration": _data("orchestration", "orchestration"),
     "checkpointing": _data("checkpointing", "checkpointing"),
 }
-# A case says nothing there; it still runs if asked for.
+# Cases that measure nothing useful on a device; they still run if asked for.
 LEFT_OUT = {
     "cuda": ("parsing", "writing", "loading", "planning", "padding", "streaming", "orchestration"),
     "cpu": ("train",),

@@ -1,4 +1,4 @@
-"""What is compared: the same work done by this package and by the original, on the same inputs and weights."""
+"""The work that is compared: done by this package and by the original, on the same inputs and weights."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ def peer_targets(ours: Sequence[Target], device: str) -> list[dict[str, Tensor]]
 
 
 def criterion_ours(images: int, boxes: int, device: str) -> Work:
-    """Matching, losses of all layers and their gradients with respect to logits and boxes."""
+    """Return the work of matching, the losses of all layers, and their gradients by logits and boxes."""
     *auxiliary, last = layers = [Outputs(*layer) for layer in _predictions(images, device)]
     truth, config = targets(images, boxes), LossConfig()
     leaves = [leaf for layer in layers for leaf in layer[:2]]
@@ -52,7 +52,7 @@ def criterion_ours(images: int, boxes: int, device: str) -> Work:
 
 
 def criterion_peer(images: int, boxes: int, device: str) -> Work:
-    """As `criterion_ours`, by the original's `SetCriterion`."""
+    """Return the same work as `criterion_ours`, done by the original's `SetCriterion`."""
     *auxiliary, last = layers = [
         {"pred_logits": logits, "pred_boxes": boxes} for logits, boxes in _predictions(images, device)
     ]
@@ -70,7 +70,7 @@ def criterion_peer(images: int, boxes: int, device: str) -> Work:
 
 
 def _predictions(images: int, device: str) -> list[tuple[Tensor, Tensor]]:
-    """Logits and boxes of each layer, leaves that take gradients."""
+    """Return logits and boxes of each layer, leaves with gradients."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for _ in range(LAYERS):
@@ -82,7 +82,7 @@ def _predictions(images: int, device: str) -> list[tuple[Tensor, Tensor]]:
 
 @dataclass(frozen=True)
 class Options:
-    """How this package's model is run; the defaults are those of training."""
+    """Options of this package's model; the defaults are those of training."""
 
     channels_last: bool = True
     precision: Precision = "fp32"
@@ -94,7 +94,7 @@ Step = Callable[[Tensor, Tensor | None, Sequence[Target]], Tensor]
 
 
 def training_ours(options: Options, device: str) -> Step:
-    """Return one training step of R50: forward, losses, backward, clip, the look at the gradient, AdamW."""
+    """Return one training step of R50: forward, losses, backward, clip, the check of the gradient, AdamW."""
     model = build_model(ModelConfig(), CLASSES).to(device).train()
     configure(model, options)
     optimizer = torch.optim.AdamW(groups(model), lr=1e-4, weight_decay=1e-4, fused=True)
@@ -102,7 +102,7 @@ def training_ours(options: Options, device: str) -> Step:
     config = LossConfig()
 
     def step(images: Tensor, padding: Tensor | None, truth: Sequence[Target]) -> Tensor:
-        optimizer.zero_grad()  # where a run does it: the last gradients are gone before the activations come
+        optimizer.zero_grad()  # as in a run: the last gradients are freed before the activations are allocated
         with autocast(images.device, options.precision):
             outputs = model(images, padding)
         boxes = sum(len(target.labels) for target in truth)
@@ -117,7 +117,7 @@ def training_ours(options: Options, device: str) -> Step:
 
 
 def training_peer(precision: Precision, device: str) -> Step:
-    """As `training_ours`, as the original's `engine.py` does it, with its look at the loss in every step."""
+    """Return the step of the original's `engine.py`, which reads the loss in every step."""
     model, criterion = peer.build(device=device)
     model.train()
     criterion.train()
@@ -141,17 +141,17 @@ def training_peer(precision: Precision, device: str) -> Step:
 
 
 def step_ours(images: Tensor, padding: Tensor | None, boxes: int, options: Options) -> Work:
-    """One training step of this package on always the same batch."""
+    """Return one training step of this package, always on the same batch."""
     return partial(training_ours(options, images.device.type), images, padding, targets(len(images), boxes))
 
 
 def step_peer(images: Tensor, padding: Tensor | None, boxes: int) -> Work:
-    """As `step_ours`, by the original."""
+    """Return the same step as `step_ours`, done by the original."""
     return partial(training_peer("fp32", images.device.type), images, padding, targets(len(images), boxes))
 
 
 def inference_ours(images: Tensor, padding: Tensor | None, options: Options) -> Work:
-    """Boxes and scores of R50 in evaluation mode."""
+    """Return the inference of R50 in evaluation mode."""
     model = build_model(ModelConfig(), CLASSES).to(images.device).eval()
     configure(model, options)
 
@@ -165,7 +165,7 @@ def inference_ours(images: Tensor, padding: Tensor | None, options: Options) -> 
 
 
 def inference_peer(images: Tensor, padding: Tensor | None, precision: Precision = "fp32") -> Work:
-    """As `inference_ours`, by the original; in inference mode too, which its own evaluation is not."""
+    """Return the same inference by the original, also in inference mode, which its own evaluation does not use."""
     model, _ = peer.build(device=images.device.type)
     model.eval()
     samples = peer.nested(images, mask(images, padding))
@@ -193,7 +193,7 @@ def mask(images: Tensor, padding: Tensor | None) -> Tensor:
 
 
 def groups(model: nn.Module) -> list[dict[str, object]]:
-    """The original's two groups: the backbone learns at a tenth of the rate."""
+    """Return the original's two parameter groups: the backbone learns at a tenth of the rate."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [
         {"params": [parameter for name, parameter in named if "backbone" not in name]},

@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint of R50 with AdamW: written beside it, and waited for.
+"""Seconds that training waits for a checkpoint of R50 with AdamW, asynchronous and synchronous.
 
 Real training steps come between the saves. Their images are small, so that a step is short and hides little.
 """
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 def checkpointing(device: str, rounds: int) -> list[Row]:
-    """Seconds per save that training waits for it, as the median of `rounds` saves each way, in turn."""
+    """Measure the seconds that training waits per save: the median of `rounds` saves each way, alternating."""
     config = RECIPES["detr-r50"]
     config = replace(config, model=replace(config.model, backbone_weights="random"))
     ranks = Ranks(device=torch.device(device))

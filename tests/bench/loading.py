@@ -1,8 +1,8 @@
-"""Loaders beside the original's: CPU seconds per image, from files to padded batches, each side in a process of its own.
+"""CPU seconds per image of this package's loaders and the original's, from files to padded batches.
 
-CPU time and not wall time, because loaders compete with training for the host's cores; it counts threads and worker
-processes alike. The original hands over normalised floats. Here images stay bytes until they are on the device, which
-normalises them; what that would cost on this CPU is a row of its own.
+Each side runs in a process of its own. CPU time and not wall time, because loaders compete with training for the host's
+cores; it counts threads and worker processes alike. The original hands over normalised floats. Here images stay bytes
+until they are on the device, which normalises them; what that would cost on this CPU is a row of its own.
 
 `DETR_COCO_TINY` names a folder with real COCO images (`train2017`, `annotations/instances_train2017.json`).
 """
@@ -31,7 +31,7 @@ ORIGINAL = "original, 2 workers"
 
 
 def loading(device: str, rounds: int) -> list[dict[str, Any]]:
-    """The training loader's CPU time per image at batch 4, relative to the original's."""
+    """Measure the training loader's CPU time per image at batch 4, relative to the original's."""
     sides = [side for side in SIDES if not (side.startswith("original") and peer.missing())]
     with tempfile.TemporaryDirectory() as folder:
         _write(Path(folder))
@@ -136,9 +136,9 @@ def _main() -> None:
 
 
 def _cpu_seconds() -> float:
-    """Of this process, its threads, and its children that have ended."""
+    """Return the CPU seconds of this process, its threads, and its children that have ended."""
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(one.ru_utime + one.ru_stime for one in used)
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What a run costs beside its steps: the demo's model in a bare loop, and in a real run of `detr train`.
+"""Cost of a run beside its steps: the demo's model in a bare loop, and in a real run of `detr train`.
 
-The bare loop is `train_step` over the loader and nothing else, in a process of its own. The whole is a Ray Train worker with
-the breakdown, the tracker (to a real SQLite MLflow, watched by the driver once a second) and checkpoints, as often as the
-demo writes them. Both take the same steps on the same images in turn, one waiting while the other runs, so that what else
-the machine does falls on both. Turns begin and end half-way between two log points, and checkpoints are written at log
-points, so that what is done aside is finished within the turn. Ray's own processes and the driver run beside both: their CPU
-seconds are told apart. What the run says on stderr of waiting for data is the other's turn.
+The bare loop is `train_step` over the loader and nothing else, in a process of its own. The full run is a Ray Train
+worker with the step timer, the tracker (to a real SQLite MLflow, watched by the driver once a second) and checkpoints,
+as often as the demo writes them. Both take the same steps on the same images in turn, one waiting while the other runs,
+so that other load of the machine affects both. Turns begin and end half-way between two log points, and checkpoints are
+written at log points, so that background work is finished within the turn. The CPU seconds of Ray's own processes and
+of the driver, which run beside both, are reported separately. Waits for data that the run reports on stderr are the
+bare loop's turns.
 """
 
 import json
@@ -39,13 +40,13 @@ _DRIVER = "DETR_BENCH_DRIVER"
 
 
 def orchestration(device: str, rounds: int) -> list[Row]:
-    """Milliseconds and CPU milliseconds per step of both, and their ratios."""
+    """Measure milliseconds and CPU milliseconds per step of both, and their ratios."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         turns = _run(Path(folder), rounds)
-    bare, whole = turns["bare"], turns["whole"]
+    bare, full = turns["bare"], turns["full"]
     rows = []
     for unit, what in (("s", "time"), ("cpu_s", "CPU")):
-        mine, its = (_per_step_ms(side, unit) for side in (whole, bare))
+        mine, its = (_per_step_ms(side, unit) for side in (full, bare))
         ratios = [a / b for a, b in zip(mine, its, strict=True)]
         rows.append(
             {
@@ -54,8 +55,8 @@ def orchestration(device: str, rounds: int) -> list[Row]:
             }
         )  # fmt: skip
         print(
-            f"orchestration, {what:5} per step   bare {median(its):7.2f} ms, whole {median(mine):7.2f} ms, "
-            f"ratio {median(ratios):.4f} (of {len(ratios)} rounds: {', '.join(f'{one:.3f}' for one in ratios)})",
+            f"orchestration, {what:5} per step   bare {median(its):7.2f} ms, full {median(mine):7.2f} ms, "
+            f"ratio {median(ratios):.4f} (of {len(ratios)} rounds: {', '.join(f'{ratio:.3f}' for ratio in ratios)})",
             flush=True,
         )
     rows.append({"case": "orchestration", "side": "Ray and driver", "cpu_share": turns["beside"]})
@@ -66,8 +67,8 @@ def orchestration(device: str, rounds: int) -> list[Row]:
 
 
 def _per_step_ms(turns: list[dict[str, float]], unit: str) -> list[float]:
-    """Of each round."""
-    sums = [sum(one[unit] for one in turns[at : at + ROUND]) for at in range(0, len(turns), ROUND)]
+    """Return the milliseconds per step of each round."""
+    sums = [sum(turn[unit] for turn in turns[at : at + ROUND]) for at in range(0, len(turns), ROUND)]
     return [seconds / (ROUND * TURN) * 1e3 for seconds in sums]
 
 
@@ -86,7 +87,7 @@ def _run(folder: Path, rounds: int) -> dict[str, Any]:
         storage=str(folder / "runs"),
         model=replace(config.model, backbone_weights="random"),
         data=replace(config.data, train=str(folder / "train"), val=str(folder / "val"), built_in=False),
-        # Weights that nobody has trained stay finite.
+        # Untrained weights stay finite.
         optim=replace(config.optim, lr=1e-7, lr_backbone=1e-7, max_steps=WARM + rounds * ROUND * TURN + 1),
         evaluate=replace(config.evaluate, every=config.optim.epochs, limit=2),
         checkpoint=replace(config.checkpoint, every_steps=ROUND * TURN),
@@ -101,12 +102,12 @@ def _run(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def _measured_worker(job: "WorkerJob") -> None:
-    """In Ray's worker: the real one, with a gate in its stream of batches at which the bare loop has its turn."""
+    """Run the real worker, with a gate in its stream of batches at which the bare loop has its turn."""
     from pipeline.cluster.worker import train_in_ray
     from pipeline.config import to_json
     from pipeline.training import loop
 
-    turns: dict[str, Any] = {"whole": [], "bare": []}
+    turns: dict[str, Any] = {"full": [], "bare": []}
     original = loop.training_batches
     with _bare_loop(to_json(job.config).decode()) as bare_turn:
 
@@ -117,7 +118,7 @@ def _measured_worker(job: "WorkerJob") -> None:
                     began_s, beside_cpu_s = time.perf_counter(), _beside_cpu_s()
                     start = _now()
                 elif number > WARM and (number - WARM) % TURN == 0:
-                    turns["whole"].append(_since(start))
+                    turns["full"].append(_since(start))
                     turns["bare"].append(bare_turn())
                     turns["beside"] = (_beside_cpu_s() - beside_cpu_s) / (time.perf_counter() - began_s)
                     start = _now()
@@ -130,7 +131,7 @@ def _measured_worker(job: "WorkerJob") -> None:
 
 @contextmanager
 def _bare_loop(config: str) -> Iterator[Callable[[], dict[str, float]]]:
-    """The other process, warm; a call gives it its turn."""
+    """Yield a function that gives the bare loop's process, warmed up, its turn."""
     command = [sys.executable, "-m", "tests.bench.orchestration"]
     root = Path(__file__).parents[2]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as process:
@@ -149,7 +150,7 @@ def _bare_loop(config: str) -> Iterator[Callable[[], dict[str, float]]]:
 
 
 def _bare() -> None:
-    """A turn of the bare loop for each line of stdin after the first, which is the configuration."""
+    """Run a turn of the bare loop for each line of stdin after the first, which is the configuration."""
     from detr.compute import set_channels_last
     from pipeline.config import from_json
     from pipeline.data.loader import training_batches
@@ -196,7 +197,7 @@ def _since(start: tuple[float, float]) -> dict[str, float]:
 
 
 def _beside_cpu_s() -> float:
-    """Of the driver and of all that it has started but this worker and the bare loop."""
+    """Return the CPU seconds of the driver and all its processes except this worker and the bare loop."""
     driver = psutil.Process(int(os.environ[_DRIVER]))
     me = psutil.Process()
     mine = {me.pid, *(child.pid for child in me.children())}

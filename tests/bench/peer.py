@@ -1,6 +1,6 @@
 """The original's code, from a checkout that `PEER_DETR` names, made to run on today's torchvision.
 
-Nothing of it is copied here. The checkout stays as it is: what stops it from running today is replaced in memory.
+Nothing of it is copied here, and the checkout stays unchanged: code that no longer runs is replaced in memory.
 """
 
 import importlib
@@ -15,7 +15,7 @@ VARIABLE = "PEER_DETR"
 
 
 def missing() -> str:
-    """Why there is no peer to compare with; empty where there is one."""
+    """Return the reason why the original cannot be run; empty if it can."""
     folder = os.environ.get(VARIABLE, "")
     if not folder:
         return f"{VARIABLE} names no checkout of the original (https://github.com/facebookresearch/detr)"
@@ -61,12 +61,12 @@ def build(*, dilation: bool = False, dropout: float = 0.1, masks: bool = False, 
 
 
 def nested(images: Any, padding: Any) -> Any:
-    """The original's padded batch."""
+    """Return the original's padded batch."""
     return _import("util.misc").NestedTensor(images, padding)
 
 
 def training_loader(coco: Path, batch_size: int, workers: int) -> Any:
-    """The original's training set and loader over a COCO folder, as its main.py makes them."""
+    """Return the original's training set and loader over a COCO folder, as its main.py makes them."""
     from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
     options = Namespace(coco_path=str(coco), masks=False, dataset_file="coco")

@@ -1,6 +1,6 @@
-"""What a plan costs: seconds and memory of an epoch, by the number of images, and of a rank of very many; and padding.
+"""Seconds and memory of the plan of an epoch, by the number of images, and of one of 1,024 ranks; and padding.
 
-Memory is measured in processes of their own, as what they take beyond their imports.
+Memory is measured in separate processes, beyond that of their imports.
 """
 
 import argparse
@@ -36,19 +36,19 @@ MANY = 100_000_000
 
 
 def planning(device: str, rounds: int) -> list[Row]:
-    """Seconds of an epoch's plan, memory of one rank of 1,024, and how both grow with the images."""
+    """Measure seconds and memory of an epoch's plan on one of 1,024 ranks, and their growth with the images."""
     rows = [_time(name, COCO_IMAGES, rounds) for name in KINDS]
     with tempfile.TemporaryDirectory() as folder:
         found = _in_its_own_process("--rank", str(write_simulated(Path(folder))))
     rows.append({"case": "plan", "side": f"one rank of {RANKS}, index included", **found})
     print(f"plan, {rows[-1]['side']:44} " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))
     growth = [_in_its_own_process("--images", str(images)) for images in GROWTH]
-    for images, one in zip(GROWTH, growth, strict=True):
-        rows.append({"case": "plan", "side": f"{images:,} images", **one})
+    for images, figures in zip(GROWTH, growth, strict=True):
+        rows.append({"case": "plan", "side": f"{images:,} images", **figures})
         print(
-            f"plan, {images:>11,} images: {one['seconds']:.3f} s, peak {one['peak_mb']:.0f} MB, kept {one['kept_mb']:.0f} MB"
+            f"plan, {images:>11,} images: {figures['seconds']:.3f} s, peak {figures['peak_mb']:.0f} MB, kept {figures['kept_mb']:.0f} MB"
         )
-    seconds, peak, kept = (_slope([one[name] for one in growth]) for name in ("seconds", "peak_mb", "kept_mb"))
+    seconds, peak, kept = (_slope([figures[name] for figures in growth]) for name in ("seconds", "peak_mb", "kept_mb"))
     rows.append(
         {"case": "plan", "side": "per sample", "us": seconds * 1e6, "peak_bytes": peak * 1e6, "bytes": kept * 1e6}
     )
@@ -60,7 +60,7 @@ def planning(device: str, rounds: int) -> list[Row]:
 
 
 def padding(device: str, rounds: int) -> list[Row]:
-    """Share of padded pixels, and the largest rank's canvas over the mean's, at 16 ranks of 4; distinct canvas shapes."""
+    """Measure the padded pixels, the largest rank's canvas over the mean, and the canvas shapes of 16 ranks of 4."""
     rows = []
     sides = [("as they come", None, 1)] + [(f"sorted in windows of {window}", _sizes, window) for window in (1, 4, 16)]
     for name, sizes, window in sides:
@@ -84,7 +84,7 @@ def _shapes(heights: np.ndarray, widths: np.ndarray, multiple: int) -> int:
 
 
 def _canvases(sizes: Sizes | None, config: PlanConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Heights and widths [steps, 16 ranks, 4] of an epoch's images, as many as COCO's, of the real ones' sizes."""
+    """Return heights and widths [steps, 16 ranks, 4] of an epoch of as many images as COCO has, of real sizes."""
     batch_size = 16 * PER_RANK
     plan = _plan(COCO_IMAGES, sizes, config, batch_size)
     full = len(plan.rows) // batch_size * batch_size
@@ -140,7 +140,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _slope(values: list[float]) -> float:
-    """Per image, between the smallest and the largest number of them."""
+    """Return the growth per image, between the smallest and the largest number of images."""
     return (values[-1] - values[0]) / (GROWTH[-1] - GROWTH[0])
 
 
@@ -150,7 +150,7 @@ def _in_its_own_process(*arguments: str) -> dict[str, float]:
 
 
 def _rank(folder: str) -> dict[str, float]:
-    """What a rank takes to have its data set and the parts of 40 steps across the end of an epoch, two plans at once."""
+    """Return seconds and memory of a rank's slices of 40 steps across the end of an epoch: two plans at once."""
     before = _memory()
     manifest = load_manifest(folder)
     config = RunConfig()
@@ -160,7 +160,7 @@ def _rank(folder: str) -> dict[str, float]:
     for _ in rank_slices(manifest, config, schedule, Ranks(777, RANKS), 5, 60):
         pass
     after = _memory()
-    return {"first_part_s": seconds} | {f"{name}_mb": (after[name] - before[name]) / 1e6 for name in after}
+    return {"first_slice_s": seconds} | {f"{name}_mb": (after[name] - before[name]) / 1e6 for name in after}
 
 
 def _grown(images: int) -> dict[str, float]:
@@ -179,7 +179,7 @@ def _grown(images: int) -> dict[str, float]:
 
 
 def _memory() -> dict[str, int]:
-    """Bytes of this process: resident, of its own (not shared with others), and the most resident since the last call."""
+    """Return bytes of this process: resident, private, and the peak of the resident ones since the last call."""
     gc.collect()
     status = Path("/proc/self/status").read_text()
     kinds = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])

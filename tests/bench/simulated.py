@@ -1,4 +1,4 @@
-"""A data set of any size whose samples are those of a small real one, over and over: no more than an index is written.
+"""A data set of any size that repeats the samples of a small real one, so that only an index is written.
 
 Every shard is a link to the one real shard, so each sample can also be read.
 """
@@ -24,11 +24,11 @@ _PER_SHARD = 1000
 
 @functools.cache
 def real_sizes() -> tuple[np.ndarray, np.ndarray]:
-    """Widths and heights of the real images, of both splits."""
+    """Return widths and heights of the real images, of both splits."""
     sizes = []
     for name in ("train", "val"):
         content = (COCO / "annotations" / f"instances_{name}2017.json").read_bytes()
-        sizes += [(one["width"], one["height"]) for one in msgspec.json.decode(content)["images"]]
+        sizes += [(image["width"], image["height"]) for image in msgspec.json.decode(content)["images"]]
     widths, heights = np.array(sizes).T
     return widths, heights
 
@@ -68,7 +68,7 @@ def write_simulated(folder: Path, images: int = COCO_IMAGES, annotations: int = 
 
 
 def plain(images: int) -> Manifest:
-    """All that a plan needs of a data set that is nowhere."""
+    """Return the fields of a manifest that a plan needs, for a data set that does not exist."""
     shards = tuple(Shard(f"{start}", min(_PER_SHARD, images - start), 0, "") for start in range(0, images, _PER_SHARD))
     return Manifest(
         format=0,

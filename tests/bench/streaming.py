@@ -1,7 +1,7 @@
-"""How long a rank of 64 waits for its batches: at the end of an epoch, and for the first one, wherever a run goes on.
+"""Milliseconds that a rank of 64 waits for its batches at the end of an epoch, and for the first batch of a run.
 
-The data set has as many images as COCO's and is read for real; a step is a pause. Beside it is what was done before: a
-plan, whose sizes are drawn one by one, and a pool of threads for every epoch.
+The data set has as many images as COCO and is really read; a step is a pause. It is compared with an earlier design: a
+plan whose sizes are drawn one by one, and a pool of threads for every epoch.
 """
 
 import tempfile
@@ -32,7 +32,7 @@ RANKS, STEP_S, STEPS = Ranks(17, 64), 0.1, 12
 
 
 def streaming(device: str, rounds: int) -> list[Row]:
-    """Waits around the end of the first epoch, and for the first batch at both ends of a run."""
+    """Measure waits around the end of the first epoch, and for the first batch at both ends of a run."""
     config = RunConfig()
     config = replace(config, optim=replace(config.optim, batch_size=256))
     rows: list[Row] = []
@@ -42,14 +42,14 @@ def streaming(device: str, rounds: int) -> list[Row]:
         schedule = Schedule(config.optim, manifest.images)
         for name, batches in (("one stream", training_batches), ("a loader per epoch", _loader_per_epoch)):
             found = [_waits(batches, manifest, config, schedule) for _ in range(rounds)]
-            usual, end = (median(one[key] for one in found) for key in (0, 1))
+            usual, end = (median(waits[key] for waits in found) for key in (0, 1))
             rows.append({"case": "epoch's end", "side": name, "usual_ms": usual, "end_ms": end})
             print(
                 f"epoch's end, {name:20} longest wait {end:7.1f} ms, median of the other steps {usual:5.1f} ms",
                 flush=True,
             )
         ends = (0, schedule.steps(299) - 1)
-        # In turn, so that what else the machine does falls on both alike.
+        # In turn, so that other load of the machine affects both.
         firsts = [[_first(manifest, config, schedule, step) for step in ends] for _ in range(2 * rounds)]
         for step, found_ms in zip(ends, zip(*firsts, strict=True), strict=True):
             rows.append({"case": "first batch", "side": f"at step {step}", "ms": median(found_ms)})
@@ -62,7 +62,7 @@ def streaming(device: str, rounds: int) -> list[Row]:
 def _waits(
     batches: Callable[..., Iterator[Any]], manifest: Manifest, config: RunConfig, schedule: Schedule
 ) -> tuple[float, float]:
-    """Milliseconds: the median wait of the steps around the end of the epoch, and the longest at it."""
+    """Return the median wait of the steps around the end of the epoch, and the longest at it, in milliseconds."""
     end = schedule.steps(1)
     waits = []
     stream = batches(manifest, config, schedule, RANKS, end - STEPS, end + STEPS)

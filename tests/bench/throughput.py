@@ -23,7 +23,7 @@ from tests.bench.timing import PeakMemory, side_by_side
 
 IMAGES = 8  # per step: the paper's 64 on one node of eight GPUs
 BATCHES = 8
-# Share of COCO's training images by size, rounded; the rest are like one of these.
+# Share of COCO's training images by size, rounded; the others are similar to one of these.
 SIZES = {(640, 480): 0.55, (480, 640): 0.18, (640, 427): 0.15, (427, 640): 0.06, (500, 375): 0.06}
 # Dense bf16 peak of the tensor cores, operations per second, from the makers' data sheets.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Side:
-    """One way to train: whose code, and how."""
+    """A side of the comparison: the code and its options."""
 
     name: str
     options: Options | None
@@ -52,14 +52,14 @@ SIDES = (
 
 
 def train(device: str, rounds: int) -> list[Row]:
-    """Images per second, memory per image and model-FLOPs utilisation of R50, and where the time goes."""
+    """Measure images per second, memory per image, model-FLOPs utilisation and the largest kernels of R50."""
     sides = [side for side in SIDES if side.options or not peer.missing()]
     works: dict[str, Work] = {}
     kept: dict[str, int] = {}
     for side in sides:
         before = torch.cuda.memory_allocated()
         works[side.name] = _work(side, device)
-        works[side.name]()  # makes the gradients and the optimizer's state
+        works[side.name]()  # allocates the gradients and the optimizer's state
         kept[side.name] = torch.cuda.memory_allocated() - before
     timings = side_by_side(works, rounds=rounds, calls=BATCHES, device=device)
     flops = _flops(device)
@@ -119,7 +119,7 @@ def _work(side: Side, device: str) -> Work:
 
 
 def _batches(device: str, multiple: int = 1) -> list[tuple[Tensor, Batch]]:
-    """Normalised images on the device with their batch; the same for the same `multiple`."""
+    """Return normalised images on the device with their batch; the same for the same `multiple`."""
     draw, config, batches = np.random.default_rng(0), TransformConfig(), []
     for number in range(BATCHES):
         samples = []
@@ -138,7 +138,7 @@ def _batches(device: str, multiple: int = 1) -> list[tuple[Tensor, Batch]]:
 
 
 def _flops(device: str) -> float:
-    """Operations of the forward and backward pass of a mean step, on the canvases without rounding."""
+    """Return the operations of the forward and backward pass of a mean step, on canvases without rounding."""
     model = build_model(ModelConfig(dropout=0.0), cases.CLASSES).to(device).train()
     total = 0
     for images, batch in _batches(device):
@@ -150,7 +150,7 @@ def _flops(device: str) -> float:
 
 
 def _utilisation(flops_per_s: float) -> float:
-    """Share of the device's dense bf16 peak; NaN for a device whose peak is not listed."""
+    """Return the share of the device's dense bf16 peak; NaN for a device whose peak is not listed."""
     name = torch.cuda.get_device_name()
     peak = next((value for known, value in PEAKS.items() if known in name), float("nan"))
     return flops_per_s / peak

@@ -1,4 +1,4 @@
-"""Time and memory of things side by side: rounds alternate, so that what else the machine does falls on all alike."""
+"""Time and memory of several sides: their rounds alternate, so that other load of the machine affects all of them."""
 
 import gc
 import statistics
@@ -27,14 +27,14 @@ class Timing:
         return min(self.rounds_s)
 
     def ratio_to(self, other: "Timing") -> float:
-        """How many times the other's time this one's is: the median over the rounds, whose two sides ran in turn."""
+        """Return this side's time over the other's: the median over the rounds, in which both ran in turn."""
         return statistics.median(mine / its for mine, its in zip(self.rounds_s, other.rounds_s, strict=True))
 
 
 def side_by_side(works: Mapping[str, Work], *, rounds: int, calls: int = 1, device: str) -> dict[str, Timing]:
     """Time each of `works` `rounds` times in turn, `calls` calls at a time, after one call each to warm up."""
-    # glibc learns from the first large block that is freed to keep such blocks. Any training process has freed some; a
-    # small bench would give its memory back after each call, and be measuring page faults.
+    # glibc keeps large blocks only after one was freed, which happens early in any training process. A small bench
+    # would otherwise return its memory after each call and measure page faults.
     torch.empty(30 << 20, dtype=torch.uint8)
     for work in works.values():
         work()
@@ -65,9 +65,9 @@ def _wait(device: str) -> None:
 
 
 class PeakMemory:
-    """Bytes at most in use since it was made: of the device, or of the process where the device is the CPU.
+    """Peak of the bytes in use since the object was made: of the device, or of the process if the device is the CPU.
 
-    A process's peak can be set back on Linux only; what was freed before may be used again without showing, so a peak
+    The peak of a process can be reset on Linux only, and reuse of memory that was freed before does not show, so a peak
     on the CPU is measured in a process of its own.
     """
 
