@@ -1,4 +1,4 @@
-"""Location of a run's checkpoints, a folder or a URL, and the writer and reader for URLs.
+"""Location of a run's checkpoints: a folder, or a URL.
 
 A store behind a URL cannot rename, so uploading `meta.json` last completes a checkpoint. It names the folder of the
 state:
@@ -9,11 +9,6 @@ state:
 
 Every attempt uploads into a new folder. A checkpoint can therefore be written again without a moment in which there is
 none, files of two attempts are never mixed, and nothing refers to the files of a killed attempt, which pruning removes.
-
-A rank's slice of the state is serialised in memory and uploaded as one object, and read as one, because only a complete
-request can be repeated after an error. Until then it takes host memory: 1.2 GB measured for a slice of 468 MB to S3.
-s3fs uploads large objects in pieces; the pieces of a killed upload are not visible here, and the bucket's rules remove
-them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""Adapters with which `torch.distributed.checkpoint` writes and reads folders of a store by URL."""
+"""Adapters with which `torch.distributed.checkpoint` writes folders, and writes and reads stores by URL.
+
+In a store, a rank's slice of the state is serialised in memory and uploaded as one object, and read as one, because only
+a complete request can be repeated after an error. Until then it takes host memory: 1.2 GB measured for a slice of 468 MB
+to S3. s3fs uploads large objects in pieces; the pieces of a killed upload are not visible here, and the bucket's rules
+remove them.
+"""
 
 from __future__ import annotations
 
