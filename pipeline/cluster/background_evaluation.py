@@ -27,7 +27,6 @@ from pipeline.tracking.spool import SpoolTracker
 from shards.errors import one_line
 
 Say = Callable[[str], None]
-_LOOK_S = 2.0
 _MANY = 3  # checkpoints without metrics
 
 
@@ -35,11 +34,14 @@ class Evaluator:
     """Evaluation of a run's checkpoints while the workers train.
 
     `folder` is the run's folder. `evaluate` evaluates one checkpoint and returns when its metrics are stored, or raises.
+    `look_s` is the interval in seconds between looks for checkpoints to evaluate.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, evaluate: Callable[[Location], None], say: Say) -> None:
+    def __init__(
+        self, config: RunConfig, folder: Path, evaluate: Callable[[Location], None], say: Say, look_s: float = 2.0
+    ) -> None:
         self._root, self._keep = checkpoint_root(config.checkpoint.store, folder), config.checkpoint.keep
-        self._folder, self._evaluate, self._say = folder, evaluate, say
+        self._folder, self._evaluate, self._say, self._look_s = folder, evaluate, say, look_s
         self._trained, self._stopped = threading.Event(), threading.Event()
         self._error: Exception | None = None
         self._warned = False
@@ -88,7 +90,7 @@ class Evaluator:
                 if len(pending) >= _MANY and not trained:
                     self._warn_of(len(pending))
                 if path is None:
-                    self._stopped.wait(_LOOK_S)
+                    self._stopped.wait(self._look_s)
                 else:
                     self._evaluate(path)
             except SystemExit:
@@ -100,7 +102,7 @@ class Evaluator:
                 self._say(f"warning: {one_line(error)}; it is tried again when training has ended")
                 if path:
                     failed.add(path)
-                self._stopped.wait(_LOOK_S)
+                self._stopped.wait(self._look_s)
 
     def _warn_of(self, pending: int) -> None:
         if not self._warned:

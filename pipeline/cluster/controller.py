@@ -16,15 +16,15 @@ from pipeline.cluster.ray_internals import ControllerCallback
 from pipeline.run_folder import clear_handover, handover_requested, request_handover
 from shards.errors import one_line
 
-_YIELD_S = 120.0  # for the current step or evaluation, and the checkpoint
 _LOOK_S = 0.2
 
 
 class GroupEndCallback(ControllerCallback):  # type: ignore[misc]
     """Callback that records why groups of workers end, and lets a group save before it is replaced."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, handover_s: float = 120.0) -> None:
+        # By default time for a step or an evaluation, and for the checkpoint.
+        self._folder, self._handover_s = folder, handover_s
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Handle a change of state, called by Ray; the states are distinguished by class name."""
@@ -42,7 +42,7 @@ class GroupEndCallback(ControllerCallback):  # type: ignore[misc]
             return
         attempts.record_end(self._folder, f"the cluster has resources for {workers} workers now", wanted=True)
         request_handover(self._folder)
-        until = time.monotonic() + _YIELD_S
+        until = time.monotonic() + self._handover_s
         while handover_requested(self._folder) and time.monotonic() < until:
             time.sleep(_LOOK_S)
         clear_handover(self._folder)

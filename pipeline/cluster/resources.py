@@ -22,7 +22,6 @@ from shards.errors import one_line
 
 LOG = logging.getLogger(__name__)
 _PATIENCE_S = 90.0  # a group of workers starts in 15 to 60 s, most of which are imports
-_LOOK_S = 5.0
 _ANSWER_S = 10.0  # for clearing the tag at the end
 
 
@@ -47,11 +46,15 @@ def describe_resources(cluster: ClusterConfig, gpu: bool) -> str:
 
 
 @contextmanager
-def report_pending_workers(run_id: str, folder: Path, why: Callable[[], str]) -> Iterator[None]:
-    """Inside the block, set the tag `TAG_PENDING_WORKERS` to `why()` while no workers have been running for a while."""
+def report_pending_workers(
+    run_id: str, folder: Path, why: Callable[[], str], patience_s: float = _PATIENCE_S, look_s: float = 5.0
+) -> Iterator[None]:
+    """Inside the block, set the tag `TAG_PENDING_WORKERS` to `why()` when no worker has run for `patience_s` seconds."""
     done = threading.Event()
     # In a thread: an unreachable store blocks its client for minutes, in which the driver must still handle signals.
-    thread = threading.Thread(target=_watch, args=(run_id, folder, why, done), name="waits", daemon=True)
+    thread = threading.Thread(
+        target=_watch, args=(run_id, folder, why, patience_s, look_s, done), name="waits", daemon=True
+    )
     thread.start()
     try:
         yield
@@ -60,17 +63,19 @@ def report_pending_workers(run_id: str, folder: Path, why: Callable[[], str]) ->
         thread.join(_ANSWER_S)
 
 
-def _watch(run_id: str, folder: Path, why: Callable[[], str], done: threading.Event) -> None:
+def _watch(
+    run_id: str, folder: Path, why: Callable[[], str], patience_s: float, look_s: float, done: threading.Event
+) -> None:
     reported, since, over, warned = "", time.monotonic(), False, False
     while not over:
-        over = done.wait(_LOOK_S)
+        over = done.wait(look_s)
         now = time.monotonic()
         # Workers that are asked to hand over are running until they have saved.
         if over or attempts.is_running(folder) or handover_requested(folder):
             since = now
         try:
             text = ""
-            if now - since >= _PATIENCE_S:
+            if now - since >= patience_s:
                 text = reported or why()  # not updated during a wait, since the free resources change all the time
             if text != reported:
                 connect().set_tag(run_id, TAG_PENDING_WORKERS, text)

@@ -39,18 +39,24 @@ class WorkerStatus:
 
 
 def supervise(
-    fit: Callable[[], Any], run_id: str, folder: Path, say: Callable[[str], None], workers: WorkerStatus | None = None
+    fit: Callable[[], Any],
+    run_id: str,
+    folder: Path,
+    say: Callable[[str], None],
+    workers: WorkerStatus | None = None,
+    grace_s: float = GRACE_S,
 ) -> None:
     """Call `fit` and follow the run on stderr until it returns.
 
     Raise `Interrupted` when the run was stopped, and `TrainingError` with the workers' message when it failed. A fatal
-    error, which a restart cannot repair, is raised as soon as a worker has written it.
+    error, which a restart cannot repair, is raised as soon as a worker has written it. Workers that are asked to stop
+    have `grace_s` seconds to save.
     """
     clear_notes(folder)
     result: Future[None] = Future()
     with _following(run_id), _signals() as received:
         threading.Thread(target=_call, args=(result, fit), name="fit", daemon=True).start()
-        _wait(result, folder, received, say, workers or WorkerStatus())
+        _wait(result, folder, received, say, workers or WorkerStatus(), grace_s)
     _raise_fatal(folder, received, say)
     if error := result.exception():
         if received:
@@ -61,7 +67,12 @@ def supervise(
 
 
 def _wait(
-    result: Future[None], folder: Path, received: list[int], say: Callable[[str], None], workers: WorkerStatus
+    result: Future[None],
+    folder: Path,
+    received: list[int],
+    say: Callable[[str], None],
+    workers: WorkerStatus,
+    grace_s: float,
 ) -> None:
     """Wait for the end of `fit`; raise when the workers must be ended now."""
     deadline = None
@@ -73,9 +84,9 @@ def _wait(
                 raise Interrupted("interrupted before training began")
             request_stop(folder)
             say("stopping: the workers save after their current step; a second signal ends them at once")
-            deadline = time.monotonic() + GRACE_S
+            deadline = time.monotonic() + grace_s
         if deadline is not None and time.monotonic() > deadline:
-            say(f"the workers did not answer within {GRACE_S:g} s: {_kept(workers)}")
+            say(f"the workers did not answer within {grace_s:g} s: {_kept(workers)}")
             raise Interrupted("interrupted")
         if received and workers.gone():
             say(f"the workers ended before they could save: {_kept(workers)}")

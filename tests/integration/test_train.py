@@ -94,7 +94,7 @@ def test_a_run_has_one_driver(
         resume("tiny", launch=launch)
 
 
-def test_another_batch_size_is_refused_until_it_is_accepted_and_then_noted(
+def test_another_batch_size_must_be_accepted_and_is_then_recorded(
     tiny_config: RunConfig, store: str, workers: Callable[..., None], tmp_path: Path
 ) -> None:
     config = replace(tiny_config, storage=str(tmp_path / "runs"), optim=replace(tiny_config.optim, max_steps=2))
@@ -120,7 +120,7 @@ def test_another_batch_size_is_refused_until_it_is_accepted_and_then_noted(
     assert read_meta(catalog.folder_of(folder, 8)).samples == 38
 
 
-def test_a_run_is_not_begun_anew_where_its_store_is_gone(
+def test_a_run_does_not_start_anew_if_its_store_is_gone(
     short_config: RunConfig, store: str, launch: Launch, workers: Callable[..., None], tmp_path: Path
 ) -> None:
     kept, away = tmp_path / "kept", tmp_path / "away"
@@ -135,7 +135,7 @@ def test_a_run_is_not_begun_anew_where_its_store_is_gone(
     assert resume("tiny", ResumeOptions(epochs=2), launch).version == "2"
 
 
-def test_a_store_is_tried_before_data_and_model_are_made_ready(
+def test_the_store_is_checked_before_data_and_model_are_prepared(
     short_config: RunConfig, store: str, launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.driver.preflight.prepare", lambda *_: pytest.fail("made ready"))
@@ -167,7 +167,7 @@ class Away:
         refuse(events)
 
 
-def test_what_mlflow_did_not_take_by_the_end_is_sent_by_the_next_resume(
+def test_unsent_events_are_sent_by_the_next_resume(
     short_config: RunConfig, store: str, workers: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def trained(config: RunConfig, run_id: str, folder: Path, **_: Any) -> None:
@@ -200,7 +200,7 @@ def test_what_mlflow_did_not_take_by_the_end_is_sent_by_the_next_resume(
 
 
 @pytest.mark.parametrize("status", ["FAILED", "KILLED"])
-def test_what_mlflow_did_not_take_of_a_trained_run_is_sent_before_it_is_registered(
+def test_unsent_events_of_a_trained_run_are_sent_before_registration(
     short_config: RunConfig, store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: str
 ) -> None:
     def trained(config: RunConfig, run_id: str, folder: Path, **_: Any) -> None:
@@ -223,7 +223,7 @@ def test_what_mlflow_did_not_take_of_a_trained_run_is_sent_before_it_is_register
     assert {"train/loss", "val/AP"} <= set(find_run(connect(), "tiny").data.metrics)
 
 
-def test_an_mlflow_that_goes_away_is_one_line_that_says_what_is_kept(
+def test_a_loss_of_mlflow_is_one_line_that_says_what_is_kept(
     short_config: RunConfig, store: str, launch: Launch, workers: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(*_: object, **__: object) -> None:

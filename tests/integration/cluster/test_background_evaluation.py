@@ -45,7 +45,7 @@ def kill_first_evaluation(done: threading.Event, killed: list[int]) -> None:
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 @pytest.mark.filterwarnings("ignore")  # Ray's own, in this process
-def test_what_a_driver_left_is_evaluated_while_training_goes_on_and_a_killed_evaluation_is_made_again(
+def test_pending_checkpoints_are_evaluated_during_training_despite_kills(
     tiny_config: RunConfig, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(

@@ -16,13 +16,12 @@ from tests.support.ranks import run_ranks
 _TIMEOUT_S = 2.0
 
 
-def meet(ranks: Ranks, folder: Path, how: str) -> tuple[str, float]:
-    """Return the first rank's error in a sum that misses the second rank, and the seconds it waited."""
+def meet(ranks: Ranks, folder: Path, how: str) -> str:
+    """Return the first rank's error in a sum that misses the second rank."""
     pids = ranks.all_gather(os.getpid())
     group = Ranks(ranks.rank, ranks.world_size, timeout_s=_TIMEOUT_S).with_new_group()
     watch = HangWatch(folder, ranks.rank, ranks.world_size, _TIMEOUT_S)
     watch.stepped(5)
-    start = time.monotonic()
     message = ""
     if not ranks.first:
         if how == "stopped":
@@ -36,7 +35,7 @@ def meet(ranks: Ranks, folder: Path, how: str) -> tuple[str, float]:
             message = str(error)
         os.kill(pids[1], signal.SIGCONT)
     watch.close()
-    return message, time.monotonic() - start
+    return message
 
 
 @pytest.mark.parametrize(
@@ -48,9 +47,8 @@ def meet(ranks: Ranks, folder: Path, how: str) -> tuple[str, float]:
 )
 def test_the_missing_rank_is_named(tmp_path: Path, how: str, named: str) -> None:
     attempts.start_attempt(tmp_path, 2)
-    (message, waited_s), _ = run_ranks(2, meet, tmp_path, how)
-    assert "imed out" in message
-    assert waited_s == pytest.approx(_TIMEOUT_S, abs=1)
+    message, _ = run_ranks(2, meet, tmp_path, how)
+    assert f"imed out waiting {_TIMEOUT_S * 1000:.0f}ms" in message
     word = attempts.end_reason(tmp_path)
     assert word is not None
     assert word.why.startswith(named)

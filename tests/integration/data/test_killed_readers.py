@@ -119,7 +119,7 @@ def kill_at(processes: list[multiprocessing.Process], folder: Path, step: int) -
 
 
 @pytest.mark.parametrize("options", [{}, {"sort_window": 3, "shuffle_shards": 2, "epoch_tail": "short"}])
-def test_two_killed_in_mid_epoch_and_three_in_their_place_show_every_image_once(
+def test_three_workers_that_replace_two_killed_show_every_image_once(
     tiny_config: RunConfig, train: str, tmp_path: Path, options: dict[str, object]
 ) -> None:
     config = replace(

@@ -86,7 +86,7 @@ def test_padding_moves_boxes(val: Manifest, model: DETR) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_that_has_learned_scores_the_same_ap_at_batch_1_2_and_8(tmp_path: Path) -> None:
+def test_a_trained_model_has_the_same_ap_at_batch_1_2_and_8(tmp_path: Path) -> None:
     annotations = COCO_TINY / "annotations" / "instances_train2017.json"
     data = write_coco(COCO_TINY / "train2017", annotations, tmp_path / "data", WriteConfig(limit=8))
     config = replace(

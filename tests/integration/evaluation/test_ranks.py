@@ -34,7 +34,7 @@ def evaluated(ranks: Ranks, config: RunConfig, limit: int = 0) -> Evaluated:
     return found.score.metrics, detections.image_ids, detections.boxes_xywh, detections.masks
 
 
-def test_the_figures_are_the_same_on_any_number_of_ranks_and_each_image_counts_once(tiny_config: RunConfig) -> None:
+def test_metrics_do_not_depend_on_the_number_of_ranks(tiny_config: RunConfig) -> None:
     expected = evaluated(Ranks(), tiny_config)
     assert expected is not None
     first, second = run_ranks(2, evaluated, tiny_config)
@@ -72,9 +72,7 @@ def go_on(ranks: Ranks, config: RunConfig, folder: Path) -> None:
     run(config, RunInfo("run", folder, "commit"), ranks, None)
 
 
-def test_a_run_that_changes_its_number_of_workers_ends_with_the_same_weights(
-    tiny_config: RunConfig, tmp_path: Path
-) -> None:
+def test_another_number_of_workers_ends_with_the_same_weights(tiny_config: RunConfig, tmp_path: Path) -> None:
     # Without dropout, whose mask depends on the rank, and on equal canvases.
     config = replace(
         tiny_config,

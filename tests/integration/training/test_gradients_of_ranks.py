@@ -101,7 +101,7 @@ def alone() -> list[tuple[dict[str, Tensor], float]]:
     [evenly(2), evenly(4), [(0, 1, 2), (), (3, 4, 5, 6, 7)]],
     ids=["2x4", "4x2", "3, one of them without images"],
 )
-def test_however_many_ranks_share_the_images_the_gradient_is_that_of_one(
+def test_the_gradient_of_several_ranks_is_that_of_one(
     shares: list[tuple[int, ...]], alone: list[tuple[dict[str, Tensor], float]]
 ) -> None:
     for said in run_ranks(len(shares), all_gradients, shares):
@@ -125,7 +125,7 @@ def accumulated_gradients(
     ],
     ids=["1x(4x2)", "2x(2x2)", "2x(2x2), fsdp", "3x3, fsdp, some passes without images"],
 )
-def test_accumulated_over_micro_batches_the_gradient_is_that_of_one_pass(
+def test_the_gradient_of_micro_batches_is_that_of_one_pass(
     shares: list[tuple[int, ...]], passes: int, strategy: Strategy, alone: list[tuple[dict[str, Tensor], float]]
 ) -> None:
     for said in run_ranks(len(shares), accumulated_gradients, shares, passes, strategy):
@@ -145,7 +145,7 @@ def test_the_gradient_of_a_mask_head_is_that_of_one_rank_too(shares: list[tuple[
             assert_equal(found, one, atol=1e-4)  # of gradients up to 150
 
 
-def test_the_short_step_at_the_end_of_an_epoch_has_the_gradient_of_one_rank_too() -> None:
+def test_a_short_step_at_the_end_of_an_epoch_has_the_gradient_of_one_rank() -> None:
     """Of 13 images the second step of eight has five, so two of seven ranks have none."""
     world_size = 7
     manifest = cast(Manifest, SimpleNamespace(images=len(SHORT)))
@@ -216,7 +216,7 @@ def original_losses(layer: Outputs, targets: Sequence[Target], num_boxes: float)
     [(evenly(2), 1), ([(0, 1, 2, 3, 4), (5, 6, 7)], 1), (evenly(2), 2)],
     ids=["2x4", "5 and 3", "2x(2x2), as on four GPUs"],
 )
-def test_divided_by_each_rank_s_own_sums_the_gradient_is_the_original_s(
+def test_per_rank_normalisation_gives_the_gradient_of_the_original(
     shares: list[tuple[int, ...]], passes: int, alone: list[tuple[dict[str, Tensor], float]]
 ) -> None:
     parts = [
@@ -263,9 +263,7 @@ def failing_step(ranks: Ranks, where: str, strategy: Strategy) -> tuple[str, boo
         ("matcher", "rank 1: matching: got non-finite values in the target boxes of images 6,"),
     ],
 )
-def test_what_is_not_finite_on_one_rank_stops_every_rank_before_the_update(
-    where: str, said: str, strategy: Strategy
-) -> None:
+def test_a_value_that_is_not_finite_on_one_rank_stops_every_rank(where: str, said: str, strategy: Strategy) -> None:
     for message, unchanged in run_ranks(2, failing_step, where, strategy):
         assert message.startswith("Diverged: step 7")
         assert said in message
@@ -279,9 +277,10 @@ def stopping_step(ranks: Ranks) -> list[bool]:
     batch = collate(samples(EVEN)[:2])
     requests = (NO_REQUEST, Request(stop=ranks.rank == 1))
     return [
-        train_step(wrapped, [batch], optimizer, CONFIG, ranks, step, ask).request.stop for step, ask in enumerate(requests)
+        train_step(wrapped, [batch], optimizer, CONFIG, ranks, step, ask).request.stop
+        for step, ask in enumerate(requests)
     ]
 
 
-def test_what_one_rank_asks_for_all_ranks_do() -> None:
+def test_a_request_of_one_rank_reaches_all_ranks() -> None:
     assert run_ranks(2, stopping_step) == [[False, True]] * 2

@@ -25,7 +25,7 @@ def with_less(ranks: Ranks, config: RunConfig, folder: Path, spare: int) -> str:
     return ""
 
 
-def test_a_step_that_does_not_fit_is_one_line_that_says_what_to_lower(tiny_config: RunConfig, tmp_path: Path) -> None:
+def test_a_step_that_does_not_fit_is_one_line_with_the_options_to_lower(tiny_config: RunConfig, tmp_path: Path) -> None:
     config = replace(
         tiny_config,
         transform=replace(tiny_config.transform, train_scales=(1600,), max_size=1600),

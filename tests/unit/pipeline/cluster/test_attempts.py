@@ -57,7 +57,7 @@ def test_the_first_of_several_reasons_is_kept(tmp_path: Path) -> None:
     assert len(list((tmp_path / "attempts").iterdir())) == 2
 
 
-def test_a_cause_wins_over_a_consequence_with_the_earliest_time(tmp_path: Path) -> None:
+def test_a_cause_wins_over_a_symptom_with_the_earliest_time(tmp_path: Path) -> None:
     attempts.start_attempt(tmp_path, 2)
     attempts.record_end(tmp_path, "worker 0 failed: connection closed by peer", "symptom")
     consequence = attempts.end_reason(tmp_path)

@@ -12,7 +12,6 @@ import torch
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint.location import Location
 from pipeline.checkpoint.metadata import read_meta
-from pipeline.cluster import background_evaluation
 from pipeline.cluster.background_evaluation import Evaluator
 from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
@@ -32,11 +31,6 @@ def config(tiny_config: RunConfig) -> RunConfig:
         checkpoint=replace(tiny_config.checkpoint, every_steps=1, keep=1),
         evaluate=replace(tiny_config.evaluate, asynchronous=True),
     )
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background_evaluation, "_LOOK_S", 0.01)
 
 
 def steps(paths: list[Location]) -> list[int]:
@@ -87,7 +81,7 @@ class Run:
             lambda home: [home / str(step) for step in self.saved if step not in self.evaluated],
         )
         monkeypatch.setattr(catalog, "prune", lambda home, keep: self.pruned.append(True))
-        self.evaluator = Evaluator(config, folder, self.evaluate, self.messages.append)
+        self.evaluator = Evaluator(config, folder, self.evaluate, self.messages.append, look_s=0.01)
 
     def evaluate(self, path: Location) -> None:
         self.active += 1

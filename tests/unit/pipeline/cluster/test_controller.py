@@ -14,7 +14,7 @@ from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from pipeline.cluster import attempts, controller
+from pipeline.cluster import attempts
 from pipeline.cluster.controller import GroupEndCallback, explain
 from pipeline.run_folder import clear_handover, handover_requested
 from pipeline.training.requests import RequestPoller
@@ -100,9 +100,8 @@ def test_workers_save_before_they_are_replaced(tmp_path: Path) -> None:
     assert "2 -> 3 workers" in restart.message(7, time.time())
 
 
-def test_workers_that_do_not_answer_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controller, "_YIELD_S", 0.3)
+def test_workers_that_do_not_answer_are_replaced(tmp_path: Path) -> None:
     attempts.start_attempt(tmp_path, 2)
     resizing = ResizingState(ResizeDecision(num_workers=3, resources_per_worker={"CPU": 1}))
-    GroupEndCallback(tmp_path).after_controller_state_update(None, resizing)
+    GroupEndCallback(tmp_path, handover_s=0.3).after_controller_state_update(None, resizing)
     assert not handover_requested(tmp_path), "the next group would stop at once"

@@ -2,24 +2,25 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import ray
 from mlflow import MlflowClient
 
-from pipeline.cluster import attempts, resources
+from pipeline.cluster import attempts
 from pipeline.cluster.resources import describe_resources, report_pending_workers
 from pipeline.config import ClusterConfig
 from pipeline.run_folder import clear_handover, request_handover
 from pipeline.tracking.mlflow_client import connect
 from pipeline.tracking.tags import TAG_PENDING_WORKERS
 
+quick_report = partial(report_pending_workers, patience_s=0.3, look_s=0.05)
+
 
 @pytest.fixture
-def client(store: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    monkeypatch.setattr(resources, "_PATIENCE_S", 0.3)
-    monkeypatch.setattr(resources, "_LOOK_S", 0.05)
+def client(store: str) -> MlflowClient:
     return connect()
 
 
@@ -53,7 +54,7 @@ def test_the_text_names_the_resources_needed_and_present(monkeypatch: pytest.Mon
 def test_a_wait_is_reported_and_cleared_when_workers_run(
     run_id: str, tmp_path: Path, tag: Callable[[], str | None]
 ) -> None:
-    with report_pending_workers(run_id, tmp_path, lambda: "no CPUs"):
+    with quick_report(run_id, tmp_path, lambda: "no CPUs"):
         until(lambda: tag() == "no CPUs")
         attempts.start_attempt(tmp_path, 2)
         until(lambda: tag() == "")
@@ -66,25 +67,22 @@ def test_a_wait_is_reported_once_although_free_resources_change(
     run_id: str, tmp_path: Path, tag: Callable[[], str | None]
 ) -> None:
     free = iter(range(1000))
-    with report_pending_workers(run_id, tmp_path, lambda: f"{next(free)} free"):
+    with quick_report(run_id, tmp_path, lambda: f"{next(free)} free"):
         until(lambda: tag() == "0 free")
         time.sleep(0.5)
         assert tag() == "0 free"
 
 
-def test_workers_that_start_or_run_are_not_reported(
-    run_id: str, tmp_path: Path, tag: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_that_start_or_run_are_not_reported(run_id: str, tmp_path: Path, tag: Callable[[], str | None]) -> None:
     asked = []
     attempts.start_attempt(tmp_path, 2)
-    with report_pending_workers(run_id, tmp_path, lambda: str(asked.append(1))):
+    with quick_report(run_id, tmp_path, lambda: str(asked.append(1))):
         time.sleep(1)
         request_handover(tmp_path)
         attempts.record_end(tmp_path, "there are resources for 3 workers", wanted=True)
         time.sleep(1)
-    monkeypatch.setattr(resources, "_PATIENCE_S", 60)
     clear_handover(tmp_path)
-    with report_pending_workers(run_id, tmp_path, lambda: str(asked.append(1))):
+    with report_pending_workers(run_id, tmp_path, lambda: str(asked.append(1)), patience_s=60, look_s=0.05):
         time.sleep(1)
     assert not asked
     assert tag() is None
@@ -101,5 +99,5 @@ def test_a_ray_or_store_that_does_not_answer_is_asked_again(
             raise answer
         return answer
 
-    with report_pending_workers(run_id, tmp_path, why):
+    with quick_report(run_id, tmp_path, why):
         until(lambda: tag() == "no CPUs")

@@ -38,7 +38,7 @@ def trained_weights(config: RunConfig, folder: Path) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def test_a_run_saves_evaluates_and_tells_at_the_right_steps(config: RunConfig, run_info: RunInfo) -> None:
+def test_a_run_saves_evaluates_and_reports_at_the_right_steps(config: RunConfig, run_info: RunInfo) -> None:
     tracker = MemoryTracker()
     run(config, run_info, Ranks(), tracker)
     assert [path.name[-1] for path in catalog.list_checkpoints(run_info.folder)] == ["2", "3", "4", "6"]
@@ -57,7 +57,7 @@ def test_a_run_saves_evaluates_and_tells_at_the_right_steps(config: RunConfig, r
     assert [value for name, value, _ in tracker.points if name == "epoch"][-1] == 2.0
 
 
-def test_the_parts_of_a_run_s_steps_add_up_to_the_time_that_they_took(config: RunConfig, run_info: RunInfo) -> None:
+def test_the_phases_of_steps_add_up_to_the_time_taken(config: RunConfig, run_info: RunInfo) -> None:
     config, tracker = replace(config, track=replace(config.track, log_every=2)), MemoryTracker()
     start_s = time.perf_counter()
     run(config, run_info, Ranks(), tracker)
@@ -85,7 +85,7 @@ def tracker_end(tracker: MemoryTracker) -> str:
     return progress.end
 
 
-def test_a_run_with_masks_tells_their_losses_and_scores(masks_config: RunConfig, tmp_path: Path) -> None:
+def test_a_run_with_masks_reports_their_losses_and_scores(masks_config: RunConfig, tmp_path: Path) -> None:
     run_info, tracker = start(masks_config, tmp_path / "run"), MemoryTracker()
     run(masks_config, run_info, Ranks(), tracker)
     points = {name: value for name, value, step in tracker.points if step == 3}
@@ -114,9 +114,7 @@ def test_training_the_mask_head_changes_it_alone(masks_config: RunConfig, tmp_pa
     assert untouched == []
 
 
-def test_an_interrupted_training_of_the_mask_head_ends_with_the_very_weights(
-    masks_config: RunConfig, tmp_path: Path
-) -> None:
+def test_an_interrupted_mask_head_training_ends_with_the_same_weights(masks_config: RunConfig, tmp_path: Path) -> None:
     config = replace(
         masks_config,
         model=replace(masks_config.model, norm="batch"),

@@ -26,7 +26,7 @@ from tests.support.runs import Kill, KillingTracker, assert_same, evaluated, sho
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 6])
-def test_an_interrupted_run_ends_with_the_very_weights_of_an_uninterrupted_one(
+def test_an_interrupted_run_ends_with_the_same_weights(
     config: RunConfig, run_info: RunInfo, uninterrupted: Path, step: int
 ) -> None:
     tracker = KillingTracker("train", step)
@@ -38,7 +38,7 @@ def test_an_interrupted_run_ends_with_the_very_weights_of_an_uninterrupted_one(
     assert evaluated(run_info.folder) == ["03", "06"]
 
 
-def test_a_run_that_is_lengthened_ends_as_one_that_was_long_from_the_start(
+def test_a_lengthened_run_ends_like_one_that_was_long_from_the_start(
     config: RunConfig, run_info: RunInfo, uninterrupted: Path
 ) -> None:
     run(replace(config, optim=replace(config.optim, max_steps=2)), run_info, Ranks(), None)
@@ -48,7 +48,7 @@ def test_a_run_that_is_lengthened_ends_as_one_that_was_long_from_the_start(
     assert_same(weights(config, run_info.folder), weights(config, uninterrupted))
 
 
-def test_a_checkpoint_that_was_saved_but_not_evaluated_is_evaluated_first(config: RunConfig, run_info: RunInfo) -> None:
+def test_a_saved_checkpoint_without_metrics_is_evaluated_first(config: RunConfig, run_info: RunInfo) -> None:
     with pytest.raises(Kill):
         run(config, run_info, Ranks(), KillingTracker("evaluation", 3))
     assert catalog.newest(run_info.folder) == catalog.folder_of(run_info.folder, 3)
@@ -59,7 +59,7 @@ def test_a_checkpoint_that_was_saved_but_not_evaluated_is_evaluated_first(config
     assert evaluated(run_info.folder) == ["03", "06"]
 
 
-def test_a_kill_between_telling_and_noting_an_evaluation_repeats_it(
+def test_a_kill_between_reporting_and_writing_metrics_repeats_evaluation(
     config: RunConfig, run_info: RunInfo, uninterrupted: Path
 ) -> None:
     def killed(*_: object) -> None:
@@ -239,9 +239,7 @@ def test_a_run_continues_from_a_checkpoint_of_an_older_format(
     assert_same(weights(config, run_info.folder), weights(config, uninterrupted))
 
 
-def test_with_short_tails_and_windows_an_interrupted_run_ends_with_the_very_weights(
-    config: RunConfig, tmp_path: Path
-) -> None:
+def test_an_interrupted_run_with_short_tails_ends_with_the_same_weights(config: RunConfig, tmp_path: Path) -> None:
     data = replace(config.data, sort_window=2, shuffle_shards=2, epoch_tail="short")
     config = replace(config, data=data, optim=replace(config.optim, batch_size=5))
     whole, parts = start(config, tmp_path / "whole"), start(config, tmp_path / "parts")

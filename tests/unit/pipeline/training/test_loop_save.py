@@ -27,7 +27,7 @@ def saved_by_the_clock(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     monkeypatch.setattr(Saver, "due", lambda _: len(seen) + 1 in steps)
 
 
-def test_a_save_that_the_clock_asks_for_changes_neither_the_result_nor_the_curves(
+def test_a_save_by_the_clock_changes_neither_result_nor_curves(
     config: RunConfig, run_info: RunInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(
@@ -65,7 +65,7 @@ def test_a_run_goes_on_from_a_save_that_the_clock_asked_for(
     assert_same(weights(config, run_info.folder), weights(config, uninterrupted))
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run_long_before_the_next_one(
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_early(
     config: RunConfig, run_info: RunInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -111,7 +111,7 @@ def test_old_checkpoints_go_and_the_best_stays(config: RunConfig, run_info: RunI
     assert set(names) == {"6", best[0].name[-1]}
 
 
-def test_a_run_that_is_asked_to_stop_saves_after_the_step_and_goes_on_from_it(
+def test_a_requested_stop_saves_after_the_step_and_is_resumed_there(
     config: RunConfig, run_info: RunInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def asked_at(step: int) -> None:
@@ -128,7 +128,7 @@ def test_a_run_that_is_asked_to_stop_saves_after_the_step_and_goes_on_from_it(
     assert_same(weights(config, run_info.folder), weights(config, whole.folder))
 
 
-def test_the_overseer_hears_of_every_step_and_what_it_asks_for_is_done(config: RunConfig, run_info: RunInfo) -> None:
+def test_hooks_are_called_after_each_step_and_their_requests_are_met(config: RunConfig, run_info: RunInfo) -> None:
     heard: list[int] = []
     requests = {0: Request(save=True), 3: Request(stop=True)}  # after so many steps, of the one that follows
     config = replace(config, checkpoint=replace(config.checkpoint, every_steps=0, keep=9))
