@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from pipeline.errors import ExchangeError
 from pipeline.exchange.export_original import check_target
 from pipeline.registry.card import Card, read_model
 from pipeline.registry.versions import resolve
+from shards.store.storage import atomic_path
 
 TOLERANCE = 1e-3
 """Maximum difference between onnxruntime and PyTorch, in logits and in fractions of the image."""
@@ -70,18 +70,14 @@ def export_onnx(uri: str, path: Path) -> tuple[str, ...]:
     trained, card = read_model(resolve(uri))
     model = build_model(replace(card.model, auxiliary=False), len(card.categories)).eval()
     model.load_state_dict(trained.state_dict())
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        largest = _largest_side(model)
-        _write(_Flat(model), partial, card, largest)
-        difference = difference_in_onnxruntime(_Flat(model), partial, card.transform, largest)
+    largest = _largest_side(model)
+    with atomic_path(path) as temporary:
+        _write(_Flat(model), temporary, card, largest)
+        difference = difference_in_onnxruntime(_Flat(model), temporary, card.transform, largest)
         if not difference <= TOLERANCE:
             raise ExchangeError(
                 f"onnxruntime and PyTorch differ by {difference:.1e}; expected at most {TOLERANCE:g}: {path} is not written"
             )
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     free = f"batch, height and width are free ({_SMALLEST} px or more{f', at most {largest}' if largest else ''})"
     checked = f"batches of {', '.join(map(str, _BATCHES))}"
     return (free, f"onnxruntime differs from PyTorch by at most {difference:.1e} in {checked}")

@@ -19,6 +19,7 @@ from pipeline.errors import ExchangeError
 from pipeline.registry.card import read_model
 from pipeline.registry.versions import resolve
 from shards.dataset.categories import Category
+from shards.store.storage import atomic_path
 
 _MOST_CLASSES = 10_000  # a class head with more rows is a mistake
 _NEVER = -100.0  # the logit of an id without a category; its probability is below 1e-40
@@ -42,12 +43,8 @@ def export_original(uri: str, path: Path) -> tuple[str, ...]:
     if moved:
         state[f"{head}.weight"] = _at_ids(state[f"{head}.weight"], labels, classes, 0.0)
         state[f"{head}.bias"] = _at_ids(state[f"{head}.bias"], labels, classes, _NEVER)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        torch.save({"model": state}, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        torch.save({"model": state}, temporary)
     options = original_options(card.model)
     notes = [f"the original builds it with {' '.join(options)} and num_classes={classes}"]
     if moved:
@@ -85,12 +82,9 @@ def original_options(config: ModelConfig) -> list[str]:
         "num_queries": "--num_queries",
     }
     flags = {"dilation": "--dilation", "pre_norm": "--pre_norm", "masks": "--masks"}
-    options = [f"{flag} {getattr(config, name)}" for name, flag in valued.items() if _differs(config, plain, name)]
+    values = {name: getattr(config, name) for name in valued if getattr(config, name) != getattr(plain, name)}
+    options = [f"{valued[name]} {value}" for name, value in values.items()]
     return options + [flag for name, flag in flags.items() if getattr(config, name)] or ["its defaults"]
-
-
-def _differs(config: ModelConfig, plain: ModelConfig, name: str) -> bool:
-    return bool(getattr(config, name) != getattr(plain, name))
 
 
 def check_target(path: Path) -> None:

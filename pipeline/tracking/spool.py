@@ -23,6 +23,7 @@ from PIL import Image
 
 from pipeline.tracking.tracker import Event, ReportedSteps
 from shards.errors import one_line
+from shards.store.storage import write_atomic
 
 LOG = logging.getLogger(__name__)
 _BATCH = 1000  # MLflow's largest number of metrics in one request
@@ -157,8 +158,7 @@ def flush(folder: Path, send: Callable[[list[Event]], None]) -> bool:
 
     Raise what `send` raises; the cursor then stays, so that the next call sends the same lines.
     """
-    path, cursor = folder / _EVENTS, folder / _CURSOR
-    start = _sent(folder)
+    path, start = folder / _EVENTS, _sent(folder)
     with path.open("rb") as file:
         file.seek(start)
         lines = [line for line in islice(file, _BATCH) if line.endswith(b"\n")]
@@ -166,9 +166,7 @@ def flush(folder: Path, send: Callable[[list[Event]], None]) -> bool:
             return False
         os.fsync(file.fileno())  # the cursor must not survive a power loss that the lines do not
     send(_decode(lines, path))
-    partial = cursor.with_suffix(".partial")
-    partial.write_text(str(start + sum(map(len, lines))))
-    partial.replace(cursor)
+    write_atomic(folder / _CURSOR, str(start + sum(map(len, lines))).encode())
     return True
 
 
@@ -196,8 +194,7 @@ def unsent(folder: Path) -> bool:
 def _sent(folder: Path) -> int:
     """Return how many bytes of the spool were sent."""
     path = folder / _CURSOR
-    # The file is empty after a power loss between rename and write-back: sending again does no harm.
-    sent = int(path.read_text() or 0) if path.exists() else 0
+    sent = int(path.read_text()) if path.exists() else 0
     # The cursor is past the end if a power loss took lines that were sent: the lines written since then were not.
     return sent if sent <= _size(folder) else 0
 

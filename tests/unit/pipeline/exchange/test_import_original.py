@@ -279,7 +279,7 @@ def test_an_imported_file_is_exported_byte_for_byte(tmp_path: Path, masks: bool)
     )
     assert "num_classes=91" in notes[0]
     assert "--backbone resnet18" in notes[0]
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.usefixtures("_registered_here")
