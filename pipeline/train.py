@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint.location import Location, checkpoint_root
-from pipeline.checkpoint.metadata import read_meta
 from pipeline.cluster.launch import run_workers
 from pipeline.config import RunConfig, from_json, to_json
 from pipeline.driver.changes import ResumeOptions
@@ -29,20 +28,14 @@ from pipeline.tracking.tags import (
     TAG_FOLDER,
     TAG_INITIAL_WEIGHTS,
     TAG_LEFT_OUT,
-    TAG_PENDING_WORKERS,
     TAG_PHASE,
-    TAG_STREAM,
     TAG_TOTAL_STEPS,
     TAG_TRAIN_DIGEST,
     TAG_VAL_DIGEST,
 )
-from pipeline.training.continuation import Continuation, continuation
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-    from pipeline.schedule import Schedule
-    from shards.dataset.manifest import Manifest
 
 
 Say = Callable[[str], None]
@@ -119,6 +112,7 @@ def resume(name: str, changes: ResumeOptions | None = None, launch: Launch | Non
 
     A run that was trained to its end but not registered is registered. Raise `RunConfigError` for a finished run.
     """
+    from pipeline.driver.position import position_after
     from pipeline.driver.preflight import check_data
     from pipeline.registry.versions import run_of
 
@@ -135,8 +129,8 @@ def resume(name: str, changes: ResumeOptions | None = None, launch: Launch | Non
     config = changes.of(original)
     if changes.data is not None:
         check_data(config)
-    position = _position(config, newest, changes.accept)
-    trained = newest is not None and position.at_end and _is_evaluated(root, newest)
+    position = position_after(config, newest, changes.accept)
+    trained = position.is_trained(root)
     if trained and run.info.status == "FINISHED":
         _send_unsent(run_id, folder, launch)
         raise RunConfigError(
@@ -151,66 +145,14 @@ def resume(name: str, changes: ResumeOptions | None = None, launch: Launch | Non
         launch.say(f"run {run.info.run_name} ({run_id[:8]}) continues at step {position.step} of {total}")
         if position.stream.changes:
             launch.say(f"warning: {position.stream.message(position.train.images)}")
-        _announce(client, run_id, _resumed_tags(position, run.data.tags))
+        for tag, value in position.tags(run.data.tags).items():
+            client.set_tag(run_id, tag, value)
         if trained:
             _send_rest(run_id, folder, launch)
         else:
             client.update_run(run_id, status="RUNNING")
             _run(config, run_id, folder, launch, accept_change=bool(position.stream.changes))
         return _conclude(client, config, run_id, folder, launch)
-
-
-@dataclass(frozen=True)
-class _Position:
-    """Position of a run that is resumed: its step, and the data and schedule that it continues with."""
-
-    step: int
-    train: Manifest
-    schedule: Schedule
-    stream: Continuation
-
-    @property
-    def at_end(self) -> bool:
-        """True if no step is left."""
-        return self.step >= self.schedule.total_steps
-
-
-def _position(config: RunConfig, newest: Location | None, accept_change: bool) -> _Position:
-    """Return the position after the checkpoint `newest`; raise `CheckpointError` if it does not fit the data."""
-    from pipeline.data.datasets import open_data
-    from pipeline.schedule import Schedule
-
-    train, _ = open_data(config.data)
-    meta = read_meta(newest) if newest else None
-    stream = continuation(meta, config, train, accept_change)
-    schedule = Schedule(config.optim, train.images, config.data.epoch_tail, stream.origin)
-    return _Position(meta.step if meta else 0, train, schedule, stream)
-
-
-def _is_evaluated(root: Location, newest: Location) -> bool:
-    """Return true if the newest checkpoint has its metrics and no other checkpoint waits for an evaluation."""
-    return catalog.read_evaluation(newest) is not None and not catalog.pending_evaluation(root)
-
-
-def _resumed_tags(position: _Position, before: Mapping[str, str]) -> dict[str, str]:
-    """Return the tags of a run that is resumed; `before` are the tags it has."""
-    schedule, stream = position.schedule, position.stream
-    tags: dict[str, str] = {}
-    if stream.changes:
-        tags[TAG_STREAM] = stream.appended_to(before.get(TAG_STREAM, ""))
-        tags[TAG_TRAIN_DIGEST] = position.train.digest
-    tags[TAG_TOTAL_STEPS] = str(schedule.total_steps)
-    tags[TAG_EPOCHS] = str(schedule.epoch(schedule.total_steps))
-    tags[TAG_PHASE] = "starting"
-    if before.get(TAG_PENDING_WORKERS):
-        tags[TAG_PENDING_WORKERS] = ""  # left by a driver that was killed while it waited for resources
-    return tags
-
-
-def _announce(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
-    """Set tags of a run in MLflow, in this order."""
-    for name, value in tags.items():
-        client.set_tag(run_id, name, value)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pipeline.checkpoint import catalog
 from pipeline.checkpoint.location import checkpoint_root
 from pipeline.checkpoint.metadata import read_meta
 from pipeline.cluster.background_evaluation import evaluator_on_ray
-from pipeline.cluster.ray_session import LocalRay, authenticate, connect_ray, lock_local_ray
+from pipeline.cluster.ray_session import LocalRay, authenticate, join_cluster, lock_local_ray, start_local_ray
 from pipeline.cluster.resources import (
     check_resources,
     describe_resources,
@@ -60,7 +60,10 @@ def run_workers(
 
     local = LocalRay()
     with local.outside_the_group():
-        connect_ray(config, address, verbose)
+        if address:
+            join_cluster(address, verbose)
+        else:
+            start_local_ray(config, verbose)
     try:
         check_resources(config, address)
         gpu = use_gpu(config)

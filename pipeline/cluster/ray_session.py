@@ -48,21 +48,41 @@ class LocalRay:
 
 def join_cluster(address: str, verbose: bool) -> None:
     """Connect to the Ray cluster at `address`; raise `PipelineError` when none answers."""
-    import ray
-
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ray.init(address=address, **quiet_options(verbose))
+        _init(verbose, address=address)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise PipelineError(
             f"no Ray cluster answers at {address} ({one_line(error)}); expected a running one: check --address"
         ) from None
 
 
-def quiet_options(verbose: bool) -> dict[str, Any]:
-    """Return the options of `ray.init` that turn Ray's own log off, unless `verbose`."""
-    return {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
+def start_local_ray(config: RunConfig, verbose: bool) -> None:
+    """Start Ray on this machine for the workers of a run; raise `TrainingError` if it does not start."""
+    # A laptop with fewer cores than workers still runs them, more slowly.
+    needed = (config.cluster.workers + config.evaluate.asynchronous) * config.cluster.cpus_per_worker
+    try:
+        _init(
+            verbose,
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, needed),
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",  # a laptop keeps it when it changes networks
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise TrainingError(
+            f"Ray does not start on this machine ({one_line(error)}); expected its servers to: --verbose shows their output, "
+            "--address joins a running cluster"
+        ) from None
+
+
+def _init(verbose: bool, **options: Any) -> None:
+    """Call `ray.init`, without Ray's own log unless `verbose`."""
+    import ray
+
+    quiet = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray.init(**options, **quiet)
 
 
 def authenticate() -> None:
@@ -84,35 +104,3 @@ def lock_local_ray() -> None:
     would write one to the home folder.
     """
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-
-
-def connect_ray(config: RunConfig, address: str | None, verbose: bool) -> None:
-    if address:
-        try:
-            join_cluster(address, verbose)
-        except PipelineError as error:
-            raise TrainingError(str(error)) from None
-    else:
-        _start_ray(config, verbose)
-
-
-def _start_ray(config: RunConfig, verbose: bool) -> None:
-    import ray
-
-    # A laptop with fewer cores than workers still runs them, more slowly.
-    needed = (config.cluster.workers + config.evaluate.asynchronous) * config.cluster.cpus_per_worker
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, needed),
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",  # a laptop keeps it when it changes networks
-                **quiet_options(verbose),
-            )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise TrainingError(
-            f"Ray does not start on this machine ({one_line(error)}); expected its servers to: --verbose shows their output, "
-            "--address joins a running cluster"
-        ) from None

@@ -95,53 +95,67 @@ def evaluate_readings(
     model: nn.Module,
     manifest: Manifest,
     categories: Sequence[Category],
-    readings: Sequence[OutputReader],
+    readers: Sequence[OutputReader],
     options: EvaluateOptions,
     *,
     ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> list[Evaluation] | None:
-    """Do the same as `evaluate_model` for several readings of the predictions, from one forward pass per image.
+    """Do the same as `evaluate_model` for several readers of the outputs, from one forward pass per image.
 
-    Return one evaluation per reading.
+    Return one evaluation per reader.
     """
     ranks = ranks or Ranks()
-    transform = options.transform
     labels = match_categories(categories, manifest)
-    planned = evaluation_plan(manifest, transform, options.batch_size, options.batching, options.limit)
+    planned = evaluation_plan(manifest, options.transform, options.batch_size, options.batching, options.limit)
     batches = planned[ranks.rank :: ranks.world_size]
-    collected: list[list[Detections]] = [[] for _ in readings]  # per reading, one item per batch
-    seen: list[int] = []
-    total = sum(map(len, batches))
     training = model.training
     model.eval()
     try:
-        loader = open_batches(
-            manifest,
-            batches,
-            transform=evaluation_transform(transform),
-            collate=evaluation_collate(transform, options.batching),
-            config=ReadConfig(threads=options.threads),
-        )
-        for batch in loader:
-            found = detect_batch(model, batch, labels, transform, ranks.device, readings)
-            for of_reading, detections in zip(collected, found, strict=True):
-                of_reading.append(detections)
-            seen += [target.image_id for target in batch.targets]
-            if progress:
-                progress(len(seen), total)
+        own = _detect(model, manifest, batches, labels, readers, options, ranks.device, progress)
     finally:
         model.train(training)
-    gathered = ranks.all_gather(([Detections.concatenate(of_reading) for of_reading in collected], seen))
+    gathered = ranks.all_gather(own)
     if not ranks.first:
         return None
     rows = np.concatenate(planned)
     _check_each_once(manifest, rows, [image_id for _, ids in gathered for image_id in ids])
     evaluations = []
-    for number in range(len(readings)):
-        detections = in_image_order(Detections.concatenate([of_rank[number] for of_rank, _ in gathered]))
+    for number in range(len(readers)):
+        detections = in_image_order(Detections.concatenate([by_reader[number] for by_reader, _ in gathered]))
         evaluations.append(Evaluation(score_detections(manifest, detections, rows=rows), detections, len(rows)))
     return evaluations
+
+
+def _detect(
+    model: nn.Module,
+    manifest: Manifest,
+    batches: Sequence[Ints],
+    labels: Ints,
+    readers: Sequence[OutputReader],
+    options: EvaluateOptions,
+    device: torch.device,
+    progress: Progress | None,
+) -> tuple[list[Detections], list[int]]:
+    """Run the model on this rank's batches; return the detections of each reader and the ids of the images."""
+    collected: list[list[Detections]] = [[] for _ in readers]  # per reader, one item per batch
+    seen: list[int] = []
+    total = sum(map(len, batches))
+    loader = open_batches(
+        manifest,
+        batches,
+        transform=evaluation_transform(options.transform),
+        collate=evaluation_collate(options.transform, options.batching),
+        config=ReadConfig(threads=options.threads),
+    )
+    for batch in loader:
+        found = detect_batch(model, batch, labels, options.transform, device, readers)
+        for by_batch, detections in zip(collected, found, strict=True):
+            by_batch.append(detections)
+        seen += [target.image_id for target in batch.targets]
+        if progress:
+            progress(len(seen), total)
+    return [Detections.concatenate(by_batch) for by_batch in collected], seen
 
 
 def match_categories(categories: Sequence[Category], manifest: Manifest) -> Ints:
@@ -175,15 +189,15 @@ def detect_batch(
     labels: Ints,
     transform: TransformConfig,
     device: torch.device,
-    readings: Sequence[OutputReader] = (read_last_layer,),
+    readers: Sequence[OutputReader] = (read_last_layer,),
 ) -> list[Detections]:
-    """Run the model once on a batch and return one `Detections` per reading, in pixels of the original images.
+    """Run the model once on a batch and return one `Detections` per reader, in pixels of the original images.
 
     Detections of classes that the data set lacks are left out.
     """
     moved = batch.to(device)
     outputs = model(normalise(moved, transform), moved.padding)
-    return [_columns(reading(outputs, batch), batch, labels) for reading in readings]
+    return [_columns(read(outputs, batch), batch, labels) for read in readers]
 
 
 def _columns(found: Sequence[Detection], batch: Batch, labels: Ints) -> Detections:

@@ -44,8 +44,7 @@ def evaluate_layers(
     """Score every decoder layer without and with suppression, then all of them merged.
 
     A collective call: return the scores on rank 0 and None on the other ranks. Each image goes through the model once.
-    The last layer without suppression has the metrics of `pipeline.evaluation.evaluate_model.evaluate_model`. Raise `ConfigError` if `nms` is
-    not an IoU above 0.
+    The last layer without suppression has the metrics of `evaluate_model`. Raise `ConfigError` if `nms` is not an IoU above 0.
     """
     if not 0 < nms <= 1:
         raise ConfigError(f"nms: got {nms}, expected an IoU above 0, at most 1; the paper's is 0.7")
@@ -56,8 +55,8 @@ def evaluate_layers(
     # The decoder computes every layer anyway; this only makes the model return the predictions of all of them.
     model.config = replace(config, auxiliary=True)
     try:
-        readings = [_reading(layer, iou) for layer, iou in kinds]
-        evaluations = evaluate_readings(model, manifest, categories, readings, options, ranks=ranks, progress=progress)
+        readers = [_reader(layer, iou) for layer, iou in kinds]
+        evaluations = evaluate_readings(model, manifest, categories, readers, options, ranks=ranks, progress=progress)
     finally:
         model.config = config
     if evaluations is None:
@@ -68,7 +67,7 @@ def evaluate_layers(
     ]
 
 
-def _reading(layer: int | None, nms: float | None) -> OutputReader:
+def _reader(layer: int | None, nms: float | None) -> OutputReader:
     def read(outputs: Outputs, batch: Batch) -> list[Detection]:
         if layer is not None:
             outputs = (*outputs.auxiliary, outputs)[layer - 1]._replace(auxiliary=(), masks=None)

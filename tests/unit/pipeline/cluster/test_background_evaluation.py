@@ -17,10 +17,10 @@ from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import TrainingError
 from pipeline.run_folder import request_stop
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.loop import run
 from pipeline.training.validation import evaluate_checkpoint
 from tests.support.runs import start
+from tests.support.tracker import MemoryTracker
 
 
 @pytest.fixture

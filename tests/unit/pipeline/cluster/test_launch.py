@@ -1,14 +1,16 @@
 """Refusal of a cluster that does not answer or can never fit the workers."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import ray
 
-from pipeline.cluster.ray_session import connect_ray
+from pipeline.cluster.ray_session import join_cluster, start_local_ray
 from pipeline.cluster.resources import check_resources
 from pipeline.config import ClusterConfig, RunConfig
-from pipeline.errors import RunConfigError, TrainingError
+from pipeline.errors import PipelineError, RunConfigError
 from pipeline.recipes import RECIPES
 
 
@@ -40,19 +42,25 @@ def test_cpus_are_counted_on_a_cluster_and_not_on_this_machine(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("address", "message"),
+    ("connect", "message"),
     [
-        ("10.0.0.7:6379", r"^no Ray cluster answers at 10\.0\.0\.7:6379 \(too late\); expected .*: check --address$"),
-        (None, r"^Ray does not start on this machine \(too late\); expected .*--verbose.*--address"),
+        (
+            partial(join_cluster, "10.0.0.7:6379", verbose=False),
+            r"^no Ray cluster answers at 10\.0\.0\.7:6379 \(too late\); expected .*: check --address$",
+        ),
+        (
+            partial(start_local_ray, RECIPES["demo"], verbose=False),
+            r"^Ray does not start on this machine \(too late\); expected .*--verbose.*--address",
+        ),
     ],
 )
 def test_a_ray_that_does_not_answer_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, address: str | None, message: str
+    monkeypatch: pytest.MonkeyPatch, connect: Callable[[], None], message: str
 ) -> None:
     def init(**_: object) -> None:
         raise ConnectionError("too late\nand more")
 
     monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(TrainingError, match=message) as caught:
-        connect_ray(RECIPES["demo"], address, verbose=False)
+    with pytest.raises(PipelineError, match=message) as caught:
+        connect()
     assert "\n" not in str(caught.value)

@@ -14,8 +14,8 @@ from pipeline.cluster.attempts import EndReason, Restart
 from pipeline.cluster.worker import FirstStepReport, PreemptionNotice, with_microbatch_limit
 from pipeline.config import ClusterConfig, RunConfig
 from pipeline.tracking.tags import TAG_RESIZED, TAG_WARNING
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.requests import NO_REQUEST, Request
+from tests.support.tracker import MemoryTracker
 
 
 @pytest.fixture
