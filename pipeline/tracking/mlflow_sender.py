@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.tracking.mlflow_client import connect
-from pipeline.tracking.tracker import Event
+from pipeline.tracking.spool import Event
 from shards.errors import one_line
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 from PIL import Image
 
-from pipeline.tracking.tracker import Event, ReportedSteps
+from pipeline.tracking.tracker import ReportedSteps
 from shards.errors import one_line
 from shards.store.storage import write_atomic
 
@@ -29,6 +29,18 @@ LOG = logging.getLogger(__name__)
 _BATCH = 1000  # MLflow's largest number of metrics in one request
 _EVENTS = "events.jsonl"
 _CURSOR = "cursor"
+
+
+class Event(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """Line of the spool; which of the other fields are used depends on `kind`."""
+
+    kind: str
+    time_ms: int
+    step: int = 0
+    name: str = ""
+    values: dict[str, float] = {}
+    tags: dict[str, str] = {}
+    columns: dict[str, list[Any]] = {}
 
 
 class SpoolTracker:

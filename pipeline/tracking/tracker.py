@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import msgspec
 from PIL import Image
 
 from pipeline.tracking.tags import TAG_WARNING
 
-_EVENTS = ("cluster", "restart")
+_ATTEMPT_FAMILIES = ("cluster", "restart")
 """Families whose points are events of an attempt, so that two attempts can report the same step."""
+_WARNING_LOGGERS = ("shards", "pipeline.checkpoint.catalog")
 
 
 class Tracker(Protocol):
@@ -47,55 +47,6 @@ class Tracker(Protocol):
         """Send what is left, if the server answers within a minute."""
 
 
-class Event(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """Line of the spool; which of the other fields are used depends on `kind`."""
-
-    kind: str
-    time_ms: int
-    step: int = 0
-    name: str = ""
-    values: dict[str, float] = {}
-    tags: dict[str, str] = {}
-    columns: dict[str, list[Any]] = {}
-
-
-class MemoryTracker:
-    """Tracker that keeps everything in lists, with the same rule about repeated steps; for tests."""
-
-    def __init__(self) -> None:
-        self.points: list[tuple[str, float, int]] = []
-        self.pictures: list[tuple[str, int]] = []
-        self.tables: dict[str, Mapping[str, list[Any]]] = {}
-        self.checkpoints: list[tuple[str, int]] = []
-        self.last_tags: dict[str, str] = {}
-        self._reported = ReportedSteps()
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """See `Tracker.metrics`."""
-        self.points += [(name, value, step) for name, value in self._reported.new_values(values, step).items()]
-
-    def picture(self, key: str, image: Image.Image, step: int) -> None:
-        """See `Tracker.picture`."""
-        self.pictures.append((key, step))
-
-    def table(self, name: str, columns: Mapping[str, list[Any]], step: int | None = None) -> None:
-        """See `Tracker.table`."""
-        if step is None or not self._reported.is_outdated(f"table:{name}", step):
-            self.tables[name] = columns
-
-    def tags(self, values: Mapping[str, str]) -> None:
-        """See `Tracker.tags`."""
-        self.last_tags |= values
-
-    def checkpoint(self, uri: str, step: int, metrics: Mapping[str, float]) -> None:
-        """See `Tracker.checkpoint`."""
-        self.metrics(metrics, step)
-        self.checkpoints.append((uri, step))
-
-    def close(self) -> None:
-        """Do nothing: there is nothing to send."""
-
-
 class ReportedSteps:
     """Reported steps by family; with `any_order`, steps before the last one may still be reported."""
 
@@ -115,7 +66,7 @@ class ReportedSteps:
         steps = self._steps.get(family, ())
         if self._any_order:
             return step in steps
-        return family not in _EVENTS and step <= max(steps, default=-1)
+        return family not in _ATTEMPT_FAMILIES and step <= max(steps, default=-1)
 
     def is_outdated(self, family: str, step: int) -> bool:
         """Return whether a later step was reported; record this one if not."""
@@ -134,9 +85,6 @@ class ReportedSteps:
         for name in found:
             self.add(name.split("/")[0], step)
         return found
-
-
-_WARNING_LOGGERS = ("shards", "pipeline.checkpoint.catalog")
 
 
 @contextmanager

@@ -19,9 +19,8 @@ from pipeline.errors import CheckpointError, Interrupted, RunConfigError, Tracki
 from pipeline.run_folder import BusyError
 from pipeline.tracking.mlflow_client import connect
 from pipeline.tracking.mlflow_runs import find_run
-from pipeline.tracking.spool import SpoolTracker
+from pipeline.tracking.spool import Event, SpoolTracker
 from pipeline.tracking.tags import TAG_STREAM, TAG_TOTAL_STEPS
-from pipeline.tracking.tracker import Event
 from pipeline.train import Launch, resume, train
 from pipeline.training.loop import run
 from pipeline.training.state import RunInfo
@@ -215,7 +214,7 @@ def test_unsent_events_of_a_trained_run_are_sent_before_registration(
     launch = Launch(say=lambda text: None)
     with monkeypatch.context() as away:
         away.setattr(driver, "EventSender", Away)
-        away.setattr("pipeline.registry.versions.registration.register", ended)
+        away.setattr("pipeline.registry.registration.register", ended)
         with pytest.raises(TrainingError):
             train(replace(short_config, storage=str(tmp_path / "runs")), launch)
     assert find_run(connect(), "tiny").info.status == status
@@ -231,7 +230,7 @@ def test_a_loss_of_mlflow_is_one_line_that_says_what_is_kept(
 
     workers(None)
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.registry.versions.registration.register", away)
+        patch.setattr("pipeline.registry.registration.register", away)
         with pytest.raises(TrackingError, match=r"failed .*kept: `detr resume \w+` does") as caught:
             train(short_config, launch)
     assert "\n" not in str(caught.value)

@@ -183,9 +183,9 @@ def train_alone(config: "RunConfig", run_folder: Path, folder: Path) -> list[tup
 
 
 def _train(ranks: "Ranks", config: "RunConfig", folder: Path) -> list[tuple[str, float, int]]:
-    from pipeline.tracking.tracker import MemoryTracker
     from pipeline.training.loop import run
     from pipeline.training.state import RunInfo
+    from tests.support.tracker import MemoryTracker
 
     tracker = MemoryTracker() if ranks.first else None
     run(config, RunInfo("run", folder, "commit"), ranks, tracker)

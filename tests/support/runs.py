@@ -12,11 +12,11 @@ from detr.model import build_model
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint import state as checkpoint_state
 from pipeline.config import RunConfig
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training import loop
 from pipeline.training.model import save_initial
 from pipeline.training.state import RunInfo
 from pipeline.training.step import StepResult, train_step
+from tests.support.tracker import MemoryTracker
 
 
 class Kill(BaseException):

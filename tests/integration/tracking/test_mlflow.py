@@ -19,9 +19,8 @@ from pipeline.tracking.mlflow_client import connect, holds_secret, without_secre
 from pipeline.tracking.mlflow_runs import CONFIG_ARTIFACT, create_run, find_run, find_runs, read_config
 from pipeline.tracking.mlflow_sender import EventSender
 from pipeline.tracking.provenance import code_commit
-from pipeline.tracking.spool import SpoolTracker
+from pipeline.tracking.spool import Event, SpoolTracker
 from pipeline.tracking.tags import TAG_COMMIT, TAG_FOLDER
-from pipeline.tracking.tracker import Event
 from shards.dataset.manifest import load_manifest
 
 

@@ -15,7 +15,6 @@ from pipeline.data.loader import training_batches
 from pipeline.distributed.ranks import Ranks
 from pipeline.driver.preflight import prepare
 from pipeline.schedule import Schedule
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.loop import run
 from pipeline.training.state import RunInfo
 from shards.config import WriteConfig
@@ -23,6 +22,7 @@ from shards.dataset.manifest import Manifest
 from shards.score.coco_eval import MASK_METRICS
 from shards.write.writer import write_coco
 from tests.support.real_data import COCO_TINY
+from tests.support.tracker import MemoryTracker
 
 pytestmark = pytest.mark.skipif(
     not COCO_TINY.is_dir(), reason=f"no COCO images at {COCO_TINY}; set DETR_COCO_TINY to a folder of them"

@@ -9,9 +9,9 @@ from pipeline.checkpoint import catalog
 from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import CheckpointError
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.loop import run
 from tests.support.runs import Kill, KillingTracker, start
+from tests.support.tracker import MemoryTracker
 
 
 def stored(config: RunConfig, store: Path) -> RunConfig:

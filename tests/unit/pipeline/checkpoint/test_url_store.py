@@ -16,13 +16,13 @@ from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.driver.preflight import check_storage, prepare
 from pipeline.errors import CheckpointError, RunConfigError
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.loop import run
 from pipeline.training.state import RunInfo
 from shards.errors import ShardError
 from shards.store import storage
 from tests.support.checkpoints import assert_same_state, meta, save_checkpoint, small
 from tests.support.runs import Kill, KillingTracker, start
+from tests.support.tracker import MemoryTracker
 
 
 @pytest.fixture

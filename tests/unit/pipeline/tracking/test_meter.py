@@ -14,8 +14,8 @@ from pipeline.tracking.meter import Interval, Meter, WaitWatch
 from pipeline.tracking.progress import Forecast, read_progress
 from pipeline.tracking.step_timer import PHASES
 from pipeline.tracking.tags import TAG_DATA_WAIT
-from pipeline.tracking.tracker import MemoryTracker
 from tests.support.ranks import run_ranks
+from tests.support.tracker import MemoryTracker
 
 CONFIG = RunConfig()
 CONFIG = replace(CONFIG, optim=replace(CONFIG.optim, batch_size=10, epochs=4))

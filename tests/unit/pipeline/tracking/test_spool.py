@@ -15,8 +15,7 @@ import pytest
 from PIL import Image
 
 from pipeline.tracking import spool
-from pipeline.tracking.spool import SpoolTracker
-from pipeline.tracking.tracker import Event
+from pipeline.tracking.spool import Event, SpoolTracker
 
 
 class Server:

@@ -4,7 +4,8 @@ import logging
 import math
 
 from pipeline.tracking.tags import TAG_WARNING
-from pipeline.tracking.tracker import MemoryTracker, ReportedSteps, forward_warnings
+from pipeline.tracking.tracker import ReportedSteps, forward_warnings
+from tests.support.tracker import MemoryTracker
 
 
 def test_the_memory_tracker_drops_repeated_steps() -> None:

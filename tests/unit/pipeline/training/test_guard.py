@@ -22,7 +22,6 @@ from pipeline.config import GuardConfig, RunConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import TrainingError
 from pipeline.tracking.tags import TAG_WARNING
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training import loop
 from pipeline.training.divergence import Diverged
 from pipeline.training.loop import run
@@ -30,6 +29,7 @@ from pipeline.training.model import save_initial
 from pipeline.training.requests import NO_REQUEST, LoopHooks, Request
 from pipeline.training.state import RunInfo
 from pipeline.training.step import StepResult, train_step
+from tests.support.tracker import MemoryTracker
 
 STEPS = 6
 Weights = dict[str, torch.Tensor]

@@ -18,7 +18,6 @@ from pipeline.config import RunConfig, from_json
 from pipeline.distributed.ranks import Ranks
 from pipeline.tracking.progress import RunProgress, read_progress
 from pipeline.tracking.step_timer import PHASES
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.loop import run
 from pipeline.training.model import build_trainable_model
 from pipeline.training.state import RunInfo
@@ -27,6 +26,7 @@ from shards.dataset.manifest import load_manifest
 from shards.errors import ShardError
 from shards.score.coco_eval import METRICS
 from tests.support.runs import Kill, KillingTracker, assert_same, evaluated, start, weights
+from tests.support.tracker import MemoryTracker
 
 
 def trained_weights(config: RunConfig, folder: Path) -> dict[str, torch.Tensor]:

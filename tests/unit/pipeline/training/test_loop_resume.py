@@ -15,7 +15,6 @@ from pipeline.checkpoint.metadata import read_meta
 from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import CheckpointError
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training.continuation import continuation
 from pipeline.training.loop import run
 from pipeline.training.state import RunInfo
@@ -23,6 +22,7 @@ from shards.dataset.manifest import load_manifest
 from shards.plan.epoch import epoch_order
 from shards.plan.steps import Origin
 from tests.support.runs import Kill, KillingTracker, assert_same, evaluated, shown_images, start, weights
+from tests.support.tracker import MemoryTracker
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 6])

@@ -13,12 +13,12 @@ from pipeline.checkpoint.saver import Saver
 from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import CheckpointError
-from pipeline.tracking.tracker import MemoryTracker
 from pipeline.training import loop as module
 from pipeline.training.loop import run
 from pipeline.training.requests import NO_REQUEST, LoopHooks, Request
 from pipeline.training.state import RunInfo
 from tests.support.runs import Kill, KillingTracker, assert_same, shown_images, start, weights
+from tests.support.tracker import MemoryTracker
 
 
 def saved_by_the_clock(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
