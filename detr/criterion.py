@@ -21,13 +21,13 @@ from detr.model import Outputs
 class Losses(NamedTuple):
     """Losses of a batch: their weighted sum, and each of them under the original's name.
 
-    total: weighted sum, with gradients. parts: unweighted and without gradients, `loss_ce`, `loss_bbox`, `loss_giou`,
+    total: weighted sum, with gradients. terms: unweighted and without gradients, `loss_ce`, `loss_bbox`, `loss_giou`,
     `cardinality_error` (mean over images) and `class_error` (percent) of the last layer; the first four also with a
     suffix `_0`, `_1`, ... of the layers before it; with a mask head, `loss_mask` and `loss_dice` of the last layer.
     """
 
     total: Tensor
-    parts: dict[str, Tensor]
+    terms: dict[str, Tensor]
 
 
 def compute_losses(
@@ -66,11 +66,11 @@ def compute_losses(
     weights = {"loss_ce": config.weight_ce, "loss_bbox": config.weight_bbox, "loss_giou": config.weight_giou}
     # Losses of weight 0 are left out, since 0 times NaN is NaN.
     weighted = [weight * per_layer[name].sum() for name, weight in weights.items() if weight]
-    parts = {"class_error": _class_error(log_probabilities, labels, found)}
+    terms = {"class_error": _class_error(log_probabilities, labels, found)}
     if outputs.masks is not None:
         weights |= {"loss_mask": config.weight_mask, "loss_dice": config.weight_dice}
         for name, value in mask_losses(outputs.masks, targets, found, len(layers), canvas).items():
-            parts[name] = value.detach() / num_boxes
+            terms[name] = value.detach() / num_boxes
             if weights[name]:
                 weighted.append(weights[name] * value / num_boxes)
     if not all(weights.values()):
@@ -79,8 +79,8 @@ def compute_losses(
     total = torch.stack(weighted).sum()
     for name, values in per_layer.items():
         for index, value in enumerate(values.detach().unbind()):
-            parts[name if index == 0 else f"{name}_{index - 1}"] = value
-    return Losses(total, parts)
+            terms[name if index == 0 else f"{name}_{index - 1}"] = value
+    return Losses(total, terms)
 
 
 def ce_weight_sum(targets: Sequence[Target], num_queries: int, config: LossConfig) -> float:

@@ -158,11 +158,11 @@ def _sum(found: Sequence[tuple[int, Losses]]) -> Losses:
     if len(found) == 1:
         return found[0][1]
     images = max(sum(count for count, _ in found), 1)
-    parts = {
+    terms = {
         name: sum(
-            (losses.parts[name] * (1 if name.startswith("loss_") else count / images) for count, losses in found),
+            (losses.terms[name] * (1 if name.startswith("loss_") else count / images) for count, losses in found),
             torch.zeros_like(value),
         )
-        for name, value in found[0][1].parts.items()
+        for name, value in found[0][1].terms.items()
     }
-    return Losses(torch.stack([losses.total.detach() for _, losses in found]).sum(), parts)
+    return Losses(torch.stack([losses.total.detach() for _, losses in found]).sum(), terms)

@@ -1,4 +1,4 @@
-"""What the loss does at the edges: canvases, full and overfull images, boxes that are none, predictions that are no numbers."""
+"""Properties of the loss in edge cases: any canvas, as many objects as queries, degenerate boxes, non-finite values."""
 
 import math
 from typing import Literal
@@ -26,7 +26,7 @@ def drawn_boxes(count: int, low: float, high: float, extents: tuple[float, float
 
 
 def drawn(counts: list[int], queries: int, layers: int = 2) -> tuple[Outputs, list[Target]]:
-    """Leaves with gradients, the last layer's first."""
+    """Return predictions that are leaves with gradients, those of the last layer first."""
     found = [
         Outputs(
             torch.randn(len(counts), queries, CLASSES + 1).requires_grad_(),
@@ -42,7 +42,7 @@ def drawn(counts: list[int], queries: int, layers: int = 2) -> tuple[Outputs, li
 
 
 def detector(position: Literal["sine", "learned"]) -> DETR:
-    """A whole DETR whose frozen statistics are not neutral, so that padding is not zero past the first convolution."""
+    """Return a DETR whose frozen statistics are not neutral, so that padding is not zero past the first convolution."""
     torch.manual_seed(0)
     config = ModelConfig(
         backbone="tiny", position=position, hidden_dim=32, heads=4, encoder_layers=2, decoder_layers=2,
@@ -69,9 +69,9 @@ DETECTORS = [detector("sine"), detector("learned")]
 def test_loss_does_not_depend_on_the_canvas(
     seed: int, size: tuple[int, int], canvases: list[tuple[int, int]], model: DETR
 ) -> None:
-    """The strongest that is true of convolutions: on canvases of whole cells that reach past what the image's cells see.
+    """Compare canvases of complete cells that extend beyond the receptive fields of the image's cells.
 
-    On a tighter one the backbone sees the canvas's edge, which is zeros in every layer, instead of padding.
+    On a tighter canvas the backbone sees the canvas's edge, which is zeros in every layer, instead of padding.
     """
     torch.manual_seed(seed)
     image = torch.randn(3, *size)
@@ -112,7 +112,7 @@ def test_hundred_queries_match_a_hundred_or_more_boxes(seed: int, surplus: int) 
     losses = compute_losses(perfect, [truth], 100.0, LossConfig())
     losses.total.backward()
     assert losses.total.item() < 1e-4
-    assert losses.parts["class_error"] == losses.parts["cardinality_error"] - surplus == 0
+    assert losses.terms["class_error"] == losses.terms["cardinality_error"] - surplus == 0
 
 
 @SETTINGS
@@ -120,23 +120,23 @@ def test_hundred_queries_match_a_hundred_or_more_boxes(seed: int, surplus: int) 
 def test_odd_boxes_give_finite_losses_and_gradients(seed: int, counts: list[int], flat: bool, far: bool) -> None:
     torch.manual_seed(seed)
     outputs, targets = drawn(counts, 5)
-    places, extents = ((-3.0, 4.0) if far else (0.0, 1.0)), ((0.0, 0.0) if flat else (0.0, 5.0 if far else 1.0))
+    centres, extents = ((-3.0, 4.0) if far else (0.0, 1.0)), ((0.0, 0.0) if flat else (0.0, 5.0 if far else 1.0))
     targets = [
-        Target(drawn_boxes(len(one.labels), *places, extents), one.labels, one.image_id, one.original_size)
-        for one in targets
+        Target(drawn_boxes(len(target.labels), *centres, extents), target.labels, target.image_id, target.original_size)
+        for target in targets
     ]
     for layer in (outputs, *outputs.auxiliary):
         with torch.no_grad():
-            layer.boxes.copy_(drawn_boxes(layer.boxes[..., 0].numel(), *places, extents).view_as(layer.boxes))
+            layer.boxes.copy_(drawn_boxes(layer.boxes[..., 0].numel(), *centres, extents).view_as(layer.boxes))
             if targets and len(targets[0].boxes):
-                layer.boxes[0, 0] = targets[0].boxes[0]  # a box upon its own, with nothing in it
+                layer.boxes[0, 0] = targets[0].boxes[0]  # a box that equals its object and may be empty
     losses = compute_losses(outputs, targets, 1.0, LossConfig())
     losses.total.backward()
     assert losses.total.isfinite()
-    assert all(part.isfinite() for part in losses.parts.values())
+    assert all(term.isfinite() for term in losses.terms.values())
     for layer in (outputs, *outputs.auxiliary):
-        for part in (layer.logits, layer.boxes):
-            assert part.grad is None or part.grad.isfinite().all()
+        for tensor in (layer.logits, layer.boxes):
+            assert tensor.grad is None or tensor.grad.isfinite().all()
 
 
 @SETTINGS
@@ -160,21 +160,21 @@ def test_non_finite_value_error_names_tensor_and_image(
     torch.manual_seed(seed)
     outputs, targets = drawn(counts, 5)
     guilty: dict[str, set[int]] = {}
-    for part, layer, where, value in broken:
+    for name, layer, where, value in broken:
         image = where % len(counts)
-        if part == "target boxes":
+        if name == "target boxes":
             targets[image].boxes[where % counts[image], where] = value
         else:
             with torch.no_grad():
-                getattr((outputs, *outputs.auxiliary)[layer], part)[image, where, where] = value
-        guilty.setdefault(part, set()).add(100 + image)
+                getattr((outputs, *outputs.auxiliary)[layer], name)[image, where, where] = value
+        guilty.setdefault(name, set()).add(100 + image)
     with pytest.raises(NonFiniteError) as caught:
         compute_losses(outputs, targets, 1.0, LossConfig())
-    said = str(caught.value)
+    message = str(caught.value)
     named = " and ".join(
-        f"{part} of images {', '.join(map(str, sorted(guilty[part])))}"
-        for part in ("logits", "boxes", "target boxes")
-        if part in guilty
+        f"{name} of images {', '.join(map(str, sorted(guilty[name])))}"
+        for name in ("logits", "boxes", "target boxes")
+        if name in guilty
     )
-    assert f"non-finite values in the {named}, expected finite ones" in said
-    assert "\n" not in said
+    assert f"non-finite values in the {named}, expected finite ones" in message
+    assert "\n" not in message

@@ -1,4 +1,4 @@
-"""Geometry of many images at once and of one image."""
+"""Equality of the geometry of many images at once and of single images."""
 
 import hashlib
 

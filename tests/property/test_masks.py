@@ -1,4 +1,4 @@
-"""What holds for any box, its filled mask and any geometry."""
+"""Properties of boxes and their filled masks under any geometry."""
 
 import numpy as np
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""What holds for any predictions and any objects."""
+"""Properties of matching and losses for any predictions and objects."""
 
 from itertools import permutations
 
@@ -69,7 +69,7 @@ def test_matching_has_the_lowest_cost_of_all(problem: tuple[Outputs, list[Target
 @SETTINGS
 @given(problems(ties=False))
 def test_matching_does_not_depend_on_the_order_of_objects(problem: tuple[Outputs, list[Target], LossConfig]) -> None:
-    # Without ties: sums of L1 distances alone are often equal, and which of two equal matchings is found is no promise.
+    # Without ties: sums of L1 distances alone are often equal, and any of several equal matchings may be found.
     outputs, targets, config = problem
     shuffled = []
     for target in targets:
@@ -88,7 +88,7 @@ def test_images_are_matched_separately(problem: tuple[Outputs, list[Target], Los
     together = match(outputs, targets, config)
     for image, target in enumerate(targets):
         (alone,) = match(Outputs(outputs.logits[[image]], outputs.boxes[[image]]), [target], config)
-        assert [part.tolist() for part in together[image]] == [part.tolist() for part in alone]
+        assert [indices.tolist() for indices in together[image]] == [indices.tolist() for indices in alone]
 
 
 @SETTINGS
@@ -101,7 +101,7 @@ def test_losses_and_gradients_are_finite(problem: tuple[Outputs, list[Target], L
     losses = compute_losses(outputs, targets, 1.0, config)
     losses.total.backward()
     assert losses.total.isfinite()
-    assert all(part.isfinite() for part in losses.parts.values())
+    assert all(term.isfinite() for term in losses.terms.values())
     for layer in (outputs, *outputs.auxiliary):
         assert layer.logits.grad is not None
         assert layer.logits.grad.isfinite().all()

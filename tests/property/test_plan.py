@@ -29,7 +29,7 @@ Sample = tuple[int, int]  # row, epoch
 
 
 def manifest_of(count: int) -> Manifest:
-    """Return all of a manifest that the plan depends on: shards of 7 images, and one of the rest."""
+    """Return the fields of a manifest that the plan depends on: shards of 7 images, the last one shorter."""
     shards = [SimpleNamespace(samples=min(7, count - start)) for start in range(0, count, 7)]
     return cast(Manifest, SimpleNamespace(images=count, shards=shards))
 
@@ -40,7 +40,7 @@ def sizes(rows: np.ndarray, epochs: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 def key(sample: Sample) -> int:
     """Return the key by which the samples of a window are sorted."""
-    height, width = (int(side) for side in sizes(*(np.array(part) for part in sample)))
+    height, width = (int(side) for side in sizes(*(np.array(value) for value in sample)))
     return width if width >= height else -height
 
 
@@ -68,7 +68,7 @@ def steps_of(plans: list[EpochPlan], world_size: int = 1) -> dict[int, list[Samp
         step: [
             sample
             for rank in range(world_size)
-            for sample in zip(*(part.tolist() for part in plan.step(step, rank, world_size)), strict=True)
+            for sample in zip(*(values.tolist() for values in plan.step(step, rank, world_size)), strict=True)
         ]
         for plan in plans
         for step in range(plan.first_step, plan.end_step)
@@ -121,9 +121,9 @@ def test_stream_is_the_same_for_up_to_64_ranks(count, batch_size, seed, config):
 def test_run_resumes_at_any_step_on_any_number_of_ranks(count, batch_size, seed, epochs, config, world_size, data):
     total = Steps(count, batch_size, config.epoch_tail).at(epochs * count)
     stop = data.draw(st.integers(0, total))
-    whole = steps_of(plans_of_a_run(count, batch_size, seed, epochs, config))
+    uninterrupted = steps_of(plans_of_a_run(count, batch_size, seed, epochs, config))
     resumed = stream(plans_of_a_run(count, batch_size, seed, epochs, config), world_size, from_step=stop)
-    assert resumed == [sample for step, samples in whole.items() if step >= stop for sample in samples]
+    assert resumed == [sample for step, samples in uninterrupted.items() if step >= stop for sample in samples]
 
 
 @settings(deadline=None)
@@ -131,11 +131,11 @@ def test_run_resumes_at_any_step_on_any_number_of_ranks(count, batch_size, seed,
 def test_new_batch_size_continues_with_the_rest_of_the_epoch(count, batch_size, other, seed, epochs, config, data):
     cut = Steps(count, batch_size, config.epoch_tail)
     stop = data.draw(st.integers(0, cut.at(epochs * count)))
-    whole = steps_of(plans_of_a_run(count, batch_size, seed, epochs, config))
+    uninterrupted = steps_of(plans_of_a_run(count, batch_size, seed, epochs, config))
     origin = Origin(stop, min(cut.position(stop), epochs * count))
     after = steps_of(plans_of_a_run(count, other, seed, epochs, config, origin))
     assert list(after) == list(range(stop, stop + len(after)))
-    shown = Counter(sample for step, samples in whole.items() if step < stop for sample in samples)
+    shown = Counter(sample for step, samples in uninterrupted.items() if step < stop for sample in samples)
     shown.update(sample for samples in after.values() for sample in samples)
     assert shown == Counter(every(count, epochs))
 
@@ -192,9 +192,9 @@ def test_sorting_moves_no_sample_out_of_its_window_of_steps(count, batch_size, s
         members = range(start, min(start + window, plain.end_step))
         assert Counter(s for m in members for s in before[m]) == Counter(s for m in members for s in after[m])
         ranges = [(min(map(key, after[member])), max(map(key, after[member]))) for member in members]
-        # Steps of a window share no more than their ends: each holds images of like size.
+        # The ranges of a window's steps overlap at their ends only: each step has images of similar size.
         ranges.sort()
-        assert all(one[1] <= other[0] for one, other in pairwise(ranges))
+        assert all(earlier[1] <= later[0] for earlier, later in pairwise(ranges))
 
 
 @settings(deadline=None)
@@ -202,7 +202,7 @@ def test_sorting_moves_no_sample_out_of_its_window_of_steps(count, batch_size, s
 def test_shards_come_in_blocks_and_every_epoch_has_others(count, seed, epoch, per_block):
     manifest = manifest_of(count)
     blocks = shard_blocks(seed, epoch, len(manifest.shards), per_block)
-    assert sorted(blocks.tolist()) == [place // per_block for place in range(len(manifest.shards))]
+    assert sorted(blocks.tolist()) == [number // per_block for number in range(len(manifest.shards))]
     plan = plan_epoch(
         manifest, seed=seed, epoch=epoch, batch_size=1, config=PlanConfig(shuffle_shards=per_block, epoch_tail="short")
     )

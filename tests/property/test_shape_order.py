@@ -1,4 +1,4 @@
-"""The order by shape keeps every image, and keeps it in its step."""
+"""Properties of the order by shape: every image stays in its step, and similar images are put together."""
 
 import numpy as np
 import pytest
@@ -25,12 +25,12 @@ def test_every_image_stays_in_its_step(found, batch_size):
 
 @settings(deadline=None)
 @given(shapes, st.integers(1, 64))
-def test_a_step_is_arranged_the_same_whatever_the_others_are(found, batch_size):
+def test_step_is_arranged_independently_of_other_steps(found, batch_size):
     heights, widths = np.array(found, np.int64).reshape(-1, 2).T
     order = pair_up(heights, widths, batch_size)
     for start in range(0, len(order), batch_size):
-        part = slice(start, start + batch_size)
-        assert (pair_up(heights[part], widths[part], batch_size) + start).tolist() == order[part].tolist()
+        step = slice(start, start + batch_size)
+        assert (pair_up(heights[step], widths[step], batch_size) + start).tolist() == order[step].tolist()
 
 
 @given(
@@ -38,15 +38,15 @@ def test_a_step_is_arranged_the_same_whatever_the_others_are(found, batch_size):
     st.permutations(range(64)),
     st.sampled_from([1, 30]),
 )
-def test_images_that_come_in_fours_are_put_together(found, places, scale):
+def test_images_that_come_in_fours_are_put_together(found, order_given, scale):
     # Sides of 60,000 pixels need wider integers than those of images do.
-    heights, widths = scale * np.repeat(np.array(found), 4, axis=0)[np.array(places)].T
+    heights, widths = scale * np.repeat(np.array(found), 4, axis=0)[np.array(order_given)].T
     order = pair_up(heights, widths, 64)
     for member in np.stack([heights, widths])[:, order].reshape(2, 16, 4):
         assert (member == member[:, :1]).all()
 
 
-# Of COCO's train2017: the commonest sizes, each with its share of 20.
+# The most common sizes of COCO's train2017, each with its share of 20.
 SIZES = [(640, 480)] * 6 + [(640, 427)] * 5 + [(480, 640)] * 3 + [(640, 426)] * 2 + [(500, 375)] * 2 + [(427, 640)] * 2
 
 

@@ -1,4 +1,4 @@
-"""What a run's reader really delivers: the plan, whatever the threads, the ranks and the stops."""
+"""Properties of a run's reader: it delivers the plan for any number of threads and ranks and after any stop."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -52,21 +52,21 @@ def seen(sample: Sample) -> tuple[int, int]:
 def delivered(
     manifest: Manifest, config: RunConfig, world_size: int, threads: int, first: int = 0, until: int | None = None
 ) -> list[list[tuple[int, int]]]:
-    """(epoch, image id) of each step's samples, put together from what every rank's reader delivers."""
+    """Return (epoch, image id) of each step's samples, joined from those that every rank's reader delivers."""
     schedule = Schedule(config.optim, manifest.images, config.data.epoch_tail)
     until = schedule.total_steps if until is None else until
     steps: list[list[tuple[int, int]]] = [[] for _ in range(until - first)]
     for rank in range(world_size):
-        parts = rank_slices(manifest, config, schedule, Ranks(rank, world_size), first, until)
+        slices = rank_slices(manifest, config, schedule, Ranks(rank, world_size), first, until)
         read = ReadConfig(threads=threads, prefetch=max(1, 2 * threads))
-        with closing(open_stream(manifest, parts, transform=seen, collate=list, config=read)) as stream:
+        with closing(open_stream(manifest, slices, transform=seen, collate=list, config=read)) as stream:
             for step, samples in zip(steps, stream, strict=True):
                 step += samples
     return steps
 
 
 def planned(manifest: Manifest, config: RunConfig) -> Iterator[list[tuple[int, int]]]:
-    """The same from the plans of one epoch after the other."""
+    """Yield the same from the plans of the single epochs."""
     ids = manifest.index().images["image_id"]
     schedule = Schedule(config.optim, manifest.images, config.data.epoch_tail)
     data = config.data
@@ -104,14 +104,14 @@ def test_every_epoch_is_delivered_exactly_on_any_ranks_and_threads(
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32 - 1), batch_sizes, world_sizes, world_sizes, thread_counts, options, st.data())
-def test_a_run_that_stops_at_any_step_goes_on_the_same_on_any_ranks(
+def test_stopped_run_continues_the_same_on_any_number_of_ranks(
     manifest, tiny_config, seed, batch_size, before, after, threads, chosen, data
 ):
     config = configured(tiny_config, seed, batch_size, chosen)
-    whole = list(planned(manifest, config))
-    stop = data.draw(st.integers(0, len(whole)))
+    expected = list(planned(manifest, config))
+    stop = data.draw(st.integers(0, len(expected)))
     first = delivered(manifest, config, before, threads, until=stop)
-    assert first + delivered(manifest, config, after, threads, first=stop) == whole
+    assert first + delivered(manifest, config, after, threads, first=stop) == expected
 
 
 @settings(max_examples=6, deadline=None)
@@ -128,16 +128,16 @@ def test_pixels_and_boxes_do_not_depend_on_the_threads(manifest, tiny_config, se
     alone = batches(0)
     assert sum(len(batch.targets) for batch in alone) >= 12 - batch_size
     for threads in (1, 4):
-        for one, other in zip(batches(threads), alone, strict=True):
-            assert torch.equal(one.images, other.images)
-            assert one.sizes == other.sizes
-            for target, expected in zip(one.targets, other.targets, strict=True):
+        for batch, other in zip(batches(threads), alone, strict=True):
+            assert torch.equal(batch.images, other.images)
+            assert batch.sizes == other.sizes
+            for target, expected in zip(batch.targets, other.targets, strict=True):
                 assert target.image_id == expected.image_id
                 assert torch.equal(target.boxes, expected.boxes)
                 assert torch.equal(target.labels, expected.labels)
 
 
-def test_a_stream_over_epochs_is_the_loaders_of_each_epoch_one_after_the_other(manifest, tiny_config):
+def test_stream_over_epochs_equals_the_loaders_of_its_epochs(manifest, tiny_config):
     config = configured(tiny_config, 42, 5, {})
     schedule = Schedule(config.optim, manifest.images)
     ranks = Ranks(1, 2)

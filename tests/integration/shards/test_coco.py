@@ -1,4 +1,4 @@
-"""Real COCO images: written, read by the stock webdataset library, read by ours, and scored as the JSON is."""
+"""Real COCO images: written, read by webdataset and by our loader, and scored like the original JSON."""
 
 import base64
 import contextlib
@@ -33,8 +33,8 @@ STOCK_READER = """
 import base64, json, sys, webdataset
 samples = webdataset.WebDataset(sys.argv[1:], shardshuffle=False)
 print(json.dumps([
-    {name: base64.b64encode(value.encode() if isinstance(value, str) else value).decode() for name, value in one.items()}
-    for one in samples
+    {name: base64.b64encode(value.encode() if isinstance(value, str) else value).decode() for name, value in sample.items()}
+    for sample in samples
 ]))
 """
 
@@ -61,17 +61,21 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def test_the_manifest_counts_what_the_json_holds(split):
+def test_manifest_has_the_counts_of_the_json(split):
     manifest = split.manifest
     assert (manifest.images, manifest.num_classes) == (80, 80)
     assert manifest.annotations == len(split.data["annotations"])
-    assert [category.id for category in manifest.categories] == sorted(one["id"] for one in split.data["categories"])
+    assert [category.id for category in manifest.categories] == sorted(
+        category["id"] for category in split.data["categories"]
+    )
     assert manifest.categories[-1].id == 90
-    assert manifest.index().annotations["iscrowd"].sum() == sum(one["iscrowd"] for one in split.data["annotations"])
+    assert manifest.index().annotations["iscrowd"].sum() == sum(
+        annotation["iscrowd"] for annotation in split.data["annotations"]
+    )
     assert verify(split.out).ok
 
 
-def test_the_stock_library_alone_reads_every_sample_exactly(split):
+def test_webdataset_alone_reads_every_sample_exactly(split):
     # In a process of its own: it imports nothing of ours, and webdataset leaves its files open, which warns.
     urls = sorted(str(path) for path in split.out.glob("*.tar"))
     done = subprocess.run([sys.executable, "-c", STOCK_READER, *urls], stdout=subprocess.PIPE, check=True)
@@ -88,19 +92,19 @@ def test_the_stock_library_alone_reads_every_sample_exactly(split):
             entry["annotations"], json.loads(sample.get("segmentation.json", b"[]")), strict=True
         ):
             annotations.append(annotation | {"segmentation": segmentation})
-    by_id = {one["id"]: one for one in annotations}
-    assert by_id == {one["id"]: one for one in split.data["annotations"]}
+    by_id = {annotation["id"]: annotation for annotation in annotations}
+    assert by_id == {annotation["id"]: annotation for annotation in split.data["annotations"]}
     assert len(annotations) == len(by_id)
     rest = json.loads((split.out / "source.json").read_bytes())
     assert rest == {key: value for key, value in split.data.items() if key not in ("images", "annotations")}
 
 
-def test_the_bytes_depend_neither_on_the_run_nor_on_the_workers(split, tmp_path):
+def test_bytes_depend_neither_on_the_run_nor_on_the_workers(split, tmp_path):
     write_coco(split.images, split.annotations, tmp_path / "again", WriteConfig(samples_per_shard=32, workers=3))
     assert digests(tmp_path / "again") == digests(split.out)
 
 
-def test_an_epoch_over_three_ranks_decodes_every_image_as_pillow_does(split):
+def test_epoch_over_three_ranks_decodes_images_as_pillow_does(split):
     plan = plan_epoch(split.manifest, seed=9, epoch=0, batch_size=16)
     samples = [
         sample
@@ -116,35 +120,39 @@ def test_an_epoch_over_three_ranks_decodes_every_image_as_pillow_does(split):
         )
         for sample in batch
     ]
-    names = {one["id"]: one["file_name"] for one in split.data["images"]}
+    names = {image["id"]: image["file_name"] for image in split.data["images"]}
     assert sorted(sample.image_id for sample in samples) == sorted(names)
     labels = {category.id: label for label, category in enumerate(split.manifest.categories)}
     for sample in samples:
         with Image.open(split.images / names[sample.image_id]) as image:
             assert np.array_equal(sample.image, np.asarray(image.convert("RGB")))
-        truth = [one for one in split.data["annotations"] if one["image_id"] == sample.image_id and not one["iscrowd"]]
-        assert sample.labels.tolist() == [labels[one["category_id"]] for one in truth]
-        boxes = np.array([one["bbox"] for one in truth], np.float64).reshape(-1, 4)
+        truth = [
+            annotation
+            for annotation in split.data["annotations"]
+            if annotation["image_id"] == sample.image_id and not annotation["iscrowd"]
+        ]
+        assert sample.labels.tolist() == [labels[annotation["category_id"]] for annotation in truth]
+        boxes = np.array([annotation["bbox"] for annotation in truth], np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         assert np.array_equal(sample.boxes_xyxy, boxes.astype(np.float32))
 
 
-def test_masks_are_exactly_those_that_pycocotools_makes_of_the_json(split):
+def test_masks_equal_those_of_pycocotools_from_the_json(split):
     from pycocotools.coco import COCO
 
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(split.annotations))
     count = 0
     for sample in read_samples(split.manifest, range(80), ReadConfig(threads=2, masks=True)):
-        truth = [one for one in coco.imgToAnns[sample.image_id] if not one["iscrowd"]]
+        truth = [annotation for annotation in coco.imgToAnns[sample.image_id] if not annotation["iscrowd"]]
         assert sample.masks.shape == (len(truth), sample.height, sample.width)
-        for mask, one in zip(sample.masks, truth, strict=True):
-            assert np.array_equal(mask, coco.annToMask(one).astype(bool)), one["id"]
+        for mask, annotation in zip(sample.masks, truth, strict=True):
+            assert np.array_equal(mask, coco.annToMask(annotation).astype(bool)), annotation["id"]
         count += len(truth)
-    assert count == sum(not one["iscrowd"] for one in split.data["annotations"]) > 600
+    assert count == sum(not annotation["iscrowd"] for annotation in split.data["annotations"]) > 600
 
 
-def test_scores_of_masks_are_those_of_pycocotools_on_the_original_json(split):
+def test_mask_scores_equal_those_of_pycocotools_on_the_json(split):
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -152,18 +160,18 @@ def test_scores_of_masks_are_those_of_pycocotools_on_the_original_json(split):
         coco = COCO(str(split.annotations))
     rng = np.random.default_rng(1)
     ids = {category.id: label for label, category in enumerate(split.manifest.categories)}
-    truth = [one for one in split.data["annotations"] for _ in range(2)]
-    # Truth moved by a twentieth of its size and with its score; one in five of another class, one in ten empty.
+    truth = [annotation for annotation in split.data["annotations"] for _ in range(2)]
+    # The truth is moved by a twentieth of its size; a fifth has another class, a tenth is empty.
     masks = np.empty(len(truth), object)
-    for number, one in enumerate(truth):
-        shift = np.rint(rng.normal(0, 0.05, 2) * one["bbox"][:1:-1]).astype(int)
-        moved = np.roll(coco.annToMask(one), shift, (0, 1)) * (rng.random() < 0.9)
+    for number, annotation in enumerate(truth):
+        shift = np.rint(rng.normal(0, 0.05, 2) * annotation["bbox"][:1:-1]).astype(int)
+        moved = np.roll(coco.annToMask(annotation), shift, (0, 1)) * (rng.random() < 0.9)
         masks[number] = encode_masks(moved.astype(bool)[None])[0]
-    labels = np.array([ids[one["category_id"]] for one in truth])
+    labels = np.array([ids[annotation["category_id"]] for annotation in truth])
     wrong = rng.random(len(truth)) < 0.2
     labels[wrong] = rng.integers(0, 80, wrong.sum())
-    boxes = np.array([one["bbox"] for one in truth], np.float64)
-    image_ids = np.array([one["image_id"] for one in truth], np.int64)
+    boxes = np.array([annotation["bbox"] for annotation in truth], np.float64)
+    image_ids = np.array([annotation["image_id"] for annotation in truth], np.int64)
     detections = Detections(image_ids, labels, rng.random(len(truth)).astype(np.float32), boxes, masks)
 
     metrics = coco_metrics(split.manifest, detections)
@@ -178,7 +186,7 @@ def test_scores_of_masks_are_those_of_pycocotools_on_the_original_json(split):
     assert 0 < min(found) < max(found) < 1
 
 
-def test_scores_are_those_of_pycocotools_on_the_original_json(split):
+def test_scores_equal_those_of_pycocotools_on_the_json(split):
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 

@@ -31,14 +31,14 @@ IMAGES = COCO_TINY / "val2017"
 
 
 class Truth:
-    """The validation images: names of categories, sizes and objects by image id."""
+    """The validation images: names of categories, and boxes by image id."""
 
     def __init__(self) -> None:
         self.data = json.loads((COCO_TINY / "annotations" / "instances_val2017.json").read_bytes())
-        self.names = {one["id"]: one["name"] for one in self.data["categories"]}
-        self.boxes: dict[int, list[tuple[str, list[float]]]] = {one["id"]: [] for one in self.data["images"]}
-        for one in self.data["annotations"]:
-            self.boxes[one["image_id"]].append((self.names[one["category_id"]], one["bbox"]))
+        self.names = {category["id"]: category["name"] for category in self.data["categories"]}
+        self.boxes: dict[int, list[tuple[str, list[float]]]] = {image["id"]: [] for image in self.data["images"]}
+        for annotation in self.data["annotations"]:
+            self.boxes[annotation["image_id"]].append((self.names[annotation["category_id"]], annotation["bbox"]))
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +56,15 @@ def boxes_of(manifest: Manifest) -> dict[int, list[tuple[str, list[float]]]]:
     index = manifest.index()
     return {
         int(record["image_id"]): [
-            (manifest.categories[one["label"]].name, one["bbox"].tolist()) for one in index.annotations_of(row)
+            (manifest.categories[annotation["label"]].name, annotation["bbox"].tolist())
+            for annotation in index.annotations_of(row)
         ]
         for row, record in enumerate(index.images)
     }
 
 
 def check(document: Document, out: Path, truth: Truth, pixels: float) -> Manifest:
-    """Every box in its place and order; the shards whole."""
+    """Write the data set and check that all boxes and their order are the truth's."""
     manifest = write_document(document, out, WriteConfig(samples_per_shard=32))
     found = boxes_of(manifest)
     assert found.keys() == truth.boxes.keys()
@@ -77,7 +78,7 @@ def check(document: Document, out: Path, truth: Truth, pixels: float) -> Manifes
     return manifest
 
 
-def test_boxes_come_back_from_pascal_voc_within_half_a_pixel(truth: Truth, tmp_path: Path) -> None:
+def test_boxes_from_pascal_voc_equal_the_truth_within_half_a_pixel(truth: Truth, tmp_path: Path) -> None:
     root = tmp_path / "VOCdevkit" / "VOC2017"
     link(root / "JPEGImages")
     (root / "Annotations").mkdir()
@@ -100,7 +101,7 @@ def test_boxes_come_back_from_pascal_voc_within_half_a_pixel(truth: Truth, tmp_p
     assert [category.name for category in manifest.categories] == sorted(used)
 
 
-def test_boxes_come_back_from_yolo_labels_within_rounding(truth: Truth, tmp_path: Path) -> None:
+def test_boxes_from_yolo_labels_equal_the_truth_within_rounding(truth: Truth, tmp_path: Path) -> None:
     link(tmp_path / "images" / "val")
     (tmp_path / "labels" / "val").mkdir(parents=True)
     numbers = {name: number for number, name in enumerate(truth.names.values())}
@@ -121,12 +122,12 @@ def test_boxes_come_back_from_yolo_labels_within_rounding(truth: Truth, tmp_path
 
 @pytest.fixture
 def stock(truth: Truth, tmp_path: Path) -> Path:
-    """Tars of the stock library's own writer, with keys that are no ids."""
+    """Return a folder of tars from webdataset's own writer, with keys that are not ids."""
     from webdataset.writer import TarWriter
 
-    annotations: dict[int, list[dict[str, Any]]] = {one["id"]: [] for one in truth.data["images"]}
-    for one in truth.data["annotations"]:
-        annotations[one["image_id"]].append(one)
+    annotations: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in truth.data["images"]}
+    for annotation in truth.data["annotations"]:
+        annotations[annotation["image_id"]].append(annotation)
     (tmp_path / "tars").mkdir()
     for number in range(2):
         with TarWriter(str(tmp_path / "tars" / f"street-{number}.tar")) as tar:
@@ -141,7 +142,7 @@ def stock(truth: Truth, tmp_path: Path) -> Path:
     return tmp_path / "tars"
 
 
-def test_tars_of_the_stock_writer_are_indexed_verified_and_read(truth: Truth, stock: Path, tmp_path: Path) -> None:
+def test_tars_of_webdatasets_writer_are_indexed_verified_and_read(truth: Truth, stock: Path, tmp_path: Path) -> None:
     categories = COCO_TINY / "annotations" / "instances_train2017.json"
     before = {path.name: path.read_bytes() for path in stock.iterdir()}
     manifest = index_tars(stock, IndexConfig(categories))

@@ -1,4 +1,4 @@
-"""A node's cache that several processes share, of which some are killed at any moment."""
+"""Cache of a node that several processes share, some of which are killed at any moment."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ print(len(counts))
 """
 
 
-def test_whoever_is_killed_the_others_read_on_and_the_limit_holds(tmp_path: Path) -> None:
+def test_killed_processes_stop_no_other_and_the_limit_is_kept(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     for number in range(FILES):
         content = os.urandom(300_000 + number)

@@ -1,4 +1,4 @@
-"""Data sets on a real S3 server on loopback, which checks credentials, goes away and comes back."""
+"""Data sets on a real S3 server on loopback, which checks credentials, stops and starts again."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ IMAGES = 12
 
 @pytest.fixture(scope="module")
 def local(tiny_data: TinyData) -> Manifest:
-    """12 images of 64 px in 3 shards."""
+    """Return a data set of 12 images of 64 px in 3 shards."""
     return load_manifest(tiny_data.train)
 
 
 @pytest.fixture
 def s3(local: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    """The server with the data set at s3://sets/coco, and the environment that its clients need."""
+    """Yield the server with the data set at s3://sets/coco, in the environment that its clients need."""
     server = S3Server(tmp_path)
     server.put(Path(local.url), "coco")
     for name, value in server.environment.items():
@@ -58,7 +58,7 @@ def same(ours: Manifest, theirs: Manifest, config: ReadConfig | None = None) -> 
     return all(np.array_equal(a.image, b.image) and np.array_equal(a.boxes_xyxy, b.boxes_xyxy) for a, b in pairs)
 
 
-def test_samples_are_those_of_the_local_data_set_and_each_shard_is_asked_for_once(
+def test_samples_equal_the_local_ones_and_each_shard_is_fetched_once(
     s3: S3Server, local: Manifest, tmp_path: Path
 ) -> None:
     for _ in range(2):
@@ -69,7 +69,7 @@ def test_samples_are_those_of_the_local_data_set_and_each_shard_is_asked_for_onc
     assert storage.read_range(f"s3://sets/coco/{local.shards[0].name}", local.shards[0].bytes, 10) == b""
 
 
-def test_without_a_cache_each_sample_is_one_request_masks_included(s3: S3Server, local: Manifest) -> None:
+def test_sample_without_cache_is_one_request_masks_included(s3: S3Server, local: Manifest) -> None:
     assert same(remote("off"), local, ReadConfig(threads=4, prefetch=8))
     assert len(s3.gets(".tar")) == IMAGES
     masks = [sample.masks for sample in read_samples(remote("off"), range(IMAGES), ReadConfig(masks=True))]
@@ -77,7 +77,7 @@ def test_without_a_cache_each_sample_is_one_request_masks_included(s3: S3Server,
     assert len(s3.gets(".tar")) == 2 * IMAGES
 
 
-# What each of two nodes' processes runs: all samples through the cache, in an order of its own.
+# Code of each process: read all samples through the cache, in an order of its own.
 READ = """
 import sys
 import numpy as np
@@ -93,9 +93,7 @@ print(sum(int(sample.image.sum()) for sample in read_samples(manifest, rows, Rea
 """
 
 
-def test_two_processes_that_start_at_once_on_an_empty_cache_fetch_every_shard_once(
-    s3: S3Server, local: Manifest, tmp_path: Path
-) -> None:
+def test_two_processes_on_an_empty_cache_fetch_every_shard_once(s3: S3Server, local: Manifest, tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", READ, str(tmp_path / "kept"), str(seed)],
@@ -117,7 +115,7 @@ def test_two_processes_that_start_at_once_on_an_empty_cache_fetch_every_shard_on
     assert Counter(s3.gets(".tar")) == {f"coco/{shard.name}": 1 for shard in local.shards}
 
 
-def test_the_first_batch_after_a_resume_does_not_depend_on_the_position(s3: S3Server) -> None:
+def test_first_batch_after_a_resume_does_not_depend_on_the_position(s3: S3Server) -> None:
     manifest = remote("off")
     manifest.index()
     plan = plan_epoch(manifest, seed=1, epoch=0, batch_size=2, epochs=1)
@@ -138,7 +136,7 @@ def _row(sample: Sample) -> int:
 
 
 @pytest.mark.parametrize("wrong", ["secret", "key", "none"])
-def test_wrong_credentials_are_one_clear_line_at_once(
+def test_wrong_credentials_give_one_clear_line_at_once(
     s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wrong: str
 ) -> None:
     if wrong == "secret":
@@ -159,7 +157,7 @@ def test_wrong_credentials_are_one_clear_line_at_once(
 
 
 @pytest.mark.parametrize("cache", ["kept", "off"])
-def test_a_store_that_goes_away_in_the_middle_and_comes_back_costs_nothing_but_time(
+def test_interrupted_store_costs_only_time(
     s3: S3Server, local: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
 ) -> None:
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.1)
@@ -174,9 +172,7 @@ def test_a_store_that_goes_away_in_the_middle_and_comes_back_costs_nothing_but_t
     assert found == list(range(IMAGES))
 
 
-def test_a_store_that_stays_away_is_one_clear_line(
-    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unavailable_store_gives_one_clear_line(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(retry, "LONGEST_WAIT_S", 0.02)
     samples = read_samples(remote(tmp_path / "kept"), range(IMAGES), ReadConfig(threads=2, prefetch=2))
@@ -189,8 +185,8 @@ def test_a_store_that_stays_away_is_one_clear_line(
     assert "\n" not in str(caught.value)
 
 
-def test_nobody_but_us_tries_again(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Left to themselves, botocore and s3fs retry five times each, for minutes."""
+def test_clients_do_not_retry_by_themselves(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default botocore and s3fs retry five times each, for minutes."""
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
     s3.stop()
     connections = []
@@ -209,22 +205,22 @@ def test_nobody_but_us_tries_again(s3: S3Server, monkeypatch: pytest.MonkeyPatch
             storage.read_range("s3://sets/coco/shard-000000.tar", 0, 10)
         server.shutdown(socket.SHUT_RDWR)
         thread.join()
-    assert len(connections) <= 2 * retry.ATTEMPTS  # aiohttp asks anew at once where a connection was closed
+    assert len(connections) <= 2 * retry.ATTEMPTS  # aiohttp retries once if a connection was closed
 
 
-def test_damage_on_the_store_is_one_clear_line(s3: S3Server, local: Manifest, tmp_path: Path) -> None:
+def test_damage_on_the_store_gives_one_clear_line(s3: S3Server, local: Manifest, tmp_path: Path) -> None:
     folder = s3.root / "sets" / "coco"
     (folder / "shard-000001.tar").unlink()
     with pytest.raises(ShardError, match=r"s3://sets/coco/shard-000001.tar: no such file; the manifest lists it"):
         list(read_samples(remote(tmp_path / "kept"), range(IMAGES)))
     with pytest.raises(ShardError, match=r"s3://sets/coco/shard-000001.tar: no such file"):
         list(read_samples(remote("off"), range(IMAGES)))
-    whole = (Path(local.url) / "shard-000001.tar").read_bytes()
-    (folder / "shard-000001.tar").write_bytes(whole[:-2000])
+    content = (Path(local.url) / "shard-000001.tar").read_bytes()
+    (folder / "shard-000001.tar").write_bytes(content[:-2000])
     with pytest.raises(ShardError, match=r"image \d+ in shard-000001.tar: .*truncated: got \d+ bytes, expected \d+"):
         list(read_samples(remote(tmp_path / "kept"), range(IMAGES)))
     images = local.index().images
-    (folder / "shard-000001.tar").write_bytes(whole[: images["offset"][images["shard"] == 1].max() + 100])
+    (folder / "shard-000001.tar").write_bytes(content[: images["offset"][images["shard"] == 1].max() + 100])
     with pytest.raises(
         ShardError, match=r"image \d+ in shard-000001.tar: got \d+ of \d+ bytes, the shard is truncated"
     ):

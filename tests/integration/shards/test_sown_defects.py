@@ -1,4 +1,4 @@
-"""Real COCO images with a dozen kinds of defects sown among them: the command names each, and leaves the rest whole."""
+"""Real COCO images with a dozen kinds of defects: the command names each and keeps the other images unchanged."""
 
 import json
 import random
@@ -23,15 +23,15 @@ Json = dict[str, Any]
 
 
 class Sowing:
-    """The validation images, each damage on one of its own."""
+    """The validation images, with each kind of damage on an image of its own."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.data = json.loads((COCO_TINY / "annotations" / "instances_val2017.json").read_bytes())
         self.original = json.loads(json.dumps(self.data))
         self.boxes: dict[int, list[Json]] = {}
-        for one in self.data["annotations"]:
-            self.boxes.setdefault(one["image_id"], []).append(one)
+        for annotation in self.data["annotations"]:
+            self.boxes.setdefault(annotation["image_id"], []).append(annotation)
         with_two = [image for image in self.data["images"] if len(self.boxes.get(image["id"], [])) > 1]
         self.images = dict(zip(DAMAGES, with_two, strict=False))
         (root / "images").mkdir()
@@ -50,7 +50,7 @@ class Sowing:
 
 
 def overwrite(sowing: Sowing, image: Json, path: Path) -> None:
-    """A few kilobytes of something else, as a bad sector leaves. No decoder notices every single byte."""
+    """Replace a few kilobytes, like a bad sector. No decoder notices every single changed byte."""
     content = path.read_bytes()
     middle = len(content) // 2
     path.write_bytes(content[:middle] + random.Random(0).randbytes(4096) + content[middle + 4096 :])
@@ -77,7 +77,7 @@ def truncated(sowing: Sowing, image: Json, path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2000])
 
 
-# What the report calls it, the damage, and what a quarantine costs: the image, a box, or nothing.
+# Kind in the report, function that does the damage, and the loss in a quarantine: the image, a box, or nothing.
 DAMAGES: dict[str, tuple[str, Callable[[Sowing, Json, Path], None], str]] = {
     "corrupt bytes": ("corrupt", overwrite, "image"),
     "truncated": ("truncated", truncated, "image"),
@@ -107,25 +107,25 @@ def sowing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sowing:
 
 
 def named(report: Json, sowing: Sowing) -> set[str]:
-    """The damages that the report has under their kind with their image."""
-    found = {(one["kind"], one.get("image_id")) for one in report["defects"]}
-    ids = {name: 999_999 if name == "of an unknown image" else one["id"] for name, one in sowing.images.items()}
+    """Return the damages that the report lists with their kind and image."""
+    found = {(defect["kind"], defect.get("image_id")) for defect in report["defects"]}
+    ids = {name: 999_999 if name == "of an unknown image" else image["id"] for name, image in sowing.images.items()}
     return {name for name, (kind, _, _) in DAMAGES.items() if (kind, ids[name]) in found}
 
 
-def test_each_is_named_and_nothing_is_written(sowing: Sowing, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_defect_is_named_and_nothing_is_written(sowing: Sowing, capsys: pytest.CaptureFixture[str]) -> None:
     assert sowing.shard("--workers", "0") == 1
     report = json.loads((sowing.root / "out.report.json").read_bytes())
     assert named(report, sowing) == set(DAMAGES)
     assert sorted(path.name for path in sowing.root.iterdir()) == ["images", "instances.json", "out.report.json"]
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.splitlines()[-1].startswith("detr: instances.json: 12 defects: ")
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.splitlines()[-1].startswith("detr: instances.json: 12 defects: ")
     for kind, _, cost in DAMAGES.values():
-        assert any(line.startswith(f"{kind} ") for line in said.err.splitlines()) == bool(cost)
+        assert any(line.startswith(f"{kind} ") for line in output.err.splitlines()) == bool(cost)
 
 
-def test_a_quarantine_leaves_the_rest_whole_and_says_what_it_left(
+def test_quarantine_keeps_the_rest_unchanged_and_reports_the_losses(
     sowing: Sowing, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sowing.shard("--workers", "2", "--on-defect", "quarantine") == 0
@@ -133,29 +133,35 @@ def test_a_quarantine_leaves_the_rest_whole_and_says_what_it_left(
     report = json.loads((out / "report.json").read_bytes())
     assert named(report, sowing) == set(DAMAGES)
     lost = {sowing.images[name]["id"] for name, (_, _, cost) in DAMAGES.items() if cost == "image"}
-    touched = {one["id"] for one in sowing.images.values()}
+    touched = {image["id"] for image in sowing.images.values()}
     manifest = load_manifest(out)
-    assert set(manifest.index().images["image_id"].tolist()) == {one["id"] for one in sowing.original["images"]} - lost
+    assert (
+        set(manifest.index().images["image_id"].tolist()) == {image["id"] for image in sowing.original["images"]} - lost
+    )
     samples: dict[str, bytes] = {}
     for path in out.glob("*.tar"):
         with tarfile.open(path) as tar:
-            samples |= {one.name: tar.extractfile(one).read() for one in tar}  # type: ignore[union-attr]
+            samples |= {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
     for image in sowing.original["images"]:
         if image["id"] not in touched:
             key = f"{image['id']:012d}"
             assert samples[f"{key}.jpg"] == (COCO_TINY / "val2017" / image["file_name"]).read_bytes()
             entry = json.loads(samples[f"{key}.json"])
-            boxes = [one for one in sowing.original["annotations"] if one["image_id"] == image["id"]]
-            assert [one["bbox"] for one in entry["annotations"]] == [one["bbox"] for one in boxes]
+            boxes = [
+                annotation for annotation in sowing.original["annotations"] if annotation["image_id"] == image["id"]
+            ]
+            assert [annotation["bbox"] for annotation in entry["annotations"]] == [
+                annotation["bbox"] for annotation in boxes
+            ]
     for name, (_, _, cost) in DAMAGES.items():
         image_id = sowing.images[name]["id"]
-        before = sum(one["image_id"] == image_id for one in sowing.original["annotations"])
+        before = sum(annotation["image_id"] == image_id for annotation in sowing.original["annotations"])
         if cost != "image":
             entry = json.loads(samples[f"{image_id:012d}.json"])
             assert len(entry["annotations"]) == before - (cost != "")
     assert f"{sowing.images['PNG called jpg']['id']:012d}.png" in samples
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     counts = report["images_listed"] - report["images"], report["annotations_listed"] - report["annotations"]
     assert counts[0] == len(lost) + 1  # the image that is listed twice is two entries
-    assert f"WARNING: left out {counts[0]} of 81 images and {counts[1]} of " in said.err
+    assert f"WARNING: left out {counts[0]} of 81 images and {counts[1]} of " in output.err
     assert verify(out).ok

@@ -30,11 +30,11 @@ from torch.utils.data import DataLoader
 
 webdataset.utils.enforce_security = True
 
-def sample(parts):
-    entry = parts["json"]
+def sample(members):
+    entry = members["json"]
     truth = [thing for thing in entry["annotations"] if not thing["iscrowd"]]
-    pixels = hashlib.sha256(parts["jpg"].tobytes()).hexdigest()
-    return entry["image"]["id"], parts["jpg"].shape, pixels, [[*thing["bbox"], thing["category_id"]] for thing in truth]
+    pixels = hashlib.sha256(members["jpg"].tobytes()).hexdigest()
+    return entry["image"]["id"], members["jpg"].shape, pixels, [[*thing["bbox"], thing["category_id"]] for thing in truth]
 
 if __name__ == "__main__":
     samples = webdataset.WebDataset(sys.argv[1:], shardshuffle=False).decode("rgb8").map(sample)

@@ -1,4 +1,4 @@
-"""The writing command, stopped in every way: it ends at once, and a restart gives the same data set."""
+"""The writing command, stopped in several ways: it ends at once, and a restart gives the same data set."""
 
 import os
 import signal

@@ -99,8 +99,10 @@ def test_models_of_all_sizes_train_and_detect(changes: dict[str, Any], padded: b
     assert model.query_embed.weight.grad.any()
     for merge in (False, True):
         found = detect(outputs, [(90, 120)] * 2, nms=0.7, merge=merge)
-        assert all(0 < len(one.scores) <= config.num_queries * (1 + merge * len(outputs.auxiliary)) for one in found)
-    assert [len(one.scores) for one in detect(outputs, [(90, 120)] * 2)] == [config.num_queries] * 2
+        assert all(
+            0 < len(image.scores) <= config.num_queries * (1 + merge * len(outputs.auxiliary)) for image in found
+        )
+    assert [len(image.scores) for image in detect(outputs, [(90, 120)] * 2)] == [config.num_queries] * 2
 
 
 def test_no_classes_are_refused() -> None:

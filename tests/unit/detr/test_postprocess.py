@@ -64,9 +64,12 @@ def test_nms_keeps_the_best_of_each_class_in_order(threshold: float, merge: bool
     layers = (*outputs.auxiliary, outputs) if merge else (outputs,)
     every = [detect(layer._replace(auxiliary=()), SIZES) for layer in layers]
     for image, found in enumerate(detect(outputs, SIZES, nms=threshold, merge=merge)):
-        parts = [one[image] for one in every]
+        found = [layer[image] for layer in every]
         together = Detection(
-            *(torch.cat([getattr(p, name) for p in parts]) for name in ("scores", "labels", "boxes_xyxy"))
+            *(
+                torch.cat([getattr(detection, name) for detection in found])
+                for name in ("scores", "labels", "boxes_xyxy")
+            )
         )
         kept = suppressed(together, threshold)
         assert 0 < len(kept) < len(together.scores)
@@ -87,7 +90,7 @@ def test_nms_keeps_at_most_a_hundred_detections() -> None:
     outputs = drawn(images=1, queries=60, layers=3, classes=1)
     centres = torch.arange(180).view(3, 1, 60, 1) / 180
     boxes = torch.cat([centres, torch.full((3, 1, 60, 3), 1e-3)], -1)  # none overlaps another
-    apart = [Outputs(one.logits, box) for one, box in zip((*outputs.auxiliary, outputs), boxes, strict=True)]
+    apart = [Outputs(layer.logits, box) for layer, box in zip((*outputs.auxiliary, outputs), boxes, strict=True)]
     (found,) = detect(apart[2]._replace(auxiliary=tuple(apart[:2])), [(480, 640)], nms=0.7, merge=True)
     scores = torch.cat([layer.logits.softmax(-1)[0, :, 0] for layer in apart])
     torch.testing.assert_close(found.scores, scores.sort(descending=True).values[:100])

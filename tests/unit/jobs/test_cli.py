@@ -53,7 +53,7 @@ print(json.dumps(helps))
 
 @pytest.fixture(scope="module")
 def helps() -> dict[str, tuple[int, str, list[str]]]:
-    """Run every help in one fresh process: exit status, text, and the heavy packages imported until then."""
+    """Return exit status, text and imported slow packages of every help, run in one new process."""
     done = subprocess.run([sys.executable, "-c", LOOK, json.dumps(HELPS)], capture_output=True, text=True, check=True)
     assert done.stderr == ""
     result: dict[str, tuple[int, str, list[str]]] = json.loads(done.stdout)

@@ -67,7 +67,7 @@ def test_objects_are_of_the_sizes_and_kinds_promised(written):
     assert sides.min() >= MIN_SIDE * MIN_VISIBLE / 2  # of a shape whose edge something hides
 
 
-def test_objects_stand_out_from_what_is_around_them(written):
+def test_objects_contrast_with_their_surroundings(written):
     data = json.loads(written.train.annotations.read_bytes())
     names = {image_entry["id"]: image_entry["file_name"] for image_entry in data["images"]}
     centres = {}

@@ -50,14 +50,14 @@ def children() -> list[psutil.Process]:
 def test_results_are_in_order_and_progress_is_complete():
     counts: list[int] = []
     results = list(process_map(slowest_first, range(9), 2, counts.append))
-    assert [part for part, _ in results] == list(range(9))
+    assert [item for item, _ in results] == list(range(9))
     assert os.getpid() not in {pid for _, pid in results}
     assert counts == sorted(counts)
     assert counts[-1] == 36
     assert children() == []
 
 
-def test_parts_are_made_as_they_are_needed():
+def test_items_are_taken_as_they_are_needed():
     made: list[int] = []
 
     def items():
@@ -72,7 +72,7 @@ def test_parts_are_made_as_they_are_needed():
     assert children() == []
 
 
-def test_an_error_of_a_part_comes_out_as_it_is():
+def test_error_of_an_item_is_raised_unchanged():
     results = process_map(fail_on_two, range(9), 1, lambda _: None)
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(ShardError, match="two"):
@@ -80,14 +80,14 @@ def test_an_error_of_a_part_comes_out_as_it_is():
     assert children() == []
 
 
-def test_a_killed_process_is_one_clear_line():
+def test_killed_process_gives_one_clear_line():
     with pytest.raises(ShardError, match=r"a worker process was killed .*run the same command again") as caught:
         list(process_map(die_on_two, range(9), 2, lambda _: None))
     assert "\n" not in str(caught.value)
     assert children() == []
 
 
-def test_interrupt_ends_the_processes_within_a_part():
+def test_interrupt_ends_the_processes_within_an_item():
     class Enough(Exception):
         pass
 

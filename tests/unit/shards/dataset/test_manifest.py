@@ -20,7 +20,7 @@ def edit(folder: Path, **fields: object) -> None:
     path.write_bytes(msgspec.json.encode(msgspec.json.decode(path.read_bytes()) | fields))
 
 
-def test_what_was_written_is_what_is_read(coco):
+def test_written_manifest_is_read_back(coco):
     written = coco.write()
     read = load_manifest(coco.root / "out")
     assert read == written
@@ -40,7 +40,7 @@ def test_labels_are_positions_in_ascending_category_ids(coco):
     assert index.annotations_of(row)["label"].tolist() == [2, 0, 1]
 
 
-def test_the_digest_does_not_depend_on_where_the_data_set_lies(coco):
+def test_digest_does_not_depend_on_the_folder(coco):
     first = coco.write()
     (coco.root / "out").rename(coco.root / "elsewhere")
     moved = load_manifest(coco.root / "elsewhere")
@@ -101,7 +101,7 @@ def test_impossible_manifest_is_refused_in_one_line(coco, fields, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_without_a_manifest_says_how_to_make_one(tmp_path):
+def test_error_for_a_missing_manifest_names_the_command(tmp_path):
     with pytest.raises(ShardError, match="detr shard coco"):
         load_manifest(tmp_path / "nothing")
     (tmp_path / "file").write_text("")

@@ -26,7 +26,7 @@ def damage(path, position):
     path.write_bytes(content)
 
 
-def test_what_was_written_is_whole(coco, written):
+def test_written_data_set_is_valid(coco, written):
     calls = []
     report = verify(coco.root / "out", lambda *call: calls.append(call))
     assert report.ok
@@ -63,7 +63,7 @@ def test_a_flipped_bit_of_a_header_is_noticed(coco, written):
     assert "shard-000001.tar: its sha256 is not the manifest's" in problem
 
 
-def test_a_truncated_shard_says_how_much_is_lost(coco, written):
+def test_truncated_shard_is_reported_with_the_number_of_lost_images(coco, written):
     path = coco.root / "out" / "shard-000000.tar"
     path.write_bytes(path.read_bytes()[: written.index().images[1]["offset"]])  # exactly at a member's start
     (problem,) = problems(coco)

@@ -62,7 +62,7 @@ def test_an_absent_file_of_categories_is_one_line(tmp_path):
             read_categories(tmp_path / name, 1)
 
 
-def test_a_size_that_cannot_be_read_says_why(tmp_path):
+def test_error_for_an_unreadable_size_states_the_reason(tmp_path):
     (tmp_path / "a.jpg").write_bytes(json.dumps({}).encode())
     with pytest.raises(ValueError, match=r"its size cannot be read: cannot identify image file 'a\.jpg'"):
         image_size(tmp_path / "a.jpg")
