@@ -1,5 +1,6 @@
 """Runs in the test's process on the tiny data set: start, kill and watch them, read what they wrote."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from detr.batch import Batch
 from detr.model import build_model
+from pipeline import run_folder
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint import state as checkpoint_state
 from pipeline.config import RunConfig
@@ -71,3 +73,9 @@ def shown_images(patch: pytest.MonkeyPatch) -> dict[int, list[int]]:
 
     patch.setattr(loop, "train_step", step)
     return seen
+
+
+def run_folder_table() -> list[list[str]]:
+    """Return the rows of the table in `pipeline.run_folder`: name, writer and reader."""
+    lines = [line.strip() for line in (run_folder.__doc__ or "").splitlines() if line.startswith("    ")]
+    return [re.split(r"\s{2,}", line) for line in lines[1:]]

@@ -1,4 +1,4 @@
-"""Evaluations beside the training, on a real Ray: what a driver left behind, a process that is killed, and more training."""
+"""Background evaluation on a real Ray: checkpoints that a driver left, a killed process, and further training."""
 
 import os
 import threading
@@ -8,9 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
-from detr.model import build_model
 from pipeline import train as driver
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint.metadata import read_meta
@@ -23,14 +21,14 @@ from pipeline.tracking.mlflow_client import connect
 from pipeline.tracking.mlflow_runs import find_run
 from pipeline.train import Launch, resume, train
 from pipeline.training.loop import run
-from pipeline.training.model import save_initial
 from pipeline.training.state import RunInfo
+from tests.support.runs import run_folder_table, start
 
 EPOCHS = 4  # of three steps
 
 
 def kill_first_evaluation(done: threading.Event, killed: list[int]) -> None:
-    """Kill the first process of this one's that evaluates, as soon as it does."""
+    """Kill the first child process that evaluates, as soon as it does."""
     while not done.wait(0.05):
         for process in psutil.Process().children(recursive=True):
             try:
@@ -49,7 +47,7 @@ def test_pending_checkpoints_are_evaluated_during_training_despite_kills(
     tiny_config: RunConfig, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     )
     beside = replace(
         tiny_config,
@@ -70,11 +68,11 @@ def test_pending_checkpoints_are_evaluated_during_training_despite_kills(
     (folder,) = (tmp_path / "runs").iterdir()
     assert [path.name for path in catalog.pending_evaluation(folder)] == ["step-00000003", "step-00000006"]
 
-    done, killed, said = threading.Event(), list[int](), list[str]()
+    done, killed, lines = threading.Event(), list[int](), list[str]()
     killer = threading.Thread(target=kill_first_evaluation, args=(done, killed))
     killer.start()
     try:
-        outcome = resume("tiny", ResumeOptions(epochs=EPOCHS), Launch(say=said.append))
+        outcome = resume("tiny", ResumeOptions(epochs=EPOCHS), Launch(say=lines.append))
     finally:
         done.set()
         killer.join()
@@ -90,29 +88,28 @@ def test_pending_checkpoints_are_evaluated_during_training_despite_kills(
     assert [point.value for point in client.get_metric_history(found.info.run_id, "evaluation/images")] == [
         5.0
     ] * EPOCHS
-    images = [one.path for one in client.list_artifacts(found.info.run_id, "images") if one.path.endswith(".png")]
+    images = [file.path for file in client.list_artifacts(found.info.run_id, "images") if file.path.endswith(".png")]
     drawn = [path.split("+")[2] for path in images if path.startswith("images/curves~precision_recall+step+")]
     assert sorted(map(int, drawn)) == sorted(expected)
     best = max(expected, key=lambda step: (expected[step]["AP"], step))
     assert read_meta(outcome.best).step == best
     assert outcome.metrics == pytest.approx(expected[best], abs=1e-6)
-    # One that waited is pruned once it has its figures.
+    # A pending checkpoint is pruned once it has its metrics.
     assert {path.name for path in catalog.list_checkpoints(folder)} == {
         f"step-{step:08d}" for step in (best, 3 * EPOCHS)
     }
+    assert {path.name for path in folder.iterdir()} <= {name.rstrip("/") for name, _, _ in run_folder_table()}
     registered = evaluate("models:/detr-tiny@best", tiny_config.data.val)
     assert registered.score.metrics == pytest.approx(expected[best], abs=1e-6)
 
 
 def evaluated_inside(config: RunConfig, folder: Path) -> dict[int, dict[str, float]]:
-    """The figures by step of the same run with its evaluations inside it."""
+    """Return the metrics by step of the same run with its evaluations inside it."""
     config = replace(
         config,
         optim=replace(config.optim, epochs=EPOCHS),
         checkpoint=replace(config.checkpoint, keep=9),
     )
-    torch.manual_seed(config.seed)
-    save_initial(build_model(config.model, 4), folder)
-    run(config, RunInfo("run", folder, "commit"), Ranks(), None)
-    figures = {read_meta(path).step: catalog.read_evaluation(path) for path in catalog.list_checkpoints(folder)}
-    return {step: metrics for step, metrics in figures.items() if metrics is not None}
+    run(config, start(config, folder), Ranks(), None)
+    metrics_of = {read_meta(path).step: catalog.read_evaluation(path) for path in catalog.list_checkpoints(folder)}
+    return {step: metrics for step, metrics in metrics_of.items() if metrics is not None}

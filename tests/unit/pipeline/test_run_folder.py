@@ -15,26 +15,21 @@ from pipeline.run_folder import only_driver, request_handover, request_stop, wri
 from pipeline.tracking.spool import SpoolTracker
 from pipeline.training.loop import run
 from pipeline.training.state import RunInfo
+from tests.support.runs import run_folder_table
 
 ROOT = Path(run_folder.__file__).parents[1]
-
-
-def documented() -> list[list[str]]:
-    """Return the rows of the module's table: name, writer and reader."""
-    lines = [line.strip() for line in (run_folder.__doc__ or "").splitlines() if line.startswith("    ")]
-    return [re.split(r"\s{2,}", line) for line in lines]
 
 
 def test_architecture_has_the_same_table() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text().replace("`", "")
     table = re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", text[text.index("The folder of a run") :], re.MULTILINE)
-    rows = [[cell.replace("`", "") for cell in row] for row in documented()]
-    assert [list(row) for row in table[: len(rows)]] == rows
+    rows = [[cell.replace("`", "") for cell in row] for row in run_folder_table()]
+    assert [list(row) for row in table[1 : len(rows) + 1]] == rows
 
 
 def test_every_name_of_the_module_is_in_the_table() -> None:
     names = {value for name, value in vars(run_folder).items() if name.isupper() and isinstance(value, str)}
-    assert names == {name.rstrip("/") for name, _, _ in documented()[1:]}
+    assert names == {name.rstrip("/") for name, _, _ in run_folder_table()}
 
 
 def test_the_table_names_every_file_of_a_run(config: RunConfig, run_info: RunInfo) -> None:
@@ -52,4 +47,4 @@ def test_the_table_names_every_file_of_a_run(config: RunConfig, run_info: RunInf
         request_handover(folder)
         write_fatal_error(folder, "too many events")
     entries = {path.name + "/" * path.is_dir() for path in folder.iterdir()}
-    assert entries == {name for name, _, _ in documented()[1:]} - {"spool-evaluation/", "ray/"}
+    assert entries == {name for name, _, _ in run_folder_table()} - {"spool-evaluation/", "ray/"}
