@@ -70,11 +70,11 @@ def test_learned_positions_are_interpolated_along_each_axis(cells: int) -> None:
     wide, high = learned(3, cells, position), learned(cells, 50, position)
     # Cell i of n lies at vector 49 * i / (n - 1): the first and last vectors stay at the ends.
     for cell in range(cells):
-        position = 49 * cell / (cells - 1)
-        low = min(int(position), 48)
+        row = 49 * cell / (cells - 1)
+        low = min(int(row), 48)
         expected = table[low] + (row - low) * (table[low + 1] - table[low])
         torch.testing.assert_close(wide[1, cell, :4].detach(), expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(wide[:, 0, 4:], row.row_embed.weight[:3])
+    assert torch.equal(wide[:, 0, 4:], position.row_embed.weight[:3])
     assert torch.equal(high[0, :, :4], position.col_embed.weight)
     torch.testing.assert_close(high[[0, -1], 0, 4:], position.row_embed.weight[[0, 49]])
 

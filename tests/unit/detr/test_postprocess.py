@@ -38,7 +38,7 @@ def drawn(images: int = 2, queries: int = 40, layers: int = 3, classes: int = 3)
 
 
 def suppressed(found: Detection, threshold: float) -> list[int]:
-    """Greedy suppression as it is defined, one pair at a time."""
+    """Return the kept indices of greedy suppression by its definition, one pair at a time."""
     kept: list[int] = []
     for index in found.scores.argsort(descending=True).tolist():
         rivals = [other for other in kept if found.labels[other] == found.labels[index]]
@@ -64,10 +64,10 @@ def test_nms_keeps_the_best_of_each_class_in_order(threshold: float, merge: bool
     layers = (*outputs.auxiliary, outputs) if merge else (outputs,)
     every = [detect(layer._replace(auxiliary=()), SIZES) for layer in layers]
     for image, found in enumerate(detect(outputs, SIZES, nms=threshold, merge=merge)):
-        found = [layer[image] for layer in every]
+        layers_of_image = [layer[image] for layer in every]
         together = Detection(
             *(
-                torch.cat([getattr(detection, name) for detection in found])
+                torch.cat([getattr(layer, name) for layer in layers_of_image])
                 for name in ("scores", "labels", "boxes_xyxy")
             )
         )
@@ -79,7 +79,7 @@ def test_nms_keeps_the_best_of_each_class_in_order(threshold: float, merge: bool
 
 
 def test_nms_keeps_boxes_of_other_classes_beyond_the_edges() -> None:
-    """Here torchvision moves classes apart by the largest coordinate alone: here they would still overlap."""
+    """torchvision moves classes apart by the largest coordinate alone, by which these would still overlap."""
     boxes = torch.tensor([[[0.8, 0.8, 0.8, 0.8], [0.1, 0.1, 0.8, 0.8]]])
     logits = torch.tensor([[[9.0, 0, 0], [0, 8.0, 0]]])
     (found,) = detect(Outputs(logits, boxes), [(100, 100)], nms=0.01)
