@@ -70,7 +70,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing that a test reads from a store may stay below the home folder."""
+    """Keep cached files of tests out of the home folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DETR_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -78,7 +78,7 @@ def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
-    """Generated and sharded once; tests must not write into it."""
+    """Return a data set that is generated and sharded once; tests must not write into it."""
     from shards.config import WriteConfig
     from shards.synthetic import write_synthetic
     from shards.write.writer import write_coco
@@ -106,7 +106,7 @@ TINY_MODEL = ModelConfig(
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_data: TinyData) -> RunConfig:
-    """Two epochs of three steps of four images; dropout and flips are on, so that their seeds matter."""
+    """Return a run of two epochs of three steps of four images; dropout and flips are on, so that their seeds matter."""
     from pipeline.config import CheckpointConfig, DataConfig, EvaluateConfig, OptimConfig, RunConfig, TrackConfig
 
     return RunConfig(
@@ -124,7 +124,7 @@ def tiny_config(tiny_data: TinyData) -> RunConfig:
 
 @pytest.fixture(scope="session")
 def short_config(tiny_config: RunConfig) -> RunConfig:
-    """One step and one evaluation."""
+    """Return a run of one step and one evaluation."""
     return replace(tiny_config, optim=replace(tiny_config.optim, max_steps=1))
 
 
@@ -134,13 +134,13 @@ TINY_MASKS = replace(TINY_MODEL, masks=True, hidden_dim=128, heads=8)
 
 @pytest.fixture(scope="session")
 def masks_config(tiny_config: RunConfig) -> RunConfig:
-    """As `tiny_config`, with masks; one epoch."""
+    """Return `tiny_config` with masks, for one epoch."""
     return replace(tiny_config, model=TINY_MASKS, optim=replace(tiny_config.optim, epochs=1))
 
 
 @pytest.fixture(scope="session")
 def _empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow store with its schema made: seconds of migrations, so made once and copied."""
+    """Return an MLflow store with its schema, made once and copied, because migrations take seconds."""
     from pipeline.tracking.mlflow_client import connect
 
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
@@ -164,13 +164,13 @@ def _store_in(folder: Path, empty: Path) -> Iterator[str]:
 
 @pytest.fixture
 def store(_empty_store: Path, tmp_path: Path) -> Iterator[str]:
-    """The URI of an MLflow store of the test's own, in `tmp_path`, which is also the one in use."""
+    """Return the URI of the test's own MLflow store in `tmp_path`, which is also the current one."""
     with _store_in(tmp_path, _empty_store) as uri:
         yield uri
 
 
 @pytest.fixture(scope="module")
 def shared_store(_empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """As `store`, for a module's tests that only read what they share. A test uses one or the other."""
+    """Return a store that a module's tests share and only read; a test uses `store` or this."""
     with _store_in(tmp_path_factory.mktemp("shared"), _empty_store) as uri:
         yield uri

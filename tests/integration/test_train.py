@@ -1,4 +1,4 @@
-"""What the driver does around the workers, without Ray: a store, a folder, and workers that do as they are told."""
+"""The driver around the workers, without Ray: a real store and folder, and workers in this process."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,7 +47,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | None],
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "said"),
+    ("error", "status", "reason"),
     [
         (KeyboardInterrupt(), "KILLED", "detr resume"),
         (SystemExit(0), "KILLED", "detr resume"),  # what Ray makes of an interrupt
@@ -62,10 +62,10 @@ def test_mlflow_says_how_a_run_ended(
     workers: Callable[..., None],
     error: BaseException,
     status: str,
-    said: str,
+    reason: str,
 ) -> None:
     workers(error)
-    with pytest.raises(TrainingError, match=said):
+    with pytest.raises(TrainingError, match=reason):
         train(short_config, launch)
     assert find_run(connect(), "tiny").info.status == status
 
@@ -99,14 +99,14 @@ def test_another_batch_size_must_be_accepted_and_is_then_recorded(
     config = replace(tiny_config, storage=str(tmp_path / "runs"), optim=replace(tiny_config.optim, max_steps=2))
     workers(None)
     train(config, Launch(say=lambda text: None))
-    said: list[str] = []
-    launch = Launch(say=said.append)
+    lines: list[str] = []
+    launch = Launch(say=lines.append)
     with pytest.raises(CheckpointError, match=r"optim.batch_size 4, now it is 5; .* `detr resume --accept-change`"):
         resume("tiny", ResumeOptions(epochs=2, batch_size=5), launch)
-    assert said == []
+    assert lines == []
     resume("tiny", ResumeOptions(epochs=2, batch_size=5, accept=True), launch)
     change = "from step 2 (8 samples) on: optim.batch_size 4 -> 5"
-    assert said[1] == (
+    assert lines[1] == (
         f"warning: another stream of samples {change}; it is entered at epoch 0.67 and shows the rest of that epoch"
     )
     tags = find_run(connect(), "tiny").data.tags
@@ -175,11 +175,11 @@ def test_unsent_events_are_sent_by_the_next_resume(
         tracker.close()
 
     monkeypatch.setattr(driver, "run_workers", trained)
-    said: list[str] = []
+    lines: list[str] = []
     with monkeypatch.context() as away:
         away.setattr(driver, "EventSender", Away)
-        train(replace(short_config, storage=str(tmp_path / "runs")), Launch(say=said.append))
-    assert any("for the next `detr resume`" in line for line in said)
+        train(replace(short_config, storage=str(tmp_path / "runs")), Launch(say=lines.append))
+    assert any("for the next `detr resume`" in line for line in lines)
     client = connect()
     found = find_run(client, "tiny")
     assert found.info.status == "FINISHED"
@@ -187,15 +187,15 @@ def test_unsent_events_are_sent_by_the_next_resume(
     client.set_registered_model_alias("detr-tiny", "kept", "1")
     client.delete_registered_model_alias("detr-tiny", "best")
     with pytest.raises(RunConfigError, match="is finished"):
-        resume("tiny", launch=Launch(say=said.append))
-    assert said[-1] == "sending what MLflow had not taken when the run ended"
+        resume("tiny", launch=Launch(say=lines.append))
+    assert lines[-1] == "sending what MLflow had not taken when the run ended"
     found = find_run(client, "tiny")
     assert found.info.status == "FINISHED"
     assert {"train/loss", "val/AP"} <= set(found.data.metrics)
     assert set(client.get_registered_model("detr-tiny").aliases) == {"kept"}, "nothing is registered again"
     with pytest.raises(RunConfigError, match="is finished"):
-        resume("tiny", launch=Launch(say=said.append))
-    assert said.count("sending what MLflow had not taken when the run ended") == 1
+        resume("tiny", launch=Launch(say=lines.append))
+    assert lines.count("sending what MLflow had not taken when the run ended") == 1
 
 
 @pytest.mark.parametrize("status", ["FAILED", "KILLED"])

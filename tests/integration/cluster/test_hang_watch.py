@@ -49,7 +49,7 @@ def test_the_missing_rank_is_named(tmp_path: Path, how: str, named: str) -> None
     attempts.start_attempt(tmp_path, 2)
     message, _ = run_ranks(2, meet, tmp_path, how)
     assert f"imed out waiting {_TIMEOUT_S * 1000:.0f}ms" in message
-    word = attempts.end_reason(tmp_path)
-    assert word is not None
-    assert word.why.startswith(named)
-    assert word.why.endswith("the last was step 5")
+    reason = attempts.end_reason(tmp_path)
+    assert reason is not None
+    assert reason.why.startswith(named)
+    assert reason.why.endswith("the last was step 5")

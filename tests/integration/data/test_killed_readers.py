@@ -81,7 +81,7 @@ def lines(path: Path) -> list[list[str]]:
 
 
 def checkpoint(folder: Path) -> int:
-    """The newest that every rank has made, 0 before the first."""
+    """Return the newest checkpoint that every rank has made, 0 before the first."""
     found = [
         max((int(words[1]) for words in lines(path) if words[0] == "checkpoint"), default=0)
         for path in folder.iterdir()
@@ -90,7 +90,7 @@ def checkpoint(folder: Path) -> int:
 
 
 def delivered(folder: Path, first: int = 0, until: int | None = None) -> list[str]:
-    """`epoch:image id` of all that any rank delivered in steps `first` to `until` - 1."""
+    """Return `epoch:image id` of all images that any rank delivered in steps `first` to `until` - 1."""
     return [
         sample
         for path in folder.iterdir()
@@ -101,7 +101,7 @@ def delivered(folder: Path, first: int = 0, until: int | None = None) -> list[st
 
 
 def kill_at(processes: list[multiprocessing.Process], folder: Path, step: int) -> None:
-    """SIGKILL all of them once each has delivered `step`, or as far as it goes."""
+    """Kill all processes once each has delivered `step`."""
     until = time.monotonic() + _TIMEOUT_S
     try:
         while not all(

@@ -1,4 +1,4 @@
-"""What an evaluation finds on real COCO images does not depend on how many of them share a batch."""
+"""Evaluation of real COCO images does not depend on the batch size."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +56,7 @@ def evaluated(
 
 
 def furthest(one: Evaluation, other: Evaluation) -> float:
-    """How far scores, or boxes in pixels, differ at most. Both list all queries of all images."""
+    """Return the largest difference of scores, and of boxes in pixels; both list all queries of all images."""
     first, second = one.detections, other.detections
     np.testing.assert_array_equal(first.image_ids, second.image_ids)
     scores = np.abs(first.scores - second.scores).max()
@@ -81,7 +81,7 @@ def test_detections_do_not_depend_on_the_batch_size(val: Manifest, model: DETR, 
 
 
 def test_padding_moves_boxes(val: Manifest, model: DETR) -> None:
-    """The test above could see a difference."""
+    """Padding must make a difference, or the test above would prove nothing."""
     assert furthest(evaluated(model, val, 1, "padded"), evaluated(model, val, 8, "padded")) > 0.1
 
 
@@ -100,8 +100,8 @@ def test_a_trained_model_has_the_same_ap_at_batch_1_2_and_8(tmp_path: Path) -> N
     batchings: tuple[Batching, ...] = ("same_size", "fixed")
     for batching in batchings:
         found = [evaluated(model, data, batch_size, batching, config.transform) for batch_size in (1, 2, 8)]
-        aps = [one.score.metrics["AP"] for one in found]
-        assert [one.images for one in found] == [data.images] * 3
+        aps = [evaluation.score.metrics["AP"] for evaluation in found]
+        assert [evaluation.images for evaluation in found] == [data.images] * 3
         assert min(aps) > 0.05
         # Padded batches of 1, 2 and 8 gave 0.347, 0.329 and 0.413 after 150 steps.
         assert max(aps) - min(aps) < 0.001

@@ -44,9 +44,9 @@ def gradients(
     passes: int = 1,
     strategy: Strategy = "ddp",
 ) -> tuple[dict[str, Tensor], float]:
-    """Every parameter's gradient after a step in which rank r has the images `shares[r]`, and the total loss.
+    """Return every parameter's gradient after a step in which rank r has the images `shares[r]`, and the total loss.
 
-    passes: into so many micro-batches a rank's images are cut.
+    `passes` is the number of micro-batches of a rank.
     """
     torch.manual_seed(0)
     model = build_trainable_model(config, 4)
@@ -92,7 +92,7 @@ def gradients_with_masks(ranks: Ranks, shares: list[tuple[int, ...]]) -> list[tu
 
 @pytest.fixture(scope="module")
 def alone() -> list[tuple[dict[str, Tensor], float]]:
-    """What one process with all eight images computes."""
+    """Return the gradients of one process with all eight images."""
     return all_gradients(Ranks(), evenly(1))
 
 
@@ -104,8 +104,8 @@ def alone() -> list[tuple[dict[str, Tensor], float]]:
 def test_the_gradient_of_several_ranks_is_that_of_one(
     shares: list[tuple[int, ...]], alone: list[tuple[dict[str, Tensor], float]]
 ) -> None:
-    for said in run_ranks(len(shares), all_gradients, shares):
-        for found, expected in zip(said, alone, strict=True):
+    for found_by_rank in run_ranks(len(shares), all_gradients, shares):
+        for found, expected in zip(found_by_rank, alone, strict=True):
             assert_equal(found, expected)
 
 
@@ -128,8 +128,8 @@ def accumulated_gradients(
 def test_the_gradient_of_micro_batches_is_that_of_one_pass(
     shares: list[tuple[int, ...]], passes: int, strategy: Strategy, alone: list[tuple[dict[str, Tensor], float]]
 ) -> None:
-    for said in run_ranks(len(shares), accumulated_gradients, shares, passes, strategy):
-        for found, expected in zip(said, alone, strict=True):
+    for found_by_rank in run_ranks(len(shares), accumulated_gradients, shares, passes, strategy):
+        for found, expected in zip(found_by_rank, alone, strict=True):
             assert_equal(found, expected)
 
 
@@ -140,9 +140,9 @@ def test_the_gradient_of_a_mask_head_is_that_of_one_rank_too(shares: list[tuple[
     for found, _ in expected[len(CASES) :]:
         assert {name.split(".")[0] for name in found} == {"bbox_attention", "mask_head"}
         assert max(float(gradient.abs().max()) for gradient in found.values()) > 1e-3
-    for said in run_ranks(len(shares), gradients_with_masks, shares):
-        for found, one in zip(said, expected, strict=True):
-            assert_equal(found, one, atol=1e-4)  # of gradients up to 150
+    for found_by_rank in run_ranks(len(shares), gradients_with_masks, shares):
+        for found, expected_of_case in zip(found_by_rank, expected, strict=True):
+            assert_equal(found, expected_of_case, atol=1e-4)  # of gradients up to 150
 
 
 def test_a_short_step_at_the_end_of_an_epoch_has_the_gradient_of_one_rank() -> None:
@@ -174,7 +174,7 @@ def gradients_per_rank(
 
 
 def originals(shares: list[tuple[int, ...]], boxes: tuple[int, ...]) -> tuple[dict[str, Tensor], float]:
-    """What the original computes on one GPU for each share: `SetCriterion`'s formulas, and DDP's mean of gradients."""
+    """Return the gradient of the original with one GPU per share: `SetCriterion`'s formulas, and DDP's mean of gradients."""
     made = samples(boxes)
     num_boxes = max(sum(boxes) / len(shares), 1.0)
     found: dict[str, Tensor] = {}
@@ -196,7 +196,7 @@ def originals(shares: list[tuple[int, ...]], boxes: tuple[int, ...]) -> tuple[di
 
 
 def original_losses(layer: Outputs, targets: Sequence[Target], num_boxes: float) -> Tensor:
-    """loss_labels and loss_boxes of the original's `models/detr.py`, weighted."""
+    """Return loss_labels and loss_boxes of the original's `models/detr.py`, weighted."""
     pairs = match(layer, targets, CONFIG.loss)
     classes = torch.full(layer.logits.shape[:2], 4)
     for image, ((queries, objects), target) in enumerate(zip(pairs, targets, strict=True)):
@@ -223,12 +223,12 @@ def test_per_rank_normalisation_gives_the_gradient_of_the_original(
         share[len(share) * n // passes : len(share) * (n + 1) // passes] for share in shares for n in range(passes)
     ]
     expected = [originals(parts, boxes) for boxes in CASES]
-    for said in run_ranks(len(shares), gradients_per_rank, shares, passes):
-        for found, one in zip(said, expected, strict=True):
-            assert_equal(found, one)
+    for found_by_rank in run_ranks(len(shares), gradients_per_rank, shares, passes):
+        for found, expected_of_case in zip(found_by_rank, expected, strict=True):
+            assert_equal(found, expected_of_case)
     # Where ranks differ in what they hold, so do the two ways: else nothing is tested here.
-    for one, of_the_whole in list(zip(expected, alone, strict=True))[1:]:
-        assert abs(one[1] - of_the_whole[1]) > 1e-2
+    for per_rank_sums, global_sums in list(zip(expected, alone, strict=True))[1:]:
+        assert abs(per_rank_sums[1] - global_sums[1]) > 1e-2
 
 
 def failing_step(ranks: Ranks, where: str, strategy: Strategy) -> tuple[str, bool]:
@@ -257,21 +257,21 @@ def failing_step(ranks: Ranks, where: str, strategy: Strategy) -> tuple[str, boo
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize(
-    ("where", "said"),
+    ("where", "reason"),
     [
         ("sum", "the gradient is not finite though every loss is; images [0, 1, 2, 3, 4, 5, 6, 7]"),
         ("matcher", "rank 1: matching: got non-finite values in the target boxes of images 6,"),
     ],
 )
-def test_a_value_that_is_not_finite_on_one_rank_stops_every_rank(where: str, said: str, strategy: Strategy) -> None:
+def test_a_value_that_is_not_finite_on_one_rank_stops_every_rank(where: str, reason: str, strategy: Strategy) -> None:
     for message, unchanged in run_ranks(2, failing_step, where, strategy):
         assert message.startswith("Diverged: step 7")
-        assert said in message
+        assert reason in message
         assert unchanged
 
 
 def stopping_step(ranks: Ranks) -> list[bool]:
-    """Whether this rank is to stop after a step in which nobody, and one in which rank 1 alone asks for it."""
+    """Return if this rank must stop after a step without requests, and after one in which rank 1 alone makes one."""
     wrapped = distribute(build_trainable_model(CONFIG, 4), ranks)
     optimizer = build_optimizer(unwrap(wrapped), CONFIG.optim)
     batch = collate(samples(EVEN)[:2])

@@ -35,7 +35,7 @@ def shards_of(folder: Path, limit: int) -> Manifest:
 
 
 def edges(mask: Tensor) -> NDArray[np.int64]:
-    """x0, y0, x1, y1 of a mask's pixels."""
+    """Return x0, y0, x1, y1 of a mask's pixels."""
     rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
     return np.array([int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1])
 

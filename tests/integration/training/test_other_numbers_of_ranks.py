@@ -1,4 +1,4 @@
-"""A run that is interrupted and goes on with other numbers of ranks: the same samples, the same losses."""
+"""A run that is resumed with another number of ranks: the same samples, the same losses."""
 
 from collections import Counter
 from dataclasses import replace
@@ -27,7 +27,7 @@ class _CrashError(Exception):
 
 @pytest.fixture(scope="module")
 def config(tiny_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """Canvases of one size, no dropout, and too small a rate for rounding to change an assignment."""
+    """Use canvases of one size, no dropout, and too small a rate for rounding to change an assignment."""
     config = replace(
         tiny_config,
         model=replace(tiny_config.model, dropout=0.0),
@@ -41,7 +41,7 @@ def config(tiny_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def go_on(ranks: Ranks, config: RunConfig, strategy: Strategy, folder: Path, crash: int | None) -> Steps:
-    """Train from the newest checkpoint on until the end, or until a step that crashes: what each step used and lost."""
+    """Train from the newest checkpoint to the end or a crash; return the images and the loss of each step."""
     taken: Steps = {}
     train_step = loop.train_step
 
@@ -53,7 +53,7 @@ def go_on(ranks: Ranks, config: RunConfig, strategy: Strategy, folder: Path, cra
         result = train_step(model, batches, optimizer, config, ranks, step, *rest)
         ids = ranks.all_gather([target.image_id for batch in batches for target in batch.targets])
         loss = float(ranks.sum(result.losses.total.detach().clone())) / ranks.world_size
-        taken[step] = [one for of_rank in ids for one in of_rank], loss
+        taken[step] = [image_id for of_rank in ids for image_id in of_rank], loss
         return result
 
     loop.train_step = recorded

@@ -14,7 +14,7 @@ from tests.support.ranks import run_ranks
 
 
 def with_less(ranks: Ranks, config: RunConfig, folder: Path, spare: int) -> str:
-    """What a run says that may take only so many bytes more of address space than it has at its start."""
+    """Return the error of a run whose address space may grow by this many bytes only."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + spare
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -33,7 +33,7 @@ def test_a_step_that_does_not_fit_is_one_line_with_the_options_to_lower(tiny_con
     )
     config, ready = prepare(config, lambda _: None)
     ready.write_initial_weights(tmp_path)
-    (said,) = run_ranks(1, with_less, config, tmp_path, 700 << 20)
-    assert said.startswith("step 0: worker 0 ran out of host memory in a pass of 4 images of 1600x1600 (weights ")
-    assert "iB more were wanted); expected a step that fits: --compute.max-microbatch 2" in said
-    assert len(said.splitlines()) == 1
+    (message,) = run_ranks(1, with_less, config, tmp_path, 700 << 20)
+    assert message.startswith("step 0: worker 0 ran out of host memory in a pass of 4 images of 1600x1600 (weights ")
+    assert "iB more were wanted); expected a step that fits: --compute.max-microbatch 2" in message
+    assert len(message.splitlines()) == 1

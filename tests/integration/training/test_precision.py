@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def losses(data: Manifest, precision: str) -> torch.Tensor:
-    """The loss of each step. Every value is checked by the step itself, which raises where one is not finite."""
+    """Return the loss of each step; the step itself raises if a value is not finite."""
     config = replace(
         DEMO,
         # Nothing pre-trained is at hand, so everything trains.
@@ -47,11 +47,11 @@ def losses(data: Manifest, precision: str) -> torch.Tensor:
     torch.manual_seed(config.seed)
     model = build_model(config.model, data.num_classes).train()
     optimizer = build_optimizer(model, config.optim)
-    told = []
+    losses = []
     for step, batches in enumerate(training_batches(data, config, schedule, ranks, 0, STEPS)):
         set_learning_rates(optimizer, schedule.factor(step))
-        told.append(train_step(model, batches, optimizer, config, ranks, step).losses.total.detach())
-    return torch.stack(told)
+        losses.append(train_step(model, batches, optimizer, config, ranks, step).losses.total.detach())
+    return torch.stack(losses)
 
 
 @pytest.mark.slow

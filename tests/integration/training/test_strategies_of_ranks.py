@@ -86,7 +86,7 @@ def test_compiled_fsdp_has_the_same_losses() -> None:
 
 
 def state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) -> State:
-    """Weights, moments and averages, whole on every rank, by name."""
+    """Return the full weights, moments and averages by name, on every rank."""
     weights, of_optimizer = get_state_dict(unwrap(model), optimizer, options=StateDictOptions(full_state_dict=True))
     moments = of_optimizer["state"].items()
     named = {**weights, **{f"{name}.{kind}": value for name, kinds in moments for kind, value in kinds.items()}}

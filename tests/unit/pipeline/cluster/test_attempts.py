@@ -51,41 +51,41 @@ def test_the_first_of_several_reasons_is_kept(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    word = attempts.end_reason(tmp_path)
-    assert word is not None
-    assert word.why == "the first"
+    reason = attempts.end_reason(tmp_path)
+    assert reason is not None
+    assert reason.why == "the first"
     assert len(list((tmp_path / "attempts").iterdir())) == 2
 
 
 def test_a_cause_wins_over_a_symptom_with_the_earliest_time(tmp_path: Path) -> None:
     attempts.start_attempt(tmp_path, 2)
     attempts.record_end(tmp_path, "worker 0 failed: connection closed by peer", "symptom")
-    consequence = attempts.end_reason(tmp_path)
-    assert consequence is not None
-    assert consequence.why == "worker 0 failed: connection closed by peer"
+    symptom = attempts.end_reason(tmp_path)
+    assert symptom is not None
+    assert symptom.why == "worker 0 failed: connection closed by peer"
     time.sleep(0.05)
     attempts.record_end(tmp_path, "worker 1 died: killed")
-    word = attempts.end_reason(tmp_path)
-    assert word is not None
-    assert (word.why, word.at) == ("worker 1 died: killed", consequence.at)
+    reason = attempts.end_reason(tmp_path)
+    assert reason is not None
+    assert (reason.why, reason.at) == ("worker 1 died: killed", symptom.at)
 
 
 def test_a_hang_is_reported_unless_the_worker_continued(tmp_path: Path) -> None:
     attempts.start_attempt(tmp_path, 2)
     attempts.record_end(tmp_path, "worker 1 hangs", "hang")
     attempts.record_end(tmp_path, "timed out", "symptom")
-    word = attempts.end_reason(tmp_path)
-    assert word is not None
-    assert word.why == "worker 1 hangs"
+    reason = attempts.end_reason(tmp_path)
+    assert reason is not None
+    assert reason.why == "worker 1 hangs"
     attempts.clear_hang(tmp_path, 0)
-    word = attempts.end_reason(tmp_path)
-    assert word is not None
-    assert word.why == "timed out"
+    reason = attempts.end_reason(tmp_path)
+    assert reason is not None
+    assert reason.why == "timed out"
     attempts.record_end(tmp_path, "worker 1 hangs", "hang")
     attempts.record_end(tmp_path, "worker 0 died: SIGABRT")
-    word = attempts.end_reason(tmp_path)
-    assert word is not None
-    assert word.why == "worker 1 hangs (worker 0 died: SIGABRT)"
+    reason = attempts.end_reason(tmp_path)
+    assert reason is not None
+    assert reason.why == "worker 1 hangs (worker 0 died: SIGABRT)"
 
 
 def test_a_driver_deletes_the_records_of_the_previous_one(tmp_path: Path) -> None:

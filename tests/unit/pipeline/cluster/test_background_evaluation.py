@@ -1,4 +1,4 @@
-"""Background evaluation: which checkpoints are due, in which order, and the end of a run. Without Ray."""
+"""Background evaluation without Ray: checkpoints that are due, their order, and the end of a run."""
 
 import threading
 import time
@@ -25,7 +25,7 @@ from tests.support.tracker import MemoryTracker
 
 @pytest.fixture
 def config(tiny_config: RunConfig) -> RunConfig:
-    """Checkpoints after steps 1 to 6, of which only the newest would stay; those of 3 and 6 are evaluated."""
+    """Return a run with checkpoints after steps 1 to 6, which keeps the newest and evaluates those of 3 and 6."""
     return replace(
         tiny_config,
         checkpoint=replace(tiny_config.checkpoint, every_steps=1, keep=1),

@@ -72,9 +72,9 @@ def test_the_end_of_a_group_is_recorded(tmp_path: Path, final: bool) -> None:
     if final:
         state = ShuttingDownState(next_state=SimpleNamespace(training_failed_error=error))  # type: ignore[arg-type]
     GroupEndCallback(tmp_path).after_controller_state_update(None, state)
-    word = attempts.end_reason(tmp_path)
-    assert word is not None
-    assert word.why == f"worker 1 died: {REASON}"
+    reason = attempts.end_reason(tmp_path)
+    assert reason is not None
+    assert reason.why == f"worker 1 died: {REASON}"
 
 
 def test_workers_save_before_they_are_replaced(tmp_path: Path) -> None:

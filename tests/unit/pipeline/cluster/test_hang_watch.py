@@ -96,10 +96,10 @@ def test_a_hang_report_is_withdrawn_when_the_worker_continues(tmp_path: Path) ->
     try:
         watch.stepped(7)
         until = time.monotonic() + 10
-        while (word := attempts.end_reason(tmp_path)) is None:
+        while (reason := attempts.end_reason(tmp_path)) is None:
             assert time.monotonic() < until
             time.sleep(0.02)
-        assert word.why.startswith("worker 1 does not respond; no step has ended for ")
+        assert reason.why.startswith("worker 1 does not respond; no step has ended for ")
         watch.stepped(8)
         assert attempts.end_reason(tmp_path) is None
         assert attempts.read_positions(tmp_path, 2, ThreadPosition) == {0: None, 1: None}

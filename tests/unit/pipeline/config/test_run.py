@@ -25,7 +25,7 @@ from pipeline.recipes import RECIPES
 
 
 def changed(path: str, value: Any) -> str:
-    """The paper's recipe as JSON with one field set."""
+    """Return the paper's recipe as JSON with one field set."""
     raw = msgspec.json.decode(to_json(RECIPES["detr-r50"]))
     *parents, last = path.split(".")
     node = raw
@@ -45,7 +45,7 @@ def test_training_a_mask_head_needs_a_model_with_masks() -> None:
 
 
 def config_classes() -> dict[str, type]:
-    """The classes of a run's configuration, by the prefix of their fields."""
+    """Return the classes of a run's configuration, by the prefix of their fields."""
     hints = get_type_hints(RunConfig)
     sections = {f"{name}.": hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
     return {"": RunConfig, **sections}

@@ -27,14 +27,14 @@ def config(tiny_data: TinyData, tmp_path: Path) -> DataConfig:
 
 
 def of_size(manifest: Manifest, name: str, *gib: float) -> Manifest:
-    """The data set with shards of these sizes, and an index of a quarter GiB."""
+    """Return the data set with shards of these sizes, and an index of a quarter GiB."""
     shards = [Shard(f"{name}-{n}.tar", 1, int(size * GIB), f"{name}{n:060}") for n, size in enumerate(gib)]
     files = [File(file, GIB // 8, f"{name}{file:>60}") for file in (IMAGES_NAME, ANNOTATIONS_NAME)]
     return msgspec.structs.replace(manifest, shards=tuple(shards), files=tuple(files))
 
 
 def sets(config: DataConfig) -> tuple[Manifest, Manifest]:
-    """Training shards of 10 x 1 GiB, validation shards of 2 GiB together."""
+    """Return training shards of 10 x 1 GiB, validation shards of 2 GiB together."""
     train, val = open_data(config)
     return of_size(train, "train", *[1.0] * 10), of_size(val, "val", 0.5, 1.5)
 

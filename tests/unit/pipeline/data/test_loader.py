@@ -78,7 +78,7 @@ def test_the_next_epoch_is_planned_in_the_background(
     next(parts)  # of three in the first epoch
     assert second.wait(10)
     assert len(list(parts)) == 5
-    assert sorted(planned) == [0, 1], "an epoch that nobody reads was planned"
+    assert sorted(planned) == [0, 1], "an epoch that is never read was planned"
     assert threading.current_thread() not in planned.values()
 
 

@@ -57,9 +57,9 @@ def registered(folder: Path, config: RunConfig, categories: tuple[Category, ...]
     return model
 
 
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_random_weights_depend_on_the_seed_and_are_reported(tiny_config: RunConfig) -> None:

@@ -49,7 +49,7 @@ def guarded(config: RunConfig, **options: Any) -> RunConfig:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
-    """Steps whose boxes get a NaN, with the image ids of the step once it has run."""
+    """Return steps whose boxes get a NaN, with the image ids of each step once it has run."""
     steps: dict[int, list[int]] = {}
 
     def step(model: Any, batches: Sequence[Batch], *more: Any) -> StepResult:

@@ -1,4 +1,4 @@
-"""The whole loop in one process on a tiny data set: when it evaluates, what it tells, and what training changes."""
+"""The loop in one process on a tiny data set: evaluations, reports, and the weights that training changes."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ from tests.support.tracker import MemoryTracker
 
 
 def trained_weights(config: RunConfig, folder: Path) -> dict[str, torch.Tensor]:
-    """As `weights`, of a model of which a part is frozen."""
+    """Return the weights of the newest checkpoint of a partly frozen model."""
     model = build_trainable_model(config, 4)
     path = catalog.newest(folder)
     assert path is not None
@@ -62,22 +62,22 @@ def test_the_phases_of_steps_add_up_to_the_time_taken(config: RunConfig, run_inf
     start_s = time.perf_counter()
     run(config, run_info, Ranks(), tracker)
     took_s = time.perf_counter() - start_s
-    told = {(name, step): value for name, value, step in tracker.points if name.startswith("step/")}
-    assert {step for _, step in told} == {2, 3, 4, 6}
+    reported = {(name, step): value for name, value, step in tracker.points if name.startswith("step/")}
+    assert {step for _, step in reported} == {2, 3, 4, 6}
     for step in (2, 3, 4, 6):
-        parts = [told[f"step/{phase}_s", step] for phase in PHASES]
+        parts = [reported[f"step/{phase}_s", step] for phase in PHASES]
         assert min(parts) >= 0
-        assert sum(parts) == pytest.approx(told["step/total_s", step])
-        assert min(told[f"step/{phase}_s", step] for phase in ("forward", "loss", "backward", "optimizer")) > 0
+        assert sum(parts) == pytest.approx(reported["step/total_s", step])
+        assert min(reported[f"step/{phase}_s", step] for phase in ("forward", "loss", "backward", "optimizer")) > 0
     # The interval that ends at step 4 began with the save of step 3, which waited for that of step 2 to be whole.
-    assert told["step/checkpoint_stall_s", 4] > 0
+    assert reported["step/checkpoint_stall_s", 4] > 0
     steps = {2: 2, 3: 1, 4: 1, 6: 2}
-    assert 0 < sum(told["step/total_s", step] * count for step, count in steps.items()) < took_s
+    assert 0 < sum(reported["step/total_s", step] * count for step, count in steps.items()) < took_s
     assert read_progress(tracker.last_tags) == RunProgress(6, 2.0, tracker_end(tracker))
 
 
 def tracker_end(tracker: MemoryTracker) -> str:
-    """The predicted end, which is not far from now."""
+    """Return the predicted end, which must be close to now."""
     progress = read_progress(tracker.last_tags)
     assert progress is not None
     assert progress.ends is not None
@@ -192,5 +192,5 @@ def test_a_bad_image_is_left_out_and_said_with_the_run(config: RunConfig, tmp_pa
     config = replace(config, data=replace(config.data, max_bad_samples=1))
     tracker = MemoryTracker()
     run(config, start(config, tmp_path / "lenient"), Ranks(), tracker)
-    told = tracker.last_tags["detr.left_out"]
-    assert told.startswith(f"1 training images: image {record['image_id']} in {shard.name}: ")
+    text = tracker.last_tags["detr.left_out"]
+    assert text.startswith(f"1 training images: image {record['image_id']} in {shard.name}: ")

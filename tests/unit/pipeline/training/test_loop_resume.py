@@ -1,4 +1,4 @@
-"""A stop costs nothing: a run that goes on ends as one that was never stopped, and refuses to go on as another one."""
+"""Resumed runs: the same weights as without the stop, and refusal of another stream of samples."""
 
 import shutil
 from dataclasses import replace
@@ -89,8 +89,8 @@ def test_another_seed_batch_size_or_data_set_is_refused(config: RunConfig, unint
         "optim.batch_size 4, now it is 6": replace(config, optim=replace(config.optim, batch_size=6)),
         "training data digest": replace(config, data=replace(config.data, train=config.data.val)),
     }
-    for said, other in others.items():
-        with pytest.raises(CheckpointError, match=said) as caught:
+    for message, other in others.items():
+        with pytest.raises(CheckpointError, match=message) as caught:
             run(other, run_info, Ranks(), None)
         assert "\n" not in str(caught.value)
 
@@ -102,8 +102,8 @@ def test_another_plan_is_refused_and_so_are_other_classes(config: RunConfig, uni
         "data.shuffle_shards 0, now it is 1": replace(config.data, shuffle_shards=1),
         "data.epoch_tail straddle, now it is short": replace(config.data, epoch_tail="short"),
     }
-    for said, data in others.items():
-        with pytest.raises(CheckpointError, match=said):
+    for message, data in others.items():
+        with pytest.raises(CheckpointError, match=message):
             run(replace(config, data=data), run_info, Ranks(), None)
     meta = read_meta(catalog.folder_of(uninterrupted, 4))
     fewer = msgspec.structs.replace(meta, num_classes=3)

@@ -1,4 +1,4 @@
-"""When a run saves because it was asked to, what it keeps, and that a save changes nothing."""
+"""Saves on request: their steps, the checkpoints that are kept, and results that a save does not change."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -119,18 +119,18 @@ def test_a_requested_stop_saves_after_the_step_and_is_resumed_there(
         monkeypatch.setattr(module.RequestPoller, "poll", lambda _: Request(stop=len(seen) == step))
 
     run(config, run_info, Ranks(), None)
-    whole = start(config, tmp_path / "stopped")
+    stopped = start(config, tmp_path / "stopped")
     asked_at(1)  # while the second step is taken
-    run(config, whole, Ranks(), None)
-    assert catalog.newest(whole.folder) == catalog.folder_of(whole.folder, 2)
+    run(config, stopped, Ranks(), None)
+    assert catalog.newest(stopped.folder) == catalog.folder_of(stopped.folder, 2)
     asked_at(99)
-    run(config, whole, Ranks(), None)
-    assert_same(weights(config, run_info.folder), weights(config, whole.folder))
+    run(config, stopped, Ranks(), None)
+    assert_same(weights(config, run_info.folder), weights(config, stopped.folder))
 
 
 def test_hooks_are_called_after_each_step_and_their_requests_are_met(config: RunConfig, run_info: RunInfo) -> None:
     heard: list[int] = []
-    requests = {0: Request(save=True), 3: Request(stop=True)}  # after so many steps, of the one that follows
+    requests = {0: Request(save=True), 3: Request(stop=True)}  # by the number of steps done
     config = replace(config, checkpoint=replace(config.checkpoint, every_steps=0, keep=9))
     hooks = LoopHooks(lambda: requests.get(len(heard), NO_REQUEST), heard.append)
     run(config, run_info, Ranks(), None, hooks)

@@ -149,5 +149,5 @@ def test_the_rate_does_not_jump_with_another_batch_size(config: OptimConfig, bat
 def test_a_step_belongs_to_the_last_epoch_that_has_begun(batch_size: int, images: int) -> None:
     schedule = Schedule(OptimConfig(batch_size=batch_size, epochs=7), images)
     for step in range(schedule.total_steps):
-        begun = [epoch for epoch in range(7) if schedule.steps(epoch) <= step]
-        assert schedule.epoch_of(step) == begun[-1]
+        started = [epoch for epoch in range(7) if schedule.steps(epoch) <= step]
+        assert schedule.epoch_of(step) == started[-1]

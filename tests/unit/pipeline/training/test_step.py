@@ -168,7 +168,7 @@ def test_no_boxes_and_eos_coef_0_give_no_gradient(tiny_config: RunConfig, model:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_step_waits_for_the_device_at_most_twice(model: DETR, batch: Batch, tiny_config: RunConfig) -> None:
-    """Once for the matcher's costs, once to see that the gradient is finite."""
+    """The matcher's costs and the check of the gradient each wait once."""
     optimizer = build_optimizer(model.cuda(), tiny_config.optim)
     ranks = Ranks(device=torch.device("cuda"))
     train_step(model, [batch], optimizer, tiny_config, ranks, 0)  # what is made once may wait
