@@ -1,4 +1,4 @@
-"""Options of arithmetic change speed and memory and nothing else."""
+"""Compute options change speed and memory but not results."""
 
 import warnings
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def padding() -> Tensor:
 
 
 def step(detector: DETR, precision: str = "fp32") -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of one forward and backward pass, with dropout drawn from a fixed seed."""
+    """Return loss and gradients of one forward and backward pass, with dropout drawn from a fixed seed."""
     targets = [Target(torch.tensor([[0.5, 0.5, 0.2, 0.3]]), torch.tensor([label]), label, (64, 96)) for label in (1, 3)]
     torch.manual_seed(2)
     with autocast(torch.device("cpu"), precision):
@@ -53,7 +53,7 @@ def step(detector: DETR, precision: str = "fp32") -> tuple[float, dict[str, Tens
 
 
 def differ(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Largest difference of a gradient, relative to the largest of its tensor."""
+    """Return the largest difference of a gradient, relative to the largest of its tensor."""
     assert got.keys() == expected.keys()
     return max(
         float((got[name] - value).abs().max() / value.abs().max().clamp(min=1e-6)) for name, value in expected.items()
@@ -71,7 +71,7 @@ def test_recomputed_activations_give_the_same_gradients_with_dropout(modules: st
 
 
 def saved_bytes(work: Callable[[], object]) -> int:
-    """Bytes that autograd keeps for the backward pass, each storage once."""
+    """Return the bytes that autograd keeps for the backward pass, counting each storage once."""
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def test_frozen_stages_keep_no_activations() -> None:
 
 @pytest.mark.slow
 def test_compiled_step_equals_the_uncompiled_one() -> None:
-    # As few layers as there are kinds of them: compiling for a CPU takes most of a minute.
+    # One layer of each kind, because compiling for a CPU takes most of a minute.
     config = replace(SMALL, backbone="tiny", encoder_layers=1, decoder_layers=1)
     expected_loss, expected = step(model(config).eval())
     detector = model(config).eval()
@@ -147,7 +147,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_step_waits_for_the_device_at_most_twice(precision: str) -> None:
-    """Once for the matcher's costs, once to see that the gradient is finite."""
+    """The two waits are for the matcher's costs and for the check that the gradient is finite."""
     detector = model().cuda()
     set_channels_last(detector)
     optimizer = torch.optim.AdamW(detector.parameters(), fused=True)
@@ -164,7 +164,7 @@ def test_training_step_waits_for_the_device_at_most_twice(precision: str) -> Non
         assert torch.isfinite(norm)
         optimizer.step()
 
-    train()  # what is made once may wait
+    train()  # values that are made once may wait
     try:
         torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as caught:

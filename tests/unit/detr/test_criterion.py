@@ -141,7 +141,7 @@ def test_weight_0_removes_a_loss_and_its_gradient(off: list[str]) -> None:
     )  # fmt: skip
     assert losses.total.item() == pytest.approx(expected, rel=1e-5)
     for layer in (outputs, *outputs.auxiliary):
-        # Zeros and not nothing: DDP waits for a gradient of every head.
+        # Zeros instead of None, because DDP waits for a gradient of every head.
         assert layer.logits.grad is not None
         assert layer.boxes.grad is not None
         assert layer.logits.grad.any() != ("ce" in off)

@@ -25,7 +25,7 @@ def build(**changes: object) -> DETR:
 
 
 def drawn(*objects: int, size: tuple[int, int] = (64, 80)) -> list[Target]:
-    """Targets with that many objects each; the masks of later images are smaller."""
+    """Return targets with `counts` objects each; the masks of later images are smaller."""
     torch.manual_seed(1)
     made = []
     for i, n in enumerate(objects):
@@ -55,7 +55,7 @@ def test_every_query_has_a_mask_on_the_stride_4_grid(config: ModelConfig) -> Non
     "sizes", [((3, 4), (5, 8), (10, 15)), ((6, 8), (12, 16), (24, 32))], ids=["same and odd", "twice each time"]
 )
 def test_head_equals_the_plain_convolutions(sizes: tuple[tuple[int, int], ...]) -> None:
-    """Against the plain form: every query's copy of the features beside its attention, and enlarged maps."""
+    """Compare with the plain form: a copy of the features for every query, and enlarged maps."""
     torch.manual_seed(0)
     head = MaskHead(128, 8, [24, 16, 12])
     for norm in (m for m in head.modules() if isinstance(m, nn.GroupNorm)):
@@ -145,7 +145,7 @@ def test_freezing_without_a_mask_head_is_refused() -> None:
 def reference_masks(
     logits: Tensor, sizes: list[tuple[int, int]], originals: list[tuple[int, int]], canvas: tuple[int, int]
 ) -> list[Tensor]:
-    """The original's post-processing, step by step on whole batches of floats."""
+    """Return the masks of the original's post-processing, step by step on batches of floats."""
     inside = F.interpolate(logits, canvas, mode="bilinear", align_corners=False).sigmoid() > 0.5
     return [
         F.interpolate(found[:, None, :height, :width].float(), original, mode="nearest")[:, 0].bool()

@@ -23,7 +23,7 @@ def build() -> DETR:
 
 
 def drawn(*objects: int, size: tuple[int, int] = (64, 80)) -> list[Target]:
-    """Targets with that many objects each; the masks of later images are smaller."""
+    """Return targets with `counts` objects each; the masks of later images are smaller."""
     torch.manual_seed(1)
     made = []
     for i, n in enumerate(objects):
@@ -33,7 +33,7 @@ def drawn(*objects: int, size: tuple[int, int] = (64, 80)) -> list[Target]:
 
 
 def test_mask_losses_equal_their_definitions_on_the_canvas() -> None:
-    """Pair by pair as in the original: upsample to the canvas, then focal and DICE with the truth padded by nothing."""
+    """Return focal and DICE losses computed pair by pair as in the original, on the canvas of the batch."""
     torch.manual_seed(0)
     targets = drawn(2, 0, 3)
     logits, boxes = torch.randn(3, 6, 5), torch.rand(3, 6, 4) * 0.5 + 0.2

@@ -66,7 +66,7 @@ def test_cost_of_weight_0_has_no_effect(off: str) -> None:
         predicted = Outputs(torch.stack([sure, other])[None], torch.stack([wrong, near])[None])
         best = 1
     else:
-        # An L1 that is smaller with a GIoU that is worse: a thin box within, against a wide one around.
+        # A thin box inside has the smaller L1 distance and the worse GIoU, a wide box around it the opposite.
         thin, wide = torch.tensor([0.5, 0.5, 0.2, 0.02]), torch.tensor([0.5, 0.5, 0.4, 0.28])
         predicted = Outputs(torch.stack([sure, sure])[None], torch.stack([thin, wide])[None])
         best = 1 if off == "cost_bbox" else 0
@@ -74,7 +74,7 @@ def test_cost_of_weight_0_has_no_effect(off: str) -> None:
     weights = costs | {off: 0.0}
     ((query, _),) = match(predicted, [truth], LossConfig(**weights))
     assert query.tolist() == [best]
-    # Ruled by the cost that is off above, the other query is taken.
+    # With the cost that is off above as the only one, the other query is taken.
     ((query, _),) = match(predicted, [truth], LossConfig(**(costs | {off: 1000.0})))
     assert query.tolist() == [1 - best]
 
@@ -91,7 +91,7 @@ def test_generalised_iou_of_boxes_whose_value_is_known() -> None:
     a = torch.tensor([0.5, 0.5, 0.2, 0.2])
     assert generalized_iou(a, a) == pytest.approx(1.0)
     assert generalized_iou(a, torch.tensor([0.5, 0.5, 0.1, 0.2])).item() == pytest.approx(0.5)
-    # Apart: the hull is 0.6 x 0.2, of which 0.08 is boxes.
+    # Disjoint boxes: the hull is 0.6 x 0.2, of which the boxes cover 0.08.
     assert generalized_iou(a, torch.tensor([0.9, 0.5, 0.2, 0.2])).item() == pytest.approx(-1 / 3)
 
 

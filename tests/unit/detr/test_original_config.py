@@ -1,4 +1,4 @@
-"""A model is recognised by its tensors, at full size: on the meta device, where sizes cost nothing."""
+"""The configuration is inferred from tensors of full size, on the meta device, where they need no memory."""
 
 from typing import Any
 

@@ -68,7 +68,7 @@ def test_learned_positions_are_interpolated_along_each_axis(cells: int) -> None:
     position = LearnedPosition(8)
     table = position.col_embed.weight.detach()
     wide, high = learned(3, cells, position), learned(cells, 50, position)
-    # Cell i of n lies at vector 49 * i / (n - 1): the first and last vectors stay at the ends.
+    # Cell i of n is at vector 49 * i / (n - 1), so the first and last vectors stay at the ends.
     for cell in range(cells):
         row = 49 * cell / (cells - 1)
         low = min(int(row), 48)
@@ -96,7 +96,7 @@ def test_every_learned_vector_gets_a_gradient_from_a_large_image() -> None:
         gradient = embedding.weight.grad
         assert gradient is not None
         assert (gradient > 0).all()
-        # What every cell takes sums to one vector, so the gradients sum to the number of cells.
+        # The interpolation weights of each cell sum to 1, so the gradients sum to the number of cells.
         torch.testing.assert_close(gradient.sum(0), torch.full((4,), float(total)), rtol=1e-4, atol=0)
 
 

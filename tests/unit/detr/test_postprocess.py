@@ -26,7 +26,7 @@ def test_no_images_give_no_detections() -> None:
 
 
 def drawn(images: int = 2, queries: int = 40, layers: int = 3, classes: int = 3) -> Outputs:
-    """Boxes that overlap a lot and reach past the edges."""
+    """Return predictions whose boxes overlap a lot and extend beyond the edges."""
     torch.manual_seed(0)
 
     def layer() -> Outputs:
@@ -79,7 +79,7 @@ def test_nms_keeps_the_best_of_each_class_in_order(threshold: float, merge: bool
 
 
 def test_nms_keeps_boxes_of_other_classes_beyond_the_edges() -> None:
-    """torchvision moves classes apart by the largest coordinate alone, by which these would still overlap."""
+    """Torchvision moves classes apart by the largest coordinate alone, by which these would still overlap."""
     boxes = torch.tensor([[[0.8, 0.8, 0.8, 0.8], [0.1, 0.1, 0.8, 0.8]]])
     logits = torch.tensor([[[9.0, 0, 0], [0, 8.0, 0]]])
     (found,) = detect(Outputs(logits, boxes), [(100, 100)], nms=0.01)

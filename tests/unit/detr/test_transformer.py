@@ -28,7 +28,7 @@ def test_attention_equals_torchs_with_the_same_parameters() -> None:
 
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_content_of_the_padding_changes_nothing(pre_norm: bool) -> None:
-    """An image decodes to the same values on a larger canvas, whatever is in the padding."""
+    """The result for an image is the same on a larger canvas with any values in the padding."""
     model = build(pre_norm=pre_norm)
     cells, position, queries = torch.randn(2, 12, 32), torch.randn(2, 12, 32), torch.randn(7, 32)
     canvas, canvas_position = torch.randn(2, 20, 32) * 100, torch.randn(2, 20, 32)

@@ -14,7 +14,7 @@ NO_BOXES, NO_LABELS = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
 
 
 def photo(height: int, width: int) -> np.ndarray:
-    """Smooth structure with noise on it, so that an interpolation error shows."""
+    """Return smooth structure with noise, so that interpolation errors show."""
     y, x = np.mgrid[:height, :width]
     waves = 127 + 80 * np.sin(x / 7.3 + y / 11.1)[..., None] * np.array([1.0, 0.8, 0.6])
     noise = np.random.default_rng(0).integers(-40, 40, (height, width, 3))
@@ -104,7 +104,7 @@ def test_read_only_image_is_not_written_to() -> None:
 
 
 def chained(masks: np.ndarray, geometry: Geometry) -> torch.Tensor:
-    """The original's steps on masks, one after another."""
+    """Return the masks after the original's steps."""
 
     def resize(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         return F.interpolate(x[:, None].float(), size, mode="nearest")[:, 0] > 0.5
@@ -156,7 +156,7 @@ def test_geometry_depends_only_on_seed_epoch_and_image() -> None:
     drawn = [draw_geometry(seed, epoch, 7, 640, 480, config) for seed in range(5) for epoch in range(20)]
     assert drawn == [draw_geometry(seed, epoch, 7, 640, 480, config) for seed in range(5) for epoch in range(20)]
     assert len(set(drawn)) > 60
-    # A value, so that a change of the hash, which would silently change every run, is seen.
+    # A fixed value, because a change of the hash would silently change every run.
     assert draw_geometry(42, 3, 139, 640, 426, config) == Geometry(
         False, Crop((400, 600), top=4, left=16, size=(394, 535)), (608, 825)
     )
@@ -190,7 +190,7 @@ def test_evaluation_only_resizes() -> None:
 
 
 def test_cropping_first_keeps_output_size_and_box_content() -> None:
-    """A bright box stays where its pixels are, though the crop's edges are rounded."""
+    """The box of a bright square stays at its pixels, although the crop's edges are rounded."""
     image = np.zeros((426, 640, 3), np.uint8)
     image[100:300, 200:450] = 255
     config, crops = TransformConfig(pixels="fast"), 0

@@ -20,7 +20,7 @@ def waits(monkeypatch):
 
 
 class NoCredentialsError(Exception):
-    """An error with the name of botocore's."""
+    """Error with the name of botocore's."""
 
 
 def failing(*errors):
