@@ -12,11 +12,7 @@ from shards.plan.steps import START, Origin, Steps
 
 def next_evaluation(config: RunConfig, schedule: Schedule, step: int) -> int:
     """Return the first step after `step` at which an evaluation is due."""
-    every = config.evaluate.every
-    epoch = int(schedule.epoch(step)) // every * every
-    while schedule.steps(epoch) <= step:
-        epoch += every
-    return min(schedule.steps(epoch), schedule.total_steps)
+    return min(_next_multiple(config.evaluate.every, schedule, step), schedule.total_steps)
 
 
 def is_evaluated(config: RunConfig, schedule: Schedule, step: int) -> bool:
@@ -29,17 +25,18 @@ def next_boundary(config: RunConfig, schedule: Schedule, step: int) -> int:
     every, milestones = config.checkpoint.every_steps, config.checkpoint.keep_every_epochs
     nearest = next_evaluation(config, schedule, step)
     if milestones:
-        nearest = min(nearest, _next_milestone(milestones, schedule, step))
+        nearest = min(nearest, _next_multiple(milestones, schedule, step))
     return min(nearest, (step // every + 1) * every) if every else nearest
 
 
 def is_milestone(config: RunConfig, schedule: Schedule, step: int) -> bool:
     """Return true if the checkpoint of `step` is never deleted (`checkpoint.keep_every_epochs`)."""
     every = config.checkpoint.keep_every_epochs
-    return bool(every) and step > 0 and _next_milestone(every, schedule, step - 1) == step
+    return bool(every) and step > 0 and _next_multiple(every, schedule, step - 1) == step
 
 
-def _next_milestone(every: int, schedule: Schedule, step: int) -> int:
+def _next_multiple(every: int, schedule: Schedule, step: int) -> int:
+    """Return the first step after `step` that starts an epoch whose number is a multiple of `every`."""
     epoch = int(schedule.epoch(step)) // every * every
     while schedule.steps(epoch) <= step:
         epoch += every

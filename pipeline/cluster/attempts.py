@@ -68,9 +68,7 @@ def has_started(folder: Path) -> bool:
 def is_running(folder: Path) -> bool:
     """Return True if an attempt has started and no end of it is recorded."""
     number = _count(folder)
-    if number == 0:
-        return False
-    return not (_path(folder, number, "cause").exists() or _path(folder, number, "symptom").exists())
+    return number > 0 and not any(_path(folder, number, kind).exists() for kind in ("cause", "symptom"))
 
 
 def start_attempt(folder: Path, workers: int) -> Restart | None:

@@ -65,13 +65,11 @@ class HangWatch:
             quiet_s = time.monotonic() - self._since
             if quiet_s > _RECORD * self._timeout_s and not self._recorded:
                 self._recorded = True
-                attempts.record_position(self._folder, self._rank, self._position())
+                frame = sys._current_frames().get(self._training_thread)
+                attempts.record_position(self._folder, self._rank, thread_position(frame, self._step))
             if quiet_s > _JUDGE * self._timeout_s and self._recorded:
                 positions = attempts.read_positions(self._folder, self._world_size, ThreadPosition)
                 attempts.record_end(self._folder, diagnose(positions, quiet_s), "hang")
-
-    def _position(self) -> ThreadPosition:
-        return thread_position(sys._current_frames().get(self._training_thread), self._step)
 
 
 def thread_position(frame: FrameType | None, step: int) -> ThreadPosition:

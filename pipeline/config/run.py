@@ -16,7 +16,6 @@ import msgspec
 
 from detr.config import LossConfig, ModelConfig, TransformConfig
 from pipeline.config.sections import (
-    Batching,
     CheckpointConfig,
     ClusterConfig,
     ComputeConfig,
@@ -28,21 +27,6 @@ from pipeline.config.sections import (
     require,
 )
 from pipeline.errors import RunConfigError
-
-__all__ = [
-    "Batching",
-    "CheckpointConfig",
-    "ClusterConfig",
-    "ComputeConfig",
-    "DataConfig",
-    "EvaluateConfig",
-    "GuardConfig",
-    "OptimConfig",
-    "RunConfig",
-    "TrackConfig",
-    "from_json",
-    "to_json",
-]
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def check_cache_limit(config: DataConfig, train: Manifest, val: Manifest) -> Non
         _check(config, train, val, int(config.cache_gib * GIB), "the cache")
 
 
-def check_room(manifest: Manifest) -> None:
+def check_fits_cache(manifest: Manifest) -> None:
     """Raise `RunConfigError` if a data set that is evaluated outside of a run does not fit the cache."""
     cache = cache_for(manifest.url, manifest.cache)
     needed = sum(shard.bytes for shard in manifest.shards) + sum(_index_sizes(manifest).values())

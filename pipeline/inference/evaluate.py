@@ -1,4 +1,4 @@
-"""Use of a registered version: evaluate it on a data set, detect objects in picture files."""
+"""Evaluation of a registered version on a data set."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import TypeVar
 
-from pipeline.data.datasets import check_room
+from pipeline.data.datasets import check_fits_cache
 from pipeline.display.terminal import progress_bar
 from pipeline.distributed.ranks import Ranks, default_device
 from pipeline.evaluation.evaluate_model import EvaluateOptions, Evaluation, evaluate_model
@@ -27,14 +27,14 @@ def evaluate(uri: str, data: str, *, progress: bool = False) -> Evaluation:
 
 
 def evaluate_per_layer(uri: str, data: str, *, nms: float = 0.7, progress: bool = False) -> list[LayerScore]:
-    """Score every decoder layer of a registered version, in the same batches as `evaluate_registered`."""
+    """Score every decoder layer of a registered version, in the same batches as `evaluate`."""
     return _score(partial(evaluate_layers, nms=nms), uri, data, progress)
 
 
 def _score(evaluator: Callable[..., _Scored | None], uri: str, data: str, progress: bool) -> _Scored:
     manifest = load_manifest(data)
     check_sizes(manifest)
-    check_room(manifest)
+    check_fits_cache(manifest)
     model, card = read_model(resolve(uri))
     if card.model.masks and evaluator is evaluate_model:  # layers are scored by their boxes only
         check_segmentations(manifest)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import msgspec
 import torch
 
@@ -21,9 +19,6 @@ from pipeline.training.optim import build_optimizer
 from pipeline.training.state import TrainState, WorkerContext
 from pipeline.training.step import RANDOMNESS
 from shards.plan.epoch import PLAN_VERSION
-
-if TYPE_CHECKING:
-    from pipeline.training.state import WorkerContext
 
 
 def restore(worker: WorkerContext, newest: Location | None, step: int) -> TrainState:

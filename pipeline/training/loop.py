@@ -95,7 +95,7 @@ def run(
         ) as saver,
     ):
         # Only rank 0 looks for requests; the others have none of their own.
-        poll = RequestPoller(run_info.folder, hooks).poll if ranks.first else _no_request
+        poll = RequestPoller(run_info.folder, hooks).poll if ranks.first else NO_HOOKS.request
         guard = Guard(run_info.folder, config.guard, ranks, tracker, saver)
         meter = Meter(
             schedule, ranks, tracker, lambda: saver.stalled_s, Forecast(config, schedule, val.images, ranks.world_size)
@@ -111,10 +111,6 @@ def run(
             _save(worker, state, parts)
             if request.stop:
                 return
-
-
-def _no_request() -> Request:
-    return NO_REQUEST
 
 
 def _train(worker: WorkerContext, state: TrainState, parts: LoopParts, until: int) -> Request:

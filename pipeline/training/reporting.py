@@ -15,7 +15,9 @@ from pipeline.tracking.tracker import Tracker
 from shards.dataset.manifest import Manifest
 from shards.read.bad_samples import BadSamples
 from shards.score.detections import Detections
-from shards.score.precision_recall import UNSCORED, Curves
+from shards.score.precision_recall import UNSCORED
+
+_CURVES = "curves/precision_recall"
 
 
 def report_evaluation(
@@ -43,17 +45,13 @@ def report_evaluation(
     tracker.table("per_class_ap.json", columns, step)
     curves = (evaluation.score.curves, evaluation.score.mask_curves)
     tracker.table("precision_recall.json", curves_table(*curves), step)
-    _report_curves(tracker, *curves, step)
+    tracker.picture(_CURVES, curves_picture(*curves), step)
 
 
 def report_opening(config: RunConfig, tracker: Tracker, val: Manifest) -> None:
     """Report ground-truth images and empty curves at step 0, where MLflow's slider starts."""
     report_pictures(tracker, val, Detections.empty(config.model.masks), config.evaluate.pictures, 0)
-    _report_curves(tracker, UNSCORED, UNSCORED if config.model.masks else None, 0)
-
-
-def _report_curves(tracker: Tracker, boxes: Curves, masks: Curves | None, step: int) -> None:
-    tracker.picture("curves/precision_recall", curves_picture(boxes, masks), step)
+    tracker.picture(_CURVES, curves_picture(UNSCORED, UNSCORED if config.model.masks else None), 0)
 
 
 def report_pictures(tracker: Tracker, val: Manifest, detections: Detections, count: int, step: int) -> None:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from pipeline.config import DataConfig
-from pipeline.data.datasets import check_cache, check_cache_limit, check_room, open_data
+from pipeline.data.datasets import check_cache, check_cache_limit, check_fits_cache, open_data
 from pipeline.errors import RunConfigError
 from shards import config as shards_config
 from shards.dataset.listed_files import File
@@ -105,9 +105,9 @@ def test_an_evaluation_that_does_not_fit_is_refused_with_a_remedy(
     _, val = sets(config)
     monkeypatch.setattr(cache_space.shutil, "disk_usage", lambda _: Usage(cache_space.SPARE + int(2.24 * GIB)))
     with pytest.raises(RunConfigError, match=r"shards and index take 2.25 GiB but .* may hold 2.24 GiB; .* DETR_CACHE"):
-        check_room(val)
+        check_fits_cache(val)
     monkeypatch.setattr(cache_space.shutil, "disk_usage", lambda _: Usage(cache_space.SPARE + int(2.25 * GIB)))
-    check_room(val)
+    check_fits_cache(val)
 
 
 def test_sizes_in_a_message_can_be_distinguished() -> None:
