@@ -45,7 +45,8 @@ def load_detector_state_dict(model: DETR, state_dict: Mapping[str, Tensor]) -> N
     key of the detector is missing, unexpected or of another shape.
     """
     given = _without_counters(state_dict)
-    _check(model, given, {key: value for key, value in _own_state(model).items() if not key.startswith(MASK_MODULES)})
+    own = _without_counters(model.state_dict())
+    _check(model, given, {key: value for key, value in own.items() if not key.startswith(MASK_MODULES)})
     model.load_state_dict(given, strict=False)
 
 
@@ -54,7 +55,7 @@ def to_original_state_dict(model: DETR) -> dict[str, Tensor]:
 
     They are the model's own keys; in a model with a mask head, those of the detector get the prefix `detr.`.
     """
-    state = _own_state(model)
+    state = _without_counters(model.state_dict())
     if not model.config.masks:
         return state
     return {key if key.startswith(MASK_MODULES) else _DETECTOR + key: value for key, value in state.items()}
@@ -73,10 +74,6 @@ def load_backbone_weights(model: DETR | ResNet, state_dict: Mapping[str, Tensor]
             "choose the ModelConfig.backbone and norm that the weights were trained with"
         )
     body.load_state_dict(given, strict=False)
-
-
-def _own_state(model: DETR) -> dict[str, Tensor]:
-    return _without_counters(model.state_dict())
 
 
 def _check(model: DETR, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -78,7 +78,9 @@ def open_stream(
         samples = []
         for row, epoch in zip(*task, strict=True):
             try:
-                samples.append(_transformed(reader, row, epoch, transform))
+                sample = reader.read(row, epoch)
+                with error_context(reader, row):
+                    samples.append(transform(sample))
             except BadSampleError as error:
                 bad.add(int(row), error, config.max_bad_samples)
         return collate(samples)
@@ -129,9 +131,3 @@ def read_samples(
         manifest, single_rows, transform=lambda sample: sample, collate=list[Sample], config=config, bad=bad
     )
     return (sample for batch in batches for sample in batch)
-
-
-def _transformed(reader: SampleReader, row: int, epoch: int, transform: Callable[[Sample], T]) -> T:
-    sample = reader.read(row, epoch)
-    with error_context(reader, row):
-        return transform(sample)

@@ -88,7 +88,7 @@ class MemberReader:
                 contents = self._ranges(url, record, fields)
             except DigestError as error:
                 raise DigestError(f"{self._damaged(int(record['shard']))}: {error}") from None
-            problem = _first_problem(record, fields, contents)
+            problem = _problem(record, fields, contents)
             if problem is None:
                 return contents
             if not last:
@@ -110,7 +110,7 @@ class MemberReader:
             record = self._images[row]
             spans = [_span(record, field) for field in (_IMAGE, _TEXT)]
             contents = [content[offset : offset + length] for offset, length in spans]
-            if _first_problem(record, (_IMAGE, _TEXT), contents):
+            if _problem(record, (_IMAGE, _TEXT), contents):
                 damaged.append(row)
         if not damaged:
             return f"{self._shards[shard]} beside its images"
@@ -133,21 +133,14 @@ def _span(record: np.void, field: _Field) -> tuple[int, int]:
     return int(record[f"{field.prefix}offset"]), int(record[f"{field.prefix}length"])
 
 
-def _first_problem(record: np.void, fields: Sequence[_Field], contents: Sequence[bytes]) -> str | None:
-    for field, content in zip(fields, contents, strict=True):
-        problem = _problem(field, content, record)
-        if problem is not None:
-            return problem
-    return None
-
-
-def _problem(field: _Field, content: bytes, record: np.void) -> str | None:
+def _problem(record: np.void, fields: Sequence[_Field], contents: Sequence[bytes]) -> str | None:
     """Return a message if the bytes are not those that were written."""
-    _, length = _span(record, field)
-    if len(content) != length:
-        return f"got {len(content)} of {length} bytes{field.of}, the shard is truncated: copy it again"
-    if zlib.crc32(content) != int(record[f"{field.prefix}crc32"]):
-        return f"{field.name} changed since they were written: copy the shard again"
+    for field, content in zip(fields, contents, strict=True):
+        _, length = _span(record, field)
+        if len(content) != length:
+            return f"got {len(content)} of {length} bytes{field.of}, the shard is truncated: copy it again"
+        if zlib.crc32(content) != int(record[f"{field.prefix}crc32"]):
+            return f"{field.name} changed since they were written: copy the shard again"
     return None
 
 

@@ -150,7 +150,7 @@ def test_weight_0_removes_a_loss_and_its_gradient(off: list[str]) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_box_losses_that_are_off_do_not_spread_nan(value: float) -> None:
-    """Not the targets' boxes, and not the predicted ones: 0 times NaN would be NaN."""
+    """Boxes of targets and predictions are not multiplied by a weight of 0, since 0 times NaN is NaN."""
     outputs, targets = drawn([2, 3])
     config = LossConfig(cost_bbox=0, cost_giou=0, weight_bbox=0, weight_giou=0)
     expected = compute_losses(outputs, targets, 5.0, config).total

@@ -23,7 +23,7 @@ def build() -> DETR:
 
 
 def drawn(*objects: int, size: tuple[int, int] = (64, 80)) -> list[Target]:
-    """Return targets with `counts` objects each; the masks of later images are smaller."""
+    """Return targets with the given numbers of objects; the masks of later images are smaller."""
     torch.manual_seed(1)
     made = []
     for i, n in enumerate(objects):
