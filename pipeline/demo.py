@@ -51,7 +51,7 @@ def demo(launch: Launch | None = None) -> Summary:
     launch.say(f"registered as {uri}{' (@best)' if outcome.is_best else ''}; evaluating it from the registry")
     evaluation = evaluate(uri, config.data.val, progress=True)
     sheet = folder / "detections.png"
-    picture_sheet(evaluation.detections, load_manifest(config.data.val)).save(sheet)
+    picture_sheet(load_manifest(config.data.val), evaluation.detections).save(sheet)
     summary = Summary(
         AP=outcome.metrics["AP"],
         AP50=outcome.metrics["AP50"],

@@ -125,4 +125,5 @@ def read_meta(path: Location) -> Meta:
 
 
 def deciding_ap(metrics: Mapping[str, float]) -> float:
+    """Return the AP that the best checkpoint has the most of: that of masks, if the run predicts them."""
     return metrics.get("mask_AP", metrics["AP"])

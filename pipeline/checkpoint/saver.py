@@ -1,4 +1,4 @@
-"""Save checkpoints in the background.
+"""Writer of checkpoints in the background.
 
 `Saver.save` only collects references to the state. A thread copies it to the host during the next step's forward and
 backward pass, which read weights but do not change them, and then writes the copy. Only the optimizer's update waits

@@ -61,9 +61,9 @@ class RunView:
         if fresh and "train/loss" in metrics:
             self._last = fresh, total, epochs, dict(metrics)
             if first:
-                self._tell_standing(phase == "training")
+                self._print_position(phase == "training")
             else:
-                self._tell_epochs(fresh, total, epochs, metrics)
+                self._print_epochs(fresh, total, epochs, metrics)
         if evaluated > self._evaluated and "val/AP" in metrics:
             self._evaluated = evaluated
             scores = f"AP {metrics['val/AP']:.3f}  AP50 {metrics.get('val/AP50', -1):.3f}"
@@ -72,7 +72,7 @@ class RunView:
                 scores += f"  mask AP {metrics['val/mask_AP']:.3f}"
             self._line(f"          evaluated at epoch {evaluated:g}:  {scores}")
 
-    def _tell_epochs(self, progress: RunProgress, total: int, epochs: float, metrics: dict[str, float]) -> None:
+    def _print_epochs(self, progress: RunProgress, total: int, epochs: float, metrics: dict[str, float]) -> None:
         """Print a line if epochs have ended since the last call: one for all of them."""
         before = int(self._printed.epoch + 1e-9) if self._printed else 0
         now = int(progress.epoch + 1e-9)
@@ -85,8 +85,8 @@ class RunView:
         figures = "  ".join(_figures(progress, metrics))
         self._line(f"epoch {ended}/{epochs:g}  step {progress.step:>6}/{total}  {figures}")
 
-    def _tell_standing(self, running: bool) -> None:
-        """Print a line of the last state unless it was printed; with the predicted end if the run is `running`."""
+    def _print_position(self, running: bool) -> None:
+        """Print a line of the last state unless it was printed, with the predicted end if the run is `running`."""
         if self._last is None or (self._printed and self._printed.step == self._last[0].step):
             return
         progress, total, epochs, metrics = self._last
@@ -97,7 +97,7 @@ class RunView:
 
     def close(self) -> None:
         """Print the last state if it is new, and remove the bar."""
-        self._tell_standing(running=False)
+        self._print_position(running=False)
         if self._bar is not None:
             self._bar.close()
 
@@ -129,7 +129,7 @@ class RunView:
 
 
 def _figures(progress: RunProgress, metrics: dict[str, float]) -> list[str]:
-    """Return the known ones of loss, AP, speed, memory and predicted end as texts."""
+    """Return loss, AP, speed, memory and predicted end as texts, as far as they are known."""
     formats = {
         "train/loss": "loss {:8.3f}",
         "val/AP": "AP {:.3f}",

@@ -1,4 +1,4 @@
-"""The pictures of a run: detections on images, curves, sheets."""
+"""Pictures of an evaluation: detections on images, and curves of precision over recall, also as a table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shards.read.loader import read_samples
 from shards.score.detections import Detections
 from shards.score.precision_recall import RECALLS, Curves
 
-THRESHOLD = 0.5  # lowest score of a detection that is drawn
+_THRESHOLD = 0.5  # lowest score of a detection that is drawn
 
 
 def detection_pictures(manifest: Manifest, detections: Detections, count: int) -> Iterator[Image.Image]:
@@ -31,7 +31,7 @@ def detection_pictures(manifest: Manifest, detections: Detections, count: int) -
     masks = detections.masks is not None
     for sample in read_samples(manifest, rows, ReadConfig(threads=0, masks=masks)):
         image = Image.fromarray(sample.image)
-        chosen = detections.take((detections.image_ids == sample.image_id) & (detections.scores >= THRESHOLD))
+        chosen = detections.take((detections.image_ids == sample.image_id) & (detections.scores >= _THRESHOLD))
         boxes = chosen.boxes_xywh
         labels = chosen.labels.tolist()
         found = Boxes(
@@ -49,6 +49,11 @@ def detection_pictures(manifest: Manifest, detections: Detections, count: int) -
         )
         captions = (f"found in image {sample.image_id}", "truth")
         yield side_by_side(draw(image, found), draw(image, truth), captions)
+
+
+def picture_sheet(manifest: Manifest, detections: Detections, count: int = 6) -> Image.Image:
+    """Draw `count` validation images on one sheet, detections next to the ground truth."""
+    return contact_sheet(list(detection_pictures(manifest, detections, count)))
 
 
 def _masks(found: Detections, height: int, width: int) -> Masks | None:
@@ -83,8 +88,3 @@ def curves_table(boxes: Curves, masks: Curves | None = None) -> dict[str, list[A
         if curves:
             columns |= {prefix + name: list(ys) for name, ys in vars(curves).items()}
     return columns
-
-
-def picture_sheet(detections: Detections, manifest: Manifest, count: int = 6) -> Image.Image:
-    """Draw `count` validation images on one sheet, detections next to the ground truth."""
-    return contact_sheet(list(detection_pictures(manifest, detections, count)))

@@ -34,27 +34,22 @@ _MEANINGS = {
 
 def metrics_table(metrics: Mapping[str, float]) -> str:
     """Return a table of the twelve COCO metrics, of masks too if there are any; `-` without ground truth."""
-    masks = "mask_AP" in metrics
-
-    def shown(name: str) -> str:
-        return "-" if metrics[name] < 0 else f"{metrics[name]:.3f}"
-
-    if masks:
-        rows = [(name, shown(name), shown(f"mask_{name}"), meaning) for name, meaning in _MEANINGS.items()]
-        return table(("metric", "boxes", "masks", "of"), rows)
-    return table(("metric", "value", "of"), [(name, shown(name), meaning) for name, meaning in _MEANINGS.items()])
+    prefixes = {"boxes": "", "masks": "mask_"} if "mask_AP" in metrics else {"value": ""}
+    return table(
+        ("metric", *prefixes, "of"),
+        [
+            (name, *(_score(metrics[prefix + name]) for prefix in prefixes.values()), meaning)
+            for name, meaning in _MEANINGS.items()
+        ],
+    )
 
 
 def layers_table(scores: Sequence[LayerScore]) -> str:
     """Return a table of AP and AP50 without and with NMS: of each decoder layer, then of all layers merged."""
-
-    def shown(value: float) -> str:
-        return "-" if value < 0 else f"{value:.3f}"
-
     cells: dict[int | None, dict[bool, tuple[str, str]]] = {}
     for score in scores:
         with_nms = score.nms is not None
-        cells.setdefault(score.layer, {})[with_nms] = (shown(score.metrics["AP"]), shown(score.metrics["AP50"]))
+        cells.setdefault(score.layer, {})[with_nms] = (_score(score.metrics["AP"]), _score(score.metrics["AP50"]))
     threshold = next(score.nms for score in scores if score.nms is not None)
     header = ("decoder layer", "AP", "AP50", f"AP, NMS {threshold:g}", f"AP50, NMS {threshold:g}")
     absent = ("-", "-")
@@ -65,6 +60,10 @@ def layers_table(scores: Sequence[LayerScore]) -> str:
             for layer, of_layer in cells.items()
         ],
     )
+
+
+def _score(value: float) -> str:
+    return "-" if value < 0 else f"{value:.3f}"
 
 
 def runs_table(runs: Sequence[Run]) -> str:

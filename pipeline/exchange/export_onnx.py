@@ -115,7 +115,7 @@ def _canvases(transform: TransformConfig, largest: int | None) -> list[tuple[int
 
 
 def _write(model: nn.Module, path: Path, card: Card, largest: int | None) -> None:
-    """Trace the model with free sizes and save it in one file, with parts of the card in its metadata."""
+    """Trace the model with free sizes and save it in one file, with categories and transform in its metadata."""
     batch = torch.export.Dim("batch", min=1)
     height = torch.export.Dim("height", min=_SMALLEST, max=largest)
     width = torch.export.Dim("width", min=_SMALLEST, max=largest)

@@ -75,7 +75,8 @@ def import_file(
         raise ExchangeError(f"{path}: {error}") from None
     named, names_source = _categories(model.num_classes, categories)
     notes = (*notes, names_source)
-    source = f"{path.name} sha256:{_sha256(path)}"
+    with path.open("rb") as file:
+        source = f"{path.name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
     card = _card(model, named, epochs, source)
     client = connect()
     run = client.create_run(
@@ -86,17 +87,14 @@ def import_file(
     run_id = str(run.info.run_id)
     card = msgspec.structs.replace(card, run_id=run_id)
     try:
-        registered = publish(client, model, card, name=name, alias=alias, again=f"detr import {path} --name {name}")
+        registered = publish(
+            client, model, card, name=name, alias=alias, retry_command=f"detr import {path} --name {name}"
+        )
     except BaseException:
         client.set_terminated(run_id, "FAILED")
         raise
     client.set_terminated(run_id, "FINISHED")
     return Imported(registered, notes)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _card(model: DETR, categories: tuple[Category, ...], epochs: int, source: str) -> Card:
@@ -147,7 +145,10 @@ def read_original(path: Path, *, heads: int | None = None, dilation: bool = Fals
         hint = " although the file's name has dc5 in it" if "dc5" in path.name.lower() else ""
         assumed.append(f"no dilation{hint} (a DC5 model needs --dilation)")
     epochs = file.epoch + 1 if file.epoch is not None else 0
-    return OriginalModel(model.eval(), epochs, (_description(config, classes, file), *_assumption(assumed)))
+    notes = [_description(config, classes, file)]
+    if assumed:
+        notes.append(f"assumed, for the file does not say: {' and '.join(assumed)}")
+    return OriginalModel(model.eval(), epochs, tuple(notes))
 
 
 def _option(options: Mapping[str, Any], name: str, kind: type[_Value]) -> _Value | None:
@@ -188,10 +189,6 @@ def _description(config: ModelConfig, classes: int, file: StateFile) -> str:
     )
 
 
-def _assumption(assumed: list[str]) -> tuple[str, ...]:
-    return (f"assumed, for the file does not say: {' and '.join(assumed)}",) if assumed else ()
-
-
 class _Named(msgspec.Struct):
     id: int
     name: str
@@ -209,10 +206,8 @@ def _categories(classes: int, path: Path | None) -> tuple[tuple[Category, ...], 
         names, source = coco_names(), "category ids and names are COCO's"
     elif classes == _PANOPTIC_CLASSES:
         stuff = {label: str(label) for label in range(_COCO_CLASSES, classes)}
-        names, source = (
-            coco_names() | stuff,
-            "category ids are COCO's, and the names of things; stuff is named by number",
-        )
+        names = coco_names() | stuff
+        source = "category ids are COCO's, and the names of things; stuff is named by number"
     else:
         names = {label: str(label) for label in range(classes)}
         source = "categories are named by number; give --categories FILE (COCO's `categories`) to name them"

@@ -59,9 +59,9 @@ class Detector:
         tensor, boxes, labels = apply(pixels, np.zeros((0, 4)), np.zeros(0, dtype=np.int64), geometry)
         batch = collate([(tensor, Target(boxes, labels, 0, (height, width)))]).to(self._device)
         outputs = self._model(normalise(batch, self.card.transform), batch.padding)
-        return self._found(detect(outputs, [(height, width)], sizes=batch.sizes)[0], threshold)
+        return self._predictions(detect(outputs, [(height, width)], sizes=batch.sizes)[0], threshold)
 
-    def _found(self, detection: Detection, threshold: float) -> list[Prediction]:
+    def _predictions(self, detection: Detection, threshold: float) -> list[Prediction]:
         order = torch.argsort(detection.scores, descending=True, stable=True).tolist()
         found = []
         for number in order:

@@ -1,7 +1,7 @@
-"""Registered versions: weights, card and code in MLflow; registered, found again, described.
+"""Registered versions in MLflow (weights, card and code): registration and look-up.
 
-May import `pipeline.training` and what lies below it. Loads its public functions when they are first used, since a
-served version imports `pipeline.registry.card` where neither Ray nor MLflow's client is installed.
+May import `pipeline.training` and what lies below it. Public functions are imported on first use: a served version
+imports `pipeline.registry.card` where the packages for training are not installed.
 """
 
 from importlib import import_module

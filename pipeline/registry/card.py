@@ -1,7 +1,6 @@
-"""Registered models on disk, and a detector that runs them on images.
+"""Files of a registered version: weights (safetensors) and a card (JSON, read strictly), so that nothing is unpickled.
 
-A folder holds weights (safetensors) and a card (JSON, read strictly), so nothing is unpickled. The card describes how to use
-the weights and where they came from.
+The card describes how to use the weights and where they came from.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ FORMAT = 1
 class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Description of a set of weights: model, image transform, categories and origin.
 
-    An imported model has the run that recorded the import, and empty values in the fields about training.
+    That of an imported model has the run that recorded the import, and empty values in the fields about training.
     """
 
     format: int = FORMAT

@@ -40,21 +40,27 @@ class Registered(NamedTuple):
 
 
 def publish(
-    client: MlflowClient, model: DETR, card: Card, *, name: str, alias: str, again: str, only_if_better: bool = False
+    client: MlflowClient,
+    model: DETR,
+    card: Card,
+    *,
+    name: str,
+    alias: str,
+    retry_command: str,
+    only_if_better: bool = False,
 ) -> Registered:
     """Register a model and its card as a version of `name`, and point `alias` at it.
 
     A step of a run is published once; publishing it again finds that version. With `only_if_better`, the alias stays on a
-    version with a higher AP on the same validation data. `again` is the command that repeats this, for the message.
-    Raise `TrackingError` if MLflow refuses.
+    version with a higher AP on the same validation data. `retry_command` repeats this, for the message. Raise `TrackingError` if MLflow refuses.
     """
     check_names(name, alias)
-    with _explained(name, again):
+    with _one_line_errors(name, retry_command):
         version = _version_of(client, name, card)
         if version is None:
             with tempfile.TemporaryDirectory() as folder:
                 write_folder(Path(folder) / "detector", model, card)
-                version = _publish(client, name, _log_model(client, card, Path(folder)), card)
+                version = _create_version(client, name, _log_model(client, card, Path(folder)), card)
         if only_if_better and _is_worse(client, name, alias, version):
             return Registered(str(version.version), False)
         client.set_registered_model_alias(name, alias, version.version)
@@ -73,8 +79,8 @@ def check_names(name: str, alias: str) -> None:
 
 
 @contextmanager
-def _explained(name: str, again: str) -> Generator[None, None, None]:
-    """Turn MLflow's errors into a `TrackingError` of one line.
+def _one_line_errors(name: str, retry_command: str) -> Generator[None, None, None]:
+    """Raise a one-line `TrackingError` for an error of MLflow in the block.
 
     Run, checkpoints and files are not touched, so registering can be repeated.
     """
@@ -86,7 +92,7 @@ def _explained(name: str, again: str) -> Generator[None, None, None]:
     except (MlflowException, SQLAlchemyError, OSError) as error:  # errors of `requests` are OSErrors
         raise TrackingError(
             f"registering {name!r} failed ({one_line(error)}); expected a store that takes the version: "
-            f"`{again}` tries again"
+            f"`{retry_command}` tries again"
         ) from None
 
 
@@ -155,7 +161,7 @@ def _is_worse(client: MlflowClient, name: str, alias: str, version: ModelVersion
     return float(current[name]) > float(version.tags.get(name, "-1"))
 
 
-def _publish(client: MlflowClient, name: str, model_id: str, card: Card) -> ModelVersion:
+def _create_version(client: MlflowClient, name: str, model_id: str, card: Card) -> ModelVersion:
     from mlflow.exceptions import MlflowException
 
     try:

@@ -1,4 +1,4 @@
-"""Register a checkpoint of a run as a version of a model."""
+"""Registration of a run's checkpoint as a version of a model."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from pipeline.checkpoint import catalog
 from pipeline.checkpoint import state as checkpoint_state
 from pipeline.checkpoint.location import Location, checkpoint_root
 from pipeline.checkpoint.metadata import read_meta
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, from_json
 from pipeline.errors import RegistryError
 from pipeline.registry.card import Card
 from pipeline.registry.publish import Registered, check_names, publish
 from pipeline.tracking.mlflow_client import connect
-from pipeline.tracking.mlflow_runs import find_run
+from pipeline.tracking.mlflow_runs import find_run, read_config
+from pipeline.tracking.tags import TAG_FOLDER
+from pipeline.training.model import build_trainable_model
+from shards.dataset.manifest import load_manifest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -37,9 +40,6 @@ def register(
     A step of a run is published once; publishing it again finds that version. With `only_if_better`, the alias stays on a
     version with a higher AP on the same validation data. Raise `TrackingError` if MLflow refuses.
     """
-    from pipeline.training.model import build_trainable_model
-    from shards.dataset.manifest import load_manifest
-
     check_names(name, alias)
     meta = read_meta(path)
     train = load_manifest(config.data.train)
@@ -63,16 +63,14 @@ def register(
         val_digest=load_manifest(config.data.val).digest,
         code_commit=meta.code_commit,
     )
-    again = f"detr register {run_id} --name {name}" + (f" --alias {alias}" if alias != "best" else "")
-    return publish(client, model, card, name=name, alias=alias, again=again, only_if_better=only_if_better)
+    retry_command = f"detr register {run_id} --name {name}" + (f" --alias {alias}" if alias != "best" else "")
+    return publish(
+        client, model, card, name=name, alias=alias, retry_command=retry_command, only_if_better=only_if_better
+    )
 
 
 def register_run(name_or_id: str, *, name: str, alias: str) -> Registered:
     """Publish the best checkpoint of a run, finished or not, and point `alias` at it unconditionally."""
-    from pipeline.config import from_json
-    from pipeline.tracking.mlflow_runs import read_config
-    from pipeline.tracking.tags import TAG_FOLDER
-
     client = connect()
     run = find_run(client, name_or_id)
     run_id = str(run.info.run_id)

@@ -1,4 +1,4 @@
-"""Model registry: register a checkpoint as a version, and find a version again."""
+"""Look-up of a registered version, of its run and of its files."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from pipeline.tracking.tags import TAG_DATA_WAIT, TAG_PROGRESS
 from pipeline.tracking.tracker import Tracker
 
 _MOST_WAIT = 0.05  # share of a step
-_JUDGED_STEPS = 20  # over fewer steps the share of waiting is mostly noise
+_CHECKED_STEPS = 20  # over fewer steps the share of waiting is mostly noise
 
 
 class Interval(NamedTuple):
@@ -153,24 +153,24 @@ class WaitWatch:
 
     def __init__(self) -> None:
         self._steps, self._wait_s, self._all_s = 0, 0.0, 0.0
-        self._judged, self._warned = 0, False
+        self._checks, self._warned = 0, False
 
     def check(self, steps: int, interval: Interval) -> str | None:
         """Return a new warning, an empty text if the last one has passed, or None if nothing has changed.
 
-        The slowest rank counts, because all wait for it. The first `_JUDGED_STEPS` are ignored: they include the start
+        The slowest rank counts, because all wait for it. The first `_CHECKED_STEPS` are ignored: they include the start
         of the reader threads.
         """
         self._steps += steps
         self._wait_s += steps * max(interval.waits)
         self._all_s += steps * interval.step_s
-        if self._steps < _JUDGED_STEPS:
+        if self._steps < _CHECKED_STEPS:
             return None
         share = self._wait_s / max(self._all_s, 1e-9)
         self._steps, self._wait_s, self._all_s = 0, 0.0, 0.0
-        self._judged += 1
+        self._checks += 1
         # The warning ends at half the limit, so that a share close to the limit is one warning and not many.
-        slow = self._judged > 1 and share > (_MOST_WAIT / 2 if self._warned else _MOST_WAIT)
+        slow = self._checks > 1 and share > (_MOST_WAIT / 2 if self._warned else _MOST_WAIT)
         if slow == self._warned:
             return None
         self._warned = slow

@@ -1,4 +1,4 @@
-"""The connection to an MLflow store: address, errors in one line, no secrets."""
+"""Connection to an MLflow store: its address, and one-line errors without secrets."""
 
 from __future__ import annotations
 

@@ -7,8 +7,10 @@ and could mark a shared run as finished). The default store is SQLite in the wor
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -57,14 +59,14 @@ def create_run(
 
     `datasets` maps a context ("training", "validation") to (name, digest, url).
     """
+    from mlflow.entities import Param
+
     run = client.create_run(
         experiment_id(client, config.track.experiment),
         run_name=config.run_name,
         tags={**origin_tags(f"detr train {config.recipe}"), **tags},
     )
     run_id = str(run.info.run_id)
-    from mlflow.entities import Param
-
     parameters = [Param(name, value or "-") for name, value in flatten(config).items()]
     for start in range(0, len(parameters), _MAX_PARAMS):
         client.log_batch(run_id, params=parameters[start : start + _MAX_PARAMS])
@@ -75,8 +77,6 @@ def create_run(
 
 def origin_tags(command: str) -> dict[str, str]:
     """Return MLflow's tags for the source of a run, which its client does not set: command, user and commit."""
-    import getpass
-
     return {
         "mlflow.source.name": command,
         "mlflow.source.type": "LOCAL",
@@ -101,8 +101,6 @@ def read_config(client: MlflowClient, run_id: str) -> bytes:
 
     A run from before the option `evaluate.batching` keeps the padded batches that it was evaluated in.
     """
-    import tempfile
-
     from mlflow.exceptions import MlflowException
 
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +123,8 @@ def find_runs(client: MlflowClient, experiment: str | None = None, limit: int = 
 
 def _runs(client: MlflowClient, experiment: str | None = None, condition: str = "") -> Iterator[Run]:
     """Yield the runs of `detr train` that meet a condition, newest first; the server filters and pages them."""
-    ids = [e.experiment_id for e in client.search_experiments() if experiment is None or e.name == experiment]
+    experiments = client.search_experiments()
+    ids = [found.experiment_id for found in experiments if experiment in (None, found.name)]
     token: str | None = None
     while ids:
         page = client.search_runs(

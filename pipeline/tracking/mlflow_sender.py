@@ -83,8 +83,8 @@ class EventSender:
         run = client.get_run(self._run_id)
         known = client.search_logged_models([run.info.experiment_id], filter_string=f"source_run_id = '{self._run_id}'")
         # The type matters: a version that was registered in the meantime has the tag of its checkpoint, too.
-        same = [m for m in known if m.model_type == "checkpoint" and m.tags.get("checkpoint_uri") == event.name]
-        model = same[0] if same else None
+        same = (m for m in known if m.model_type == "checkpoint" and m.tags.get("checkpoint_uri") == event.name)
+        model = next(same, None)
         if model is not None and model.status == "READY":
             return
         # A model that is not ready was left incomplete by an attempt that died, and is completed here.

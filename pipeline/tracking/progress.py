@@ -1,4 +1,4 @@
-"""How far a run is and when it will end."""
+"""Progress of a run and forecast of its end."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""The code and library versions that a run is made with."""
+"""Versions of the code and libraries that a run is made with."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import subprocess
 from pathlib import Path
+
+_LIBRARIES = ("torch", "torchvision", "numpy", "ray", "webdataset", "mlflow", "detr-cluster")
 
 
 def code_commit() -> str:
@@ -21,9 +23,6 @@ def code_commit() -> str:
         return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-
-
-_LIBRARIES = ("torch", "torchvision", "numpy", "ray", "webdataset", "mlflow", "detr-cluster")
 
 
 def library_versions() -> dict[str, str]:

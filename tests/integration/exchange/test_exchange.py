@@ -56,7 +56,7 @@ def imported(shared_store: str, file: Path) -> MlflowClient:
     return connect()
 
 
-def test_the_version_and_its_run_say_what_was_imported(imported: MlflowClient, file: Path) -> None:
+def test_the_version_and_its_run_name_the_imported_file(imported: MlflowClient, file: Path) -> None:
     version = find_version(imported, "models:/small@paper")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert version.tags["imported_from"] == f"detr-r18.pth sha256:{digest}"
@@ -72,7 +72,7 @@ def test_the_version_and_its_run_say_what_was_imported(imported: MlflowClient, f
     assert card.imported_from == version.tags["imported_from"]
 
 
-def test_its_weights_are_the_files(imported: MlflowClient, file: Path) -> None:
+def test_the_weights_of_the_version_are_those_of_the_file(imported: MlflowClient, file: Path) -> None:
     model, _ = read_model(resolve("models:/small@paper"))
     expected = torch.load(file, weights_only=True)["model"]
     state = to_original_state_dict(model)
@@ -81,11 +81,11 @@ def test_its_weights_are_the_files(imported: MlflowClient, file: Path) -> None:
 
 
 @needs_coco
-def test_it_evaluates_on_coco_by_category_id(imported: MlflowClient, file: Path, tmp_path: Path) -> None:
+def test_an_imported_version_is_evaluated_by_category_id(imported: MlflowClient, file: Path, tmp_path: Path) -> None:
     annotations = json.loads((COCO_TINY / "annotations" / "instances_val2017.json").read_bytes())
     annotations["images"] = annotations["images"][:3]
     kept = {image["id"] for image in annotations["images"]}
-    annotations["annotations"] = [one for one in annotations["annotations"] if one["image_id"] in kept]
+    annotations["annotations"] = [entry for entry in annotations["annotations"] if entry["image_id"] in kept]
     (tmp_path / "val.json").write_text(json.dumps(annotations))
     write_coco(COCO_TINY / "val2017", tmp_path / "val.json", tmp_path / "val", WriteConfig())
     found = evaluate("models:/small@paper", str(tmp_path / "val"))
@@ -98,48 +98,48 @@ def test_it_evaluates_on_coco_by_category_id(imported: MlflowClient, file: Path,
 
 
 @needs_coco
-def test_it_detects_on_pictures_and_names_coco_categories(imported: MlflowClient, tmp_path: Path) -> None:
+def test_detections_of_an_imported_version_name_coco_categories(imported: MlflowClient, tmp_path: Path) -> None:
     pictures = sorted((COCO_TINY / "val2017").glob("*.jpg"))[:1]
     found = predict("models:/small@paper", pictures, tmp_path / "out", threshold=0.0)
     assert len(found) == 10
-    assert {(one["category_id"], one["category"]) for one in found} == {(17, "cat")}
+    assert {(result["category_id"], result["category"]) for result in found} == {(17, "cat")}
 
 
 @pytest.mark.parametrize("uri", ["models:/small@paper", "models:/small/1"])
-def test_there_is_no_run_to_go_on_with_and_that_is_said(imported: MlflowClient, uri: str) -> None:
+def test_an_imported_version_has_no_run_to_resume(imported: MlflowClient, uri: str) -> None:
     with pytest.raises(RegistryError, match=rf"{uri} was imported from detr-r18\.pth, so it has no run") as caught:
         resume(uri)
     assert f"`detr train finetune --initial {uri}`" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_starts_from_it_with_a_class_head_of_its_own(
+def test_a_run_from_an_imported_version_has_a_new_class_head(
     imported: MlflowClient, file: Path, short_config: RunConfig
 ) -> None:
-    said: list[str] = []
-    config, ready = prepare(replace(short_config, initial="models:/small@paper"), said.append)
+    lines: list[str] = []
+    config, ready = prepare(replace(short_config, initial="models:/small@paper"), lines.append)
     assert config.model == replace(CONFIG, dropout=short_config.model.dropout)
-    assert any("its class head was of other classes and starts afresh for 4" in line for line in said)
+    assert any("its class head was of other classes and starts afresh for 4" in line for line in lines)
     before, after = torch.load(file, weights_only=True)["model"], to_original_state_dict(ready.model)
     replaced = {name for name in before if not torch.equal(before[name], after[name])}
     assert replaced == {"class_embed.weight", "class_embed.bias"}
 
 
-def test_it_goes_out_as_it_came_in(imported: MlflowClient, file: Path, tmp_path: Path) -> None:
+def test_an_imported_version_is_exported_as_the_same_file(imported: MlflowClient, file: Path, tmp_path: Path) -> None:
     export_original("models:/small@paper", tmp_path / "out.pth")
     before, after = (torch.load(path, weights_only=True)["model"] for path in (file, tmp_path / "out.pth"))
     assert list(before) == list(after)
     assert all(np.array_equal(before[name].numpy(), after[name].numpy()) for name in before)
 
 
-def test_importing_again_is_a_version_of_its_own(store: str, file: Path) -> None:
+def test_each_import_is_a_version_of_its_own(store: str, file: Path) -> None:
     assert import_file(file, name="small", heads=4).registered.version == "1"
     assert import_file(file, name="small", heads=8).registered.version == "2"
     assert read_card(resolve("models:/small/1")).model.heads == 4
     assert str(find_version(connect(), "models:/small@best").version) == "2"
 
 
-def test_a_registry_that_refuses_leaves_a_failed_run_and_says_how_to_try_again(
+def test_a_refused_import_is_a_failed_run_and_names_the_command_to_repeat(
     store: str, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuses(*_: object, **__: object) -> None:
@@ -150,5 +150,5 @@ def test_a_registry_that_refuses_leaves_a_failed_run_and_says_how_to_try_again(
         import_file(file, name="small")
     assert "\n" not in str(caught.value)
     client = connect()
-    (run,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     assert run.info.status == "FAILED"

@@ -46,11 +46,11 @@ def test_a_registered_version_with_masks_evaluates_as_its_run_did(masked: Traine
     assert find_version(masked.client, "models:/masked@best").tags["mask_AP"] == f"{best[1]['mask_AP']:.6f}"
 
 
-def test_predictions_of_a_version_with_masks_say_where_each_object_is(masked: Trained, tmp_path: Path) -> None:
+def test_predictions_of_a_version_with_masks_have_the_mask_of_each_object(masked: Trained, tmp_path: Path) -> None:
     pictures = sorted(Path(masked.config.data.val).parent.glob("coco/val/*.jpg"))[:2]
     found = predict("models:/masked@best", pictures, tmp_path / "out", threshold=0.0)
     assert json.loads((tmp_path / "out" / "detections.json").read_text()) == found
-    masks = decode_masks([one["segmentation"] for one in found], 64, 64)
+    masks = decode_masks([result["segmentation"] for result in found], 64, 64)
     assert masks.shape == (16, 64, 64)
     assert masks.any()
     plain = np.asarray(Image.open(pictures[0]).resize((320, 320), Image.Resampling.NEAREST)).astype(int)
@@ -64,7 +64,7 @@ def test_data_without_segmentations_is_refused_before_the_model_runs(
 ) -> None:
     val = Path(masked.config.data.val)
     coco = json.loads((val.parent / "coco" / "annotations" / "instances_val.json").read_text())
-    coco["annotations"] = [one | {"segmentation": []} for one in coco["annotations"]]
+    coco["annotations"] = [annotation | {"segmentation": []} for annotation in coco["annotations"]]
     (tmp_path / "instances.json").write_text(json.dumps(coco))
     write_coco(val.parent / "coco" / "val", tmp_path / "instances.json", tmp_path / "out", WriteConfig())
     monkeypatch.setattr(DETR, "forward", lambda *_: pytest.fail("the model ran"))

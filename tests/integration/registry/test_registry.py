@@ -68,7 +68,7 @@ def _fresh_modules() -> Iterator[None]:
     sys.modules.update({name: module for name, module in before.items() if name not in sys.modules})
 
 
-def test_a_version_says_where_it_came_from(trained: Trained, version: str) -> None:
+def test_a_version_names_its_origin(trained: Trained, version: str) -> None:
     found = find_version(trained.client, "models:/tiny@best")
     best = catalog.best(trained.folder)
     assert best is not None
@@ -110,7 +110,7 @@ def test_the_alias_stays_on_a_better_version_of_the_same_data(
 
 
 @pytest.mark.parametrize("error", [MlflowException("no room\nat all"), ConnectionError("no room")])
-def test_a_registry_that_refuses_is_one_line_that_says_how_to_try_again(
+def test_a_refusal_of_the_registry_is_one_line_with_the_command_to_repeat(
     own: Trained, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def refuses(*_: object, **__: object) -> None:
@@ -124,7 +124,7 @@ def test_a_registry_that_refuses_is_one_line_that_says_how_to_try_again(
     assert register_run(own.run_id, name="tiny", alias="best").version == "1"
 
 
-def test_every_layer_of_a_version_is_scored_and_the_last_as_without_asking(
+def test_every_layer_is_scored_and_the_last_as_without_per_layer(
     trained: Trained, version: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["models:/tiny@best", "--data", trained.config.data.val, "--json"]
@@ -159,7 +159,7 @@ def test_a_registered_version_evaluates_as_the_model_in_memory(trained: Trained,
     np.testing.assert_allclose(found.detections.boxes_xywh, expected.detections.boxes_xywh, atol=1e-4)
 
 
-def test_a_version_of_a_run_with_averages_holds_them_and_says_so(
+def test_a_version_of_a_run_with_averages_has_them_and_names_the_decay(
     store: str, short_config: RunConfig, tmp_path: Path
 ) -> None:
     trained = train_in(tmp_path, replace(short_config, optim=replace(short_config.optim, ema=0.9)))
@@ -177,9 +177,7 @@ def test_a_version_of_a_run_with_averages_holds_them_and_says_so(
     assert found.score.metrics == pytest.approx(best[1], abs=1e-6)
 
 
-def test_a_card_of_before_there_was_a_choice_of_batches_is_evaluated_in_padded_ones(
-    trained: Trained, version: str, tmp_path: Path
-) -> None:
+def test_a_card_without_batching_is_evaluated_in_padded_batches(trained: Trained, version: str, tmp_path: Path) -> None:
     folder = resolve("models:/tiny@best")
     assert read_card(folder).evaluate_batching == "same_size"
     card = json.loads((folder / "card.json").read_text())
@@ -194,11 +192,11 @@ def test_a_version_is_evaluated_in_the_batches_that_its_card_names(
 ) -> None:
     seen = []
 
-    def evaluate(*arguments: Any, **options: Any) -> Any:
-        seen.append(options["batching"])
+    def stop(model: Any, manifest: Any, categories: Any, options: EvaluateOptions, **_: Any) -> Any:
+        seen.append(options.batching)
         raise InterruptedError
 
-    monkeypatch.setattr("pipeline.inference.evaluate.evaluate_model", evaluate)
+    monkeypatch.setattr("pipeline.inference.evaluate.evaluate_model", stop)
     model, card = read_model(resolve("models:/tiny@best"))
     card = msgspec.structs.replace(card, evaluate_batching=batching)
     monkeypatch.setattr("pipeline.inference.evaluate.read_model", lambda folder: (model, card))
@@ -207,13 +205,13 @@ def test_a_version_is_evaluated_in_the_batches_that_its_card_names(
     assert seen == [batching]
 
 
-def test_the_run_s_files_may_be_gone_once_it_is_registered(own: Trained) -> None:
+def test_a_version_does_not_need_the_files_of_its_run(own: Trained) -> None:
     register_run("tiny", name="tiny", alias="best")
     shutil.rmtree(own.folder)
     assert evaluate("models:/tiny@best", own.config.data.val).score.metrics["AP"] >= 0
 
 
-def test_nothing_that_is_stored_is_a_pickle(trained: Trained, version: str) -> None:
+def test_no_stored_file_is_a_pickle(trained: Trained, version: str) -> None:
     stored = [path for path in trained.artifacts.rglob("*") if path.is_file()]
     assert {"model.safetensors", "card.json", "MLmodel"} <= {path.name for path in stored}
     assert not [path for path in stored if path.suffix in (".pkl", ".pickle", ".pth", ".pt", ".bin", ".ckpt")]
@@ -237,7 +235,7 @@ def test_mlflow_serves_the_version_from_base64_pictures(trained: Trained, versio
     first = answers[0][0]
     assert first["category_id"] in (1, 2, 3, 4)
     assert set(first) == {"image_id", "category_id", "category", "bbox", "score"}
-    scores = [one["score"] for one in answers[0]]
+    scores = [result["score"] for result in answers[0]]
     assert scores == sorted(scores, reverse=True)
     assert [json.loads(answer) for answer in served.predict(both, params={"threshold": 1.0})] == [[], []]
 
@@ -249,26 +247,26 @@ def test_predictions_are_written_with_pictures_and_original_category_ids(
     found = predict("models:/tiny@best", pictures, tmp_path / "out", threshold=0.0)
     assert json.loads((tmp_path / "out" / "detections.json").read_text()) == found
     assert len(found) == 16
-    assert {one["file_name"] for one in found} == {str(path) for path in pictures}
-    assert [one["image_id"] for one in found] == [1] * 8 + [2] * 8
+    assert {result["file_name"] for result in found} == {str(path) for path in pictures}
+    assert [result["image_id"] for result in found] == [1] * 8 + [2] * 8
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
-    for one in found:
-        x, y, width, height = one["bbox"]
+    for result in found:
+        x, y, width, height = result["bbox"]
         assert -1e-3 <= x <= x + width <= 64.001
         assert -1e-3 <= y <= y + height <= 64.001
 
 
-def test_what_is_no_picture_is_one_line_before_anything_is_written(version: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_picture_is_one_line_before_anything_is_written(version: str, tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("no picture")
-    for path, said in (("text.jpg", "not a picture that can be read"), ("none.jpg", "no such file")):
-        with pytest.raises(PipelineError, match=said) as caught:
+    for path, message in (("text.jpg", "not a picture that can be read"), ("none.jpg", "no such file")):
+        with pytest.raises(PipelineError, match=message) as caught:
             predict("models:/tiny@best", [tmp_path / path], tmp_path / "out")
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("uri", "said"),
+    ("uri", "message"),
     [
         ("models:/big@best", r"there is no registered model 'big'; expected one of: tiny"),
         ("models:/big/1", r"there is no registered model 'big'; expected one of: tiny"),
@@ -282,13 +280,13 @@ def test_what_is_no_picture_is_one_line_before_anything_is_written(version: str,
         ("runs/tiny", r"is no registered model; expected models:/NAME@ALIAS"),
     ],
 )
-def test_an_unknown_version_is_one_line_that_names_what_there_is(version: str, uri: str, said: str) -> None:
-    with pytest.raises(RegistryError, match=said) as caught:
+def test_an_unknown_version_is_one_line_that_names_the_known_ones(version: str, uri: str, message: str) -> None:
+    with pytest.raises(RegistryError, match=message) as caught:
         resolve(uri)
     assert "\n" not in str(caught.value)
 
 
-def test_an_empty_registry_says_so(store: str) -> None:
+def test_an_empty_registry_is_reported_as_empty(store: str) -> None:
     with pytest.raises(RegistryError, match="expected one of: none yet"):
         resolve("models:/tiny@best")
 
@@ -340,13 +338,13 @@ def test_evaluating_on_data_of_other_categories_is_refused(trained: Trained, ver
 def test_a_run_starts_from_a_registered_version(trained: Trained, version: str) -> None:
     from pipeline.driver.preflight import prepare
 
-    said: list[str] = []
+    lines: list[str] = []
     other = replace(
         trained.config, initial="models:/tiny@best", model=replace(trained.config.model, hidden_dim=32, num_queries=3)
     )
-    config, ready = prepare(other, said.append)
+    config, ready = prepare(other, lines.append)
     assert config.model == trained.config.model
-    assert "starting from models:/tiny@best" in said
+    assert "starting from models:/tiny@best" in lines
     model = build_model(trained.config.model, 4)
     best = catalog.best(trained.folder)
     assert best is not None

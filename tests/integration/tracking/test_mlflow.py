@@ -225,12 +225,12 @@ def test_all_events_are_in_the_store(client: MlflowClient, tiny_config: RunConfi
     assert run.data.tags["detr.phase"] == "evaluating"
     table = json.loads(Path(client.download_artifacts(run_id, "per_class_ap.json", str(tmp_path))).read_text())
     assert table == {"columns": ["name", "AP"], "data": [["cat", 0.5], ["dog", 0.0]]}
-    (picture,) = [one.path for one in client.list_artifacts(run_id, "images") if one.path.endswith(".png")]
+    (picture,) = [file.path for file in client.list_artifacts(run_id, "images") if file.path.endswith(".png")]
     with Image.open(client.download_artifacts(run_id, picture, str(tmp_path))) as image:
         assert (image.size, image.getpixel((0, 0))[:3]) == ((8, 6), (255, 0, 0))
     (model,) = client.search_logged_models([run.info.experiment_id])
     assert model.tags["checkpoint_uri"] == "/runs/one/checkpoints/step-00000003"
-    assert {one.key: one.value for one in model.metrics} == {"val/AP": 0.25, "val/APs": -1.0}
+    assert {metric.key: metric.value for metric in model.metrics} == {"val/AP": 0.25, "val/APs": -1.0}
     assert (model.source_run_id, model.status) == (run_id, "READY")
     assert not list((tmp_path / "spool").glob("*.png"))
 
@@ -269,7 +269,7 @@ def test_a_sender_completes_what_a_dead_one_has_started(
     EventSender(store, run_id, tmp_path / "spool")(events)
     run = client.get_run(run_id)
     (model,) = client.search_logged_models([run.info.experiment_id])
-    assert {one.key: one.value for one in model.metrics} == {"val/AP": 0.25, "val/APs": -1.0}
+    assert {metric.key: metric.value for metric in model.metrics} == {"val/AP": 0.25, "val/APs": -1.0}
     assert model.status == "READY"
     assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
     assert [point.value for point in client.get_metric_history(run_id, "val/AP")] == [0.25]

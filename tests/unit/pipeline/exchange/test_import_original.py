@@ -70,7 +70,7 @@ def assert_one_line(caught: pytest.ExceptionInfo[Exception]) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_published_layout_comes_back_equal(tmp_path: Path, name: str) -> None:
+def test_every_published_layout_is_read_with_equal_weights(tmp_path: Path, name: str) -> None:
     changes, classes = LAYOUTS[name]
     config = ModelConfig(**(QUICK | changes))
     model = written(tmp_path / "w.pth", config, classes)
@@ -96,7 +96,7 @@ def test_options_are_read_from_a_training_checkpoint(tmp_path: Path) -> None:
     assert "trained for 150 epochs" in found.notes[0]
 
 
-def test_flags_say_what_neither_tensors_nor_options_do(tmp_path: Path) -> None:
+def test_flags_complete_what_tensors_and_options_do_not_show(tmp_path: Path) -> None:
     written(tmp_path / "w.pth")
     found = read_original(tmp_path / "w.pth", heads=4)
     assert found.model.config == replace(SMALL, heads=4)

@@ -158,7 +158,7 @@ def test_the_warning_is_cleared_and_can_come_again() -> None:
     assert [None if text is None else bool(text) for text in warnings] == [None, True, None, False, None, True]
 
 
-def test_short_intervals_are_judged_together() -> None:
+def test_short_intervals_are_checked_together() -> None:
     # The first twenty steps are ignored; of the next twenty, ten waited 8% and ten not at all.
     warnings = watched(0.0, 0.0, 0.08, 0.0, 0.2, 0.2, steps=10)
     assert warnings[:5] == [None] * 5
