@@ -5,33 +5,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detr.batch import Target
 from detr.config import ConfigError, LossConfig, ModelConfig
 from detr.criterion import compute_losses
 from detr.mask_head import AttentionMap, MaskHead
-from detr.model import DETR, Outputs, build_model, freeze_detector
+from detr.model import Outputs, build_model, freeze_detector
 from detr.original import load_detector_state_dict, load_original_state_dict, to_original_state_dict
 from detr.postprocess import detect
-
-TINY = ModelConfig(
-    backbone="tiny", norm="group", frozen_stages=0, hidden_dim=128, heads=8, encoder_layers=1, decoder_layers=2,
-    feedforward_dim=64, dropout=0.0, num_queries=6, masks=True,
-)  # fmt: skip
-
-
-def build(**changes: object) -> DETR:
-    torch.manual_seed(0)
-    return build_model(replace(TINY, **changes), 4)  # type: ignore[arg-type]
-
-
-def drawn(*objects: int, size: tuple[int, int] = (64, 80)) -> list[Target]:
-    """Return targets with the given numbers of objects; the masks of later images are smaller."""
-    torch.manual_seed(1)
-    made = []
-    for i, n in enumerate(objects):
-        boxes, (height, width) = torch.rand(n, 4) * 0.4 + 0.2, (size[0] - 8 * i, size[1] - 8 * i)
-        made.append(Target(boxes, torch.randint(0, 4, (n,)), i, size, torch.rand(n, height, width) > 0.6))
-    return made
+from tests.support.masked_model import TINY, build_masked, drawn_targets
 
 
 @pytest.mark.parametrize(
@@ -91,14 +71,14 @@ def test_attention_map_sums_to_one_over_heads_and_unpadded_cells() -> None:
 
 
 def test_all_false_padding_changes_no_mask() -> None:
-    model, images = build(), torch.randn(2, 3, 64, 80)
+    model, images = build_masked(), torch.randn(2, 3, 64, 80)
     masked = model(images, torch.zeros(2, 64, 80, dtype=torch.bool))
     torch.testing.assert_close(masked.masks, model(images).masks, rtol=1e-4, atol=1e-4)
 
 
 def test_a_seed_gives_the_same_detector_with_and_without_masks() -> None:
-    with_masks = build().state_dict()
-    assert all(torch.equal(value, with_masks[key]) for key, value in build(masks=False).state_dict().items())
+    with_masks = build_masked().state_dict()
+    assert all(torch.equal(value, with_masks[key]) for key, value in build_masked(masks=False).state_dict().items())
 
 
 @pytest.mark.parametrize(("field", "value", "multiple"), [("hidden_dim", 192, 128), ("heads", 4, 8)])
@@ -110,11 +90,11 @@ def test_channels_that_group_norm_cannot_divide_are_refused(field: str, value: i
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_only_the_mask_head_of_a_frozen_detector_trains(norm: str) -> None:
-    model = build(norm=norm).train()
+    model = build_masked(norm=norm).train()
     freeze_detector(model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    compute_losses(model(torch.randn(2, 3, 64, 80)), drawn(2, 3), 5.0, LossConfig()).total.backward()
+    compute_losses(model(torch.randn(2, 3, 64, 80)), drawn_targets(2, 3), 5.0, LossConfig()).total.backward()
     optimizer.step()
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     learns = {name for name, _ in model.named_parameters() if name.startswith(("bbox_attention.", "mask_head."))}
@@ -123,14 +103,14 @@ def test_only_the_mask_head_of_a_frozen_detector_trains(norm: str) -> None:
 
 
 def test_a_frozen_detector_keeps_its_dropout_as_in_the_original() -> None:
-    model, images = build(dropout=0.5), torch.randn(1, 3, 64, 80)
+    model, images = build_masked(dropout=0.5), torch.randn(1, 3, 64, 80)
     freeze_detector(model)
     assert not torch.equal(model.train()(images).boxes, model(images).boxes)
     assert torch.equal(model.eval()(images).boxes, model(images).boxes)
 
 
 def test_freezing_keeps_the_outputs() -> None:
-    model, images = build(norm="batch"), torch.randn(2, 3, 64, 80)
+    model, images = build_masked(norm="batch"), torch.randn(2, 3, 64, 80)
     model.train()(images)  # statistics of its own
     expected = model.eval()(images).masks
     freeze_detector(model)
@@ -139,7 +119,7 @@ def test_freezing_keeps_the_outputs() -> None:
 
 def test_freezing_without_a_mask_head_is_refused() -> None:
     with pytest.raises(ConfigError, match="masks: got a model without a mask head"):
-        freeze_detector(build(masks=False))
+        freeze_detector(build_masked(masks=False))
 
 
 def reference_masks(
@@ -184,7 +164,7 @@ def test_masks_are_returned_only_with_sizes() -> None:
 
 
 def test_state_dict_with_masks_has_the_originals_keys() -> None:
-    source = to_original_state_dict(build())
+    source = to_original_state_dict(build_masked())
     assert {key.split(".")[0] for key in source} == {"detr", "bbox_attention", "mask_head"}
     for key in ("detr.transformer.decoder.norm.bias", "detr.backbone.0.body.conv1.weight", "detr.query_embed.weight",
                 "bbox_attention.q_linear.bias", "mask_head.lay5.weight", "mask_head.gn1.bias",
@@ -198,7 +178,7 @@ def test_state_dict_with_masks_has_the_originals_keys() -> None:
 
 
 def test_detector_loads_into_a_model_with_masks() -> None:
-    detector, model = build(masks=False), build_model(TINY, 4)
+    detector, model = build_masked(masks=False), build_model(TINY, 4)
     fresh = {name: p.clone() for name, p in model.named_parameters()}
     load_detector_state_dict(model, to_original_state_dict(detector))
     state = model.state_dict()
@@ -208,7 +188,7 @@ def test_detector_loads_into_a_model_with_masks() -> None:
 
 
 def test_state_dict_error_names_a_missing_or_extra_mask_head() -> None:
-    detector, segmenter = build(masks=False), build()
+    detector, segmenter = build_masked(masks=False), build_masked()
     with pytest.raises(ValueError, match="it has no mask head: load_detector_state_dict"):
         load_original_state_dict(segmenter, to_original_state_dict(detector))
     for load in (load_original_state_dict, load_detector_state_dict):
@@ -222,6 +202,6 @@ def test_state_dict_error_names_a_missing_or_extra_mask_head() -> None:
 
 def test_the_mask_model_compiles_to_the_same_outputs() -> None:
     pytest.importorskip("torch._dynamo")
-    model, images = build(), torch.randn(1, 3, 64, 64)
+    model, images = build_masked(), torch.randn(1, 3, 64, 64)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(images).masks, model(images).masks)

@@ -4,38 +4,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from detr.batch import Target
-from detr.config import ConfigError, LossConfig, ModelConfig
+from detr.config import ConfigError, LossConfig
 from detr.criterion import compute_losses
 from detr.mask_losses import mask_losses
 from detr.matcher import match, match_layers, pack
-from detr.model import DETR, Outputs, build_model
-
-TINY = ModelConfig(
-    backbone="tiny", norm="group", frozen_stages=0, hidden_dim=128, heads=8, encoder_layers=1, decoder_layers=2,
-    feedforward_dim=64, dropout=0.0, num_queries=6, masks=True,
-)  # fmt: skip
-
-
-def build() -> DETR:
-    torch.manual_seed(0)
-    return build_model(TINY, 4)
-
-
-def drawn(*objects: int, size: tuple[int, int] = (64, 80)) -> list[Target]:
-    """Return targets with the given numbers of objects; the masks of later images are smaller."""
-    torch.manual_seed(1)
-    made = []
-    for i, n in enumerate(objects):
-        boxes, (height, width) = torch.rand(n, 4) * 0.4 + 0.2, (size[0] - 8 * i, size[1] - 8 * i)
-        made.append(Target(boxes, torch.randint(0, 4, (n,)), i, size, torch.rand(n, height, width) > 0.6))
-    return made
+from detr.model import Outputs
+from tests.support.masked_model import build_masked, drawn_targets
 
 
 def test_mask_losses_equal_their_definitions_on_the_canvas() -> None:
-    """Return focal and DICE losses computed pair by pair as in the original, on the canvas of the batch."""
+    """The expected values are computed pair by pair: upsample to the canvas, then focal and DICE loss."""
     torch.manual_seed(0)
-    targets = drawn(2, 0, 3)
+    targets = drawn_targets(2, 0, 3)
     logits, boxes = torch.randn(3, 6, 5), torch.rand(3, 6, 4) * 0.5 + 0.2
     outputs = Outputs(logits, boxes, (Outputs(torch.randn(3, 6, 5), boxes.flip(1)),), 3 * torch.randn(3, 6, 17, 21))
     for canvas in (None, (68, 84)):
@@ -61,7 +41,7 @@ def test_mask_losses_equal_their_definitions_on_the_canvas() -> None:
 
 @pytest.mark.parametrize("objects", [(), (0,), (0, 0)], ids=["no images", "no boxes", "two without boxes"])
 def test_mask_head_gets_zero_gradients_without_objects(objects: tuple[int, ...]) -> None:
-    model, targets = build(), drawn(*objects)
+    model, targets = build_masked(), drawn_targets(*objects)
     losses = compute_losses(model(torch.randn(len(objects), 3, 64, 80)), targets, 1.0, LossConfig())
     losses.total.backward()
     assert losses.terms["loss_mask"] == losses.terms["loss_dice"] == 0
@@ -70,15 +50,15 @@ def test_mask_head_gets_zero_gradients_without_objects(objects: tuple[int, ...])
 
 
 def test_mask_losses_give_gradients_to_head_and_backbone() -> None:
-    model = build()
+    model = build_masked()
     config = LossConfig(weight_ce=0, weight_bbox=0, weight_giou=0)
-    compute_losses(model(torch.randn(2, 3, 64, 80)), drawn(2, 3), 5.0, config).total.backward()
+    compute_losses(model(torch.randn(2, 3, 64, 80)), drawn_targets(2, 3), 5.0, config).total.backward()
     learns = [*model.bbox_attention.parameters(), *model.mask_head.parameters(), *model.backbone.parameters()]
     assert all(p.grad is not None and p.grad.any() for p in learns)
 
 
 def test_losses_stay_in_full_precision_under_autocast() -> None:
-    model, images, targets = build().eval(), torch.randn(2, 3, 64, 80), drawn(2, 3)
+    model, images, targets = build_masked().eval(), torch.randn(2, 3, 64, 80), drawn_targets(2, 3)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(images)
         got = compute_losses(outputs, targets, 5.0, LossConfig()).terms
@@ -90,17 +70,17 @@ def test_losses_stay_in_full_precision_under_autocast() -> None:
 
 
 def test_images_without_masks_are_refused() -> None:
-    with_masks, without = drawn(2, 3)
+    with_masks, without = drawn_targets(2, 3)
     targets = [with_masks, replace(without, masks=None)]
     with pytest.raises(ConfigError, match="image 1: got no masks, expected 3 for the model's mask head"):
-        compute_losses(build()(torch.randn(2, 3, 64, 80)), targets, 5.0, LossConfig())
+        compute_losses(build_masked()(torch.randn(2, 3, 64, 80)), targets, 5.0, LossConfig())
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_mask_losses_wait_for_the_device_only_in_the_matcher() -> None:
-    targets = [replace(target, masks=target.masks.pin_memory()) for target in drawn(2, 3)]
-    outputs = build().cuda()(torch.randn(2, 3, 64, 80, device="cuda"))
+    targets = [replace(target, masks=target.masks.pin_memory()) for target in drawn_targets(2, 3)]
+    outputs = build_masked().cuda()(torch.randn(2, 3, 64, 80, device="cuda"))
     found = match_layers(
         outputs.logits.detach()[None], outputs.boxes.detach()[None], pack(targets, 4, outputs.logits.device),
         LossConfig(),
