@@ -16,7 +16,7 @@ def next_evaluation(config: RunConfig, schedule: Schedule, step: int) -> int:
 
 
 def is_evaluated(config: RunConfig, schedule: Schedule, step: int) -> bool:
-    """Return true if the checkpoint of `step` is to be evaluated."""
+    """Return True if the checkpoint of `step` is to be evaluated."""
     return step > 0 and next_evaluation(config, schedule, step - 1) == step
 
 
@@ -30,7 +30,7 @@ def next_boundary(config: RunConfig, schedule: Schedule, step: int) -> int:
 
 
 def is_milestone(config: RunConfig, schedule: Schedule, step: int) -> bool:
-    """Return true if the checkpoint of `step` is never deleted (`checkpoint.keep_every_epochs`)."""
+    """Return True if the checkpoint of `step` is never deleted (`checkpoint.keep_every_epochs`)."""
     every = config.checkpoint.keep_every_epochs
     return bool(every) and step > 0 and _next_multiple(every, schedule, step - 1) == step
 

@@ -1,6 +1,6 @@
 """Records of the attempts at a run: Ray restarts the workers after a failure and when their number changes.
 
-    <run folder>/attempts/0001.begun         number of workers and start time
+    <run folder>/attempts/0001.started       number of workers and start time
                           0001.cause         why the attempt ended, and when
                           0001.at-3          position of worker 3, written while no step finishes
                           0001.hang          which worker is stuck and keeps the others waiting
@@ -34,7 +34,7 @@ class EndReason(msgspec.Struct, frozen=True):
     wanted: bool = False
 
 
-class _Begun(msgspec.Struct, frozen=True):
+class _Start(msgspec.Struct, frozen=True):
     workers: int
     at: float
 
@@ -74,21 +74,21 @@ def is_running(folder: Path) -> bool:
 def start_attempt(folder: Path, workers: int) -> Restart | None:
     """Record the start of an attempt (rank 0 only); return the restart, or None for the first attempt."""
     number = _count(folder)
-    _write_once(folder, f"{number + 1:04d}.begun", _Begun(workers, time.time()))
+    _write(_path(folder, number + 1, "started"), _Start(workers, time.time()))
     if number == 0:
         return None
-    before = msgspec.json.decode(_path(folder, number, "begun").read_bytes(), type=_Begun)
+    before = msgspec.json.decode(_path(folder, number, "started").read_bytes(), type=_Start)
     return Restart(number, end_reason(folder, number) or EndReason(_UNKNOWN, before.at), before.workers, workers)
 
 
 def record_end(folder: Path, why: str, kind: Kind = "cause", *, wanted: bool = False) -> None:
     """Record why the current attempt ends, or (kind "hang") which worker is stuck in it."""
-    _write_once(folder, f"{_count(folder):04d}.{kind}", EndReason(why, time.time(), wanted))
+    _write(_path(folder, _count(folder), kind), EndReason(why, time.time(), wanted))
 
 
 def record_position(folder: Path, rank: int, where: msgspec.Struct) -> None:
     """Record the position of a worker that has not finished a step for long."""
-    _write_once(folder, f"{_count(folder):04d}.at-{rank}", where)
+    _write(_path(folder, _count(folder), f"at-{rank}"), where)
 
 
 def read_positions(folder: Path, world_size: int, kind: type[T]) -> dict[int, T | None]:
@@ -126,14 +126,13 @@ def end_reason(folder: Path, number: int | None = None) -> EndReason | None:
 
 
 def _count(folder: Path) -> int:
-    return len(list((folder / ATTEMPTS).glob("*.begun")))
+    return len(list((folder / ATTEMPTS).glob("*.started")))
 
 
 def _path(folder: Path, number: int, kind: str) -> Path:
     return folder / ATTEMPTS / f"{number:04d}.{kind}"
 
 
-def _write_once(folder: Path, name: str, record: msgspec.Struct) -> None:
-    path = folder / ATTEMPTS / name
+def _write(path: Path, record: msgspec.Struct) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_once(path, msgspec.json.encode(record))

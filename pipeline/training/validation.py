@@ -29,7 +29,7 @@ from shards.workers import Progress
 
 
 def evaluation_due(worker: WorkerContext, step: int) -> bool:
-    """Return true if the checkpoint of `step` must be evaluated now; a collective call.
+    """Return True if the checkpoint of `step` must be evaluated now; a collective call.
 
     That is at the end of every `evaluate.every` epochs and of the run, unless its metrics are already written. Always
     false if evaluations run in the background (`evaluate.asynchronous`).

@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from pipeline.checkpoint import state as checkpoint_state
 from pipeline.checkpoint.metadata import read_meta
 from pipeline.config import RunConfig, from_json
 from pipeline.distributed.ranks import Ranks
-from pipeline.tracking.progress import RunProgress, read_progress
+from pipeline.tracking.progress import read_progress
 from pipeline.tracking.step_timer import PHASES
 from pipeline.training.loop import run
 from pipeline.training.model import build_trainable_model
@@ -59,6 +59,7 @@ def test_a_run_saves_evaluates_and_reports_at_the_right_steps(config: RunConfig,
 
 def test_the_phases_of_steps_add_up_to_the_time_taken(config: RunConfig, run_info: RunInfo) -> None:
     config, tracker = replace(config, track=replace(config.track, log_every=2)), MemoryTracker()
+    started = datetime.now(UTC).replace(microsecond=0)
     start_s = time.perf_counter()
     run(config, run_info, Ranks(), tracker)
     took_s = time.perf_counter() - start_s
@@ -73,16 +74,12 @@ def test_the_phases_of_steps_add_up_to_the_time_taken(config: RunConfig, run_inf
     assert reported["step/checkpoint_stall_s", 4] > 0
     steps = {2: 2, 3: 1, 4: 1, 6: 2}
     assert 0 < sum(reported["step/total_s", step] * count for step, count in steps.items()) < took_s
-    assert read_progress(tracker.last_tags) == RunProgress(6, 2.0, tracker_end(tracker))
-
-
-def tracker_end(tracker: MemoryTracker) -> str:
-    """Return the predicted end, which must be close to now."""
     progress = read_progress(tracker.last_tags)
     assert progress is not None
     assert progress.ends is not None
-    assert abs((progress.ends - datetime.now(UTC)).total_seconds()) < 30
-    return progress.end
+    assert (progress.step, progress.epoch) == (6, 2.0)
+    # At the last step only an evaluation is left, which takes no longer than the run.
+    assert started <= progress.ends <= datetime.now(UTC) + timedelta(seconds=took_s)
 
 
 def test_a_run_with_masks_reports_their_losses_and_scores(masks_config: RunConfig, tmp_path: Path) -> None:

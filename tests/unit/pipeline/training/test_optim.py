@@ -146,7 +146,7 @@ def test_the_rate_does_not_jump_with_another_batch_size(config: OptimConfig, bat
 
 
 @pytest.mark.parametrize(("batch_size", "images"), [(4, 10), (5, 10), (64, 10), (3, 7), (1, 1)])
-def test_a_step_belongs_to_the_last_epoch_that_has_begun(batch_size: int, images: int) -> None:
+def test_a_step_belongs_to_the_last_epoch_that_has_started(batch_size: int, images: int) -> None:
     schedule = Schedule(OptimConfig(batch_size=batch_size, epochs=7), images)
     for step in range(schedule.total_steps):
         started = [epoch for epoch in range(7) if schedule.steps(epoch) <= step]
