@@ -1,5 +1,4 @@
-"""Everything that speaks to Ray: the session, the workers, their restarts, tasks beside the training.
+"""The use of Ray: its session, the workers and their restarts, tasks beside the training.
 
-The only package of `pipeline` that imports Ray. May import `pipeline.registry`, `pipeline.training` and what lies
-below.
+The only package of `pipeline` that imports Ray. May import `pipeline.registry` and what lies below it.
 """

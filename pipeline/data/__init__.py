@@ -1,4 +1,4 @@
 """The data sets of a run and the loader that makes batches of them.
 
-May import `pipeline.distributed`, `pipeline.config`, `shards` and `detr`; never Ray or MLflow.
+May import `pipeline.distributed` and what lies below it; never Ray or MLflow.
 """

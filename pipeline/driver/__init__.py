@@ -1,4 +1,5 @@
-"""What the driver does before workers start: check the run, make its first weights, apply the changes of a resume.
+"""Work of the driver around the workers: checks, first weights, and the changes of a resume.
 
-May import every package of `pipeline` but `demo` and `train`; Ray and MLflow only through them.
+May import `pipeline.cluster`, `pipeline.inference`, `pipeline.exchange`, `pipeline.built_in` and what lies below; Ray and
+MLflow only through them.
 """

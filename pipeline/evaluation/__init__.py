@@ -1,4 +1,4 @@
 """Evaluation of a model on a data set: each image once, on all ranks.
 
-May import `pipeline.data`, `pipeline.distributed`, `shards` and `detr`; never Ray or MLflow.
+May import `pipeline.data`, `pipeline.checkpoint`, `pipeline.tracking` and what lies below; never Ray or MLflow.
 """

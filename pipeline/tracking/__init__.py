@@ -1,5 +1,4 @@
-"""What a run reports and how it reaches MLflow without stopping the training.
+"""Reports of a run, sent to MLflow without ever stopping the training.
 
-May import `pipeline.distributed`, `pipeline.schedule`, `pipeline.run_folder` and `pipeline.config`; MLflow, but
-never Ray.
+May import `pipeline.distributed`, `pipeline.schedule`, `pipeline.run_folder` and what lies below; MLflow, but never Ray.
 """

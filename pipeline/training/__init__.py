@@ -1,5 +1,4 @@
 """The training loop of one worker and its parts: step, optimizer, guard, saves, evaluations.
 
-May import `pipeline.display`, `evaluation`, `checkpoint`, `tracking`, `data` and what lies below; never Ray or
-MLflow.
+May import `pipeline.display` and what lies below it; never Ray or MLflow.
 """

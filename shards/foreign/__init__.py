@@ -1,4 +1,4 @@
 """Tars that were written elsewhere, indexed where they lie.
 
-May import `shards.source`, `shards.read`, `shards.dataset` and what lies below.
+May import `shards.read`, `shards.source` and what lies below.
 """

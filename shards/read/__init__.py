@@ -1,4 +1,4 @@
 """Samples of a data set: decoded in threads, in the order of a plan.
 
-May import `shards.plan`, `shards.masks`, `shards.dataset` and what lies below.
+May import `shards.plan`, `shards.masks` and what lies below.
 """

@@ -1,4 +1,4 @@
 """Scores of detections against the truth: COCO's twelve numbers and the curves behind them.
 
-May import `shards.dataset`, `shards.masks` and what lies below.
+May import `shards.read`, `shards.source` and what lies below; with `shards.masks` the only home of pycocotools.
 """

@@ -1,4 +1,4 @@
 """A COCO document and its images: read into columns, checked, every defect named.
 
-May import `shards.masks`, `shards.dataset` and what lies below.
+May import `shards.masks`, `shards.plan` and what lies below.
 """
