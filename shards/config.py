@@ -1,4 +1,4 @@
-"""Options for making data sets: frozen values, checked when built. Their field docstrings are the help of `detr shard`.
+"""Options for making, planning and reading data sets: frozen, checked when built. Field docstrings are the flags' help.
 
 This module imports neither numpy nor anything else that is slow to load.
 """

@@ -22,9 +22,9 @@ class Import:
     alias: str = "best"
     """Alias to set to the new version."""
     heads: int | None = None
-    """Number of attention heads, for a file that does not tell. The default is the paper's 8."""
+    """Number of attention heads, which the file does not record. The default is the paper's 8."""
     dilation: Flag = False
-    """Import the model as a DC5 model; the file does not tell."""
+    """Import the model as a DC5 model, which the file does not record."""
     categories: Path | None = None
     """JSON file with COCO's `categories`, which name the labels by their ids. Not needed for COCO itself."""
 

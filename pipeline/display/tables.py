@@ -1,4 +1,4 @@
-"""Tables for the terminal."""
+"""Tables of metrics, decoder layers and runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text for a terminal: tables, durations, progress bars."""
+"""Text for a terminal: layout of a table, durations, progress bars."""
 
 from __future__ import annotations
 

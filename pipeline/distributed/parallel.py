@@ -1,4 +1,4 @@
-"""Ranks and collectives, and the distribution of the model by DDP or FSDP.
+"""Distribution of the model over the ranks by DDP or FSDP, and the norm of its gradient.
 
 A world of one needs no process group, so the same loop runs in a unit test, on a laptop and on a cluster.
 """

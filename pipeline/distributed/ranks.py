@@ -1,4 +1,4 @@
-"""The ranks of a run and how they speak: every collective but those of gradients and checkpoints."""
+"""The ranks of a run and their collectives, all but those of gradients and checkpoints."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Optimizer, and the schedule of a run in steps (appendix A.4 of the paper).
-
-The schedule is a pure function of the step, so a resumed run needs no scheduler state.
-"""
+"""AdamW in two parameter groups, the backbone and the rest, and their learning rates (appendix A.4 of the paper)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Defects of a source: their kinds, and the report that names each and counts them by kind.
+"""Kinds of defects of a source.
 
 A *rejected* image or annotation cannot be used for training or scoring. A *noted* one is used as it is.
 """

@@ -16,7 +16,7 @@ from tests.support.checkpoints import meta
 from tests.support.ranks import run_ranks
 from tests.support.small_disk import mounted, remount, run_on
 
-HERE = "tests.integration.test_checkpoint_disk"
+HERE = "tests.integration.checkpoint.test_full_disk"
 Run = tuple[nn.Module, torch.optim.Optimizer]
 
 
