@@ -61,3 +61,8 @@ def save_checkpoint(
 ) -> Location:
     """Write a checkpoint and wait for it; a collective call."""
     return checkpoint_state.write(root, checkpoint_state.state_of(model, optimizer, averages), meta, ranks)
+
+
+def save_small(root: Location, step: int, seed: int = 0) -> Any:
+    """Write a checkpoint of the small model and return its location, a `Path` or `Url` like `root`."""
+    return save_checkpoint(root, *small(seed), meta(step), Ranks())

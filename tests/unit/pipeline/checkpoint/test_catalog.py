@@ -1,4 +1,4 @@
-"""A run that has saved must not start again silently."""
+"""The newest and the best checkpoint, pruning, and a run whose checkpoints are not found."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +10,122 @@ from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import CheckpointError
 from pipeline.training.loop import run
+from shards.store import storage
+from tests.support.checkpoints import meta, save_checkpoint, save_small, small
 from tests.support.runs import Kill, KillingTracker, start
 from tests.support.tracker import MemoryTracker
+
+
+def test_the_newest_is_the_complete_checkpoint_of_the_highest_step(tmp_path: Path) -> None:
+    assert catalog.newest(tmp_path) is None
+    for step in (900, 1000, 200):
+        save_small(tmp_path, step)
+    save_small(tmp_path, 5000).rename(tmp_path / "checkpoints" / "step-00005000.partial")
+    save_small(tmp_path, 6000).joinpath("meta.json").unlink()
+    assert [path.name for path in catalog.list_checkpoints(tmp_path)] == [
+        "step-00000200",
+        "step-00000900",
+        "step-00001000",
+    ]
+    assert catalog.newest(tmp_path) == catalog.folder_of(tmp_path, 1000)
+
+
+def test_metrics_are_written_beside_the_checkpoint(tmp_path: Path) -> None:
+    path = save_small(tmp_path, 3)
+    assert catalog.read_evaluation(path) is None
+    catalog.write_evaluation(path, {"AP": 0.25, "APs": -1.0})
+    assert catalog.read_evaluation(path) == {"AP": 0.25, "APs": -1.0}
+    assert not list(path.glob("*.partial"))
+
+
+def test_the_best_is_the_newest_with_the_highest_ap(tmp_path: Path) -> None:
+    assert catalog.best(tmp_path) is None
+    for step, ap in ((1, 0.1), (2, 0.4), (3, 0.4), (4, 0.3)):
+        catalog.write_evaluation(save_small(tmp_path, step), {"AP": ap})
+    save_small(tmp_path, 5)  # not evaluated
+    found = catalog.best(tmp_path)
+    assert found is not None
+    assert (found[0].name, found[1]["AP"]) == ("step-00000003", 0.4)
+
+
+def test_with_masks_the_best_has_the_highest_mask_ap(tmp_path: Path) -> None:
+    for step, ap, mask_ap in ((1, 0.4, 0.1), (2, 0.3, 0.2), (3, 0.5, 0.0)):
+        catalog.write_evaluation(save_small(tmp_path, step), {"AP": ap, "mask_AP": mask_ap})
+    found = catalog.best(tmp_path)
+    assert found is not None
+    assert found[0].name == "step-00000002"
+
+
+def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        path = save_small(tmp_path, step)
+        if step in (2, 4):
+            catalog.write_evaluation(path, {"AP": 1 / step})
+    catalog.prune(tmp_path, keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000005",
+        "step-00000006",
+    ]
+    catalog.prune(tmp_path, keep=2)
+    assert len(catalog.list_checkpoints(tmp_path)) == 3
+
+
+def test_pruning_keeps_milestones(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        milestone = meta(step, milestone=step in (1, 3))
+        save_checkpoint(tmp_path, *small(0), milestone, Ranks())
+        catalog.prune(tmp_path, keep=1)
+    assert [path.name[-1] for path in catalog.list_checkpoints(tmp_path)] == ["1", "3", "5"]
+
+
+def test_pruning_keeps_what_cannot_be_read_or_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in range(1, 6):
+        save_checkpoint(tmp_path, *small(0), meta(step, milestone=step == 1, evaluate=step == 2), Ranks())
+    read = storage.read
+
+    def busy(url: str) -> bytes:
+        if "step-00000001/meta" in url or "step-00000002/meta" in url:
+            raise OSError(24, "Too many open files")
+        return read(url)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "read", busy)
+        catalog.prune(tmp_path, keep=2)
+    assert len(catalog.list_checkpoints(tmp_path)) == 5
+    assert "Too many open files" in caplog.text
+    caplog.clear()
+    discard = catalog.delete
+
+    def held(path: Path) -> None:
+        if path.name.endswith("3"):
+            raise PermissionError(13, "Permission denied")
+        discard(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(catalog, "delete", held)
+        catalog.prune(tmp_path, keep=1)
+    assert [path.name[-1] for path in catalog.list_checkpoints(tmp_path)] == ["1", "2", "3", "5"], "others are deleted"
+    assert "failed 1 times" in caplog.text
+    catalog.prune(tmp_path, keep=1)
+    assert [path.name[-1] for path in catalog.list_checkpoints(tmp_path)] == ["1", "2", "5"]
+
+
+def test_pruning_removes_the_remains_of_kills(tmp_path: Path) -> None:
+    save_small(tmp_path, 1).rename(tmp_path / "checkpoints" / "step-00000001.deleted.partial")
+    save_small(tmp_path, 5).rename(tmp_path / "checkpoints" / "step-00000005.partial")
+    save_small(tmp_path, 2)
+    catalog.prune(tmp_path, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_metrics_that_cannot_be_written_are_one_clear_error(tmp_path: Path) -> None:
+    path = save_small(tmp_path, 3)
+    (path / "evaluation.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"evaluation\.json could not be written .*checkpoint itself is intact"):
+        catalog.write_evaluation(path, {"AP": 0.1})
 
 
 def stored(config: RunConfig, store: Path) -> RunConfig:

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.checkpoint import catalog, location
 from pipeline.checkpoint import state as checkpoint_state
-from pipeline.checkpoint.location import Location, Url, checkpoint_root
+from pipeline.checkpoint.location import Url, checkpoint_root
 from pipeline.checkpoint.metadata import Best, read_meta
 from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
@@ -20,7 +20,7 @@ from pipeline.training.loop import run
 from pipeline.training.state import RunInfo
 from shards.errors import ShardError
 from shards.store import storage
-from tests.support.checkpoints import assert_same_state, meta, save_checkpoint, small
+from tests.support.checkpoints import assert_same_state, save_small, small
 from tests.support.runs import Kill, KillingTracker, start
 from tests.support.tracker import MemoryTracker
 
@@ -29,10 +29,6 @@ from tests.support.tracker import MemoryTracker
 def root() -> Iterator[Url]:
     yield Url("memory://bucket/runs/tiny-1")
     fsspec.filesystem("memory").store.clear()
-
-
-def save(root: Location, step: int, seed: int = 0) -> Location:
-    return save_checkpoint(root, *small(seed), meta(step), Ranks())
 
 
 def files(root: Url) -> list[str]:
@@ -57,7 +53,7 @@ def test_saved_state_is_loaded_and_metadata_is_written_last(root: Url, monkeypat
     written: list[str] = []
     write = storage.write
     monkeypatch.setattr(storage, "write", lambda url, content: (written.append(url), write(url, content)))
-    path = save(root, 3, seed=1)
+    path = save_small(root, 3, seed=1)
     assert str(path) == "memory://bucket/runs/tiny-1/checkpoints/step-00000003"
     assert written[-1] == f"{path}/meta.json"
     assert files(root) == ["3/*/.metadata", "3/*/__0_0.distcp", "3/meta.json"]
@@ -71,8 +67,8 @@ def test_saved_state_is_loaded_and_metadata_is_written_last(root: Url, monkeypat
 
 def test_metrics_best_and_pruning_work_as_in_a_folder(root: Url) -> None:
     for step, ap in ((1, 0.1), (2, 0.4), (3, 0.4), (4, 0.3)):
-        catalog.write_evaluation(save(root, step), {"AP": ap})
-    path = save(root, 5)
+        catalog.write_evaluation(save_small(root, step), {"AP": ap})
+    path = save_small(root, 5)
     assert catalog.read_evaluation(path) is None
     assert read_meta(path).best == Best(3, 0.4)
     found = catalog.best(root)
@@ -84,8 +80,8 @@ def test_metrics_best_and_pruning_work_as_in_a_folder(root: Url) -> None:
 
 
 def test_checkpoints_without_metadata_are_ignored_and_pruned(root: Url) -> None:
-    save(root, 1)
-    storage.remove(str(save(root, 2) / "meta.json"))
+    save_small(root, 1)
+    storage.remove(str(save_small(root, 2) / "meta.json"))
     storage.write(str(root / "checkpoints" / "step-00000003" / "0123" / "__0_0.distcp"), b"half")
     assert catalog.newest(root) == catalog.folder_of(root, 1)
     catalog.prune(root, keep=9)
@@ -96,7 +92,7 @@ def test_a_killed_attempt_keeps_the_earlier_checkpoint_and_is_removed(
     root: Url, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even for the same step: the earlier checkpoint counts until the new `meta.json` replaces its own."""
-    path = save(root, 3, seed=1)
+    path = save_small(root, 3, seed=1)
     write = storage.write
 
     def killed(url: str, content: bytes) -> None:
@@ -107,7 +103,7 @@ def test_a_killed_attempt_keeps_the_earlier_checkpoint_and_is_removed(
     with monkeypatch.context() as patch:
         patch.setattr(storage, "write", killed)
         with pytest.raises(Kill):
-            save(root, 3, seed=2)
+            save_small(root, 3, seed=2)
     assert len(files(root)) == 5
     loaded = small(9)
     checkpoint_state.load(path, *loaded, Ranks())
@@ -116,7 +112,7 @@ def test_a_killed_attempt_keeps_the_earlier_checkpoint_and_is_removed(
     assert len(files(root)) == 3
     checkpoint_state.load(path, *loaded, Ranks())
     assert_same_state(loaded, small(1))
-    save(root, 3, seed=5)
+    save_small(root, 3, seed=5)
     catalog.prune(root, keep=9)
     assert len(files(root)) == 3
     checkpoint_state.load(path, *loaded, Ranks())
@@ -125,7 +121,7 @@ def test_a_killed_attempt_keeps_the_earlier_checkpoint_and_is_removed(
 
 def test_deleting_removes_the_metadata_first(root: Url, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 2):
-        save(root, step)
+        save_small(root, step)
     removed: list[str] = []
     remove = storage.remove
     monkeypatch.setattr(storage, "remove", lambda url: (removed.append(url), remove(url)))
@@ -135,7 +131,7 @@ def test_deleting_removes_the_metadata_first(root: Url, monkeypatch: pytest.Monk
 
 
 def test_a_damaged_checkpoint_in_a_store_is_one_clear_error(root: Url) -> None:
-    path = save(root, 3)
+    path = save_small(root, 3)
     with pytest.raises(CheckpointError, match=r"step-00000009/meta\.json cannot be read"):
         checkpoint_state.load_weights(catalog.folder_of(root, 9), small(0)[0])
     data = next(name for name in storage.listing(str(path)) if name.endswith(".distcp"))
@@ -145,7 +141,7 @@ def test_a_damaged_checkpoint_in_a_store_is_one_clear_error(root: Url) -> None:
 
 
 def test_a_refused_write_is_one_line_and_keeps_earlier_checkpoints(root: Url, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(root, 1)
+    save_small(root, 1)
 
     def refuse(url: str, *_: object) -> None:
         raise ShardError(f"{url}: access denied")
@@ -155,7 +151,7 @@ def test_a_refused_write_is_one_line_and_keeps_earlier_checkpoints(root: Url, mo
         with pytest.raises(
             CheckpointError, match=r"could not be written .*access denied.*earlier checkpoints"
         ) as caught:
-            save(root, 2)
+            save_small(root, 2)
     assert "\n" not in str(caught.value)
     read = storage.read
     with monkeypatch.context() as patch:

@@ -3,15 +3,6 @@ from datetime import UTC, date, datetime, time, timedelta
 import pytest
 
 from pipeline.display.terminal import clock_time, time_left
-from pipeline.tracking.progress import RunProgress, read_progress
-from pipeline.tracking.tags import TAG_PROGRESS
-
-
-def test_progress_is_read_as_it_was_written() -> None:
-    for progress in (RunProgress(7, 0.5), RunProgress(7, 0.5, "2031-05-04T03:02:01+00:00")):
-        assert read_progress({TAG_PROGRESS: progress.to_json()}) == progress
-    assert read_progress({}) is None
-    assert progress.ends == datetime(2031, 5, 4, 3, 2, 1, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 
 from pipeline.config import RunConfig
 from pipeline.schedule import Schedule
-from pipeline.tracking.progress import Forecast
+from pipeline.tracking.progress import Forecast, RunProgress, read_progress
+from pipeline.tracking.tags import TAG_PROGRESS
 
 # 400 steps of ten images, an evaluation after each hundred.
 CONFIG = RunConfig()
@@ -69,3 +71,10 @@ def test_evaluations_during_training_use_all_workers() -> None:
     forecast = Forecast(CONFIG, SCHEDULE, 50, 4)
     forecast.stepped(50, 50.0, 0.2)
     assert forecast.remaining_s(50) == pytest.approx(350 + 4)
+
+
+def test_progress_is_read_as_it_was_written() -> None:
+    for progress in (RunProgress(7, 0.5), RunProgress(7, 0.5, "2031-05-04T03:02:01+00:00")):
+        assert read_progress({TAG_PROGRESS: progress.to_json()}) == progress
+    assert read_progress({}) is None
+    assert progress.ends == datetime(2031, 5, 4, 3, 2, 1, tzinfo=UTC)
