@@ -5,8 +5,8 @@ loss is divided by (global sum / world size) for both normalisers:
 
 - boxes: the number of target boxes over all ranks, as in the original, at least 1 over the whole batch (the original
   clamps the per-rank mean instead; they differ only where a global batch holds fewer boxes than ranks).
-- cross entropy: the sum of the class weights over all queries of all ranks. This departs from the original, which divides
-  by each rank's own sum, so that its result depends on the number of GPUs. On one worker the two are the same.
+- cross entropy: the sum of the class weights over all queries of all ranks. This departs from the original, which
+  divides by each rank's own sum, so that its result depends on the number of GPUs. On one worker the two are the same.
 
 Both are known from the targets alone, so they cost one small reduction before the forward pass.
 
@@ -39,7 +39,7 @@ from pipeline.tracking.step_timer import Lap, no_lap
 from pipeline.training.divergence import ForwardPass, divergence
 from pipeline.training.requests import NO_REQUEST, Request
 
-RANDOMNESS = "1: dropout from torch.manual_seed((seed * 1000003 + step) * 4099 + rank + (micro-batch << 48))"
+RANDOMNESS = "2: torch's dropout from torch.manual_seed((seed * 1000003 + step) * 4099 + rank + (micro-batch << 48))"
 """Version and rule of the seeds in `train_step`, stored in checkpoints: change the number with the rule."""
 
 
@@ -47,7 +47,7 @@ class StepResult(NamedTuple):
     """Results of a step, on the device."""
 
     losses: Losses
-    """This rank's share of the global loss."""
+    """Share of this rank in the global loss."""
     grad_norm: Tensor
     """Total norm of the gradient before clipping."""
     request: Request = NO_REQUEST
@@ -100,12 +100,13 @@ def train_step(
 ) -> StepResult:
     """Run forward, losses and backward of each micro-batch, then clip the gradient and update the weights.
 
-    `batches` are this rank's micro-batches: equally many on every rank, some perhaps without images. `request` holds this
-    rank's requests after the step. `lap` is called at the end of each phase of the step. The caller sets learning rates.
+    `batches` are this rank's micro-batches: equally many on every rank, some perhaps without images. `request` holds
+    this rank's requests after the step. `lap` is called at the end of each phase of the step. The caller sets learning
+    rates.
 
-    Raise `Diverged` before the update, naming step, images and losses, if anything is not finite on any rank or the norm
-    of the gradient exceeds `guard.max_grad_norm`. Gradients are averaged by then, so the norm is the same on every rank,
-    and all ranks raise together.
+    Raise `Diverged` before the update, naming step, images and losses, if anything is not finite on any rank or the
+    norm of the gradient exceeds `guard.max_grad_norm`. Gradients are averaged by then, so the norm is the same on every
+    rank, and all ranks raise together.
     """
     dividers, asking = normalisers(batches, config, ranks, request)
     # Before the forward pass, to free the memory of the last gradients for the activations.
@@ -139,7 +140,8 @@ def _pass(model: nn.Module, batch: Batch, dividers: Dividers, config: RunConfig,
     try:
         losses = compute_losses(outputs, batch.targets, dividers.boxes, config.loss, dividers.cross_entropy, canvas)
     except NonFiniteError as found:
-        # The other ranks will wait in the reduction of gradients: join it, with NaN gradients that stop all ranks there.
+        # The other ranks will wait in the reduction of gradients: join it, with NaN gradients that stop all ranks
+        # there.
         error, losses = str(found), _not_finite(outputs)
     lap("loss")
     losses.total.backward()  # type: ignore[no-untyped-call]

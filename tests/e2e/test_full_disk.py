@@ -35,8 +35,8 @@ def test_a_run_whose_disk_is_full_ends_with_one_line_and_goes_on_when_there_is_r
     output = run_on(mounted({disk: 16}), f"{HERE}:outlive", str(tmp_path), str(disk), tiny_data.train, tiny_data.val)
     trained, _, rest = output.partition("LEFT")
     left, *resumed = rest.splitlines()
-    (said,) = [line for line in trained.splitlines() if line.startswith("detr: ")]
-    assert "No space left on device" in said
+    (line,) = [text for text in trained.splitlines() if text.startswith("detr: ")]
+    assert "No space left on device" in line
     assert "Traceback" not in output
     names = left.split()
     steps = [int(name.removeprefix("step-")) for name in names]  # nothing partial among them

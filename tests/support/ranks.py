@@ -21,7 +21,7 @@ _TIMEOUT_S = 60
 def run_ranks(
     world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = _TIMEOUT_S
 ) -> list[Any]:
-    """What `function(Ranks, *arguments)`, a module's function, returns on each rank, in order of rank.
+    """Return the results of `function(Ranks, *arguments)`, a module's function, of each rank, in order of rank.
 
     The first failure is raised here with its traceback; the other ranks are ended. So they are when none of them says
     anything for `timeout_s`.
@@ -63,7 +63,7 @@ def _collect(receivers: list[Connection], timeout_s: float) -> list[Any]:
         waiting = [receiver for rank, receiver in enumerate(receivers) if rank not in results]
         ready = wait(waiting, timeout_s)
         if not ready:
-            raise TimeoutError(f"{len(waiting)} of {len(receivers)} ranks said nothing for {timeout_s} s")
+            raise TimeoutError(f"{len(waiting)} of {len(receivers)} ranks sent nothing for {timeout_s} s")
         for receiver in ready:
             rank = receivers.index(receiver)  # type: ignore[arg-type]
             try:

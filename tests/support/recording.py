@@ -1,4 +1,4 @@
-"""What each training step of real workers used and gave, as `tests/recorder` notes it in their processes."""
+"""Records of the training steps of real workers, written in their processes by `tests/support/recorder`."""
 
 import os
 from collections import Counter
@@ -10,7 +10,7 @@ RECORDER = str(Path(__file__).with_name("recorder"))
 
 
 class Line(NamedTuple):
-    """What one rank did in a step. group: the same for the ranks of one attempt; since: when its process began."""
+    """Record of one rank's step. group: equal for the ranks of one attempt; since: start time of its process."""
 
     step: int
     rank: int
@@ -30,7 +30,7 @@ class Kept(NamedTuple):
 
 
 class Recording:
-    """Where workers of the command note their steps."""
+    """Folder into which the workers of a command write their steps."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,7 +43,7 @@ class Recording:
         return {"DETR_RECORD": str(self.folder), "PYTHONPATH": path.rstrip(os.pathsep)}
 
     def pace(self, seconds: float) -> None:
-        """So long each step takes at least, from now on."""
+        """Let each step take at least this long from now on."""
         aside = self.folder / "pace.aside"
         aside.write_text(str(seconds))
         aside.rename(self.folder / "pace")

@@ -11,7 +11,7 @@ _UNSHARE = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
 
 
 def mounted(mebibytes: dict[Path, int]) -> list[str]:
-    """Words that come before a command which is to see disks of so many MiB at these folders, and nobody else.
+    """Return the words to put before a command that sees disks of the given MiB at these folders, alone.
 
     Skips the test where this machine lets nobody mount.
     """
@@ -31,7 +31,7 @@ def remount(folder: Path, options: str) -> None:
 
 
 def run_on(words: list[str], function: str, *arguments: str) -> str:
-    """What `MODULE:NAME`, called with the arguments in a process that sees the disk, prints."""
+    """Call `MODULE:NAME` with the arguments in a process that sees the disk; return its output."""
     module, _, name = function.partition(":")
     code = f"import sys; from {module} import {name}; {name}(*sys.argv[1:])"
     done = subprocess.run(

@@ -65,12 +65,12 @@ def outlive(*disks: str) -> None:
         print(*(path.name for path in sorted((root / "checkpoints").iterdir())))
 
 
-def test_a_disk_that_takes_no_more_is_one_line_on_every_rank_and_the_earlier_checkpoints_load(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_on_every_rank_and_earlier_checkpoints_load(tmp_path: Path) -> None:
     disks = {tmp_path / "small": 11, tmp_path / "locked": 50}
-    said = run_on(mounted(disks), f"{HERE}:outlive", *map(str, disks)).splitlines()
+    lines = run_on(mounted(disks), f"{HERE}:outlive", *map(str, disks)).splitlines()
     for whole, reason, (first, second, names) in (
-        (3, "No space left on device", said[:3]),
-        (2, "Read-only file system", said[3:]),
+        (3, "No space left on device", lines[:3]),
+        (2, "Read-only file system", lines[3:]),
     ):
         assert first == second
         assert f"step-0000000{whole + 1} could not be written" in first

@@ -186,9 +186,9 @@ def test_a_store_that_does_not_answer_is_one_line_within_seconds(
     finally:
         server.start()
     assert caplog.text.count(" of 3 in ") == 2  # two waits of a second at most
-    said = str(caught.value)
-    assert said.startswith("checkpoint.store s3://sets/runs: no good answer in 3 attempts; check the address")
-    assert said.endswith('/sets/runs")')  # with the endpoint, whole, that was asked
-    assert said.count("s3://") == 1
-    assert "\n" not in said
-    assert ".detr-" not in said
+    message = str(caught.value)
+    assert message.startswith("checkpoint.store s3://sets/runs: no good answer in 3 attempts; check the address")
+    assert message.endswith('/sets/runs")')  # with the endpoint, whole, that was asked
+    assert message.count("s3://") == 1
+    assert "\n" not in message
+    assert ".detr-" not in message

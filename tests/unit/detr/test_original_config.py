@@ -73,7 +73,7 @@ def test_batch_counters_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "tensor", "said"),
+    ("key", "tensor", "message"),
     [
         ("class_embed.weight", None, r"holds no class_embed\.weight, expected a DETR's state dict"),
         ("query_embed.weight", None, r"holds no query_embed\.weight"),
@@ -84,13 +84,13 @@ def test_batch_counters_do_not_matter() -> None:
         ("backbone.0.body.layer3.2.conv1.weight", torch.zeros(1), "stages of 2, 2, 3, 2 blocks, expected a ResNet"),
     ],
 )
-def test_foreign_state_dict_error_explains_why(key: str, tensor: Tensor | None, said: str) -> None:
+def test_foreign_state_dict_error_explains_why(key: str, tensor: Tensor | None, message: str) -> None:
     state = state_of(ModelConfig(**SMALL), 3)
     if tensor is None:
         del state[key]
     else:
         state[key] = tensor
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         infer_config(state)
     assert "\n" not in str(caught.value)
 

@@ -146,7 +146,7 @@ def test_a_damaged_file_is_one_line_or_whole(tmp_path: Path, old_format: bool) -
 
 
 def refusal(path: Path) -> str | None:
-    """What is notes against the file; None where it can be read. Nothing but ValueError may come."""
+    """Return the error about the file, None if it can be read. Only a ValueError may be raised."""
     try:
         read_state_file(path)
     except ValueError as error:
