@@ -1,3 +1,4 @@
+import pickle
 import subprocess
 import sys
 from collections import Counter
@@ -46,6 +47,16 @@ def test_digest_does_not_depend_on_the_folder(coco):
     moved = load_manifest(coco.root / "elsewhere")
     assert moved.url != first.url
     assert moved.digest == first.digest
+
+
+def test_equal_manifests_share_one_index_and_pickle_without_it(coco):
+    manifest = coco.write()
+    index, digest = manifest.index(), manifest.digest
+    assert load_manifest(coco.root / "out").index() is index
+    sent = pickle.loads(pickle.dumps(manifest))  # noqa: S301
+    assert sent == manifest
+    assert not sent.__dict__
+    assert sent.digest == digest
 
 
 def test_relative_path_works_in_another_working_directory(coco, monkeypatch):
