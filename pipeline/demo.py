@@ -1,8 +1,8 @@
 """The built-in demonstration: every stage of the product on a laptop, in minutes, without a network.
 
-It trains a small DETR, not the paper's; its backbone is pre-trained on the same synthetic images instead of ImageNet. Every
-stage is the real one: JPEG files and COCO JSON, shards, two Ray Train workers, MLflow, the registry, and an evaluation of
-the registered version.
+It trains a small DETR, not the paper's; its backbone is pre-trained on the same synthetic images instead of ImageNet.
+Every stage is the real one: JPEG files and COCO JSON, shards, two Ray Train workers, MLflow, the registry, and an
+evaluation of the registered version.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def demo(launch: Launch | None = None) -> Summary:
     (folder / SUMMARY_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
     launch.say("\n" + metrics_table(evaluation.score.metrics))
     launch.say(
-        f"\nin {summary.seconds:.0f} s; the run logged AP {summary.AP:.6f}, its registered version gives {summary.evaluated_AP:.6f}"
+        f"\nin {summary.seconds:.0f} s; the run logged AP {summary.AP:.6f}, its registered version gives "
+        f"{summary.evaluated_AP:.6f}"
     )
     launch.say(f"pictures   {sheet} (detections next to the truth)")
     launch.say(f"figures    {folder / SUMMARY_NAME}")

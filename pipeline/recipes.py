@@ -37,8 +37,8 @@ DETR_R50_150EP = replace(DETR_R50, recipe="detr-r50-150ep", optim=replace(DETR_R
 
 # The paper's run on clusters of three sizes. The images of each step and the result do not depend on the size; the time
 # does. All use fp32: bf16 (`--compute.precision bf16`) is faster, but no full training has been done with it. Workers
-# need GPUs, so that a cluster without them is refused instead of training for months. Four reader threads are enough: an
-# image takes 4.5 ms of a core (BENCHMARKS.md). MLflow's `step_share/data_wait` shows if they are not.
+# need GPUs, so that a cluster without them is refused instead of training for months. Four reader threads are enough:
+# an image takes 4.5 ms of a core (BENCHMARKS.md). MLflow's `step_share/data_wait` shows if they are not.
 _NODE = ClusterConfig(workers=8, gpu="yes", cpus_per_worker=4)
 
 # One node: 8 images per GPU. The original reports almost 6 days on V100s. A failure costs at most five minutes.
@@ -96,9 +96,9 @@ FINETUNE = replace(
 )
 
 # The built-in demonstration: 4,000 images of 96 px, four classes, minutes on two CPU cores. The backbone comes from
-# `pipeline.built_in.pretrain` instead of ImageNet; as in the paper, its batch norm, stem and first stage are frozen. The
-# departures let a DETR converge in 3,000 steps: pre-norm, no dropout, attention and queries that start local. A worker
-# trains with one thread, so two workers use two cores.
+# `pipeline.built_in.pretrain` instead of ImageNet; as in the paper, its batch norm, stem and first stage are frozen.
+# The departures let a DETR converge in 3,000 steps: pre-norm, no dropout, attention and queries that start local. A
+# worker trains with one thread, so two workers use two cores.
 DEMO = RunConfig(
     recipe="demo",
     model=ModelConfig(

@@ -15,8 +15,8 @@
     events/               rank 0: one file per step that the guard handled    guard, which counts them; users
     ray/                  Ray Train                                           Ray Train
 
-With `checkpoint.store` the checkpoints are there instead. The driver deletes `stop`, `yield`, `fatal.json` and `attempts/`
-when it starts. ARCHITECTURE.md has the same table.
+With `checkpoint.store` the checkpoints are there instead. The driver deletes `stop`, `yield`, `fatal.json` and
+`attempts/` when it starts. ARCHITECTURE.md has the same table.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def only_driver(folder: Path, run_id: str) -> Iterator[None]:
         except OSError:
             file.seek(0)
             raise BusyError(
-                f"run {run_id[:8]} is being trained by {file.read().strip() or 'another process'}; expected one driver: "
-                "wait for it, or stop it first"
+                f"run {run_id[:8]} is being trained by {file.read().strip() or 'another process'}; expected one "
+                "driver: wait for it, or stop it first"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")

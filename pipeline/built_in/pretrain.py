@@ -1,13 +1,14 @@
 """Pre-training of the small backbone of the built-in demo, for which no ImageNet weights exist.
 
-The paper starts from a ResNet that was trained to classify ImageNet. Here the backbone alone is trained to classify, on the
-training images themselves: each of its cells predicts the class at each of 4 x 4 points. DETR then starts from it as it
-would from ImageNet weights: batch norm is trained here and frozen afterwards.
+The paper starts from a ResNet that was trained to classify ImageNet. Here the backbone alone is trained to classify, on
+the training images themselves: each of its cells predicts the class at each of 4 x 4 points. DETR then starts from it
+as it would from ImageNet weights: batch norm is trained here and frozen afterwards.
 
-With points instead of one class per cell, a cell learns where in it an object ends, which boxes need. The batch is small
-and the learning rate high, because 4,000 images are few: 16 at 1e-2 classifies four fifths of the objects' points
+With points instead of one class per cell, a cell learns where in it an object ends, which boxes need. The batch is
+small and the learning rate high, because 4,000 images are few: 16 at 1e-2 classifies four fifths of the objects' points
 correctly, 32 at 4e-3 half of them after as many epochs. The first three of five epochs use smaller images: 0.56 of the
-work for the same result of the demo (AP 0.507, AP50 0.856). With three epochs instead of five it is worse (0.483, 0.808).
+work for the same result of the demo (AP 0.507, AP50 0.856). With three epochs instead of five it is worse (0.483,
+0.808).
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def pretrain_backbone(
 
 
 def point_labels(targets: Sequence[Target], height: int, width: int, *, background: int) -> Tensor:
-    """Return the label of the smallest box over each point of an even grid, else `background`: int64 [B, height, width]."""
+    """Return the label of the smallest box over each point of a grid, or `background`: int64 [B, height, width]."""
     labels = torch.full((len(targets), height, width), background)
     rows = ((torch.arange(height) + 0.5) / height)[:, None]
     columns = (torch.arange(width) + 0.5) / width

@@ -2,8 +2,8 @@
 
 The `meta.json` of a checkpoint says if it is to be evaluated; it is not pruned before it has its metrics. The driver
 looks for such checkpoints and evaluates them, the oldest first and one at a time, as Ray tasks with resources of their
-own. Nothing but the checkpoints records what is due, so after any kill the next `detr resume` evaluates the rest. A task
-writes a spool of its own, since only one process may write a spool, with the step of the checkpoint.
+own. Nothing but the checkpoints records what is due, so after any kill the next `detr resume` evaluates the rest. A
+task writes a spool of its own, since only one process may write a spool, with the step of the checkpoint.
 
 Ray Train's `ValidationConfig` is not used: it evaluates what workers report to Ray, which is lost when the driver dies.
 """
@@ -33,8 +33,8 @@ _MANY = 3  # checkpoints without metrics
 class Evaluator:
     """Evaluation of a run's checkpoints while the workers train.
 
-    `folder` is the run's folder. `evaluate` evaluates one checkpoint and returns when its metrics are stored, or raises.
-    `look_s` is the interval in seconds between looks for checkpoints to evaluate.
+    `folder` is the run's folder. `evaluate` evaluates one checkpoint and returns when its metrics are stored, or
+    raises. `look_s` is the interval in seconds between looks for checkpoints to evaluate.
     """
 
     def __init__(

@@ -74,5 +74,6 @@ def _result(reference: Any) -> Any:
         raise
     except RayError as error:
         raise ShardError(
-            f"a worker of the cluster was lost ({one_line(error)}); finished shards are kept: run the same command again"
+            f"a worker of the cluster was lost ({one_line(error)}); finished shards are kept: run the same command "
+            "again"
         ) from None

@@ -70,8 +70,8 @@ def start_local_ray(config: RunConfig, verbose: bool) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise TrainingError(
-            f"Ray does not start on this machine ({one_line(error)}); expected its servers to: --verbose shows their output, "
-            "--address joins a running cluster"
+            f"Ray does not start on this machine ({one_line(error)}); expected its servers to: --verbose shows their "
+            "output, --address joins a running cluster"
         ) from None
 
 

@@ -40,8 +40,8 @@ def describe_resources(cluster: ClusterConfig, gpu: bool) -> str:
     if fewest < cluster.workers:
         workers = f"at least {workers}"
     return (
-        f"the workers have not started: {workers} need{'s' if fewest == 1 else ''} {needed} in all, and the cluster has {present}; the run continues by "
-        "itself when they are free, Ctrl-C ends it"
+        f"the workers have not started: {workers} need{'s' if fewest == 1 else ''} {needed} in all, and the cluster "
+        f"has {present}; the run continues by itself when they are free, Ctrl-C ends it"
     )
 
 
@@ -49,7 +49,7 @@ def describe_resources(cluster: ClusterConfig, gpu: bool) -> str:
 def report_pending_workers(
     run_id: str, folder: Path, why: Callable[[], str], patience_s: float = _PATIENCE_S, look_s: float = 5.0
 ) -> Iterator[None]:
-    """Inside the block, set the tag `TAG_PENDING_WORKERS` to `why()` when no worker has run for `patience_s` seconds."""
+    """Inside the block, set `TAG_PENDING_WORKERS` to `why()` when no worker has run for `patience_s` seconds."""
     done = threading.Event()
     # In a thread: an unreachable store blocks its client for minutes, in which the driver must still handle signals.
     thread = threading.Thread(
@@ -100,15 +100,15 @@ def check_resources(config: RunConfig, address: str | None) -> None:
     flag = "--cluster.min-workers" if config.cluster.min_workers else "--cluster.workers"
     if config.cluster.gpu == "yes" and gpus < fewest:
         raise RunConfigError(
-            f"{'the cluster' if address else 'this machine'} has {gpus} GPUs but {fewest} workers need one each; expected as "
-            f"many: join {'another' if address else 'a'} cluster with --address, lower {flag}, or train on CPUs with "
-            "--cluster.gpu no, or try two small steps with --smoke"
+            f"{'the cluster' if address else 'this machine'} has {gpus} GPUs but {fewest} workers need one each; "
+            f"expected as many: join {'another' if address else 'a'} cluster with --address, lower {flag}, or train on "
+            "CPUs with --cluster.gpu no, or try two small steps with --smoke"
         )
     needed = fewest * config.cluster.cpus_per_worker
     if address and cpus < needed:
         raise RunConfigError(
-            f"the cluster has {cpus} CPUs but {fewest} workers need {needed}; expected at least as many: lower {flag} or add "
-            "nodes"
+            f"the cluster has {cpus} CPUs but {fewest} workers need {needed}; expected at least as many: lower {flag} "
+            "or add nodes"
         )
 
 

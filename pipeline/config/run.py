@@ -1,9 +1,9 @@
 """Configuration of a run: one tree of frozen dataclasses, `RunConfig`.
 
-Every class checks itself when it is built, so a wrong value fails on the laptop and not on 64 GPUs. Durations are
-in epochs and the batch size is global; `pipeline.schedule` converts them to steps once. Fields hold only numbers, strings,
-booleans and tuples, so a configuration survives JSON unchanged (`to_json`, `from_json`). The number of
-classes is not here: it comes from the manifest. This module imports neither torch nor ray nor mlflow.
+Every class checks itself when it is built, so a wrong value fails on the laptop and not on 64 GPUs. Durations are in
+epochs and the batch size is global; `pipeline.schedule` converts them to steps once. Fields hold only numbers, strings,
+booleans and tuples, so a configuration survives JSON unchanged (`to_json`, `from_json`). The number of classes is not
+here: it comes from the manifest. This module imports neither torch nor ray nor mlflow.
 """
 
 from __future__ import annotations
@@ -68,13 +68,14 @@ class RunConfig:
         if self.cluster.workers > 1 and self.model.norm == "batch":
             raise RunConfigError(
                 f"model.norm is 'batch' with {self.cluster.workers} workers, each of which would normalise by its own "
-                "images; expected losses that do not depend on the number of workers: use frozen_batch, group or one worker"
+                "images; expected losses that do not depend on the number of workers: use frozen_batch, group or one "
+                "worker"
             )
         if self.compute.recompute in ("backbone", "both") and self.model.norm == "batch":
             raise RunConfigError(
-                f"compute.recompute is {self.compute.recompute!r} with model.norm 'batch', whose statistics would count "
-                "every image twice; expected the same model as without it: recompute the encoder only, or use frozen_batch "
-                "or group"
+                f"compute.recompute is {self.compute.recompute!r} with model.norm 'batch', whose statistics would "
+                "count every image twice; expected the same model as without it: recompute the encoder only, or use "
+                "frozen_batch or group"
             )
 
     @property

@@ -1,7 +1,8 @@
 """Sections of a `RunConfig`: data, optimizer, compute, evaluation, checkpoints, cluster, guard and tracking.
 
-Every class checks itself when it is built, so a wrong value fails on the laptop and not on 64 GPUs. The sections for the
-model, its losses and its augmentation are in `detr.config`. The docstrings of the fields are the help texts of the flags.
+Every class checks itself when it is built, so a wrong value fails on the laptop and not on 64 GPUs. The sections for
+the model, its losses and its augmentation are in `detr.config`. The docstrings of the fields are the help texts of the
+flags.
 """
 
 from __future__ import annotations

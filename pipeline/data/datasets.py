@@ -50,8 +50,9 @@ def check_fits_cache(manifest: Manifest) -> None:
     needed = sum(shard.bytes for shard in manifest.shards) + sum(_index_sizes(manifest).values())
     if cache is not None and needed > cache.capacity():
         raise RunConfigError(
-            f"shards and index take {size_text(needed)} but {cache} may hold {size_text(cache.capacity())}; expected space for all, or they "
-            "would be fetched again and again: free some disk, or set DETR_CACHE to another folder, or to off"
+            f"shards and index take {size_text(needed)} but {cache} may hold {size_text(cache.capacity())}; expected "
+            "space for all, or they would be fetched again and again: free some disk, or set DETR_CACHE to "
+            "another folder, or to off"
         )
 
 
@@ -59,16 +60,16 @@ def _check(config: DataConfig, train: Manifest, val: Manifest, space: int, cache
     needed = sum(_sizes(train, val))
     if config.shuffle_shards == 0 and needed > space:
         raise RunConfigError(
-            f"shards and index take {size_text(needed)} but {cache} may hold {size_text(space)}, and an epoch that is shuffled as a "
-            "whole would fetch them again and again; expected space for all: raise --data.cache-gib or free some disk, or set "
-            "--data.shuffle-shards N to shuffle in blocks, or --data.cache off"
+            f"shards and index take {size_text(needed)} but {cache} may hold {size_text(space)}, and an epoch that is "
+            "shuffled as a whole would fetch them again and again; expected space for all: raise --data.cache-gib or free some "
+            "disk, or set --data.shuffle-shards N to shuffle in blocks, or --data.cache off"
         )
     largest = sum(_sizes(train, val, config.shuffle_shards))
     if largest > space:
         raise RunConfigError(
             f"two blocks of data.shuffle_shards {config.shuffle_shards}, the validation shards and both indexes take "
-            f"{size_text(largest)} but {cache} may hold {size_text(space)}; expected space for them: lower --data.shuffle-shards, raise "
-            "--data.cache-gib or free some disk, or set --data.cache off"
+            f"{size_text(largest)} but {cache} may hold {size_text(space)}; expected space for them: lower "
+            "--data.shuffle-shards, raise --data.cache-gib or free some disk, or set --data.cache off"
         )
 
 

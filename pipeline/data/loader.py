@@ -58,7 +58,7 @@ def evaluation_transform(config: TransformConfig) -> Transform:
 def evaluation_plan(
     manifest: Manifest, config: TransformConfig, batch_size: int, batching: Batching, limit: int = 0
 ) -> tuple[Ints, ...]:
-    """Return the fixed batches of an evaluation as rows of the index; for `batching` and `limit` see `EvaluateConfig`."""
+    """Return the fixed batches of an evaluation as rows of the index; `EvaluateConfig` explains the options."""
     sizes = None
     if batching == "same_size":
         images = manifest.index().images
@@ -80,8 +80,8 @@ def plan_config(config: DataConfig) -> PlanConfig:
 def augmented_sizes(index: Index, seed: int, config: TransformConfig) -> Sizes:
     """Return a function for `plan_epoch` that gives the sizes of images after augmentation, without reading them.
 
-    The plan groups images of similar shape by them. With 4 images per rank, padding falls from a third of the pixels to a
-    tenth.
+    The plan groups images of similar shape by them. With 4 images per rank, padding falls from a third of the pixels to
+    a tenth.
     """
     images = index.images
 
@@ -112,7 +112,8 @@ def training_batches(
 ) -> Generator[tuple[Batch, ...], None, None]:
     """Yield this rank's micro-batches of each step from `step` to `until` - 1, pinned if they go to a GPU.
 
-    `bad` collects the samples that are skipped because they are damaged. The reader threads run until the generator is closed: across epochs, and while the caller saves or evaluates.
+    `bad` collects the samples that are skipped because they are damaged. The reader threads run until the generator is
+    closed: across epochs, and while the caller saves or evaluates.
     """
     threads = config.data.reader_threads
     passes = _passes(config, ranks)
@@ -146,7 +147,7 @@ def _split(rank_slice: tuple[Ints, Ints], passes: int) -> list[tuple[Ints, Ints]
 def rank_slices(
     manifest: Manifest, config: RunConfig, schedule: Schedule, ranks: Ranks, step: int, until: int
 ) -> Generator[tuple[Ints, Ints], None, None]:
-    """Yield this rank's rows and their epochs for each step; the next epoch is planned while the current one is read."""
+    """Yield this rank's rows and their epochs for each step; plan the next epoch while the current one is read."""
 
     def plan(epoch: int) -> EpochPlan:
         return plan_epoch(

@@ -58,8 +58,9 @@ def gathered_model(
     """Return a model that this rank can run alone; a collective call.
 
     With DDP it is the wrapped model. With FSDP, where every forward pass is a collective although ranks evaluate
-    different numbers of batches, it is a new one from `build`, with a full copy of the weights (166 MB for a ResNet-50).
-    With `averages` (sharded like the model's parameters) it is always a copy, with these in place of the parameters.
+    different numbers of batches, it is a new one from `build`, with a full copy of the weights (166 MB for a
+    ResNet-50). With `averages` (sharded like the model's parameters) it is always a copy, with these in place of the
+    parameters.
     """
     bare = unwrap(model)
     if averages is None and not isinstance(bare, FSDPModule):

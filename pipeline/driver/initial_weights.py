@@ -19,11 +19,7 @@ from torch import Tensor
 from detr.config import ModelConfig
 from detr.mask_head import MASK_MODULES
 from detr.model import DETR, build_model
-from detr.original import (
-    load_backbone_weights,
-    load_detector_state_dict,
-    load_original_state_dict,
-)
+from detr.original import load_backbone_weights, load_detector_state_dict, load_original_state_dict
 from pipeline.config import RunConfig
 from pipeline.errors import RunConfigError
 from pipeline.exchange.state_file import read_state_file
@@ -35,14 +31,12 @@ from shards.errors import one_line
 _CLASS_HEAD = ("class_embed.weight", "class_embed.bias")
 
 
-def adopt_model_config(config: RunConfig, resolve_folder: Path | None) -> RunConfig:
-    """Return the configuration with the architecture of the registered model that the run starts from.
+def adopt_model_config(config: RunConfig, folder: Path) -> RunConfig:
+    """Return the configuration with the architecture of the registered model in `folder`, from which the run starts.
 
     A run may add masks to it. Raise `RunConfigError` naming the fields that were set to another architecture.
     """
-    if resolve_folder is None:
-        return config
-    card = read_card(resolve_folder)
+    card = read_card(folder)
     if config.recipe in RECIPES:
         _refuse_other_shape(config.model, RECIPES[config.recipe].model, card.model)
     masks = config.model.masks or card.model.masks
@@ -93,8 +87,9 @@ def _load_initial(
     if not same and shape is not None:  # a state without a class head is no DETR: loading it below raises
         if config.optim.train == "mask_head":
             raise RunConfigError(
-                f"--initial {config.initial} knows other classes than the {len(categories)} of the data, but only the mask "
-                "head trains; expected a detector of the same classes: fine-tune one first, or give --optim.train all"
+                f"--initial {config.initial} knows other classes than the {len(categories)} of the data, but only the "
+                "mask head trains; expected a detector of the same classes: fine-tune one first, or give "
+                "--optim.train all"
             )
         state |= {heads[name]: model.get_parameter(name).detach() for name in _CLASS_HEAD}
     new_mask_head = model.config.masks and not any(key.startswith(MASK_MODULES) for key in state)

@@ -1,7 +1,7 @@
 """Checks of a run on the machine that starts it, before a cluster is paid for.
 
-Paths become absolute here, so that workers and later resumes use the same files. `detr submit` runs the checks that need
-no model (`check`) before it sends anything.
+Paths become absolute here, so that workers and later resumes use the same files. `detr submit` runs the checks that
+need no model (`check`) before it sends anything.
 """
 
 from __future__ import annotations
@@ -178,6 +178,7 @@ def _warn_of_queries(config: RunConfig, train: Manifest, say: Callable[[str], No
     lost = int((boxes - queries).clip(min=0).sum())
     if lost:
         say(
-            f"warning: {lost} boxes in {int((boxes > queries).sum())} training images cannot be matched: the largest image "
-            f"has {int(boxes.max())} boxes and model.num_queries is {queries}; raise --model.num-queries to learn them all"
+            f"warning: {lost} boxes in {int((boxes > queries).sum())} training images cannot be matched: the largest "
+            f"image has {int(boxes.max())} boxes and model.num_queries is {queries}; raise --model.num-queries to "
+            "learn them all"
         )

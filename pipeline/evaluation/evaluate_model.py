@@ -2,9 +2,9 @@
 
 Batches are fixed by the plan, ranks take whole batches, and rank 0 scores all detections together. Padding changes a
 DETR's predictions slightly, so by default a batch holds images of one size only, and the metrics are the same for every
-batch size. This departs from the original, which pads the images of a batch to the largest (`evaluate.batching padded`).
-In both cases batches do not depend on the workers, so `detr evaluate` on the registered version gives the metrics of the
-run.
+batch size. This departs from the original, which pads the images of a batch to the largest (`evaluate.batching
+padded`). In both cases batches do not depend on the workers, so `detr evaluate` on the registered version gives the
+metrics of the run.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def evaluate_model(
 ) -> Evaluation | None:
     """Score `model` on all images of `manifest`, and its masks if it predicts any.
 
-    A collective call: return the evaluation on rank 0 and None on the other ranks. `model` returns `Outputs`; its labels
-    are positions in `categories`, which are matched to the categories of the data set by id.
+    A collective call: return the evaluation on rank 0 and None on the other ranks. `model` returns `Outputs`; its
+    labels are positions in `categories`, which are matched to the categories of the data set by id.
     """
     evaluations = evaluate_readings(
         model, manifest, categories, (read_last_layer,), options, ranks=ranks, progress=progress

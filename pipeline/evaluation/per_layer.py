@@ -44,7 +44,8 @@ def evaluate_layers(
     """Score every decoder layer without and with suppression, then all of them merged.
 
     A collective call: return the scores on rank 0 and None on the other ranks. Each image goes through the model once.
-    The last layer without suppression has the metrics of `evaluate_model`. Raise `ConfigError` if `nms` is not an IoU above 0.
+    The last layer without suppression has the metrics of `evaluate_model`. Raise `ConfigError` if `nms` is not an IoU
+    above 0.
     """
     if not 0 < nms <= 1:
         raise ConfigError(f"nms: got {nms}, expected an IoU above 0, at most 1; the paper's is 0.7")

@@ -147,7 +147,7 @@ def _version_of(client: MlflowClient, name: str, card: Card) -> ModelVersion | N
 
 
 def _is_worse(client: MlflowClient, name: str, alias: str, version: ModelVersion) -> bool:
-    """Return true if `alias` points at a version with a higher AP than `version` on the same validation data.
+    """Return True if `alias` points at a version with a higher AP than `version` on the same validation data.
 
     The AP of masks is compared if both versions have it.
     """

@@ -1,9 +1,9 @@
 """Continuation of a run: check that it reads the same stream of samples, or enter another one.
 
-The position of a run is a number of samples. It is valid only for the stream it was counted in, which depends on the data
-set, the seed, the global batch and the options of the plan. Every checkpoint stores these, and a run continues only with
-the same values, unless the user accepts the change. The new stream is then entered at the sample where the old one was
-left, and divided into steps from there (`Origin`), so nothing has to be a multiple of the batch.
+The position of a run is a number of samples. It is valid only for the stream it was counted in, which depends on the
+data set, the seed, the global batch and the options of the plan. Every checkpoint stores these, and a run continues
+only with the same values, unless the user accepts the change. The new stream is then entered at the sample where the
+old one was left, and divided into steps from there (`Origin`), so nothing has to be a multiple of the batch.
 """
 
 from __future__ import annotations

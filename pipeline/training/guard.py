@@ -4,11 +4,11 @@ Every rank detects it before the update, from the same total norm, and applies t
 
 - `stop` ends the run with an error that names the step, the loss and the images.
 - `skip` leaves this update out and continues with the next batch.
-- `rollback` restores weights and optimizer from the newest checkpoint and continues with the next batch; the batches since
-  that checkpoint are not repeated, since one of them may be bad.
+- `rollback` restores weights and optimizer from the newest checkpoint and continues with the next batch; the batches
+  since that checkpoint are not repeated, since one of them may be bad.
 
-Each event is written to the run's folder and to MLflow. More than `guard.max_events` events end the run: the cause is then
-not a single batch.
+Each event is written to the run's folder and to MLflow. More than `guard.max_events` events end the run: the cause is
+then not a single batch.
 """
 
 from __future__ import annotations

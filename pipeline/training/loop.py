@@ -1,8 +1,8 @@
 """Training loop of one worker: from the newest checkpoint, or the initial weights, to the last step.
 
 It uses neither Ray nor MLflow: ranks, folder and tracker are passed in, so the same loop runs in a unit test, in one
-process, and on a cluster. The position of a run is one number, the step; the plan, the schedule and the augmentation are
-functions of it. New, interrupted and finished runs take the same path through the loop:
+process, and on a cluster. The position of a run is one number, the step; the plan, the schedule and the augmentation
+are functions of it. New, interrupted and finished runs take the same path through the loop:
 
     evaluate if due -> stop if done -> train to the next boundary -> save -> (again)
 

@@ -39,8 +39,8 @@ def read_initial(model: DETR, folder: Path) -> None:
     path = folder / INITIAL_NAME
     if not path.exists():
         raise CheckpointError(
-            f"{path} is not there on {platform.node()}; expected the run's folder as the driver made it: give a --storage that "
-            "every node sees, mounted at the same path"
+            f"{path} is not there on {platform.node()}; expected the run's folder as the driver made it: give a "
+            "--storage that every node sees, mounted at the same path"
         )
     load_original_state_dict(model, load_file(path))
 

@@ -115,5 +115,6 @@ def _report_and_write(
     if tracker:
         report_evaluation(tracker, path, step, epoch, evaluation, start)
         report_pictures(tracker, val, evaluation.detections, config.evaluate.pictures, step)
-    # Report first, write last: after a kill in between, the evaluation is repeated and its reports are dropped as duplicates.
+    # Report first, write last: after a kill in between, the evaluation is repeated and its reports are dropped as
+    # duplicates.
     catalog.write_evaluation(path, evaluation.score.metrics)
