@@ -21,13 +21,13 @@ from detr.model import Outputs
 class Losses(NamedTuple):
     """Losses of a batch: their weighted sum, and each of them under the original's name.
 
-    total: weighted sum, with gradients. terms: unweighted and without gradients, `loss_ce`, `loss_bbox`, `loss_giou`,
+    total: weighted sum, with gradients. parts: unweighted and without gradients, `loss_ce`, `loss_bbox`, `loss_giou`,
     `cardinality_error` (mean over images) and `class_error` (percent) of the last layer; the first four also with a
     suffix `_0`, `_1`, ... of the layers before it; with a mask head, `loss_mask` and `loss_dice` of the last layer.
     """
 
     total: Tensor
-    terms: dict[str, Tensor]
+    parts: dict[str, Tensor]
 
 
 def compute_losses(

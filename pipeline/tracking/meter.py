@@ -79,8 +79,8 @@ class Meter:
 
     def add(self, losses: Losses, grad_norm: Tensor, images: int) -> None:
         """Add a step: this rank's share of the losses, the gradient norm and the number of images over all ranks."""
-        values = torch.stack([losses.total.detach(), *losses.terms.values()])
-        self._names = ["loss", *losses.terms]
+        values = torch.stack([losses.total.detach(), *losses.parts.values()])
+        self._names = ["loss", *losses.parts]
         self._sum = values if self._sum is None else self._sum + values
         self._norm = grad_norm
         self._steps += 1

@@ -55,7 +55,7 @@ def divergence(
     """Return the same error on every rank; a collective call."""
     own = {
         "images": [target.image_id for result in passes for target in result.batch.targets],
-        "losses": [{name: str(float(value)) for name, value in result.losses.terms.items()} for result in passes],
+        "losses": [{name: str(float(value)) for name, value in result.losses.parts.items()} for result in passes],
         "words": [text for result in passes for text in _words(result)],
     }
     by_rank = ranks.all_gather(own)
@@ -75,7 +75,7 @@ def _words(result: ForwardPass) -> list[str]:
     """Describe the values of a pass that are not finite: the matcher's message, or the losses and their images."""
     if result.error:
         return [result.error]
-    names = [name for name, value in result.losses.terms.items() if not torch.isfinite(value)]
+    names = [name for name, value in result.losses.parts.items() if not torch.isfinite(value)]
     if not names:
         return []
     # The matcher checks only images with objects, so predictions for the others can be the cause.

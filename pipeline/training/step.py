@@ -162,9 +162,9 @@ def _sum(found: Sequence[tuple[int, Losses]]) -> Losses:
     images = max(sum(count for count, _ in found), 1)
     terms = {
         name: sum(
-            (losses.terms[name] * (1 if name.startswith("loss_") else count / images) for count, losses in found),
+            (losses.parts[name] * (1 if name.startswith("loss_") else count / images) for count, losses in found),
             torch.zeros_like(value),
         )
-        for name, value in found[0][1].terms.items()
+        for name, value in found[0][1].parts.items()
     }
     return Losses(torch.stack([losses.total.detach() for _, losses in found]).sum(), terms)

@@ -151,8 +151,8 @@ def test_losses_and_sizes_are_the_originals(case: Case) -> None:
     assert sum(p.numel() for p in model.parameters()) == expected["parameters"]
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected["trainable_parameters"]
     losses = case.losses(model)
-    assert losses.terms.keys() == expected["losses"].keys()
-    for name, value in losses.terms.items():
+    assert losses.parts.keys() == expected["losses"].keys()
+    for name, value in losses.parts.items():
         close(value, expected["losses"][name])
     close(losses.total.item(), expected["loss"])
 
@@ -259,8 +259,8 @@ def test_criterion_is_the_originals(expected: dict[str, Any]) -> None:
 
     outputs = drawn[-1]._replace(auxiliary=tuple(drawn[:-1]))
     losses = compute_losses(outputs, targets, max(sum(counts), 1), LossConfig())
-    assert losses.terms.keys() == expected["losses"].keys()
-    for name, value in losses.terms.items():
+    assert losses.parts.keys() == expected["losses"].keys()
+    for name, value in losses.parts.items():
         close(value, expected["losses"][name])
     close(losses.total.item(), expected["loss"])
     losses.total.backward()

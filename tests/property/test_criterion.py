@@ -112,7 +112,7 @@ def test_hundred_queries_match_a_hundred_or_more_boxes(seed: int, surplus: int) 
     losses = compute_losses(perfect, [truth], 100.0, LossConfig())
     losses.total.backward()
     assert losses.total.item() < 1e-4
-    assert losses.terms["class_error"] == losses.terms["cardinality_error"] - surplus == 0
+    assert losses.parts["class_error"] == losses.parts["cardinality_error"] - surplus == 0
 
 
 @SETTINGS
@@ -133,7 +133,7 @@ def test_odd_boxes_give_finite_losses_and_gradients(seed: int, counts: list[int]
     losses = compute_losses(outputs, targets, 1.0, LossConfig())
     losses.total.backward()
     assert losses.total.isfinite()
-    assert all(term.isfinite() for term in losses.terms.values())
+    assert all(term.isfinite() for term in losses.parts.values())
     for layer in (outputs, *outputs.auxiliary):
         for tensor in (layer.logits, layer.boxes):
             assert tensor.grad is None or tensor.grad.isfinite().all()

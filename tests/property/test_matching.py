@@ -101,7 +101,7 @@ def test_losses_and_gradients_are_finite(problem: tuple[Outputs, list[Target], L
     losses = compute_losses(outputs, targets, 1.0, config)
     losses.total.backward()
     assert losses.total.isfinite()
-    assert all(term.isfinite() for term in losses.terms.values())
+    assert all(term.isfinite() for term in losses.parts.values())
     for layer in (outputs, *outputs.auxiliary):
         assert layer.logits.grad is not None
         assert layer.logits.grad.isfinite().all()

@@ -37,12 +37,12 @@ def test_losses_equal_their_definitions_in_every_layer() -> None:
             iou += sum(slow_giou(p.tolist(), t.tolist()) for p, t in zip(predicted, true, strict=True))
         weight = torch.tensor([1.0] * 5 + [config.eos_coef])
         ce = F.cross_entropy(layer.logits.flatten(0, 1), classes.flatten(), weight).item()
-        assert got.terms[f"loss_ce{suffix}"].item() == pytest.approx(ce, rel=1e-5)
-        assert got.terms[f"loss_bbox{suffix}"].item() == pytest.approx(distance / 6, rel=1e-5)
-        assert got.terms[f"loss_giou{suffix}"].item() == pytest.approx((6 - iou) / 6, rel=1e-5)
+        assert got.parts[f"loss_ce{suffix}"].item() == pytest.approx(ce, rel=1e-5)
+        assert got.parts[f"loss_bbox{suffix}"].item() == pytest.approx(distance / 6, rel=1e-5)
+        assert got.parts[f"loss_giou{suffix}"].item() == pytest.approx((6 - iou) / 6, rel=1e-5)
         expected_total += ce + 5 * distance / 6 + 2 * (6 - iou) / 6
     assert got.total.item() == pytest.approx(expected_total, rel=1e-5)
-    assert not any(term.requires_grad for term in got.terms.values())
+    assert not any(term.requires_grad for term in got.parts.values())
 
 
 def slow_giou(a: list[float], b: list[float]) -> float:
@@ -59,8 +59,8 @@ def test_batch_without_objects_trains_only_no_object() -> None:
     outputs, targets = drawn([0, 0])
     losses = compute_losses(outputs, targets, 1.0, LossConfig())
     losses.total.backward()
-    assert losses.terms["loss_bbox"] == losses.terms["loss_giou"] == 0
-    assert losses.terms["class_error"] == 100
+    assert losses.parts["loss_bbox"] == losses.parts["loss_giou"] == 0
+    assert losses.parts["class_error"] == 100
     assert outputs.logits.grad is not None
     assert (outputs.logits.grad[..., -1] < 0).all()
     assert outputs.boxes.grad is None or not outputs.boxes.grad.any()
@@ -106,14 +106,14 @@ def test_default_normaliser_is_the_sum_of_class_weights() -> None:
 def test_auxiliary_losses_can_be_left_out() -> None:
     outputs, targets = drawn([2, 1])
     losses = compute_losses(outputs, targets, 3.0, LossConfig(auxiliary=False))
-    assert set(losses.terms) == {"loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error"}
+    assert set(losses.parts) == {"loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error"}
 
 
 def test_errors_count_wrong_classes_and_wrong_numbers() -> None:
     boxes = torch.tensor([[0.2, 0.2, 0.1, 0.1], [0.7, 0.7, 0.1, 0.1], [0.5, 0.5, 0.9, 0.9]])
     logits = 10 * F.one_hot(torch.tensor([1, 0, 3]), 4).float()
     truth = Target(boxes[:2], torch.tensor([1, 2]), 1, (9, 9))
-    terms = compute_losses(Outputs(logits[None], boxes[None]), [truth], 2.0, LossConfig()).terms
+    terms = compute_losses(Outputs(logits[None], boxes[None]), [truth], 2.0, LossConfig()).parts
     assert terms["class_error"] == 50
     assert terms["cardinality_error"] == 0
 
@@ -135,7 +135,7 @@ def test_weight_0_removes_a_loss_and_its_gradient(off: list[str]) -> None:
     losses.total.backward()
     on = {"ce": 1.0, "bbox": 5.0, "giou": 2.0}
     expected = sum(
-        weight * losses.terms[SWITCHES[name] + suffix].item()
+        weight * losses.parts[SWITCHES[name] + suffix].item()
         for name, weight in on.items() if name not in off
         for suffix in ("", "_0", "_1")
     )  # fmt: skip

@@ -32,11 +32,11 @@ def test_mask_losses_equal_their_definitions_on_the_canvas() -> None:
                 focal += (weight * ce).mean().item()
                 dice += 1 - ((2 * (p * truth).sum() + 1) / (p.sum() + truth.sum() + 1)).item()
         got = compute_losses(outputs, targets, 2.5, LossConfig(weight_mask=3.0, weight_dice=7.0), canvas=canvas)
-        assert got.terms["loss_mask"].item() == pytest.approx(focal / 2.5, rel=1e-4)
-        assert got.terms["loss_dice"].item() == pytest.approx(dice / 2.5, rel=1e-4)
+        assert got.parts["loss_mask"].item() == pytest.approx(focal / 2.5, rel=1e-4)
+        assert got.parts["loss_dice"].item() == pytest.approx(dice / 2.5, rel=1e-4)
         without = compute_losses(outputs._replace(masks=None), targets, 2.5, LossConfig())
         assert (got.total - without.total).item() == pytest.approx((3 * focal + 7 * dice) / 2.5, rel=1e-4)
-        assert got.terms.keys() - without.terms.keys() == {"loss_mask", "loss_dice"}
+        assert got.parts.keys() - without.parts.keys() == {"loss_mask", "loss_dice"}
 
 
 @pytest.mark.parametrize("objects", [(), (0,), (0, 0)], ids=["no images", "no boxes", "two without boxes"])
@@ -44,7 +44,7 @@ def test_mask_head_gets_zero_gradients_without_objects(objects: tuple[int, ...])
     model, targets = build_masked(), drawn_targets(*objects)
     losses = compute_losses(model(torch.randn(len(objects), 3, 64, 80)), targets, 1.0, LossConfig())
     losses.total.backward()
-    assert losses.terms["loss_mask"] == losses.terms["loss_dice"] == 0
+    assert losses.parts["loss_mask"] == losses.parts["loss_dice"] == 0
     head = [*model.bbox_attention.parameters(), *model.mask_head.parameters()]
     assert all(p.grad is not None and not p.grad.any() for p in head)
 
@@ -61,9 +61,9 @@ def test_losses_stay_in_full_precision_under_autocast() -> None:
     model, images, targets = build_masked().eval(), torch.randn(2, 3, 64, 80), drawn_targets(2, 3)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(images)
-        got = compute_losses(outputs, targets, 5.0, LossConfig()).terms
+        got = compute_losses(outputs, targets, 5.0, LossConfig()).parts
     assert outputs.masks.dtype == torch.bfloat16
-    exact = compute_losses(outputs._replace(masks=outputs.masks.float()), targets, 5.0, LossConfig()).terms
+    exact = compute_losses(outputs._replace(masks=outputs.masks.float()), targets, 5.0, LossConfig()).parts
     for name in ("loss_mask", "loss_dice"):
         assert got[name].dtype == torch.float32
         assert torch.equal(got[name], exact[name])

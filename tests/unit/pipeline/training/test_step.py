@@ -67,7 +67,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights(
     def broken(*arguments: object, **more: object) -> object:
         losses = compute(*arguments, **more)  # type: ignore[arg-type]
         return losses._replace(
-            total=losses.total * torch.inf, terms=losses.terms | {"loss_giou": torch.tensor(torch.inf)}
+            total=losses.total * torch.inf, parts=losses.parts | {"loss_giou": torch.tensor(torch.inf)}
         )
 
     monkeypatch.setattr(module, "compute_losses", broken)
