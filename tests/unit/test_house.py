@@ -1,6 +1,7 @@
 """Rules about the code itself that neither ruff nor import-linter can hold."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -85,3 +86,17 @@ def test_no_file_imports_another_in_a_circle() -> None:
     order = TopologicalSorter({module: graph.find_modules_directly_imported_by(module) for module in graph.modules})
     order.prepare()  # raises CycleError, which names the circle
     assert len(graph.modules) > 100
+
+
+def test_no_test_imports_another_test_or_a_conftest() -> None:
+    """The helpers of several test modules are in `tests/support`, the benchmarks in `tests/bench`."""
+    imports = re.compile(r"^\s*(?:from|import) tests\.(?!support|bench)", re.MULTILINE)
+    tests = list((ROOT / "tests").rglob("*.py"))
+    assert len(tests) > 100
+    assert not [str(path.relative_to(ROOT)) for path in tests if imports.search(path.read_text())]
+
+
+def test_private_interfaces_of_ray_are_used_in_one_module() -> None:
+    private = re.compile(r"ray\._private|ray\.\w+(\.v2)?\._internal|v2\._internal")
+    users = [path.name for package in PACKAGES for path in files(package) if private.search(path.read_text())]
+    assert users == ["ray_internals.py"]
