@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -31,27 +31,10 @@ from shards.errors import one_line
 State = dict[str, Any]
 
 
-@contextmanager
-def open_saver(
-    root: Location,
-    optimizer: torch.optim.Optimizer,
-    ranks: Ranks,
-    keep: int,
-    every_minutes: float = 0,
-    saved: Callable[[int], None] = lambda _: None,
-) -> Iterator[Saver]:
-    """Yield a `Saver` and wait for its last checkpoint at the end of the block; a collective call."""
-    saver = Saver(root, optimizer, ranks, keep, every_minutes, saved)
-    try:
-        yield saver
-        saver.finish()
-    finally:
-        saver.close()
-
-
 class Saver:
     """Writer of checkpoints in a thread, one after the other. Every rank must call the same methods in the same order.
 
+    As a context manager it waits for the last checkpoint at the end of the block, and raises if that one failed.
     `root` is the parent of the folder `checkpoints`. The newest `keep`, the best and the milestones are kept. On rank 0
     a save is due `every_minutes` after the start of the last one (0: never), and `saved` is called with the step of
     each complete checkpoint. `stalled_s` counts the seconds that training has waited for saving.
@@ -78,6 +61,16 @@ class Saver:
         self._copy: Future[State] | None = None
         self._writing: Future[None] | None = None
         self._hook = optimizer.register_step_pre_hook(lambda *_: self._wait_for_copy())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.close()
 
     def save(
         self,

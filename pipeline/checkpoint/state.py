@@ -61,7 +61,7 @@ def write(root: Location, state: dict[str, Any], meta: Meta, ranks: Ranks) -> Lo
         if isinstance(target, Url):
             meta = msgspec.structs.replace(meta, state_folder=torch_files.upload(target, state, ranks))
         elif partial:
-            on_first(ranks, lambda: _make_anew(partial))
+            on_first(ranks, lambda: _make_empty(partial))
             writer, single = torch_files.FolderWriter(partial), ranks.world_size == 1
             save_distributed(state, storage_writer=writer, process_group=ranks.group, no_dist=single)
         on_first(ranks, lambda: _finish(root, target, partial, meta))
@@ -76,7 +76,7 @@ def write(root: Location, state: dict[str, Any], meta: Meta, ranks: Ranks) -> Lo
     return target
 
 
-def _make_anew(folder: Path) -> None:
+def _make_empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 

@@ -47,7 +47,7 @@ def experiment_id(client: MlflowClient, name: str) -> str:
     if uri.startswith("sqlite:///"):
         folder = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts"
         artifacts = f"{folder.as_uri()}/{name}"
-    # Without this tag the UI opens the experiment as one of language-model traces.
+    # Without this tag the UI opens the experiment as a view of language-model traces.
     tags = {"mlflow.experimentKind": "custom_model_development"}
     return str(client.create_experiment(name, artifact_location=artifacts, tags=tags))
 

@@ -10,7 +10,7 @@ import sys
 from pipeline.errors import TrackingError
 from pipeline.tracking.mlflow_client import connect, tracking_uri, without_secret
 
-# Without this the UI opens as one for language-model traces.
+# Without this the UI opens its view of language-model traces.
 _VIEW = "#/experiments?workflowType=machine_learning"
 
 

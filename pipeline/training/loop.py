@@ -20,7 +20,7 @@ from detr.batch import Batch
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint.location import checkpoint_root
 from pipeline.checkpoint.metadata import read_meta
-from pipeline.checkpoint.saver import Saver, open_saver
+from pipeline.checkpoint.saver import Saver
 from pipeline.config import RunConfig
 from pipeline.data.datasets import check_cache, open_data
 from pipeline.data.loader import training_batches
@@ -85,7 +85,7 @@ def run(
     # One stream to the end of the run: checkpoints, evaluations and ends of epochs do not stop its threads.
     with (
         closing(training_batches(train, config, schedule, ranks, state.step, schedule.total_steps, bad)) as batches,
-        open_saver(
+        Saver(
             root,
             state.optimizer,
             ranks,

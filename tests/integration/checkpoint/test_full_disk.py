@@ -9,7 +9,7 @@ from torch import nn
 
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint import state as checkpoint_state
-from pipeline.checkpoint.saver import open_saver
+from pipeline.checkpoint.saver import Saver
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import CheckpointError
 from tests.support.checkpoints import meta
@@ -34,7 +34,7 @@ def train(ranks: Ranks, root: Path, read_only_after: int) -> str:
     """Save after each of six steps; what ends it."""
     run = made()
     try:
-        with open_saver(root, run[1], ranks, keep=99) as saver:
+        with Saver(root, run[1], ranks, keep=99) as saver:
             for step in range(1, 7):
                 run[1].step()
                 with torch.no_grad():

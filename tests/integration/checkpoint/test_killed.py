@@ -17,7 +17,7 @@ from pipeline.checkpoint import catalog
 from pipeline.checkpoint import state as checkpoint_state
 from pipeline.checkpoint.location import Location, Url
 from pipeline.checkpoint.metadata import read_meta
-from pipeline.checkpoint.saver import open_saver
+from pipeline.checkpoint.saver import Saver
 from pipeline.distributed.ranks import Ranks
 from shards.store import storage
 from tests.support.checkpoints import meta
@@ -66,7 +66,7 @@ def train(ranks: Ranks, root: Location, side: int, environment: dict[str, str]) 
         checkpoint_state.load(newest, *run, ranks)
         step = read_meta(newest).step
         assert_is_of(run, step)
-    with open_saver(root, run[1], ranks, keep=2) as saver:
+    with Saver(root, run[1], ranks, keep=2) as saver:
         while True:
             run[1].step()  # without gradients: what waits for the copy of the last save
             step += 1

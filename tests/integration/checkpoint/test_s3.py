@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.checkpoint import catalog, location
 from pipeline.checkpoint import state as checkpoint_state
 from pipeline.checkpoint.location import Url
-from pipeline.checkpoint.saver import open_saver
+from pipeline.checkpoint.saver import Saver
 from pipeline.distributed.parallel import distribute, unwrap
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import CheckpointError, RunConfigError
@@ -82,7 +82,7 @@ def save_of_ranks(ranks: Ranks, environment: dict[str, str]) -> dict[str, torch.
     """Three saves, one after the other in the saver's thread, of which two stay."""
     os.environ.update(environment)  # the processes fork from a server that may be older than the store
     run = made(1, ranks)
-    with open_saver(ROOT, run[1], ranks, keep=2) as saver:
+    with Saver(ROOT, run[1], ranks, keep=2) as saver:
         for number in range(3):
             kept = values(run)
             saver.save(*run, meta(number))
@@ -115,7 +115,7 @@ def test_store_that_is_away_for_a_while_delays_a_checkpoint_and_loses_none(
     server: S3Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = made(1)
-    with open_saver(ROOT, run[1], Ranks(), keep=2) as saver:
+    with Saver(ROOT, run[1], Ranks(), keep=2) as saver:
         saver.save(*run, meta(1))
         saver.finish()
         server.stop()
@@ -136,7 +136,7 @@ def test_a_store_that_breaks_ends_in_one_line_and_what_it_holds_stays(
     kept = values(run)
 
     def train() -> None:
-        with open_saver(ROOT, run[1], Ranks(), keep=2) as saver:
+        with Saver(ROOT, run[1], Ranks(), keep=2) as saver:
             saver.save(*run, meta(1))
             saver.finish()
             server.stop()

@@ -9,7 +9,7 @@ from torch import nn
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint import saver as checkpoint_saver
 from pipeline.checkpoint import state as checkpoint_state
-from pipeline.checkpoint.saver import Saver, open_saver
+from pipeline.checkpoint.saver import Saver
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import CheckpointError
 from tests.support.checkpoints import meta
@@ -68,7 +68,7 @@ def slow_copy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_checkpoint_has_the_state_of_the_time_of_the_call(tmp_path: Path) -> None:
     """Forward passes change batch norm statistics during the copy, and the optimizer's update waits for the copy."""
     run = made(1)
-    with open_saver(tmp_path, run[1], Ranks(), keep=9) as saver:
+    with Saver(tmp_path, run[1], Ranks(), keep=9) as saver:
         expected = []
         for number in range(3):
             expected.append(values(run))
@@ -85,7 +85,7 @@ def test_leaving_the_block_completes_the_last_checkpoint_even_on_error(tmp_path:
     expected = values(run)
 
     def fail_after_a_save() -> None:
-        with open_saver(tmp_path, run[1], Ranks(), keep=1) as saver:
+        with Saver(tmp_path, run[1], Ranks(), keep=1) as saver:
             saver.save(*run, meta(5))
             raise ZeroDivisionError
 
@@ -104,7 +104,7 @@ def test_the_next_save_raises_a_failed_write_and_keeps_earlier_ones(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with open_saver(tmp_path, run[1], Ranks(), keep=9) as saver:
+    with Saver(tmp_path, run[1], Ranks(), keep=9) as saver:
         saver.save(*run, meta(1))
         saver.finish()
         monkeypatch.setattr(checkpoint_saver.checkpoint_state, "save_distributed", full)
@@ -118,7 +118,7 @@ def test_the_next_save_raises_a_failed_write_and_keeps_earlier_ones(
 def test_a_save_is_due_after_the_interval_on_rank_0_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, now = made(1), [100.0]
     monkeypatch.setattr(checkpoint_saver.time, "monotonic", lambda: now[0])
-    with open_saver(tmp_path, run[1], Ranks(), keep=9, every_minutes=5) as saver:
+    with Saver(tmp_path, run[1], Ranks(), keep=9, every_minutes=5) as saver:
         now[0] += 299
         assert not saver.due()
         now[0] += 1
@@ -128,14 +128,14 @@ def test_a_save_is_due_after_the_interval_on_rank_0_only(tmp_path: Path, monkeyp
         now[0] += 299
         assert not saver.due()
     for ranks, minutes in ((Ranks(), 0.0), (Ranks(1, 1), 1e-9)):
-        with open_saver(tmp_path, run[1], ranks, keep=9, every_minutes=minutes) as saver:
+        with Saver(tmp_path, run[1], ranks, keep=9, every_minutes=minutes) as saver:
             assert not saver.due()
 
 
 def test_no_save_is_due_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, release = made(1), threading.Event()
     monkeypatch.setattr(checkpoint_saver.checkpoint_state, "write", lambda *_: release.wait(10))
-    with open_saver(tmp_path, run[1], Ranks(), keep=9, every_minutes=1e-9) as saver:
+    with Saver(tmp_path, run[1], Ranks(), keep=9, every_minutes=1e-9) as saver:
         saver.save(*run, meta(1))
         assert not saver.due()
         release.set()
@@ -160,7 +160,7 @@ def test_a_save_is_due_on_a_rank_that_failed_to_write(tmp_path: Path, monkeypatc
 
 def test_only_the_newest_keep_checkpoints_are_kept(tmp_path: Path) -> None:
     run = made(1)
-    with open_saver(tmp_path, run[1], Ranks(), keep=2) as saver:
+    with Saver(tmp_path, run[1], Ranks(), keep=2) as saver:
         for number in range(5):
             saver.save(*run, meta(number))
     assert [path.name for path in catalog.list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
