@@ -56,11 +56,11 @@ def divergence(
     own = {
         "images": [target.image_id for result in passes for target in result.batch.targets],
         "losses": [{name: str(float(value)) for name, value in result.losses.parts.items()} for result in passes],
-        "words": [text for result in passes for text in _words(result)],
+        "messages": [text for result in passes for text in _messages(result)],
     }
     by_rank = ranks.all_gather(own)
     record = {"grad_norm": str(grad_norm), "ranks": by_rank}
-    not_finite = "; ".join(f"rank {rank}: {text}" for rank, found in enumerate(by_rank) for text in found["words"])
+    not_finite = "; ".join(f"rank {rank}: {text}" for rank, found in enumerate(by_rank) for text in found["messages"])
     ids = [image_id for found in by_rank for image_id in found["images"]]
     if not_finite:
         reason = f"not finite before the update: {not_finite}"
@@ -71,7 +71,7 @@ def divergence(
     return Diverged(f"step {step}: {reason}; {_REMEDY}", step, record, request)
 
 
-def _words(result: ForwardPass) -> list[str]:
+def _messages(result: ForwardPass) -> list[str]:
     """Describe the values of a pass that are not finite: the matcher's message, or the losses and their images."""
     if result.error:
         return [result.error]

@@ -87,7 +87,7 @@ class Guard:
 
     def _record(self, event: Diverged) -> None:
         self._folder.mkdir(exist_ok=True)
-        record = {"step": event.step, "policy": self._config.policy, "said": str(event)} | event.record
+        record = {"step": event.step, "policy": self._config.policy, "message": str(event)} | event.record
         write_atomic(self._path(event), msgspec.json.format(msgspec.json.encode(record), indent=2))
 
     def _report(self, event: Diverged, count: int) -> None:
@@ -101,7 +101,7 @@ class Guard:
             text = f"step {event.step} {action}: {event.reason[:400]} ({count} of {self._config.max_events})"
             self._tracker.tags({name: text})
         rows = self._records(event.step)
-        columns = {name: [str(row.get(name, "")) for row in rows] for name in ("step", "policy", "grad_norm", "said")}
+        columns = {name: [str(row.get(name, "")) for row in rows] for name in ("step", "policy", "grad_norm", "message")}
         self._tracker.table("guard_events.json", columns)
 
     def _records(self, step: int) -> list[dict[str, Any]]:
