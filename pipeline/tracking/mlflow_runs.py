@@ -151,10 +151,9 @@ def find_run(client: MlflowClient, name_or_id: str) -> Run:
     quotes = [quote for quote in "'\"" if quote not in name_or_id]  # MLflow's filters have no escapes
     if name_or_id and quotes:
         conditions.append(f"attributes.run_name = {quotes[0]}{name_or_id}{quotes[0]}")
-    for condition in conditions:
-        found = next(_runs(client, condition=condition), None)
-        if found is not None:
-            return found
+    found = [run for condition in conditions for run in islice(_runs(client, condition=condition), 1)]
+    if found:
+        return max(found, key=lambda run: run.info.start_time or 0)
     names = list(dict.fromkeys(str(run.info.run_name) for run in find_runs(client)))
     known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") or "none"
     raise TrackingError(

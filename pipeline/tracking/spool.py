@@ -182,14 +182,19 @@ def flush(folder: Path, send: Callable[[list[Event]], None]) -> bool:
     return True
 
 
-def drain(folder: Path, send: Callable[[list[Event]], None]) -> bool:
-    """Send what is left in a spool whose writer has ended; return False if the server does not accept it either."""
+def drain(folder: Path, send: Callable[[list[Event]], None], timeout_s: float = 60.0) -> bool:
+    """Send what is left in a spool whose writer has ended; return False if the server does not accept it in that time.
+
+    The time is short because a driver that was asked to stop is killed soon.
+    """
     if not (folder / _EVENTS).exists():
         return True
     _cut_half_line(folder)
+    deadline = time.monotonic() + timeout_s
     try:
         while flush(folder, send):
-            pass
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not finished after {timeout_s:.0f} s")
     except Exception as error:  # the client of the server may raise anything
         LOG.warning(
             "the tracking server did not accept all events (%s); the rest is kept in %s", one_line(error), folder
@@ -206,7 +211,7 @@ def unsent(folder: Path) -> bool:
 def _sent(folder: Path) -> int:
     """Return how many bytes of the spool were sent."""
     path = folder / _CURSOR
-    sent = int(path.read_text()) if path.exists() else 0
+    sent = int(path.read_text() or 0) if path.exists() else 0  # empty after a power loss
     # The cursor is past the end if a power loss took lines that were sent: the lines written since then were not.
     return sent if sent <= _size(folder) else 0
 

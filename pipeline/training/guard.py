@@ -101,9 +101,9 @@ class Guard:
             text = f"step {event.step} {action}: {event.reason[:400]} ({count} of {self._config.max_events})"
             self._tracker.tags({name: text})
         rows = self._records(event.step)
-        columns = {
-            name: [str(row.get(name, "")) for row in rows] for name in ("step", "policy", "grad_norm", "message")
-        }
+        columns = {name: [str(row.get(name, "")) for row in rows] for name in ("step", "policy", "grad_norm")}
+        # Records written before the key was renamed have the message under "said".
+        columns["message"] = [str(row.get("message", row.get("said", ""))) for row in rows]
         self._tracker.table("guard_events.json", columns)
 
     def _records(self, step: int) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ class CacheSpace:
 
     def locked(self) -> AbstractContextManager[None]:
         """Hold the lock of the folder, under which space is reserved and files are evicted."""
-        return locked(self._folder / "space.lock")
+        return locked(self._folder / "room.lock")  # the name that other releases lock
 
     def capacity(self) -> int:
         """Return the maximum size in bytes of all files together: the limit, or what the disk allows."""

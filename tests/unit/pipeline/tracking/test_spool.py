@@ -226,6 +226,29 @@ def test_drain_keeps_events_when_the_server_is_down(
     assert spool.unsent(tmp_path / "spool")
 
 
+def test_drain_ends_in_time_and_keeps_the_rest(
+    open_spool: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "_BATCH", 1)
+    tracker = open_spool(Server(up=False))
+    for step in (1, 2, 3):
+        tracker.metrics({"train/loss": float(step)}, step)
+    tracker.close()
+    server = Server()
+    assert not spool.drain(tmp_path / "spool", server, timeout_s=-1)  # over after the first batch
+    assert server.points() == [(1, 1.0)]
+    assert spool.drain(tmp_path / "spool", server)
+    assert server.points() == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_an_empty_cursor_after_a_power_loss_sends_everything(open_spool: Open, tmp_path: Path) -> None:
+    tracker = open_spool(Server(up=False))
+    tracker.metrics({"train/loss": 1.0}, 1)
+    tracker.close()
+    (tmp_path / "spool" / "cursor").write_text("")
+    assert spool.unsent(tmp_path / "spool")
+
+
 def test_drain_removes_a_half_line_of_a_killed_writer(open_spool: Open, tmp_path: Path) -> None:
     tracker = open_spool(Server(up=False))
     tracker.metrics({"train/loss": 1.0}, 1)
