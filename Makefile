@@ -26,7 +26,7 @@ check: setup
 	$(BIN)/lint-imports
 
 # Two processes: the first one has all tests that start Ray, one after the other, the second one takes the other modules.
-PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 # At its end it lists what it leaves out.
 test: check

@@ -25,15 +25,22 @@ if TYPE_CHECKING:  # the tests of `detr` also run where only torch, torchvision 
 _SLOW = pytest.StashKey[set[str]]()
 
 
+_STARTS_RAY = ("tests/e2e/", "tests/integration/cluster/test_background_evaluation.py")
+"""Modules that run one after the other, since two clusters on two cores miss each other's deadlines."""
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each process whole modules, because their fixtures are expensive; a `xdist_group` of modules counts as one."""
-    from xdist.scheduler import LoadGroupScheduling
+    """Give each process whole modules, because their fixtures are expensive, and one process all that start Ray.
 
-    class Modules(LoadGroupScheduling):
+    By path, because pytest-xdist 3.8 loses the names of groups under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Modules(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            group = super()._split_scope(nodeid)
-            return nodeid.partition("::")[0] if group == nodeid else group
+            module = nodeid.partition("::")[0]
+            return "ray" if module.startswith(_STARTS_RAY) else module
 
     return Modules(config, log)
 

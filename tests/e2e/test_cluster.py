@@ -15,7 +15,6 @@ from tests.support.ray_nodes import free_port, node, wait_for_nodes, wait_until_
 from tests.support.recording import Recording
 from tests.support.s3_server import SECRET, S3Server
 
-pytestmark = pytest.mark.xdist_group("ray")
 EPOCHS, STEPS = 10, 60
 
 

@@ -26,7 +26,6 @@ def outlive(folder: str, disk: str, train: str, val: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 @pytest.mark.usefixtures("store")  # with its schema made, in `tmp_path`
 def test_a_run_whose_disk_is_full_ends_with_one_line_and_goes_on_when_there_is_room(
     tiny_data: TinyData, tmp_path: Path

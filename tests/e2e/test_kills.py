@@ -15,7 +15,7 @@ import torch
 from tests.support.command import TINY, Command, config_of, kill, newest_weights, ray_workers, train_alone, until
 from tests.support.recording import Recording
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 STEPS = 120
 TRAIN = ["train", "overfit", "--data.train", "data/train", "--data.val", "data/val", *TINY]
 TRAIN += ["--optim.max-steps", str(STEPS), "--evaluate.every", "100"]

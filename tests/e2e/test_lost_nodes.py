@@ -18,7 +18,7 @@ from tests.support.command import TINY, Command, config_of, until
 from tests.support.ray_nodes import Node, free_port, node, wait_for_nodes
 from tests.support.recording import Kept, Recording, seen_per_epoch
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 IMAGES, BATCH_SIZE, STEPS = 24, 6, 160
 TRAIN = ["train", "overfit", "--data.train", "data/train", "--data.val", "data/val", *TINY]
 TRAIN += ["--optim.batch-size", str(BATCH_SIZE), "--optim.max-steps", str(STEPS), "--evaluate.every", "100"]
@@ -91,8 +91,10 @@ def test_a_run_goes_on_with_the_nodes_that_are_there(
     recording.pace(0)
     output, _ = driver.communicate(timeout=200)
     assert driver.returncode == 0, output
-    assert re.search(r"warning: worker \d died: .+; restart 1, 3 -> 2 workers, resumed after \d+ s at step \d+", output)
-    assert re.search(r"resources for 3 workers.*; restart 2, 2 -> 3 workers, resumed after \d+ s at step \d+", output)
+    lost = r"warning: worker \d died: .+; restart 1, 3 -> 2 workers, resumed after \d+ s at step \d+"
+    assert re.search(lost, output), output
+    back = r"resources for 3 workers.*; restart 2, 2 -> 3 workers, resumed after \d+ s at step \d+"
+    assert re.search(back, output), output
 
     kept = recording.kept()
     assert len(kept) == STEPS

@@ -12,7 +12,6 @@ import torch
 from tests.support.command import TINY, Command, config_of, kill, newest_weights, ray_workers, train_alone
 from tests.support.recording import Recording
 
-pytestmark = pytest.mark.xdist_group("ray")
 TRAIN = ["train", "overfit", "--data.train", "data/train", "--data.val", "data/val", *TINY]
 EPOCHS, STEPS = 10, 60
 

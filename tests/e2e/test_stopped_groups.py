@@ -13,7 +13,7 @@ import pytest
 from pipeline.cluster.supervisor import GRACE_S
 from tests.support.command import TINY, Command
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 TRAIN = ["train", "overfit", "--data.train", "data/train", "--data.val", "data/val", *TINY]
 TRAIN += ["--evaluate.every", "1000", "--optim.max-steps", "5000", "--optim.epochs", "1000"]
 

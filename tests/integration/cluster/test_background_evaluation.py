@@ -41,7 +41,6 @@ def kill_first_evaluation(done: threading.Event, killed: list[int]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 @pytest.mark.filterwarnings("ignore")  # Ray's own, in this process
 def test_pending_checkpoints_are_evaluated_during_training_despite_kills(
     tiny_config: RunConfig, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
