@@ -27,9 +27,7 @@ def outlive(folder: str, disk: str, train: str, val: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("store")  # with its schema made, in `tmp_path`
-def test_a_run_whose_disk_is_full_ends_with_one_line_and_goes_on_when_there_is_room(
-    tiny_data: TinyData, tmp_path: Path
-) -> None:
+def test_a_full_disk_ends_a_run_with_one_line_and_resume_continues_it(tiny_data: TinyData, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     output = run_on(mounted({disk: 16}), f"{HERE}:outlive", str(tmp_path), str(disk), tiny_data.train, tiny_data.val)
     trained, _, rest = output.partition("LEFT")

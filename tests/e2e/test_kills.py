@@ -73,7 +73,7 @@ def test_kills_of_worker_driver_and_both_at_random_steps_change_no_weight(
     gone(left)
 
 
-def test_a_worker_that_hangs_is_named_and_the_run_goes_on(detr: Command, recording: Recording) -> None:
+def test_a_worker_that_hangs_is_named_and_the_run_continues(detr: Command, recording: Recording) -> None:
     recording.pace(0.05)
     driver = detr.start(*TRAIN, "--track.run-name", "hung", "--cluster.collective-timeout-s", "15")
     reach(recording, driver, 30)

@@ -71,7 +71,7 @@ def cluster(detr: Command, recording: Recording) -> Iterator[Cluster]:
         yield Cluster(address, detr.folder, environment, stack)
 
 
-def test_a_run_goes_on_with_the_nodes_that_are_there(
+def test_a_run_continues_with_the_nodes_that_are_left(
     detr: Command, cluster: Cluster, recording: Recording, tmp_path: Path
 ) -> None:
     lost = cluster.add(2)

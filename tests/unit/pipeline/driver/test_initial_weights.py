@@ -156,7 +156,7 @@ def test_an_unreachable_host_gives_no_random_weights(
     assert capsys.readouterr().err == ""
 
 
-def test_an_error_that_says_nothing_is_told_by_its_class() -> None:
+def test_an_error_without_a_message_is_named_by_its_class() -> None:
     assert one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
     assert one_line(OSError("one\ntwo")) == "one"
 

@@ -175,7 +175,7 @@ def test_a_batch_larger_than_the_data_set_still_trains(config: RunConfig, run_in
     assert (meta.samples, meta.epoch) == (48, 3.0)
 
 
-def test_a_bad_image_is_left_out_and_said_with_the_run(config: RunConfig, tmp_path: Path) -> None:
+def test_a_bad_image_is_skipped_and_reported(config: RunConfig, tmp_path: Path) -> None:
     shutil.copytree(config.data.train, tmp_path / "train")
     manifest = load_manifest(tmp_path / "train")
     record = manifest.index().images[7]

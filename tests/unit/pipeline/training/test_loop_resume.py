@@ -111,7 +111,7 @@ def test_another_plan_is_refused_and_so_are_other_classes(config: RunConfig, uni
         continuation(fewer, config, load_manifest(config.data.train), accept_change=True)
 
 
-def test_an_accepted_batch_size_goes_on_at_the_next_sample(
+def test_an_accepted_batch_size_continues_at_the_next_sample(
     config: RunConfig, run_info: RunInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = shown_images(monkeypatch)
@@ -253,7 +253,7 @@ def test_an_interrupted_run_with_short_tails_ends_with_the_same_weights(config: 
     assert_same(weights(config, parts.folder), weights(config, whole.folder))
 
 
-def test_the_data_set_may_lie_elsewhere_when_the_run_goes_on(
+def test_the_data_set_may_move_before_the_run_is_resumed(
     config: RunConfig, run_info: RunInfo, uninterrupted: Path, tmp_path: Path
 ) -> None:
     moved = tmp_path / "moved"

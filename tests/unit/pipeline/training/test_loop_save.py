@@ -53,7 +53,7 @@ def test_a_save_by_the_clock_changes_neither_result_nor_curves(
     assert curves(clocked) == curves(plain) != []
 
 
-def test_a_run_goes_on_from_a_save_that_the_clock_asked_for(
+def test_a_run_continues_from_a_save_by_the_clock(
     config: RunConfig, run_info: RunInfo, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(config, checkpoint=replace(config.checkpoint, every_steps=0))
