@@ -39,7 +39,7 @@ from pipeline.tracking.step_timer import Lap, no_lap
 from pipeline.training.divergence import ForwardPass, divergence
 from pipeline.training.requests import NO_REQUEST, Request
 
-RANDOMNESS = "2: torch's dropout from torch.manual_seed((seed * 1000003 + step) * 4099 + rank + (micro-batch << 48))"
+RANDOMNESS = "1: dropout from torch.manual_seed((seed * 1000003 + step) * 4099 + rank + (micro-batch << 48))"
 """Version and rule of the seeds in `train_step`, stored in checkpoints: change the number with the rule."""
 
 

@@ -3,9 +3,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from detr.config import ModelConfig
-from detr.transformer import Attention, Transformer
+from detr.transformer import Attention, Dropout, Transformer, _attend_plainly, keep_mask
 
 SMALL: dict[str, Any] = {"hidden_dim": 32, "heads": 4, "feedforward_dim": 64, "dropout": 0.0}
 
@@ -122,3 +123,27 @@ def test_seed_decides_what_dropout_drops() -> None:
     assert not torch.equal(results[0], results[2])
     model.eval()
     assert torch.equal(model(*inputs)[0], model(*inputs)[0])
+
+
+def test_dropout_and_attention_of_a_cpu_equal_torchs() -> None:
+    """The branches for CPUs and for other devices: the same values, gradients and share of dropped elements."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 50, 8, requires_grad=True) for _ in range(3))
+    mask = (torch.arange(50) < 40).expand(2, 1, 1, -1)
+    own = _attend_plainly(q, k, v, mask, None, 0.0)
+    torchs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(own, torchs, rtol=1e-5, atol=1e-6)
+    for mine, other in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (own, torchs)), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+    # With dropout: the same rule for the same draws, and as many elements dropped as by torch.
+    keep = keep_mask(torch.Size((2, 4, 50, 50)), 0.1)
+    weights = (q * 8**-0.5 @ k.transpose(-2, -1)).masked_fill(~mask, -torch.inf).softmax(-1)
+    expected = torch.where(keep, weights, 0.0) / 0.9 @ v
+    torch.testing.assert_close(_attend_plainly(q, k, v, mask, keep, 0.1), expected, rtol=1e-4, atol=1e-4)
+    ones = torch.ones(400_000)
+    own, torchs = Dropout(0.1).train()(ones), F.dropout(ones, 0.1)
+    for dropped in (own, torchs):
+        assert dropped.mean().item() == pytest.approx(1.0, abs=0.005)
+        assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.005)
+        assert dropped.max().item() == pytest.approx(1 / 0.9, rel=1e-4)
