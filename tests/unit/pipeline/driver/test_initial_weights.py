@@ -13,10 +13,11 @@ from pipeline.config import RunConfig
 from pipeline.driver.initial_weights import adopt_model_config, initial_model
 from pipeline.errors import CheckpointError, RunConfigError
 from pipeline.recipes import RECIPES
-from pipeline.registry.card import Card, write_folder
+from pipeline.registry.card import write_folder
 from pipeline.training.model import build_trainable_model, read_initial, save_initial
 from shards.dataset.categories import Category
 from shards.errors import one_line
+from tests.support.cards import make_card
 
 CLASSES = tuple(Category(number, name) for number, name in enumerate("abcd", start=1))
 BACKBONE = "backbone.0.body."
@@ -38,21 +39,7 @@ def with_backbone(config: RunConfig, path: Path | str) -> RunConfig:
 
 def registered(folder: Path, config: RunConfig, categories: tuple[Category, ...]) -> DETR:
     model = seeded(config, len(categories))
-    card = Card(
-        model=config.model,
-        transform=config.transform,
-        categories=categories,
-        evaluate_batch_size=2,
-        recipe="tiny",
-        run_id="r",
-        checkpoint="",
-        step=1,
-        epoch=1.0,
-        metrics={},
-        train_digest="",
-        val_digest="",
-        code_commit="",
-    )
+    card = make_card(config.model, config.transform, categories, recipe="tiny")
     write_folder(folder, model, card)
     return model
 

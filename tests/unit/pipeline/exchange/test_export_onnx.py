@@ -17,6 +17,7 @@ from pipeline.exchange import export_onnx as onnx_exporter
 from pipeline.exchange.export_onnx import difference_in_onnxruntime, export_onnx
 from pipeline.registry.card import Card, write_folder
 from shards.dataset.categories import Category
+from tests.support.cards import make_card
 
 # Every departure that the original's format refuses, and free parts of the graph: group norm, trained positions at 0.
 CONFIG = ModelConfig(
@@ -32,21 +33,7 @@ CONFIG = ModelConfig(
     decoder_input="queries",
 )
 
-CARD = Card(
-    model=CONFIG,
-    transform=TransformConfig(eval_size=320, max_size=400),
-    categories=(Category(1, "a"), Category(7, "b")),
-    evaluate_batch_size=2,
-    recipe="",
-    run_id="r",
-    checkpoint="",
-    step=0,
-    epoch=0.0,
-    metrics={},
-    train_digest="",
-    val_digest="",
-    code_commit="",
-)
+CARD = make_card(CONFIG, TransformConfig(eval_size=320, max_size=400), (Category(1, "a"), Category(7, "b")))
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,10 @@ from pipeline.exchange import export_original as original_exporter
 from pipeline.exchange import import_original as original_importer
 from pipeline.exchange.export_original import export_original
 from pipeline.exchange.import_original import coco_names, import_file, read_original
-from pipeline.registry.card import Card, write_folder
+from pipeline.registry.card import write_folder
 from shards.dataset.categories import Category
 from shards.dataset.manifest import load_manifest
+from tests.support.cards import make_card
 
 # Real backbones under a transformer that is quick to build; a mask head needs a width of 128.
 QUICK: dict[str, Any] = {
@@ -238,21 +239,7 @@ def test_labels_without_a_category_match_nothing_of_a_data_set(tiny_data: Any) -
 
 
 def registered(folder: Path, model: DETR, categories: tuple[Category, ...]) -> None:
-    card = Card(
-        model=model.config,
-        transform=original_importer.TransformConfig(),
-        categories=categories,
-        evaluate_batch_size=2,
-        recipe="",
-        run_id="r",
-        checkpoint="",
-        step=0,
-        epoch=0.0,
-        metrics={},
-        train_digest="",
-        val_digest="",
-        code_commit="",
-    )
+    card = make_card(model.config, original_importer.TransformConfig(), categories)
     write_folder(folder, model, card)
 
 
