@@ -7,7 +7,8 @@ enters the same loop, which continues from the newest complete checkpoint.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,20 +40,40 @@ if TYPE_CHECKING:
 _RESIZE_S = 30.0  # interval of Ray's check for another possible number of workers
 
 
-def run_workers(
-    config: RunConfig,
-    run_id: str,
-    folder: Path,
-    *,
-    address: str | None,
-    verbose: bool,
-    say: Callable[[str], None],
-    accept_change: bool = False,
-) -> None:
-    """Start or join a Ray cluster, run the workers to the last step, and follow them on stderr.
+class ConnectedCluster:
+    """A Ray cluster that has what the workers of a run need, and every node of which can run them."""
 
-    With `accept_change` the workers continue even from a checkpoint whose stream of samples is another one. Raise
-    `Interrupted` when a user or a scheduler stopped the run, `TrainingError` with the workers' message when it failed.
+    def __init__(self, local: LocalRay, gpu: bool, say: Callable[[str], None]) -> None:
+        self._local, self._gpu, self._say = local, gpu, say
+
+    def run(self, config: RunConfig, run_id: str, folder: Path, accept_change: bool = False) -> None:
+        """Run the workers to the last step, and follow them on stderr.
+
+        With `accept_change` the workers continue even from a checkpoint whose stream of samples is another one. Raise
+        `Interrupted` when a user or a scheduler stopped the run, `TrainingError` with the workers' message when it
+        failed.
+        """
+        gpu, say = self._gpu, self._say
+        job = WorkerJob(config, run_id, folder, tracking_uri(), code_commit(), accept_change)
+        fit = _trainer(job, gpu).fit
+        evaluator = evaluator_on_ray(job, gpu, say) if config.evaluate.asynchronous else None
+        if evaluator:
+            fit = evaluator.around(fit)
+        workers = WorkerStatus(self._local.gone, lambda: _newest_saved_step(config, folder))
+        with report_pending_workers(run_id, folder, lambda: describe_resources(config.cluster, gpu)):
+            supervise(fit, run_id, folder, say, workers)
+        if evaluator:
+            evaluator.raise_failure()
+
+
+@contextmanager
+def connected(
+    config: RunConfig, folder: Path, *, address: str | None, verbose: bool, say: Callable[[str], None]
+) -> Iterator[ConnectedCluster]:
+    """Join a Ray cluster, or start one on this machine, and yield it when it can run the workers of `config`.
+
+    Nothing is written for the run here, so that a cluster that cannot run it leaves no trace. `folder` is the run's
+    location.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     _set_environment(config.cluster, address, verbose)
@@ -69,18 +90,24 @@ def run_workers(
         gpu = use_gpu(config)
         say(_describe_workers(config.cluster, gpu))
         warn_of_sqlite(say)
-        job = WorkerJob(config, run_id, folder, tracking_uri(), code_commit(), accept_change)
-        fit = _trainer(job, gpu).fit
-        evaluator = evaluator_on_ray(job, gpu, say) if config.evaluate.asynchronous else None
-        if evaluator:
-            fit = evaluator.around(fit)
-        workers = WorkerStatus(local.gone, lambda: _newest_saved_step(config, folder))
-        with report_pending_workers(run_id, folder, lambda: describe_resources(config.cluster, gpu)):
-            supervise(fit, run_id, folder, say, workers)
-        if evaluator:
-            evaluator.raise_failure()
+        yield ConnectedCluster(local, gpu, say)
     finally:
         ray.shutdown()
+
+
+def run_workers(
+    config: RunConfig,
+    run_id: str,
+    folder: Path,
+    *,
+    address: str | None,
+    verbose: bool,
+    say: Callable[[str], None],
+    accept_change: bool = False,
+) -> None:
+    """Connect to a cluster and run the workers of a run on it."""
+    with connected(config, folder, address=address, verbose=verbose, say=say) as cluster:
+        cluster.run(config, run_id, folder, accept_change)
 
 
 def _set_environment(cluster: ClusterConfig, address: str | None, verbose: bool) -> None:
