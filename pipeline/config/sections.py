@@ -237,6 +237,9 @@ class ClusterConfig:
     collective_timeout_s: int = 600
     """Seconds a collective may take before the workers are restarted.
     Allow for the slowest step, evaluation, first compilation and store retries."""
+    wait_s: int = 900
+    """Seconds to wait until the cluster at `--address` has the nodes, GPUs and CPUs that the workers need.
+    After them the command ends with status 75; nothing is created before."""
 
     def __post_init__(self) -> None:
         check_literals(self, require, "cluster.")
@@ -249,6 +252,7 @@ class ClusterConfig:
         require(self.max_failures >= -1, "cluster.max_failures", self.max_failures, "0 or more, or -1 (no bound)")
         timeout = self.collective_timeout_s
         require(timeout >= 1, "cluster.collective_timeout_s", timeout, "at least 1 second")
+        require(self.wait_s >= 0, "cluster.wait_s", self.wait_s, "0 (no wait) or more")
 
     @property
     def fewest(self) -> int:
