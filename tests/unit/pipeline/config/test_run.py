@@ -161,6 +161,7 @@ def test_an_impossible_value_in_json_is_refused_as_in_python() -> None:
         (ClusterConfig, "min_workers", -1),
         (ClusterConfig, "min_workers", 2),  # more than there may be
         (ClusterConfig, "collective_timeout_s", 0),
+        (ClusterConfig, "wait_s", -1),
         (TrackConfig, "experiment", ""),
         (TrackConfig, "log_every", 0),
         (TrackConfig, "register_as", "team/detr"),
