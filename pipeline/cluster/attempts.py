@@ -71,6 +71,11 @@ def is_running(folder: Path) -> bool:
     return number > 0 and not any(_path(folder, number, kind).exists() for kind in ("cause", "symptom"))
 
 
+def has_cause(folder: Path) -> bool:
+    """Return True if the cause of the current attempt's end is recorded, or a hang of it."""
+    return any(_path(folder, _count(folder), kind).exists() for kind in ("cause", "hang"))
+
+
 def start_attempt(folder: Path, workers: int) -> Restart | None:
     """Record the start of an attempt (rank 0 only); return the restart, or None for the first attempt."""
     number = _count(folder)

@@ -6,25 +6,30 @@ They write to the run's folder, where the next group and the driver read it.
 
 from __future__ import annotations
 
-import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import attempts
-from pipeline.cluster.ray_internals import ControllerCallback
+from pipeline.cluster.deaths import find_dead, reason_of_death
+from pipeline.cluster.ray_internals import ControllerCallback, WorkerGroupCallback
 from pipeline.run_folder import clear_handover, handover_requested, request_handover
-from shards.errors import one_line
 
 _LOOK_S = 0.2
 
 
-class GroupEndCallback(ControllerCallback):  # type: ignore[misc]
+class GroupEndCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     """Callback that records why groups of workers end, and lets a group save before it is replaced."""
 
     def __init__(self, folder: Path, handover_s: float = 120.0) -> None:
         # By default time for a step or an evaluation, and for the checkpoint.
         self._folder, self._handover_s = folder, handover_s
+        self._actors: dict[int, Any] = {}
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Keep the actors of the group, called by Ray when they run."""
+        self._actors = {worker.distributed_context.world_rank: worker.actor for worker in worker_group.get_workers()}
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Handle a change of state, called by Ray; the states are distinguished by class name."""
@@ -34,7 +39,7 @@ class GroupEndCallback(ControllerCallback):  # type: ignore[misc]
         ends_with = getattr(current_state, "next_state", None) if state == "ShuttingDownState" else current_state
         error = getattr(ends_with, "training_failed_error", None)
         if error is not None and state in ("RestartingState", "ShuttingDownState"):
-            record_group_end(self._folder, error)
+            record_group_end(self._folder, error, self._actors)
 
     def _let_save(self, workers: int) -> None:
         """Ask the workers, which run well, to save and return because `workers` of them will replace them."""
@@ -48,9 +53,11 @@ class GroupEndCallback(ControllerCallback):  # type: ignore[misc]
         clear_handover(self._folder)
 
 
-def record_group_end(folder: Path, error: BaseException) -> None:
-    """Record why the group of workers ended, as far as Ray knows."""
+def record_group_end(folder: Path, error: BaseException, actors: Mapping[int, Any]) -> None:
+    """Record why the group of workers, `actors` by rank, ended, as far as Ray knows or finds out by asking them."""
     why, certain = explain(error)
+    if not certain and not attempts.has_cause(folder) and (dead := find_dead(actors)):
+        why, certain = _deaths(dead), True
     attempts.record_end(folder, why, "cause" if certain else "symptom")
 
 
@@ -60,9 +67,8 @@ def explain(error: BaseException) -> tuple[str, bool]:
     An exception of a worker is not certain: it may have been raised because another worker died.
     """
     failures: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
-    died = {rank: _death(failure) for rank, failure in sorted(failures.items())}
-    if any(died.values()):
-        return "; ".join(f"worker {rank} died: {why}" for rank, why in died.items() if why), True
+    if died := _deaths(failures):
+        return died, True
     for rank, failure in sorted(failures.items()):
         return f"worker {rank} failed: {_last_line(getattr(failure, 'cause', None) or failure)}", False
     if ranks := getattr(getattr(error, "preemption_info", None), "preempted_ranks", None):
@@ -70,23 +76,9 @@ def explain(error: BaseException) -> tuple[str, bool]:
     return _last_line(error), False
 
 
-def _death(failure: BaseException) -> str:
-    """Return Ray's reason for the death of a worker's process or node, without boilerplate; "" if it lives."""
-    cause = getattr(failure, "health_check_failure", None)
-    if cause is None:
-        return ""
-    if type(cause).__name__ == "ActorUnavailableError":
-        return "its process or its node does not answer"
-    lines = [line.strip() for line in str(cause).splitlines()]
-    reason = " ".join(
-        line for line in lines if line and not re.match(r"\w+: ", line) and "before finishing" not in line
-    )
-    reason = reason.partition("Worker exit detail: ")[2] or reason
-    # If Ray does not know the cause, it appends a list of guesses.
-    reason, guess, _ = reason.partition(" Some common causes")
-    if guess:
-        reason += " It was killed, it crashed, or its machine ran out of memory (dmesg there says so)."
-    return (reason or one_line(cause))[:400].rstrip(".")
+def _deaths(failures: Mapping[int, BaseException]) -> str:
+    reasons = {rank: reason_of_death(failure) for rank, failure in sorted(failures.items())}
+    return "; ".join(f"worker {rank} died: {why}" for rank, why in reasons.items() if why)
 
 
 def _last_line(error: BaseException) -> str:

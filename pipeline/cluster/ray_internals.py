@@ -13,9 +13,9 @@ from typing import Any
 
 from ray._private import services
 from ray.train.v2._internal.execution import context
-from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
-__all__ = ["TESTED_RAY", "ControllerCallback", "preemption_context", "servers_in_own_groups"]
+__all__ = ["TESTED_RAY", "ControllerCallback", "WorkerGroupCallback", "preemption_context", "servers_in_own_groups"]
 
 TESTED_RAY = "2.60"
 

@@ -14,7 +14,7 @@ from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from pipeline.cluster import attempts
+from pipeline.cluster import attempts, controller
 from pipeline.cluster.controller import GroupEndCallback, explain
 from pipeline.run_folder import clear_handover, handover_requested
 from pipeline.training.requests import RequestPoller
@@ -75,6 +75,25 @@ def test_the_end_of_a_group_is_recorded(tmp_path: Path, final: bool) -> None:
     reason = attempts.end_reason(tmp_path)
     assert reason is not None
     assert reason.why == f"worker 1 died: {REASON}"
+
+
+@pytest.mark.parametrize("certain", [False, True])
+def test_a_death_that_ray_has_not_noticed_is_found_by_asking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, certain: bool
+) -> None:
+    attempts.start_attempt(tmp_path, 2)
+    if certain:
+        attempts.record_end(tmp_path, "worker 0 failed: gloo is mentioned here")
+    actors = {0: "alive", 1: "dead"}
+    monkeypatch.setattr(controller, "find_dead", lambda asked: {1: died(RAY + KILLED)} if asked == actors else {})
+    workers = [SimpleNamespace(actor=actors[r], distributed_context=SimpleNamespace(world_rank=r)) for r in (1, 0)]
+    callback = GroupEndCallback(tmp_path)
+    callback.after_worker_group_start(SimpleNamespace(get_workers=lambda: workers))
+    error = WorkerGroupError("", {0: RuntimeError("gloo: Connection closed by peer")})
+    callback.after_controller_state_update(None, RestartingState(training_failed_error=error))
+    reason = attempts.end_reason(tmp_path)
+    assert reason is not None
+    assert reason.why == ("worker 0 failed: gloo is mentioned here" if certain else f"worker 1 died: {REASON}")
 
 
 def test_workers_save_before_they_are_replaced(tmp_path: Path) -> None:

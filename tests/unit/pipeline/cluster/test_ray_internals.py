@@ -17,11 +17,12 @@ def test_the_installed_ray_is_the_tested_release() -> None:
 def test_ray_has_the_private_interfaces() -> None:
     from ray._private import services
     from ray.train.v2._internal.execution import context, preemption
-    from ray.train.v2._internal.execution.callback import ControllerCallback
+    from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
     assert "ConsolePopen(" in inspect.getsource(services.start_ray_process), "Ray starts its servers in another way"
     assert "process_group" not in inspect.getsource(services), "Ray sets process groups itself"
     assert hasattr(ControllerCallback, "after_controller_state_update")
+    assert hasattr(WorkerGroupCallback, "after_worker_group_start")
     assert "preemption_context" in inspect.signature(context.TrainContext).parameters
     assert "preemption_info" in inspect.signature(preemption.PreemptionContext).parameters
 
