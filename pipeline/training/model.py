@@ -21,6 +21,9 @@ def build_trainable_model(config: RunConfig, num_classes: int) -> DETR:
     model = build_model(config.model, num_classes)
     if config.optim.train == "mask_head":
         freeze_detector(model)
+    if config.optim.lr_backbone == 0:
+        # Here, not with the optimizer: DDP waits for the gradient of all that could have one when it wraps the model.
+        model.backbone.requires_grad_(False)
     return model
 
 

@@ -13,17 +13,17 @@ from pipeline.config import OptimConfig
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Return AdamW over two groups: the backbone at `lr_backbone`, everything else at `lr`.
 
-    If `lr_backbone` is 0, freeze the backbone, as the original does. Frozen parameters are left out.
+    Frozen parameters are left out. Raise `ValueError` if `lr_backbone` is 0 and the backbone is not frozen, which
+    `build_trainable_model` does before the model is wrapped.
     """
     backbone: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        in_backbone = "backbone" in name
-        if in_backbone and config.lr_backbone == 0:
-            parameter.requires_grad_(False)
         if not parameter.requires_grad:
             continue
-        if in_backbone:
+        if "backbone" in name:
+            if config.lr_backbone == 0:
+                raise ValueError(f"optim.lr_backbone 0: got a trainable {name}, expected a frozen backbone")
             backbone.append(parameter)
         else:
             others.append(parameter)

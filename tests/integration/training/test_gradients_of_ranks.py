@@ -284,3 +284,32 @@ def stopping_step(ranks: Ranks) -> list[bool]:
 
 def test_a_request_of_one_rank_reaches_all_ranks() -> None:
     assert run_ranks(2, stopping_step) == [[False, True]] * 2
+
+
+FROZEN = replace(CONFIG, optim=replace(CONFIG.optim, lr_backbone=0.0))
+
+
+def steps_with_a_frozen_backbone(ranks: Ranks, strategy: Strategy) -> tuple[list[float], bool]:
+    """Return the losses of three steps, and whether the backbone is as before."""
+    torch.manual_seed(0)
+    wrapped = distribute(build_trainable_model(FROZEN, 4), ranks, strategy)
+    optimizer = build_optimizer(unwrap(wrapped), FROZEN.optim)
+
+    def backbone() -> list[Tensor]:
+        named = unwrap(wrapped).named_parameters()
+        return [whole_tensor(value.detach()).clone() for name, value in named if "backbone" in name]
+
+    before, share = backbone(), 8 // ranks.world_size
+    batch = collate(samples(UNEVEN)[ranks.rank * share : (ranks.rank + 1) * share])
+    losses = [train_step(wrapped, [batch], optimizer, FROZEN, ranks, step).losses.total for step in range(3)]
+    means = [float(ranks.sum(loss.detach().clone())) / ranks.world_size for loss in losses]
+    return means, all(map(torch.equal, before, backbone()))
+
+
+def test_a_frozen_backbone_trains_the_rest_on_two_ranks_as_on_one() -> None:
+    expected, unchanged = steps_with_a_frozen_backbone(Ranks(), "single")
+    assert unchanged
+    assert expected[-1] < expected[0]
+    for strategy in ("ddp", "fsdp"):
+        for found in run_ranks(2, steps_with_a_frozen_backbone, strategy):
+            assert found == (pytest.approx(expected, rel=1e-5), True)

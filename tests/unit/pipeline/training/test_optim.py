@@ -6,10 +6,12 @@ import torch
 
 from detr.config import ModelConfig
 from detr.model import DETR, build_model
-from pipeline.config import OptimConfig
+from pipeline.config import OptimConfig, RunConfig
 from pipeline.schedule import Schedule
+from pipeline.training.model import build_trainable_model
 from pipeline.training.optim import build_optimizer, set_learning_rates
 from shards.plan.steps import Origin
+from tests.support.step_samples import MODEL
 
 COCO = 118_287
 
@@ -47,11 +49,13 @@ def test_only_the_last_three_stages_train_at_the_backbone_rate() -> None:
     assert others == {name for name, _ in model.named_parameters() if "backbone" not in name}
 
 
-def test_a_rate_of_0_freezes_the_backbone() -> None:
-    model = resnet()
-    optimizer = build_optimizer(model, OptimConfig(lr_backbone=0))
+def test_a_rate_of_0_freezes_the_backbone_before_the_model_is_wrapped() -> None:
+    frozen = OptimConfig(lr_backbone=0)
+    model = build_trainable_model(RunConfig(model=MODEL, optim=frozen), 3)
     assert not any(p.requires_grad for name, p in model.named_parameters() if "backbone" in name)
-    assert [group["base_lr"] for group in optimizer.param_groups] == [1e-4]
+    assert [group["base_lr"] for group in build_optimizer(model, frozen).param_groups] == [1e-4]
+    with pytest.raises(ValueError, match="backbone.* expected a frozen backbone"):
+        build_optimizer(resnet(), frozen)
 
 
 def test_every_group_decays_its_weights() -> None:
