@@ -58,6 +58,7 @@ def train_in_ray(job: WorkerJob) -> None:
         context.get_world_size(),
         ray.train.torch.get_device(),
         timeout_s=config.cluster.collective_timeout_s,
+        node=ray.get_runtime_context().get_node_id(),
     )
     run_info = RunInfo(job.run_id, job.folder, job.code_commit, job.accept_change)
     tracker, restart = None, None

@@ -218,11 +218,12 @@ class ClusterConfig:
     min_workers: int = 0
     """Minimum number of workers with which the run may continue while nodes are missing.
     0: always exactly `workers`."""
-    strategy: Literal["single", "ddp", "fsdp"] = "ddp"
+    strategy: Literal["single", "ddp", "fsdp", "hsdp"] = "ddp"
     """Distribution of the model over workers.
     single: one worker.
     ddp: each worker holds the whole model.
     fsdp: workers split weights, gradients and optimizer state, for less memory per GPU.
+    hsdp: the workers of each node split them, and nodes exchange only averages of gradients; on one node it is fsdp.
     Losses and checkpoints are the same."""
     gpu: Literal["auto", "yes", "no"] = "auto"
     """Use of GPUs.

@@ -1,4 +1,4 @@
-"""Distribution of the model over the ranks by DDP or FSDP, and the norm of its gradient.
+"""Distribution of the model over the ranks by DDP, FSDP or hybrid sharding, and the norm of its gradient.
 
 A world of one needs no process group, so the same loop runs in a unit test, on a laptop and on a cluster.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -22,27 +22,53 @@ from torch.nn.parallel import DistributedDataParallel
 from detr.compute import fsdp_units
 from detr.model import DETR
 from pipeline.distributed.ranks import Ranks
+from pipeline.errors import RunConfigError
 
-Strategy = Literal["single", "ddp", "fsdp"]
+Strategy = Literal["single", "ddp", "fsdp", "hsdp"]
 
 
 def distribute(model: nn.Module, ranks: Ranks, strategy: Strategy = "ddp") -> nn.Module:
     """Return the model wrapped for training on several ranks; a collective call.
 
     ddp: every rank holds the whole model, with rank 0's weights. fsdp: parameters, gradients and optimizer state are
-    sharded over the ranks, under the same names; build the optimizer afterwards. In a world of one the model is
-    returned as it is.
+    sharded over the ranks, under the same names; build the optimizer afterwards. hsdp: the same over the ranks of each
+    node, and gradients are averaged between the nodes. In a world of one the model is returned as it is.
     """
     if ranks.world_size == 1:
         return model
-    return _shard(model, ranks) if strategy == "fsdp" else _replicate(model, ranks)
+    if strategy in ("fsdp", "hsdp"):
+        return _shard(model, _mesh(ranks, strategy))
+    return _replicate(model, ranks)
 
 
-def _shard(model: nn.Module, ranks: Ranks) -> nn.Module:
+def _mesh(ranks: Ranks, strategy: Strategy) -> DeviceMesh:
+    """Return the mesh of all ranks or, for hsdp on several nodes, one with a row for each node; a collective call."""
+    if strategy == "hsdp":
+        # The cluster places the ranks, so they are asked; numbers alone do not say which ones share a node.
+        nodes = ranks_by_node(ranks.all_gather(ranks.node))
+        if len(nodes) > 1:
+            return DeviceMesh(ranks.device.type, nodes, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(ranks.device.type, (ranks.world_size,))
+
+
+def ranks_by_node(nodes: Sequence[str]) -> list[list[int]]:
+    """Return the ranks of each node, given each rank's node; raise `RunConfigError` unless all have equally many."""
+    of_node: dict[str, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        of_node.setdefault(node, []).append(rank)
+    sizes = [len(members) for members in of_node.values()]
+    if len(set(sizes)) > 1:
+        raise RunConfigError(
+            f"cluster.strategy: got hsdp with {', '.join(map(str, sizes))} workers on {len(sizes)} nodes, expected as "
+            "many on each: choose --cluster.workers so that all nodes are full, or --cluster.strategy fsdp"
+        )
+    return list(of_node.values())
+
+
+def _shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Apply FSDP2: one sharding group for each block of the model, and one for the rest."""
     # The warning is about changing an output in place, which is not done here.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     for parameter in model.parameters():
         # FSDP shards contiguous memory only; the backbone's activations keep the layout of the input.
         parameter.data = parameter.data.contiguous()

@@ -30,6 +30,8 @@ class Ranks:
     """Process group of the collectives. None: the default group, which training uses."""
     timeout_s: float = 600.0
     """Timeout in seconds of process groups created here."""
+    node: str = ""
+    """Name of this process's node, the same for all ranks on it."""
 
     @property
     def first(self) -> bool:
