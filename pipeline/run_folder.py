@@ -26,13 +26,14 @@ import os
 import platform
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
 
-from pipeline.errors import TrainingError
+from pipeline.errors import RunConfigError, TrainingError
 
 INITIAL_NAME = "initial.safetensors"
 CHECKPOINTS = "checkpoints"
@@ -46,6 +47,31 @@ _LOCK = "driver.lock"
 _STOP = "stop"
 _HANDOVER = "yield"
 _FATAL = "fatal.json"
+
+
+def scratch(run_id: str) -> Path:
+    """Return a folder of this node for what the run's processes here share, with access for this user alone.
+
+    It is below `DETR_SCRATCH`, or else below the folder for temporary files. It does not outlive the node, and no other
+    node sees it. Raise `RunConfigError` if it cannot be made or belongs to another user.
+    """
+    given = os.environ.get("DETR_SCRATCH")
+    own = Path(given) if given else Path(tempfile.gettempdir()) / f"detr-{os.getuid()}"
+    folder = own / run_id
+    try:
+        own.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        # Others may make folders where temporary files are; a link of theirs would lead to a folder of ours.
+        owners = {path.lstat().st_uid for path in ([folder] if given else [own, folder])}
+        problem = "belongs to another user" if owners != {os.getuid()} or (own.is_symlink() and not given) else ""
+    except OSError as error:
+        problem = f"cannot be made ({error.strerror})"
+    if problem:
+        raise RunConfigError(
+            f"{folder} {problem} on {platform.node()}; expected a folder on this node's disk for this user alone: set "
+            "DETR_SCRATCH to another"
+        )
+    return folder
 
 
 def request_stop(run_folder: Path) -> None:

@@ -43,24 +43,30 @@ def newest(root: Location) -> Location | None:
     return next(reversed(list_checkpoints(root)), None)
 
 
-def note_saved(folder: Path, step: int) -> None:
+def note_saved(folder: Location, step: int) -> None:
     """Record that the checkpoint of `step` is complete, on rank 0; raise `OSError` if that fails."""
     storage.write(str(folder / SAVED), str(step).encode())
 
 
-def newest_of_run(root: Location, folder: Path) -> Location | None:
-    """Return the newest complete checkpoint of the run in `folder`, or None if it has never saved one.
+def newest_of_run(root: Location, folder: Location) -> Location | None:
+    """Return the newest complete checkpoint of the run at `folder`, or None if it has never saved one.
 
     Raise `CheckpointError` if the run has saved but no checkpoint is found: it must not start again silently.
     """
     found = newest(root)
-    if found is None and (folder / SAVED).exists():
-        step = (folder / SAVED).read_text()
+    if found is None and (step := _saved_step(folder)):
         raise CheckpointError(
             f"{root} holds no checkpoint, but the run has saved step {step} there: is its storage mounted here? Bring it "
             "back, then `detr resume`; `detr train` starts another run"
         )
     return found
+
+
+def _saved_step(folder: Location) -> str:
+    try:
+        return storage.read(str(folder / SAVED)).decode()
+    except FileNotFoundError:
+        return ""
 
 
 def write_evaluation(path: Location, metrics: Mapping[str, float]) -> None:

@@ -47,12 +47,19 @@ class Url:
 Location = Path | Url
 
 
-def checkpoint_root(store: str, run_folder: Path) -> Location:
+def location(url: str) -> Location:
+    """Return the folder or the address in a store that `url` names.
+
+    Raise `RunConfigError` for an address that nothing here can open, which must not become a folder called `s3:`.
+    """
+    storage.refuse_unknown(url)
+    path = storage.local_path(url)
+    return path if path is not None else Url(storage.absolute(url))
+
+
+def checkpoint_root(store: str, folder: Location) -> Location:
     """Return the parent of a run's `checkpoints`: the run's folder, or its name below `store` (`CheckpointConfig`)."""
-    if not store:
-        return run_folder
-    path = storage.local_path(store)
-    return path / run_folder.name if path is not None else Url(storage.join(store, run_folder.name))
+    return location(store) / folder.name if store else folder
 
 
 def check(store: str) -> None:

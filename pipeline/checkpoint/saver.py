@@ -36,8 +36,8 @@ class Saver:
 
     As a context manager it waits for the last checkpoint at the end of the block, and raises if that one failed.
     `root` is the parent of the folder `checkpoints`. The newest `keep`, the best and the milestones are kept. On rank 0
-    a save is due `every_minutes` after the start of the last one (0: never), and `saved` is called with the step of
-    each complete checkpoint. `stalled_s` counts the seconds that training has waited for saving.
+    a save is due `every_minutes` after the start of the last one (0: never), `completing` is called before a checkpoint
+    becomes complete, and `saved` with the step of each complete one. `stalled_s` counts the seconds that training has waited for saving.
     """
 
     def __init__(
@@ -48,9 +48,11 @@ class Saver:
         keep: int,
         every_minutes: float = 0,
         saved: Callable[[int], None] = lambda _: None,
+        completing: Callable[[], None] = lambda: None,
     ) -> None:
         self.stalled_s = 0.0
         self.root, self._keep, self._device, self._saved = root, keep, ranks.device, saved
+        self._completing = completing
         self._every_s = every_minutes * 60 if ranks.first and every_minutes else math.inf
         self._last = time.monotonic()
         # Training runs collectives at the same time, and two threads must not share a process group.
@@ -140,7 +142,7 @@ class Saver:
         return staged
 
     def _write(self, copy: Future[State], meta: Meta) -> None:
-        path = checkpoint_state.write(self.root, copy.result(), meta, self._ranks)
+        path = checkpoint_state.write(self.root, copy.result(), meta, self._ranks, self._completing)
         try:
             on_first(self._ranks, lambda: self._saved(meta.step))
         except OSError as error:

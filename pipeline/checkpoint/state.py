@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,16 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, averages: Avera
     return state
 
 
-def write(root: Location, state: dict[str, Any], meta: Meta, ranks: Ranks) -> Location:
+def write(
+    root: Location,
+    state: dict[str, Any],
+    meta: Meta,
+    ranks: Ranks,
+    completing: Callable[[], None] = lambda: None,
+) -> Location:
     """Write a state as the checkpoint of `meta.step` and return its location; a collective call.
 
-    Raise `CheckpointError` on every rank if it cannot be written.
+    `completing` is called on rank 0 before the checkpoint is complete; if it raises, there is no checkpoint. Raise `CheckpointError` on every rank if it cannot be written.
     """
     target = folder_of(root, meta.step)
     partial = None if isinstance(target, Url) else target.with_name(target.name + PARTIAL)
@@ -64,6 +70,7 @@ def write(root: Location, state: dict[str, Any], meta: Meta, ranks: Ranks) -> Lo
             on_first(ranks, lambda: _make_empty(partial))
             writer, single = torch_files.FolderWriter(partial), ranks.world_size == 1
             save_distributed(state, storage_writer=writer, process_group=ranks.group, no_dist=single)
+        on_first(ranks, completing)
         on_first(ranks, lambda: _finish(root, target, partial, meta))
     except (OSError, CheckpointException) as error:
         if partial and ranks.first:

@@ -13,7 +13,7 @@ then not a single batch.
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
 from typing import Any
 
 import msgspec
@@ -22,6 +22,7 @@ from torch import nn
 
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint import state as checkpoint_state
+from pipeline.checkpoint.location import Location
 from pipeline.checkpoint.saver import Saver
 from pipeline.config import GuardConfig
 from pipeline.distributed.ranks import Ranks
@@ -30,18 +31,18 @@ from pipeline.run_folder import EVENTS
 from pipeline.tracking.tags import TAG_GUARD, TAG_WARNING
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.divergence import Diverged
-from shards.store.storage import write_atomic
+from shards.store import storage
 
 
 class Guard:
     """Policy for diverged steps, the same on every rank; rank 0 records and reports the events."""
 
     def __init__(
-        self, run_folder: Path, config: GuardConfig, ranks: Ranks, tracker: Tracker | None, saver: Saver
+        self, folder: Location, config: GuardConfig, ranks: Ranks, tracker: Tracker | None, saver: Saver
     ) -> None:
         self._config, self._ranks, self._tracker = config, ranks, tracker
         self._saver = saver
-        self._folder = run_folder / EVENTS
+        self._folder = folder / EVENTS
 
     def handle(
         self,
@@ -78,7 +79,7 @@ class Guard:
                 )
             checkpoint_state.load(newest, model, optimizer, self._ranks, averages)
 
-    def _path(self, event: Diverged) -> Path:
+    def _path(self, event: Diverged) -> Location:
         # One file per step: a step that a resumed run repeats is the same event.
         return self._folder / f"step-{event.step:08d}.json"
 
@@ -86,9 +87,8 @@ class Guard:
         return f"kept in {self._path(event)}"
 
     def _record(self, event: Diverged) -> None:
-        self._folder.mkdir(exist_ok=True)
         record = {"step": event.step, "policy": self._config.policy, "message": str(event)} | event.record
-        write_atomic(self._path(event), msgspec.json.format(msgspec.json.encode(record), indent=2))
+        storage.write(str(self._path(event)), msgspec.json.format(msgspec.json.encode(record), indent=2))
 
     def _report(self, event: Diverged, count: int) -> None:
         assert self._tracker
@@ -108,8 +108,7 @@ class Guard:
 
     def _records(self, step: int) -> list[dict[str, Any]]:
         """Return the events up to a step; later ones happened before the run was resumed from an earlier checkpoint."""
-        records = [
-            msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-            for path in sorted(self._folder.glob("step-*.json"))
-        ]
+        names = [name for name in storage.listing(str(self._folder)) if re.fullmatch(r"step-\d+\.json", name)]
+        contents = [storage.read(str(self._folder / name)) for name in sorted(names)]
+        records = [msgspec.json.decode(content, type=dict[str, Any]) for content in contents]
         return [record for record in records if record["step"] <= step]

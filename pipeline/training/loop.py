@@ -92,6 +92,7 @@ def run(
             config.checkpoint.keep,
             config.checkpoint.every_minutes,
             partial(catalog.note_saved, run_info.folder),
+            hooks.keep_unsent,
         ) as saver,
     ):
         # Only rank 0 looks for requests; the others have none of their own.
@@ -104,7 +105,7 @@ def run(
         while True:
             if state.step and evaluation_due(worker, state.step):
                 with meter.paused_for_evaluation():
-                    validate(worker, state, saver)
+                    validate(worker, state, saver, hooks.keep_unsent)
             if state.step >= schedule.total_steps:
                 return
             request = _train(worker, state, parts, until=next_boundary(config, schedule, state.step))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
 from detr.compute import set_channels_last, set_recompute
 from detr.model import DETR, build_model, freeze_detector
 from detr.original import load_original_state_dict, to_original_state_dict
+from pipeline.checkpoint.location import Location
 from pipeline.config import RunConfig
 from pipeline.errors import CheckpointError
 from pipeline.run_folder import INITIAL_NAME
+from shards.store import storage
 
 
 def build_trainable_model(config: RunConfig, num_classes: int) -> DETR:
@@ -27,25 +28,26 @@ def build_trainable_model(config: RunConfig, num_classes: int) -> DETR:
     return model
 
 
-def save_initial(model: DETR, folder: Path) -> None:
-    """Write the run's initial weights into its folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_initial(model: DETR, folder: Location) -> None:
+    """Write the run's initial weights to its location."""
     weights = {name: value.contiguous() for name, value in to_original_state_dict(model).items()}
-    save_file(weights, folder / INITIAL_NAME)
+    storage.write(str(folder / INITIAL_NAME), save(weights))
 
 
-def read_initial(model: DETR, folder: Path) -> None:
+def read_initial(model: DETR, folder: Location) -> None:
     """Load the run's initial weights into a model.
 
     Raise `CheckpointError` if the file is missing: the driver wrote it before any worker started.
     """
     path = folder / INITIAL_NAME
-    if not path.exists():
+    try:
+        content = storage.read(str(path))
+    except FileNotFoundError:
         raise CheckpointError(
             f"{path} is not there on {platform.node()}; expected the run's folder as the driver made it: give a "
-            "--storage that every node sees, mounted at the same path"
-        )
-    load_original_state_dict(model, load_file(path))
+            "--storage that every node sees: a URL, or a folder mounted at the same path"
+        ) from None
+    load_original_state_dict(model, load(content))
 
 
 def build_on_device(config: RunConfig, num_classes: int, device: torch.device) -> DETR:

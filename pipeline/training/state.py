@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,8 @@ class RunInfo:
     """Identity of the run for its workers."""
 
     run_id: str
-    folder: Path
-    """Folder of the run, on storage that every worker sees."""
+    folder: Location
+    """Location of the run, in storage that every worker sees."""
     code_commit: str
     accept_change: bool = False
     """Continue from a checkpoint of another stream of samples; see `continuation`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -41,10 +42,12 @@ def evaluation_due(worker: WorkerContext, step: int) -> bool:
     return worker.ranks.broadcast(worker.ranks.first and catalog.read_evaluation(path) is None)
 
 
-def validate(worker: WorkerContext, state: TrainState, saver: Saver) -> None:
+def validate(
+    worker: WorkerContext, state: TrainState, saver: Saver, keep_unsent: Callable[[], None] = lambda: None
+) -> None:
     """Score the state on the validation data, report the metrics and write them beside its checkpoint.
 
-    A collective call.
+    A collective call. See `LoopHooks.keep_unsent`.
     """
     config, ranks, tracker = worker.config, worker.ranks, worker.tracker
     start = time.perf_counter()
@@ -58,14 +61,20 @@ def validate(worker: WorkerContext, state: TrainState, saver: Saver) -> None:
     saver.finish()  # the metrics are written beside the checkpoint
     if evaluation is not None:
         path, epoch = catalog.folder_of(worker.root, state.step), worker.schedule.epoch(state.step)
-        _report_and_write(config, path, worker.val, evaluation, tracker, state.step, epoch, start)
+        _report_and_write(config, path, worker.val, evaluation, tracker, state.step, epoch, start, keep_unsent)
         if tracker:
             tracker.tags({TAG_PHASE: "training"})
         catalog.prune(worker.root, config.checkpoint.keep)
     ranks.barrier()
 
 
-def evaluate_checkpoint(config: RunConfig, path: Location, device: torch.device, tracker: Tracker | None) -> None:
+def evaluate_checkpoint(
+    config: RunConfig,
+    path: Location,
+    device: torch.device,
+    tracker: Tracker | None,
+    keep_unsent: Callable[[], None] = lambda: None,
+) -> None:
     """Score a checkpoint in this process alone; the metrics equal those of `validate`, because batches are the same."""
     start = time.perf_counter()
     train, val = open_data(config.data)
@@ -76,7 +85,7 @@ def evaluate_checkpoint(config: RunConfig, path: Location, device: torch.device,
     ranks = Ranks(device=device)
     evaluation = _score(config, model, train, val, ranks, _phase_reporter(tracker if last else None))
     assert evaluation is not None  # a single process is rank 0
-    _report_and_write(config, path, val, evaluation, tracker, meta.step, meta.epoch, start)
+    _report_and_write(config, path, val, evaluation, tracker, meta.step, meta.epoch, start, keep_unsent)
 
 
 def _phase_reporter(tracker: Tracker | None) -> Progress:
@@ -111,10 +120,12 @@ def _report_and_write(
     step: int,
     epoch: float,
     start: float,
+    keep_unsent: Callable[[], None],
 ) -> None:
     if tracker:
         report_evaluation(tracker, path, step, epoch, evaluation, start)
         report_pictures(tracker, val, evaluation.detections, config.evaluate.pictures, step)
     # Report first, write last: after a kill in between, the evaluation is repeated and its reports are dropped as
-    # duplicates.
+    # duplicates. Once they are written, nothing repeats the reports, so they must be kept by then.
+    keep_unsent()
     catalog.write_evaluation(path, evaluation.score.metrics)

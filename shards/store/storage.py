@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,26 @@ def refuse_secret(url: str) -> None:
             f"the {scheme}:// address holds a password or a signature, which logs and MLflow would show; expected none: "
             "give credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for S3) or in fsspec's "
             "configuration (FSSPEC_... variables)"
+        )
+
+
+def refuse_unknown(url: str) -> None:
+    """Raise `ShardError` for an address that nothing here can open: another scheme, or a known one without its slashes.
+
+    The second would be a folder called `s3:`. The message has the nearest scheme that is known.
+    """
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):(/*)", url)
+    if not found:
+        return
+    scheme, slashes = found.groups()
+    known = sorted(fsspec.available_protocols())
+    if scheme in known and len(slashes) < 2:
+        raise ShardError(f"{url} is neither a folder nor a URL; expected {scheme}://{url[found.end() :]}")
+    if scheme not in known and len(slashes) > 1:
+        nearest = get_close_matches(scheme.lower(), known, n=1, cutoff=0.5)
+        meant = f"did you mean {nearest[0]}://{url[found.end() :]}" if nearest else "such as s3://bucket/runs"
+        raise ShardError(
+            f"{url}: no store is called {scheme}://; expected a folder or a URL that fsspec opens: {meant}?"
         )
 
 
