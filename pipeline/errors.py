@@ -8,17 +8,18 @@
     * RegistryError
     * ExchangeError
     * TrainingError
-      * BusyError: another driver trains the run (`pipeline.train`)
       * Diverged: a loss or gradient is not finite or too large (`pipeline.training.divergence`)
       * MemoryShortage: a worker ran out of memory (`pipeline.training.out_of_memory`)
-      * Interrupted
+      * Postponed
+        * Interrupted
+        * BusyError
     * JobError: a cluster job failed (`jobs.submit`)
   * ShardError: raised in `shards` (`shards.errors`)
     * SourceError, DigestError, OtherFormatError, BadSampleError
   * ConfigError: raised in `detr` (`detr.config`), a ValueError
 
 `detr` and `shards` import neither each other nor this package, so there are three roots. `USER_ERRORS` joins them:
-the command line prints such an error without a traceback and exits with status 1.
+the command line prints such an error without a traceback and exits with status 1, or 75 for `Postponed`.
 """
 
 from __future__ import annotations
@@ -55,10 +56,18 @@ class TrainingError(PipelineError):
     """Raised when training ended early; the message says why."""
 
 
-class Interrupted(TrainingError):
-    """Raised when a user or a scheduler stopped the run; `detr resume` continues it."""
+class Postponed(TrainingError):
+    """Raised when a run cannot continue now, such as without its store or cluster; the same command continues it."""
 
     exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+class Interrupted(Postponed):
+    """Raised when a user or a scheduler stopped the run."""
+
+
+class BusyError(Postponed):
+    """Raised if another driver is working on the run."""
 
 
 USER_ERRORS: tuple[type[Exception], ...] = (PipelineError, ConfigError, ShardError)
