@@ -13,6 +13,7 @@ from pipeline.config.sections import (
     EvaluateConfig,
     GuardConfig,
     OptimConfig,
+    Scorer,
     TrackConfig,
     require,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "GuardConfig",
     "OptimConfig",
     "RunConfig",
+    "Scorer",
     "TrackConfig",
     "flatten",
     "from_json",

@@ -16,6 +16,8 @@ from pipeline.errors import RunConfigError
 
 Batching = Literal["same_size", "padded", "fixed"]
 """Rule for grouping images into evaluation batches; see `EvaluateConfig`."""
+Scorer = Literal["hotcoco", "pycocotools"]
+"""Library that computes the metrics of an evaluation; see `EvaluateConfig`."""
 
 
 def require(holds: bool, name: str, got: object, expected: str) -> None:
@@ -172,6 +174,10 @@ class EvaluateConfig:
     """Maximum number of validation images, for a smoke test only. 0: all of them."""
     pictures: int = 4
     """Number of validation images that are logged at each evaluation with detections next to the ground truth."""
+    scorer: Scorer = "hotcoco"
+    """Library that computes the metrics; both give the same numbers.
+    hotcoco: a second for 5,000 images.
+    pycocotools: the reference; a minute for 5,000 images, while all workers wait."""
 
     def __post_init__(self) -> None:
         check_literals(self, require, "evaluate.")

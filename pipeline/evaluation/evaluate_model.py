@@ -21,7 +21,7 @@ from detr.batch import Batch, normalise
 from detr.config import TransformConfig
 from detr.model import Outputs
 from detr.postprocess import Detection, detect
-from pipeline.config import Batching
+from pipeline.config import Batching, Scorer
 from pipeline.data.loader import evaluation_collate, evaluation_plan, evaluation_transform
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import RunConfigError, TrainingError
@@ -59,6 +59,8 @@ class EvaluateOptions:
     """Number of threads that read and decode images."""
     limit: int = 0
     """Maximum number of images, for a smoke test; 0: all."""
+    scorer: Scorer = "hotcoco"
+    """Library that computes the metrics; see `EvaluateConfig`."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ def evaluate_readings(
     evaluations = []
     for number in range(len(readers)):
         detections = in_image_order(Detections.concatenate([by_reader[number] for by_reader, _ in gathered]))
-        evaluations.append(Evaluation(score_detections(manifest, detections, rows=rows), detections, len(rows)))
+        score = score_detections(manifest, detections, rows=rows, scorer=options.scorer)
+        evaluations.append(Evaluation(score, detections, len(rows)))
     return evaluations
 
 

@@ -107,6 +107,7 @@ def _score(
         config.evaluate.batching,
         config.data.reader_threads,
         config.evaluate.limit,
+        config.evaluate.scorer,
     )
     return evaluate_model(model, val, train.categories, options, ranks=ranks, progress=progress)
 

@@ -65,7 +65,7 @@ def test_choices_are_found_in_every_section_that_has_them() -> None:
         prefix + field.name
         for prefix, kind in config_classes().items()
         for field in dataclasses.fields(kind)
-        if "Literal" in str(field.type) or str(field.type) == "Batching"
+        if "Literal" in str(field.type) or str(field.type) in ("Batching", "Scorer")
     }
     assert found == annotated
 

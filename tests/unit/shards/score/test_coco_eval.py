@@ -144,10 +144,10 @@ def test_columns_of_different_lengths_are_refused():
         Detections(column, column, np.zeros(2, np.float32), np.zeros((1, 4)))
 
 
-def test_nothing_is_printed(coco, capsys):
+def test_nothing_is_printed(coco, capfd):
     manifest = coco.write()
     coco_metrics(manifest, guesses(coco.data, manifest))
-    assert capsys.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("seed", range(3))
