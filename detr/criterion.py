@@ -13,9 +13,10 @@ from torch import Tensor
 from detr.batch import Target
 from detr.config import LossConfig
 from detr.geometry import Size
-from detr.mask_losses import mask_losses
-from detr.matcher import Assignment, PackedTargets, generalized_iou, match_layers, pack
-from detr.model import Outputs
+from detr.losses.masks import mask_losses
+from detr.losses.matched import box_losses, class_error, zero_with_gradient
+from detr.matcher import Assignment, PackedTargets, match_layers, pack
+from detr.variant import Outputs
 
 
 class Losses(NamedTuple):
@@ -60,13 +61,13 @@ def compute_losses(
     labels = packed.labels[found.truth]
     per_layer = {
         "loss_ce": _cross_entropy(logits, log_probabilities, labels, found, config.eos_coef) / ce_normalizer,
-        **{name: value / num_boxes for name, value in _box_losses(boxes, packed, found).items()},
+        **{name: value / num_boxes for name, value in box_losses(boxes, packed, found).items()},
         "cardinality_error": _cardinality_error(log_probabilities, packed),
     }
     weights = {"loss_ce": config.weight_ce, "loss_bbox": config.weight_bbox, "loss_giou": config.weight_giou}
     # Losses of weight 0 are left out, since 0 times NaN is NaN.
     weighted = [weight * per_layer[name].sum() for name, weight in weights.items() if weight]
-    terms = {"class_error": _class_error(log_probabilities, labels, found)}
+    terms = {"class_error": class_error(log_probabilities, labels, found)}
     if outputs.masks is not None:
         weights |= {"loss_mask": config.weight_mask, "loss_dice": config.weight_dice}
         for name, value in mask_losses(outputs.masks, targets, found, len(layers), canvas).items():
@@ -75,7 +76,7 @@ def compute_losses(
                 weighted.append(weights[name] * value / num_boxes)
     if not all(weights.values()):
         predictions = [*logits, boxes] if outputs.masks is None else [*logits, boxes, outputs.masks]
-        weighted.append(_zero_with_gradient(predictions))
+        weighted.append(zero_with_gradient(predictions))
     total = torch.stack(weighted).sum()
     for name, values in per_layer.items():
         for index, value in enumerate(values.detach().unbind()):
@@ -91,11 +92,6 @@ def ce_weight_sum(targets: Sequence[Target], num_queries: int, config: LossConfi
     """
     matched = sum(min(len(target.labels), num_queries) for target in targets)
     return matched + (len(targets) * num_queries - matched) * config.eos_coef
-
-
-def _zero_with_gradient(predictions: Sequence[Tensor]) -> Tensor:
-    """Return 0 with zero gradients, even for NaN: DDP waits for gradients of all heads, also if their loss is off."""
-    return torch.stack([prediction[:0].sum(dtype=torch.float32) for prediction in predictions]).sum()
 
 
 def _log_probabilities(logits: Sequence[Tensor]) -> Tensor:
@@ -147,32 +143,9 @@ class _CrossEntropy(torch.autograd.Function):
         return None, None, None, *rows.view_as(log_probabilities).to(ctx.dtype).unbind()
 
 
-def _box_losses(boxes: Tensor, targets: PackedTargets, found: Assignment) -> dict[str, Tensor]:
-    """Return the sums [L] of L1 and of 1 - GIoU over matched pairs; every layer has the same number of pairs."""
-    predicted = boxes.flatten(0, 2).index_select(0, found.slot)
-    true = targets.boxes.index_select(0, found.truth)
-    per_layer = (len(boxes), len(predicted) // len(boxes))
-    return {
-        "loss_bbox": (predicted - true).abs().view(*per_layer, 4).sum((1, 2)),
-        "loss_giou": (1 - generalized_iou(predicted, true)).view(per_layer).sum(1),
-    }
-
-
 def _cardinality_error(log_probabilities: Tensor, targets: PackedTargets) -> Tensor:
     """Return [L], the mean over images of |queries whose best class is an object - number of objects|."""
     # `>=`, since argmax takes the first of equal values and "no object" is the last class.
     predicted = (log_probabilities[..., :-1].amax(-1) >= log_probabilities[..., -1]).sum(-1)
     counts = torch.tensor(targets.counts, dtype=torch.int64).to(predicted.device, non_blocking=True)
     return (predicted - counts).abs().sum(-1) / max(len(targets.counts), 1)
-
-
-def _class_error(log_probabilities: Tensor, labels: Tensor, found: Assignment) -> Tensor:
-    """Return the percentage of the last layer's matched queries with a wrong best class; 100 without matched queries.
-
-    log_probabilities: [L, B, Q, K + 1], the last layer first. labels: of the matched objects, in the order of `found`.
-    """
-    matched = len(labels) // len(log_probabilities)
-    if not matched:
-        return torch.full((), 100.0, device=labels.device)
-    best = log_probabilities[0, found.image[:matched], found.query[:matched]].argmax(-1)
-    return 100 * (best != labels[:matched]).float().mean()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from detr.batch import Target
 from detr.config import LossConfig
-from detr.model import Outputs
+from detr.variant import Outputs
 
 Ints = NDArray[np.int64]
 _Extents = tuple[Tensor, Tensor, Tensor]

@@ -1,48 +1,23 @@
 """DETR: a backbone, a transformer, and heads that predict a class, a box and, if configured, a mask per query."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from detr.backbone import Backbone, FrozenBatchNorm
 from detr.config import ConfigError, ModelConfig
 from detr.mask_head import MASK_MODULES, AttentionMap, MaskHead
 from detr.position import LearnedPosition, SinePosition, sine_vectors
-from detr.transformer import Transformer
+from detr.transformer import BoxHead, Transformer
+from detr.variant import DETR as DETR
+from detr.variant import Outputs as Outputs
 
 
-class Outputs(NamedTuple):
-    """Predictions of one decoder layer; a named tuple, which DDP, FSDP and `torch.compile` can look into.
+class PlainDETR(DETR):
+    """DETR of the paper."""
 
-    logits: [B, Q, K + 1], the last class is "no object". boxes: [B, Q, 4] cxcywh as fractions of the image.
-    auxiliary: predictions of the decoder layers before the last, first to last; empty if not configured.
-    masks: logits [B, Q, h, w] of each query's mask on the backbone's stride-4 grid over the canvas; None without a
-    mask head, and in `auxiliary`.
-    """
-
-    logits: Tensor
-    boxes: Tensor
-    auxiliary: tuple["Outputs", ...] = ()
-    masks: Tensor | None = None
-
-
-class BoxHead(nn.Module):
-    """Three linear layers whose output's sigmoid is the box."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(channels, outputs) for outputs in (channels, channels, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, second, last = self.layers
-        return last(F.relu(second(F.relu(first(x)))))  # type: ignore[no-any-return]
-
-
-class DETR(nn.Module):
-    """Detector, built by `build_model`."""
+    no_object = True
 
     def __init__(self, config: ModelConfig, num_classes: int) -> None:
         super().__init__()
@@ -100,7 +75,7 @@ def build_model(config: ModelConfig, num_classes: int) -> DETR:
     """
     if num_classes < 1:
         raise ConfigError(f"num_classes: got {num_classes}, expected at least 1; take it from the manifest")
-    return DETR(config, num_classes)
+    return PlainDETR(config, num_classes)
 
 
 def freeze_detector(model: DETR) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from detr.geometry import Size
-from detr.model import Outputs
+from detr.variant import Outputs
 
 _MAX_DETECTIONS = 100  # per image; COCO's evaluation uses no more
 

@@ -4,7 +4,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def run_layer(module: nn.Module, *inputs: Tensor | None, recompute: bool) -> Tensor:
+def run_layer(module: nn.Module, *inputs: object, recompute: bool) -> Tensor:
     """Return `module(*inputs)`; with `recompute`, its activations are recomputed in the backward pass instead of kept.
 
     Dropout draws the same numbers both times. A module without trainable parameters or inputs is called directly, since
@@ -15,5 +15,5 @@ def run_layer(module: nn.Module, *inputs: Tensor | None, recompute: bool) -> Ten
     return module(*inputs)  # type: ignore[no-any-return]
 
 
-def _needs_gradients(module: nn.Module, *inputs: Tensor | None) -> bool:
-    return any(value is not None and value.requires_grad for value in (*inputs, *module.parameters()))
+def _needs_gradients(module: nn.Module, *inputs: object) -> bool:
+    return any(isinstance(value, Tensor) and value.requires_grad for value in (*inputs, *module.parameters()))

@@ -1,4 +1,4 @@
-"""Encoder and decoder of section 3.2 and appendix A.3; positions are added to queries and keys in every layer.
+"""Encoder and decoder of section 3.2 and appendix A.3, and the box head; positions are added to queries and keys in every layer.
 
 Sequences are batch first: [B, cells or queries, channels]. Parameters have the original's names and shapes.
 
@@ -120,11 +120,11 @@ def _dropped(probability: float) -> int:
 class Layer(nn.Module):
     """Base of encoder and decoder layers: self-attention, feed-forward, and residuals normalised before or after."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, self_attn: nn.Module | None = None) -> None:
         super().__init__()
         self.pre_norm = config.pre_norm
         self.dropout = Dropout(config.dropout)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config) if self_attn is None else self_attn
         self.linear1 = nn.Linear(config.hidden_dim, config.feedforward_dim)
         self.linear2 = nn.Linear(config.feedforward_dim, config.hidden_dim)
         self.norm1 = nn.LayerNorm(config.hidden_dim)
@@ -233,3 +233,15 @@ class Transformer(nn.Module):
         queries = queries.to(cells.dtype).expand(len(cells), -1, -1)
         start = queries if self.config.decoder_input == "queries" else torch.zeros_like(queries)
         return self.decoder(start, queries, memory, position, mask), memory
+
+
+class BoxHead(nn.Module):
+    """Three linear layers whose output's sigmoid is the box."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(channels, outputs) for outputs in (channels, channels, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, last = self.layers
+        return last(F.relu(second(F.relu(first(x)))))  # type: ignore[no-any-return]

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from detr.config import ConfigError, LossConfig
 from detr.criterion import compute_losses
-from detr.mask_losses import mask_losses
+from detr.losses.masks import mask_losses
 from detr.matcher import match, match_layers, pack
 from detr.model import Outputs
 from tests.support.masked_model import build_masked, drawn_targets

@@ -1,0 +1,65 @@
+"""Interface of the variants of the model: their predictions, and the class that all of them extend."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from detr.config import ModelConfig
+
+
+class Outputs(NamedTuple):
+    """Predictions of one decoder layer; a named tuple, which DDP, FSDP and `torch.compile` can look into.
+
+    logits: [B, Q, K + 1], the last class is "no object". boxes: [B, Q, 4] cxcywh as fractions of the image.
+    auxiliary: predictions of the decoder layers before the last, first to last; empty if not configured.
+    masks: logits [B, Q, h, w] of each query's mask on the backbone's stride-4 grid over the canvas; None without a
+    mask head, and in `auxiliary`.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    auxiliary: tuple["Outputs", ...] = ()
+    masks: Tensor | None = None
+
+
+class SigmoidOutputs(NamedTuple):
+    """Predictions with one sigmoid per class and no class for "no object": several classes of a query can be likely.
+
+    logits: [B, Q, K]. boxes and auxiliary: as in `Outputs`. masks: always None.
+    encoder: proposals of every cell in training, where class 0 is "an object"; None without a second stage.
+    one_to_many: predictions of the queries that share objects, with their own auxiliary ones; None outside training.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    auxiliary: tuple["SigmoidOutputs", ...] = ()
+    masks: Tensor | None = None
+    encoder: "SigmoidOutputs | None" = None
+    one_to_many: "SigmoidOutputs | None" = None
+
+
+class DETR(nn.Module):
+    """Detector, built by `detr.model.build_model`, which chooses the class by `ModelConfig.variant`.
+
+    Every variant has a `backbone` (a `Backbone` and its positions) and a `transformer` whose `encoder` and `decoder` hold
+    `layers`; its parameters have the names of the variant's original.
+    """
+
+    config: ModelConfig
+    num_classes: int
+    backbone: nn.ModuleList
+    transformer: Any
+    no_object: bool
+    """True if the class heads have a last row for "no object"."""
+
+    def forward(self, images: Tensor, padding: Tensor | None = None) -> Any:
+        """Return `Outputs` or `SigmoidOutputs` for normalised float images [B, 3, H, W]; B may be 0.
+
+        padding: bool [B, H, W], true where there is no image; None if no image is padded.
+        """
+        raise NotImplementedError
+
+    def aliases(self) -> Mapping[str, str]:
+        """Return the original's further names of parameters: name -> the name in this model."""
+        return {}
