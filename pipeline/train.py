@@ -18,11 +18,10 @@ from pipeline.cluster.launch import run_workers
 from pipeline.config import RunConfig, from_json, to_json
 from pipeline.driver.changes import ResumeOptions
 from pipeline.errors import CheckpointError, Interrupted, RunConfigError, TrainingError
-from pipeline.run_folder import CHECKPOINTS, EVALUATION_SPOOL, INITIAL_NAME, SPOOL, only_driver
+from pipeline.run_folder import CHECKPOINTS, INITIAL_NAME, only_driver
 from pipeline.tracking.mlflow_client import connect, tracking_uri, translated_errors
 from pipeline.tracking.mlflow_runs import CONFIG_ARTIFACT, create_run, find_run, read_config, set_final_status
-from pipeline.tracking.mlflow_sender import EventSender
-from pipeline.tracking.spool import drain, unsent
+from pipeline.tracking.run_spools import anything_left, send_left
 from pipeline.tracking.tags import (
     TAG_EPOCHS,
     TAG_FOLDER,
@@ -148,7 +147,7 @@ def resume(name: str, changes: ResumeOptions | None = None, launch: Launch | Non
         for tag, value in position.tags(run.data.tags).items():
             client.set_tag(run_id, tag, value)
         if trained:
-            _send_rest(run_id, folder, launch)
+            send_left(folder, run_id, tracking_uri(), launch.say)
         else:
             client.update_run(run_id, status="RUNNING")
             _run(config, run_id, folder, launch, accept_change=bool(position.stream.changes))
@@ -188,24 +187,15 @@ def _run(config: RunConfig, run_id: str, folder: Path, launch: Launch, accept_ch
             accept_change=accept_change,
         )
     finally:
-        _send_rest(run_id, folder, launch)
+        send_left(folder, run_id, tracking_uri(), launch.say)
 
 
 def _send_unsent(run_id: str, folder: Path, launch: Launch) -> None:
     """Send what a finished run could not send to MLflow while it ran, if there is anything."""
-    if unsent(folder / SPOOL) or unsent(folder / EVALUATION_SPOOL):
+    if anything_left(folder, run_id):
         with only_driver(folder, run_id):
             launch.say("sending what MLflow had not taken when the run ended")
-            _send_rest(run_id, folder, launch)
-
-
-def _send_rest(run_id: str, folder: Path, launch: Launch) -> None:
-    """Send what is left in the spools of the run to MLflow."""
-    for spool in (folder / SPOOL, folder / EVALUATION_SPOOL):
-        if not drain(spool, EventSender(tracking_uri(), run_id, spool)):
-            launch.say(
-                f"warning: MLflow did not take all points; the rest is kept in {spool} for the next `detr resume`"
-            )
+            send_left(folder, run_id, tracking_uri(), launch.say)
 
 
 def _conclude(client: MlflowClient, config: RunConfig, run_id: str, folder: Path, launch: Launch) -> Outcome:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
 
+from pipeline.tracking.events import Event
 from pipeline.tracking.mlflow_client import connect
-from pipeline.tracking.spool import Event
+from pipeline.tracking.mlflow_reported import CHECKPOINT, Reported
 from shards.errors import one_line
 
 if TYPE_CHECKING:
@@ -21,17 +22,31 @@ LOG = logging.getLogger(__name__)
 
 
 class EventSender:
-    """Sender of spooled events to one run. An event may be sent twice: MLflow keeps equal metrics once."""
+    """Sender of spooled events to one run; `folder` holds their pictures.
 
-    def __init__(self, uri: str, run_id: str, folder: Path) -> None:
-        self._uri, self._run_id, self._folder = uri, run_id, folder
+    An event may be sent twice: what the run has is dropped. MLflow is asked for that before the first event, and again
+    after a failure, when the node may have been cut off and the run continued by another. With `any_order` the points
+    of a curve may come in any order.
+    """
+
+    def __init__(self, uri: str, run_id: str, folder: Path, any_order: bool = False) -> None:
+        self._uri, self._run_id, self._folder, self._any_order = uri, run_id, folder, any_order
         self._client: MlflowClient | None = None
+        self._reported: Reported | None = None
 
     def __call__(self, events: Sequence[Event]) -> None:
         """Send all events, or raise; the caller then sends all of them again."""
         if self._client is None:
             self._client = connect(self._uri)
-        client = self._client
+        if self._reported is None:
+            self._reported = Reported(self._client, self._run_id, self._any_order)
+        try:
+            self._send(events, self._client, self._reported)
+        except BaseException:
+            self._reported = None
+            raise
+
+    def _send(self, events: Sequence[Event], client: MlflowClient, reported: Reported) -> None:
         from mlflow.entities import Metric, RunTag
 
         metrics = [
@@ -39,6 +54,7 @@ class EventSender:
             for event in events
             if event.kind == "metrics"
             for name, value in event.values.items()
+            if not reported.has_point(name, event.step)
         ]
         for start in range(0, len(metrics), 1000):
             client.log_batch(self._run_id, metrics=metrics[start : start + 1000])
@@ -47,59 +63,63 @@ class EventSender:
             client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         for event in events:
             if event.kind == "picture":
-                self._picture(client, event)
+                self._picture(client, reported, event)
             elif event.kind == "table":
-                # In the UI's format of tables. `log_table` would append to an earlier table of this name.
-                content = {
-                    "columns": list(event.columns),
-                    "data": [list(row) for row in zip(*event.columns.values(), strict=True)],
-                }
-                client.log_dict(self._run_id, content, event.name)
+                self._table(client, reported, event)
             elif event.kind == "checkpoint":
-                self._checkpoint(client, event)
+                self._checkpoint(client, reported, event)
 
-    def _picture(self, client: MlflowClient, event: Event) -> None:
+    def _picture(self, client: MlflowClient, reported: Reported, event: Event) -> None:
         path = self._folder / event.tags["file"]
         if not path.exists():
             return  # sent by an attempt that died before it moved the cursor
-        try:
-            with Image.open(path) as opened:
-                image = opened.copy()
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # an error of the disk, which may pass; Pillow's own errors have no number
-            # Trying again would block all later events.
-            LOG.warning("picture %s is dropped: it cannot be decoded (%s)", path, one_line(error))
-            return
-        client.log_image(
-            self._run_id, image, key=event.name, step=event.step, timestamp=event.time_ms, synchronous=True
-        )
+        if not reported.has_picture(event.name, event.step):
+            try:
+                with Image.open(path) as opened:
+                    image = opened.copy()
+            except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise  # an error of the disk, which may pass; Pillow's own errors have no number
+                # Trying again would block all later events.
+                LOG.warning("picture %s is dropped: it cannot be decoded (%s)", path, one_line(error))
+                return
+            client.log_image(
+                self._run_id, image, key=event.name, step=event.step, timestamp=event.time_ms, synchronous=True
+            )
         path.unlink()
 
-    def _checkpoint(self, client: MlflowClient, event: Event) -> None:
+    def _table(self, client: MlflowClient, reported: Reported, event: Event) -> None:
+        """Log a table in the UI's format. `log_table` would append to an earlier table of this name."""
+        if event.step and event.step < reported.last_evaluated:
+            return  # a table with a step belongs to an evaluation, and another node has sent that of a later one
+        rows = [list(row) for row in zip(*event.columns.values(), strict=True)]
+        client.log_dict(self._run_id, {"columns": list(event.columns), "data": rows}, event.name)
+
+    def _checkpoint(self, client: MlflowClient, reported: Reported, event: Event) -> None:
         """Log a checkpoint as a model without files, which the UI ranks by its metrics; the files stay in the store."""
         from mlflow.entities import LoggedModelOutput, Metric
 
         run = client.get_run(self._run_id)
-        known = client.search_logged_models([run.info.experiment_id], filter_string=f"source_run_id = '{self._run_id}'")
-        # The type matters: a version that was registered in the meantime has the tag of its checkpoint, too.
-        same = (m for m in known if m.model_type == "checkpoint" and m.tags.get("checkpoint_uri") == event.name)
-        model = next(same, None)
+        model = reported.checkpoint(run.info.experiment_id, event.name, event.step)
         if model is not None and model.status == "READY":
             return
-        # A model that is not ready was left incomplete by an attempt that died, and is completed here.
+        # A model that is not ready was left incomplete by an attempt that died, and is completed here. If its points
+        # are there but not linked to it, they are linked with the value and the time that they have.
+        known = {} if model is None else {name: reported.point(name, event.step) for name in event.values}
         model = model or client.create_logged_model(
             run.info.experiment_id,
             name=f"step-{event.step:08d}",
             source_run_id=self._run_id,
             tags={"checkpoint_uri": event.name, "step": str(event.step)},
-            model_type="checkpoint",
+            model_type=CHECKPOINT,
         )
         if model.model_id not in {output.model_id for output in run.outputs.model_outputs}:
             client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, step=event.step)])
+        points = [
+            known.get(name) or Metric(name, value, event.time_ms, event.step) for name, value in event.values.items()
+        ]
         linked = [
-            Metric(name, value, event.time_ms, event.step, model_id=model.model_id)
-            for name, value in event.values.items()
+            Metric(point.key, point.value, point.timestamp, point.step, model_id=model.model_id) for point in points
         ]
         client.log_batch(self._run_id, metrics=linked)
         client.finalize_logged_model(model.model_id, "READY")

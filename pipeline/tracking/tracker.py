@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline.tracking.tags import TAG_WARNING
 
-_ATTEMPT_FAMILIES = ("cluster", "restart")
+ATTEMPT_FAMILIES = ("cluster", "restart")
 """Families whose points are events of an attempt, so that two attempts can report the same step."""
 _WARNING_LOGGERS = ("shards", "pipeline.checkpoint.catalog")
 
@@ -66,7 +66,7 @@ class ReportedSteps:
         steps = self._steps.get(family, ())
         if self._any_order:
             return step in steps
-        return family not in _ATTEMPT_FAMILIES and step <= max(steps, default=-1)
+        return family not in ATTEMPT_FAMILIES and step <= max(steps, default=-1)
 
     def is_outdated(self, family: str, step: int) -> bool:
         """Return whether a later step was reported; record this one if not."""

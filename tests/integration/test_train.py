@@ -17,9 +17,10 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.driver.changes import ResumeOptions
 from pipeline.errors import CheckpointError, Interrupted, RunConfigError, TrackingError, TrainingError
 from pipeline.run_folder import BusyError
+from pipeline.tracking.events import Event
 from pipeline.tracking.mlflow_client import connect
 from pipeline.tracking.mlflow_runs import find_run
-from pipeline.tracking.spool import Event, SpoolTracker
+from pipeline.tracking.spool import SpoolTracker
 from pipeline.tracking.tags import TAG_STREAM, TAG_TOTAL_STEPS
 from pipeline.train import Launch, resume, train
 from pipeline.training.loop import run

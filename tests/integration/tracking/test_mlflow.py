@@ -15,11 +15,12 @@ from PIL import Image
 from pipeline.config import RunConfig, flatten, from_json
 from pipeline.errors import TrackingError
 from pipeline.tracking import mlflow_runs, ui
+from pipeline.tracking.events import Event
 from pipeline.tracking.mlflow_client import connect, holds_secret, without_secret
 from pipeline.tracking.mlflow_runs import CONFIG_ARTIFACT, create_run, find_run, find_runs, read_config
 from pipeline.tracking.mlflow_sender import EventSender
 from pipeline.tracking.provenance import code_commit
-from pipeline.tracking.spool import Event, SpoolTracker
+from pipeline.tracking.spool import SpoolTracker
 from pipeline.tracking.tags import TAG_COMMIT, TAG_FOLDER
 from shards.dataset.manifest import load_manifest
 

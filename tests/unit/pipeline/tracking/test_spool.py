@@ -1,63 +1,18 @@
-"""The spool loses no event and sends no step twice, whatever happens to the server or to the process."""
+"""The tracker reports everything in order and no step twice, and an outage of the server delays but loses nothing."""
 
 import logging
 import math
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
-import msgspec
 import pytest
 from PIL import Image
 
-from pipeline.tracking import spool
-from pipeline.tracking.spool import Event, SpoolTracker
-
-
-class Server:
-    """Receiver that accepts events while it is up and keeps them."""
-
-    def __init__(self, up: bool = True) -> None:
-        self.up = up
-        self.taken: list[Event] = []
-        self.calls = threading.Semaphore(0)
-
-    def __call__(self, events: Sequence[Event]) -> None:
-        self.calls.release()
-        if not self.up:
-            raise ConnectionError("down")
-        self.taken += events
-
-    def points(self, name: str = "train/loss") -> list[tuple[int, float]]:
-        return [(event.step, event.values[name]) for event in self.taken if name in event.values]
-
+from pipeline.tracking import spool, spool_folder
+from pipeline.tracking.spool import SpoolTracker
+from tests.support.tracking_server import Server, wait_for
 
 Open = Callable[[Server], SpoolTracker]
-
-
-@pytest.fixture
-def open_spool(tmp_path: Path) -> Iterator[Open]:
-    opened: list[SpoolTracker] = []
-
-    def spool(server: Server) -> SpoolTracker:
-        opened.append(SpoolTracker(tmp_path / "spool", server, interval_s=0.01))
-        return opened[-1]
-
-    yield spool
-    for tracker in opened:
-        if not tracker._file.closed:
-            tracker.close()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.005)
 
 
 def test_everything_arrives_in_order(open_spool: Open) -> None:
@@ -94,7 +49,7 @@ def test_an_outage_delays_and_loses_nothing(open_spool: Open, caplog: pytest.Log
         for _ in range(3):
             assert server.calls.acquire(timeout=10)
     assert [record.message for record in caplog.records if "behind" in record.message] == [
-        f"tracking is behind (down); events are kept in {tracker._path} and sent later"
+        f"tracking is behind (down); events are kept in {tracker._spool.events} and sent later"
     ]
     server.up = True
     wait_for(lambda: len(server.points()) == 20)
@@ -104,7 +59,7 @@ def test_an_outage_delays_and_loses_nothing(open_spool: Open, caplog: pytest.Log
 
 
 def test_a_batch_that_fails_is_sent_again_completely(open_spool: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool, "_BATCH", 4)
+    monkeypatch.setattr(spool_folder, "_BATCH", 4)
     server = Server(up=False)
     tracker = open_spool(server)
     for step in range(10):
@@ -184,126 +139,6 @@ def test_with_any_order_each_step_is_sent_once_and_tables_only_advance(tmp_path:
             assert (tables, others) == ([("table", 300)], [])
 
 
-def test_a_cursor_past_the_end_after_a_power_loss_loses_no_line(open_spool: Open, tmp_path: Path) -> None:
-    tracker = open_spool(Server())
-    for step in range(10):
-        tracker.metrics({"train/loss": float(step)}, step)
-    tracker.close()
-    path = tmp_path / "spool" / "events.jsonl"
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:4]))  # the cursor counts ten
-    server = Server(up=False)
-    tracker = open_spool(server)
-    for step in range(4, 30):  # past where the cursor was
-        tracker.metrics({"train/loss": float(step)}, step)
-    server.up = True
-    tracker.close()
-    assert server.points() == [(step, float(step)) for step in range(30)]
-
-
-def test_drain_sends_what_a_closed_tracker_could_not(open_spool: Open, tmp_path: Path) -> None:
-    folder = tmp_path / "spool"
-    assert not spool.unsent(folder)
-    assert spool.drain(folder, Server())
-    tracker = open_spool(Server(up=False))
-    tracker.metrics({"train/loss": 1.0}, 1)
-    tracker.close()
-    assert spool.unsent(folder)
-    server = Server()
-    assert spool.drain(folder, server)
-    assert server.points() == [(1, 1.0)]
-    assert not spool.unsent(folder)
-
-
-def test_drain_keeps_events_when_the_server_is_down(
-    open_spool: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    tracker = open_spool(Server(up=False))
-    tracker.metrics({"train/loss": 1.0}, 1)
-    tracker.close()
-    caplog.clear()
-    assert not spool.drain(tmp_path / "spool", Server(up=False))
-    assert "did not accept all events (down)" in caplog.text
-    assert spool.unsent(tmp_path / "spool")
-
-
-def test_drain_ends_in_time_and_keeps_the_rest(
-    open_spool: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(spool, "_BATCH", 1)
-    tracker = open_spool(Server(up=False))
-    for step in (1, 2, 3):
-        tracker.metrics({"train/loss": float(step)}, step)
-    tracker.close()
-    server = Server()
-    assert not spool.drain(tmp_path / "spool", server, timeout_s=-1)  # over after the first batch
-    assert server.points() == [(1, 1.0)]
-    assert spool.drain(tmp_path / "spool", server)
-    assert server.points() == [(1, 1.0), (2, 2.0), (3, 3.0)]
-
-
-def test_an_empty_cursor_after_a_power_loss_sends_everything(open_spool: Open, tmp_path: Path) -> None:
-    tracker = open_spool(Server(up=False))
-    tracker.metrics({"train/loss": 1.0}, 1)
-    tracker.close()
-    (tmp_path / "spool" / "cursor").write_text("")
-    assert spool.unsent(tmp_path / "spool")
-
-
-def test_drain_removes_a_half_line_of_a_killed_writer(open_spool: Open, tmp_path: Path) -> None:
-    tracker = open_spool(Server(up=False))
-    tracker.metrics({"train/loss": 1.0}, 1)
-    tracker.close()
-    with (tmp_path / "spool" / "events.jsonl").open("ab") as file:
-        file.write(b'{"kind": "metr')
-    server = Server()
-    assert spool.drain(tmp_path / "spool", server)
-    assert server.points() == [(1, 1.0)]
-    assert not spool.unsent(tmp_path / "spool")
-
-
-WRITER = """
-import sys, time
-sys.path.insert(0, sys.argv[2])
-from pathlib import Path
-from pipeline.tracking.spool import SpoolTracker
-def send(events):
-    raise ConnectionError
-tracker = SpoolTracker(Path(sys.argv[1]), send, interval_s=0.01)
-step = 0
-while True:
-    step += 1
-    tracker.metrics({"train/loss": float(step)}, step)
-    print(step, flush=True)
-"""
-
-
-def test_a_killed_process_loses_only_its_half_written_line(tmp_path: Path, open_spool: Open) -> None:
-    root = Path(spool.__file__).parents[2]
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(tmp_path / "spool"), str(root)], stdout=subprocess.PIPE
-    )
-    assert process.stdout
-    try:
-        while int(process.stdout.readline()) < 200:
-            pass
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-    path = tmp_path / "spool" / "events.jsonl"
-    whole = path.read_bytes().count(b"\n")
-    assert whole >= 200
-    torn = msgspec.json.encode(Event("metrics", 0, step=whole + 1, values={"train/loss": 1.0}))
-    with path.open("ab") as file:
-        file.write(torn[: len(torn) // 2])
-    server = Server()
-    tracker = open_spool(server)
-    tracker.metrics({"train/loss": 0.5}, whole)  # computed again: dropped
-    tracker.metrics({"train/loss": 0.5}, whole + 1)  # the half-written one: sent now
-    tracker.close()
-    assert server.points() == [(step, float(step)) for step in range(1, whole + 1)] + [(whole + 1, 0.5)]
-
-
 def test_a_picture_is_kept_in_the_spool_until_it_is_sent(open_spool: Open, tmp_path: Path) -> None:
     server = Server()
     tracker = open_spool(server)
@@ -311,65 +146,3 @@ def test_a_picture_is_kept_in_the_spool_until_it_is_sent(open_spool: Open, tmp_p
     tracker.close()
     with Image.open(tmp_path / "spool" / server.taken[0].tags["file"]) as image:
         assert image.getpixel((0, 0)) == (255, 0, 0)
-
-
-class FullDisk:
-    """File on a disk with a limited number of free bytes."""
-
-    def __init__(self, file: BinaryIO, free: int) -> None:
-        self.file, self.free = file, free
-        self.closed = False
-
-    def write(self, line: bytes) -> int:
-        if not self.free:
-            raise OSError(28, "No space left on device")
-        written = self.file.write(line[: self.free])
-        self.free -= written
-        return written
-
-    def close(self) -> None:
-        self.file.close()
-        self.closed = True
-
-
-def test_a_full_disk_delays_lines_but_raises_nothing(
-    open_spool: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    server = Server()
-    tracker = open_spool(server)
-    disk = FullDisk(tracker._file, free=100)
-    monkeypatch.setattr(tracker, "_file", disk)
-    with caplog.at_level(logging.WARNING, spool.LOG.name):
-        for step in range(1, 5):
-            tracker.metrics({"train/loss": float(step)}, step)
-    assert len([record for record in caplog.records if "No space left" in record.message]) == 1
-    disk.free = 10_000
-    tracker.metrics({"train/loss": 5.0}, 5)
-    tracker.close()
-    assert server.points() == [(step, float(step)) for step in range(1, 6)]
-
-
-def test_a_picture_that_cannot_be_written_raises_nothing(open_spool: Open, tmp_path: Path) -> None:
-    server = Server()
-    tracker = open_spool(server)
-    (tmp_path / "spool" / "detections-0-00000007.png").mkdir()
-    tracker.picture("detections/0", Image.new("RGB", (4, 4)), 7)
-    tracker.close()
-    assert server.taken == []
-
-
-def test_a_damaged_line_is_skipped(open_spool: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tracker = open_spool(Server(up=False))
-    for step in (1, 2, 3):
-        tracker.metrics({"train/loss": float(step)}, step)
-    tracker.close()
-    path = tmp_path / "spool" / "events.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(lines[0] + b"\x00" * (len(lines[1]) - 1) + b"\n" + lines[2])
-    server = Server()
-    with caplog.at_level(logging.WARNING, spool.LOG.name):
-        tracker = open_spool(server)
-        tracker.metrics({"train/loss": 4.0}, 4)
-        tracker.close()
-    assert server.points() == [(1, 1.0), (3, 3.0), (4, 4.0)]
-    assert any("a damaged line of" in record.message for record in caplog.records)
