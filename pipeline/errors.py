@@ -12,6 +12,7 @@
       * MemoryShortage: a worker ran out of memory (`pipeline.training.out_of_memory`)
       * Postponed
         * Interrupted
+          * Killed
         * BusyError
     * JobError: a cluster job failed (`jobs.submit`)
   * ShardError: raised in `shards` (`shards.errors`)
@@ -64,6 +65,10 @@ class Postponed(TrainingError):
 
 class Interrupted(Postponed):
     """Raised when a user or a scheduler stopped the run."""
+
+
+class Killed(Interrupted):
+    """Raised when a run was stopped by force: its workers were ended before they saved. The message says what is kept."""
 
 
 class BusyError(Postponed):

@@ -1,26 +1,28 @@
 """Records of the attempts at a run: Ray restarts the workers after a failure and when their number changes.
 
-    <run folder>/attempts/0001.started       number of workers and start time
-                          0001.cause         why the attempt ended, and when
-                          0001.at-3          position of worker 3, written while no step finishes
-                          0001.hang          which worker is stuck and keeps the others waiting
-                          0001.symptom       error of a worker whose peer had died; used only if there is no cause
+    attempts/0001.started       number of workers and start time
+             0001.progress      rank 0 has saved something that is not computed again
+             0001.cause         why the attempt ended, and when
+             0001.at-3          position of worker 3, written while no step finishes
+             0001.hang          which worker is stuck and keeps the others waiting
+             0001.symptom       error of a worker whose peer had died; used only if there is no cause
+             0001.handover      `asked`: the workers are to save and return, for others will replace them; then `done`
 
-Every file is written atomically, and the first writer wins. The records belong to one driver: the next one deletes
-them (`clear_notes`).
+These are notes of one driver (`notes`), of which the first writer wins, except for the handover.
 """
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Literal, TypeVar
 
 import msgspec
 
-from pipeline.run_folder import ATTEMPTS, write_once
+from pipeline.cluster.notes import Notes
 
 _UNKNOWN = "a worker died"
+_FOLDER = "attempts/"
+_ASKED, _DONE = b"asked", b"done"
 T = TypeVar("T", bound=msgspec.Struct)
 Kind = Literal["cause", "hang", "symptom"]
 _KINDS: tuple[Kind, ...] = ("cause", "hang", "symptom")  # the most specific report first
@@ -32,6 +34,8 @@ class EndReason(msgspec.Struct, frozen=True):
     why: str
     at: float
     wanted: bool = False
+    error: str = ""
+    """Exception of a worker that is the reason, if it is one."""
 
 
 class _Start(msgspec.Struct, frozen=True):
@@ -60,65 +64,85 @@ class Restart(msgspec.Struct, frozen=True):
         return max(0.0, now - self.ended.at)
 
 
-def has_started(folder: Path) -> bool:
+def has_started(notes: Notes) -> bool:
     """Return True if workers have entered the loop, so that they can receive requests."""
-    return _count(folder) > 0
+    return _count(notes) > 0
 
 
-def is_running(folder: Path) -> bool:
-    """Return True if an attempt has started and no end of it is recorded."""
-    number = _count(folder)
-    return number > 0 and not any(_path(folder, number, kind).exists() for kind in ("cause", "symptom"))
-
-
-def has_cause(folder: Path) -> bool:
-    """Return True if the cause of the current attempt's end is recorded, or a hang of it."""
-    return any(_path(folder, _count(folder), kind).exists() for kind in ("cause", "hang"))
-
-
-def start_attempt(folder: Path, workers: int) -> Restart | None:
-    """Record the start of an attempt (rank 0 only); return the restart, or None for the first attempt."""
-    number = _count(folder)
-    _write(_path(folder, number + 1, "started"), _Start(workers, time.time()))
+def is_running(notes: Notes) -> bool:
+    """Return True if an attempt has started and no end of it is recorded, or its workers still have to hand over."""
+    records = notes.read_all(_FOLDER)
+    number = _newest(records)
     if number == 0:
+        return False
+    ended = any(_name(number, kind) in records for kind in ("cause", "symptom"))
+    return not ended or records.get(_name(number, "handover")) == _ASKED
+
+
+def has_cause(notes: Notes) -> bool:
+    """Return True if the cause of the current attempt's end is recorded, or a hang of it."""
+    records = notes.read_all(_FOLDER)
+    return any(_name(_newest(records), kind) in records for kind in ("cause", "hang"))
+
+
+def start_attempt(notes: Notes, workers: int) -> Restart | None:
+    """Record the start of an attempt (rank 0 only); return the restart, or None for the first attempt."""
+    number = _count(notes)
+    notes.write(_name(number + 1, "started"), msgspec.json.encode(_Start(workers, time.time())))
+    started = notes.read(_name(number, "started"))
+    if started is None:
         return None
-    before = msgspec.json.decode(_path(folder, number, "started").read_bytes(), type=_Start)
-    return Restart(number, end_reason(folder, number) or EndReason(_UNKNOWN, before.at), before.workers, workers)
+    before = msgspec.json.decode(started, type=_Start)
+    return Restart(number, end_reason(notes, number) or EndReason(_UNKNOWN, before.at), before.workers, workers)
 
 
-def record_end(folder: Path, why: str, kind: Kind = "cause", *, wanted: bool = False) -> None:
+def record_progress(notes: Notes) -> None:
+    """Record that the current attempt has saved something that is not computed again."""
+    notes.write(_name(_count(notes), "progress"))
+
+
+def record_end(notes: Notes, why: str, kind: Kind = "cause", *, wanted: bool = False, error: str = "") -> None:
     """Record why the current attempt ends, or (kind "hang") which worker is stuck in it."""
-    _write(_path(folder, _count(folder), kind), EndReason(why, time.time(), wanted))
+    reason = EndReason(why, time.time(), wanted, error)
+    notes.write(_name(_count(notes), kind), msgspec.json.encode(reason))
 
 
-def record_position(folder: Path, rank: int, where: msgspec.Struct) -> None:
+def repeats(notes: Notes, error: str) -> bool:
+    """Return True if the attempt before ended with this exception of a worker and nothing was saved since."""
+    number = _count(notes)
+    if number < 2 or notes.read(_name(number, "progress")) is not None:
+        return False
+    before = end_reason(notes, number - 1)
+    return before is not None and before.error == error
+
+
+def record_position(notes: Notes, rank: int, where: msgspec.Struct) -> None:
     """Record the position of a worker that has not finished a step for long."""
-    _write(_path(folder, _count(folder), f"at-{rank}"), where)
+    notes.write(_name(_count(notes), f"at-{rank}"), msgspec.json.encode(where))
 
 
-def read_positions(folder: Path, world_size: int, kind: type[T]) -> dict[int, T | None]:
+def read_positions(notes: Notes, world_size: int, kind: type[T]) -> dict[int, T | None]:
     """Return the recorded position of each worker, by rank; None for a worker without a record."""
-    paths = {rank: _path(folder, _count(folder), f"at-{rank}") for rank in range(world_size)}
-    return {
-        rank: msgspec.json.decode(path.read_bytes(), type=kind) if path.exists() else None
-        for rank, path in paths.items()
-    }
+    records = notes.read_all(_FOLDER)
+    found = {rank: records.get(_name(_newest(records), f"at-{rank}")) for rank in range(world_size)}
+    return {rank: None if record is None else msgspec.json.decode(record, type=kind) for rank, record in found.items()}
 
 
-def clear_hang(folder: Path, rank: int) -> None:
+def clear_hang(notes: Notes, rank: int) -> None:
     """Delete the hang report and this rank's position: it has made progress."""
+    number = _count(notes)
     for kind in ("hang", f"at-{rank}"):
-        _path(folder, _count(folder), kind).unlink(missing_ok=True)
+        notes.delete(_name(number, kind))
 
 
-def end_reason(folder: Path, number: int | None = None) -> EndReason | None:
+def end_reason(notes: Notes, number: int | None = None) -> EndReason | None:
     """Return why an attempt (by default the current one) ended: the most specific report, with the earliest time."""
-    number = _count(folder) if number is None else number
+    records = notes.read_all(_FOLDER)
+    number = _newest(records) if number is None else number
     reports: dict[Kind, EndReason] = {}
     for kind in _KINDS:
-        path = _path(folder, number, kind)
-        if path.exists():
-            reports[kind] = msgspec.json.decode(path.read_bytes(), type=EndReason)
+        if record := records.get(_name(number, kind)):
+            reports[kind] = msgspec.json.decode(record, type=EndReason)
     if not reports:
         return None
     best = next(iter(reports.values()))
@@ -127,17 +151,42 @@ def end_reason(folder: Path, number: int | None = None) -> EndReason | None:
         # A hang ends in many ways. Its report is more specific than the cause, but it is not always the reason.
         why = f"{reports['hang'].why} ({why})"
     ends = [report.at for kind, report in reports.items() if kind != "hang"]
-    return EndReason(why, min(ends, default=best.at), best.wanted)
+    return EndReason(why, min(ends, default=best.at), best.wanted, best.error)
 
 
-def _count(folder: Path) -> int:
-    return len(list((folder / ATTEMPTS).glob("*.started")))
+def request_handover(notes: Notes) -> None:
+    """Ask the workers of the current attempt to save and return, because other workers will replace them."""
+    notes.write(_name(_count(notes), "handover"), _ASKED)
 
 
-def _path(folder: Path, number: int, kind: str) -> Path:
-    return folder / ATTEMPTS / f"{number:04d}.{kind}"
+def handover_requested(notes: Notes) -> bool:
+    """Return True if the workers of the current attempt are asked to hand over and have not done so."""
+    return notes.read(_name(_count(notes), "handover")) == _ASKED
 
 
-def _write(path: Path, record: msgspec.Struct) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_once(path, msgspec.json.encode(record))
+def asked_to_return(notes: Notes) -> bool:
+    """Return True if the workers are asked to save and return, to stop or to hand over."""
+    return notes.stop_requested() or handover_requested(notes)
+
+
+def finish_handover(notes: Notes) -> None:
+    """Record that the workers have saved and returned, if they were asked to."""
+    if handover_requested(notes):
+        notes.write(_name(_count(notes), "handover"), _DONE, overwrite=True)
+
+
+def handover_finished(notes: Notes) -> bool:
+    """Return True if the workers of the current attempt have handed over."""
+    return notes.read(_name(_count(notes), "handover")) == _DONE
+
+
+def _count(notes: Notes) -> int:
+    return _newest(notes.read_all(_FOLDER))
+
+
+def _newest(records: dict[str, bytes]) -> int:
+    return sum(name.endswith(".started") for name in records)
+
+
+def _name(number: int, kind: str) -> str:
+    return f"{_FOLDER}{number:04d}.{kind}"

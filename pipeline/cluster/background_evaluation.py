@@ -13,7 +13,6 @@ from __future__ import annotations
 import fcntl
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import catalog
@@ -21,7 +20,7 @@ from pipeline.checkpoint.location import Location, checkpoint_root
 from pipeline.cluster.worker import WorkerJob
 from pipeline.config import RunConfig
 from pipeline.errors import TrainingError
-from pipeline.run_folder import EVALUATION_SPOOL, stop_requested
+from pipeline.run_folder import EVALUATION_SPOOL
 from pipeline.tracking.mlflow_sender import EventSender
 from pipeline.tracking.spool import SpoolTracker
 from shards.errors import one_line
@@ -33,15 +32,22 @@ _MANY = 3  # checkpoints without metrics
 class Evaluator:
     """Evaluation of a run's checkpoints while the workers train.
 
-    `folder` is the run's folder. `evaluate` evaluates one checkpoint and returns when its metrics are stored, or
-    raises. `look_s` is the interval in seconds between looks for checkpoints to evaluate.
+    `folder` is the run's location. `evaluate` evaluates one checkpoint and returns when its metrics are stored, or
+    raises. `stop_requested` returns True if the run is asked to stop. `look_s` is the interval in seconds between
+    looks for checkpoints to evaluate.
     """
 
     def __init__(
-        self, config: RunConfig, folder: Path, evaluate: Callable[[Location], None], say: Say, look_s: float = 2.0
+        self,
+        config: RunConfig,
+        folder: Location,
+        evaluate: Callable[[Location], None],
+        say: Say,
+        stop_requested: Callable[[], bool] = lambda: False,
+        look_s: float = 2.0,
     ) -> None:
         self._root, self._keep = checkpoint_root(config.checkpoint.store, folder), config.checkpoint.keep
-        self._folder, self._evaluate, self._say, self._look_s = folder, evaluate, say, look_s
+        self._evaluate, self._say, self._stop_requested, self._look_s = evaluate, say, stop_requested, look_s
         self._trained, self._stopped = threading.Event(), threading.Event()
         self._error: Exception | None = None
         self._warned = False
@@ -61,7 +67,7 @@ class Evaluator:
                 self._stopped.set()
                 raise
             self._trained.set()
-            while thread.is_alive() and not stop_requested(self._folder):
+            while thread.is_alive() and not self._stop_requested():
                 thread.join(0.2)
             if thread.is_alive():
                 self._stopped.set()
@@ -133,7 +139,7 @@ def evaluator_on_ray(job: WorkerJob, gpu: bool, say: Say) -> Evaluator:
             cause = getattr(error, "cause", None) or error
             raise TrainingError(f"checkpoint {path} could not be evaluated ({one_line(cause)})") from error
 
-    return Evaluator(job.config, job.folder, evaluate, say)
+    return Evaluator(job.config, job.folder, evaluate, say, job.notes.stop_requested)
 
 
 def _warn_of_resources(have: dict[str, float], config: RunConfig, gpu: bool, say: Say) -> None:

@@ -1,20 +1,20 @@
 """Callback of Ray's controller: record why a group of workers ended, and let it save before a resize.
 
 The controller is an actor of Ray on the driver's machine, which calls these methods between two polls of the workers.
-They write to the run's folder, where the next group and the driver read it.
+They leave notes, which the next group and the driver read.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import attempts
+from pipeline.cluster.claims import record_claim
 from pipeline.cluster.deaths import find_dead, reason_of_death
+from pipeline.cluster.notes import Notes
 from pipeline.cluster.ray_internals import ControllerCallback, WorkerGroupCallback
-from pipeline.run_folder import clear_handover, handover_requested, request_handover
 
 _LOOK_S = 0.2
 
@@ -22,10 +22,17 @@ _LOOK_S = 0.2
 class GroupEndCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     """Callback that records why groups of workers end, and lets a group save before it is replaced."""
 
-    def __init__(self, folder: Path, handover_s: float = 120.0) -> None:
+    def __init__(self, notes: Notes, handover_s: float = 120.0) -> None:
         # By default time for a step or an evaluation, and for the checkpoint.
-        self._folder, self._handover_s = folder, handover_s
+        self._notes, self._handover_s = notes, handover_s
         self._actors: dict[int, Any] = {}
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Record the claim of this controller on the cluster's resources, called by Ray when it starts."""
+        import ray
+
+        # The name is that of `ScalingPolicy.after_controller_start`.
+        record_claim(self._notes.store, f"train-{train_run_context.run_id}", ray.get_runtime_context().get_job_id())
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Keep the actors of the group, called by Ray when they run."""
@@ -39,26 +46,25 @@ class GroupEndCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore
         ends_with = getattr(current_state, "next_state", None) if state == "ShuttingDownState" else current_state
         error = getattr(ends_with, "training_failed_error", None)
         if error is not None and state in ("RestartingState", "ShuttingDownState"):
-            record_group_end(self._folder, error, self._actors)
+            record_group_end(self._notes, error, self._actors)
 
     def _let_save(self, workers: int) -> None:
         """Ask the workers, which run well, to save and return because `workers` of them will replace them."""
-        if not attempts.has_started(self._folder):
+        if not attempts.has_started(self._notes):
             return
-        attempts.record_end(self._folder, f"the cluster has resources for {workers} workers now", wanted=True)
-        request_handover(self._folder)
+        attempts.record_end(self._notes, f"the cluster has resources for {workers} workers now", wanted=True)
+        attempts.request_handover(self._notes)
         until = time.monotonic() + self._handover_s
-        while handover_requested(self._folder) and time.monotonic() < until:
+        while not attempts.handover_finished(self._notes) and time.monotonic() < until:
             time.sleep(_LOOK_S)
-        clear_handover(self._folder)
 
 
-def record_group_end(folder: Path, error: BaseException, actors: Mapping[int, Any]) -> None:
+def record_group_end(notes: Notes, error: BaseException, actors: Mapping[int, Any]) -> None:
     """Record why the group of workers, `actors` by rank, ended, as far as Ray knows or finds out by asking them."""
     why, certain = explain(error)
-    if not certain and not attempts.has_cause(folder) and (dead := find_dead(actors)):
+    if not certain and not attempts.has_cause(notes) and (dead := find_dead(actors)):
         why, certain = _deaths(dead), True
-    attempts.record_end(folder, why, "cause" if certain else "symptom")
+    attempts.record_end(notes, why, "cause" if certain else "symptom")
 
 
 def explain(error: BaseException) -> tuple[str, bool]:

@@ -17,6 +17,7 @@ from types import FrameType
 import msgspec
 
 from pipeline.cluster import attempts
+from pipeline.cluster.notes import Notes
 from pipeline.training.step import train_step
 
 _RECORD, _JUDGE = 0.7, 0.85  # fractions of the timeout: first every worker records its position, then they are compared
@@ -40,8 +41,8 @@ class ThreadPosition(msgspec.Struct, frozen=True):
 class HangWatch:
     """Watcher of the thread that creates it; runs in a thread of its own until it is closed."""
 
-    def __init__(self, run_folder: Path, rank: int, world_size: int, timeout_s: float) -> None:
-        self._folder, self._rank, self._world_size, self._timeout_s = run_folder, rank, world_size, timeout_s
+    def __init__(self, notes: Notes, rank: int, world_size: int, timeout_s: float) -> None:
+        self._notes, self._rank, self._world_size, self._timeout_s = notes, rank, world_size, timeout_s
         self._training_thread = threading.get_ident()
         self._step, self._since, self._recorded = -1, time.monotonic(), False
         self._closed = threading.Event()
@@ -52,9 +53,6 @@ class HangWatch:
     def stepped(self, step: int) -> None:
         """Note that `step` steps are done."""
         self._step, self._since = step, time.monotonic()
-        if self._recorded:
-            self._recorded = False
-            attempts.clear_hang(self._folder, self._rank)
 
     def close(self) -> None:
         """Stop watching."""
@@ -63,13 +61,16 @@ class HangWatch:
     def _watch(self) -> None:
         while not self._closed.wait(min(5.0, self._timeout_s / 40)):
             quiet_s = time.monotonic() - self._since
+            if quiet_s <= _RECORD * self._timeout_s and self._recorded:
+                self._recorded = False
+                attempts.clear_hang(self._notes, self._rank)
             if quiet_s > _RECORD * self._timeout_s and not self._recorded:
                 self._recorded = True
                 frame = sys._current_frames().get(self._training_thread)
-                attempts.record_position(self._folder, self._rank, thread_position(frame, self._step))
+                attempts.record_position(self._notes, self._rank, thread_position(frame, self._step))
             if quiet_s > _JUDGE * self._timeout_s and self._recorded:
-                positions = attempts.read_positions(self._folder, self._world_size, ThreadPosition)
-                attempts.record_end(self._folder, diagnose(positions, quiet_s), "hang")
+                positions = attempts.read_positions(self._notes, self._world_size, ThreadPosition)
+                attempts.record_end(self._notes, diagnose(positions, quiet_s), "hang")
 
 
 def thread_position(frame: FrameType | None, step: int) -> ThreadPosition:

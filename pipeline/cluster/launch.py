@@ -17,6 +17,8 @@ from pipeline.checkpoint import catalog
 from pipeline.checkpoint.location import checkpoint_root
 from pipeline.checkpoint.metadata import read_meta
 from pipeline.cluster.background_evaluation import evaluator_on_ray
+from pipeline.cluster.claims import cancel_dead_claims
+from pipeline.cluster.notes import Notes
 from pipeline.cluster.ray_session import LocalRay, authenticate, join_cluster, lock_local_ray, start_local_ray
 from pipeline.cluster.resources import (
     check_resources,
@@ -54,14 +56,21 @@ class ConnectedCluster:
         failed.
         """
         gpu, say = self._gpu, self._say
-        job = WorkerJob(config, run_id, folder, tracking_uri(), code_commit(), accept_change)
+        from pipeline.cluster.ray_internals import RayNotes, cancel_resource_request, jobs_alive
+
+        notes = Notes.of_run(run_id, RayNotes())
+        cancel_dead_claims(notes.store, jobs_alive, cancel_resource_request)
+        job = WorkerJob(config, run_id, folder, tracking_uri(), code_commit(), accept_change, notes)
         fit = _trainer(job, gpu).fit
         evaluator = evaluator_on_ray(job, gpu, say) if config.evaluate.asynchronous else None
         if evaluator:
             fit = evaluator.around(fit)
         workers = WorkerStatus(self._local.gone, lambda: _newest_saved_step(config, folder))
-        with report_pending_workers(run_id, folder, lambda: describe_resources(config.cluster, gpu)):
-            supervise(fit, run_id, folder, say, workers)
+        try:
+            with report_pending_workers(run_id, notes, lambda: describe_resources(config.cluster, gpu)):
+                supervise(fit, run_id, notes, say, workers)
+        finally:
+            notes.clear()
         if evaluator:
             evaluator.raise_failure()
 
@@ -159,7 +168,7 @@ def _trainer(job: WorkerJob, gpu: bool) -> TorchTrainer:
             name=f"attempt-{os.getpid()}-{os.urandom(4).hex()}",
             storage_path=str(job.folder / RAY),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[GroupEndCallback(job.folder)],
+            callbacks=[GroupEndCallback(job.notes)],
         ),
     )
 

@@ -7,17 +7,96 @@ another one is installed or an interface is missing.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+import ray
 from ray._private import services
+from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
+from ray.experimental import internal_kv
 from ray.train.v2._internal.execution import context
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
-__all__ = ["TESTED_RAY", "ControllerCallback", "WorkerGroupCallback", "preemption_context", "servers_in_own_groups"]
+__all__ = [
+    "TESTED_RAY",
+    "ControllerCallback",
+    "RayNotes",
+    "WorkerGroupCallback",
+    "cancel_resource_request",
+    "jobs_alive",
+    "preemption_context",
+    "servers_in_own_groups",
+]
 
 TESTED_RAY = "2.60"
+_NAMESPACE = b"detr"
+_ANSWER_S = 3.0
+T = TypeVar("T")
+
+
+class RayNotes:
+    """Key-value store of the Ray cluster that this process belongs to, for `pipeline.cluster.notes`.
+
+    Raise `ConnectionError` if the cluster does not answer within a few seconds.
+    """
+
+    def put(self, key: str, value: bytes, overwrite: bool) -> None:
+        """Store a value; without `overwrite` only if the key has none."""
+        _ask(lambda gcs: gcs.internal_kv_put(key.encode(), value, overwrite, _NAMESPACE, timeout=_ANSWER_S))
+
+    def get(self, key: str) -> bytes | None:
+        """Return the value of a key, or None."""
+        value: bytes | None = _ask(lambda gcs: gcs.internal_kv_get(key.encode(), _NAMESPACE, timeout=_ANSWER_S))
+        return value
+
+    def get_all(self, prefix: str) -> dict[str, bytes]:
+        """Return the values of all keys with this prefix."""
+
+        def read(gcs: Any) -> dict[str, bytes]:
+            keys = gcs.internal_kv_keys(prefix.encode(), _NAMESPACE, timeout=_ANSWER_S)
+            found = gcs.internal_kv_multi_get(keys, _NAMESPACE, timeout=_ANSWER_S) if keys else {}
+            return {key.decode(): value for key, value in found.items()}
+
+        return _ask(read)
+
+    def delete(self, key: str) -> None:
+        """Delete a key, if it exists."""
+        _ask(lambda gcs: gcs.internal_kv_del(key.encode(), False, _NAMESPACE, timeout=_ANSWER_S))
+
+    def delete_all(self, prefix: str) -> None:
+        """Delete all keys with this prefix."""
+        _ask(lambda gcs: gcs.internal_kv_del(prefix.encode(), True, _NAMESPACE, timeout=_ANSWER_S))
+
+
+def _ask(act: Callable[[Any], T]) -> T:
+    """Return what `act` returns with the client of the cluster's head; raise `ConnectionError` if it does not answer."""
+    gcs = internal_kv.internal_kv_get_gcs_client()
+    if gcs is None:
+        raise ConnectionError("this process is not connected to Ray")
+    try:
+        return act(gcs)
+    except (ray.exceptions.RayError, RuntimeError) as error:
+        raise ConnectionError(str(error)) from error
+
+
+def jobs_alive() -> set[str]:
+    """Return the ids of the Ray jobs that have not ended; raise `ConnectionError` if the cluster does not answer."""
+    jobs = _ask(
+        lambda gcs: gcs.get_all_job_info(
+            skip_submission_job_info_field=True, skip_is_running_tasks_field=True, timeout=_ANSWER_S
+        )
+    )
+    return {job_id.hex() for job_id, job in jobs.items() if not job.is_dead}
+
+
+def cancel_resource_request(requester: str) -> None:
+    """Free what Ray's autoscaling coordinator reserves for a requester; raise `ConnectionError` if it does not answer."""
+    try:
+        actor = coordinator.get_or_create_autoscaling_coordinator()
+        ray.get(actor.cancel_request.remote(requester_id=requester), timeout=_ANSWER_S)
+    except ray.exceptions.RayError as error:
+        raise ConnectionError(str(error)) from error
 
 
 def preemption_context() -> Any:

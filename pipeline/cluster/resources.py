@@ -10,12 +10,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from pipeline.cluster import attempts
+from pipeline.cluster.notes import Notes
 from pipeline.config import ClusterConfig, RunConfig
 from pipeline.errors import RunConfigError
-from pipeline.run_folder import handover_requested
 from pipeline.tracking.mlflow_client import connect, tracking_uri
 from pipeline.tracking.tags import TAG_PENDING_WORKERS
 from shards.errors import one_line
@@ -47,13 +46,13 @@ def describe_resources(cluster: ClusterConfig, gpu: bool) -> str:
 
 @contextmanager
 def report_pending_workers(
-    run_id: str, folder: Path, why: Callable[[], str], patience_s: float = _PATIENCE_S, look_s: float = 5.0
+    run_id: str, notes: Notes, why: Callable[[], str], patience_s: float = _PATIENCE_S, look_s: float = 5.0
 ) -> Iterator[None]:
     """Inside the block, set `TAG_PENDING_WORKERS` to `why()` when no worker has run for `patience_s` seconds."""
     done = threading.Event()
     # In a thread: an unreachable store blocks its client for minutes, in which the driver must still handle signals.
     thread = threading.Thread(
-        target=_watch, args=(run_id, folder, why, patience_s, look_s, done), name="waits", daemon=True
+        target=_watch, args=(run_id, notes, why, patience_s, look_s, done), name="waits", daemon=True
     )
     thread.start()
     try:
@@ -64,14 +63,13 @@ def report_pending_workers(
 
 
 def _watch(
-    run_id: str, folder: Path, why: Callable[[], str], patience_s: float, look_s: float, done: threading.Event
+    run_id: str, notes: Notes, why: Callable[[], str], patience_s: float, look_s: float, done: threading.Event
 ) -> None:
     reported, since, over, warned = "", time.monotonic(), False, False
     while not over:
         over = done.wait(look_s)
         now = time.monotonic()
-        # Workers that are asked to hand over are running until they have saved.
-        if over or attempts.is_running(folder) or handover_requested(folder):
+        if over or attempts.is_running(notes):
             since = now
         try:
             text = ""

@@ -15,17 +15,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import attempts
-from pipeline.errors import Interrupted, PipelineError, TrainingError
-from pipeline.run_folder import clear_notes, read_fatal_error, request_stop, stop_requested
+from pipeline.cluster.notes import Notes
+from pipeline.errors import Interrupted, Killed, PipelineError, Postponed, TrainingError
 from pipeline.tracking.mlflow_client import connect
 from shards.errors import ShardError, one_line
 
 GRACE_S = 45.0  # Ray kills a stopped job after 60 s
+_UNKNOWN = -1
 _LOOK_S = 0.2
+_READ_S = 1.0  # between looks at the notes, which block for seconds while the cluster does not answer
 
 
 @dataclass(frozen=True)
@@ -41,58 +42,74 @@ class WorkerStatus:
 def supervise(
     fit: Callable[[], Any],
     run_id: str,
-    folder: Path,
+    notes: Notes,
     say: Callable[[str], None],
     workers: WorkerStatus | None = None,
     grace_s: float = GRACE_S,
 ) -> None:
     """Call `fit` and follow the run on stderr until it returns.
 
-    Raise `Interrupted` when the run was stopped, and `TrainingError` with the workers' message when it failed. A fatal
-    error, which a restart cannot repair, is raised as soon as a worker has written it. Workers that are asked to stop
-    have `grace_s` seconds to save.
+    Raise `Interrupted` when the run was stopped and has saved, `Killed` when it could not save, and `TrainingError`
+    with the workers' message when it failed. That is a `Postponed` if the run has saved a step since this call, so that
+    a further try is worth it. A fatal error, which a restart cannot repair, is raised as soon as a worker has written
+    it. Workers that are asked to stop have `grace_s` seconds to save.
     """
-    clear_notes(folder)
+    workers = workers or WorkerStatus()
+    began_at = _saved(workers)
     result: Future[None] = Future()
     with _following(run_id), _signals() as received:
         threading.Thread(target=_call, args=(result, fit), name="fit", daemon=True).start()
-        _wait(result, folder, received, say, workers or WorkerStatus(), grace_s)
-    _raise_fatal(folder, received, say)
+        _wait(result, notes, received, say, workers, grace_s)
+    _raise_fatal(notes, received, say)
     if error := result.exception():
         if received:
-            raise Interrupted("interrupted") from error
-        raise TrainingError(_explain(error, folder)) from error
-    if stop_requested(folder):
+            raise Killed(_kept(workers)) from error
+        message, saved = _explain(error, notes), _saved(workers)
+        if saved == _UNKNOWN or saved not in (None, began_at):
+            raise Postponed(f"{message}; {_kept(workers)}, and the same command continues the run") from error
+        raise TrainingError(message) from error
+    if received:
         raise Interrupted("stopped at a checkpoint")
 
 
 def _wait(
     result: Future[None],
-    folder: Path,
+    notes: Notes,
     received: list[int],
     say: Callable[[str], None],
     workers: WorkerStatus,
     grace_s: float,
 ) -> None:
     """Wait for the end of `fit`; raise when the workers must be ended now."""
-    deadline = None
+    deadline, asked, read_at = None, False, 0.0
     while not result.done():
         time.sleep(_LOOK_S)
-        _raise_fatal(folder, received, say)
+        if time.monotonic() >= read_at:
+            _raise_fatal(notes, received, say)
+            read_at = time.monotonic() + _READ_S
         if received and deadline is None:
-            if not attempts.has_started(folder):
-                raise Interrupted("interrupted before training began")
-            request_stop(folder)
-            say("stopping: the workers save after their current step; a second signal ends them at once")
             deadline = time.monotonic() + grace_s
-        if deadline is not None and time.monotonic() > deadline:
-            say(f"the workers did not answer within {grace_s:g} s: {_kept(workers)}")
-            raise Interrupted("interrupted")
-        if received and workers.gone():
-            say(f"the workers ended before they could save: {_kept(workers)}")
-            raise Interrupted("interrupted")
+        if received and not asked and notes.request_stop():
+            asked = True
+            if not attempts.is_running(notes):
+                raise Interrupted("stopped while no worker ran, so that nothing had to be saved")
+            say("stopping: the workers save after their current step; a second signal ends them at once")
         if len(received) > 1:
-            raise Interrupted("interrupted")
+            raise Killed(_kept(workers))
+        if deadline is not None and time.monotonic() > deadline:
+            say(f"the workers did not answer within {grace_s:g} s")
+            raise Killed(_kept(workers))
+        if received and workers.gone():
+            say("the workers ended before they could save")
+            raise Killed(_kept(workers))
+
+
+def _saved(workers: WorkerStatus) -> int | None:
+    """Return the newest saved step, None before the first, and `_UNKNOWN` if the checkpoints cannot be listed."""
+    try:
+        return workers.saved()
+    except (OSError, PipelineError, ShardError):
+        return _UNKNOWN
 
 
 def _kept(workers: WorkerStatus) -> str:
@@ -143,19 +160,19 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _raise_fatal(folder: Path, received: list[int], say: Callable[[str], None]) -> None:
-    message = read_fatal_error(folder)
+def _raise_fatal(notes: Notes, received: list[int], say: Callable[[str], None]) -> None:
+    message = notes.read_fatal_error()
     if message is None:
         return
     if received:
         say(f"the workers failed while they were stopping: {message}")
-        raise Interrupted("interrupted")
+        raise Killed("the workers could not save")
     raise TrainingError(message)
 
 
-def _explain(error: BaseException, folder: Path) -> str:
+def _explain(error: BaseException, notes: Notes) -> str:
     """Return one line: the reason that the workers recorded, or the last line of Ray's error."""
-    reason = attempts.end_reason(folder)
+    reason = attempts.end_reason(notes)
     if hasattr(error, "worker_failures") and reason:
         return reason.why
     lines = str(error).strip().splitlines() or [type(error).__name__]

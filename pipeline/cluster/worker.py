@@ -6,21 +6,25 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import attempts
 from pipeline.cluster.attempts import Restart
 from pipeline.cluster.hang_watch import HangWatch
+from pipeline.cluster.notes import Notes
+from pipeline.cluster.request_watch import RequestWatch
 from pipeline.config import RunConfig
 from pipeline.errors import USER_ERRORS
-from pipeline.run_folder import SPOOL, clear_handover, write_fatal_error
+from pipeline.run_folder import SPOOL
 from pipeline.tracking.mlflow_sender import EventSender
 from pipeline.tracking.spool import SpoolTracker
 from pipeline.tracking.tags import TAG_PHASE, TAG_RESIZED, TAG_WARNING
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.requests import NO_REQUEST, LoopHooks, Request
 from shards.errors import one_line
+from shards.store.retry import StoreError
 
 _LESS = "expected a run that fits: lower --evaluate.batch-size, --data.reader-threads or the workers of a node"
 _BEFORE_S = 20.0  # time before a node is taken away at which a second checkpoint is written
@@ -38,6 +42,7 @@ class WorkerJob:
     code_commit: str
     accept_change: bool
     """Continue from a checkpoint even if its stream of samples is another one."""
+    notes: Notes
 
 
 def train_in_ray(job: WorkerJob) -> None:
@@ -63,42 +68,61 @@ def train_in_ray(job: WorkerJob) -> None:
     run_info = RunInfo(job.run_id, job.folder, job.code_commit, job.accept_change)
     tracker, restart = None, None
     if ranks.first:
-        restart = attempts.start_attempt(job.folder, ranks.world_size)
+        restart = attempts.start_attempt(job.notes, ranks.world_size)
         spool = job.folder / SPOOL
         tracker = SpoolTracker(spool, EventSender(job.tracking_uri, job.run_id, spool))
         tracker.tags({TAG_PHASE: "training"} | _restart_warning(restart))
     first_step = FirstStepReport(tracker, ranks.world_size, restart)
-    hangs = HangWatch(job.folder, ranks.rank, ranks.world_size, ranks.timeout_s)
+    hangs = HangWatch(job.notes, ranks.rank, ranks.world_size, ranks.timeout_s)
+    asked = RequestWatch(partial(attempts.asked_to_return, job.notes)) if ranks.first else None
+    leaving = PreemptionNotice()
 
     def stepped(step: int) -> None:
         hangs.stepped(step)
         first_step(step)
 
+    def request() -> Request:
+        return leaving.request()._replace(stop=asked is not None and asked.stop)
+
+    def keep_unsent() -> None:
+        attempts.record_progress(job.notes)
+
     try:
         with forward_warnings(tracker) if tracker else nullcontext():
-            run(config, run_info, ranks, tracker, LoopHooks(PreemptionNotice().request, stepped))
+            run(config, run_info, ranks, tracker, LoopHooks(request, stepped, keep_unsent))
     except Exception as error:
-        _record_failure(job.folder, ranks.rank, error)
+        record_failure(job.notes, ranks.rank, error)
         raise
     finally:
         hangs.close()
+        if asked:
+            asked.close()
         if tracker:
             tracker.close()
-            clear_handover(job.folder)
+            attempts.finish_handover(job.notes)
 
 
-def _record_failure(folder: Path, rank: int, error: Exception) -> None:
+def record_failure(notes: Notes, rank: int, error: Exception) -> None:
     """Write the error for the driver: a fatal one, which would only happen again, or the end of this attempt."""
     from pipeline.distributed.ranks import is_peer_failure
     from pipeline.training.out_of_memory import is_shortage
 
-    if isinstance(error, USER_ERRORS):
-        write_fatal_error(folder, str(error))
+    passes = isinstance(error, StoreError | ConnectionError | TimeoutError)  # what is away now may be back later
+    if isinstance(error, USER_ERRORS) and not passes:
+        notes.write_fatal_error(str(error))
         return
+    what = one_line(error)
     if is_shortage(error):
-        write_fatal_error(folder, f"worker {rank} ran out of memory ({one_line(error)}); {_LESS}")
-    kind: attempts.Kind = "symptom" if is_peer_failure(error) else "cause"
-    attempts.record_end(folder, f"worker {rank} failed: {one_line(error)}", kind)
+        notes.write_fatal_error(f"worker {rank} ran out of memory ({what}); {_LESS}")
+    if is_peer_failure(error):
+        attempts.record_end(notes, f"worker {rank} failed: {what}", "symptom")
+        return
+    if not passes and attempts.repeats(notes, what):
+        notes.write_fatal_error(
+            f"worker {rank} failed: {what}; so did the attempt before it, and nothing was saved in between: expected "
+            "a cause outside the run to have passed; mend what the message names"
+        )
+    attempts.record_end(notes, f"worker {rank} failed: {what}", error="" if passes else what)
 
 
 def with_microbatch_limit(config: RunConfig) -> RunConfig:

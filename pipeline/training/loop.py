@@ -36,7 +36,7 @@ from pipeline.training.guard import Guard
 from pipeline.training.optim import set_learning_rates
 from pipeline.training.out_of_memory import explaining
 from pipeline.training.reporting import report_left_out, report_opening
-from pipeline.training.requests import NO_HOOKS, NO_REQUEST, LoopHooks, Request, RequestPoller
+from pipeline.training.requests import NO_HOOKS, NO_REQUEST, LoopHooks, Request
 from pipeline.training.state import RunInfo, TrainState, WorkerContext
 from pipeline.training.step import train_step
 from pipeline.training.validation import evaluation_due, validate
@@ -96,7 +96,7 @@ def run(
         ) as saver,
     ):
         # Only rank 0 looks for requests; the others have none of their own.
-        poll = RequestPoller(run_info.folder, hooks).poll if ranks.first else NO_HOOKS.request
+        poll = hooks.request if ranks.first else NO_HOOKS.request
         guard = Guard(run_info.folder, config.guard, ranks, tracker, saver)
         meter = Meter(
             schedule, ranks, tracker, lambda: saver.stalled_s, Forecast(config, schedule, val.images, ranks.world_size)

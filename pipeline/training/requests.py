@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
-
-from pipeline.checkpoint.location import Location
-from pipeline.run_folder import handover_requested, stop_requested
-
-_LOOK_S = 1.0  # not at every step: the folder may be on a file system that many nodes share
 
 
 class Request(NamedTuple):
@@ -34,7 +27,7 @@ class LoopHooks:
     """
 
     request: Callable[[], Request] = lambda: NO_REQUEST
-    """Return further requests of rank 0; called at every step."""
+    """Return the requests of the driver and the cluster; called on rank 0 at every step, so it must not block."""
     stepped: Callable[[int], None] = lambda _: None
     """Called after each step with the number of steps done."""
     keep_unsent: Callable[[], None] = lambda: None
@@ -46,19 +39,3 @@ class LoopHooks:
 
 
 NO_HOOKS = LoopHooks()
-
-
-class RequestPoller:
-    """Poller of the requests in the run's folder (about once a second) and of its caller (at every step)."""
-
-    def __init__(self, run_folder: Location, hooks: LoopHooks = NO_HOOKS) -> None:
-        self._folder, self._hooks, self._next, self._stop = run_folder, hooks, 0.0, False
-
-    def poll(self) -> Request:
-        """Return this rank's requests after the current step."""
-        now = time.monotonic()
-        if isinstance(self._folder, Path) and not self._stop and now >= self._next:
-            self._next = now + _LOOK_S
-            self._stop = stop_requested(self._folder) or handover_requested(self._folder)
-        save, stop = self._hooks.request()
-        return Request(save, stop or self._stop)

@@ -10,17 +10,19 @@ import torch
 
 from pipeline.cluster import attempts
 from pipeline.cluster.hang_watch import HangWatch
+from pipeline.cluster.notes import Notes
 from pipeline.distributed.ranks import Ranks, on_first
+from tests.support.notes import FolderNotes
 from tests.support.ranks import run_ranks
 
 _TIMEOUT_S = 2.0
 
 
-def meet(ranks: Ranks, folder: Path, how: str) -> str:
+def meet(ranks: Ranks, notes: Notes, how: str) -> str:
     """Return the first rank's error in a sum that misses the second rank."""
     pids = ranks.all_gather(os.getpid())
     group = Ranks(ranks.rank, ranks.world_size, timeout_s=_TIMEOUT_S).with_new_group()
-    watch = HangWatch(folder, ranks.rank, ranks.world_size, _TIMEOUT_S)
+    watch = HangWatch(notes, ranks.rank, ranks.world_size, _TIMEOUT_S)
     watch.stepped(5)
     message = ""
     if not ranks.first:
@@ -46,10 +48,11 @@ def meet(ranks: Ranks, folder: Path, how: str) -> str:
     ],
 )
 def test_the_missing_rank_is_named(tmp_path: Path, how: str, named: str) -> None:
-    attempts.start_attempt(tmp_path, 2)
-    message, _ = run_ranks(2, meet, tmp_path, how)
+    notes = Notes.of_run("run", FolderNotes(tmp_path))
+    attempts.start_attempt(notes, 2)
+    message, _ = run_ranks(2, meet, notes, how)
     assert f"imed out waiting {_TIMEOUT_S * 1000:.0f}ms" in message
-    reason = attempts.end_reason(tmp_path)
+    reason = attempts.end_reason(notes)
     assert reason is not None
     assert reason.why.startswith(named)
     assert reason.why.endswith("the last was step 5")

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from pipeline import run_folder
-from pipeline.cluster import attempts
 from pipeline.config import GuardConfig, RunConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import TrainingError
-from pipeline.run_folder import only_driver, request_handover, request_stop, write_fatal_error
+from pipeline.run_folder import only_driver
 from pipeline.tracking.spool import SpoolTracker
 from pipeline.training.loop import run
 from pipeline.training.state import RunInfo
@@ -37,14 +36,9 @@ def test_the_table_names_every_file_of_a_run(config: RunConfig, run_info: RunInf
     guarded = replace(config, guard=GuardConfig(policy="skip", max_grad_norm=1e-9, max_events=1))
     with only_driver(folder, "run"):
         tracker = SpoolTracker(folder / run_folder.SPOOL, lambda events: None)
-        attempts.start_attempt(folder, 1)
         run(replace(config, optim=replace(config.optim, max_steps=2)), run_info, Ranks(), tracker)
         with pytest.raises(TrainingError, match="max_events"):
             run(guarded, run_info, Ranks(), tracker)
         tracker.close()
-        attempts.record_end(folder, "the guard ended it")
-        request_stop(folder)
-        request_handover(folder)
-        write_fatal_error(folder, "too many events")
     entries = {path.name + "/" * path.is_dir() for path in folder.iterdir()}
     assert entries == {name for name, _, _ in run_folder_table()} - {"spool-evaluation/", "ray/"}

@@ -16,7 +16,6 @@ from pipeline.cluster.background_evaluation import Evaluator
 from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import TrainingError
-from pipeline.run_folder import request_stop
 from pipeline.training.loop import run
 from pipeline.training.validation import evaluate_checkpoint
 from tests.support.runs import start
@@ -69,7 +68,7 @@ class Run:
     """A run whose `fit` saves numbers in place of checkpoints, and whose evaluations are recorded in a list."""
 
     def __init__(self, config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder, self.messages = folder, list[str]()
+        self.messages = list[str]()
         self.saved, self.evaluated, self.pruned = list[int](), list[int](), list[bool]()
         self.active, self.most = 0, 0
         self.fails: Callable[[int], bool] = lambda step: False
@@ -81,7 +80,8 @@ class Run:
             lambda home: [home / str(step) for step in self.saved if step not in self.evaluated],
         )
         monkeypatch.setattr(catalog, "prune", lambda home, keep: self.pruned.append(True))
-        self.evaluator = Evaluator(config, folder, self.evaluate, self.messages.append, look_s=0.01)
+        self.stop = threading.Event()
+        self.evaluator = Evaluator(config, folder, self.evaluate, self.messages.append, self.stop.is_set, look_s=0.01)
 
     def evaluate(self, path: Location) -> None:
         self.active += 1
@@ -152,7 +152,7 @@ def test_a_stopped_run_does_not_wait_for_evaluations(fake: Run) -> None:
         fake.saved.append(1)
         while not fake.active:
             time.sleep(0.01)
-        request_stop(fake.folder)
+        fake.stop.set()
 
     fake.evaluator.around(fit)()
     assert fake.active == 1  # still held

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +15,7 @@ from ray.train.v2.api.preemption import PreemptionInfo
 
 from pipeline.cluster import attempts, controller
 from pipeline.cluster.controller import GroupEndCallback, explain
-from pipeline.run_folder import clear_handover, handover_requested
-from pipeline.training.requests import RequestPoller
+from pipeline.cluster.notes import Notes
 
 KILLED = "Worker unexpectedly exits with a connection error code 2. End of file."
 GUESS = " Some common causes include: (1) the process was killed by the OOM killer due to high memory usage, (2) more."
@@ -65,62 +63,64 @@ def test_a_preempted_node_is_reported() -> None:
 
 
 @pytest.mark.parametrize("final", [False, True])
-def test_the_end_of_a_group_is_recorded(tmp_path: Path, final: bool) -> None:
-    attempts.start_attempt(tmp_path, 2)
+def test_the_end_of_a_group_is_recorded(notes: Notes, final: bool) -> None:
+    attempts.start_attempt(notes, 2)
     error = WorkerGroupError("", {1: died(RAY + KILLED)})
     state: Any = RestartingState(training_failed_error=error)
     if final:
         state = ShuttingDownState(next_state=SimpleNamespace(training_failed_error=error))  # type: ignore[arg-type]
-    GroupEndCallback(tmp_path).after_controller_state_update(None, state)
-    reason = attempts.end_reason(tmp_path)
+    GroupEndCallback(notes).after_controller_state_update(None, state)
+    reason = attempts.end_reason(notes)
     assert reason is not None
     assert reason.why == f"worker 1 died: {REASON}"
 
 
 @pytest.mark.parametrize("certain", [False, True])
 def test_a_death_that_ray_has_not_noticed_is_found_by_asking(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, certain: bool
+    notes: Notes, monkeypatch: pytest.MonkeyPatch, certain: bool
 ) -> None:
-    attempts.start_attempt(tmp_path, 2)
+    attempts.start_attempt(notes, 2)
     if certain:
-        attempts.record_end(tmp_path, "worker 0 failed: gloo is mentioned here")
+        attempts.record_end(notes, "worker 0 failed: gloo is mentioned here")
     actors = {0: "alive", 1: "dead"}
     monkeypatch.setattr(controller, "find_dead", lambda asked: {1: died(RAY + KILLED)} if asked == actors else {})
     workers = [SimpleNamespace(actor=actors[r], distributed_context=SimpleNamespace(world_rank=r)) for r in (1, 0)]
-    callback = GroupEndCallback(tmp_path)
+    callback = GroupEndCallback(notes)
     callback.after_worker_group_start(SimpleNamespace(get_workers=lambda: workers))
     error = WorkerGroupError("", {0: RuntimeError("gloo: Connection closed by peer")})
     callback.after_controller_state_update(None, RestartingState(training_failed_error=error))
-    reason = attempts.end_reason(tmp_path)
+    reason = attempts.end_reason(notes)
     assert reason is not None
     assert reason.why == ("worker 0 failed: gloo is mentioned here" if certain else f"worker 1 died: {REASON}")
 
 
-def test_workers_save_before_they_are_replaced(tmp_path: Path) -> None:
-    attempts.start_attempt(tmp_path, 2)
+def test_workers_save_before_they_are_replaced(notes: Notes) -> None:
+    attempts.start_attempt(notes, 2)
     saved = []
 
     def work() -> None:
-        poller = RequestPoller(tmp_path)
-        while not poller.poll().stop:
+        while not attempts.asked_to_return(notes):
             time.sleep(0.02)
         saved.append(True)
-        clear_handover(tmp_path)
+        attempts.finish_handover(notes)
 
     thread = threading.Thread(target=work)
     thread.start()
     resizing = ResizingState(ResizeDecision(num_workers=3, resources_per_worker={"CPU": 1}))
-    GroupEndCallback(tmp_path).after_controller_state_update(None, resizing)
+    GroupEndCallback(notes).after_controller_state_update(None, resizing)
     assert saved
     thread.join()
-    restart = attempts.start_attempt(tmp_path, 3)
+    restart = attempts.start_attempt(notes, 3)
     assert restart is not None
     assert restart.ended.wanted
     assert "2 -> 3 workers" in restart.message(7, time.time())
 
 
-def test_workers_that_do_not_answer_are_replaced(tmp_path: Path) -> None:
-    attempts.start_attempt(tmp_path, 2)
+def test_workers_that_do_not_answer_are_replaced(notes: Notes) -> None:
+    attempts.start_attempt(notes, 2)
     resizing = ResizingState(ResizeDecision(num_workers=3, resources_per_worker={"CPU": 1}))
-    GroupEndCallback(tmp_path, handover_s=0.3).after_controller_state_update(None, resizing)
-    assert not handover_requested(tmp_path), "the next group would stop at once"
+    before = time.monotonic()
+    GroupEndCallback(notes, handover_s=0.3).after_controller_state_update(None, resizing)
+    assert time.monotonic() - before < 20
+    attempts.start_attempt(notes, 3)
+    assert not attempts.asked_to_return(notes), "the next group would stop at once"

@@ -14,6 +14,7 @@ from torch import nn
 import pipeline
 from pipeline.cluster import attempts
 from pipeline.cluster.hang_watch import HangWatch, ThreadPosition, diagnose, thread_position
+from pipeline.cluster.notes import Notes
 from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.training.step import train_step
@@ -90,18 +91,21 @@ def test_the_step_function_counts_as_waiting(tiny_config: RunConfig) -> None:
     assert positions[0].waits
 
 
-def test_a_hang_report_is_withdrawn_when_the_worker_continues(tmp_path: Path) -> None:
-    attempts.start_attempt(tmp_path, 2)
-    watch = HangWatch(tmp_path, 0, 2, 0.5)
+def test_a_hang_report_is_withdrawn_when_the_worker_continues(notes: Notes) -> None:
+    attempts.start_attempt(notes, 2)
+    watch = HangWatch(notes, 0, 2, 0.5)
     try:
         watch.stepped(7)
         until = time.monotonic() + 10
-        while (reason := attempts.end_reason(tmp_path)) is None:
+        while (reason := attempts.end_reason(notes)) is None:
             assert time.monotonic() < until
             time.sleep(0.02)
         assert reason.why.startswith("worker 1 does not respond; no step has ended for ")
         watch.stepped(8)
-        assert attempts.end_reason(tmp_path) is None
-        assert attempts.read_positions(tmp_path, 2, ThreadPosition) == {0: None, 1: None}
+        while attempts.end_reason(notes) is not None:
+            assert time.monotonic() < until
+            watch.stepped(9)
+            time.sleep(0.02)
+        assert attempts.read_positions(notes, 2, ThreadPosition) == {0: None, 1: None}
     finally:
         watch.close()

@@ -3,16 +3,15 @@
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 import ray
 from mlflow import MlflowClient
 
 from pipeline.cluster import attempts
+from pipeline.cluster.notes import Notes
 from pipeline.cluster.resources import describe_resources, report_pending_workers
 from pipeline.config import ClusterConfig
-from pipeline.run_folder import clear_handover, request_handover
 from pipeline.tracking.mlflow_client import connect
 from pipeline.tracking.tags import TAG_PENDING_WORKERS
 
@@ -52,44 +51,43 @@ def test_the_text_names_the_resources_needed_and_present(monkeypatch: pytest.Mon
 
 
 def test_a_wait_is_reported_and_cleared_when_workers_run(
-    run_id: str, tmp_path: Path, tag: Callable[[], str | None]
+    run_id: str, notes: Notes, tag: Callable[[], str | None]
 ) -> None:
-    with quick_report(run_id, tmp_path, lambda: "no CPUs"):
+    with quick_report(run_id, notes, lambda: "no CPUs"):
         until(lambda: tag() == "no CPUs")
-        attempts.start_attempt(tmp_path, 2)
+        attempts.start_attempt(notes, 2)
         until(lambda: tag() == "")
-        attempts.record_end(tmp_path, "worker 1 died")
+        attempts.record_end(notes, "worker 1 died")
         until(lambda: tag() == "no CPUs")
     until(lambda: tag() == "")  # a finished run waits for nothing
 
 
 def test_a_wait_is_reported_once_although_free_resources_change(
-    run_id: str, tmp_path: Path, tag: Callable[[], str | None]
+    run_id: str, notes: Notes, tag: Callable[[], str | None]
 ) -> None:
     free = iter(range(1000))
-    with quick_report(run_id, tmp_path, lambda: f"{next(free)} free"):
+    with quick_report(run_id, notes, lambda: f"{next(free)} free"):
         until(lambda: tag() == "0 free")
         time.sleep(0.5)
         assert tag() == "0 free"
 
 
-def test_workers_that_start_or_run_are_not_reported(run_id: str, tmp_path: Path, tag: Callable[[], str | None]) -> None:
+def test_workers_that_start_or_run_are_not_reported(run_id: str, notes: Notes, tag: Callable[[], str | None]) -> None:
     asked = []
-    attempts.start_attempt(tmp_path, 2)
-    with quick_report(run_id, tmp_path, lambda: str(asked.append(1))):
+    attempts.start_attempt(notes, 2)
+    with quick_report(run_id, notes, lambda: str(asked.append(1))):
         time.sleep(1)
-        request_handover(tmp_path)
-        attempts.record_end(tmp_path, "there are resources for 3 workers", wanted=True)
+        attempts.request_handover(notes)
+        attempts.record_end(notes, "there are resources for 3 workers", wanted=True)
         time.sleep(1)
-    clear_handover(tmp_path)
-    with report_pending_workers(run_id, tmp_path, lambda: str(asked.append(1)), patience_s=60, look_s=0.05):
+    with report_pending_workers(run_id, notes, lambda: str(asked.append(1)), patience_s=60, look_s=0.05):
         time.sleep(1)
     assert not asked
     assert tag() is None
 
 
 def test_a_ray_or_store_that_does_not_answer_is_asked_again(
-    run_id: str, tmp_path: Path, tag: Callable[[], str | None]
+    run_id: str, notes: Notes, tag: Callable[[], str | None]
 ) -> None:
     answers = iter([ConnectionError("the head is busy"), "no CPUs"])
 
@@ -99,5 +97,5 @@ def test_a_ray_or_store_that_does_not_answer_is_asked_again(
             raise answer
         return answer
 
-    with quick_report(run_id, tmp_path, why):
+    with quick_report(run_id, notes, why):
         until(lambda: tag() == "no CPUs")

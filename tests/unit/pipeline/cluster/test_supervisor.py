@@ -6,23 +6,22 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
 from pipeline.cluster import supervisor
 from pipeline.cluster.attempts import record_end, start_attempt
+from pipeline.cluster.notes import Notes
 from pipeline.cluster.supervisor import GRACE_S, WorkerStatus, supervise
-from pipeline.errors import Interrupted, TrainingError
-from pipeline.run_folder import request_stop, stop_requested, write_fatal_error
+from pipeline.errors import Interrupted, Killed, Postponed, TrainingError
 from shards.store.retry import StoreError
 
 Fit = Callable[..., None]
 
 
 @pytest.fixture
-def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
+def fit(notes: Notes, monkeypatch: pytest.MonkeyPatch) -> Fit:
     monkeypatch.setattr(supervisor, "_following", lambda _: nullcontext())
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
 
@@ -30,7 +29,7 @@ def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
         work: Callable[[], None], say: Callable[[str], None] = lambda _: None, grace_s: float = GRACE_S, **known: Any
     ) -> None:
         try:
-            supervise(work, "run", tmp_path, say, WorkerStatus(**known), grace_s)
+            supervise(work, "run", notes, say, WorkerStatus(**known), grace_s)
         finally:
             assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
@@ -48,8 +47,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_a_fit_that_ends_is_the_end(fit: Fit, tmp_path: Path) -> None:
-    request_stop(tmp_path)  # of an earlier attempt
+def test_a_fit_that_ends_is_the_end(fit: Fit) -> None:
     fit(lambda: None)
 
 
@@ -61,12 +59,12 @@ def test_a_failed_fit_is_reported_by_its_last_line(fit: Fit) -> None:
         fit(fail)
 
 
-def test_a_fatal_error_ends_a_fit_that_would_restart(fit: Fit, tmp_path: Path) -> None:
+def test_a_fatal_error_ends_a_fit_that_would_restart(fit: Fit, notes: Notes) -> None:
     forever = threading.Event()
 
     def try_again() -> None:
-        write_fatal_error(tmp_path, "image 7 is damaged")
-        write_fatal_error(tmp_path, "another rank's consequence")
+        notes.write_fatal_error("image 7 is damaged")
+        notes.write_fatal_error("another rank's consequence")
         forever.wait(60)
 
     with pytest.raises(TrainingError, match=r"^image 7 is damaged$"):
@@ -75,13 +73,13 @@ def test_a_fatal_error_ends_a_fit_that_would_restart(fit: Fit, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_the_workers_and_waits_for_them(fit: Fit, tmp_path: Path, number: signal.Signals) -> None:
+def test_the_first_signal_asks_the_workers_and_waits_for_them(fit: Fit, notes: Notes, number: signal.Signals) -> None:
     saved = []
 
     def work() -> None:
-        start_attempt(tmp_path, 1)
+        start_attempt(notes, 1)
         signal_this_process(number)
-        until(lambda: stop_requested(tmp_path))
+        until(lambda: notes.stop_requested())
         time.sleep(0.5)
         saved.append(True)
 
@@ -91,55 +89,53 @@ def test_the_first_signal_asks_the_workers_and_waits_for_them(fit: Fit, tmp_path
 
 
 @pytest.mark.parametrize("reason", ["a second signal", "no answer in time"])
-def test_workers_that_do_not_answer_are_not_waited_for(fit: Fit, tmp_path: Path, reason: str) -> None:
+def test_workers_that_do_not_answer_are_not_waited_for(fit: Fit, notes: Notes, reason: str) -> None:
     forever, ended, messages = threading.Event(), threading.Event(), list[str]()
     grace_s = 0.3 if reason == "no answer in time" else GRACE_S
 
     def hang() -> None:
-        start_attempt(tmp_path, 1)
+        start_attempt(notes, 1)
         signal_this_process(signal.SIGTERM)
-        until(lambda: stop_requested(tmp_path))
+        until(lambda: notes.stop_requested())
         if reason == "a second signal":
             signal_this_process(signal.SIGTERM)
         forever.wait(60)
         ended.set()
 
-    with pytest.raises(Interrupted, match=r"^interrupted$"):
+    with pytest.raises(Killed, match=r"^the newest saved step is 7$"):
         fit(hang, messages.append, grace_s, saved=lambda: 7)
     assert not ended.is_set()
-    if reason == "no answer in time":
-        assert messages[-1] == "the workers did not answer within 0.3 s: the newest saved step is 7"
+    assert messages[1:] == (["the workers did not answer within 0.3 s"] if reason == "no answer in time" else [])
     forever.set()
 
 
-def test_a_store_without_answer_does_not_make_a_stop_a_failure(fit: Fit, tmp_path: Path) -> None:
+def test_a_store_without_answer_does_not_make_a_stop_a_failure(fit: Fit, notes: Notes) -> None:
     forever, messages = threading.Event(), list[str]()
 
     def hang() -> None:
-        start_attempt(tmp_path, 1)
+        start_attempt(notes, 1)
         signal_this_process(signal.SIGTERM)
         forever.wait(60)
 
     def away() -> int:
         raise StoreError("s3://bucket/runs: no good answer")
 
-    with pytest.raises(Interrupted, match=r"^interrupted$"):
+    with pytest.raises(Killed, match=r"^the checkpoints cannot be listed now \(s3://bucket/runs: no good answer\)$"):
         fit(hang, messages.append, 0.3, saved=away)
-    assert messages[-1].endswith("the checkpoints cannot be listed now (s3://bucket/runs: no good answer)")
     forever.set()
 
 
-def test_workers_that_cannot_save_do_not_make_a_stop_a_failure(fit: Fit, tmp_path: Path) -> None:
+def test_workers_that_cannot_save_do_not_make_a_stop_a_failure(fit: Fit, notes: Notes) -> None:
     forever, messages = threading.Event(), list[str]()
 
     def fail() -> None:
-        start_attempt(tmp_path, 1)
+        start_attempt(notes, 1)
         signal_this_process(signal.SIGTERM)
-        until(lambda: stop_requested(tmp_path))
-        write_fatal_error(tmp_path, "checkpoint s3://bucket/runs could not be written")
+        until(lambda: notes.stop_requested())
+        notes.write_fatal_error("checkpoint s3://bucket/runs could not be written")
         forever.wait(60)
 
-    with pytest.raises(Interrupted, match=r"^interrupted$"):
+    with pytest.raises(Killed, match="could not save"):
         fit(fail, messages.append)
     assert (
         messages[-1] == "the workers failed while they were stopping: checkpoint s3://bucket/runs could not be written"
@@ -147,46 +143,89 @@ def test_workers_that_cannot_save_do_not_make_a_stop_a_failure(fit: Fit, tmp_pat
     forever.set()
 
 
-def test_a_fatal_error_without_the_runs_folder_is_not_written(tmp_path: Path) -> None:
-    write_fatal_error(tmp_path / "not mounted", "the run's folder is not there")
-    assert not (tmp_path / "not mounted").exists()
-
-
-def test_a_signal_before_training_ends_the_run_at_once(fit: Fit, tmp_path: Path) -> None:
+def test_a_signal_before_training_ends_the_run_at_once(fit: Fit, notes: Notes) -> None:
     forever = threading.Event()
 
     def start_slowly() -> None:
         signal_this_process(signal.SIGINT)
         forever.wait(60)
 
-    start_attempt(tmp_path, 1)  # of an earlier attempt
-    with pytest.raises(Interrupted, match="before training began"):
+    with pytest.raises(Interrupted, match="no worker ran"):
         fit(start_slowly)
-    assert not stop_requested(tmp_path)
     forever.set()
 
 
-def test_a_failed_fit_is_reported_by_the_most_specific_reason(fit: Fit, tmp_path: Path) -> None:
+def test_a_failed_fit_is_reported_by_the_most_specific_reason(fit: Fit, notes: Notes) -> None:
     class GroupFailed(RuntimeError):
         worker_failures: ClassVar = {0: RuntimeError("connection closed")}
 
     def fail() -> None:
-        start_attempt(tmp_path, 2)
-        record_end(tmp_path, "worker 0 failed: connection closed", "symptom")
-        record_end(tmp_path, "worker 1 died: killed")
+        start_attempt(notes, 2)
+        record_end(notes, "worker 0 failed: connection closed", "symptom")
+        record_end(notes, "worker 1 died: killed")
         raise GroupFailed("Ray's long report")
 
-    with pytest.raises(TrainingError, match=r"^worker 1 died: killed$"):
-        fit(fail)
+    with pytest.raises(TrainingError, match=r"^worker 1 died: killed$") as caught:
+        fit(fail, saved=lambda: 7)
+    assert not isinstance(caught.value, Postponed)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_failures_after_progress_leave_the_run_to_a_later_try(fit: Fit, answers: bool) -> None:
+    saved = [7]
+
+    def step() -> int:
+        if saved == [8] and not answers:
+            raise StoreError("s3://bucket/runs: no good answer")
+        return saved[0]
+
+    def fail() -> None:
+        saved[0] = 8
+        raise RuntimeError("too many failures")
+
+    kept = "the newest saved step is 8" if answers else r"the checkpoints cannot be listed now \(.*\)"
+    with pytest.raises(Postponed, match=rf"^training failed: too many failures; {kept}, and the same command"):
+        fit(fail, saved=step)
+
+
+def test_workers_that_start_again_are_not_waited_for(fit: Fit, notes: Notes) -> None:
+    forever = threading.Event()
+
+    def restart() -> None:
+        start_attempt(notes, 2)
+        record_end(notes, "worker 1 died")
+        signal_this_process(signal.SIGTERM)
+        forever.wait(60)
+
+    with pytest.raises(Interrupted, match="no worker ran"):
+        fit(restart)
+    forever.set()
+
+
+def test_a_stop_waits_for_a_cluster_that_does_not_answer(fit: Fit, notes: Notes) -> None:
+    saved = []
+
+    def work() -> None:
+        start_attempt(notes, 1)
+        notes.store.away = True  # type: ignore[attr-defined]
+        signal_this_process(signal.SIGTERM)
+        time.sleep(0.5)
+        notes.store.away = False  # type: ignore[attr-defined]
+        until(notes.stop_requested)
+        saved.append(True)
+
+    with pytest.raises(Interrupted, match="at a checkpoint"):
+        fit(work)
+    assert saved
 
 
 @pytest.mark.parametrize("ray", ["fails", "hangs"])
-def test_workers_that_end_after_a_signal_are_part_of_the_stop(fit: Fit, tmp_path: Path, ray: str) -> None:
+def test_workers_that_end_after_a_signal_are_part_of_the_stop(fit: Fit, notes: Notes, ray: str) -> None:
     """A scheduler may signal every process of a job: Ray and its workers end with the driver's signal."""
     forever, gone, ended, messages = threading.Event(), threading.Event(), threading.Event(), list[str]()
 
     def work() -> None:
-        start_attempt(tmp_path, 1)
+        start_attempt(notes, 1)
         signal_this_process(signal.SIGTERM)
         if ray == "fails":
             raise RuntimeError("RpcError Socket closed")
@@ -194,8 +233,8 @@ def test_workers_that_end_after_a_signal_are_part_of_the_stop(fit: Fit, tmp_path
         forever.wait(60)
         ended.set()
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(Killed, match=r"^no step is saved yet$"):
         fit(work, messages.append, gone=gone.is_set)
     assert not ended.is_set()
-    assert ray == "fails" or messages[-1] == "the workers ended before they could save: no step is saved yet"
+    assert ray == "fails" or messages[-1] == "the workers ended before they could save"
     forever.set()

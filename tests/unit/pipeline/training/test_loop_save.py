@@ -13,7 +13,6 @@ from pipeline.checkpoint.saver import Saver
 from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import CheckpointError
-from pipeline.training import loop as module
 from pipeline.training.loop import run
 from pipeline.training.requests import NO_REQUEST, LoopHooks, Request
 from pipeline.training.state import RunInfo
@@ -114,16 +113,12 @@ def test_old_checkpoints_go_and_the_best_stays(config: RunConfig, run_info: RunI
 def test_a_requested_stop_saves_after_the_step_and_is_resumed_there(
     config: RunConfig, run_info: RunInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def asked_at(step: int) -> None:
-        seen = shown_images(monkeypatch)
-        monkeypatch.setattr(module.RequestPoller, "poll", lambda _: Request(stop=len(seen) == step))
-
     run(config, run_info, Ranks(), None)
     stopped = start(config, tmp_path / "stopped")
-    asked_at(1)  # while the second step is taken
-    run(config, stopped, Ranks(), None)
+    seen = shown_images(monkeypatch)
+    # While the second step is taken.
+    run(config, stopped, Ranks(), None, LoopHooks(lambda: Request(stop=len(seen) == 1)))
     assert catalog.newest(stopped.folder) == catalog.folder_of(stopped.folder, 2)
-    asked_at(99)
     run(config, stopped, Ranks(), None)
     assert_same(weights(config, run_info.folder), weights(config, stopped.folder))
 
