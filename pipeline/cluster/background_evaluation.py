@@ -3,7 +3,7 @@
 The `meta.json` of a checkpoint says if it is to be evaluated; it is not pruned before it has its metrics. The driver
 looks for such checkpoints and evaluates them, the oldest first and one at a time, as Ray tasks with resources of their
 own. Nothing but the checkpoints records what is due, so after any kill the next `detr resume` evaluates the rest. A
-task writes a spool of its own, since only one process may write a spool, with the step of the checkpoint.
+task writes the spool of its node, since only one process may write a spool, with the step of the checkpoint.
 
 Ray Train's `ValidationConfig` is not used: it evaluates what workers report to Ray, which is lost when the driver dies.
 """
@@ -20,9 +20,8 @@ from pipeline.checkpoint.location import Location, checkpoint_root
 from pipeline.cluster.worker import WorkerJob
 from pipeline.config import RunConfig
 from pipeline.errors import TrainingError
-from pipeline.run_folder import EVALUATION_SPOOL
-from pipeline.tracking.mlflow_sender import EventSender
-from pipeline.tracking.spool import SpoolTracker
+from pipeline.run_folder import scratch
+from pipeline.tracking.run_spools import EVALUATION, open_tracker
 from shards.errors import one_line
 
 Say = Callable[[str], None]
@@ -164,15 +163,14 @@ def _evaluate_in_ray(job: WorkerJob, path: Location, gpu: bool) -> None:
 
     config = job.config
     torch.set_num_threads(config.cluster.cpus_per_worker)
-    spool = job.folder / EVALUATION_SPOOL
-    spool.mkdir(exist_ok=True)
-    with (spool / "lock").open("w") as lock:
+    with (scratch(job.run_id) / "evaluation.lock").open("w") as lock:
         # Ray may start a task again that it believes lost but that still runs.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        tracker = SpoolTracker(spool, EventSender(job.tracking_uri, job.run_id, spool), any_order=True)
+        tracker = open_tracker(EVALUATION, job.folder, job.run_id, job.tracking_uri)
         try:
             with forward_warnings(tracker):
                 if catalog.read_evaluation(path) is None:
-                    evaluate_checkpoint(config, path, torch.device("cuda" if gpu else "cpu"), tracker)
+                    device = torch.device("cuda" if gpu else "cpu")
+                    evaluate_checkpoint(config, path, device, tracker, tracker.keep_unsent)
         finally:
             tracker.close()

@@ -17,9 +17,7 @@ from pipeline.cluster.notes import Notes
 from pipeline.cluster.request_watch import RequestWatch
 from pipeline.config import RunConfig
 from pipeline.errors import USER_ERRORS
-from pipeline.run_folder import SPOOL
-from pipeline.tracking.mlflow_sender import EventSender
-from pipeline.tracking.spool import SpoolTracker
+from pipeline.tracking.run_spools import TRAINING, open_tracker
 from pipeline.tracking.tags import TAG_PHASE, TAG_RESIZED, TAG_WARNING
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.requests import NO_REQUEST, LoopHooks, Request
@@ -69,8 +67,7 @@ def train_in_ray(job: WorkerJob) -> None:
     tracker, restart = None, None
     if ranks.first:
         restart = attempts.start_attempt(job.notes, ranks.world_size)
-        spool = job.folder / SPOOL
-        tracker = SpoolTracker(spool, EventSender(job.tracking_uri, job.run_id, spool))
+        tracker = open_tracker(TRAINING, job.folder, job.run_id, job.tracking_uri)
         tracker.tags({TAG_PHASE: "training"} | _restart_warning(restart))
     first_step = FirstStepReport(tracker, ranks.world_size, restart)
     hangs = HangWatch(job.notes, ranks.rank, ranks.world_size, ranks.timeout_s)
@@ -85,6 +82,8 @@ def train_in_ray(job: WorkerJob) -> None:
         return leaving.request()._replace(stop=asked is not None and asked.stop)
 
     def keep_unsent() -> None:
+        if tracker:
+            tracker.keep_unsent()
         attempts.record_progress(job.notes)
 
     try:
