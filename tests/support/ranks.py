@@ -9,11 +9,15 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.distributed.ranks import Ranks
 
 _TIMEOUT_S = 60
 
@@ -28,6 +32,11 @@ def run_ranks(
     """
     with started_ranks(world_size, function, *arguments, timeout_s=timeout_s) as (_, receivers):
         return _collect(receivers, timeout_s)
+
+
+def on_two_nodes(ranks: "Ranks") -> "Ranks":
+    """Return the ranks as if they were on two nodes in turns, so that neighbours are not on the same one."""
+    return replace(ranks, node=f"node {ranks.rank % 2}")
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from pipeline.training.step import train_step
 from shards.config import PlanConfig
 from shards.dataset.manifest import Manifest
 from shards.plan.epoch import plan_epoch
-from tests.support.ranks import run_ranks
+from tests.support.ranks import on_two_nodes, run_ranks
 from tests.support.step_samples import CONFIG, MODEL, UNEVEN, samples
 
 EVEN = (2,) * 8
@@ -50,7 +50,7 @@ def gradients(
     """
     torch.manual_seed(0)
     model = build_trainable_model(config, 4)
-    wrapped = distribute(model, ranks, strategy)
+    wrapped = distribute(model, on_two_nodes(ranks), strategy)
     optimizer = build_optimizer(unwrap(wrapped), config.optim)
     made, mine = samples(boxes), shares[ranks.rank]
     cuts = [len(mine) * number // passes for number in range(passes + 1)]
@@ -122,8 +122,15 @@ def accumulated_gradients(
         (evenly(2), 2, "ddp"),
         (evenly(2), 2, "fsdp"),
         ([(0, 1, 2, 3, 4, 5), (6,), (7,)], 3, "fsdp"),
+        ([(0, 1, 2, 3), (4, 5), (6,), (7,)], 2, "hsdp"),
     ],
-    ids=["1x(4x2)", "2x(2x2)", "2x(2x2), fsdp", "3x3, fsdp, some passes without images"],
+    ids=[
+        "1x(4x2)",
+        "2x(2x2)",
+        "2x(2x2), fsdp",
+        "3x3, fsdp, some passes without images",
+        "2 nodes x2x2, hsdp, some passes without images",
+    ],
 )
 def test_the_gradient_of_micro_batches_is_that_of_one_pass(
     shares: list[tuple[int, ...]], passes: int, strategy: Strategy, alone: list[tuple[dict[str, Tensor], float]]
@@ -235,7 +242,7 @@ def failing_step(ranks: Ranks, where: str, strategy: Strategy) -> tuple[str, boo
     """Run a step in which one rank's images are at fault; return the error, and if the weights are as before."""
     torch.manual_seed(0)
     model = build_model(MODEL, 4)
-    wrapped = distribute(model, ranks, strategy)
+    wrapped = distribute(model, on_two_nodes(ranks), strategy)
     optimizer = build_optimizer(unwrap(wrapped), CONFIG.optim)
     made = samples(EVEN)[4 * ranks.rank : 4 * ranks.rank + 4]
     batch = collate(made)
@@ -255,7 +262,7 @@ def failing_step(ranks: Ranks, where: str, strategy: Strategy) -> tuple[str, boo
     return message, all(torch.equal(value, before[name]) for name, value in after.items())
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp"])
 @pytest.mark.parametrize(
     ("where", "reason"),
     [

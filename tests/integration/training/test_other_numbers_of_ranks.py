@@ -15,7 +15,7 @@ from pipeline.driver.preflight import prepare
 from pipeline.training import loop
 from pipeline.training.state import RunInfo
 from pipeline.training.step import StepResult
-from tests.support.ranks import run_ranks
+from tests.support.ranks import on_two_nodes, run_ranks
 
 IMAGES, STEPS = 12, 16
 Steps = dict[int, tuple[list[int], float]]
@@ -59,7 +59,7 @@ def go_on(ranks: Ranks, config: RunConfig, strategy: Strategy, folder: Path, cra
     loop.train_step = recorded
     try:
         cluster = ClusterConfig(workers=ranks.world_size, strategy=strategy)
-        loop.run(replace(config, cluster=cluster), RunInfo("run", folder, "commit"), ranks, None)
+        loop.run(replace(config, cluster=cluster), RunInfo("run", folder, "commit"), on_two_nodes(ranks), None)
     except _CrashError:
         pass
     finally:
@@ -67,7 +67,7 @@ def go_on(ranks: Ranks, config: RunConfig, strategy: Strategy, folder: Path, cra
     return taken
 
 
-def test_two_then_one_then_three_ranks_are_one_run(config: RunConfig, tmp_path: Path) -> None:
+def test_two_then_one_then_three_then_four_ranks_are_one_run(config: RunConfig, tmp_path: Path) -> None:
     def attempt(folder: Path, count: int, strategy: Strategy, crash: int | None) -> Steps:
         return run_ranks(count, go_on, config, strategy, folder, crash)[0]
 
@@ -79,9 +79,11 @@ def test_two_then_one_then_three_ranks_are_one_run(config: RunConfig, tmp_path: 
     assert max(parts) == 4
     one = attempt(tmp_path / "parts", 1, "single", 11)
     assert min(one) == 3, "steps after the last checkpoint are taken again"
-    three = attempt(tmp_path / "parts", 3, "fsdp", None)
-    assert (min(three), max(three)) == (9, STEPS - 1)
-    kept = parts | one | three
+    three = attempt(tmp_path / "parts", 3, "fsdp", 13)
+    assert min(three) == 9
+    four = attempt(tmp_path / "parts", 4, "hsdp", None)
+    assert (min(four), max(four)) == (12, STEPS - 1)
+    kept = parts | one | three | four
     assert sorted(kept) == sorted(whole) == list(range(STEPS))
     stream = [number for step in range(STEPS) for number in kept[step][0]]
     for epoch in range(0, len(stream), IMAGES):

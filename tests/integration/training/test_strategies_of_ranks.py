@@ -1,4 +1,4 @@
-"""single, ddp and fsdp are the same run: same losses, and checkpoints, averages included, that load into each other."""
+"""single, ddp, fsdp and hsdp are the same run: same losses, and checkpoints with averages that load into each other."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +14,17 @@ from detr.compute import compile_shapes, set_channels_last, set_recompute
 from detr.model import DETR
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint import state as checkpoint_state
-from pipeline.distributed.parallel import Strategy, distribute, gathered_model, unwrap
+from pipeline.distributed.parallel import Strategy, distribute, gathered_model, local_tensor, unwrap
 from pipeline.distributed.ranks import Ranks
 from pipeline.training.ema import Ema
 from pipeline.training.model import build_trainable_model
 from pipeline.training.optim import build_optimizer
 from pipeline.training.step import train_step
 from tests.support.checkpoints import meta, save_checkpoint
-from tests.support.ranks import run_ranks
+from tests.support.ranks import on_two_nodes, run_ranks
 from tests.support.step_samples import CONFIG, UNEVEN, samples
 
-WORLD: dict[Strategy, int] = {"single": 1, "ddp": 2, "fsdp": 2}
+WORLD: dict[Strategy, int] = {"single": 1, "ddp": 2, "fsdp": 2, "hsdp": 4}
 # The paper's rate. At ten times that, what processors round otherwise becomes another assignment of queries to objects
 # within thirty steps, and then other losses.
 RUN = replace(CONFIG, optim=replace(CONFIG.optim, lr=1e-4, lr_backbone=3e-5, clip_norm=0.1))
@@ -40,7 +40,7 @@ def bare() -> DETR:
 
 def build(ranks: Ranks, strategy: Strategy, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
-    wrapped = distribute(bare(), ranks, strategy)
+    wrapped = distribute(bare(), on_two_nodes(ranks), strategy)
     return wrapped, build_optimizer(unwrap(wrapped), RUN.optim)
 
 
@@ -63,8 +63,8 @@ def losses(ranks: Ranks, strategy: Strategy, steps: int) -> list[float]:
 def test_fifty_steps_have_the_losses_of_a_single_process() -> None:
     (expected,) = run_ranks(1, losses, "single", 50)
     assert expected[-1] < 0.85 * expected[0]
-    for strategy in ("ddp", "fsdp"):
-        for found in run_ranks(2, losses, strategy, 50):
+    for strategy in ("ddp", "fsdp", "hsdp"):
+        for found in run_ranks(WORLD[strategy], losses, strategy, 50):
             assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -116,7 +116,7 @@ def load(ranks: Ranks, strategy: Strategy, folder: Path) -> list[tuple[State, fl
     return found
 
 
-def test_checkpoints_load_across_all_nine_pairs(tmp_path: Path) -> None:
+def test_checkpoints_load_across_all_pairs(tmp_path: Path) -> None:
     saved = {strategy: run_ranks(WORLD[strategy], save, strategy, tmp_path)[0] for strategy in WORLD}
     for strategy in WORLD:
         for of_rank in run_ranks(WORLD[strategy], load, strategy, tmp_path):
@@ -143,7 +143,29 @@ def outputs(ranks: Ranks, strategy: Strategy) -> list[Tensor]:
 def test_a_rank_can_run_the_whole_model_and_its_average_alone() -> None:
     (expected,) = run_ranks(1, outputs, "single")
     assert not torch.allclose(expected[0], expected[2], atol=1e-4)
-    for strategy in ("ddp", "fsdp"):
-        found = run_ranks(2, outputs, strategy)[0]
+    for strategy in ("ddp", "fsdp", "hsdp"):
+        found = run_ranks(WORLD[strategy], outputs, strategy)[0]
         for value, other in zip(found, expected, strict=True):
             torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5)
+
+
+TURNS, ALONE = ("a", "b", "a", "b"), ("a", "a", "a", "a")
+
+
+def rows(ranks: Ranks, cases: list[tuple[Strategy, tuple[str, ...]]]) -> list[list[int]]:
+    """Return the rows of a matrix that this rank holds, for each strategy and placement of the ranks."""
+    found = []
+    for strategy, nodes in cases:
+        model = nn.Linear(1, 4, bias=False)
+        model.weight.data = torch.arange(4.0)[:, None]
+        distribute(model, replace(ranks, node=nodes[ranks.rank]), strategy)
+        found.append(local_tensor(model.weight).int().flatten().tolist())
+    return found
+
+
+def test_hsdp_divides_the_weights_among_the_ranks_of_each_node() -> None:
+    in_turns, alone, over_all = zip(
+        *run_ranks(4, rows, [("hsdp", TURNS), ("hsdp", ALONE), ("fsdp", TURNS)]), strict=True
+    )
+    assert in_turns == ([0, 1], [0, 1], [2, 3], [2, 3])
+    assert alone == over_all == ([0], [1], [2], [3])
