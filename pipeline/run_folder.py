@@ -1,15 +1,15 @@
 """The folder of a run, `STORAGE/NAME-ID/`: the names in it.
 
-    name                  written by                                          read by
+    name                   written by                                          read by
 
-    initial.safetensors   driver, before workers start                        workers, if there is no checkpoint
-    checkpoints/          all ranks; background evaluation adds metrics       workers, evaluation, registration
-    saved                 rank 0, after each checkpoint: its step             workers; `detr resume`
-    spool/                rank 0: events and pictures for MLflow              its sender thread; at the end the driver
-    spool-evaluation/     background evaluation: the same                     its sender thread; at the end the driver
-    driver.lock           driver, which locks it while it works               another driver, which is refused
-    events/               rank 0: one file per step that the guard handled    guard, which counts them; users
-    ray/                  Ray Train                                           Ray Train
+    initial.safetensors    driver, before workers start                        workers, if there is no checkpoint
+    checkpoints/           all ranks; background evaluation adds metrics       workers, evaluation, registration
+    saved                  rank 0, after each checkpoint: its step             workers; `detr resume`
+    unsent-training.zip    rank 0: what MLflow has not taken yet               next attempt; at the end the driver
+    unsent-evaluation.zip  background evaluation: the same                     next evaluation; at the end the driver
+    driver.lock            driver, which locks it while it works               another driver, which is refused
+    events/                rank 0: one file per step that the guard handled    guard, which counts them; users
+    ray/                   Ray Train                                           Ray Train
 
 With `checkpoint.store` the checkpoints are there instead. What the processes of a run tell each other while it runs is
 in Ray (`pipeline/cluster/notes.py`). ARCHITECTURE.md has the same table.
@@ -30,8 +30,8 @@ from pipeline.errors import RunConfigError, TrainingError
 INITIAL_NAME = "initial.safetensors"
 CHECKPOINTS = "checkpoints"
 SAVED = "saved"
-SPOOL = "spool"
-EVALUATION_SPOOL = "spool-evaluation"
+UNSENT_TRAINING = "unsent-training.zip"
+UNSENT_EVALUATION = "unsent-evaluation.zip"
 EVENTS = "events"
 RAY = "ray"
 _LOCK = "driver.lock"

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from pipeline.errors import TrackingError
+from pipeline.errors import TrackingAway, TrackingError
 from shards.errors import one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+
+_PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED")
+"""MLflow's codes of errors that may pass; its client gives the first to a server that does not answer."""
 
 
 def tracking_uri() -> str:
@@ -24,20 +28,19 @@ def tracking_uri() -> str:
 
 @contextmanager
 def translated_errors(remedy: str = "check MLFLOW_TRACKING_URI and the server, then try again") -> Iterator[None]:
-    """Raise a one-line `TrackingError` for an MLflow error in the block."""
+    """Raise a one-line `TrackingError` for an MLflow error in the block, `TrackingAway` for one that may pass."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except MlflowException as error:
         uri = tracking_uri()
-        raise TrackingError(
-            f"the MLflow store {without_secret(uri)} failed ({_reason(error, uri)}); {remedy}"
-        ) from error
+        kind = TrackingAway if error.error_code in _PASSING else TrackingError
+        raise kind(f"the MLflow store {without_secret(uri)} failed ({_reason(error, uri)}); {remedy}") from error
 
 
 def connect(uri: str | None = None) -> MlflowClient:
-    """Return a client of the store; raise `TrackingError` if the store does not answer.
+    """Return a client of the store; raise `TrackingAway` if the store does not answer.
 
     Retries are short: the spool bridges an outage, not a blocked call.
     """
@@ -58,7 +61,7 @@ def connect(uri: str | None = None) -> MlflowClient:
         client = mlflow.MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError, ImportError) as error:  # a database's driver may be missing
-        raise TrackingError(
+        raise TrackingAway(
             f"the MLflow store {without_secret(uri)} does not answer ({_reason(error, uri)}); "
             "expected a running server or a database: check MLFLOW_TRACKING_URI"
         ) from None

@@ -21,7 +21,7 @@ _IMAGES = "images"  # folder of `MlflowClient.log_image`, which names files KEY+
 
 
 class Reported:
-    """What a run has, as far as it was there when this object was asked first.
+    """Content of a run in MLflow, as it was when it was first asked for.
 
     Points of a curve are sent in the order of their steps, so those up to the last one are there. With `any_order` each
     is looked up.

@@ -22,7 +22,7 @@ from pipeline.config import RunConfig, flatten, to_json
 from pipeline.errors import TrackingError
 from pipeline.tracking.mlflow_client import tracking_uri, unavailable
 from pipeline.tracking.provenance import code_commit
-from pipeline.tracking.tags import TAG_COMMIT, TAG_FOLDER, TAG_PHASE
+from pipeline.tracking.tags import TAG_COMMIT, TAG_FOLDER, TAG_KEY, TAG_PHASE
 from shards.errors import one_line
 
 if TYPE_CHECKING:
@@ -57,15 +57,16 @@ def create_run(
 ) -> str:
     """Create a run with its configuration, code and data; return its id.
 
-    `datasets` maps a context ("training", "validation") to (name, digest, url).
+    `datasets` maps a context ("training", "validation") to (name, digest, url). If a run has the same `TAG_KEY`, a
+    driver was killed while it created it, and what is missing is added.
     """
     from mlflow.entities import Param
 
-    run = client.create_run(
-        experiment_id(client, config.track.experiment),
-        run_name=config.run_name,
-        tags={**origin_tags(f"detr train {config.recipe}"), **tags},
-    )
+    experiment = experiment_id(client, config.track.experiment)
+    key = tags.get(TAG_KEY)
+    found = client.search_runs([experiment], f"tags.`{TAG_KEY}` = '{key}'", max_results=1) if key else []
+    all_tags = {**origin_tags(f"detr train {config.recipe}"), **tags}
+    run = found[0] if found else client.create_run(experiment, run_name=config.run_name, tags=all_tags)
     run_id = str(run.info.run_id)
     parameters = [Param(name, value or "-") for name, value in flatten(config).items()]
     for start in range(0, len(parameters), _MAX_PARAMS):

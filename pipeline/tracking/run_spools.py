@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from pipeline.errors import RunConfigError
-from pipeline.run_folder import EVALUATION_SPOOL, SPOOL, scratch
+from pipeline.run_folder import UNSENT_EVALUATION, UNSENT_TRAINING, scratch
 from pipeline.tracking.events import Event
 from pipeline.tracking.mlflow_sender import EventSender
 from pipeline.tracking.spool import SpoolTracker
@@ -37,8 +37,8 @@ class RunSpool:
     """Steps come in any order: a checkpoint whose evaluation fails is evaluated after later ones."""
 
 
-TRAINING = RunSpool(SPOOL, "unsent-training.zip")
-EVALUATION = RunSpool(EVALUATION_SPOOL, "unsent-evaluation.zip", any_order=True)
+TRAINING = RunSpool("spool", UNSENT_TRAINING)
+EVALUATION = RunSpool("spool-evaluation", UNSENT_EVALUATION, any_order=True)
 
 
 def open_tracker(kind: RunSpool, folder: Location, run_id: str, uri: str) -> SpoolTracker:

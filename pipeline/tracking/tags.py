@@ -4,6 +4,8 @@ from __future__ import annotations
 
 TAG_FOLDER = "detr.folder"
 """The run's folder. Runs without it are not runs of `detr train`."""
+TAG_KEY = "detr.key"
+"""Key in the run's record, by which the run is found after a driver was killed while it created it."""
 TAG_TOTAL_STEPS = "detr.total_steps"
 """Last step of the schedule."""
 TAG_EPOCHS = "detr.epochs"

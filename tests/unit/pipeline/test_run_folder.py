@@ -12,9 +12,11 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.errors import TrainingError
 from pipeline.run_folder import only_driver
 from pipeline.tracking.spool import SpoolTracker
+from pipeline.tracking.unsent import UnsentObject
 from pipeline.training.loop import run
 from pipeline.training.state import RunInfo
 from tests.support.runs import run_folder_table
+from tests.support.tracking_server import Server
 
 ROOT = Path(run_folder.__file__).parents[1]
 
@@ -31,14 +33,15 @@ def test_every_name_of_the_module_is_in_the_table() -> None:
     assert names == {name.rstrip("/") for name, _, _ in run_folder_table()}
 
 
-def test_the_table_names_every_file_of_a_run(config: RunConfig, run_info: RunInfo) -> None:
+def test_the_table_names_every_file_of_a_run(config: RunConfig, run_info: RunInfo, tmp_path: Path) -> None:
     folder = run_info.folder
     guarded = replace(config, guard=GuardConfig(policy="skip", max_grad_norm=1e-9, max_events=1))
     with only_driver(folder, "run"):
-        tracker = SpoolTracker(folder / run_folder.SPOOL, lambda events: None)
+        unsent = UnsentObject(str(folder / run_folder.UNSENT_TRAINING))
+        tracker = SpoolTracker(tmp_path / "spool", Server(up=False), unsent)
         run(replace(config, optim=replace(config.optim, max_steps=2)), run_info, Ranks(), tracker)
         with pytest.raises(TrainingError, match="max_events"):
             run(guarded, run_info, Ranks(), tracker)
         tracker.close()
     entries = {path.name + "/" * path.is_dir() for path in folder.iterdir()}
-    assert entries == {name for name, _, _ in run_folder_table()} - {"spool-evaluation/", "ray/"}
+    assert entries == {name for name, _, _ in run_folder_table()} - {"unsent-evaluation.zip", "ray/"}
