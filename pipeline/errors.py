@@ -5,6 +5,7 @@
     * RunConfigError
     * CheckpointError
     * TrackingError
+      * TrackingAway
     * RegistryError
     * ExchangeError
     * TrainingError
@@ -43,6 +44,10 @@ class CheckpointError(PipelineError):
 
 class TrackingError(PipelineError):
     """Raised when the tracking server does not answer or does not know the run."""
+
+
+class TrackingAway(TrackingError):
+    """Raised when the tracking server does not answer now; a later attempt may succeed."""
 
 
 class RegistryError(PipelineError):

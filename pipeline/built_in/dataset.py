@@ -19,7 +19,7 @@ _SAMPLES_PER_SHARD = 1000
 
 def make_built_in(config: RunConfig, say: Callable[[str], None]) -> None:
     """Generate the built-in data set and pre-train its backbone, unless they exist."""
-    _make_data(config, say)
+    make_data(config, say)
     weights = Path(config.model.backbone_weights)
     if config.model.backbone_weights in ("random", "imagenet") or weights.exists():
         return
@@ -37,7 +37,8 @@ def make_built_in(config: RunConfig, say: Callable[[str], None]) -> None:
     )
 
 
-def _make_data(config: RunConfig, say: Callable[[str], None]) -> None:
+def make_data(config: RunConfig, say: Callable[[str], None]) -> None:
+    """Generate and shard the built-in data set, unless it exists."""
     urls = (config.data.train, config.data.val)
     if all(storage.exists(storage.join(url, MANIFEST_NAME)) for url in urls):
         return

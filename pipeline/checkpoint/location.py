@@ -62,15 +62,15 @@ def checkpoint_root(store: str, folder: Location) -> Location:
     return location(store) / folder.name if store else folder
 
 
-def check(store: str) -> None:
+def check(store: str, option: str = "checkpoint.store") -> None:
     """Write and remove a small file below the store's URL; raise `RunConfigError` if that fails.
 
     It is tried a few times only: a person waits for the answer.
     """
     if store.startswith("memory://"):
         raise RunConfigError(
-            f"checkpoint.store {store} is the memory of each process, and what is saved there is lost with it; expected a "
-            "folder or URL that this machine and every worker may write: give another --checkpoint.store"
+            f"{option} {store} is the memory of each process, and what is saved there is lost with it; expected a "
+            f"folder or URL that this machine and every worker may write: give another --{option}"
         )
     name = f".detr-{secrets.token_hex(8)}"
     probe = storage.join(store, name)
@@ -80,9 +80,9 @@ def check(store: str) -> None:
             storage.remove(probe)
     except (StoreError, ShardError) as error:
         # The message starts with the address and has a remedy, but must name the store instead of this file.
-        raise RunConfigError(f"checkpoint.store {str(error).replace('/' + name, '')}") from None
+        raise RunConfigError(f"{option} {str(error).replace('/' + name, '')}") from None
     except OSError as error:
         raise RunConfigError(
-            f"checkpoint.store {store} cannot be written ({one_line(error)}); expected a folder or URL that this machine "
-            "and every worker may write: give another --checkpoint.store"
+            f"{option} {store} cannot be written ({one_line(error)}); expected a folder or URL that this machine "
+            f"and every worker may write: give another --{option}"
         ) from None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from detr.model import DETR
 from pipeline.checkpoint import location
+from pipeline.checkpoint.location import Location
 from pipeline.config import RunConfig
 from pipeline.data.datasets import check_cache_limit, open_data
 from pipeline.driver.initial_weights import adopt_model_config, initial_model
@@ -35,8 +36,8 @@ class PreparedRun:
     model: DETR
     notes: tuple[str, ...]
 
-    def write_initial_weights(self, folder: Path) -> None:
-        """Write the initial weights into the run's folder, where the workers read them."""
+    def write_initial_weights(self, folder: Location) -> None:
+        """Write the initial weights to the run's location, where the workers read them."""
         save_initial(self.model, folder)
 
 
@@ -83,14 +84,18 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, P
 
 
 def check_storage(config: RunConfig) -> None:
-    """Raise one of `USER_ERRORS` if the run's folder or its checkpoints could not be written."""
-    _check_folder(Path(config.storage), "storage")
-    store = config.checkpoint.store and storage.absolute(config.checkpoint.store)
-    path = storage.local_path(store)
-    if path is None:
-        location.check(store)
-    elif store:
-        _check_folder(path, "checkpoint.store")
+    """Raise one of `USER_ERRORS` if what the run leaves, or its checkpoints, could not be written."""
+    _check_place(config.storage, "storage")
+    if config.checkpoint.store:
+        _check_place(config.checkpoint.store, "checkpoint.store")
+
+
+def _check_place(url: str, name: str) -> None:
+    place = location.location(url)
+    if isinstance(place, Path):
+        _check_folder(place.absolute(), name)
+    else:
+        location.check(str(place), name)
 
 
 def _check_folder(folder: Path, name: str) -> None:
@@ -122,7 +127,7 @@ def _absolute(config: RunConfig) -> RunConfig:
         config,
         data=data,
         initial=initial,
-        storage=str(Path(config.storage).absolute()),
+        storage=storage.absolute(config.storage),
         checkpoint=replace(config.checkpoint, store=store and storage.absolute(store)),
         model=replace(config.model, backbone_weights=weights),
     )

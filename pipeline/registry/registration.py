@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint import state as checkpoint_state
-from pipeline.checkpoint.location import Location, checkpoint_root
+from pipeline.checkpoint.location import Location, checkpoint_root, location
 from pipeline.checkpoint.metadata import read_meta
 from pipeline.config import RunConfig, from_json
 from pipeline.errors import RegistryError
@@ -75,7 +74,7 @@ def register_run(name_or_id: str, *, name: str, alias: str) -> Registered:
     run = find_run(client, name_or_id)
     run_id = str(run.info.run_id)
     config = from_json(read_config(client, run_id))
-    found = catalog.best(checkpoint_root(config.checkpoint.store, Path(run.data.tags[TAG_FOLDER])))
+    found = catalog.best(checkpoint_root(config.checkpoint.store, location(run.data.tags[TAG_FOLDER])))
     if found is None:
         raise RegistryError(
             f"run {name_or_id} has no evaluated checkpoint yet; expected one: wait for its first evaluation"
