@@ -25,7 +25,11 @@ if TYPE_CHECKING:  # the tests of `detr` also run where only torch, torchvision 
 _SLOW = pytest.StashKey[set[str]]()
 
 
-_STARTS_RAY = ("tests/e2e/", "tests/integration/cluster/test_background_evaluation.py")
+_STARTS_RAY = (
+    "tests/e2e/",
+    "tests/integration/cluster/test_background_evaluation.py",
+    "tests/integration/cluster/test_ray_notes.py",
+)
 """Modules that run one after the other, since two clusters on two cores miss each other's deadlines."""
 
 
@@ -76,10 +80,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep cached files of tests out of the home folder."""
+def _folders_of_the_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep cached files and spools of tests out of the folders of the user."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DETR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("DETR_SCRATCH", str(tmp_path_factory.mktemp("scratch")))
         yield
 
 
