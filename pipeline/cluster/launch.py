@@ -17,14 +17,13 @@ from pipeline.checkpoint import catalog
 from pipeline.checkpoint.location import checkpoint_root
 from pipeline.checkpoint.metadata import read_meta
 from pipeline.cluster.background_evaluation import evaluator_on_ray
+from pipeline.cluster.capacity import check_this_machine, demand, resources_of_a_worker, wait_for_capacity
 from pipeline.cluster.claims import cancel_dead_claims
 from pipeline.cluster.notes import Notes
 from pipeline.cluster.ray_session import LocalRay, authenticate, join_cluster, lock_local_ray, start_local_ray
 from pipeline.cluster.resources import (
-    check_resources,
     describe_resources,
     report_pending_workers,
-    use_gpu,
     warn_of_sqlite,
 )
 from pipeline.cluster.supervisor import WorkerStatus, supervise
@@ -95,13 +94,20 @@ def connected(
         else:
             start_local_ray(config, verbose)
     try:
-        check_resources(config, address)
-        gpu = use_gpu(config)
+        gpu = _capacity(config.cluster, say) if address else check_this_machine(config.cluster)
         say(_describe_workers(config.cluster, gpu))
         warn_of_sqlite(say)
         yield ConnectedCluster(local, gpu, say)
     finally:
         ray.shutdown()
+
+
+def _capacity(cluster: ClusterConfig, say: Callable[[str], None]) -> bool:
+    """Wait for the nodes that the workers need; return True if these use GPUs."""
+    from pipeline.cluster.ray_internals import scaling_limits
+
+    with demand() as ask:
+        return wait_for_capacity(cluster, say, ask, scaling_limits())
 
 
 def run_workers(
@@ -139,7 +145,8 @@ def _describe_workers(cluster: ClusterConfig, gpu: bool) -> str:
     fewest, most = cluster.fewest, cluster.workers
     count = f"{fewest} to {most}" if fewest < most else str(most)
     workers = "worker" if most == 1 else "workers"
-    return f"{count} {workers} on {'GPUs, NCCL' if gpu else 'CPUs, gloo'}"
+    choice = " (there is no GPU; --cluster.gpu yes waits for them)" if cluster.gpu == "auto" and not gpu else ""
+    return f"{count} {workers} on {'GPUs, NCCL' if gpu else 'CPUs, gloo'}{choice}"
 
 
 def _trainer(job: WorkerJob, gpu: bool) -> TorchTrainer:
@@ -151,16 +158,13 @@ def _trainer(job: WorkerJob, gpu: bool) -> TorchTrainer:
     from pipeline.cluster.controller import GroupEndCallback
 
     cluster = job.config.cluster
-    resources = {"CPU": cluster.cpus_per_worker}
-    if gpu:
-        resources["GPU"] = 1
     return TorchTrainer(
         partial(train_in_ray, job),
         scaling_config=ScalingConfig(
             num_workers=(cluster.fewest, cluster.workers) if cluster.fewest < cluster.workers else cluster.workers,
             elastic_resize_monitor_interval_s=_RESIZE_S,
             use_gpu=gpu,
-            resources_per_worker=resources,
+            resources_per_worker=resources_of_a_worker(cluster, gpu),
         ),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=cluster.collective_timeout_s),
         run_config=RayRunConfig(

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import ray
-from ray._private import services
+from ray._private import services, state
 from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
 from ray.experimental import internal_kv
 from ray.train.v2._internal.execution import context
@@ -26,6 +26,7 @@ __all__ = [
     "cancel_resource_request",
     "jobs_alive",
     "preemption_context",
+    "scaling_limits",
     "servers_in_own_groups",
 ]
 
@@ -97,6 +98,12 @@ def cancel_resource_request(requester: str) -> None:
         ray.get(actor.cancel_request.remote(requester_id=requester), timeout=_ANSWER_S)
     except ray.exceptions.RayError as error:
         raise ConnectionError(str(error)) from error
+
+
+def scaling_limits() -> dict[str, float] | None:
+    """Return all resources that the autoscaler may add up to, or None where there is no autoscaler."""
+    limits: dict[str, float] | None = state.state.get_max_resources_from_cluster_config()
+    return limits
 
 
 def preemption_context() -> Any:

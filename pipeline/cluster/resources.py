@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pipeline.cluster import attempts
+from pipeline.cluster.capacity import resources_of_a_worker
 from pipeline.cluster.notes import Notes
-from pipeline.config import ClusterConfig, RunConfig
-from pipeline.errors import RunConfigError
+from pipeline.config import ClusterConfig
 from pipeline.tracking.mlflow_client import connect, tracking_uri
 from pipeline.tracking.tags import TAG_PENDING_WORKERS
 from shards.errors import one_line
@@ -28,9 +28,7 @@ def describe_resources(cluster: ClusterConfig, gpu: bool) -> str:
     """Return one line about the resources that the workers need and those that the connected Ray cluster has."""
     import ray
 
-    each = {"CPU": cluster.cpus_per_worker}
-    if gpu:
-        each["GPU"] = 1
+    each = resources_of_a_worker(cluster, gpu)
     have, free = ray.cluster_resources(), ray.available_resources()
     fewest = cluster.fewest
     needed = " and ".join(f"{fewest * count} {kind}" for kind, count in each.items())
@@ -84,47 +82,6 @@ def _watch(
             if not warned:
                 LOG.warning("a wait for workers could not be reported: %s", one_line(error))
             warned = True
-
-
-def check_resources(config: RunConfig, address: str | None) -> None:
-    """Raise `RunConfigError` when the cluster can never fit the workers, which would wait for ever.
-
-    A Ray that was started here has as many CPUs as were requested.
-    """
-    import ray
-
-    have = ray.cluster_resources()
-    fewest, gpus, cpus = config.cluster.fewest, int(have.get("GPU", 0)), int(have.get("CPU", 0))
-    flag = "--cluster.min-workers" if config.cluster.min_workers else "--cluster.workers"
-    if config.cluster.gpu == "yes" and gpus < fewest:
-        raise RunConfigError(
-            f"{'the cluster' if address else 'this machine'} has {gpus} GPUs but {fewest} workers need one each; "
-            f"expected as many: join {'another' if address else 'a'} cluster with --address, lower {flag}, or train on "
-            "CPUs with --cluster.gpu no, or try two small steps with --smoke"
-        )
-    needed = fewest * config.cluster.cpus_per_worker
-    if address and cpus < needed:
-        raise RunConfigError(
-            f"the cluster has {cpus} CPUs but {fewest} workers need {needed}; expected at least as many: lower {flag} "
-            "or add nodes"
-        )
-
-
-def use_gpu(config: RunConfig) -> bool:
-    """Return True if the workers use GPUs; raise `RunConfigError` when "auto" finds too few of them."""
-    import ray
-
-    if config.cluster.gpu != "auto":
-        return config.cluster.gpu == "yes"
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    fewest = config.cluster.fewest
-    if 0 < gpus < fewest:
-        flag = "--cluster.min-workers" if config.cluster.min_workers else "--cluster.workers"
-        raise RunConfigError(
-            f"the cluster has {gpus} GPUs for {fewest} workers; expected one each: "
-            f"{flag} {gpus} (the batch stays the same), or --cluster.gpu no"
-        )
-    return gpus > 0
 
 
 def warn_of_sqlite(say: Callable[[str], None]) -> None:
