@@ -1,7 +1,6 @@
 """The command as a user runs it: processes in a folder of its own, with real Ray and a real MLflow store there."""
 
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -18,6 +17,7 @@ from tests.support.ranks import run_ranks
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.checkpoint.location import Location
     from pipeline.config import RunConfig
     from pipeline.distributed.ranks import Ranks
 
@@ -157,8 +157,8 @@ def config_of(folder: Path, run: str) -> "RunConfig":
     return from_json(artifact.read_bytes())
 
 
-def newest_weights(config: "RunConfig", run_folder: Path) -> "dict[str, Tensor]":
-    """The weights of the newest checkpoint in the folder of a run."""
+def newest_weights(config: "RunConfig", run_folder: "Location") -> "dict[str, Tensor]":
+    """The weights of the newest checkpoint of the run at this location."""
     from detr.model import build_model
     from pipeline.checkpoint.catalog import newest
     from pipeline.checkpoint.state import load_weights
@@ -171,14 +171,15 @@ def newest_weights(config: "RunConfig", run_folder: Path) -> "dict[str, Tensor]"
     return model.state_dict()
 
 
-def train_alone(config: "RunConfig", run_folder: Path, folder: Path) -> list[tuple[str, float, int]]:
-    """Train the run in `run_folder` once more from its first weights, into `folder`: undisturbed, and without Ray.
+def train_alone(config: "RunConfig", run_folder: "Location", folder: Path) -> list[tuple[str, float, int]]:
+    """Train the run at `run_folder` once more from its first weights, into `folder`: undisturbed, and without Ray.
 
     As many processes as the run has workers train it. Return the points that it reports: name, value and step.
     """
     from pipeline.run_folder import INITIAL_NAME
+    from shards.store import storage
 
-    shutil.copy(run_folder / INITIAL_NAME, folder)
+    (folder / INITIAL_NAME).write_bytes(storage.read(str(run_folder / INITIAL_NAME)))
     return run_ranks(config.cluster.workers, _train, config, folder)[0]  # type: ignore[no-any-return]
 
 

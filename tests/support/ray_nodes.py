@@ -19,20 +19,32 @@ def free_port() -> int:
 
 
 class Node:
-    """A Ray node of one CPU; `folder` gets its log."""
+    """A Ray node of one CPU, or as many as given; `folder` gets its log."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], *flags: str) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], *flags: str, cpus: int = 1) -> None:
         ray = Path(sys.executable).with_name("ray")
-        command = [str(ray), "start", *flags, "--num-cpus", "1", "--disable-usage-stats", "--block"]
-        with (folder / "ray.log").open("a") as log:
+        command = [str(ray), "start", *flags, "--num-cpus", str(cpus), "--disable-usage-stats", "--block"]
+        self._log = folder / "ray.log"
+        with self._log.open("a") as log:
             self._process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+
+    def wait(self, timeout_s: float = 90) -> None:
+        """Wait until it has joined the cluster. Only for a node that is the first to write into its folder."""
+        until = time.monotonic() + timeout_s
+        while "Ray runtime started" not in self._log.read_text():
+            assert self._process.poll() is None, self._log.read_text()
+            assert time.monotonic() < until, self._log.read_text()
+            time.sleep(0.2)
+
+    def below(self) -> list[psutil.Process]:
+        """Return the processes that it has started, and those that they have."""
+        return psutil.Process(self._process.pid).children(recursive=True) if self._process.poll() is None else []
 
     def kill(self) -> None:
         """SIGKILL it with all that it started, as a machine that loses its power does."""
-        process = self._process
-        below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        process.kill()
-        process.wait()
+        below = self.below()
+        self._process.kill()
+        self._process.wait()
         for child in below:
             try:
                 child.kill()
