@@ -2,7 +2,7 @@
 
     stop                driver, after Ctrl-C or SIGTERM           rank 0 and the background evaluation save and stop
     fatal               first worker with an error that recurs    the driver ends the run
-    evaluation          newest task of the background evaluation  an older one that still runs drops its result
+    evaluation          newest task of the background evaluation  an older one that still runs ends
     attempts/NNNN.*     workers and Ray's controller              see `attempts`
 
 The keys begin with the run's id and a number that the driver draws, so no process sees the notes of another driver. A
@@ -24,7 +24,7 @@ from shards.errors import one_line
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
-_STOP, _FATAL, _EVALUATION = "stop", "fatal", "evaluation"
+_STOP, _FATAL = "stop", "fatal"
 
 
 class NoteStore(Protocol):
@@ -113,17 +113,6 @@ class Notes:
         """Return the message of `write_fatal_error`, or None."""
         message = self.read(_FATAL)
         return None if message is None else message.decode()
-
-    def begin_evaluation(self) -> str:
-        """Make the caller the newest task of the background evaluation; return its number."""
-        number = secrets.token_hex(8)
-        self.write(_EVALUATION, number.encode(), overwrite=True)
-        return number
-
-    def is_newest_evaluation(self, number: str) -> bool:
-        """Return False if another task of the background evaluation began after the one with this number."""
-        newest = self.read(_EVALUATION)
-        return newest is None or newest.decode() == number
 
     def _key(self, name: str) -> str:
         return f"{self.run_id}/{self.driver}/{name}"

@@ -118,8 +118,8 @@ def record_failure(notes: Notes, rank: int, error: Exception) -> None:
         return
     if not passes and attempts.repeats(notes, what):
         notes.write_fatal_error(
-            f"worker {rank} failed: {what}; so did the attempt before it, and nothing was saved in between: expected "
-            "a cause outside the run to have passed; mend what the message names"
+            f"worker {rank} failed: {what}; the attempt before it ended with the same error and nothing was saved in "
+            "between, so it is not tried again"
         )
     attempts.record_end(notes, f"worker {rank} failed: {what}", error="" if passes else what)
 

@@ -44,14 +44,6 @@ def test_a_driver_sees_nothing_of_an_earlier_one_and_deletes_it(store: MemoryNot
     assert other.stop_requested()
 
 
-def test_an_older_evaluation_hears_of_a_newer_one(notes: Notes) -> None:
-    older = notes.begin_evaluation()
-    assert notes.is_newest_evaluation(older)
-    newer = notes.begin_evaluation()
-    assert not notes.is_newest_evaluation(older)
-    assert notes.is_newest_evaluation(newer)
-
-
 def test_a_cluster_that_does_not_answer_is_no_news_and_one_warning(
     store: MemoryNotes, caplog: pytest.LogCaptureFixture
 ) -> None:

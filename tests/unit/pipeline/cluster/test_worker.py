@@ -8,13 +8,19 @@ import pytest
 from ray.train.v2._internal.execution import context
 from ray.train.v2._internal.execution.preemption import PreemptionContext
 from ray.train.v2.api.preemption import PreemptionInfo
+from torch.distributed import DistError
 
+from pipeline.cluster import attempts
 from pipeline.cluster import worker as ray_worker
 from pipeline.cluster.attempts import EndReason, Restart
-from pipeline.cluster.worker import FirstStepReport, PreemptionNotice, with_microbatch_limit
+from pipeline.cluster.notes import Notes
+from pipeline.cluster.worker import FirstStepReport, PreemptionNotice, record_failure, with_microbatch_limit
 from pipeline.config import ClusterConfig, RunConfig
+from pipeline.errors import CheckpointError
 from pipeline.tracking.tags import TAG_RESIZED, TAG_WARNING
 from pipeline.training.requests import NO_REQUEST, Request
+from shards.store.retry import StoreError
+from tests.support.notes import memory_notes
 from tests.support.tracker import MemoryTracker
 
 
@@ -93,3 +99,35 @@ def test_fewer_workers_take_no_more_images_at_a_time(tiny_config: RunConfig) -> 
     assert with_microbatch_limit(fixed) == fixed
     assert with_microbatch_limit(elastic).compute.max_microbatch == 2  # of 4 images, 3 workers take 2, 1 and 1
     assert with_microbatch_limit(chosen) == chosen
+
+
+def errors_after(notes: Notes, *errors: Exception, saves: bool = False) -> list[str | None]:
+    """Return the fatal error after each attempt, of which each ends with one of the errors."""
+    found = []
+    for error in errors:
+        attempts.start_attempt(notes, 2)
+        if saves:
+            attempts.record_progress(notes)
+        record_failure(notes, 1, error)
+        found.append(notes.read_fatal_error())
+    return found
+
+
+def test_the_same_error_twice_ends_the_run_unless_something_was_saved(notes: Notes) -> None:
+    first, second = errors_after(notes, KeyError("lr"), KeyError("lr"))
+    assert first is None
+    assert second == (
+        "worker 1 failed: 'lr'; the attempt before it ended with the same error and nothing was saved in between, so "
+        "it is not tried again"
+    )
+    assert errors_after(memory_notes(), KeyError("lr"), KeyError("lr"), saves=True) == [None, None]
+    assert errors_after(memory_notes(), KeyError("lr"), KeyError("bias"), KeyError("lr")) == [None, None, None]
+
+
+@pytest.mark.parametrize("error", [StoreError("s3://sets/coco: no good answer"), ConnectionError("reset"), DistError()])
+def test_errors_that_may_pass_are_tried_again(notes: Notes, error: Exception) -> None:
+    assert errors_after(notes, error, error, error) == [None, None, None]
+
+
+def test_an_error_of_the_user_ends_the_run_at_once(notes: Notes) -> None:
+    assert errors_after(notes, CheckpointError("step-7 is of another run")) == ["step-7 is of another run"]
