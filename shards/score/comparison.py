@@ -103,6 +103,11 @@ def compare(
     )
 
 
+def shard_name(manifest: Manifest, comparison: Comparison, image: int) -> str:
+    """Return the file name of the shard that holds a scored image."""
+    return manifest.shards[int(manifest.index().images["shard"][comparison.rows[image]])].name
+
+
 def _check(manifest: Manifest, index: Index, detections: Detections, rows: Ints) -> None:
     """Raise `ShardError` for detections that a scorer would silently ignore or fail on."""
     if len(rows) and not (rows[0] >= 0 and rows[-1] < manifest.images):

@@ -179,12 +179,13 @@ CASES: dict[str, Callable[[str, int], list[Row]]] = {
     "planning": _data("planning", "planning"),
     "padding": _data("planning", "padding"),
     "streaming": _data("streaming", "streaming"),
+    "scoring": _data("scoring", "scoring"),
     "orchestration": _data("orchestration", "orchestration"),
     "checkpointing": _data("checkpointing", "checkpointing"),
 }
 # Cases that measure nothing useful on a device; they still run if asked for.
 LEFT_OUT = {
-    "cuda": ("parsing", "writing", "loading", "planning", "padding", "streaming", "orchestration"),
+    "cuda": ("parsing", "writing", "loading", "planning", "padding", "streaming", "scoring", "orchestration"),
     "cpu": ("train",),
 }
 
