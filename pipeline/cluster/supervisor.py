@@ -24,9 +24,10 @@ from pipeline.tracking.mlflow_client import connect
 from shards.errors import ShardError, one_line
 
 GRACE_S = 45.0  # Ray kills a stopped job after 60 s
+_TOGETHER_S = 1.0  # `timeout` and schedulers signal a process and then its group, which is one request to stop
 _UNKNOWN = -1
 _LOOK_S = 0.2
-_READ_S = 1.0  # between looks at the notes, which block for seconds while the cluster does not answer
+_READ_S = 0.5  # between looks at the notes, which block for seconds while the cluster does not answer
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,21 @@ def _following(run_id: str) -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Yield a list of the stop signals received inside the block; it stays empty outside the main thread."""
+    """Yield a list of the requests to stop inside the block; it stays empty outside the main thread."""
     received: list[int] = []
+    last = -_TOGETHER_S
+
+    def receive(number: int, _: Any) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _TOGETHER_S:
+            received.append(number)
+        last = time.monotonic()
+
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    before = {number: signal.signal(number, receive) for number in numbers}
     try:
         yield received
     finally:

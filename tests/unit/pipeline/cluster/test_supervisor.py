@@ -72,6 +72,20 @@ def test_a_fatal_error_ends_a_fit_that_would_restart(fit: Fit, notes: Notes) -> 
     forever.set()
 
 
+def test_a_signal_to_the_process_and_to_its_group_is_one_request(fit: Fit, notes: Notes) -> None:
+    def work() -> None:
+        start_attempt(notes, 1)
+        signal_this_process(signal.SIGTERM)
+        time.sleep(0.1)
+        signal_this_process(signal.SIGTERM)
+        until(notes.stop_requested)
+        time.sleep(0.5)
+
+    with pytest.raises(Interrupted) as caught:
+        fit(work)
+    assert not isinstance(caught.value, Killed)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks_the_workers_and_waits_for_them(fit: Fit, notes: Notes, number: signal.Signals) -> None:
     saved = []
@@ -89,7 +103,10 @@ def test_the_first_signal_asks_the_workers_and_waits_for_them(fit: Fit, notes: N
 
 
 @pytest.mark.parametrize("reason", ["a second signal", "no answer in time"])
-def test_workers_that_do_not_answer_are_not_waited_for(fit: Fit, notes: Notes, reason: str) -> None:
+def test_workers_that_do_not_answer_are_not_waited_for(
+    fit: Fit, notes: Notes, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    monkeypatch.setattr(supervisor, "_TOGETHER_S", 0.0)
     forever, ended, messages = threading.Event(), threading.Event(), list[str]()
     grace_s = 0.3 if reason == "no answer in time" else GRACE_S
 
