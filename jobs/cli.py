@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from typing import NoReturn
 
 from jobs.commands import cluster, exchange, models, runs, shard
 from jobs.parsing import Command, UsageError, command_table
+from pipeline.signals import hear_stops
 
 
 def check(argv: Sequence[str]) -> None:
@@ -61,6 +63,7 @@ COMMANDS: dict[str, Command] = {
 
 def main() -> NoReturn:
     """Run the installed command `detr`."""
+    hear_stops()
     sys.exit(run(sys.argv[1:]))
 
 
@@ -85,8 +88,8 @@ def run(argv: Sequence[str]) -> int:
         return _fail(str(error), 2)
     except USER_ERRORS as error:
         return _fail(str(error), getattr(error, "exit_status", 1))
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except KeyboardInterrupt as error:
+        return _fail("interrupted", 128 + getattr(error, "number", signal.SIGINT))
     except BrokenPipeError:
         # The reader of the output has exited, as in `detr runs | head`: not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,8 +20,9 @@ from shards.errors import one_line
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-# A stopped job gets a Ctrl-C and a minute to save a checkpoint; Ray's default kills it after three seconds.
-_STOP = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+_GRACE_S = 60
+# A stopped job has a minute to save a checkpoint; Ray's default kills it after three seconds.
+_STOP = {"RAY_JOB_STOP_SIGNAL": "SIGTERM", "RAY_JOB_STOP_WAIT_TIME_S": str(_GRACE_S)}
 
 
 class JobError(PipelineError):
@@ -134,9 +135,11 @@ def stop(spec: Spec, job_id: str, *, wait_s: float = 75.0) -> str:
         return f"{job_id} had already ended"
     client = connect(spec)
     client.stop_job(job_id)
-    until = time.monotonic() + wait_s
-    while time.monotonic() < until:
+    start = time.monotonic()
+    while time.monotonic() < start + wait_s:
         final = status(spec, job_id)
+        if final == "STOPPED" and time.monotonic() > start + _GRACE_S:
+            return f"{job_id} killed: it did not stop within {_GRACE_S} s"  # Ray calls that stopped, too
         if final in ("SUCCEEDED", "FAILED", "STOPPED"):
             return f"{job_id} {final.lower()}"
         time.sleep(1)

@@ -1,219 +1,135 @@
-"""Driver of a run: check it, create it in MLflow, run its workers, register the best checkpoint.
+"""Driver of a run: `train` and `resume`.
 
-`train` creates a run once; `resume` continues it after whatever stopped it. Both run the workers by `_run` and end with
-`_conclude`.
+Both find the run's record in its store, and both continue what it describes (`pipeline.driver.work`). A run's name is
+its key: the same command creates the run once, continues it when it comes again, and answers at once when the run has
+ended. So neither torch nor Ray nor MLflow is imported here before it is known that there is something to do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import secrets
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pipeline.checkpoint import catalog
-from pipeline.checkpoint.location import Location, checkpoint_root
-from pipeline.cluster.launch import run_workers
-from pipeline.config import RunConfig, from_json, to_json
-from pipeline.driver.changes import ResumeOptions
-from pipeline.errors import CheckpointError, Interrupted, RunConfigError, TrainingError
-from pipeline.run_folder import CHECKPOINTS, INITIAL_NAME, only_driver
-from pipeline.tracking.mlflow_client import connect, tracking_uri, translated_errors
-from pipeline.tracking.mlflow_runs import CONFIG_ARTIFACT, create_run, find_run, read_config, set_final_status
-from pipeline.tracking.run_spools import anything_left, send_left
-from pipeline.tracking.tags import (
-    TAG_EPOCHS,
-    TAG_FOLDER,
-    TAG_INITIAL_WEIGHTS,
-    TAG_LEFT_OUT,
-    TAG_PHASE,
-    TAG_TOTAL_STEPS,
-    TAG_TRAIN_DIGEST,
-    TAG_VAL_DIGEST,
-)
+from pipeline.checkpoint.location import Location, location
+from pipeline.config import RunConfig
+from pipeline.driver.changes import ResumeOptions, continued, differences
+from pipeline.driver.launch import Launch
+from pipeline.driver.record import Outcome, RunRecord, check_name, read_record
+from pipeline.driver.sole_driver import sole_driver
+from pipeline.errors import Interrupted, Postponed, TrainingError
+from shards.store.retry import StoreError
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
+__all__ = ["Launch", "Outcome", "resume", "train"]
 
 
-Say = Callable[[str], None]
+def train(config: RunConfig, launch: Launch | None = None, *, run: str = "", accept_change: bool = False) -> Outcome:
+    """Train a run to its end and register it: a new one, or with the name `run` the one that has it already.
 
-
-def say(text: str) -> None:
-    """Print a line for the user, unbuffered even if stdout is a file."""
-    print(text, flush=True)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Options of the driver that do not change the result of a run."""
-
-    address: str | None = None
-    """Address of a Ray cluster (`auto`, `HOST:6379` or `ray://...`). None: RAY_ADDRESS, or start a local one."""
-    verbose: bool = False
-    say: Say = say
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Result of a finished run."""
-
-    run_id: str
-    folder: Path
-    best: Location
-    metrics: dict[str, float]
-    version: str
-    model_name: str
-    is_best: bool
-    """True if `@best` points at this version; an earlier one with a higher AP on the same data keeps the alias."""
-
-
-def train(config: RunConfig, launch: Launch | None = None) -> Outcome:
-    """Start a new run, train it to its end and register it; check everything that can be checked before Ray starts."""
-    from pipeline.driver.preflight import check, check_storage, prepare
-
+    A finished run returns its outcome at once. Raise `RunConfigError` for a run that was started with other options than
+    `config`, unless they are not part of what is trained or `accept_change` allows them, `BusyError` while another
+    driver works on it, and its old error if it has failed for good and no option has changed.
+    """
     launch = launch or Launch()
-    check(config)
-    check_storage(config)
-    client = connect()
-    config, ready = prepare(config, launch.say)
-    total = ready.schedule.total_steps
-    with translated_errors():
-        run_id = create_run(
-            client,
-            config,
-            {
-                "training": (ready.train.name, ready.train.digest, ready.train.url),
-                "validation": (ready.val.name, ready.val.digest, ready.val.url),
-            },
-            {
-                TAG_TRAIN_DIGEST: ready.train.digest,
-                TAG_VAL_DIGEST: ready.val.digest,
-                TAG_INITIAL_WEIGHTS: "; ".join(ready.notes),
-                TAG_TOTAL_STEPS: str(total),
-                TAG_EPOCHS: str(min(config.optim.epochs, ready.schedule.epoch(total))),
-                TAG_PHASE: "starting",
-            },
+    if run:
+        config = replace(config, track=replace(config.track, run_name=run))
+    check_name(config.run_name)
+    name = run or f"{config.run_name}-{secrets.token_hex(4)}"
+    folder = _absolute(location(config.storage)) / name
+    with _postponing(name):
+        record = _read(folder) if run else None
+        if record and record.run_id:
+            outcome = _ended(record, config, accept_change, folder, launch)
+            if outcome:
+                return outcome
+        else:
+            from pipeline.driver.preflight import check, check_storage
+
+            check(config)
+            check_storage(config)
+        with sole_driver(folder, name, launch.say) as lease:
+            from pipeline.driver.work import create, go_on
+
+            record = _read(folder) if run else None  # another driver may have written it since
+            if record is None or not record.run_id:
+                return create(config, name, folder, launch, lease, record)
+            differing = differences(record.asked_config, config)
+            differing.check(name, accept_change)
+            if differing.free:
+                launch.say(f"run {name} continues with {differing}")
+            wanted = continued(record, config, differing)
+            return go_on(record, config, wanted, accept_change, folder, launch, lease)
+
+
+def _ended(
+    record: RunRecord, config: RunConfig, accept_change: bool, folder: Location, launch: Launch
+) -> Outcome | None:
+    """Return the outcome of a finished run, and None for one that has something to do; raise if it failed for good."""
+    differing = differences(record.asked_config, config)
+    differing.check(record.name, accept_change)
+    if record.status == "failed" and not (differing.free or differing.acceptable):
+        raise TrainingError(
+            f"{record.message} (run {record.name} failed with this before: `detr resume {record.handle}` tries again, as "
+            "does this command with another --cluster.* or --compute.* option)"
         )
-        folder = Path(config.storage) / f"{config.run_name}-{run_id[:8]}"
-        client.set_tag(run_id, TAG_FOLDER, str(folder))
-    with only_driver(folder, run_id), _recorded(client, run_id):
-        ready.write_initial_weights(folder)
-        root = checkpoint_root(config.checkpoint.store, folder)
-        launch.say(f"run {config.run_name} ({run_id[:8]}): {total} steps, checkpoints in {root / CHECKPOINTS}")
-        _run(config, run_id, folder, launch)
-        return _conclude(client, config, run_id, folder, launch)
+    outcome = None if differing.acceptable else _finished(record, folder, launch)
+    return outcome
+
+
+def _finished(record: RunRecord, folder: Location, launch: Launch) -> Outcome | None:
+    """Return the outcome of a run that is finished and has told MLflow everything, else None."""
+    outcome = None if record.unsent else record.outcome(folder)
+    if outcome:
+        launch.say(
+            f"run {record.handle} is finished and registered as models:/{outcome.model_name}/{outcome.version}; "
+            f"`detr resume {record.handle} --epochs N` trains it further"
+        )
+    return outcome
 
 
 def resume(name: str, changes: ResumeOptions | None = None, launch: Launch | None = None) -> Outcome:
-    """Continue a run from its newest checkpoint; `name` is its id, its name or a registered version.
+    """Continue a run from its newest checkpoint, with these changes: the same as its command once more.
 
-    A run that was trained to its end but not registered is registered. Raise `RunConfigError` for a finished run.
+    `name` is the run's id, its name, its location or a registered version. A run that was trained to its end but not
+    registered is registered, and one that failed is tried again.
     """
-    from pipeline.driver.position import position_after
-    from pipeline.driver.preflight import check_data
-    from pipeline.registry.versions import run_of
-
     launch, changes = launch or Launch(), changes or ResumeOptions()
-    client = connect()
-    with translated_errors():
-        run = find_run(client, run_of(client, name) if name.startswith("models:/") else name)
-        run_id, folder = str(run.info.run_id), Path(run.data.tags[TAG_FOLDER])
-        original = from_json(read_config(client, run_id))
-    root = checkpoint_root(original.checkpoint.store, folder)
-    newest = catalog.newest_of_run(root, folder)
-    if newest is None and not (folder / INITIAL_NAME).exists():
-        raise CheckpointError(f"{root} holds no checkpoint of run {name}; expected one: is its storage mounted here?")
-    config = changes.of(original)
-    if changes.data is not None:
-        check_data(config)
-    position = position_after(config, newest, changes.accept)
-    trained = position.is_trained(root)
-    if trained and run.info.status == "FINISHED":
-        _send_unsent(run_id, folder, launch)
-        raise RunConfigError(
-            f"run {run.info.run_name} ({run_id[:8]}) is finished: {position.step} steps, registered; "
-            "expected one that has steps left: give --epochs N to train it further"
-        )
-    with only_driver(folder, run_id), _recorded(client, run_id):
-        if config != original:
-            # Parameters of a run cannot change in MLflow; the next resume reads this artifact.
-            client.log_text(run_id, to_json(config).decode(), CONFIG_ARTIFACT)
-        total = position.schedule.total_steps
-        launch.say(f"run {run.info.run_name} ({run_id[:8]}) continues at step {position.step} of {total}")
-        if position.stream.changes:
-            launch.say(f"warning: {position.stream.message(position.train.images)}")
-        for tag, value in position.tags(run.data.tags).items():
-            client.set_tag(run_id, tag, value)
-        if trained:
-            send_left(folder, run_id, tracking_uri(), launch.say)
-        else:
-            client.update_run(run_id, status="RUNNING")
-            _run(config, run_id, folder, launch, accept_change=bool(position.stream.changes))
-        return _conclude(client, config, run_id, folder, launch)
+    with _postponing(name):
+        from pipeline.driver.find import find
+
+        folder, record = find(name)
+        if not (changes.epochs or changes.batch_size or changes.data):
+            outcome = _finished(record, folder, launch)
+            if outcome:
+                return outcome
+        changes.of(record.run_config)  # raises for mistakes before anything starts
+        with sole_driver(folder, record.name, launch.say) as lease:
+            from pipeline.driver.work import go_on
+
+            newer = read_record(folder)  # another driver may have written it since
+            record = newer if newer and newer.run_id else record
+            asked, wanted = changes.of(record.asked_config), changes.of(record.run_config)
+            return go_on(record, asked, wanted, changes.accept, folder, launch, lease)
+
+
+def _absolute(place: Location) -> Location:
+    return place.absolute() if isinstance(place, Path) else place
+
+
+def _read(folder: Location) -> RunRecord | None:
+    """Return the record of the run at `folder`, or None; raise `Postponed` if the store does not answer."""
+    try:
+        return read_record(folder)
+    except StoreError as error:
+        raise Postponed(f"{error}; the run may exist, so the same command looks again later") from error
 
 
 @contextmanager
-def _recorded(client: MlflowClient, run_id: str) -> Iterator[None]:
-    """Set the final status of the run in MLflow when the block ends: finished, stopped or failed.
-
-    Raise `TrackingError` if MLflow does not answer, and `Interrupted` if the driver was asked to stop.
-    """
+def _postponing(name: str) -> Iterator[None]:
+    """Raise `Interrupted` if the block is stopped before the workers run."""
     try:
-        with translated_errors(f"everything that the run has saved is kept: `detr resume {run_id[:8]}` does the rest"):
-            yield
-    except (KeyboardInterrupt, SystemExit, Interrupted):
-        set_final_status(client, run_id, "stopped", "KILLED", say)
-        raise Interrupted(
-            f"stopped; everything up to the last checkpoint is kept: `detr resume {run_id[:8]}` continues"
-        ) from None
-    except BaseException:
-        set_final_status(client, run_id, "failed", "FAILED", say)
-        raise
-    set_final_status(client, run_id, "finished", "FINISHED", say)
-
-
-def _run(config: RunConfig, run_id: str, folder: Path, launch: Launch, accept_change: bool = False) -> None:
-    """Run the workers, then send to MLflow what they could not."""
-    try:
-        run_workers(
-            config,
-            run_id,
-            folder,
-            address=launch.address,
-            verbose=launch.verbose,
-            say=launch.say,
-            accept_change=accept_change,
-        )
-    finally:
-        send_left(folder, run_id, tracking_uri(), launch.say)
-
-
-def _send_unsent(run_id: str, folder: Path, launch: Launch) -> None:
-    """Send what a finished run could not send to MLflow while it ran, if there is anything."""
-    if anything_left(folder, run_id):
-        with only_driver(folder, run_id):
-            launch.say("sending what MLflow had not taken when the run ended")
-            send_left(folder, run_id, tracking_uri(), launch.say)
-
-
-def _conclude(client: MlflowClient, config: RunConfig, run_id: str, folder: Path, launch: Launch) -> Outcome:
-    """Register the best checkpoint of a trained run."""
-    from pipeline.registry.registration import register
-
-    root = checkpoint_root(config.checkpoint.store, folder)
-    found = catalog.best(root)
-    if found is None:
-        raise TrainingError(f"the run ended without an evaluated checkpoint in {root}; expected one at its last step")
-    best, metrics = found
-    client.set_tag(run_id, TAG_PHASE, "registering")
-    left_out = client.get_run(run_id).data.tags.get(TAG_LEFT_OUT)
-    if left_out:
-        launch.say(f"warning: left out {left_out}")
-    registered = register(
-        client, run_id, config, best, metrics, name=config.model_name, alias="best", only_if_better=True
-    )
-    if not registered.alias_moved:
-        launch.say(f"models:/{config.model_name}@best stays on another version, whose AP is higher")
-    return Outcome(run_id, folder, best, metrics, registered.version, config.model_name, registered.alias_moved)
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise Interrupted(f"stopped before training began; the same command starts run {name}") from None

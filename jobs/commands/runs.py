@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any
 
 import tyro
 
 from jobs.parsing import Flag, UsageError, parse
-from pipeline.config import RunConfig, to_json
+from pipeline.config import ClusterConfig, ComputeConfig, RunConfig, to_json
 from pipeline.recipes import NOTES, RECIPES
 
 
@@ -36,6 +36,11 @@ class Train:
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     start: Annotated[Start, tyro.conf.arg(name="")]
+    run: str | None = None
+    """Name of the run. The first command with it starts the run, the same command continues it from its newest checkpoint,
+    on any machine that sees --storage, and answers at once when the run has ended. The default starts a new run each time."""
+    accept_change: Flag = False
+    """Continue --run even if epochs, batch size, data or other options that make it another run differ from before."""
     smoke: Flag = False
     """Only test that the recipe runs: two steps of two images on one worker, with random backbone weights."""
 
@@ -47,10 +52,12 @@ def train(argv: list[str]) -> None:
         return
     from pipeline.train import train as start_training
 
-    config = smoke(options.config) if options.smoke else options.config
+    config, run = options.config, options.run or ""
     if options.smoke:
         print("smoke: two steps of two images on one worker, random backbone weights, evaluation on two images")
-    _print_outcome(start_training(config, _launch(options.start)))
+        config, run = smoke(config), f"{run}-smoke" if run else ""
+    launch = _launch(options.start)
+    _print_outcome(start_training(config, launch, run=run, accept_change=options.accept_change))
 
 
 def check_train(argv: list[str]) -> RunConfig | None:
@@ -66,7 +73,14 @@ def _train_options(argv: list[str], prog: str) -> Train | None:
             raise UsageError("got no recipe; expected one of those above")
         return None
     recipe = recipe_named(argv[0])
-    return parse(Train, argv[1:], f"{prog} {argv[0]}", default=Train(recipe, Start()))
+    options = parse(Train, argv[1:], f"{prog} {argv[0]}", default=Train(recipe, Start()))
+    if options.run is not None:
+        from pipeline.driver.record import check_name
+
+        check_name(options.run)
+        if options.config.track.run_name not in ("", recipe.track.run_name, options.run):
+            raise UsageError(f"got --run {options.run} and --track.run-name; expected one of them: they name the same")
+    return options
 
 
 def recipe_named(name: str) -> RunConfig:
@@ -141,12 +155,23 @@ def demo(argv: list[str]) -> None:
     run_demo(_launch(start))
 
 
+class ClusterChanges(ClusterConfig):
+    """Options of the cluster that the run continues with; those that are not given stay as they were."""
+
+    def __post_init__(self) -> None:
+        """Check nothing: only together with the run's own options is it known what fits."""
+
+
+class ComputeChanges(ComputeConfig):
+    """Options of the computation that the run continues with; those that are not given stay as they were."""
+
+
 @dataclass(frozen=True)
 class Resume:
     """Resume a run from its newest checkpoint, at exactly the next sample."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Id of the run, the first characters of the id, or the run's name.
+    """Id of the run, the first characters of the id, the run's name, or its location STORAGE/NAME.
     With models:/NAME@ALIAS, the run that this registered version came from is resumed."""
     start: Annotated[Start, tyro.conf.arg(name="")]
     epochs: int | None = None
@@ -158,6 +183,8 @@ class Resume:
     accept_change: Flag = False
     """Resume even if the training data or the batch size differ from the checkpoint's.
     The run then continues at the same number of samples in the new order of samples."""
+    cluster: ClusterChanges = field(default_factory=ClusterChanges)
+    compute: ComputeChanges = field(default_factory=ComputeChanges)
 
 
 def resume(argv: list[str]) -> None:
@@ -166,8 +193,23 @@ def resume(argv: list[str]) -> None:
     from pipeline.driver.changes import ResumeOptions
     from pipeline.train import resume as resume_run
 
-    changes = ResumeOptions(options.epochs, options.batch_size, options.data, options.accept_change)
+    changes = ResumeOptions(
+        options.epochs,
+        options.batch_size,
+        options.data,
+        options.accept_change,
+        _given(argv, "cluster", options.cluster),
+        _given(argv, "compute", options.compute),
+    )
     _print_outcome(resume_run(options.run, changes, _launch(options.start)))
+
+
+def _given(argv: list[str], section: str, options: object) -> dict[str, Any]:
+    """Return the options of a section that flags set, by name."""
+    words = [word.partition("=")[0].replace("-", "_") for word in argv if word.startswith(f"--{section}.")]
+    names = [word.partition(".")[2] for word in words]
+    known = [item.name for item in fields(options)]  # type: ignore[arg-type]
+    return {name: getattr(options, name) for name in known if name in names or f"no_{name}" in names}
 
 
 @dataclass(frozen=True)
@@ -186,14 +228,20 @@ def runs(argv: list[str]) -> None:
     """Run `detr runs [RUN [--follow]]`."""
     options = parse(Runs, argv, "detr runs")
     from pipeline.display.tables import runs_table
+    from pipeline.driver.dead_drivers import close_dead_runs
     from pipeline.tracking.mlflow_client import connect
     from pipeline.tracking.mlflow_runs import find_run, find_runs
 
     client = connect()
     if options.run is None:
-        print(runs_table(find_runs(client, limit=options.limit)))
+        newest = find_runs(client, limit=options.limit)
+        if close_dead_runs(client, newest, print):
+            newest = find_runs(client, limit=options.limit)
+        print(runs_table(newest))
         return
     run = find_run(client, options.run)
+    if close_dead_runs(client, [run], print):
+        run = find_run(client, options.run)
     print(runs_table([run]))
     if options.follow:
         from pipeline.display.follow import follow

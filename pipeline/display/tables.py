@@ -67,13 +67,16 @@ def _score(value: float) -> str:
 
 
 def runs_table(runs: Sequence[Run]) -> str:
-    """Return a table of runs in the given order: id, name, status, progress, best figures, start and predicted end."""
+    """Return a table of runs in the given order: id, name, status, progress, best figures, start and predicted end.
+
+    MLflow has one status for runs that were stopped and for those that were killed; the phase tells them apart.
+    """
     rows = []
     for run in runs:
         metrics = run.data.metrics
         phase = run.data.tags.get(TAG_PHASE, "")
         running, progress = run.info.status == "RUNNING", read_progress(run.data.tags)
-        status = phase if running else str(run.info.status).lower()
+        status = phase if running or run.info.status == "KILLED" else str(run.info.status).lower()
         started = datetime.fromtimestamp(run.info.start_time / 1000).strftime("%Y-%m-%d %H:%M")
         rows.append(
             (

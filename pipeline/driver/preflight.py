@@ -22,6 +22,7 @@ from pipeline.schedule import Schedule
 from pipeline.training.model import save_initial
 from shards.dataset.manifest import Manifest
 from shards.dataset.verify import check_sizes
+from shards.errors import ShardError
 from shards.read.segmentations import check_segmentations
 from shards.store import storage
 
@@ -35,6 +36,12 @@ class PreparedRun:
     schedule: Schedule
     model: DETR
     notes: tuple[str, ...]
+
+    @property
+    def datasets(self) -> dict[str, tuple[str, str, str]]:
+        """Name, digest and address of the data, by its use."""
+        used = {"training": self.train, "validation": self.val}
+        return {use: (manifest.name, manifest.digest, manifest.url) for use, manifest in used.items()}
 
     def write_initial_weights(self, folder: Location) -> None:
         """Write the initial weights to the run's location, where the workers read them."""
@@ -91,7 +98,10 @@ def check_storage(config: RunConfig) -> None:
 
 
 def _check_place(url: str, name: str) -> None:
-    place = location.location(url)
+    try:
+        place = location.location(url)
+    except ShardError as error:
+        raise RunConfigError(f"{name} {error}") from None
     if isinstance(place, Path):
         _check_folder(place.absolute(), name)
     else:

@@ -63,17 +63,24 @@ def create_run(
     from mlflow.entities import Param
 
     experiment = experiment_id(client, config.track.experiment)
-    key = tags.get(TAG_KEY)
-    found = client.search_runs([experiment], f"tags.`{TAG_KEY}` = '{key}'", max_results=1) if key else []
-    all_tags = {**origin_tags(f"detr train {config.recipe}"), **tags}
-    run = found[0] if found else client.create_run(experiment, run_name=config.run_name, tags=all_tags)
-    run_id = str(run.info.run_id)
+    run_id = run_with_key(client, config, tags[TAG_KEY]) if TAG_KEY in tags else ""
+    if not run_id:
+        all_tags = {**origin_tags(f"detr train {config.recipe}"), **tags}
+        run = client.create_run(experiment, run_name=config.run_name, tags=all_tags)
+        run_id = str(run.info.run_id)
     parameters = [Param(name, value or "-") for name, value in flatten(config).items()]
     for start in range(0, len(parameters), _MAX_PARAMS):
         client.log_batch(run_id, params=parameters[start : start + _MAX_PARAMS])
     client.log_text(run_id, to_json(config).decode(), CONFIG_ARTIFACT)
     client.log_inputs(run_id, [_dataset_input(context, *dataset) for context, dataset in datasets.items()])
     return run_id
+
+
+def run_with_key(client: MlflowClient, config: RunConfig, key: str) -> str:
+    """Return the id of the run with this key in its record, or an empty text."""
+    experiment = experiment_id(client, config.track.experiment)
+    found = client.search_runs([experiment], f"tags.`{TAG_KEY}` = '{key}'", max_results=1)
+    return str(found[0].info.run_id) if found else ""
 
 
 def origin_tags(command: str) -> dict[str, str]:
@@ -162,10 +169,15 @@ def find_run(client: MlflowClient, name_or_id: str) -> Run:
     )
 
 
-def set_final_status(client: MlflowClient, run_id: str, phase: str, status: str, warn: Callable[[str], None]) -> None:
-    """Set phase and status of a run that has ended; only `warn` on failure, to not hide why the run ended."""
+def set_final_status(client: MlflowClient, run_id: str, phase: str, status: str, warn: Callable[[str], None]) -> bool:
+    """Set phase and status of a run that has ended, and return whether that succeeded.
+
+    On failure only `warn`, to not hide why the run ended.
+    """
     try:
         client.set_tag(run_id, TAG_PHASE, phase)
         client.set_terminated(run_id, status)
     except unavailable() as error:
         warn(f"warning: could not set the run's status in MLflow to {phase} ({one_line(error)})")
+        return False
+    return True

@@ -1,6 +1,7 @@
 """The driver around the workers, without Ray: a real store and folder, and workers in this process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,20 +9,28 @@ from typing import Any
 import pytest
 from mlflow.exceptions import MlflowException
 
-from pipeline import run_folder
-from pipeline import train as driver
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint.metadata import read_meta
 from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
+from pipeline.driver import work
 from pipeline.driver.changes import ResumeOptions
-from pipeline.errors import CheckpointError, Interrupted, RunConfigError, TrackingError, TrainingError
-from pipeline.run_folder import BusyError
+from pipeline.driver.lease import Claims, Lease
+from pipeline.errors import (
+    BusyError,
+    CheckpointError,
+    Interrupted,
+    Postponed,
+    RunConfigError,
+    TrackingError,
+    TrainingError,
+)
+from pipeline.tracking import run_spools
 from pipeline.tracking.events import Event
 from pipeline.tracking.mlflow_client import connect
 from pipeline.tracking.mlflow_runs import find_run
-from pipeline.tracking.spool import SpoolTracker
-from pipeline.tracking.tags import TAG_STREAM, TAG_TOTAL_STEPS
+from pipeline.tracking.run_spools import TRAINING, open_tracker
+from pipeline.tracking.tags import TAG_FOLDER, TAG_PHASE, TAG_STREAM, TAG_TOTAL_STEPS
 from pipeline.train import Launch, resume, train
 from pipeline.training.loop import run
 from pipeline.training.state import RunInfo
@@ -32,17 +41,30 @@ def launch() -> Launch:
     return Launch(say=lambda text: None)
 
 
+def put(patch: pytest.MonkeyPatch, run_workers: Callable[..., None]) -> None:
+    """Let `run_workers(config, run_id, folder, accept_change=...)` stand for the workers on a cluster."""
+
+    @contextmanager
+    def connected(*_: object, **__: object) -> Iterator[Any]:
+        class Cluster:
+            run = staticmethod(run_workers)
+
+        yield Cluster
+
+    patch.setattr(work, "connected", connected)
+
+
 @pytest.fixture
 def workers(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | None], None]:
     """Choose how the workers end: trained in this process, or with an error."""
 
     def choose(error: BaseException | None) -> None:
-        def run_workers(config: RunConfig, run_id: str, folder: Path, *, accept_change: bool = False, **_: Any) -> None:
+        def run_workers(config: RunConfig, run_id: str, folder: Path, *, accept_change: bool = False) -> None:
             if error is not None:
                 raise error
             run(config, RunInfo(run_id, folder, "commit", accept_change), Ranks(), None)
 
-        monkeypatch.setattr(driver, "run_workers", run_workers)
+        put(monkeypatch, run_workers)
 
     return choose
 
@@ -77,8 +99,9 @@ def test_a_run_that_is_done_is_not_trained_again(
     workers(None)
     outcome = train(short_config, launch)
     assert (outcome.version, outcome.is_best) == ("1", True)
-    with pytest.raises(RunConfigError, match="--epochs"):
-        resume("tiny", launch=launch)
+    workers(AssertionError("the workers were started"))
+    assert resume("tiny", launch=launch) == outcome
+    workers(None)
     assert resume("tiny", ResumeOptions(epochs=2), launch).version == "2"
 
 
@@ -88,10 +111,12 @@ def test_a_run_has_one_driver(
     workers(TrainingError("stopped on the way"))
     with pytest.raises(TrainingError, match="on the way"):
         train(short_config, launch)
-    run_id = find_run(connect(), "tiny").info.run_id
-    (folder,) = Path(short_config.storage).glob(f"tiny-{run_id[:8]}")
-    with run_folder.only_driver(folder, run_id), pytest.raises(BusyError, match="process"):
+    folder = find_run(connect(), "tiny").data.tags[TAG_FOLDER]
+    lease = Lease(Claims(Path(folder)), "tiny")
+    lease.acquire()
+    with pytest.raises(BusyError, match="process"):
         resume("tiny", launch=launch)
+    lease.release()
 
 
 def test_another_batch_size_must_be_accepted_and_is_then_recorded(
@@ -153,10 +178,6 @@ def test_storage_that_cannot_be_written_is_found_before_a_run_exists(
     assert not connect().search_experiments(filter_string="name = 'detr'")
 
 
-def refuse(events: list[Event]) -> None:
-    raise ConnectionError("away")
-
-
 class Away:
     """Sends to an MLflow that is away."""
 
@@ -164,38 +185,37 @@ class Away:
         pass
 
     def __call__(self, events: list[Event]) -> None:
-        refuse(events)
+        raise ConnectionError("away")
 
 
 def test_unsent_events_are_sent_by_the_next_resume(
     short_config: RunConfig, store: str, workers: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def trained(config: RunConfig, run_id: str, folder: Path, **_: Any) -> None:
-        tracker = SpoolTracker(folder / "spool", refuse)
+        tracker = open_tracker(TRAINING, folder, run_id, store)
         run(config, RunInfo(run_id, folder, "commit"), Ranks(), tracker)
         tracker.close()
 
-    monkeypatch.setattr(driver, "run_workers", trained)
+    put(monkeypatch, trained)
     lines: list[str] = []
     with monkeypatch.context() as away:
-        away.setattr(driver, "EventSender", Away)
+        away.setattr(run_spools, "EventSender", Away)
         train(replace(short_config, storage=str(tmp_path / "runs")), Launch(say=lines.append))
-    assert any("for the next `detr resume`" in line for line in lines)
+    assert any("unsent-training.zip and sent by the next command" in line for line in lines)
     client = connect()
     found = find_run(client, "tiny")
     assert found.info.status == "FINISHED"
     assert "train/loss" not in found.data.metrics
     client.set_registered_model_alias("detr-tiny", "kept", "1")
     client.delete_registered_model_alias("detr-tiny", "best")
-    with pytest.raises(RunConfigError, match="is finished"):
-        resume("tiny", launch=Launch(say=lines.append))
+    resume("tiny", launch=Launch(say=lines.append))
     assert lines[-1] == "sending what MLflow had not taken when the run ended"
     found = find_run(client, "tiny")
     assert found.info.status == "FINISHED"
     assert {"train/loss", "val/AP"} <= set(found.data.metrics)
+    assert found.data.tags[TAG_PHASE] == "finished", "the phases that were not sent have passed"
     assert set(client.get_registered_model("detr-tiny").aliases) == {"kept"}, "nothing is registered again"
-    with pytest.raises(RunConfigError, match="is finished"):
-        resume("tiny", launch=Launch(say=lines.append))
+    resume("tiny", launch=Launch(say=lines.append))
     assert lines.count("sending what MLflow had not taken when the run ended") == 1
 
 
@@ -204,17 +224,17 @@ def test_unsent_events_of_a_trained_run_are_sent_before_registration(
     short_config: RunConfig, store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: str
 ) -> None:
     def trained(config: RunConfig, run_id: str, folder: Path, **_: Any) -> None:
-        tracker = SpoolTracker(folder / "spool", refuse)
+        tracker = open_tracker(TRAINING, folder, run_id, store)
         run(config, RunInfo(run_id, folder, "commit"), Ranks(), tracker)
         tracker.close()
 
     def ended(*_: object, **__: object) -> None:
         raise TrainingError("away") if status == "FAILED" else KeyboardInterrupt
 
-    monkeypatch.setattr(driver, "run_workers", trained)
+    put(monkeypatch, trained)
     launch = Launch(say=lambda text: None)
     with monkeypatch.context() as away:
-        away.setattr(driver, "EventSender", Away)
+        away.setattr(run_spools, "EventSender", Away)
         away.setattr("pipeline.registry.registration.register", ended)
         with pytest.raises(TrainingError):
             train(replace(short_config, storage=str(tmp_path / "runs")), launch)
@@ -232,12 +252,12 @@ def test_a_loss_of_mlflow_is_one_line_that_says_what_is_kept(
     workers(None)
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.registry.registration.register", away)
-        with pytest.raises(TrackingError, match=r"failed .*kept: `detr resume \w+` does") as caught:
+        with pytest.raises(Postponed, match=r"failed .*saved is kept; `detr resume \w+` continues$") as caught:
             train(short_config, launch)
     assert "\n" not in str(caught.value)
-    assert find_run(connect(), "tiny").info.status == "FAILED"
+    assert find_run(connect(), "tiny").info.status == "KILLED"
     assert resume("tiny", launch=launch).version == "1"
     with monkeypatch.context() as patch:
-        patch.setattr(driver, "create_run", away)
-        with pytest.raises(TrackingError, match="check MLFLOW_TRACKING_URI"):
+        patch.setattr(work, "create_run", away)
+        with pytest.raises(TrackingError, match=r"the MLflow store .* failed"):
             train(short_config, launch)

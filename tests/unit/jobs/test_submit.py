@@ -47,7 +47,7 @@ def test_job_runs_the_same_command_in_the_folder_of_the_spec(server: Server) -> 
     )
     variables = server.request["runtime_env"]["env_vars"]
     assert variables["MLFLOW_TRACKING_URI"] == "http://tracking:5000"
-    assert variables["RAY_JOB_STOP_SIGNAL"] == "SIGINT"
+    assert variables["RAY_JOB_STOP_SIGNAL"] == "SIGTERM"
 
 
 @pytest.mark.parametrize(

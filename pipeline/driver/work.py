@@ -1,0 +1,315 @@
+"""Work of a driver on a run whose lease it holds: create or continue it, run its workers, register its best checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from pipeline.checkpoint import catalog
+from pipeline.checkpoint.location import Location, checkpoint_root
+from pipeline.checkpoint.metadata import read_meta
+from pipeline.cluster.launch import connected
+from pipeline.config import RunConfig, to_json
+from pipeline.driver.launch import Launch
+from pipeline.driver.lease import Lease
+from pipeline.driver.position import Position, position_after
+from pipeline.driver.preflight import PreparedRun, check_data, prepare
+from pipeline.driver.record import Outcome, RunRecord, new_record, write_record
+from pipeline.errors import (
+    USER_ERRORS,
+    BusyError,
+    CheckpointError,
+    Interrupted,
+    Killed,
+    Postponed,
+    RunConfigError,
+    TrackingAway,
+    TrainingError,
+)
+from pipeline.run_folder import CHECKPOINTS, INITIAL_NAME
+from pipeline.signals import raise_unheard
+from pipeline.tracking.mlflow_client import connect, tracking_uri, translated_errors
+from pipeline.tracking.mlflow_runs import CONFIG_ARTIFACT, create_run, run_with_key, set_final_status
+from pipeline.tracking.run_spools import anything_left, send_left
+from pipeline.tracking.tags import (
+    TAG_EPOCHS,
+    TAG_FOLDER,
+    TAG_INITIAL_WEIGHTS,
+    TAG_KEY,
+    TAG_LEFT_OUT,
+    TAG_PHASE,
+    TAG_TOTAL_STEPS,
+    TAG_TRAIN_DIGEST,
+    TAG_VAL_DIGEST,
+)
+from shards.errors import ShardError
+from shards.store import storage
+from shards.store.retry import StoreError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+class Work:
+    """A run that this driver alone works on."""
+
+    def __init__(self, folder: Location, launch: Launch, lease: Lease, record: RunRecord, client: MlflowClient) -> None:
+        self.folder, self.record = folder, record
+        self._launch, self._lease, self._client = launch, lease, client
+        self._sent = True
+
+    @property
+    def _label(self) -> str:
+        return f"run {self.record.run_config.run_name} ({self.record.run_id[:8]})"
+
+    @property
+    def _root(self) -> Location:
+        return checkpoint_root(self.record.run_config.checkpoint.store, self.folder)
+
+    def save(self, **changes: Any) -> None:
+        """Change these fields of the run's record."""
+        self.record = self.record.but(**changes)
+        write_record(self.folder, self.record)
+
+    def create(self, config: RunConfig, ready: PreparedRun) -> Outcome:
+        """Create the run on a cluster that can run it, and train it."""
+        launch, total = self._launch, ready.schedule.total_steps
+        with ExitStack() as stack:
+            cluster = stack.enter_context(
+                connected(config, self.folder, address=launch.address, verbose=launch.verbose, say=launch.say)
+            )
+            with self._recorded():
+                self.save()
+                ready.write_initial_weights(self.folder)
+                run_id = create_run(self._client, config, ready.datasets, self._first_tags(config, ready))
+                self.save(run_id=run_id, status="running")
+                launch.say(f"{self._label}: {total} steps, checkpoints in {self._root / CHECKPOINTS}")
+                self._run(cluster, config, accept_change=False)
+                stack.close()
+                outcome = self._conclude(config, total, 0)
+        return self._finish(outcome)
+
+    def _first_tags(self, config: RunConfig, ready: PreparedRun) -> dict[str, str]:
+        total = ready.schedule.total_steps
+        return {
+            TAG_KEY: self.record.key,
+            TAG_FOLDER: str(self.folder),
+            TAG_TRAIN_DIGEST: ready.train.digest,
+            TAG_VAL_DIGEST: ready.val.digest,
+            TAG_INITIAL_WEIGHTS: "; ".join(ready.notes),
+            TAG_TOTAL_STEPS: str(total),
+            TAG_EPOCHS: str(min(config.optim.epochs, ready.schedule.epoch(total))),
+            TAG_PHASE: "starting",
+        }
+
+    def go_on(self, asked: RunConfig, config: RunConfig, accept: bool) -> Outcome:
+        """Train the run from its newest checkpoint to its end, or do what is left of a trained one."""
+        launch, before = self._launch, self.record.run_config
+        run = self._client.get_run(self.record.run_id)
+        if run.info.status == "RUNNING":  # since its lease was free, nobody does
+            set_final_status(self._client, self.record.run_id, "killed", "KILLED", launch.say)
+        position = self._position(before, config, accept)
+        total, trained = position.schedule.total_steps, position.is_trained(self._root)
+        if trained and self.record.status == "finished":
+            return self._finished(position)
+        launch.say(f"{self._label} continues at step {position.step} of {total}")
+        if position.stream.changes:
+            launch.say(f"warning: {position.stream.message(position.train.images)}")
+        if position.rate_change:
+            launch.say(f"warning: {position.rate_change}")
+        with ExitStack() as stack:
+            if not trained:
+                cluster = stack.enter_context(
+                    connected(config, self.folder, address=launch.address, verbose=launch.verbose, say=launch.say)
+                )
+            with self._recorded():
+                self._begin(asked, config, position, dict(run.data.tags))
+                if trained:
+                    self._send_left()
+                else:
+                    self._run(cluster, config, accept_change=bool(position.stream.changes))
+                stack.close()
+                outcome = self._conclude(config, total, position.step)
+        return self._finish(outcome)
+
+    def _position(self, before: RunConfig, config: RunConfig, accept: bool) -> Position:
+        """Return the position that the run continues from; raise one of `USER_ERRORS` if it cannot with this data."""
+        newest = catalog.newest_of_run(self._root, self.folder)
+        if newest is None and not storage.exists(str(self.folder / INITIAL_NAME)):
+            raise CheckpointError(
+                f"{self._root} holds no checkpoint of run {self.record.handle}; expected one: is its storage mounted here?"
+            )
+        if config.data.built_in:
+            from pipeline.built_in.dataset import make_data
+
+            make_data(config, self._launch.say)
+        if (config.data.train, config.data.val) != (before.data.train, before.data.val):
+            check_data(config)
+        position = position_after(config, newest, accept)
+        digests = {
+            config.data.train: (self.record.train_digest, position.train.digest),
+            config.data.val: (self.record.val_digest, position.val.digest),
+        }
+        for url, (was, now) in digests.items():
+            if was not in ("", now) and not accept:
+                raise RunConfigError(
+                    f"{url} is not the data that run {self.record.handle} was started with (digest {was[:12]}, now "
+                    f"{now[:12]}); expected the same: restore it, or give --accept-change to continue with it"
+                )
+        return position
+
+    def _begin(self, asked: RunConfig, config: RunConfig, position: Position, tags: dict[str, str]) -> None:
+        """Record in the store and in MLflow that the run continues, and its configuration if that has changed."""
+        client, run_id = self._client, self.record.run_id
+        changed = config != self.record.run_config
+        self.record = self.record.with_configs(asked, config)
+        self.save(status="running", message="", train_digest=position.train.digest, val_digest=position.val.digest)
+        if changed:
+            # Parameters of a run cannot change in MLflow; this artifact says what is trained now.
+            client.log_text(run_id, to_json(config).decode(), CONFIG_ARTIFACT)
+        for tag, value in position.tags(tags).items():
+            client.set_tag(run_id, tag, value)
+        client.update_run(run_id, status="RUNNING")
+
+    def _run(self, cluster: Any, config: RunConfig, accept_change: bool) -> None:
+        """Run the workers, then send to MLflow what they could not."""
+        raise_unheard()
+        try:
+            cluster.run(config, self.record.run_id, self.folder, accept_change=accept_change)
+        finally:
+            self._send_left()
+
+    def _send_left(self) -> None:
+        self._sent = send_left(self.folder, self.record.run_id, tracking_uri(), self._launch.say)
+
+    def _conclude(self, config: RunConfig, total: int, began_at: int) -> Outcome:
+        """Register the best checkpoint of a run that was trained to its last step."""
+        from pipeline.registry.registration import register
+
+        newest, client, run_id, say = catalog.newest(self._root), self._client, self.record.run_id, self._launch.say
+        step = 0 if newest is None else read_meta(newest).step
+        if step < total:
+            kind = Postponed if step > began_at else TrainingError
+            raise kind(f"the workers ended at step {step} of {total} without a reason")
+        found = catalog.best(self._root)
+        if found is None:
+            raise TrainingError(
+                f"the run ended without an evaluated checkpoint in {self._root}; expected one at its last step"
+            )
+        best, metrics = found
+        client.set_tag(run_id, TAG_PHASE, "registering")
+        left_out = client.get_run(run_id).data.tags.get(TAG_LEFT_OUT)
+        if left_out:
+            say(f"warning: left out {left_out}")
+        registered = register(
+            client, run_id, config, best, metrics, name=config.model_name, alias="best", only_if_better=True
+        )
+        if not registered.alias_moved:
+            say(f"models:/{config.model_name}@best stays on another version, whose AP is higher")
+        return Outcome(
+            run_id, self.folder, best, metrics, registered.version, config.model_name, registered.alias_moved
+        )
+
+    def _finish(self, outcome: Outcome) -> Outcome:
+        """Record in MLflow and then in the store that the run is finished; a kill in between repeats the first."""
+        told = set_final_status(self._client, self.record.run_id, "finished", "FINISHED", self._launch.say)
+        self.record = self.record.with_outcome(outcome, unsent=not (self._sent and told))
+        self.save()
+        return outcome
+
+    def _finished(self, position: Position) -> Outcome:
+        """Return the result of a run that is finished already; send first what MLflow had not taken."""
+        self.send_unsent()
+        outcome = self.record.outcome(self.folder)
+        if outcome is None:  # a run of a release without records
+            raise RunConfigError(
+                f"{self._label} is finished: {position.step} steps, registered; expected one that has steps left: give "
+                "--epochs N to train it further"
+            )
+        return outcome
+
+    def send_unsent(self) -> None:
+        """Send what MLflow had not taken when the run finished, if there is anything."""
+        if self.record.unsent or anything_left(self.folder, self.record.run_id):
+            self._launch.say("sending what MLflow had not taken when the run ended")
+            self._send_left()
+            told = set_final_status(self._client, self.record.run_id, "finished", "FINISHED", self._launch.say)
+            if self.record.result is not None:
+                self.save(unsent=not (self._sent and told))
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Record in MLflow and in the store how the block ended, unless it succeeded.
+
+        Raise `Interrupted` if the driver was asked to stop, `Postponed` if what it needs is away, and what the block
+        raises if it fails for good.
+        """
+        try:
+            with translated_errors("everything that the run has saved is kept"):
+                yield
+        except BaseException as error:
+            if self._lease.lost:  # it is another driver's run now
+                raise BusyError(f"{self._label} was {self._lease.lost}; this process works on it no longer") from error
+            if not isinstance(error, (KeyboardInterrupt, SystemExit, Postponed, TrackingAway, StoreError)):
+                self._failed(error)
+                raise
+            self._end("killed" if isinstance(error, Killed) else "stopped", "KILLED")
+            if not self.record.run_id and not self._named:
+                raise
+            raise self._postponed(error) from None
+
+    @property
+    def _named(self) -> bool:
+        """True if the same command continues the run."""
+        return self.record.name == self.record.run_config.run_name
+
+    def _postponed(self, error: BaseException) -> Postponed:
+        """Return the error that says how a run which has not failed is continued."""
+        advice = f"`detr resume {self.record.handle}`{', or the same command,' if self._named else ''} continues"
+        if isinstance(error, Killed):
+            return Killed(f"killed: {error}; {advice}")
+        if isinstance(error, (KeyboardInterrupt, SystemExit, Interrupted)):
+            return Interrupted(f"stopped; everything up to the last checkpoint is kept: {advice}")
+        return Postponed(f"{error}; {advice}")
+
+    def _failed(self, error: BaseException) -> None:
+        self._end("failed", "FAILED")
+        if self.record.run_id and isinstance(error, USER_ERRORS):
+            with suppress(OSError, ShardError):
+                self.save(status="failed", message=str(error))
+
+    def _end(self, phase: str, status: str) -> None:
+        """Set phase and status of the run in MLflow, also if this driver was stopped while it created it."""
+        run_id = self.record.run_id
+        if not run_id:
+            with suppress(Exception):
+                run_id = run_with_key(self._client, self.record.run_config, self.record.key)
+        if run_id:
+            set_final_status(self._client, run_id, phase, status, self._launch.say)
+
+
+def create(
+    config: RunConfig, name: str, folder: Location, launch: Launch, lease: Lease, known: RunRecord | None
+) -> Outcome:
+    """Create the run `name` and train it; `known` is the record that a driver has left which was killed before it had."""
+    client = connect()
+    asked = config
+    config, ready = prepare(config, launch.say)
+    digests = (ready.train.digest, ready.val.digest)
+    record = new_record(name, asked, config, digests)
+    if known is not None:
+        record = record.but(key=known.key)
+    return Work(folder, launch, lease, record, client).create(config, ready)
+
+
+def go_on(
+    record: RunRecord, asked: RunConfig, config: RunConfig, accept: bool, folder: Location, launch: Launch, lease: Lease
+) -> Outcome:
+    """Continue the run of `record` with another configuration or the same one."""
+    try:
+        work = Work(folder, launch, lease, record, connect())
+        with translated_errors():
+            return work.go_on(asked, config, accept)
+    except (TrackingAway, StoreError) as error:
+        raise Postponed(f"{error}; `detr resume {record.handle}` continues when it answers") from error
