@@ -12,7 +12,7 @@
     ray/                   Ray Train                                           Ray Train
 
 With `checkpoint.store` the checkpoints are there instead. What the processes of a run tell each other while it runs is
-in Ray (`pipeline/cluster/notes.py`). ARCHITECTURE.md has the same table.
+in Ray (`pipeline/cluster/notes/notes.py`). ARCHITECTURE.md has the same table.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.cluster import attempts
-from pipeline.cluster.claims import record_claim
 from pipeline.cluster.deaths import find_dead, reason_of_death
-from pipeline.cluster.notes import Notes
+from pipeline.cluster.notes import attempts
+from pipeline.cluster.notes.claims import record_claim
+from pipeline.cluster.notes.notes import Notes
 from pipeline.cluster.ray_internals import ControllerCallback, WorkerGroupCallback
 
 _LOOK_S = 0.2

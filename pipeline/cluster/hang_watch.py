@@ -16,8 +16,8 @@ from types import FrameType
 
 import msgspec
 
-from pipeline.cluster import attempts
-from pipeline.cluster.notes import Notes
+from pipeline.cluster.notes import attempts
+from pipeline.cluster.notes.notes import Notes
 from pipeline.training.step import train_step
 
 _RECORD, _JUDGE = 0.7, 0.85  # fractions of the timeout: first every worker records its position, then they are compared

@@ -18,8 +18,8 @@ from pipeline.checkpoint.location import checkpoint_root
 from pipeline.checkpoint.metadata import read_meta
 from pipeline.cluster.background_evaluation import evaluator_on_ray
 from pipeline.cluster.capacity import check_this_machine, demand, resources_of_a_worker, wait_for_capacity
-from pipeline.cluster.claims import cancel_dead_claims
-from pipeline.cluster.notes import Notes
+from pipeline.cluster.notes.claims import cancel_dead_claims
+from pipeline.cluster.notes.notes import Notes
 from pipeline.cluster.ray_session import LocalRay, authenticate, join_cluster, lock_local_ray, start_local_ray
 from pipeline.cluster.resources import (
     describe_resources,

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from pipeline.cluster import attempts
 from pipeline.cluster.capacity import resources_of_a_worker
-from pipeline.cluster.notes import Notes
+from pipeline.cluster.notes import attempts
+from pipeline.cluster.notes.notes import Notes
 from pipeline.config import ClusterConfig
 from pipeline.tracking.mlflow_client import connect, tracking_uri
 from pipeline.tracking.tags import TAG_PENDING_WORKERS

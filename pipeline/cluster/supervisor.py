@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.cluster import attempts
-from pipeline.cluster.notes import Notes
+from pipeline.cluster.notes import attempts
+from pipeline.cluster.notes.notes import Notes
 from pipeline.errors import Interrupted, Killed, PipelineError, Postponed, TrainingError
 from pipeline.tracking.mlflow_client import connect
 from shards.errors import ShardError, one_line

@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster import attempts
-from pipeline.cluster.attempts import Restart
 from pipeline.cluster.hang_watch import HangWatch
-from pipeline.cluster.notes import Notes
-from pipeline.cluster.request_watch import RequestWatch
+from pipeline.cluster.notes import attempts
+from pipeline.cluster.notes.attempts import Restart
+from pipeline.cluster.notes.notes import Notes
+from pipeline.cluster.notes.request_watch import RequestWatch
 from pipeline.config import RunConfig
 from pipeline.errors import USER_ERRORS
 from pipeline.tracking.run_spools import TRAINING, open_tracker

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from pipeline.cluster.notes import Notes
+from pipeline.cluster.notes.notes import Notes
 
 
 class MemoryNotes(dict[str, bytes]):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.cluster import attempts
 from pipeline.cluster.hang_watch import HangWatch
-from pipeline.cluster.notes import Notes
+from pipeline.cluster.notes import attempts
+from pipeline.cluster.notes.notes import Notes
 from pipeline.distributed.ranks import Ranks, on_first
 from tests.support.notes import FolderNotes
 from tests.support.ranks import run_ranks

@@ -12,9 +12,9 @@ import psutil
 import pytest
 import ray
 
-from pipeline.cluster.claims import cancel_dead_claims
 from pipeline.cluster.deaths import find_dead, reason_of_death
-from pipeline.cluster.notes import Notes
+from pipeline.cluster.notes.claims import cancel_dead_claims
+from pipeline.cluster.notes.notes import Notes
 from pipeline.cluster.ray_internals import RayNotes, cancel_resource_request, jobs_alive
 from tests.support.ray_nodes import free_port, node, wait_until_open
 
@@ -27,8 +27,8 @@ from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
     TrainAutoscalingCoordinatorClient,
 )
-from pipeline.cluster.claims import record_claim
-from pipeline.cluster.notes import Notes
+from pipeline.cluster.notes.claims import record_claim
+from pipeline.cluster.notes.notes import Notes
 from pipeline.cluster.ray_internals import RayNotes
 
 ray.init(address=sys.argv[1], logging_level="ERROR")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.cluster.notes import Notes
+from pipeline.cluster.notes.notes import Notes
 from tests.support.notes import memory_notes
 
 

@@ -13,9 +13,10 @@ from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from pipeline.cluster import attempts, controller
+from pipeline.cluster import controller
 from pipeline.cluster.controller import GroupEndCallback, explain
-from pipeline.cluster.notes import Notes
+from pipeline.cluster.notes import attempts
+from pipeline.cluster.notes.notes import Notes
 
 KILLED = "Worker unexpectedly exits with a connection error code 2. End of file."
 GUESS = " Some common causes include: (1) the process was killed by the OOM killer due to high memory usage, (2) more."

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import pipeline
-from pipeline.cluster import attempts
 from pipeline.cluster.hang_watch import HangWatch, ThreadPosition, diagnose, thread_position
-from pipeline.cluster.notes import Notes
+from pipeline.cluster.notes import attempts
+from pipeline.cluster.notes.notes import Notes
 from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.training.step import train_step

@@ -8,8 +8,8 @@ import pytest
 import ray
 from mlflow import MlflowClient
 
-from pipeline.cluster import attempts
-from pipeline.cluster.notes import Notes
+from pipeline.cluster.notes import attempts
+from pipeline.cluster.notes.notes import Notes
 from pipeline.cluster.resources import describe_resources, report_pending_workers
 from pipeline.config import ClusterConfig
 from pipeline.tracking.mlflow_client import connect

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import pytest
 
 from pipeline.cluster import supervisor
-from pipeline.cluster.attempts import record_end, start_attempt
-from pipeline.cluster.notes import Notes
+from pipeline.cluster.notes.attempts import record_end, start_attempt
+from pipeline.cluster.notes.notes import Notes
 from pipeline.cluster.supervisor import GRACE_S, WorkerStatus, supervise
 from pipeline.errors import Interrupted, Killed, Postponed, TrainingError
 from shards.store.retry import StoreError

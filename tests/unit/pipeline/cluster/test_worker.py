@@ -10,10 +10,10 @@ from ray.train.v2._internal.execution.preemption import PreemptionContext
 from ray.train.v2.api.preemption import PreemptionInfo
 from torch.distributed import DistError
 
-from pipeline.cluster import attempts
 from pipeline.cluster import worker as ray_worker
-from pipeline.cluster.attempts import EndReason, Restart
-from pipeline.cluster.notes import Notes
+from pipeline.cluster.notes import attempts
+from pipeline.cluster.notes.attempts import EndReason, Restart
+from pipeline.cluster.notes.notes import Notes
 from pipeline.cluster.worker import FirstStepReport, PreemptionNotice, record_failure, with_microbatch_limit
 from pipeline.config import ClusterConfig, RunConfig
 from pipeline.errors import CheckpointError

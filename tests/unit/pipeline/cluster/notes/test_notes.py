@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from pipeline.cluster.notes import Notes
-from pipeline.cluster.request_watch import RequestWatch
+from pipeline.cluster.notes.notes import Notes
+from pipeline.cluster.notes.request_watch import RequestWatch
 from tests.support.notes import MemoryNotes
 
 

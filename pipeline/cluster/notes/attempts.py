@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from pipeline.cluster.notes import Notes
+from pipeline.cluster.notes.notes import Notes
 
 _UNKNOWN = "a worker died"
 _FOLDER = "attempts/"

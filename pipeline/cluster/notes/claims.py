@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Set
 from contextlib import suppress
 
-from pipeline.cluster.notes import NoteStore
+from pipeline.cluster.notes.notes import NoteStore
 
 _CLAIMS = "claims/"
 

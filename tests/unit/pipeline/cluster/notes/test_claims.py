@@ -1,6 +1,6 @@
 """Claims on the cluster's resources that dead drivers have left."""
 
-from pipeline.cluster.claims import cancel_dead_claims, record_claim
+from pipeline.cluster.notes.claims import cancel_dead_claims, record_claim
 from tests.support.notes import MemoryNotes
 
 

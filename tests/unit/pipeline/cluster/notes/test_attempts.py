@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from pipeline.cluster import attempts
-from pipeline.cluster.notes import Notes
+from pipeline.cluster.notes import attempts
+from pipeline.cluster.notes.notes import Notes
 
 
 def test_the_first_attempt_is_no_restart(notes: Notes) -> None:
