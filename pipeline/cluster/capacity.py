@@ -30,13 +30,16 @@ class Node:
 
     address: str
     resources: Mapping[str, float]
+    id: str = ""
 
 
 def alive_nodes() -> list[Node]:
     """Return the live nodes of the connected cluster."""
     import ray
 
-    return [Node(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return [
+        Node(node["NodeManagerAddress"], node["Resources"], node["NodeID"]) for node in ray.nodes() if node["Alive"]
+    ]
 
 
 def resources_of_a_worker(cluster: ClusterConfig, gpu: bool) -> dict[str, float]:

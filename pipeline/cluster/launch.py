@@ -10,16 +10,16 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.checkpoint import catalog
-from pipeline.checkpoint.location import checkpoint_root
+from pipeline.checkpoint.location import Location, checkpoint_root
 from pipeline.checkpoint.metadata import read_meta
 from pipeline.cluster.background_evaluation import evaluator_on_ray
-from pipeline.cluster.capacity import check_this_machine, demand, resources_of_a_worker, wait_for_capacity
+from pipeline.cluster.capacity import alive_nodes, check_this_machine, demand, resources_of_a_worker, wait_for_capacity
 from pipeline.cluster.notes.claims import cancel_dead_claims
 from pipeline.cluster.notes.notes import Notes
+from pipeline.cluster.probe import probe
 from pipeline.cluster.ray_session import LocalRay, authenticate, join_cluster, lock_local_ray, start_local_ray
 from pipeline.cluster.resources import (
     describe_resources,
@@ -29,7 +29,7 @@ from pipeline.cluster.resources import (
 from pipeline.cluster.supervisor import WorkerStatus, supervise
 from pipeline.cluster.worker import WorkerJob, train_in_ray
 from pipeline.config import ClusterConfig, RunConfig
-from pipeline.run_folder import RAY
+from pipeline.run_folder import RAY, scratch
 from pipeline.tracking.mlflow_client import tracking_uri
 from pipeline.tracking.provenance import code_commit
 from shards.store.retry import fewer_retries
@@ -47,7 +47,7 @@ class ConnectedCluster:
     def __init__(self, local: LocalRay, gpu: bool, say: Callable[[str], None]) -> None:
         self._local, self._gpu, self._say = local, gpu, say
 
-    def run(self, config: RunConfig, run_id: str, folder: Path, accept_change: bool = False) -> None:
+    def run(self, config: RunConfig, run_id: str, folder: Location, accept_change: bool = False) -> None:
         """Run the workers to the last step, and follow them on stderr.
 
         With `accept_change` the workers continue even from a checkpoint whose stream of samples is another one. Raise
@@ -76,7 +76,7 @@ class ConnectedCluster:
 
 @contextmanager
 def connected(
-    config: RunConfig, folder: Path, *, address: str | None, verbose: bool, say: Callable[[str], None]
+    config: RunConfig, folder: Location, *, address: str | None, verbose: bool, say: Callable[[str], None]
 ) -> Iterator[ConnectedCluster]:
     """Join a Ray cluster, or start one on this machine, and yield it when it can run the workers of `config`.
 
@@ -96,6 +96,8 @@ def connected(
     try:
         gpu = _capacity(config.cluster, say) if address else check_this_machine(config.cluster)
         say(_describe_workers(config.cluster, gpu))
+        if address:
+            probe(config, folder, alive_nodes(), gpu, say)
         warn_of_sqlite(say)
         yield ConnectedCluster(local, gpu, say)
     finally:
@@ -113,7 +115,7 @@ def _capacity(cluster: ClusterConfig, say: Callable[[str], None]) -> bool:
 def run_workers(
     config: RunConfig,
     run_id: str,
-    folder: Path,
+    folder: Location,
     *,
     address: str | None,
     verbose: bool,
@@ -170,14 +172,14 @@ def _trainer(job: WorkerJob, gpu: bool) -> TorchTrainer:
         run_config=RayRunConfig(
             # A new name each time: Ray's record of an earlier attempt must not end this one at once.
             name=f"attempt-{os.getpid()}-{os.urandom(4).hex()}",
-            storage_path=str(job.folder / RAY),
+            storage_path=str(scratch(job.run_id) / RAY),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             callbacks=[GroupEndCallback(job.notes)],
         ),
     )
 
 
-def _newest_saved_step(config: RunConfig, folder: Path) -> int | None:
+def _newest_saved_step(config: RunConfig, folder: Location) -> int | None:
     with fewer_retries():  # the run is being stopped
         path = catalog.newest(checkpoint_root(config.checkpoint.store, folder))
         return None if path is None else read_meta(path).step

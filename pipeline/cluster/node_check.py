@@ -1,0 +1,180 @@
+"""Checks that run on a node of the cluster, where this package may be missing.
+
+`probe.py` sends the code of this module along with them. So it imports nothing but the standard library when it is
+loaded, and what else it needs where it needs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import socket
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("shards", "detr", "pipeline", "jobs")
+_ANSWER_S = 5.0
+
+
+@dataclass(frozen=True)
+class Question:
+    """Facts that the driver asks each node for."""
+
+    storages: tuple[str, ...]
+    """Folders and URLs in each of which the driver has written a file with the name and content `token`."""
+    token: str
+    data: tuple[str, ...]
+    """Files whose content is compared."""
+    tracking_uri: str
+    gpus: int
+    """Number of GPUs that Ray counts on the node, 0 if none is to be used."""
+
+
+def code_digest() -> str:
+    """Return a digest of the sources of this project as they are installed here, or "" without them."""
+    digest = hashlib.sha256()
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        folders = list(spec.submodule_search_locations or ()) if spec else []
+        if not folders:
+            return ""
+        root = Path(folders[0])
+        for path in sorted(root.rglob("*.py")):
+            digest.update(f"{package}/{path.relative_to(root).as_posix()}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that must be the same on all nodes; "" for what is not installed."""
+    found = {"Python": ".".join(platform.python_version_tuple()[:2])}
+    for library in ("ray", "torch", "mlflow", "detr-cluster"):
+        try:
+            # Builds for CPUs and for several CUDA releases (torch 2.15.0+cu130) exchange what they have to.
+            found[library] = importlib.metadata.version(library).partition("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            found[library] = ""
+    return found
+
+
+def file_digests(urls: tuple[str, ...]) -> dict[str, str]:
+    """Return a digest of each file's content, or the reason why it cannot be read."""
+    from shards.errors import ShardError, one_line
+    from shards.store import storage
+    from shards.store.retry import fewer_retries
+
+    found = {}
+    for url in urls:
+        try:
+            with fewer_retries():
+                found[url] = hashlib.sha256(storage.read(url)).hexdigest()
+        except (OSError, ShardError) as error:
+            found[url] = f"cannot be read: {one_line(error)}"
+    return found
+
+
+def interface_of(address: str) -> str | None:
+    """Return the name of the network interface of this machine that has this IP address, or None."""
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address.partition("%")[0] == address for each in addresses):
+            return str(name)
+    return None
+
+
+def tracking_problem(uri: str) -> str:
+    """Return the reason why the MLflow server cannot be reached from here, or ""."""
+    scheme, _, rest = uri.partition("://")
+    if scheme not in ("http", "https"):
+        return ""
+    address = f"{scheme}://{rest.rpartition('@')[2].rstrip('/')}/health"
+    try:
+        urllib.request.urlopen(address, timeout=_ANSWER_S).close()
+    except urllib.error.HTTPError:
+        return ""  # it answers, if only to refuse
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        return "" if "CERTIFICATE" in str(reason) else str(reason)  # MLflow has settings of its own for certificates
+    return ""
+
+
+class NodeCheck:
+    """The process on a node that answers."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._store: Any = None
+
+    def report(self, question: Question) -> dict[str, Any]:
+        """Return the facts of this node."""
+        facts: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "versions": versions(),
+            "digest": code_digest(),
+            "tracking": tracking_problem(question.tracking_uri),
+            "interface": os.environ.get("GLOO_SOCKET_IFNAME") or interface_of(self._address),
+        }
+        if not facts["digest"]:
+            return facts
+        facts["storages"] = {url: self._exchange(url, question.token) for url in question.storages}
+        facts["data"] = file_digests(question.data)
+        if question.gpus:
+            facts["gpus"] = self._visible_gpus()
+        return facts
+
+    def _exchange(self, url: str, token: str) -> str:
+        """Read what the driver wrote and write an answer; return the reason if that fails, or ""."""
+        from shards.errors import ShardError, one_line
+        from shards.store import storage
+        from shards.store.retry import fewer_retries
+
+        try:
+            with fewer_retries():
+                if storage.read(storage.join(url, token)) != token.encode():
+                    return "holds another file than the driver wrote"
+                storage.write(storage.join(url, f"{token}-{self._address}"), self._address.encode())
+        except FileNotFoundError:
+            return "does not show what the driver wrote there"
+        except (OSError, ShardError) as error:
+            return f"cannot be used: {one_line(error)}"
+        return ""
+
+    def _visible_gpus(self) -> int:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides the GPUs from a process that reserves none
+        import torch
+
+        return int(torch.cuda.device_count())
+
+    def listen(self, size: int) -> int:
+        """Open the meeting point of an all-reduce over `size` nodes; return its port."""
+        import torch.distributed as dist
+
+        # A private interface has an address on the node, whatever the host name resolves to.
+        self._store = dist.TCPStore(self._address, 0, size, True, wait_for_workers=False)
+        return int(self._store.port)
+
+    def all_reduce(self, host: str, port: int, rank: int, size: int, seconds: float) -> str:
+        """Sum ones over all nodes as checkpoints do; return the reason if that fails, or ""."""
+        import torch
+        import torch.distributed as dist
+
+        interface = interface_of(self._address)
+        if interface:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        limit = timedelta(seconds=seconds)
+        try:
+            store = self._store or dist.TCPStore(host, port, size, False, timeout=limit)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+            ones = torch.ones(1)
+            dist.all_reduce(ones)
+            return "" if int(ones) == size else f"the sum over {size} nodes was {float(ones):g}"
+        except (RuntimeError, ValueError) as error:
+            return str(error).strip().splitlines()[0]

@@ -1,0 +1,113 @@
+"""Answers of nodes to the probe, and the lines about them; the nodes are objects of this process."""
+
+import hashlib
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.cluster.capacity import Node
+from pipeline.cluster.node_check import NodeCheck, Question, code_digest, interface_of, tracking_problem, versions
+from pipeline.cluster.probe import problems_of, raise_problems
+from pipeline.errors import RunConfigError
+from tests.support.ray_nodes import free_port
+
+NODE = Node("10.0.0.2", {"CPU": 8})
+
+
+@pytest.fixture
+def question(tmp_path: Path) -> Question:
+    """A question about a storage folder with the driver's file, and about one data file."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "token").write_text("token")
+    (tmp_path / "manifest.json").write_text("{}")
+    return Question((f"{tmp_path}/runs",), "token", (f"{tmp_path}/manifest.json",), "sqlite:////mlflow.db", 0)
+
+
+def lines(question: Question, data: dict[str, str] | None = None, **changed: Any) -> list[str]:
+    """The problems of a node whose report is that of this process with other values."""
+    report = NodeCheck("10.0.0.2").report(question) | {"host": "node-b"} | changed
+    (digest,) = [hashlib.sha256(Path(url).read_bytes()).hexdigest() for url in question.data]
+    found = problems_of([report], [NODE], [question], data or {question.data[0]: digest})
+    return [f"{name}: {problem}" for name, problem in found]
+
+
+def test_a_node_like_this_machine_has_no_problem(question: Question, tmp_path: Path) -> None:
+    assert lines(question) == []
+    assert (tmp_path / "runs" / "token-10.0.0.2").read_text() == "10.0.0.2"
+
+
+def test_other_code_other_versions_and_no_package_are_named(question: Question) -> None:
+    (other,) = lines(question, digest="0123456789abcdef")
+    assert other.startswith(f"10.0.0.2 (node-b): has other code (0123456789abcdef instead of {code_digest()})")
+    (older,) = lines(question, versions=versions() | {"torch": "2.11.0", "mlflow": ""})
+    assert f"torch 2.11.0 instead of {versions()['torch']}, mlflow missing instead of" in older
+    (bare,) = lines(question, digest="")
+    assert "has no detr-cluster package" in bare
+
+
+def test_a_storage_that_the_node_does_not_share_is_named(question: Question, tmp_path: Path) -> None:
+    (line,) = lines(replace(question, storages=(f"{tmp_path}/elsewhere",)))
+    assert f"storage {tmp_path}/elsewhere does not show what the driver wrote there" in line
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_data_that_is_absent_or_another_is_named(question: Question, tmp_path: Path) -> None:
+    (other,) = lines(question, data={question.data[0]: "of another"})
+    assert "is another data set than here" in other
+    known = {f"{tmp_path}/gone": "of a set that is there"}
+    gone = replace(question, data=tuple(known))
+    (absent,) = [problem for _, problem in problems_of([NodeCheck("10.0.0.2").report(gone)], [NODE], [gone], known)]
+    assert f"{tmp_path}/gone cannot be read" in absent
+
+
+def test_an_mlflow_server_that_does_not_answer_is_named_without_its_password(
+    question: Question, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"http://user:secret@127.0.0.1:{free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    (line,) = lines(replace(question, tracking_uri=uri))
+    assert "does not reach MLflow at" in line
+    assert "secret" not in line
+    assert tracking_problem("sqlite:////mlflow.db") == ""
+
+
+def test_gpus_that_torch_does_not_find_are_named(question: Question) -> None:
+    (line,) = lines(replace(question, gpus=8), gpus=2)
+    assert "finds 2 of 8 GPUs" in line
+
+
+def test_a_problem_of_many_nodes_is_one_line_and_all_problems_are_printed() -> None:
+    printed: list[str] = []
+    with pytest.raises(RunConfigError, match=r"^nodes a, b, c and 1 more: has no package$"):
+        raise_problems([(name, "has no package") for name in "abcd"] + [("e", "has other code")], printed.append)
+    assert printed == ["node e: has other code"]
+    raise_problems([], printed.append)
+
+
+def test_the_interface_of_an_address_is_found() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.7") is None
+
+
+def test_the_checks_run_where_the_package_is_missing(tmp_path: Path) -> None:
+    """As on a bare node: the code is sent along, and nothing but the standard library is imported with it."""
+    from ray import cloudpickle
+
+    from pipeline.cluster import node_check
+
+    cloudpickle.register_pickle_by_value(node_check)
+    try:
+        sent = cloudpickle.dumps((NodeCheck("10.0.0.2"), Question((), "token", (), "", 0)))
+    finally:
+        cloudpickle.unregister_pickle_by_value(node_check)
+    (tmp_path / "sent").write_bytes(sent)
+    code = (
+        "import sys, pickle; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
+        "check, question = pickle.load(open('sent', 'rb')); print(repr(check.report(question)['digest']))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={}, capture_output=True, text=True)
+    assert answer.stdout.strip() == "''", answer.stderr
