@@ -7,9 +7,9 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint.location import Location
 from pipeline.cluster.hang_watch import HangWatch
 from pipeline.cluster.notes import attempts
 from pipeline.cluster.notes.attempts import Restart
@@ -34,8 +34,8 @@ class WorkerJob:
 
     config: RunConfig
     run_id: str
-    folder: Path
-    """The run's folder."""
+    folder: Location
+    """The run's location."""
     tracking_uri: str
     code_commit: str
     accept_change: bool

@@ -74,7 +74,8 @@ class Notes:
 
     def read_all(self, prefix: str) -> dict[str, bytes]:
         """Return the notes whose names begin with `prefix`, by name; none if the cluster does not answer."""
-        found = _answer(lambda: self.store.get_all(self._key(prefix)), {})
+        nothing: dict[str, bytes] = {}
+        found = _answer(lambda: self.store.get_all(self._key(prefix)), nothing)
         return {key.removeprefix(self._key("")): value for key, value in found.items()}
 
     def write(self, name: str, value: bytes = b"", *, overwrite: bool = False) -> bool:

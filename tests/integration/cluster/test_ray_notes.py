@@ -87,7 +87,7 @@ def test_a_killed_driver_leaves_neither_claims_nor_requests(address: str) -> Non
 def test_workers_and_driver_share_notes_of_which_the_first_writer_wins(address: str) -> None:
     notes = Notes.of_run("run", RayNotes())
 
-    @ray.remote(num_cpus=0)
+    @ray.remote(num_cpus=0)  # type: ignore[untyped-decorator]
     def worker(rank: int) -> str | None:
         notes.write_fatal_error(f"error of worker {rank}")
         return notes.read_fatal_error()
