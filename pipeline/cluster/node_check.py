@@ -15,7 +15,6 @@ import socket
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +79,6 @@ def file_digests(urls: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def interface_of(address: str) -> str | None:
-    """Return the name of the network interface of this machine that has this IP address, or None."""
-    import psutil
-
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(each.address.partition("%")[0] == address for each in addresses):
-            return str(name)
-    return None
-
-
 def tracking_problem(uri: str) -> str:
     """Return the reason why the MLflow server cannot be reached from here, or ""."""
     scheme, _, rest = uri.partition("://")
@@ -120,10 +109,12 @@ class NodeCheck:
             "versions": versions(),
             "digest": code_digest(),
             "tracking": tracking_problem(question.tracking_uri),
-            "interface": os.environ.get("GLOO_SOCKET_IFNAME") or interface_of(self._address),
         }
         if not facts["digest"]:
             return facts
+        from pipeline.cluster.interfaces import chosen_interface
+
+        facts["interface"] = chosen_interface(self._address)
         facts["storages"] = {url: self._exchange(url, question.token) for url in question.storages}
         facts["data"] = file_digests(question.data)
         if question.gpus:
@@ -155,26 +146,20 @@ class NodeCheck:
 
     def listen(self, size: int) -> int:
         """Open the meeting point of an all-reduce over `size` nodes; return its port."""
-        import torch.distributed as dist
+        from pipeline.distributed.meeting import open_meeting
 
-        # A private interface has an address on the node, whatever the host name resolves to.
-        self._store = dist.TCPStore(self._address, 0, size, True, wait_for_workers=False)
+        self._store = open_meeting(self._address, size)
         return int(self._store.port)
 
     def all_reduce(self, host: str, port: int, rank: int, size: int, seconds: float) -> str:
-        """Sum ones over all nodes as checkpoints do; return the reason if that fails, or ""."""
-        import torch
-        import torch.distributed as dist
+        """Sum a one of each node over the interface that workers use; return the reason if that fails, or ""."""
+        from pipeline.cluster.interfaces import choose_interface
+        from pipeline.distributed.meeting import all_reduce_ones, join_meeting
 
-        interface = interface_of(self._address)
-        if interface:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        limit = timedelta(seconds=seconds)
+        choose_interface(self._address)
         try:
-            store = self._store or dist.TCPStore(host, port, size, False, timeout=limit)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
-            ones = torch.ones(1)
-            dist.all_reduce(ones)
-            return "" if int(ones) == size else f"the sum over {size} nodes was {float(ones):g}"
+            store = self._store or join_meeting(host, port, size, seconds)
+            total = all_reduce_ones(store, rank, size, seconds)
         except (RuntimeError, ValueError) as error:
             return str(error).strip().splitlines()[0]
+        return "" if int(total) == size else f"the sum over {size} nodes was {total:g}"

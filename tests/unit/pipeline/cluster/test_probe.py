@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.cluster.capacity import Node
-from pipeline.cluster.node_check import NodeCheck, Question, code_digest, interface_of, tracking_problem, versions
+from pipeline.cluster.node_check import NodeCheck, Question, code_digest, tracking_problem, versions
 from pipeline.cluster.probe import problems_of, raise_problems
 from pipeline.errors import RunConfigError
 from tests.support.ray_nodes import free_port
@@ -88,9 +88,12 @@ def test_a_problem_of_many_nodes_is_one_line_and_all_problems_are_printed() -> N
     raise_problems([], printed.append)
 
 
-def test_the_interface_of_an_address_is_found() -> None:
-    assert interface_of("127.0.0.1") == "lo"
-    assert interface_of("203.0.113.7") is None
+def test_nodes_meet_at_their_own_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    alone = NodeCheck("127.0.0.1")
+    port = alone.listen(1)
+    assert alone.all_reduce("127.0.0.1", port, 0, 1, 5) == ""
+    assert NodeCheck("127.0.0.1").all_reduce("127.0.0.1", free_port(), 1, 2, 0.2) != ""
 
 
 def test_the_checks_run_where_the_package_is_missing(tmp_path: Path) -> None:
