@@ -7,7 +7,8 @@
     saved                  rank 0, after each checkpoint: its step             workers; `detr resume`
     unsent-training.zip    rank 0: what MLflow has not taken yet               next attempt; at the end the driver
     unsent-evaluation.zip  background evaluation: the same                     next evaluation; at the end the driver
-    driver.lock            driver, which locks it while it works               another driver, which is refused
+    run.json               driver: configuration, state and result             the same command; `detr resume`
+    lease/                 drivers: a file each, its holder's changes          another driver, which is refused
     events/                rank 0: one file per step that the guard handled    guard, which counts them; users
     ray/                   Ray Train                                           Ray Train
 
@@ -17,15 +18,12 @@ in Ray (`pipeline/cluster/notes/notes.py`). ARCHITECTURE.md has the same table.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import RunConfigError, TrainingError
+from pipeline.errors import RunConfigError
 
 INITIAL_NAME = "initial.safetensors"
 CHECKPOINTS = "checkpoints"
@@ -34,7 +32,8 @@ UNSENT_TRAINING = "unsent-training.zip"
 UNSENT_EVALUATION = "unsent-evaluation.zip"
 EVENTS = "events"
 RAY = "ray"
-_LOCK = "driver.lock"
+RECORD = "run.json"
+LEASE = "lease"
 
 
 def scratch(run_id: str) -> Path:
@@ -60,29 +59,3 @@ def scratch(run_id: str) -> Path:
             "DETR_SCRATCH to another"
         )
     return folder
-
-
-class BusyError(TrainingError):
-    """Raised if another driver is working on the run."""
-
-
-@contextmanager
-def only_driver(folder: Path, run_id: str) -> Iterator[None]:
-    """Hold the lock of the run's folder; raise `BusyError` if another driver has it.
-
-    Two drivers would write the same spool and delete each other's unfinished checkpoints. A kill releases the lock.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise BusyError(
-                f"run {run_id[:8]} is being trained by {file.read().strip() or 'another process'}; expected one "
-                "driver: wait for it, or stop it first"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        yield

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from pipeline.checkpoint.location import Location, location
 from pipeline.config import from_json
-from pipeline.driver.record import RECORD, RunRecord, new_record, read_record
+from pipeline.driver.record import RunRecord, new_record, read_record
 from pipeline.errors import RunConfigError
+from pipeline.run_folder import RECORD
 from pipeline.tracking.mlflow_client import connect, translated_errors
 from pipeline.tracking.mlflow_runs import find_run, read_config
 from pipeline.tracking.tags import TAG_FOLDER, TAG_TRAIN_DIGEST, TAG_VAL_DIGEST

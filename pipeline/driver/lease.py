@@ -27,6 +27,7 @@ import msgspec
 
 from pipeline.checkpoint.location import Location
 from pipeline.errors import BusyError
+from pipeline.run_folder import LEASE
 from shards.errors import ShardError, one_line
 from shards.store import storage
 from shards.store.retry import fewer_retries
@@ -35,7 +36,6 @@ LOG = logging.getLogger(__name__)
 HEARTBEAT_S = 5.0
 _LOOK_S = 1.0
 _LOOKS = 16  # a little more than three heartbeats
-_FOLDER = "lease"
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -95,7 +95,7 @@ class Claims:
     """Claims on a run, in its store."""
 
     def __init__(self, folder: Location) -> None:
-        self._folder = folder / _FOLDER
+        self._folder = folder / LEASE
 
     def read(self) -> dict[str, Claim]:
         """Return the claims by id; leave out files that are none."""

@@ -17,9 +17,9 @@ import msgspec
 from pipeline.checkpoint.location import Location, location
 from pipeline.config import RunConfig, from_json, to_json
 from pipeline.errors import RunConfigError
+from pipeline.run_folder import RECORD
 from shards.store import storage
 
-RECORD = "run.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,127}")
 
 

@@ -9,8 +9,9 @@ import pytest
 from pipeline import run_folder
 from pipeline.config import GuardConfig, RunConfig
 from pipeline.distributed.ranks import Ranks
+from pipeline.driver.lease import Claims, Lease
+from pipeline.driver.record import new_record, write_record
 from pipeline.errors import TrainingError
-from pipeline.run_folder import only_driver
 from pipeline.tracking.spool import SpoolTracker
 from pipeline.tracking.unsent import UnsentObject
 from pipeline.training.loop import run
@@ -36,12 +37,13 @@ def test_every_name_of_the_module_is_in_the_table() -> None:
 def test_the_table_names_every_file_of_a_run(config: RunConfig, run_info: RunInfo, tmp_path: Path) -> None:
     folder = run_info.folder
     guarded = replace(config, guard=GuardConfig(policy="skip", max_grad_norm=1e-9, max_events=1))
-    with only_driver(folder, "run"):
-        unsent = UnsentObject(str(folder / run_folder.UNSENT_TRAINING))
-        tracker = SpoolTracker(tmp_path / "spool", Server(up=False), unsent)
-        run(replace(config, optim=replace(config.optim, max_steps=2)), run_info, Ranks(), tracker)
-        with pytest.raises(TrainingError, match="max_events"):
-            run(guarded, run_info, Ranks(), tracker)
-        tracker.close()
+    Lease(Claims(folder), "run").acquire()
+    write_record(folder, new_record("run", config, config, ("", "")))
+    unsent = UnsentObject(str(folder / run_folder.UNSENT_TRAINING))
+    tracker = SpoolTracker(tmp_path / "spool", Server(up=False), unsent)
+    run(replace(config, optim=replace(config.optim, max_steps=2)), run_info, Ranks(), tracker)
+    with pytest.raises(TrainingError, match="max_events"):
+        run(guarded, run_info, Ranks(), tracker)
+    tracker.close()
     entries = {path.name + "/" * path.is_dir() for path in folder.iterdir()}
     assert entries == {name for name, _, _ in run_folder_table()} - {"unsent-evaluation.zip", "ray/"}
