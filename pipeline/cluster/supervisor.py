@@ -67,7 +67,7 @@ def supervise(
             raise Killed(_kept(workers)) from error
         message, saved = _explain(error, notes), _saved(workers)
         if saved == _UNKNOWN or saved not in (None, began_at):
-            raise Postponed(f"{message}; {_kept(workers)}, and the same command continues the run") from error
+            raise Postponed(f"{message}; {_kept(workers)}") from error
         raise TrainingError(message) from error
     if received:
         raise Interrupted("stopped at a checkpoint")
