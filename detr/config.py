@@ -19,9 +19,12 @@ Fields hold only int, float, str, bool and tuples of them, so every config survi
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+GROUPS = 32
+"""Number of groups of the group norm after each projection of a feature level in Deformable DETR."""
 
 
 class ConfigError(ValueError):
@@ -51,10 +54,47 @@ def _require(condition: bool, field: str, got: object, expected: str, remedy: st
 
 
 def _require_each(config: Any, fields: str, lowest: float, expected: str) -> None:
-    for field in fields.split():
-        value = getattr(config, field)
+    for name in fields.split():
+        value = getattr(config, name)
         finite = isinstance(value, int | float) and math.isfinite(value)
-        _require(finite and value >= lowest, field, value, expected)
+        _require(finite and value >= lowest, name, value, expected)
+
+
+@dataclass(frozen=True)
+class DeformableConfig:
+    """Options of Deformable DETR and of hybrid matching, used with `variant` deformable only. Defaults: the paper's."""
+
+    levels: int = 4
+    """Number of feature levels.
+    1: the last stage of the backbone. 3: its last three stages. Above 3: further levels, each at half the size."""
+    encoder_points: int = 4
+    """Number of sampled points per head and level in the encoder."""
+    decoder_points: int = 4
+    """Number of sampled points per head and level in the decoder."""
+    box_refine: bool = False
+    """Let each decoder layer refine the boxes of the layer before."""
+    two_stage: bool = False
+    """Take the boxes of the encoder's best cells as the first boxes of the queries. Needs `box_refine`."""
+    mixed_selection: bool = False
+    """Learn the content of the queries, and take only their positions from the encoder. Needs `two_stage`."""
+    look_forward_twice: bool = False
+    """Let the loss of a box train the layer before, too. Needs `box_refine`."""
+    one_to_many_queries: int = 0
+    """Number of further queries in training, several of which match each object (hybrid matching; 1500 in its paper).
+    0: none. Inference does not use them."""
+
+    def __post_init__(self) -> None:
+        _require(self.levels == 1 or self.levels >= 3, "deformable.levels", self.levels, "1, or 3 or more")
+        _require_each(self, "encoder_points decoder_points", 1, "at least 1")
+        _require_each(self, "one_to_many_queries", 0, "0 or more")
+        refine, stages = "True with {}", "add box_refine"
+        _require(
+            self.box_refine or not self.two_stage, "deformable.box_refine", False, refine.format("two_stage"), stages
+        )
+        needs = refine.format("look_forward_twice")
+        _require(self.box_refine or not self.look_forward_twice, "deformable.box_refine", False, needs, stages)
+        needs = "True with mixed_selection"
+        _require(self.two_stage or not self.mixed_selection, "deformable.two_stage", False, needs, "add two_stage")
 
 
 @dataclass(frozen=True)
@@ -125,6 +165,11 @@ class ModelConfig:
     tied_attention_init: bool = False
     """Start with equal query and key projections, so that attention is local at first.
     Not in the paper; helps short trainings."""
+    variant: Literal["detr", "deformable"] = "detr"
+    """Kind of model.
+    detr: the paper's.
+    deformable: Deformable DETR, which converges in 12 to 50 epochs; the recipes `deformable-*` have its other options."""
+    deformable: DeformableConfig = field(default_factory=DeformableConfig)
 
     def __post_init__(self) -> None:
         check_literals(self, _require)
@@ -149,6 +194,21 @@ class ModelConfig:
         if self.query_init == "grid":
             square = math.isqrt(self.num_queries) ** 2 == self.num_queries
             _require(square, "num_queries", self.num_queries, "a square number with query_init='grid'")
+        if self.variant == "deformable":
+            self._check_deformable()
+        else:
+            plain = self.deformable == DeformableConfig()
+            _require(
+                plain, "deformable", self.deformable, "its defaults with variant='detr'", "set variant='deformable'"
+            )
+
+    def _check_deformable(self) -> None:
+        fixed = {"masks": False, "pre_norm": False, "position_at_input": False, "decoder_input": "zeros"}
+        fixed |= {"query_init": "normal", "tied_attention_init": False}
+        for name, value in fixed.items():
+            _require(getattr(self, name) == value, name, getattr(self, name), f"{value!r} with variant='deformable'")
+        multiple = f"a multiple of {GROUPS} with variant='deformable' (group norm)"
+        _require(self.hidden_dim % GROUPS == 0, "hidden_dim", self.hidden_dim, multiple)
 
 
 @dataclass(frozen=True)
@@ -175,6 +235,13 @@ class LossConfig:
     """Weight of the focal loss of masks, for models with masks. 0: off."""
     weight_dice: float = 1.0
     """Weight of the DICE loss of masks, for models with masks. 0: off."""
+    focal_alpha: float = 0.25
+    """Weight of likely classes in the focal loss and its matching cost, 0 to 1; others have 1 - `focal_alpha`.
+    Only for models with a sigmoid per class, such as Deformable DETR."""
+    one_to_many_copies: int = 6
+    """Number of queries that may match each object in hybrid matching (`model.deformable.one_to_many_queries`)."""
+    weight_one_to_many: float = 1.0
+    """Weight of the losses of hybrid matching, in addition to their own. 0: off."""
     eos_coef: float = 0.1
     """Weight of the class "no object" in the cross entropy; real classes have weight 1.
     Raise it if most queries have an object to match."""
@@ -183,7 +250,9 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         fields = "cost_class cost_bbox cost_giou weight_ce weight_bbox weight_giou weight_mask weight_dice eos_coef"
-        _require_each(self, fields, 0, "a finite number, 0 or more")
+        _require_each(self, f"{fields} weight_one_to_many", 0, "a finite number, 0 or more")
+        _require(0 <= self.focal_alpha <= 1, "focal_alpha", self.focal_alpha, "0 to 1")
+        _require_each(self, "one_to_many_copies", 0, "0 or more")
         costs = self.cost_class + self.cost_bbox + self.cost_giou
         _require(costs > 0, "cost_class, cost_bbox, cost_giou", (0, 0, 0), "at least one above 0")
 
@@ -223,9 +292,9 @@ class TransformConfig:
 
     def __post_init__(self) -> None:
         check_literals(self, _require)
-        for field in ("train_scales", "crop_scales"):
-            scales = getattr(self, field)
-            _require(len(scales) > 0 and min(scales) > 0, field, scales, "one or more positive sizes")
+        for name in ("train_scales", "crop_scales"):
+            scales = getattr(self, name)
+            _require(len(scales) > 0 and min(scales) > 0, name, scales, "one or more positive sizes")
         _require_each(self, "eval_size max_size", 1, "at least 1")
         _require(0 <= self.flip <= 1, "flip", self.flip, "a probability, 0 to 1")
         low, high = self.crop_range

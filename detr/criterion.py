@@ -12,11 +12,12 @@ from torch import Tensor
 
 from detr.batch import Target
 from detr.config import LossConfig
+from detr.deformable.criterion import sigmoid_losses
 from detr.geometry import Size
 from detr.losses.masks import mask_losses
 from detr.losses.matched import box_losses, class_error, zero_with_gradient
 from detr.matcher import Assignment, PackedTargets, match_layers, pack
-from detr.variant import Outputs
+from detr.variant import Outputs, SigmoidOutputs
 
 
 class Losses(NamedTuple):
@@ -24,7 +25,8 @@ class Losses(NamedTuple):
 
     total: weighted sum, with gradients. parts: unweighted and without gradients, `loss_ce`, `loss_bbox`, `loss_giou`,
     `cardinality_error` (mean over images) and `class_error` (percent) of the last layer; the first four also with a
-    suffix `_0`, `_1`, ... of the layers before it; with a mask head, `loss_mask` and `loss_dice` of the last layer.
+    suffix `_0`, `_1`, ... of the layers before it; with a mask head, `loss_mask` and `loss_dice` of the last layer; with
+    two stages and hybrid matching, those of `detr.deformable.criterion`.
     """
 
     total: Tensor
@@ -32,7 +34,7 @@ class Losses(NamedTuple):
 
 
 def compute_losses(
-    outputs: Outputs,
+    outputs: Outputs | SigmoidOutputs,
     targets: Sequence[Target],
     num_boxes: float | Tensor,
     config: LossConfig,
@@ -42,11 +44,14 @@ def compute_losses(
     """Match queries to objects, then return all losses.
 
     num_boxes: divisor of the L1 and GIoU sums, above 0. The original's is max(boxes over all ranks / ranks, 1).
-    ce_normalizer: divisor of the cross-entropy sums. None: `ce_weight_sum` of this call, as in the original.
+    ce_normalizer: divisor of the cross-entropy sums. None: `ce_weight_sum` of this call, as in the original. The focal
+    loss of `SigmoidOutputs` is divided by `num_boxes` instead.
     canvas: (height, width) in pixels of the padded images, for `mask_losses`.
     Raise `NonFiniteError` for predictions or boxes that are not finite, `ValueError` for labels out of range, and
     `ConfigError` if the model has a mask head but an image has no masks.
     """
+    if isinstance(outputs, SigmoidOutputs):
+        return Losses(*sigmoid_losses(outputs, targets, num_boxes, config))
     layers = [outputs, *(outputs.auxiliary if config.auxiliary else ())]
     logits = [layer.logits for layer in layers]
     boxes = torch.stack([layer.boxes for layer in layers]).float()

@@ -5,7 +5,7 @@ device, each object only against the queries of its own image. One transfer move
 (image, layer) exactly. The original computes every image against the objects of all images, in one call per layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from detr.batch import Target
 from detr.config import LossConfig
-from detr.variant import Outputs
+from detr.variant import Outputs, SigmoidOutputs
 
 Ints = NDArray[np.int64]
 _Extents = tuple[Tensor, Tensor, Tensor]
+_TINY_PROBABILITY = 1e-8  # keeps logarithms finite, as in the original
 
 
 class NonFiniteError(ValueError):
@@ -62,14 +63,20 @@ class Assignment:
     slot: Tensor
 
 
-def match(outputs: Outputs, targets: Sequence[Target], config: LossConfig) -> list[tuple[Tensor, Tensor]]:
+def match(
+    outputs: Outputs | SigmoidOutputs, targets: Sequence[Target], config: LossConfig
+) -> list[tuple[Tensor, Tensor]]:
     """Return (query indices, target indices), int64, for each image, matched by the last layer's predictions.
 
     Each has min(objects, queries) entries, queries ascending. Raise `NonFiniteError` for costs that are not finite.
     """
-    packed = pack(targets, outputs.logits.shape[-1] - 1, outputs.logits.device)
-    log_probabilities = outputs.logits.detach()[None].float().log_softmax(-1)
-    found = match_layers(log_probabilities, outputs.boxes.detach()[None], packed, config)
+    scores, boxes = outputs.logits.detach()[None].float(), outputs.boxes.detach()[None]
+    if isinstance(outputs, SigmoidOutputs):
+        packed = pack(targets, outputs.logits.shape[-1], outputs.logits.device)
+        found = match_layers(scores, boxes, packed, config, focal_cost)
+    else:
+        packed = pack(targets, outputs.logits.shape[-1] - 1, outputs.logits.device)
+        found = match_layers(scores.log_softmax(-1), boxes, packed, config)
     return [(found.query[found.image == row], found.target[found.image == row]) for row in range(len(targets))]
 
 
@@ -93,15 +100,34 @@ def pack(targets: Sequence[Target], num_classes: int, device: torch.device) -> P
     )
 
 
-def match_layers(log_probabilities: Tensor, boxes: Tensor, targets: PackedTargets, config: LossConfig) -> Assignment:
-    """Return the pairs of every layer, for fp32 log probabilities [L, B, Q, K + 1] and boxes [L, B, Q, 4].
+def probability_cost(log_probabilities: Tensor, config: LossConfig) -> Tensor:
+    """Return -p, in place, for the log probabilities of the objects' classes."""
+    return log_probabilities.exp_().neg_()
 
-    Neither has gradients. Raise `NonFiniteError` for costs that are not finite.
+
+def focal_cost(logits: Tensor, config: LossConfig) -> Tensor:
+    """Return the change of the focal loss if the objects' classes are true, for their logits (Deformable DETR)."""
+    probability, alpha = logits.sigmoid(), config.focal_alpha
+    if_true = alpha * (1 - probability).square() * -(probability + _TINY_PROBABILITY).log()
+    return if_true + (1 - alpha) * probability.square() * (1 - probability + _TINY_PROBABILITY).log()
+
+
+def match_layers(
+    scores: Tensor,
+    boxes: Tensor,
+    targets: PackedTargets,
+    config: LossConfig,
+    class_cost: Callable[[Tensor, LossConfig], Tensor] = probability_cost,
+) -> Assignment:
+    """Return the pairs of every layer, for fp32 scores [L, B, Q, classes] and boxes [L, B, Q, 4], without gradients.
+
+    `class_cost` makes costs [T, L, Q] of a copy of the scores of the objects' classes: log probabilities by default.
+    Raise `NonFiniteError` for costs that are not finite.
     """
-    costs = _costs(log_probabilities, boxes, targets, config).cpu().numpy()
+    costs = _costs(scores, boxes, targets, config, class_cost).cpu().numpy()
     if not np.isfinite(costs).all():
-        raise NonFiniteError(_describe(log_probabilities, boxes, targets))
-    device = log_probabilities.device
+        raise NonFiniteError(_describe(scores, boxes, targets))
+    device = scores.device
     return Assignment(*torch.from_numpy(_solve(costs, targets.starts)).to(device, non_blocking=True))
 
 
@@ -123,8 +149,14 @@ def _solve(costs: NDArray[np.float32], starts: Ints) -> Ints:
     return np.stack([image, query, target, starts[image] + target, slot]).astype(np.int64, copy=False)
 
 
-def _costs(log_probabilities: Tensor, boxes: Tensor, targets: PackedTargets, config: LossConfig) -> Tensor:
-    """Return fp32 costs [T, L, Q]: weighted class probability, L1 and GIoU; terms of weight 0 are not computed.
+def _costs(
+    scores: Tensor,
+    boxes: Tensor,
+    targets: PackedTargets,
+    config: LossConfig,
+    class_cost: Callable[[Tensor, LossConfig], Tensor],
+) -> Tensor:
+    """Return fp32 costs [T, L, Q]: weighted cost of the class, L1 and GIoU; terms of weight 0 are not computed.
 
     The queries are the innermost dimension because rows of coordinates or of objects would be short.
     """
@@ -138,8 +170,8 @@ def _costs(log_probabilities: Tensor, boxes: Tensor, targets: PackedTargets, con
             difference = of_queries.index_select(0, targets.image).sub_(of_objects).abs_()
             costs.add_(difference, alpha=config.cost_bbox)
     if config.cost_class:
-        probability = log_probabilities.permute(1, 3, 0, 2)[targets.image, targets.labels].exp_()
-        costs.sub_(probability, alpha=config.cost_class)
+        own_class = scores.permute(1, 3, 0, 2)[targets.image, targets.labels]
+        costs.add_(class_cost(own_class, config), alpha=config.cost_class)
     if config.cost_giou:
         low, high, area = _extents(predicted)
         own = low.index_select(1, targets.image), high.index_select(1, targets.image), area[targets.image]
@@ -190,10 +222,10 @@ def _describe_labels(targets: Sequence[Target], num_classes: int) -> str:
     )
 
 
-def _describe(log_probabilities: Tensor, boxes: Tensor, targets: PackedTargets) -> str:
+def _describe(scores: Tensor, boxes: Tensor, targets: PackedTargets) -> str:
     # A logit that is NaN or +infinity makes its whole row NaN; a logit of -infinity is a probability of 0.
     rows_of = {
-        "logits": log_probabilities.isnan().any(-1).any(-1).any(0).nonzero().flatten(),
+        "logits": scores.isnan().any(-1).any(-1).any(0).nonzero().flatten(),
         "boxes": (~boxes.isfinite()).any(-1).any(-1).any(0).nonzero().flatten(),
         "target boxes": targets.image[(~targets.boxes.isfinite()).any(-1)],
     }

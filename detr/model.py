@@ -1,12 +1,14 @@
 """DETR: a backbone, a transformer, and heads that predict a class, a box and, if configured, a mask per query."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from detr.backbone import Backbone, FrozenBatchNorm
 from detr.config import ConfigError, ModelConfig
+from detr.deformable.model import DeformableDETR
 from detr.mask_head import MASK_MODULES, AttentionMap, MaskHead
 from detr.position import LearnedPosition, SinePosition, sine_vectors
 from detr.transformer import BoxHead, Transformer
@@ -67,15 +69,18 @@ class PlainDETR(DETR):
         return Outputs(last.logits, last.boxes, tuple(auxiliary), masks)
 
 
+_VARIANTS: dict[str, Callable[[ModelConfig, int], DETR]] = {"detr": PlainDETR, "deformable": DeformableDETR}
+
+
 def build_model(config: ModelConfig, num_classes: int) -> DETR:
-    """Build a DETR with random weights for labels 0 to num_classes - 1; nothing is downloaded.
+    """Build the configured variant with random weights for labels 0 to num_classes - 1; nothing is downloaded.
 
     `load_backbone_weights` and `load_original_state_dict` load pre-trained weights. Raise `ConfigError` for less than
     one class.
     """
     if num_classes < 1:
         raise ConfigError(f"num_classes: got {num_classes}, expected at least 1; take it from the manifest")
-    return PlainDETR(config, num_classes)
+    return _VARIANTS[config.variant](config, num_classes)
 
 
 def freeze_detector(model: DETR) -> None:

@@ -9,6 +9,7 @@ modules have no prefix. This module adds and removes it.
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from detr.backbone import ResNet
@@ -16,10 +17,13 @@ from detr.mask_head import MASK_MODULES
 from detr.model import DETR
 
 _DETECTOR = "detr."
+_COUNTERS = ("num_batches_tracked", "total_ops", "total_params")
 # The first prefix that fits a differing key explains the difference; a list of keys would not.
 _EXPLANATIONS = {
     "class_embed.": "it was trained for another number of classes",
     "query_embed.": "it has other num_queries or hidden_dim",
+    "bbox_embed.": "it is of another variant, or one of the two refines boxes or has two stages",
+    "input_proj.": "it is of another variant, or has other levels",
     "backbone.1.": "one of the two has learned positions (position)",
     "backbone.0.body.": "it has another backbone or norm",
     "transformer.encoder.norm.": "one of the two normalises first (pre_norm)",
@@ -34,6 +38,11 @@ def load_original_state_dict(model: DETR, state_dict: Mapping[str, Tensor]) -> N
     """
     given = _without_counters(state_dict)
     _check(model, given, to_original_state_dict(model))
+    for alias, name in model.aliases().items():
+        if not torch.equal(given.pop(alias), given[name]):
+            raise ValueError(
+                f"state dict: got {alias} unlike {name}, expected the same tensor; it was changed after training"
+            )
     model.load_state_dict({key.removeprefix(_DETECTOR): value for key, value in given.items()}, strict=False)
 
 
@@ -53,9 +62,11 @@ def load_detector_state_dict(model: DETR, state_dict: Mapping[str, Tensor]) -> N
 def to_original_state_dict(model: DETR) -> dict[str, Tensor]:
     """Return the model's state under the original's keys, without batch norm's counters.
 
-    They are the model's own keys; in a model with a mask head, those of the detector get the prefix `detr.`.
+    They are the model's own keys; in a model with a mask head, those of the detector get the prefix `detr.`. A tensor
+    that the original holds under several names is there under each, as a copy.
     """
     state = _without_counters(model.state_dict())
+    state |= {alias: state[name].clone() for alias, name in model.aliases().items()}
     if not model.config.masks:
         return state
     return {key if key.startswith(MASK_MODULES) else _DETECTOR + key: value for key, value in state.items()}
@@ -100,8 +111,9 @@ def _explain(differing: list[str], given: Mapping[str, Tensor], expected: Mappin
 
 
 def _without_counters(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # Trainable batch norm counts its batches; frozen batch norm, here and in the original, does not.
-    return {key: value for key, value in state_dict.items() if not key.endswith("num_batches_tracked")}
+    # Trainable batch norm counts its batches; frozen batch norm, here and in the original, does not. A profiler left its
+    # counts in published files of Deformable DETR.
+    return {key: value for key, value in state_dict.items() if not key.endswith(_COUNTERS)}
 
 
 def _differing(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

@@ -15,23 +15,27 @@ _LEARNED_CELLS = 50  # rows and columns of the original's learned positions
 
 
 class SinePosition(nn.Module):
-    """Sines and cosines of the row, then of the column, each normalised to the image inside the padding."""
+    """Sines and cosines of the row, then of the column, each normalised to the image inside the padding.
 
-    def __init__(self, channels: int, temperature: float) -> None:
+    back: cells by which rows and columns, counted from 1, are moved back: 0 in DETR, 0.5 in Deformable DETR.
+    """
+
+    def __init__(self, channels: int, temperature: float, back: float = 0.0) -> None:
         super().__init__()
         self.channels = channels
         self.temperature = temperature
+        self.back = back
 
     def forward(self, features: Tensor, padding: Tensor | None) -> Tensor:
         """Return float32 [B or 1, h * w, channels] for features [B, C, h, w] and their padding [B, h, w] or None."""
         if padding is None:
             height, width = features.shape[-2:]
             grid = _sine_grid if torch.compiler.is_compiling() else _kept_sine_grid
-            return grid(height, width, self.channels, self.temperature, features.device)
+            return grid(height, width, self.channels, self.temperature, self.back, features.device)
         inside = ~padding
         rows, columns = inside.cumsum(1, dtype=torch.float32), inside.cumsum(2, dtype=torch.float32)
-        rows = rows / (rows[:, -1:, :] + 1e-6)
-        columns = columns / (columns[:, :, -1:] + 1e-6)
+        rows = (rows - self.back) / (rows[:, -1:, :] + 1e-6)
+        columns = (columns - self.back) / (columns[:, :, -1:] + 1e-6)
         return sine_vectors(rows, columns, self.channels, self.temperature).flatten(1, 2)
 
 
@@ -68,15 +72,17 @@ def sine_vectors(rows: Tensor, columns: Tensor, channels: int, temperature: floa
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-3)
 
 
-def _sine_grid(height: int, width: int, channels: int, temperature: float, device: torch.device) -> Tensor:
-    rows = torch.arange(1, height + 1, device=device) / (height + 1e-6)
-    columns = torch.arange(1, width + 1, device=device) / (width + 1e-6)
+def _sine_grid(height: int, width: int, channels: int, temperature: float, back: float, device: torch.device) -> Tensor:
+    rows = (torch.arange(1, height + 1, device=device) - back) / (height + 1e-6)
+    columns = (torch.arange(1, width + 1, device=device) - back) / (width + 1e-6)
     grid = sine_vectors(rows[:, None].expand(-1, width), columns.expand(height, -1), channels, temperature)
     return grid.flatten(0, 1)[None]
 
 
 @lru_cache(maxsize=64)
-def _kept_sine_grid(height: int, width: int, channels: int, temperature: float, device: torch.device) -> Tensor:
+def _kept_sine_grid(
+    height: int, width: int, channels: int, temperature: float, back: float, device: torch.device
+) -> Tensor:
     # Cached per shape, on which alone it depends without padding. An inference tensor could not be used in training.
     with torch.inference_mode(False):
-        return _sine_grid(height, width, channels, temperature, device)
+        return _sine_grid(height, width, channels, temperature, back, device)

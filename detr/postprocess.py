@@ -1,5 +1,7 @@
 """Conversion of predictions to detections in pixels: the best class of every query, without NMS.
 
+Models with a sigmoid per class give the 100 best pairs of a query and a class instead, as Deformable DETR does.
+
 Departures from the paper's inference, off by default (the paper has them as an analysis, section 4.2 "Decoder"):
 
 - `detect(nms=0.7)`: non-maximum suppression within each class. It improves the first decoder layer, in which several
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from detr.geometry import Size
-from detr.variant import Outputs
+from detr.variant import Outputs, SigmoidOutputs
 
 _MAX_DETECTIONS = 100  # per image; COCO's evaluation uses no more
 
@@ -24,7 +26,7 @@ _MAX_DETECTIONS = 100  # per image; COCO's evaluation uses no more
 class Detection:
     """Detections of one image: one entry per query, in the order of the queries.
 
-    With NMS, D <= 100 entries instead of Q, the highest score first.
+    With NMS, and from models with a sigmoid per class, D <= 100 entries instead of Q, the highest score first.
 
     scores: float32 [Q], 0 to 1. labels: int64 [Q]. boxes_xyxy: float32 [Q, 4] in pixels of the original image; they can
     extend beyond its edges. masks: bool [Q, H, W] over the original image, or None.
@@ -37,7 +39,7 @@ class Detection:
 
 
 def detect(
-    outputs: Outputs,
+    outputs: Outputs | SigmoidOutputs,
     original_sizes: Sequence[Size] | Tensor,
     *,
     sizes: Sequence[Size] | None = None,
@@ -67,14 +69,26 @@ def detect(
     for name, given in (("original_sizes", originals), ("sizes", sizes)):
         if given is not None and len(given) != len(outputs.boxes):
             raise ValueError(f"{name}: got {len(given)}, expected one per image, {len(outputs.boxes)}")
-    scores, labels = outputs.logits.float().softmax(-1)[..., :-1].max(-1)
-    centres, extents = outputs.boxes.float().chunk(2, dim=-1)
+    predicted = outputs.boxes.float()
+    if isinstance(outputs, SigmoidOutputs):
+        scores, labels, predicted = _best_pairs(outputs.logits.float(), predicted)
+    else:
+        scores, labels = outputs.logits.float().softmax(-1)[..., :-1].max(-1)
+    centres, extents = predicted.chunk(2, dim=-1)
     boxes = torch.cat([centres - extents / 2, centres + extents / 2], dim=-1) * originals.flip(-1).repeat(1, 2)[:, None]
     masks: Sequence[Tensor | None] = [None] * len(boxes)
     if outputs.masks is not None and sizes is not None:
         masks = _masks(outputs.masks, [(int(h), int(w)) for h, w in original_sizes], sizes, canvas)
     detections = [Detection(*fields) for fields in zip(scores, labels, boxes, masks, strict=True)]
     return detections if nms is None else [_suppress(detection, nms) for detection in detections]
+
+
+def _best_pairs(logits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scores [B, D], labels [B, D] and boxes [B, D, 4] of the D <= 100 best pairs of a query and a class."""
+    pairs = logits.flatten(1)
+    best, places = pairs.topk(min(_MAX_DETECTIONS, pairs.shape[1]), 1)
+    queries = places // logits.shape[-1]
+    return best.sigmoid(), places % logits.shape[-1], boxes.gather(1, queries[..., None].expand(-1, -1, 4))
 
 
 def _masks(logits: Tensor, originals: Sequence[Size], sizes: Sequence[Size], canvas: Size | None) -> list[Tensor]:
@@ -93,10 +107,11 @@ def _masks(logits: Tensor, originals: Sequence[Size], sizes: Sequence[Size], can
     return masks
 
 
-def _all_layers(outputs: Outputs) -> Outputs:
-    """Return the queries of all layers as one: logits [B, layers * Q, K + 1], boxes [B, layers * Q, 4]."""
+def _all_layers(outputs: Outputs | SigmoidOutputs) -> Outputs | SigmoidOutputs:
+    """Return the queries of all layers as one: logits [B, layers * Q, classes], boxes [B, layers * Q, 4]."""
     layers = (*outputs.auxiliary, outputs)
-    return Outputs(torch.cat([layer.logits for layer in layers], 1), torch.cat([layer.boxes for layer in layers], 1))
+    logits, boxes = (torch.cat(tensors, 1) for tensors in zip(*(layer[:2] for layer in layers), strict=True))
+    return outputs.__class__(logits, boxes)
 
 
 def _suppress(detection: Detection, threshold: float) -> Detection:

@@ -1,26 +1,39 @@
-import dataclasses
 import json
 import subprocess
 import sys
 from typing import Any
 
+import msgspec
 import pytest
 
 import detr
-from detr.config import ConfigError, LossConfig, ModelConfig, TransformConfig
+from detr.config import ConfigError, DeformableConfig, LossConfig, ModelConfig, TransformConfig
 
 
-@pytest.mark.parametrize("config", [ModelConfig(), LossConfig(), TransformConfig()])
+@pytest.mark.parametrize("config", [ModelConfig(), ModelConfig(variant="deformable"), LossConfig(), TransformConfig()])
 def test_configs_survive_json(config: Any) -> None:
-    fields = json.loads(json.dumps(dataclasses.asdict(config)))
-    tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    assert type(config)(**tuples) == config
+    assert msgspec.json.decode(msgspec.json.encode(config), type=type(config)) == config
+
+
+def test_model_of_an_older_release_is_read_without_the_fields_of_variants() -> None:
+    fields = json.loads(msgspec.json.encode(ModelConfig()))
+    older = {name: value for name, value in fields.items() if name not in ("variant", "deformable")}
+    assert msgspec.json.decode(json.dumps(older), type=ModelConfig) == ModelConfig()
 
 
 @pytest.mark.parametrize(
     ("build", "changes"),
     [
         (ModelConfig, {"backbone": "resnet152"}),
+        (ModelConfig, {"deformable": DeformableConfig(levels=3)}),
+        (ModelConfig, {"variant": "deformable", "hidden_dim": 48}),
+        (ModelConfig, {"variant": "deformable", "pre_norm": True}),
+        (ModelConfig, {"variant": "deformable", "masks": True}),
+        (DeformableConfig, {"levels": 2}),
+        (DeformableConfig, {"two_stage": True}),
+        (DeformableConfig, {"look_forward_twice": True}),
+        (DeformableConfig, {"box_refine": True, "mixed_selection": True}),
+        (LossConfig, {"focal_alpha": 1.5}),
         (ModelConfig, {"norm": "layer"}),
         (ModelConfig, {"position": "none"}),
         (ModelConfig, {"hidden_dim": 100}),
