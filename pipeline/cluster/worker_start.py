@@ -23,7 +23,8 @@ def prepare_process() -> None:
 
     from pipeline.cluster.interfaces import choose_interface
 
-    choose_interface(ray.util.get_node_ip_address())
+    here = ray.get_runtime_context().get_node_id()
+    choose_interface(next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == here))
     for name in _IMPORTED:
         with suppress(Exception):
             importlib.import_module(name)

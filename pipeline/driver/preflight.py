@@ -1,7 +1,7 @@
 """Checks of a run on the machine that starts it, before a cluster is paid for.
 
 Paths become absolute here, so that workers and later resumes use the same files. `detr submit` runs the checks that
-need no model (`check`) before it sends anything.
+need no model (`check`) before it sends anything, so torch is imported only where a model is built.
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from detr.model import DETR
 from pipeline.checkpoint import location
 from pipeline.checkpoint.location import Location
 from pipeline.config import RunConfig
 from pipeline.data.datasets import check_cache_limit, open_data
-from pipeline.driver.initial_weights import adopt_model_config, initial_model
 from pipeline.errors import RunConfigError
 from pipeline.schedule import Schedule
-from pipeline.training.model import save_initial
 from shards.dataset.manifest import Manifest
 from shards.dataset.verify import check_sizes
 from shards.errors import ShardError
 from shards.read.segmentations import check_segmentations
 from shards.store import storage
+
+if TYPE_CHECKING:
+    from detr.model import DETR
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class PreparedRun:
 
     def write_initial_weights(self, folder: Location) -> None:
         """Write the initial weights to the run's location, where the workers read them."""
+        from pipeline.training.model import save_initial
+
         save_initial(self.model, folder)
 
 
@@ -69,6 +72,8 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, P
     Return the configuration with absolute paths, and with the architecture of the registered model if it starts from
     one. Raise one of `USER_ERRORS`, each one line.
     """
+    from pipeline.driver.initial_weights import adopt_model_config, initial_model
+
     _check_initial(config)
     if config.data.built_in:
         from pipeline.built_in.dataset import make_built_in

@@ -1,4 +1,5 @@
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -115,3 +116,13 @@ def test_password_in_a_flag_is_not_sent(server: Server, flags: list[str]) -> Non
         submit_here("shard", "coco", *flags)
     assert "hunter2" not in str(caught.value)
     assert not server.request
+
+
+def test_a_command_is_checked_and_sent_without_torch(tiny_data: Any) -> None:
+    code = (
+        "import sys; from jobs.cli import check; import jobs.submit; import ray.job_submission; check(sys.argv[1:]);"
+        "print(*sorted({'torch', 'torchvision', 'mlflow', 'pandas'} & sys.modules.keys()))"
+    )
+    command = ["train", "overfit", "--data.train", tiny_data.train, "--data.val", tiny_data.val]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
