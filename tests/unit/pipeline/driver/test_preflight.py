@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import RunConfig
-from pipeline.driver import preflight
+from pipeline.driver import initial_weights
 from pipeline.driver.preflight import check, prepare
 from pipeline.errors import RunConfigError
 from shards.config import WriteConfig
@@ -134,7 +134,7 @@ def test_masks_on_data_without_segmentations_are_refused(
 
 
 def test_check_builds_no_model(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "initial_model", lambda *_: pytest.fail("made a model"))
+    monkeypatch.setattr(initial_weights, "initial_model", lambda *_: pytest.fail("made a model"))
     check(tiny_config)
 
 
