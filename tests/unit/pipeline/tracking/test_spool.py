@@ -2,8 +2,11 @@
 
 import logging
 import math
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from PIL import Image
@@ -146,3 +149,37 @@ def test_a_picture_is_kept_in_the_spool_until_it_is_sent(open_spool: Open, tmp_p
     tracker.close()
     with Image.open(tmp_path / "spool" / server.taken[0].tags["file"]) as image:
         assert image.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_reports_of_several_threads_are_each_a_line(open_spool: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    class SlowFile:
+        """File at which several threads meet."""
+
+        def __init__(self, file: BinaryIO) -> None:
+            self.file = file
+
+        def write(self, lines: bytes) -> int:
+            time.sleep(0.001)
+            return self.file.write(lines)
+
+        def close(self) -> None:
+            self.file.close()
+
+    server = Server()
+    tracker = open_spool(server)
+    monkeypatch.setattr(tracker, "_file", SlowFile(tracker._file))
+
+    def warn(number: int) -> None:
+        for count in range(20):
+            tracker.tags({f"{number}": f"{count}"})
+
+    threads = [threading.Thread(target=warn, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    monkeypatch.undo()
+    tracker.close()
+    assert sorted((key, int(value)) for event in server.taken for key, value in event.tags.items()) == [
+        (f"{number}", count) for number in range(4) for count in range(20)
+    ]

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 import pytest
@@ -15,7 +14,7 @@ from pipeline.tracking import spool, spool_folder
 from pipeline.tracking.events import Event
 from pipeline.tracking.spool import SpoolTracker
 from pipeline.tracking.spool_folder import SpoolFolder
-from tests.support.tracking_server import Server
+from tests.support.tracking_server import FullDisk, Server
 
 Open = Callable[[Server], SpoolTracker]
 
@@ -138,25 +137,6 @@ def test_a_killed_process_loses_only_its_half_written_line(tmp_path: Path, open_
     tracker.metrics({"train/loss": 0.5}, whole + 1)  # the half-written one: sent now
     tracker.close()
     assert server.points() == [(step, float(step)) for step in range(1, whole + 1)] + [(whole + 1, 0.5)]
-
-
-class FullDisk:
-    """File on a disk with a limited number of free bytes."""
-
-    def __init__(self, file: BinaryIO, free: int) -> None:
-        self.file, self.free = file, free
-        self.closed = False
-
-    def write(self, line: bytes) -> int:
-        if not self.free:
-            raise OSError(28, "No space left on device")
-        written = self.file.write(line[: self.free])
-        self.free -= written
-        return written
-
-    def close(self) -> None:
-        self.file.close()
-        self.closed = True
 
 
 def test_a_full_disk_delays_lines_but_raises_nothing(
