@@ -72,13 +72,37 @@ class RayNotes:
 
 def _ask(act: Callable[[Any], T]) -> T:
     """Return what `act` returns with the client of the cluster's head; raise `ConnectionError` if it does not answer."""
-    gcs = internal_kv.internal_kv_get_gcs_client()
+    gcs = _RayClient() if ray.util.client.ray.is_connected() else internal_kv.internal_kv_get_gcs_client()
     if gcs is None:
         raise ConnectionError("this process is not connected to Ray")
     try:
         return act(gcs)
     except (ray.exceptions.RayError, RuntimeError) as error:
         raise ConnectionError(str(error)) from error
+
+
+class _RayClient:
+    """The same calls through an address `ray://`, without a timeout of their own."""
+
+    def internal_kv_put(self, key: bytes, value: bytes, overwrite: bool, namespace: bytes, timeout: float) -> None:
+        internal_kv._internal_kv_put(key, value, overwrite, namespace=namespace)
+
+    def internal_kv_get(self, key: bytes, namespace: bytes, timeout: float) -> bytes | None:
+        value: bytes | None = internal_kv._internal_kv_get(key, namespace=namespace)
+        return value
+
+    def internal_kv_keys(self, prefix: bytes, namespace: bytes, timeout: float) -> list[bytes]:
+        return list(internal_kv._internal_kv_list(prefix, namespace=namespace))
+
+    def internal_kv_multi_get(self, keys: list[bytes], namespace: bytes, timeout: float) -> dict[bytes, bytes]:
+        found = {key: self.internal_kv_get(key, namespace, timeout) for key in keys}
+        return {key: value for key, value in found.items() if value is not None}
+
+    def internal_kv_del(self, key: bytes, by_prefix: bool, namespace: bytes, timeout: float) -> None:
+        internal_kv._internal_kv_del(key, del_by_prefix=by_prefix, namespace=namespace)
+
+    def get_all_job_info(self, **_: Any) -> dict[Any, Any]:
+        raise RuntimeError("the jobs are not known through ray://")
 
 
 def jobs_alive() -> set[str]:

@@ -170,13 +170,13 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _raise_fatal(notes: Notes, received: list[int], say: Callable[[str], None]) -> None:
-    message = notes.read_fatal_error()
-    if message is None:
+    error = notes.read_fatal_error()
+    if error is None:
         return
     if received:
-        say(f"the workers failed while they were stopping: {message}")
+        say(f"the workers failed while they were stopping: {error.message}")
         raise Killed("the workers could not save")
-    raise TrainingError(message)
+    raise (Postponed if error.postpones else TrainingError)(error.message)
 
 
 def _explain(error: BaseException, notes: Notes) -> str:

@@ -16,7 +16,7 @@ from pipeline.cluster.notes.attempts import Restart
 from pipeline.cluster.notes.notes import Notes
 from pipeline.cluster.notes.request_watch import RequestWatch
 from pipeline.config import RunConfig
-from pipeline.errors import USER_ERRORS
+from pipeline.errors import USER_ERRORS, Postponed
 from pipeline.tracking.run_spools import TRAINING, open_tracker
 from pipeline.tracking.tags import TAG_PHASE, TAG_RESIZED, TAG_WARNING
 from pipeline.tracking.tracker import Tracker
@@ -108,7 +108,7 @@ def record_failure(notes: Notes, rank: int, error: Exception) -> None:
 
     passes = isinstance(error, StoreError | ConnectionError | TimeoutError)  # what is away now may be back later
     if isinstance(error, USER_ERRORS) and not passes:
-        notes.write_fatal_error(str(error))
+        notes.write_fatal_error(str(error), postpones=isinstance(error, Postponed))
         return
     what = one_line(error)
     if is_shortage(error):

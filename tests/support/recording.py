@@ -48,6 +48,10 @@ class Recording:
         aside.write_text(str(seconds))
         aside.rename(self.folder / "pace")
 
+    def fail(self, rank: int, message: str) -> None:
+        """Let this rank raise an error before each step from now on."""
+        (self.folder / f"fail-{rank}").write_text(message)
+
     def lines(self) -> list[Line]:
         """All that was noted, whole lines only."""
         found = []

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import msgspec
+
 from shards.errors import one_line
 
 LOG = logging.getLogger(__name__)
@@ -50,6 +52,13 @@ class _Outage:
     """State of this process: True while the store does not answer, so that one outage is one warning."""
 
     reported = False
+
+
+class FatalError(msgspec.Struct, frozen=True):
+    """Message of an error that a restart does not mend; `postpones`: the same command can continue the run later."""
+
+    message: str
+    postpones: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,17 +112,18 @@ class Notes:
         """Return True if the workers are asked to stop."""
         return self.read(_STOP) is not None
 
-    def write_fatal_error(self, message: str) -> None:
+    def write_fatal_error(self, message: str, *, postpones: bool = False) -> None:
         """Tell the driver to end the run instead of restarting it; the first worker to write wins.
 
-        If the cluster does not answer, the driver learns of the error from Ray, after the restarts.
+        `postpones`: the same command can continue it later. If the cluster does not answer, the driver learns of the
+        error from Ray, after the restarts.
         """
-        self.write(_FATAL, message.encode())
+        self.write(_FATAL, msgspec.json.encode(FatalError(message, postpones)))
 
-    def read_fatal_error(self) -> str | None:
-        """Return the message of `write_fatal_error`, or None."""
-        message = self.read(_FATAL)
-        return None if message is None else message.decode()
+    def read_fatal_error(self) -> FatalError | None:
+        """Return the error that ends the run, or None."""
+        error = self.read(_FATAL)
+        return None if error is None else msgspec.json.decode(error, type=FatalError)
 
     def _key(self, name: str) -> str:
         return f"{self.run_id}/{self.driver}/{name}"

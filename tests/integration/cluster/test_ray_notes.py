@@ -41,14 +41,42 @@ time.sleep(300)
 """
 
 
+# A driver at an address `ray://`, which asks for a stop and reads its notes back.
+CLIENT = """
+import sys, ray
+from pipeline.cluster.notes.claims import cancel_dead_claims
+from pipeline.cluster.notes.notes import Notes
+from pipeline.cluster.ray_internals import RayNotes, cancel_resource_request, jobs_alive
+
+ray.init(sys.argv[1], logging_level="ERROR")
+notes = Notes.of_run("through ray", RayNotes())
+assert not notes.stop_requested()
+assert notes.request_stop()
+assert notes.stop_requested()
+assert not notes.write("stop", b"later") or notes.read("stop") == b""
+assert set(notes.read_all("s")) == {"stop"}
+assert cancel_dead_claims(RayNotes(), jobs_alive, cancel_resource_request) == 0
+notes.clear()
+assert not notes.stop_requested()
+print("done", flush=True)
+"""
+
+
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def client_address() -> str:
+    """Address `ray://` of the cluster of the module."""
+    return f"ray://127.0.0.1:{free_port()}"
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory, client_address: str) -> Iterator[str]:
     """Address of a cluster of one node with one CPU, which this process has joined."""
     port, environment = free_port(), os.environ | {"RAY_AUTH_MODE": "disabled"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_TRAIN_V2_ENABLED", "1")
         head = ["--head", "--port", str(port), "--include-dashboard", "false"]
+        head += ["--ray-client-server-port", client_address.rpartition(":")[2]]
         with node(tmp_path_factory.mktemp("ray"), environment, *head):
             wait_until_open(port)
             ray.init(address=f"127.0.0.1:{port}", logging_level="ERROR", log_to_driver=False)
@@ -90,10 +118,13 @@ def test_workers_and_driver_share_notes_of_which_the_first_writer_wins(address: 
     @ray.remote(num_cpus=0)  # type: ignore[untyped-decorator]
     def worker(rank: int) -> str | None:
         notes.write_fatal_error(f"error of worker {rank}")
-        return notes.read_fatal_error()
+        error = notes.read_fatal_error()
+        return error and error.message
 
     heard = set(ray.get([worker.remote(rank) for rank in range(2)]))
-    assert heard == {notes.read_fatal_error()}
+    error = notes.read_fatal_error()
+    assert error is not None
+    assert heard == {error.message}
     notes.write("position", b"1")
     notes.write("position", b"2", overwrite=True)
     assert (notes.read("position"), set(notes.read_all("p"))) == (b"2", {"position"})
@@ -101,6 +132,13 @@ def test_workers_and_driver_share_notes_of_which_the_first_writer_wins(address: 
     assert notes.read("position") is None
     notes.clear()
     assert notes.read_fatal_error() is None
+
+
+def test_a_driver_at_a_distance_has_notes_too(address: str, client_address: str) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    driver = [sys.executable, "-c", CLIENT, client_address]
+    answer = subprocess.run(driver, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert answer.stdout.split()[-1:] == ["done"], answer.stderr[-2000:]
 
 
 def test_dead_workers_are_found_by_asking(address: str) -> None:

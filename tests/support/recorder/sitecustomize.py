@@ -2,7 +2,7 @@
 
 Only where DETR_RECORD names a folder. Each process writes lines there, `STEP RANK RANKS GROUP LOSS ID,ID,...`, one for each
 step that was taken; `pace`, a file beside them, says how many seconds a step is to take at least. `hang-R` makes rank R sleep
-before its next step.
+before its next step, and `fail-R` makes it raise the error that the file holds.
 """
 
 import os
@@ -46,6 +46,9 @@ def _recorded(train_step: Any) -> Any:
     def wrapped(model: Any, batches: Any, optimizer: Any, config: Any, ranks: Any, step: int, *rest: Any) -> Any:
         while os.path.exists(f"{folder}/hang-{ranks.rank}"):
             time.sleep(0.1)
+        if os.path.exists(f"{folder}/fail-{ranks.rank}"):
+            with open(f"{folder}/fail-{ranks.rank}") as file:
+                raise RuntimeError(file.read())
         start = time.monotonic()
         result = train_step(model, batches, optimizer, config, ranks, step, *rest)
         ids = ",".join(str(target.image_id) for batch in batches for target in batch.targets)

@@ -14,6 +14,7 @@ from pipeline.cluster import supervisor
 from pipeline.cluster.notes.attempts import record_end, start_attempt
 from pipeline.cluster.notes.notes import Notes
 from pipeline.cluster.supervisor import GRACE_S, WorkerStatus, supervise
+from pipeline.cluster.worker import record_failure
 from pipeline.errors import Interrupted, Killed, Postponed, TrainingError
 from shards.store.retry import StoreError
 
@@ -67,8 +68,22 @@ def test_a_fatal_error_ends_a_fit_that_would_restart(fit: Fit, notes: Notes) -> 
         notes.write_fatal_error("another rank's consequence")
         forever.wait(60)
 
-    with pytest.raises(TrainingError, match=r"^image 7 is damaged$"):
+    with pytest.raises(TrainingError, match=r"^image 7 is damaged$") as caught:
         fit(try_again)
+    assert not isinstance(caught.value, Postponed)
+    forever.set()
+
+
+def test_a_worker_can_leave_the_run_to_a_later_try(fit: Fit, notes: Notes) -> None:
+    forever = threading.Event()
+
+    def give_up() -> None:
+        start_attempt(notes, 1)
+        record_failure(notes, 0, Postponed("the store has not answered for 30 minutes"))
+        forever.wait(60)
+
+    with pytest.raises(Postponed, match=r"^the store has not answered for 30 minutes$"):
+        fit(give_up)
     forever.set()
 
 

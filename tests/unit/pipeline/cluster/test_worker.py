@@ -109,7 +109,8 @@ def errors_after(notes: Notes, *errors: Exception, saves: bool = False) -> list[
         if saves:
             attempts.record_progress(notes)
         record_failure(notes, 1, error)
-        found.append(notes.read_fatal_error())
+        fatal = notes.read_fatal_error()
+        found.append(fatal and fatal.message)
     return found
 
 

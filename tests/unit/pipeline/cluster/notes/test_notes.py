@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pipeline.cluster.notes.notes import Notes
+from pipeline.cluster.notes.notes import FatalError, Notes
 from pipeline.cluster.notes.request_watch import RequestWatch
 from tests.support.notes import MemoryNotes
 
@@ -26,7 +26,7 @@ def test_the_first_of_several_fatal_errors_is_kept(notes: Notes) -> None:
     assert notes.read_fatal_error() is None
     notes.write_fatal_error("image 7 is damaged")
     notes.write_fatal_error("another rank's consequence")
-    assert notes.read_fatal_error() == "image 7 is damaged"
+    assert notes.read_fatal_error() == FatalError("image 7 is damaged")
 
 
 def test_a_driver_sees_nothing_of_an_earlier_one_and_deletes_it(store: MemoryNotes) -> None:
