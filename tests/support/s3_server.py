@@ -17,18 +17,19 @@ _STORE_VARIABLES = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS
 class S3Server:
     """`rclone serve s3` over a folder, whose subfolders are the buckets."""
 
-    def __init__(self, folder: Path, *, written: bool = False) -> None:
-        """Start a server over `folder`.
+    def __init__(self, folder: Path, *, written: bool = False, host: str = "127.0.0.1") -> None:
+        """Start a server over `folder` at an address of this machine.
 
         `written`: files are written through the server; into its folder only before the first request, since it would
         not notice later. Otherwise it reads the folder at each request, which may never end while files are written.
         """
         self._flags = ["-vv"] if written else ["--dir-cache-time", "0s", "-vv"]
+        self._host = host
         self.root = folder / "buckets"
         (self.root / "sets").mkdir(parents=True)
         self.log = folder / "s3.log"
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((host, 0))
             self.port = int(probe.getsockname()[1])
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
@@ -39,7 +40,7 @@ class S3Server:
         return {
             "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{self.port}",
+            "AWS_ENDPOINT_URL_S3": f"http://{self._host}:{self.port}",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
@@ -51,7 +52,7 @@ class S3Server:
     def start(self) -> None:
         """Serve, on the same port each time; returns when it answers."""
         rclone = Path(sys.executable).with_name("rclone")
-        words = ["serve", "s3", str(self.root), "--addr", f"127.0.0.1:{self.port}", "--auth-key", f"{KEY},{SECRET}"]
+        words = ["serve", "s3", str(self.root), "--addr", f"{self._host}:{self.port}", "--auth-key", f"{KEY},{SECRET}"]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [str(rclone), *words, "--config", os.devnull, *self._flags], stderr=log, stdout=log
@@ -59,7 +60,7 @@ class S3Server:
         until = time.monotonic() + 20
         while time.monotonic() < until:
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                if probe.connect_ex((self._host, self.port)) == 0:
                     return
             time.sleep(0.02)
         raise AssertionError(f"the S3 server did not start: {self.log.read_text()}")
