@@ -53,6 +53,9 @@ class ShardCoco(Target):
     """Folder or URL of the image files."""
     annotations: Path
     """COCO instances JSON file."""
+    corrections: Path | None = None
+    """JSON file of reviewed corrections of labels: delete, relabel, move or add.
+    `detr evaluate --report` proposes one. Its digest and content are kept in the data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +131,8 @@ def _shard_coco(argv: list[str]) -> None:
     options = parse(ShardCoco, argv, "detr shard coco")
     from shards.write.writer import write_coco
 
-    _write(options, functools.partial(write_coco, options.images, options.annotations, options.out))
+    write = functools.partial(write_coco, options.images, options.annotations, options.out)
+    _write(options, functools.partial(write, corrections=options.corrections))
 
 
 def _shard_voc(argv: list[str]) -> None:
@@ -209,6 +213,8 @@ def _describe(manifest: Any) -> str:
         f"digest      {manifest.digest}",
         f"source      {manifest.source_digest} (sha256 of what it was made from)",
     ]
+    if manifest.corrections_digest:
+        lines.append(f"corrections {manifest.corrections_digest} (sha256 of corrections.json)")
     return "\n".join(lines)
 
 

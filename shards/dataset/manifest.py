@@ -4,6 +4,7 @@ A data set is a folder:
 
     manifest.json           this module's Manifest
     source.json             the COCO JSON without its images and annotations (info, licenses, categories unchanged)
+    corrections.json        the corrections of labels that were applied, if any
     index/images.npy        one record per image (IMAGE_DTYPE)
     index/annotations.npy   one record per annotation (ANNOTATION_DTYPE), grouped by image
     shard-000000.tar ...    WebDataset shards
@@ -32,6 +33,7 @@ from shards.store.cache import cache_for
 FORMAT = 2
 MANIFEST_NAME = "manifest.json"
 SOURCE_NAME = "source.json"
+CORRECTIONS_NAME = "corrections.json"
 IMAGES_NAME = "index/images.npy"
 ANNOTATIONS_NAME = "index/annotations.npy"
 
@@ -48,6 +50,8 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True, dict=True):
     """A data set: the content of its manifest, and how to reach its files.
 
+    `source_digest` is the sha256 of the JSON file, with corrections that of both digests, and `corrections_digest` the
+    sha256 of the corrections, empty without any.
     `url` is the folder that it was loaded from, and `cache` configures the cache of its files. Neither is in the file or
     the digest: they are fields so that this one value, pickled to a worker, is enough to read samples there.
     """
@@ -61,6 +65,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     categories: tuple[Category, ...]
     files: tuple[File, ...]
     shards: tuple[Shard, ...]
+    corrections_digest: str = ""
     url: str = ""
     cache: CacheConfig = CacheConfig()
 

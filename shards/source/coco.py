@@ -18,6 +18,7 @@ from shards.dataset.categories import Category
 from shards.errors import ShardError
 from shards.source.checks import check_annotations, check_images
 from shards.source.columns import AnnotationColumns, ImageColumns, Texts, annotation_columns, image_columns
+from shards.source.corrections import Corrections, corrected
 from shards.source.defects import Defect, SourceError
 from shards.source.images import ImageSource
 from shards.store import storage
@@ -40,7 +41,7 @@ class Source:
     folder: str
     """The image folder, a path or a URL."""
     digest: str
-    """Sha256 of the JSON file."""
+    """Sha256 of the JSON file; with corrections, that of both digests."""
     categories: tuple[Category, ...]
     """In ascending order of their ids."""
     images: ImageColumns
@@ -61,6 +62,8 @@ class Source:
     """Defects of the rejected entries, and notes on others."""
     limited: bool
     """True if there are more images than the limit."""
+    corrections: Corrections | None = None
+    """Corrections that are already in the columns."""
 
     def image(self, row: int) -> ImageSource:
         """Return the entry of an image."""
@@ -68,10 +71,16 @@ class Source:
         return ImageSource(int(images.ids[row]), images.names[row], int(images.widths[row]), int(images.heights[row]))
 
 
-def read_source(images: str | os.PathLike[str], annotations: str | os.PathLike[str], limit: int = 0) -> Source:
+def read_source(
+    images: str | os.PathLike[str],
+    annotations: str | os.PathLike[str],
+    limit: int = 0,
+    corrections: Corrections | None = None,
+) -> Source:
     """Read and check a COCO JSON and the list of its image folder (not yet the images' content).
 
     `images` is a folder or a URL. `limit`: take only this many images, those with the lowest ids; 0 takes all.
+    `corrections` are applied to the annotations before they are checked.
 
     Raise `ShardError` when a path is missing or of the wrong kind or the file is not COCO's instances format, and
     `SourceError` when its categories are unusable. Defects of single entries are in `Source.defects`.
@@ -87,13 +96,18 @@ def read_source(images: str | os.PathLike[str], annotations: str | os.PathLike[s
         # Mapped and not read: this saves a copy of half a gigabyte, and the system can reclaim the memory.
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
-        return parse_source(path, content, folder, _file_finder(folder), limit)
+        return parse_source(path, content, folder, _file_finder(folder), limit, corrections)
     except RecursionError:
         raise ShardError(f"{path}: brackets are nested too deeply; expected COCO's instances format") from None
 
 
 def parse_source(
-    path: Path, content: bytes | mmap.mmap, folder: str, has_file: Callable[[str], bool], limit: int = 0
+    path: Path,
+    content: bytes | mmap.mmap,
+    folder: str,
+    has_file: Callable[[str], bool],
+    limit: int = 0,
+    corrections: Corrections | None = None,
 ) -> Source:
     """Parse a JSON's content as `read_source` does; `has_file` tells if the folder has a file of that name."""
     top = _top_level(path, content)
@@ -108,6 +122,12 @@ def parse_source(
     malformed = np.array([defect.image_id for defect in defects if defect.image_id is not None], np.int64)
     annotations = annotation_columns(lists["annotations"], defects)
     counts = len(lists["images"]), len(lists["annotations"])
+    digest = hashlib.sha256(content).hexdigest()
+    if corrections is not None:
+        before = len(annotations)
+        annotations = corrected(corrections, annotations, listed.ids.tolist(), category_ids.tolist())
+        counts = counts[0], counts[1] + len(annotations) - before
+        digest = hashlib.sha256(f"{digest} {corrections.digest}".encode()).hexdigest()
     selected = np.ones(len(annotations), np.bool_)
     limited = 0 < limit < len(listed)
     if limited:
@@ -124,7 +144,7 @@ def parse_source(
     return Source(
         path=path,
         folder=folder,
-        digest=hashlib.sha256(content).hexdigest(),
+        digest=digest,
         categories=categories,
         images=images,
         annotations=annotations,
@@ -135,6 +155,7 @@ def parse_source(
         listed=counts,
         defects=(*defects, *found, *more),
         limited=limited,
+        corrections=corrections,
     )
 
 

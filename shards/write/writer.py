@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -21,6 +22,7 @@ from shards.dataset.index import npy
 from shards.dataset.listed_files import File
 from shards.dataset.manifest import (
     ANNOTATIONS_NAME,
+    CORRECTIONS_NAME,
     FORMAT,
     IMAGES_NAME,
     MANIFEST_NAME,
@@ -33,6 +35,7 @@ from shards.hashing import hashes
 from shards.masks.parse import has_segmentations
 from shards.source.checks import MAX_IMAGE_ID
 from shards.source.coco import Source, read_source
+from shards.source.corrections import read_corrections
 from shards.source.defects import Defect, SourceError, Unconvertible, printable
 from shards.source.report import REPORT_NAME, drop_mismeasured, make_report
 from shards.store import storage
@@ -54,12 +57,14 @@ def write_coco(
     progress: Progress | None = None,
     map: Map | None = None,
     lost: Unconvertible | None = None,
+    corrections: str | os.PathLike[str] | None = None,
 ) -> Manifest:
     """Write a COCO data set (image folder or URL, JSON file) to the new folder or URL `out` and return its manifest.
 
     If `out` already holds exactly this data set, it is left unchanged. `map` runs the shard jobs elsewhere instead of
     in `config.workers` processes; images and `out` must be visible from there. `lost` is counted and reported with the
-    entries of the JSON.
+    entries of the JSON. `corrections` is a file of reviewed corrections of labels, see `shards.source.corrections`; it is
+    kept in the data set.
 
     Raise `ShardError` when an input is missing or not COCO, or `out` is not free or cannot be written; `SourceError`
     with all defects when images or annotations are defective and `config.on_defect` is `fail`: then only
@@ -67,7 +72,8 @@ def write_coco(
     """
     config = config or WriteConfig()
     out = storage.absolute(os.fspath(out))
-    source = read_source(images, annotations, config.limit)
+    reviewed = None if corrections is None else read_corrections(Path(corrections))
+    source = read_source(images, annotations, config.limit, reviewed)
     if lost is not None:
         source = _with_lost(source, lost)
     name = printable(config.name or source.path.stem)
@@ -176,6 +182,8 @@ def _write_rest(
         IMAGES_NAME: npy(images),
         ANNOTATIONS_NAME: npy(annotations),
     }
+    if source.corrections is not None:
+        contents[CORRECTIONS_NAME] = source.corrections.content
     shards = tuple(result.shard for result in written if result.shard is not None)
     _check_there(stage, {shard.name: shard.bytes for shard in shards})
     for file_name, content in contents.items():
@@ -195,6 +203,7 @@ def _write_rest(
             for file_name, content in contents.items()
         ),
         shards=shards,
+        corrections_digest="" if source.corrections is None else source.corrections.digest,
     )
     stage.write(MANIFEST_NAME, msgspec.json.format(manifest.to_json(), indent=2) + b"\n")
 
