@@ -40,6 +40,7 @@ def compute_losses(
     config: LossConfig,
     ce_normalizer: float | Tensor | None = None,
     canvas: Size | None = None,
+    num_copies: float | Tensor | None = None,
 ) -> Losses:
     """Match queries to objects, then return all losses.
 
@@ -47,11 +48,12 @@ def compute_losses(
     ce_normalizer: divisor of the cross-entropy sums. None: `ce_weight_sum` of this call, as in the original. The focal
     loss of `SigmoidOutputs` is divided by `num_boxes` instead.
     canvas: (height, width) in pixels of the padded images, for `mask_losses`.
+    num_copies: divisor for the copies of boxes in hybrid matching. None: `num_boxes` times the number of copies.
     Raise `NonFiniteError` for predictions or boxes that are not finite, `ValueError` for labels out of range, and
     `ConfigError` if the model has a mask head but an image has no masks.
     """
     if isinstance(outputs, SigmoidOutputs):
-        return Losses(*sigmoid_losses(outputs, targets, num_boxes, config))
+        return Losses(*sigmoid_losses(outputs, targets, num_boxes, config, num_copies))
     layers = [outputs, *(outputs.auxiliary if config.auxiliary else ())]
     logits = [layer.logits for layer in layers]
     boxes = torch.stack([layer.boxes for layer in layers]).float()

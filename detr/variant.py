@@ -39,6 +39,18 @@ class SigmoidOutputs(NamedTuple):
     one_to_many: "SigmoidOutputs | None" = None
 
 
+def tensors_of(outputs: Outputs | SigmoidOutputs) -> list[Tensor]:
+    """Return every tensor of the predictions, those of all layers and sets included."""
+    found: list[Tensor] = []
+    for value in outputs:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif value is not None:
+            nested = (value,) if isinstance(value, SigmoidOutputs) else value
+            found += [tensor for layer in nested for tensor in tensors_of(layer)]
+    return found
+
+
 class DETR(nn.Module):
     """Detector, built by `detr.model.build_model`, which chooses the class by `ModelConfig.variant`.
 

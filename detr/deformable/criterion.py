@@ -21,7 +21,7 @@ from detr.deformable.attention import at_least_fp32
 from detr.losses.focal import focal_loss
 from detr.losses.matched import box_losses, class_error, zero_with_gradient
 from detr.matcher import PackedTargets, focal_cost, match_layers, pack
-from detr.variant import SigmoidOutputs
+from detr.variant import SigmoidOutputs, tensors_of
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class _Set:
 
 
 def sigmoid_losses(
-    outputs: SigmoidOutputs, targets: Sequence[Target], num_boxes: float | Tensor, config: LossConfig
+    outputs: SigmoidOutputs,
+    targets: Sequence[Target],
+    num_boxes: float | Tensor,
+    config: LossConfig,
+    num_copies: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the weighted sum of all losses and each of them by name, as `detr.criterion.compute_losses`.
-
-    With hybrid matching `num_boxes` is multiplied by the number of copies, which is also done without any box (the
-    original divides by 1 then).
-    """
+    """Return the weighted sum of all losses and each of them by name, as `detr.criterion.compute_losses`."""
     packed = pack(targets, outputs.logits.shape[-1], outputs.logits.device)
     sets = [_Set("", _layers(outputs, config), packed, num_boxes)]
     if outputs.encoder is not None:
@@ -53,11 +53,12 @@ def sigmoid_losses(
     if many is not None and copies:
         repeated = [replace(t, boxes=t.boxes.repeat(copies, 1), labels=t.labels.repeat(copies)) for t in targets]
         again = pack(repeated, outputs.logits.shape[-1], outputs.logits.device)
+        if num_copies is None:
+            num_copies = copies * num_boxes if len(packed.labels) else num_boxes
         weight = config.weight_one_to_many
-        layers = _layers(many, config)
-        sets.append(_Set("_one2many", layers, again, copies * num_boxes, weight, trained=weight > 0))
+        sets.append(_Set("_one2many", _layers(many, config), again, num_copies, weight, trained=weight > 0))
     # Every prediction gets a gradient, since DDP waits for those of all heads.
-    weighted = [zero_with_gradient(_tensors(outputs))]
+    weighted = [zero_with_gradient(tensors_of(outputs))]
     terms: dict[str, Tensor] = {}
     weights = {"loss_ce": config.weight_ce, "loss_bbox": config.weight_bbox, "loss_giou": config.weight_giou}
     for found in sets:
@@ -97,12 +98,6 @@ def _named(per_layer: dict[str, Tensor], suffix: str) -> dict[str, Tensor]:
         for name, values in per_layer.items()
         for index, value in enumerate(values.detach().unbind())
     }
-
-
-def _tensors(outputs: SigmoidOutputs) -> list[Tensor]:
-    """Return every tensor of the predictions."""
-    nested = [*outputs.auxiliary, *(found for found in (outputs.encoder, outputs.one_to_many) if found is not None)]
-    return [outputs.logits, outputs.boxes, *(tensor for layer in nested for tensor in _tensors(layer))]
 
 
 def _cardinality_error(logits: Tensor, targets: PackedTargets) -> Tensor:

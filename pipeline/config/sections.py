@@ -83,6 +83,8 @@ class OptimConfig:
     """Learning rate of everything but the backbone."""
     lr_backbone: float = 1e-5
     """Learning rate of the backbone. 0 freezes it."""
+    points_factor: float = 0.1
+    """Factor on `lr` for the layers that predict where to sample, in Deformable DETR; above 0."""
     weight_decay: float = 1e-4
     """Weight decay of AdamW, for both learning rates."""
     clip_norm: float = 0.1
@@ -117,6 +119,7 @@ class OptimConfig:
         require(self.epochs >= 1, "optim.epochs", self.epochs, "at least 1")
         require(self.lr > 0, "optim.lr", self.lr, "a positive learning rate")
         require(self.lr_backbone >= 0, "optim.lr_backbone", self.lr_backbone, "0 (frozen) or a positive rate")
+        require(self.points_factor > 0, "optim.points_factor", self.points_factor, "a positive factor")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
         require(self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "a positive norm")
         require(self.decay_epoch >= 0, "optim.decay_epoch", self.decay_epoch, "0 or more")

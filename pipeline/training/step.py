@@ -31,7 +31,7 @@ from detr.batch import Batch, normalise
 from detr.compute import autocast
 from detr.criterion import Losses, ce_weight_sum, compute_losses
 from detr.matcher import NonFiniteError
-from detr.model import Outputs
+from detr.variant import Outputs, SigmoidOutputs, tensors_of
 from pipeline.config import RunConfig
 from pipeline.distributed.parallel import clip_gradients, gradient_sync
 from pipeline.distributed.ranks import Ranks
@@ -55,10 +55,12 @@ class StepResult(NamedTuple):
 
 
 class Dividers(NamedTuple):
-    """Divisors of the loss sums of one pass: for matched boxes and masks, and for the cross entropy."""
+    """Divisors of the loss sums of one pass: for matched boxes and masks, for the cross entropy, for copied boxes."""
 
     boxes: Tensor | float
     cross_entropy: Tensor | float
+    copies: Tensor | float
+    """For hybrid matching, in which each box is there several times."""
 
 
 def normalisers(
@@ -75,17 +77,20 @@ def normalisers(
     mine = torch.tensor([float(boxes), sum(weights), *map(float, request)], dtype=torch.float64)
     sums = ranks.sum(mine.to(ranks.device, non_blocking=True))
     total_boxes, total_weight, asking = sums[0], sums[1], sums[2:]
+    total_copies = total_boxes * config.loss.one_to_many_copies
     if config.optim.normalise == "per_rank":
         passes = len(batches)
         # Gradients of passes add up, so each is also divided by the number of passes: a mean, like DDP's over ranks.
-        mean_boxes = (total_boxes / (ranks.world_size * passes)).clamp(min=1).float() * passes
+        mean_boxes, mean_copies = (
+            (total / (ranks.world_size * passes)).clamp(min=1).float() * passes for total in (total_boxes, total_copies)
+        )
         # Without images both sum and weight are 0; the original would divide 0 by 0.
-        return [Dividers(mean_boxes, (weight or 1.0) * passes) for weight in weights], asking
+        return [Dividers(mean_boxes, (weight or 1.0) * passes, mean_copies) for weight in weights], asking
     # With eos_coef 0 and no box the sum of the weights is 0, and so is the loss: divide it by 1.
     total_weight = torch.where(total_weight > 0, total_weight, 1.0)
-    mean_boxes = (total_boxes.clamp(min=1) / ranks.world_size).float()
+    mean_boxes, mean_copies = ((total.clamp(min=1) / ranks.world_size).float() for total in (total_boxes, total_copies))
     mean_weight = (total_weight / ranks.world_size).float()
-    return [Dividers(mean_boxes, mean_weight)] * len(batches), asking
+    return [Dividers(mean_boxes, mean_weight, mean_copies)] * len(batches), asking
 
 
 def train_step(
@@ -138,7 +143,9 @@ def _pass(model: nn.Module, batch: Batch, dividers: Dividers, config: RunConfig,
     canvas = (batch.images.shape[2], batch.images.shape[3])
     error = ""
     try:
-        losses = compute_losses(outputs, batch.targets, dividers.boxes, config.loss, dividers.cross_entropy, canvas)
+        losses = compute_losses(
+            outputs, batch.targets, dividers.boxes, config.loss, dividers.cross_entropy, canvas, dividers.copies
+        )
     except NonFiniteError as found:
         # The other ranks will wait in the reduction of gradients: join it, with NaN gradients that stop all ranks
         # there.
@@ -149,9 +156,9 @@ def _pass(model: nn.Module, batch: Batch, dividers: Dividers, config: RunConfig,
     return ForwardPass(batch, losses, layers, error)
 
 
-def _not_finite(outputs: Outputs) -> Losses:
+def _not_finite(outputs: Outputs | SigmoidOutputs) -> Losses:
     """Return losses whose gradients are all NaN."""
-    tensors = [value for layer in (outputs, *outputs.auxiliary) for value in layer if isinstance(value, Tensor)]
+    tensors = tensors_of(outputs)
     return Losses(torch.stack([tensor.float().sum() for tensor in tensors]).sum() * torch.nan, {})
 
 

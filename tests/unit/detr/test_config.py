@@ -32,7 +32,7 @@ def test_model_of_an_older_release_is_read_without_the_fields_of_variants() -> N
         (DeformableConfig, {"levels": 2}),
         (DeformableConfig, {"two_stage": True}),
         (DeformableConfig, {"look_forward_twice": True}),
-        (DeformableConfig, {"box_refine": True, "mixed_selection": True}),
+        (DeformableConfig, {"two_stage": False, "mixed_selection": True}),
         (LossConfig, {"focal_alpha": 1.5}),
         (ModelConfig, {"norm": "layer"}),
         (ModelConfig, {"position": "none"}),
