@@ -20,7 +20,14 @@ from pipeline.cluster.capacity import alive_nodes, check_this_machine, demand, r
 from pipeline.cluster.notes.claims import cancel_dead_claims
 from pipeline.cluster.notes.notes import Notes
 from pipeline.cluster.probe import probe
-from pipeline.cluster.ray_session import LocalRay, authenticate, join_cluster, lock_local_ray, start_local_ray
+from pipeline.cluster.ray_session import (
+    LocalRay,
+    authenticate,
+    join_cluster,
+    lock_local_ray,
+    setup_hook,
+    start_local_ray,
+)
 from pipeline.cluster.resources import (
     describe_resources,
     report_pending_workers,
@@ -90,9 +97,9 @@ def connected(
     local = LocalRay()
     with local.outside_the_group():
         if address:
-            join_cluster(address, verbose)
+            join_cluster(address, verbose, setup_hook())
         else:
-            start_local_ray(config, verbose)
+            start_local_ray(config, verbose, setup_hook())
     try:
         gpu = _capacity(config.cluster, say) if address else check_this_machine(config.cluster)
         say(_describe_workers(config.cluster, gpu))
@@ -110,21 +117,6 @@ def _capacity(cluster: ClusterConfig, say: Callable[[str], None]) -> bool:
 
     with demand() as ask:
         return wait_for_capacity(cluster, say, ask, scaling_limits())
-
-
-def run_workers(
-    config: RunConfig,
-    run_id: str,
-    folder: Location,
-    *,
-    address: str | None,
-    verbose: bool,
-    say: Callable[[str], None],
-    accept_change: bool = False,
-) -> None:
-    """Connect to a cluster and run the workers of a run on it."""
-    with connected(config, folder, address=address, verbose=verbose, say=say) as cluster:
-        cluster.run(config, run_id, folder, accept_change)
 
 
 def _set_environment(cluster: ClusterConfig, address: str | None, verbose: bool) -> None:

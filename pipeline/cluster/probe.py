@@ -16,6 +16,7 @@ from pipeline.checkpoint.location import Location
 from pipeline.cluster import node_check
 from pipeline.cluster.capacity import Node, resources_of_a_worker, workers_that_fit
 from pipeline.cluster.node_check import NodeCheck, Question, code_digest, file_digests, versions
+from pipeline.cluster.ray_session import BARE
 from pipeline.config import RunConfig
 from pipeline.errors import Postponed, RunConfigError
 from pipeline.tracking.mlflow_client import tracking_uri, without_secret
@@ -93,7 +94,8 @@ def _node_checks(nodes: Sequence[Node]) -> Iterator[list[Any]]:
         actor = ray.remote(NodeCheck)
         for node in nodes:
             there = NodeAffinitySchedulingStrategy(node_id=node.id, soft=False)
-            checks.append(actor.options(num_cpus=0, scheduling_strategy=there).remote(node.address))
+            options = {"num_cpus": 0, "scheduling_strategy": there, "runtime_env": {"env_vars": BARE}}
+            checks.append(actor.options(**options).remote(node.address))
         yield checks
     finally:
         cloudpickle.unregister_pickle_by_value(node_check)

@@ -6,7 +6,7 @@ import os
 import secrets
 import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from typing import Any
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError, TrainingError
 from shards.errors import one_line
+
+BARE = {"DETR_BARE_PROCESS": "1"}
+"""Environment of a process that does not prepare itself for training."""
 
 
 class LocalRay:
@@ -46,23 +49,51 @@ class LocalRay:
         return any(server.poll() is not None for server in self._servers)
 
 
-def join_cluster(address: str, verbose: bool) -> None:
-    """Connect to the Ray cluster at `address`; raise `PipelineError` when none answers."""
+def setup_hook() -> Callable[[], None]:
+    """Return the function that Ray calls in each new process of a run (`worker_process_setup_hook`).
+
+    A function inside a function is sent as code. So it can run on a node without this package too, where a process that
+    does not start could not report that.
+    """
+
+    def prepare() -> None:
+        import os
+        from contextlib import suppress
+
+        if os.environ.get("DETR_BARE_PROCESS"):
+            return
+        with suppress(Exception):  # what fails here fails again where it is needed, and is reported there
+            from pipeline.cluster.worker_start import prepare_process
+
+            prepare_process()
+
+    return prepare
+
+
+def join_cluster(address: str, verbose: bool, setup: Callable[[], None] | None = None) -> None:
+    """Connect to the Ray cluster at `address`; each new process for this driver calls `setup`.
+
+    Raise `PipelineError` when none answers.
+    """
     try:
-        _init(verbose, address=address)
+        _init(verbose, setup, address=address)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise PipelineError(
             f"no Ray cluster answers at {address} ({one_line(error)}); expected a running one: check --address"
         ) from None
 
 
-def start_local_ray(config: RunConfig, verbose: bool) -> None:
-    """Start Ray on this machine for the workers of a run; raise `TrainingError` if it does not start."""
+def start_local_ray(config: RunConfig, verbose: bool, setup: Callable[[], None] | None = None) -> None:
+    """Start Ray on this machine for the workers of a run; each new process calls `setup`.
+
+    Raise `TrainingError` if it does not start.
+    """
     # A laptop with fewer cores than workers still runs them, more slowly.
     needed = (config.cluster.workers + config.evaluate.asynchronous) * config.cluster.cpus_per_worker
     try:
         _init(
             verbose,
+            setup,
             address="local",
             num_cpus=max(os.cpu_count() or 1, needed),
             include_dashboard=False,
@@ -75,11 +106,13 @@ def start_local_ray(config: RunConfig, verbose: bool) -> None:
         ) from None
 
 
-def _init(verbose: bool, **options: Any) -> None:
+def _init(verbose: bool, setup: Callable[[], None] | None, **options: Any) -> None:
     """Call `ray.init`, without Ray's own log unless `verbose`."""
     import ray
 
     quiet = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
+    if setup:
+        options["runtime_env"] = {"worker_process_setup_hook": setup}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ray.init(**options, **quiet)

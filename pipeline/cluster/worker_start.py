@@ -1,4 +1,4 @@
-"""Start of a worker's process, before Ray gives it anything to run."""
+"""Start of a process that Ray makes for a run, before it gets anything to do."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ _IMPORTED = (
 
 
 def prepare_process() -> None:
-    """Choose the network interface of this process, and import what training needs.
-
-    Ray calls it in each process that it starts for a run (`worker_process_setup_hook`). An import that fails here fails
-    again where it is needed, with an error that reaches the user.
-    """
+    """Choose the network interface of this process, and import what training needs."""
     import ray
 
     from pipeline.cluster.interfaces import choose_interface
