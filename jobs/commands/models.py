@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from jobs.parsing import Flag, UsageError, parse
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.evaluate_model import Evaluation
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,9 @@ class Evaluate:
     """File for the metrics, as JSON."""
     curves: Path | None = None
     """File for a picture of precision over recall, as PNG."""
+    report: Path | None = None
+    """Folder for report.html, which explains the score, and for proposed corrections of suspect labels.
+    The page needs no other file, and is also kept as an artifact of the version's run."""
     per_layer: Flag = False
     """Also score each decoder layer with and without non-maximum suppression (NMS).
     The detections of all layers are also scored together, with NMS. Only boxes are scored this way, no masks."""
@@ -37,6 +43,10 @@ def evaluate(argv: list[str]) -> None:
     if options.curves and options.per_layer:
         raise UsageError(
             "--curves with --per-layer: expected only one of the two; without --per-layer the last layer is drawn"
+        )
+    if options.report and options.per_layer:
+        raise UsageError(
+            "--report with --per-layer: expected only one of the two; without --per-layer the last layer is explained"
         )
     if not 0 < options.nms_iou <= 1:
         raise UsageError(f"--nms-iou {options.nms_iou:g}: expected an IoU above 0, at most 1; the paper's is 0.7")
@@ -54,6 +64,8 @@ def evaluate(argv: list[str]) -> None:
     for path in (options.json, options.curves):
         if path is not None:
             check_target(path)
+    if options.report:
+        options.report.mkdir(parents=True, exist_ok=True)  # before minutes of work
     metrics: dict[str, object]
     if options.per_layer:
         scores = evaluate_per_layer(options.model, options.data, nms=options.nms_iou, progress=True)
@@ -61,13 +73,25 @@ def evaluate(argv: list[str]) -> None:
         metrics = {**last.metrics, "layers": scores}
         print(metrics_table(last.metrics), layers_table(scores), sep="\n\n")
     else:
-        score = evaluate(options.model, options.data, progress=True).score
+        evaluation = evaluate(options.model, options.data, progress=True)
+        score = evaluation.score
         metrics = {**score.metrics}
         print(metrics_table(score.metrics))
         if options.curves:
             curves_picture(score.curves, score.mask_curves).save(options.curves, format="PNG")
+        if options.report:
+            _report(options, evaluation)
     if options.json:
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(metrics), indent=2) + b"\n")
+
+
+def _report(options: Evaluate, evaluation: Evaluation) -> None:
+    from pipeline.inference.report import write_report
+    from pipeline.registry.reports import keep_report
+
+    assert options.report is not None
+    page, digest = write_report(options.model, options.data, evaluation, options.report)
+    print(f"see {page}; in MLflow: {keep_report(options.model, page, digest)}")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ _MIN_SIDE = 320  # smaller images are enlarged, so that text fits
 class Boxes:
     """Objects to draw on one picture: boxes as xyxy [N, 4] in pixels of the image, labels, names and perhaps scores.
 
-    `masks` is bool [N, height, width], of the image's size, or None. Ground truth has no scores.
+    `masks` is bool [N, height, width], of the image's size, or None. Ground truth has no scores. A box with an empty name
+    gets no text.
     """
 
     xyxy: npt.NDArray[np.float64]
@@ -40,7 +42,8 @@ def draw(image: Image.Image, boxes: Boxes) -> Image.Image:
         for label, mask in zip(boxes.labels, boxes.masks, strict=True):
             pixels = draw_segmentation_masks(pixels, torch.from_numpy(mask), alpha=0.5, colors=_colour(label))
     factor = max(1, math.ceil(_MIN_SIDE / max(image.size)))
-    pixels = pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    if factor > 1:
+        pixels = pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
     if not boxes.labels:
         return _picture(pixels)
     height, width = pixels.shape[1:]
@@ -55,14 +58,19 @@ def draw(image: Image.Image, boxes: Boxes) -> Image.Image:
     picture = _picture(pixels)
     for number, (corner, _), colour in zip(order, corners.tolist(), colours, strict=True):
         name = boxes.names[number]
-        _write_label(
-            picture, corner, name if boxes.scores is None else f"{name} {scores[number]:.2f}", colour, font_size
-        )
+        if name:
+            text = name if boxes.scores is None else f"{name} {scores[number]:.2f}"
+            _write_label(picture, corner, text, colour, font_size)
     return picture
 
 
 def _colour(label: int) -> str:
     return COLOURS[label % len(COLOURS)]
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)  # Pillow decodes its file at each call
 
 
 def _picture(pixels: torch.Tensor) -> Image.Image:
@@ -74,7 +82,7 @@ def _write_label(picture: Image.Image, corner: Sequence[float], text: str, colou
 
     torchvision writes labels inside the boxes, where they hide small objects and are cut off at the picture's edge.
     """
-    canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(font_size)
+    canvas, font = ImageDraw.Draw(picture), _font(font_size)
     left, _, right, bottom = canvas.textbbox((0, 0), text, font=font)
     x, y = min(corner[0], picture.width - right - 4), max(0.0, corner[1] - bottom - 2)
     canvas.rectangle((x, y, x + right - left + 4, y + bottom + 2), fill=colour)
@@ -117,7 +125,7 @@ def side_by_side(left: Image.Image, right: Image.Image, captions: tuple[str, str
     joined.paste(left, (0, bar))
     joined.paste(right, (left.width + 6, bar))
     canvas = ImageDraw.Draw(joined)
-    font = ImageFont.load_default(14)
+    font = _font(14)
     canvas.text((4, 3), captions[0], fill="black", font=font)
     canvas.text((left.width + 10, 3), captions[1], fill="black", font=font)
     return joined

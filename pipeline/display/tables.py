@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pipeline.evaluation.per_layer import LayerScore
 
 
-_MEANINGS = {
+METRIC_MEANINGS = {
     "AP": "IoU 0.50:0.95",
     "AP50": "IoU 0.50",
     "AP75": "IoU 0.75",
@@ -39,7 +39,7 @@ def metrics_table(metrics: Mapping[str, float]) -> str:
         ("metric", *prefixes, "of"),
         [
             (name, *(_score(metrics[prefix + name]) for prefix in prefixes.values()), meaning)
-            for name, meaning in _MEANINGS.items()
+            for name, meaning in METRIC_MEANINGS.items()
         ],
     )
 

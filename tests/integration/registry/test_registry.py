@@ -144,6 +144,19 @@ def test_every_layer_is_scored_and_the_last_as_without_per_layer(
     assert all(len(row["metrics"]) == 12 for row in rows)
 
 
+def test_a_report_is_a_page_with_proposals_and_an_artifact_of_the_run(
+    trained: Trained, version: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "new" / "report"
+    evaluate_command(["models:/tiny@best", "--data", trained.config.data.val, "--report", str(folder)])
+    page = (folder / "report.html").read_text()
+    assert f"models:/tiny@best on {load_manifest(trained.config.data.val).name}" in page
+    assert "corrections" in json.loads((folder / "corrections.json").read_text())
+    path = capsys.readouterr().out.split("in MLflow: ")[1].strip()
+    kept = trained.client.download_artifacts(trained.run_id, path, str(tmp_path))
+    assert Path(kept).read_text() == page
+
+
 def test_a_registered_version_evaluates_as_the_model_in_memory(trained: Trained, version: str) -> None:
     best = catalog.best(trained.folder)
     assert best is not None

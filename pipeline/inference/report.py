@@ -1,0 +1,31 @@
+"""The report of an evaluation of a registered version: a page, and proposed corrections of suspect labels."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pipeline.display.report import report_page
+from pipeline.evaluation.evaluate_model import Evaluation
+from shards.dataset.manifest import load_manifest
+from shards.score.diagnosis import diagnose
+from shards.score.proposals import proposals_json
+
+PAGE_NAME = "report.html"
+PROPOSALS_NAME = "corrections.json"
+
+
+def write_report(uri: str, data: str, evaluation: Evaluation, folder: Path) -> tuple[Path, str]:
+    """Write the page and the proposals into `folder`; return the page's path and the digest of the data set."""
+    manifest = load_manifest(data)
+    diagnosis = diagnose(manifest, evaluation.detections)
+    facts = {
+        "data set": f"{manifest.name} in {manifest.url}, digest {manifest.digest[:12]}",
+        "images": f"{evaluation.images:,}",
+        "detections": f"{len(evaluation.detections):,}",
+        "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    page = report_page(f"{uri} on {manifest.name}", facts, manifest, evaluation.score, evaluation.detections, diagnosis)
+    (folder / PAGE_NAME).write_text(page, encoding="utf-8")
+    (folder / PROPOSALS_NAME).write_bytes(proposals_json(manifest, diagnosis.suspects))
+    return folder / PAGE_NAME, manifest.digest
