@@ -1,0 +1,208 @@
+"""Hosts that share nothing but an S3 server and MLflow: what cannot run is refused, and what is lost is continued elsewhere.
+
+The name of each host resolves to a loopback address, as on Debian.
+"""
+
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.command import TINY, Command
+from tests.support.hosts import Host, Network, network, reason_without_hosts
+from tests.support.ray_nodes import free_port
+from tests.support.recording import RECORDER
+from tests.support.s3_server import S3Server
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+DETR = (sys.executable, "-m", "jobs.cli")
+STEPS = 60
+TRAIN = ["train", "overfit", *TINY, "--optim.epochs", "10", "--checkpoint.every-steps", "5", "--evaluate.every", "5"]
+
+
+@dataclass
+class Site:
+    """A network, the servers that its hosts share, and their environment."""
+
+    network: Network
+    store: S3Server
+    database: Path
+    environment: dict[str, str]
+    folder: Path
+
+    def host(self, name: str) -> Host:
+        return self.network.add(name, self.folder / name, self.environment)
+
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        with sqlite3.connect(self.database) as database:
+            return database.execute(query).fetchall()
+
+    def saved(self, run: str) -> int:
+        """The newest step that the store has of a run."""
+        found = (self.store.root / "sets" / "runs" / run / "checkpoints").glob("step-*/meta.json")
+        return max((int(path.parent.name.split("-")[1]) for path in found), default=0)
+
+
+@pytest.fixture(scope="module")
+def site(detr: Command, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    if reason := reason_without_hosts():
+        pytest.skip(reason)
+    with ExitStack() as stack:
+        net = stack.enter_context(network())
+        store = S3Server(tmp_path_factory.mktemp("s3"), written=True, host=net.gateway)
+        stack.callback(store.stop)
+        for split in ("train", "val"):
+            store.put(detr.folder / "data" / split, split)
+        port, database = free_port(), detr.folder / "mlflow.db"
+        stack.callback(_end, _mlflow(net.gateway, port, database, detr))
+        kept = ("PATH", "LANG", "OMP_NUM_THREADS", "MLFLOW_DISABLE_TELEMETRY")
+        environment = {name: os.environ[name] for name in kept if name in os.environ} | store.environment
+        environment |= {
+            "MLFLOW_TRACKING_URI": f"http://{net.gateway}:{port}",
+            "PYTHONPATH": f"{RECORDER}:{ROOT}",
+            "DETR_RECORD": "/mnt",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": "a-token-of-this-test-alone-0123456789abcdef",
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+            "RAY_prestart_worker_first_driver": "0",
+            # A node that does not answer is lost after 5 s instead of 50.
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_timeout_ms": "1000",
+        }
+        yield Site(net, store, database, environment, tmp_path_factory.mktemp("hosts"))
+
+
+def _mlflow(host: str, port: int, database: Path, detr: Command) -> subprocess.Popen[bytes]:
+    words = ["--workers", "1", "--host", host, "--port", str(port), "--backend-store-uri", f"sqlite:///{database}"]
+    words += ["--artifacts-destination", str(detr.folder / "artifacts"), "--allowed-hosts", f"{host},{host}:{port}"]
+    environment = detr.env | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", *words],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    os.killpg(server.pid, 9)
+    server.wait()
+
+
+def start_ray(host: Host, *flags: str) -> None:
+    """Start a Ray node of one CPU on the host."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    words = ["--node-ip-address", host.address, "--num-cpus", "1", "--disable-usage-stats", "--block", *flags]
+    host.start("sh", "-c", 'exec "$@" > /mnt/ray.log 2>&1', "ray", ray, "start", *words)
+
+
+def start_head(host: Host) -> str:
+    """Start the first node of a cluster on the host; return its address."""
+    start_ray(host, "--head", "--port", "6379", "--include-dashboard", "false")
+    wait_for_ray(host)
+    return f"{host.address}:6379"
+
+
+def wait_for_ray(host: Host) -> None:
+    log = host.folder / "ray.log"
+    until(lambda: log.exists() and "Ray runtime started" in log.read_text(), f"Ray on {host.name}", 60)
+
+
+def until(condition: Any, what: str, timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"not within {timeout_s} s: {what}"
+        time.sleep(0.1)
+
+
+def train(address: str, run: str, *flags: str, storage: str = "s3://sets/runs") -> list[str]:
+    data = ["--data.train", "s3://sets/train", "--data.val", "s3://sets/val", "--storage", storage]
+    return [*DETR, *TRAIN, *data, "--address", address, "--run", run, *flags]
+
+
+def pace(host: Host, seconds: float) -> None:
+    (host.folder / "pace.aside").write_text(str(seconds))
+    (host.folder / "pace.aside").rename(host.folder / "pace")
+
+
+def test_a_cluster_that_cannot_train_is_refused_in_a_line_before_a_run_exists(site: Site) -> None:
+    first, second = site.host("host-a"), site.host("host-b")
+    address = start_head(first)
+
+    # The code of the second host differs, and it joins while the command waits for it.
+    changed = second.folder / "errors.py"
+    changed.write_text((ROOT / "pipeline" / "errors.py").read_text() + "\n# another release\n")
+    second("mount", "--bind", "/mnt/errors.py", f"{ROOT}/pipeline/errors.py")
+    waiting = first.start(*train(address, "refused", "--cluster.workers", "2"))
+    time.sleep(10)
+    start_ray(second, "--address", address)
+    output, _ = waiting.communicate(timeout=120)
+    assert waiting.returncode == 1, output
+    assert re.search(r"waiting for the cluster.* 2 workers need 1 CPU each .* 1 of them fits the cluster", output), (
+        output
+    )
+    assert "the cluster has what the workers need, after" in output
+    assert re.search(rf"detr: node {second.address} \(host-b\): has other code", output), output
+    second("umount", f"{ROOT}/pipeline/errors.py")
+
+    (second.folder / "nothing").mkdir()
+    for package in ("shards", "detr", "pipeline", "jobs"):
+        second("mount", "--bind", "/mnt/nothing", f"{ROOT}/{package}")
+    output = first(*train(address, "refused", "--cluster.workers", "2"), status=1)
+    assert re.search(rf"detr: node {second.address} \(host-b\): has no detr-cluster package", output), output
+    for package in ("shards", "detr", "pipeline", "jobs"):
+        second("umount", f"{ROOT}/{package}")
+
+    output = first(*train(address, "refused", "--cluster.workers", "2", storage="/mnt/runs"), status=1)
+    assert re.search(rf"detr: node {second.address} \(host-b\): storage /mnt/runs does not show", output), output
+
+    output = first(*train(address, "refused", "--cluster.gpu", "yes", "--cluster.wait-s", "2"), status=75)
+    assert re.search(r"detr: 1 worker needs 1 CPU and 1 GPU on a node, and none of them fits", output), output
+    assert site.rows("select count(*) from runs") == [(0,)]
+    first.kill()
+    second.kill()
+
+
+def test_a_run_continues_without_a_host_and_then_on_another_one(site: Site) -> None:
+    first, second, third = (site.host(name) for name in ("host-c", "host-d", "host-e"))
+    address = start_head(first)
+    start_ray(second, "--address", address)
+    wait_for_ray(second)
+    for host in (first, second):
+        pace(host, 0.4)
+    words = ["--cluster.workers", "2", "--cluster.min-workers", "1"]
+    driver = first.start(*train(address, "moved", *words))
+
+    def trained(step: int) -> None:
+        until(lambda: site.saved("moved") >= step or driver.poll() is not None, f"step {step}", 200)
+        assert driver.poll() is None, driver.communicate()[0]
+
+    trained(5)
+    second.cut()
+    reached = site.saved("moved")
+    trained(reached + 10)
+    ranks = {line.split()[2] for file in first.folder.glob("[0-9]*") for line in file.read_text().splitlines()}
+    assert ranks == {"1", "2"}
+    first.kill()
+    driver.communicate()
+
+    address = start_head(third)
+    output = third(*train(address, "moved", *words))
+    assert re.search(r"continues at step \d+ of 60", output), output
+    assert site.rows("select name, status from runs") == [("moved", "FINISHED")]
+    points = site.rows("select step, count(*) from metrics where key = 'train/loss' group by step")
+    assert points
+    assert {count for _, count in points} == {1}
+    output = third(*DETR, "evaluate", "models:/detr-overfit@best", "--data", "s3://sets/val")
+    assert "AP50" in output
