@@ -148,14 +148,14 @@ def test_the_gradient_is_clipped_and_its_norm_returned(model: DETR, batch: Batch
 
 def test_losses_are_divided_by_sums_of_the_whole_batch(batch: Batch, tiny_config: RunConfig) -> None:
     # 8 queries in each of 2 images; 2 matched weigh 1, 14 weigh 0.1.
-    [(boxes, weight)], asking = normalisers([batch], tiny_config, Ranks())
+    [(boxes, weight, _)], asking = normalisers([batch], tiny_config, Ranks())
     assert (float(boxes), float(weight), asking.tolist()) == (2.0, pytest.approx(3.4), [0, 0])
 
 
 def test_a_batch_without_any_box_divides_by_one(tiny_config: RunConfig, model: DETR) -> None:
     empty = collate([(torch.zeros(3, 64, 64, dtype=torch.uint8), target(5, 0))])
-    [(boxes, weight)], _ = normalisers([empty], tiny_config, Ranks())
-    assert (float(boxes), float(weight)) == (1.0, pytest.approx(0.8))
+    [(boxes, weight, copies)], _ = normalisers([empty], tiny_config, Ranks())
+    assert (float(boxes), float(weight), float(copies)) == (1.0, pytest.approx(0.8), 1.0)
     assert step(model, empty, tiny_config) > 0
 
 
