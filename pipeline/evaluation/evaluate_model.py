@@ -69,8 +69,13 @@ class Evaluation:
 
     score: Score
     detections: Detections
-    images: int
-    """Number of images that were scored, each once."""
+    rows: Ints
+    """Rows of the images that were scored, each once."""
+
+    @property
+    def images(self) -> int:
+        """Number of images that were scored."""
+        return len(self.rows)
 
 
 def evaluate_model(
@@ -126,7 +131,7 @@ def evaluate_readings(
     for number in range(len(readers)):
         detections = in_image_order(Detections.concatenate([by_reader[number] for by_reader, _ in gathered]))
         score = score_detections(manifest, detections, rows=rows, scorer=options.scorer)
-        evaluations.append(Evaluation(score, detections, len(rows)))
+        evaluations.append(Evaluation(score, detections, rows))
     return evaluations
 
 

@@ -18,7 +18,7 @@ PROPOSALS_NAME = "corrections.json"
 def write_report(uri: str, data: str, evaluation: Evaluation, folder: Path) -> tuple[Path, str]:
     """Write the page and the proposals into `folder`; return the page's path and the digest of the data set."""
     manifest = load_manifest(data)
-    diagnosis = diagnose(manifest, evaluation.detections)
+    diagnosis = diagnose(manifest, evaluation.detections, rows=evaluation.rows)
     facts = {
         "data set": f"{manifest.name} in {manifest.url}, digest {manifest.digest[:12]}",
         "images": f"{evaluation.images:,}",
