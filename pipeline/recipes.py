@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from detr.config import LossConfig, ModelConfig, TransformConfig
+from detr.config import DeformableConfig, LossConfig, ModelConfig, TransformConfig
 from pipeline.config import (
     CheckpointConfig,
     ClusterConfig,
@@ -76,7 +76,58 @@ NOTES: dict[str, str] = {
         "2e-5), with a warm-up of 2 epochs; UNTRIED, its AP is not known"
     ),
 }
-"""Batch size and learning rates of the recipes that are made for a cluster size, as `detr show` prints them."""
+"""Facts about recipes, as `detr show` prints them: batch and learning rates for a cluster size, published figures."""
+
+# Deformable DETR (Zhu et al., 2021): batch 32, 2e-4, 50 epochs, drop at 40. The figures are those of its authors' README.
+_AS_DEFORMABLE = OptimConfig(batch_size=32, epochs=50, lr=2e-4, lr_backbone=2e-5, decay_epoch=40)
+DEFORMABLE_R50 = replace(
+    DETR_R50,
+    recipe="deformable-r50-50ep",
+    model=ModelConfig(variant="deformable", num_queries=300, feedforward_dim=1024),
+    loss=LossConfig(cost_class=2.0, weight_ce=2.0),
+    optim=_AS_DEFORMABLE,
+)
+_REFINE, _TWO_STAGE = DeformableConfig(box_refine=True), DeformableConfig(box_refine=True, two_stage=True)
+DEFORMABLE_R50_REFINE = replace(
+    DEFORMABLE_R50, recipe="deformable-r50-refine-50ep", model=replace(DEFORMABLE_R50.model, deformable=_REFINE)
+)
+DEFORMABLE_R50_TWO_STAGE = replace(
+    DEFORMABLE_R50, recipe="deformable-r50-two-stage-50ep", model=replace(DEFORMABLE_R50.model, deformable=_TWO_STAGE)
+)
+
+# As the authors of H-DETR (Jia et al., 2023) trained it in 12 epochs: wider feed-forward networks, drop at 11.
+DEFORMABLE_R50_12EP = replace(
+    DEFORMABLE_R50_TWO_STAGE,
+    recipe="deformable-r50-12ep",
+    model=replace(DEFORMABLE_R50_TWO_STAGE.model, feedforward_dim=2048),
+    optim=replace(_AS_DEFORMABLE, epochs=12, decay_epoch=11),
+)
+# Their hybrid matching on top: 1500 further queries in training, six for each object, and three "tricks" (no dropout,
+# mixed query selection, look forward twice). Training images need 1800 cells, about 290 x 290 px.
+H_DEFORMABLE_R50_12EP = replace(
+    DEFORMABLE_R50_12EP,
+    recipe="h-deformable-r50-12ep",
+    model=replace(
+        DEFORMABLE_R50_12EP.model,
+        dropout=0.0,
+        deformable=replace(_TWO_STAGE, mixed_selection=True, look_forward_twice=True, one_to_many_queries=1500),
+    ),
+)
+H_DEFORMABLE_R50_36EP = replace(
+    H_DEFORMABLE_R50_12EP,
+    recipe="h-deformable-r50-36ep",
+    optim=replace(_AS_DEFORMABLE, epochs=36, decay_epoch=30),
+)
+
+_BY_ITS_AUTHORS = "on COCO val by its authors' README; this code has not been trained that long"
+NOTES |= {
+    "deformable-r50-50ep": f"Deformable DETR: AP 44.5 {_BY_ITS_AUTHORS}",
+    "deformable-r50-refine-50ep": f"Deformable DETR with box refinement: AP 46.2 {_BY_ITS_AUTHORS}",
+    "deformable-r50-two-stage-50ep": f"Deformable DETR with box refinement and two stages: AP 46.9 {_BY_ITS_AUTHORS}",
+    "deformable-r50-12ep": f"Deformable DETR with two stages in 12 epochs: AP 43.7 {_BY_ITS_AUTHORS} (H-DETR's)",
+    "h-deformable-r50-12ep": f"Deformable DETR with hybrid matching in 12 epochs: AP 48.7 {_BY_ITS_AUTHORS}",
+    "h-deformable-r50-36ep": f"Deformable DETR with hybrid matching in 36 epochs: AP 50.0 {_BY_ITS_AUTHORS}",
+}
 
 # The mask head on top of a trained, frozen detector (`--initial`; section 4.4): 25 epochs, drop at 15.
 DETR_R50_MASKS = replace(
@@ -137,6 +188,24 @@ DEMO = RunConfig(
     cluster=ClusterConfig(workers=2, gpu="no"),
 )
 
+# The demonstration with Deformable DETR: half the epochs. The finest level, stride 4, has 576 cells of the 756.
+DEMO_DEFORMABLE = replace(
+    DEMO,
+    recipe="demo-deformable",
+    model=replace(
+        DEMO.model,
+        variant="deformable",
+        deformable=replace(_TWO_STAGE, levels=3, mixed_selection=True, look_forward_twice=True),
+        pre_norm=False,
+        position_at_input=False,
+        decoder_input="zeros",
+        query_init="normal",
+        tied_attention_init=False,
+    ),
+    loss=LossConfig(cost_class=2.0, weight_ce=2.0),
+    optim=replace(DEMO.optim, epochs=6),
+)
+
 # A sanity check of data and pipeline: overfit a few real images. ResNet-18 from random weights, all of it trainable,
 # with GroupNorm (frozen BatchNorm over random weights cannot work), at most 288 px, no augmentation. It is evaluated on
 # the training images: point `--data.train` and `--data.val` at the same shards. The options of the demo let it converge
@@ -178,8 +247,15 @@ RECIPES: dict[str, RunConfig] = {
         DETR_R50_64GPU,
         DETR_R50_64GPU_B256,
         DETR_R50_MASKS,
+        DEFORMABLE_R50,
+        DEFORMABLE_R50_REFINE,
+        DEFORMABLE_R50_TWO_STAGE,
+        DEFORMABLE_R50_12EP,
+        H_DEFORMABLE_R50_12EP,
+        H_DEFORMABLE_R50_36EP,
         FINETUNE,
         OVERFIT,
         DEMO,
+        DEMO_DEFORMABLE,
     )
 }
