@@ -15,6 +15,7 @@ import msgspec
 from pipeline.checkpoint.location import META, Location
 from pipeline.errors import CheckpointError
 from shards.store import storage
+from shards.store.retry import may_pass
 
 FORMAT = 3
 _MOVED = {
@@ -117,10 +118,15 @@ def _to_format_3(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_meta(path: Location) -> Meta:
-    """Return the metadata of a checkpoint; raise `CheckpointError` if `meta.json` is missing or damaged."""
+    """Return the metadata of a checkpoint.
+
+    Raise `CheckpointError` if `meta.json` is missing or damaged, and an error that may pass as it is.
+    """
     try:
         return parse_meta(storage.read(str(path / META)))
     except (OSError, msgspec.DecodeError) as error:
+        if may_pass(error):
+            raise
         raise CheckpointError(f"{path / META} cannot be read ({error}); expected a complete checkpoint") from None
 
 

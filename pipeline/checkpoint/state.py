@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,20 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
-from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+from torch.distributed.tensor import DTensor
 
 from pipeline.checkpoint import torch_files
-from pipeline.checkpoint.catalog import best, folder_of
+from pipeline.checkpoint.catalog import Shelf, folder_of
 from pipeline.checkpoint.location import META, PARTIAL, Location, Url
 from pipeline.checkpoint.metadata import Best, Meta, deciding_ap, read_meta
+from pipeline.checkpoint.plans import Plans
 from pipeline.checkpoint.safe_reader import RestrictedPlanner, RestrictedReader
 from pipeline.distributed.parallel import unwrap
 from pipeline.distributed.ranks import Ranks, is_peer_failure, on_first
 from pipeline.errors import CheckpointError
 from shards.errors import ShardError, one_line
 from shards.store import storage
-from shards.store.retry import StoreError
+from shards.store.retry import StoreError, may_pass
 
 _EMA = "ema"
 Averages = Mapping[str, Tensor]
@@ -55,26 +56,32 @@ def write(
     state: dict[str, Any],
     meta: Meta,
     ranks: Ranks,
+    shelf: Shelf | None = None,
+    plans: Plans | None = None,
     completing: Callable[[], None] = lambda: None,
 ) -> Location:
     """Write a state as the checkpoint of `meta.step` and return its location; a collective call.
 
-    `completing` is called on rank 0 before the checkpoint is complete; if it raises, there is no checkpoint. Raise `CheckpointError` on every rank if it cannot be written.
+    A caller that saves again and again passes `plans`, and on rank 0 its `shelf`. `completing` is called there before the
+    checkpoint is complete. Raise on every rank `StoreError` if a later attempt may succeed, else `CheckpointError`.
     """
     target = folder_of(root, meta.step)
+    plans = plans or Plans()
     partial = None if isinstance(target, Url) else target.with_name(target.name + PARTIAL)
     try:
         if isinstance(target, Url):
-            meta = msgspec.structs.replace(meta, state_folder=torch_files.upload(target, state, ranks))
+            meta = msgspec.structs.replace(meta, state_folder=torch_files.upload(target, state, plans.planner(), ranks))
         elif partial:
             on_first(ranks, lambda: _make_empty(partial))
-            writer, single = torch_files.FolderWriter(partial), ranks.world_size == 1
-            save_distributed(state, storage_writer=writer, process_group=ranks.group, no_dist=single)
+            torch_files.save(state, torch_files.FolderWriter(partial), plans.planner(), ranks)
         on_first(ranks, completing)
-        on_first(ranks, lambda: _finish(root, target, partial, meta))
-    except (OSError, CheckpointException) as error:
+        on_first(ranks, lambda: _finish(shelf or Shelf(root), target, partial, meta))
+    except (OSError, ShardError, CheckpointException) as error:
+        plans.forget()
         if partial and ranks.first:
             shutil.rmtree(partial, ignore_errors=True)  # its files may be what fills the disk
+        if _may_pass(error):
+            raise StoreError(f"checkpoint {target} is not saved ({_reason(error)})") from error
         remedy = "free disk space there and make it writable" if partial else "restore the store or the access to it"
         raise CheckpointError(
             f"checkpoint {target} could not be written ({_reason(error)}); earlier checkpoints are intact: {remedy}, then "
@@ -88,12 +95,12 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _finish(root: Location, target: Location, partial: Path | None, meta: Meta) -> None:
+def _finish(shelf: Shelf, target: Location, partial: Path | None, meta: Meta) -> None:
     """Write `meta.json` and rename the folder, on rank 0: afterwards the checkpoint is complete."""
-    best_so_far = best(root)
-    if best_so_far:
-        path, metrics = best_so_far
-        meta = msgspec.structs.replace(meta, best=Best(read_meta(path).step, deciding_ap(metrics)))
+    shelf.look()
+    best_so_far = shelf.best()
+    if best_so_far and (best_meta := shelf.meta(best_so_far[0])):
+        meta = msgspec.structs.replace(meta, best=Best(best_meta.step, deciding_ap(best_so_far[1])))
     content = msgspec.json.format(msgspec.json.encode(meta), indent=2)
     storage.write(str((partial or target) / META), content)
     if partial and not isinstance(target, Url):
@@ -101,6 +108,7 @@ def _finish(root: Location, target: Location, partial: Path | None, meta: Meta) 
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         storage.sync_folder(target.parent)
+    shelf.add(target, meta)
 
 
 def load(
@@ -110,10 +118,36 @@ def load(
     ranks: Ranks,
     averages: Averages | None = None,
 ) -> None:
-    """Load a checkpoint of any number of workers into model, optimizer and averages, in place; a collective call."""
+    """Load a checkpoint of any number of workers into model, optimizer and averages, in place; a collective call.
+
+    Ranks that hold the whole state get it from rank 0; those that hold slices of it read these.
+    """
     state = state_of(model, optimizer, averages)
-    _read(path, state, single=ranks.world_size == 1)
+    if ranks.world_size > 1 and not any(isinstance(value, DTensor) for _, _, value in _leaves(state)):
+        on_first(ranks, lambda: _read(path, state, single=True))
+        _send(state, ranks)
+    else:
+        _read(path, state, single=ranks.world_size == 1)
     set_state_dict(unwrap(model), optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def _leaves(state: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield each value of nested dictionaries and lists, after the container and the key that hold it."""
+    for key, value in list(state.items() if isinstance(state, dict) else enumerate(state)):
+        if isinstance(value, dict | list):
+            yield from _leaves(value)
+        else:
+            yield state, key, value
+
+
+def _send(state: dict[str, Any], ranks: Ranks) -> None:
+    """Replace the tensors and other values of the state by those of rank 0."""
+    leaves = list(_leaves(state))
+    ranks.send_tensors(value for _, _, value in leaves if isinstance(value, Tensor))
+    others = [(container, key, value) for container, key, value in leaves if not isinstance(value, Tensor)]
+    received = ranks.broadcast([value for _, _, value in others])
+    for (container, key, _), value in zip(others, received, strict=True):
+        container[key] = value
 
 
 def load_weights(path: Location, model: nn.Module, *, averaged: bool = False) -> None:
@@ -127,8 +161,10 @@ def load_weights(path: Location, model: nn.Module, *, averaged: bool = False) ->
 
 
 def _read(path: Location, state: dict[str, Any], *, single: bool) -> None:
-    """Load a checkpoint into the tensors of `state`; `single`: by this process alone."""
-    is_url = isinstance(path, Url)
+    """Load a checkpoint into the tensors of `state`; `single`: by this process alone.
+
+    Raise on every rank `StoreError` if a later attempt may succeed, else `CheckpointError`.
+    """
     reader = torch_files.reader(path, read_meta(path).state_folder) if isinstance(path, Url) else RestrictedReader(path)
     try:
         load_distributed(state, storage_reader=reader, planner=RestrictedPlanner(), no_dist=single)
@@ -136,9 +172,17 @@ def _read(path: Location, state: dict[str, Any], *, single: bool) -> None:
         cause = _cause(error)
         if is_peer_failure(cause):
             raise  # Ray restarts the group; nothing is wrong with the checkpoint
-        if is_url and isinstance(cause, (StoreError, ShardError)):
+        if _may_pass(error):
+            raise StoreError(f"checkpoint {path} cannot be read now ({_reason(error)})") from error
+        if isinstance(cause, ShardError):
             raise CheckpointError(f"checkpoint {path} cannot be read ({_reason(error)})") from error
         raise CheckpointError(f"checkpoint {path} does not fit this model or is damaged ({_reason(error)})") from error
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Return True if a later attempt may succeed: every rank that failed did so because the store did not answer."""
+    failures = getattr(error, "failures", None)
+    return all(may_pass(failure[0]) for failure in failures.values()) if failures else may_pass(error)
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -1,6 +1,7 @@
 """Evaluation of checkpoints in the background, while training continues (`evaluate.asynchronous`).
 
-The `meta.json` of a checkpoint says if it is to be evaluated; it is not pruned before it has its metrics. The driver
+The `meta.json` of a checkpoint says if it is to be evaluated; it is not pruned before it has its metrics, unless too
+many wait (`pruning.MOST_WAITING`). The driver
 looks for such checkpoints and evaluates them, the oldest first and one at a time, as Ray tasks with resources of their
 own. Nothing but the checkpoints records what is due, so after any kill the next `detr resume` evaluates the rest. A
 task writes the spool of its node, since only one process may write a spool, with the step of the checkpoint.
@@ -10,21 +11,30 @@ Ray Train's `ValidationConfig` is not used: it evaluates what workers report to 
 
 from __future__ import annotations
 
-import fcntl
+import os
+import secrets
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pipeline.checkpoint import catalog
+from pipeline.checkpoint.catalog import Shelf
 from pipeline.checkpoint.location import Location, checkpoint_root
+from pipeline.checkpoint.pruning import MOST_WAITING, prune
+from pipeline.cluster.notes.notes import Notes
 from pipeline.cluster.worker import WorkerJob
 from pipeline.config import RunConfig
 from pipeline.errors import TrainingError
-from pipeline.run_folder import scratch
 from pipeline.tracking.run_spools import EVALUATION, open_tracker
 from shards.errors import one_line
+from shards.store import storage
+from shards.store.sizes import size_text
 
 Say = Callable[[str], None]
+_TASK = "evaluation"  # a note: the newest task
+_HEARS_S = 1.0
 _MANY = 3  # checkpoints without metrics
 
 
@@ -45,7 +55,7 @@ class Evaluator:
         stop_requested: Callable[[], bool] = lambda: False,
         look_s: float = 2.0,
     ) -> None:
-        self._root, self._keep = checkpoint_root(config.checkpoint.store, folder), config.checkpoint.keep
+        self._shelf, self._keep = Shelf(checkpoint_root(config.checkpoint.store, folder)), config.checkpoint.keep
         self._evaluate, self._say, self._stop_requested, self._look_s = evaluate, say, stop_requested, look_s
         self._trained, self._stopped = threading.Event(), threading.Event()
         self._error: Exception | None = None
@@ -71,7 +81,7 @@ class Evaluator:
             if thread.is_alive():
                 self._stopped.set()
             elif self._error is None:
-                catalog.prune(self._root, self._keep)  # before, any checkpoint without metrics might have been the best
+                prune(self._shelf.look(), self._keep)  # before, any checkpoint without metrics might have been the best
 
         return run
 
@@ -88,12 +98,12 @@ class Evaluator:
             trained = self._trained.is_set()  # read before listing, so that the last checkpoint is not missed
             path = None
             try:
-                pending = catalog.pending_evaluation(self._root)
+                pending = self._shelf.look().pending()
                 path = next((candidate for candidate in pending if trained or candidate not in failed), None)
                 if path is None and trained:
                     return
                 if len(pending) >= _MANY and not trained:
-                    self._warn_of(len(pending))
+                    self._warn_of(pending)
                 if path is None:
                     self._stopped.wait(self._look_s)
                 else:
@@ -109,11 +119,14 @@ class Evaluator:
                     failed.add(path)
                 self._stopped.wait(self._look_s)
 
-    def _warn_of(self, pending: int) -> None:
-        if not self._warned:
-            self._say(
-                f"warning: evaluation is slower than training: {pending} checkpoints are not evaluated yet and are kept"
-            )
+    def _warn_of(self, pending: list[Location]) -> None:
+        if self._warned:
+            return
+        size = max(sum(storage.listing(str(path)).values()) for path in pending)
+        self._say(
+            f"warning: evaluation is slower than training: {len(pending)} checkpoints are not evaluated yet and are kept, "
+            f"each {size_text(size)} in {self._shelf.root}; from {MOST_WAITING} on, older ones are deleted unevaluated"
+        )
         self._warned = True
 
 
@@ -141,6 +154,36 @@ def evaluator_on_ray(job: WorkerJob, gpu: bool, say: Say) -> Evaluator:
     return Evaluator(job.config, job.folder, evaluate, say, job.notes.stop_requested)
 
 
+def _end_process() -> None:
+    os._exit(1)
+
+
+@contextmanager
+def sole_evaluation(notes: Notes, end: Callable[[], None] = _end_process) -> Iterator[None]:
+    """Be the only task that evaluates inside the block: an older one calls `end`, by default to end its process.
+
+    Ray may start a task again that it believes lost but that still runs.
+    """
+    number = secrets.token_hex(8).encode()
+    older = notes.read(_TASK)
+    notes.write(_TASK, number, overwrite=True)
+    if older is not None:
+        time.sleep(3 * _HEARS_S)  # it was killed, or it hears of this task and ends
+    closed = threading.Event()
+
+    def watch() -> None:
+        while not closed.wait(_HEARS_S):
+            if notes.read(_TASK) not in (number, None):
+                end()
+
+    threading.Thread(target=watch, name="evaluations", daemon=True).start()
+    try:
+        yield
+    finally:
+        closed.set()
+        notes.delete(_TASK)
+
+
 def _warn_of_resources(have: dict[str, float], config: RunConfig, gpu: bool, say: Say) -> None:
     processes = config.cluster.workers + 1
     need = {"CPU": processes * config.cluster.cpus_per_worker}
@@ -150,7 +193,8 @@ def _warn_of_resources(have: dict[str, float], config: RunConfig, gpu: bool, say
         if have.get(kind, 0) < count:
             say(
                 f"warning: the cluster has {have.get(kind, 0):g} {kind}s, and {config.cluster.workers} workers with an "
-                f"evaluation beside them need {count}: evaluations wait for the end of training"
+                f"evaluation beside them need {count}: evaluations wait for the end of training, and up to {MOST_WAITING} "
+                "checkpoints are kept for them"
             )
 
 
@@ -163,9 +207,7 @@ def _evaluate_in_ray(job: WorkerJob, path: Location, gpu: bool) -> None:
 
     config = job.config
     torch.set_num_threads(config.cluster.cpus_per_worker)
-    with (scratch(job.run_id) / "evaluation.lock").open("w") as lock:
-        # Ray may start a task again that it believes lost but that still runs.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with sole_evaluation(job.notes):
         tracker = open_tracker(EVALUATION, job.folder, job.run_id, job.tracking_uri)
         try:
             with forward_warnings(tracker):

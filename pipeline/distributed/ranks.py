@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.errors import USER_ERRORS
-from shards.errors import one_line
+from pipeline.errors import USER_ERRORS, CheckpointError
+from shards.errors import ShardError, one_line
+from shards.store.retry import StoreError, may_pass
 
 T = TypeVar("T")
 _EXPECTED: tuple[type[Exception], ...] = (OSError, *USER_ERRORS)
@@ -60,6 +61,18 @@ class Ranks:
         dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
+    def send_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Replace the content of each tensor by rank 0's; their shapes and order must be the same on every rank."""
+        if self.world_size == 1:
+            return
+        with torch.no_grad():
+            for tensor in tensors:
+                # A backend takes contiguous memory of its device only; a counter of the optimizer may be on the host.
+                sent = tensor.detach().to(self.device).contiguous()
+                dist.broadcast(sent, src=0, group=self.group)
+                if not self.first:
+                    tensor.copy_(sent)
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world_size > 1:
@@ -74,20 +87,24 @@ class Ranks:
         return replace(self, group=group)
 
 
-def on_first(ranks: Ranks, act: Callable[[], None]) -> None:
-    """Call `act` on rank 0 while the others wait; a collective call.
+def on_first(ranks: Ranks, act: Callable[[], T]) -> T:
+    """Return on every rank the result of `act` on rank 0; a collective call. Pickles: only for small results.
 
-    Its error is raised on every rank, as an `OSError`, so that no rank is left waiting.
+    An error of `act` is raised on every rank, so that none is left waiting: as a `StoreError` if it may pass, as a
+    `CheckpointError` or `ShardError` if it is one, and otherwise as an `OSError`.
     """
-    reason = ""
+    outcome: tuple[Any, type[Exception] | None, str] = (None, None, "")
+    cause: Exception | None = None
     if ranks.first:
         try:
-            act()
+            outcome = (act(), None, "")
         except _EXPECTED as error:
-            reason = one_line(error)
-    reason = ranks.broadcast(reason)
-    if reason:
-        raise OSError(reason)
+            cause, kinds = error, (kind for kind in (CheckpointError, ShardError) if isinstance(error, kind))
+            outcome = (None, StoreError if may_pass(error) else next(kinds, OSError), str(error) or one_line(error))
+    result, kind, reason = ranks.broadcast(outcome)
+    if kind:
+        raise kind(reason) from cause
+    return cast(T, result)
 
 
 def is_peer_failure(error: BaseException | str) -> bool:

@@ -9,6 +9,8 @@ from detr.compute import compile_shapes
 from pipeline.checkpoint import state as checkpoint_state
 from pipeline.checkpoint.location import Location
 from pipeline.checkpoint.metadata import Meta
+from pipeline.checkpoint.patience import patiently
+from pipeline.checkpoint.visibility import check_seen
 from pipeline.config import to_json
 from pipeline.distributed.parallel import distribute, unwrap
 from pipeline.schedule import is_evaluated, is_milestone
@@ -30,14 +32,16 @@ def restore(worker: WorkerContext, newest: Location | None, step: int) -> TrainS
     torch.manual_seed(config.seed)
     model = build_on_device(config, worker.train.num_classes, ranks.device)
     if newest is None:
-        read_initial(model, worker.run_info.folder)
+        read_initial(model, worker.run_info.folder, ranks)
     if config.compute.compile:
         compile_shapes(model)
     wrapped = distribute(model, ranks, config.cluster.strategy)
     optimizer = build_optimizer(unwrap(wrapped), config.optim)
     ema = Ema(wrapped, config.optim.ema) if config.optim.ema else None
     if newest is not None:
-        checkpoint_state.load(newest, wrapped, optimizer, ranks, ema.averages if ema else None)
+        check_seen(newest, ranks)
+        averages = ema.averages if ema else None
+        patiently(ranks, lambda: checkpoint_state.load(newest, wrapped, optimizer, ranks, averages))
     wrapped.train()
     return TrainState(wrapped, optimizer, step, ema)
 

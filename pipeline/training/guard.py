@@ -14,6 +14,7 @@ then not a single batch.
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -23,9 +24,10 @@ from torch import nn
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint import state as checkpoint_state
 from pipeline.checkpoint.location import Location
+from pipeline.checkpoint.patience import patiently
 from pipeline.checkpoint.saver import Saver
 from pipeline.config import GuardConfig
-from pipeline.distributed.ranks import Ranks
+from pipeline.distributed.ranks import Ranks, on_first
 from pipeline.errors import TrainingError
 from pipeline.run_folder import EVENTS
 from pipeline.tracking.tags import TAG_GUARD, TAG_WARNING
@@ -56,10 +58,7 @@ class Guard:
         Raise `TrainingError` if the run must end.
         """
         policy, allowed = self._config.policy, self._config.max_events
-        if self._ranks.first:
-            self._record(event)
-        self._ranks.barrier()
-        count = self._ranks.broadcast(len(self._records(event.step)))
+        count = patiently(self._ranks, lambda: on_first(self._ranks, lambda: self._record(event)))
         if self._tracker:
             self._report(event, count)
         if policy == "stop":
@@ -71,13 +70,14 @@ class Guard:
         if policy == "rollback":
             self._saver.finish()
             root = self._saver.root
-            newest = self._ranks.broadcast(catalog.newest(root) if self._ranks.first else None)
+            newest = patiently(self._ranks, lambda: on_first(self._ranks, lambda: catalog.newest(root)))
             if newest is None:
                 raise TrainingError(
                     f"{event}, or skip such steps (--guard.policy skip): there is no checkpoint to return to yet; "
                     f"{self._kept(event)}"
                 )
-            checkpoint_state.load(newest, model, optimizer, self._ranks, averages)
+            load = partial(checkpoint_state.load, newest, model, optimizer, self._ranks, averages)
+            patiently(self._ranks, load)
 
     def _path(self, event: Diverged) -> Location:
         # One file per step: a step that a resumed run repeats is the same event.
@@ -86,9 +86,11 @@ class Guard:
     def _kept(self, event: Diverged) -> str:
         return f"kept in {self._path(event)}"
 
-    def _record(self, event: Diverged) -> None:
+    def _record(self, event: Diverged) -> int:
+        """Write the event and return the number of events up to it."""
         record = {"step": event.step, "policy": self._config.policy, "message": str(event)} | event.record
         storage.write(str(self._path(event)), msgspec.json.format(msgspec.json.encode(record), indent=2))
+        return len(self._records(event.step))
 
     def _report(self, event: Diverged, count: int) -> None:
         assert self._tracker

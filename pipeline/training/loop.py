@@ -18,13 +18,14 @@ from functools import partial
 
 from detr.batch import Batch
 from pipeline.checkpoint import catalog
-from pipeline.checkpoint.location import checkpoint_root
-from pipeline.checkpoint.metadata import read_meta
+from pipeline.checkpoint.location import Location, checkpoint_root
+from pipeline.checkpoint.metadata import Meta
+from pipeline.checkpoint.patience import patiently
 from pipeline.checkpoint.saver import Saver
 from pipeline.config import RunConfig
 from pipeline.data.datasets import check_cache, open_data
 from pipeline.data.loader import training_batches
-from pipeline.distributed.ranks import Ranks
+from pipeline.distributed.ranks import Ranks, on_first
 from pipeline.schedule import Schedule, next_boundary
 from pipeline.tracking.meter import Meter
 from pipeline.tracking.progress import Forecast
@@ -32,6 +33,7 @@ from pipeline.tracking.tracker import Tracker
 from pipeline.training.checkpointing import checkpoint_metadata, restore
 from pipeline.training.continuation import continuation
 from pipeline.training.divergence import Diverged
+from pipeline.training.explaining import Explainer
 from pipeline.training.guard import Guard
 from pipeline.training.optim import set_learning_rates
 from pipeline.training.out_of_memory import explaining
@@ -71,10 +73,8 @@ def run(
     """Train until the last step or a request to stop, from the newest checkpoint; a collective call."""
     train, val = open_data(config.data)
     check_cache(config.data, train, val)
-    # Rank 0 decides: another rank could look a moment later, or at a folder that is not yet in sync.
     root = checkpoint_root(config.checkpoint.store, run_info.folder)
-    newest = ranks.broadcast(catalog.newest_of_run(root, run_info.folder) if ranks.first else None)
-    meta = None if newest is None else read_meta(newest)
+    newest, meta = _newest(root, run_info, ranks)
     origin = continuation(meta, config, train, run_info.accept_change).origin
     schedule = Schedule(config.optim, train.images, config.data.epoch_tail, origin)
     worker = WorkerContext(config, run_info, ranks, tracker, train, val, schedule)
@@ -94,6 +94,7 @@ def run(
             partial(catalog.note_saved, run_info.folder),
             hooks.keep_unsent,
         ) as saver,
+        Explainer(tracker, val, config.evaluate.explain) as explainer,
     ):
         # Only rank 0 looks for requests; the others have none of their own.
         poll = hooks.request if ranks.first else NO_HOOKS.request
@@ -105,13 +106,25 @@ def run(
         while True:
             if state.step and evaluation_due(worker, state.step):
                 with meter.paused_for_evaluation():
-                    validate(worker, state, saver, hooks.keep_unsent)
+                    validate(worker, state, saver, hooks.keep_unsent, explainer.start)
             if state.step >= schedule.total_steps:
                 return
             request = _train(worker, state, parts, until=next_boundary(config, schedule, state.step))
             _save(worker, state, parts)
             if request.stop:
                 return
+
+
+def _newest(root: Location, run_info: RunInfo, ranks: Ranks) -> tuple[Location | None, Meta | None]:
+    """Return the newest checkpoint and its metadata, or None; a collective call.
+
+    Rank 0 decides: another rank could look a moment later, or at a folder that is not yet in sync.
+    """
+
+    def look() -> tuple[Location, Meta] | None:
+        return catalog.newest_with_meta(root, run_info.folder, catalog.STALE_S)
+
+    return patiently(ranks, lambda: on_first(ranks, look)) or (None, None)
 
 
 def _train(worker: WorkerContext, state: TrainState, parts: LoopParts, until: int) -> Request:

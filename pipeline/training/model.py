@@ -11,8 +11,10 @@ from detr.compute import set_channels_last, set_recompute
 from detr.model import DETR, build_model, freeze_detector
 from detr.original import load_original_state_dict, to_original_state_dict
 from pipeline.checkpoint.location import Location
+from pipeline.checkpoint.patience import patiently
+from pipeline.checkpoint.visibility import check_seen, not_seen
 from pipeline.config import RunConfig
-from pipeline.errors import CheckpointError
+from pipeline.distributed.ranks import Ranks, on_first
 from pipeline.run_folder import INITIAL_NAME
 from shards.store import storage
 
@@ -34,19 +36,22 @@ def save_initial(model: DETR, folder: Location) -> None:
     storage.write(str(folder / INITIAL_NAME), save(weights))
 
 
-def read_initial(model: DETR, folder: Location) -> None:
-    """Load the run's initial weights into a model.
+def read_initial(model: DETR, folder: Location, ranks: Ranks) -> None:
+    """Load the run's initial weights into a model: rank 0 reads them and sends them to the others; a collective call.
 
     Raise `CheckpointError` if the file is missing: the driver wrote it before any worker started.
     """
+    check_seen(folder / INITIAL_NAME, ranks)
+    patiently(ranks, lambda: on_first(ranks, lambda: _load_initial(model, folder)))
+    ranks.send_tensors(model.state_dict().values())
+
+
+def _load_initial(model: DETR, folder: Location) -> None:
     path = folder / INITIAL_NAME
     try:
         content = storage.read(str(path))
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is not there on {platform.node()}; expected the run's folder as the driver made it: give a "
-            "--storage that every node sees: a URL, or a folder mounted at the same path"
-        ) from None
+        raise not_seen(path, platform.node()) from None
     load_original_state_dict(model, load(content))
 
 

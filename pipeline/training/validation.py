@@ -13,15 +13,17 @@ from pipeline.checkpoint import catalog
 from pipeline.checkpoint import state as checkpoint_state
 from pipeline.checkpoint.location import Location
 from pipeline.checkpoint.metadata import read_meta
+from pipeline.checkpoint.patience import patiently
 from pipeline.checkpoint.saver import Saver
 from pipeline.config import RunConfig
 from pipeline.data.datasets import open_data
 from pipeline.distributed.parallel import gathered_model
-from pipeline.distributed.ranks import Ranks
+from pipeline.distributed.ranks import Ranks, on_first
 from pipeline.evaluation.evaluate_model import EvaluateOptions, Evaluation, evaluate_model
 from pipeline.schedule import is_evaluated
 from pipeline.tracking.tags import TAG_PHASE
 from pipeline.tracking.tracker import Tracker
+from pipeline.training.explaining import explain
 from pipeline.training.model import build_on_device
 from pipeline.training.reporting import report_evaluation, report_pictures
 from pipeline.training.state import TrainState, WorkerContext
@@ -39,15 +41,20 @@ def evaluation_due(worker: WorkerContext, step: int) -> bool:
     if config.evaluate.asynchronous or not is_evaluated(config, worker.schedule, step):
         return False
     path = catalog.folder_of(worker.root, step)
-    return worker.ranks.broadcast(worker.ranks.first and catalog.read_evaluation(path) is None)
+    return patiently(worker.ranks, lambda: on_first(worker.ranks, lambda: catalog.read_evaluation(path) is None))
 
 
 def validate(
-    worker: WorkerContext, state: TrainState, saver: Saver, keep_unsent: Callable[[], None] = lambda: None
+    worker: WorkerContext,
+    state: TrainState,
+    saver: Saver,
+    keep_unsent: Callable[[], None] = lambda: None,
+    start_explanation: Callable[[Evaluation, int], None] = lambda _, __: None,
 ) -> None:
     """Score the state on the validation data, report the metrics and write them beside its checkpoint.
 
-    A collective call. See `LoopHooks.keep_unsent`.
+    A collective call. See `LoopHooks.keep_unsent`. `start_explanation` gets the evaluation and its step on rank 0, and returns
+    at once.
     """
     config, ranks, tracker = worker.config, worker.ranks, worker.tracker
     start = time.perf_counter()
@@ -59,13 +66,15 @@ def validate(
         model = gathered_model(state.model, build_model, state.averages)
         evaluation = _score(config, model, worker.train, worker.val, ranks, _phase_reporter(tracker))
     saver.finish()  # the metrics are written beside the checkpoint
+    path, epoch = catalog.folder_of(worker.root, state.step), worker.schedule.epoch(state.step)
+    _report(config, path, worker.val, evaluation, tracker, state.step, epoch, start)
+    _record(path, evaluation, ranks, keep_unsent)
+    if ranks.first:
+        saver.prune()
+    if tracker:
+        tracker.tags({TAG_PHASE: "training"})
     if evaluation is not None:
-        path, epoch = catalog.folder_of(worker.root, state.step), worker.schedule.epoch(state.step)
-        _report_and_write(config, path, worker.val, evaluation, tracker, state.step, epoch, start, keep_unsent)
-        if tracker:
-            tracker.tags({TAG_PHASE: "training"})
-        catalog.prune(worker.root, config.checkpoint.keep)
-    ranks.barrier()
+        start_explanation(evaluation, state.step)
 
 
 def evaluate_checkpoint(
@@ -84,8 +93,10 @@ def evaluate_checkpoint(
     last = meta.step >= meta.total_steps  # before the last step, the phase of the run is that of its training
     ranks = Ranks(device=device)
     evaluation = _score(config, model, train, val, ranks, _phase_reporter(tracker if last else None))
-    assert evaluation is not None  # a single process is rank 0
-    _report_and_write(config, path, val, evaluation, tracker, meta.step, meta.epoch, start, keep_unsent)
+    _report(config, path, val, evaluation, tracker, meta.step, meta.epoch, start)
+    if tracker and evaluation is not None and config.evaluate.explain:
+        explain(tracker, val, evaluation, meta.step)
+    _record(path, evaluation, ranks, keep_unsent)
 
 
 def _phase_reporter(tracker: Tracker | None) -> Progress:
@@ -112,21 +123,32 @@ def _score(
     return evaluate_model(model, val, train.categories, options, ranks=ranks, progress=progress)
 
 
-def _report_and_write(
+def _report(
     config: RunConfig,
     path: Location,
     val: Manifest,
-    evaluation: Evaluation,
+    evaluation: Evaluation | None,
     tracker: Tracker | None,
     step: int,
     epoch: float,
     start: float,
-    keep_unsent: Callable[[], None],
 ) -> None:
-    if tracker:
+    """Report an evaluation on rank 0, the only one that has it."""
+    if tracker and evaluation:
         report_evaluation(tracker, path, step, epoch, evaluation, start)
         report_pictures(tracker, val, evaluation.detections, config.evaluate.pictures, step)
-    # Report first, write last: after a kill in between, the evaluation is repeated and its reports are dropped as
-    # duplicates. Once they are written, nothing repeats the reports, so they must be kept by then.
-    keep_unsent()
-    catalog.write_evaluation(path, evaluation.score.metrics)
+
+
+def _record(path: Location, evaluation: Evaluation | None, ranks: Ranks, keep_unsent: Callable[[], None]) -> None:
+    """Write the metrics beside their checkpoint, after the reports; a collective call.
+
+    After a kill in between, the evaluation is repeated and its reports are dropped as duplicates. Once the metrics are
+    written nothing repeats the reports, so they must be kept by then.
+    """
+
+    def write() -> None:
+        assert evaluation is not None  # rank 0 has it
+        keep_unsent()
+        catalog.write_evaluation(path, evaluation.score.metrics)
+
+    patiently(ranks, lambda: on_first(ranks, write))

@@ -31,8 +31,32 @@ _REFUSED = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG}
 _NOT_OURS = (TypeError, ValueError, AttributeError, LookupError, AssertionError, NotImplementedError, MemoryError)
 
 
+# Errors of a network file system that its server or the network causes. A full disk and denied access are none of them.
+_PASSING = {
+    errno.EAGAIN,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.EIO,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENOTCONN,
+    errno.EREMOTEIO,
+    errno.ESHUTDOWN,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
+
+
 class StoreError(OSError):
     """Raised when a store did not respond well in all attempts; a later attempt may succeed."""
+
+
+def may_pass(error: BaseException) -> bool:
+    """Return True if a store or a network file system raised the error because it did not answer."""
+    return isinstance(error, StoreError) or (isinstance(error, OSError) and error.errno in _PASSING)
 
 
 @contextmanager

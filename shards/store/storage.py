@@ -24,6 +24,9 @@ from shards.errors import ShardError
 from shards.store.retry import StoreError, with_retries
 
 
+_COMMON = ("s3", "gs", "gcs", "az", "abfs", "oci", "oss", "hdfs", "sftp", "smb", "webdav", "hf", "https", "file")
+
+
 def local_path(url: str) -> Path | None:
     """Return the path that a plain path or a `file://` URL names, or None for a remote URL."""
     if url.startswith("file://"):
@@ -71,7 +74,7 @@ def refuse_unknown(url: str) -> None:
     if scheme in known and len(slashes) < 2:
         raise ShardError(f"{url} is neither a folder nor a URL; expected {scheme}://{url[found.end() :]}")
     if scheme not in known and len(slashes) > 1:
-        nearest = get_close_matches(scheme.lower(), known, n=1, cutoff=0.5)
+        nearest = get_close_matches(scheme.lower(), _COMMON, n=1, cutoff=0.5)
         meant = f"did you mean {nearest[0]}://{url[found.end() :]}" if nearest else "such as s3://bucket/runs"
         raise ShardError(
             f"{url}: no store is called {scheme}://; expected a folder or a URL that fsspec opens: {meant}?"

@@ -14,6 +14,7 @@ import torch
 
 from detr.batch import Batch
 from pipeline.checkpoint import catalog
+from pipeline.checkpoint.pruning import prune
 from pipeline.checkpoint.saver import Saver
 from pipeline.distributed.ranks import Ranks
 from pipeline.recipes import RECIPES
@@ -56,7 +57,7 @@ def checkpointing(device: str, rounds: int) -> list[Row]:
             start = time.perf_counter()
             save_checkpoint(Path(folder) / "waited", model, optimizer, meta(number), ranks)
             waited.append(time.perf_counter() - start)
-            catalog.prune(Path(folder) / "waited", keep=1)
+            prune(catalog.Shelf(Path(folder) / "waited").look(), keep=1)
             before = saver.stalled_s
             saver.save(model, optimizer, meta(number))
             while saver.under_way:

@@ -17,6 +17,7 @@ from pipeline.checkpoint import catalog
 from pipeline.checkpoint import state as checkpoint_state
 from pipeline.checkpoint.location import Location, Url
 from pipeline.checkpoint.metadata import read_meta
+from pipeline.checkpoint.pruning import prune
 from pipeline.checkpoint.saver import Saver
 from pipeline.distributed.ranks import Ranks
 from shards.store import storage
@@ -151,7 +152,7 @@ def test_after_kills_in_the_middle_of_uploading_the_newest_is_whole(
         chance, step = random.Random(3), 0
         for _ in range(5):
             step = kill_at_random(root, SIDE // 2, chance, **server.environment)
-        catalog.prune(root, keep=1)
+        prune(catalog.Shelf(root).look(), keep=1)
         assert newest_step(root) == step
         names = {name.rpartition("/")[2] for name in storage.listing(str(root))}
         assert names == {"meta.json", ".metadata", "__0_0.distcp", "__1_0.distcp"}

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import catalog
+from pipeline.checkpoint import catalog, pruning
+from pipeline.checkpoint.pruning import prune
 from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import CheckpointError
@@ -61,13 +62,13 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
         path = save_small(tmp_path, step)
         if step in (2, 4):
             catalog.write_evaluation(path, {"AP": 1 / step})
-    catalog.prune(tmp_path, keep=2)
+    prune(catalog.Shelf(tmp_path).look(), keep=2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "step-00000002",
         "step-00000005",
         "step-00000006",
     ]
-    catalog.prune(tmp_path, keep=2)
+    prune(catalog.Shelf(tmp_path).look(), keep=2)
     assert len(catalog.list_checkpoints(tmp_path)) == 3
 
 
@@ -75,7 +76,7 @@ def test_pruning_keeps_milestones(tmp_path: Path) -> None:
     for step in range(1, 6):
         milestone = meta(step, milestone=step in (1, 3))
         save_checkpoint(tmp_path, *small(0), milestone, Ranks())
-        catalog.prune(tmp_path, keep=1)
+        prune(catalog.Shelf(tmp_path).look(), keep=1)
     assert [path.name[-1] for path in catalog.list_checkpoints(tmp_path)] == ["1", "3", "5"]
 
 
@@ -93,11 +94,11 @@ def test_pruning_keeps_what_cannot_be_read_or_deleted(
 
     with monkeypatch.context() as patch:
         patch.setattr(storage, "read", busy)
-        catalog.prune(tmp_path, keep=2)
+        prune(catalog.Shelf(tmp_path).look(), keep=2)
     assert len(catalog.list_checkpoints(tmp_path)) == 5
     assert "Too many open files" in caplog.text
     caplog.clear()
-    discard = catalog.delete
+    discard = pruning.delete
 
     def held(path: Path) -> None:
         if path.name.endswith("3"):
@@ -105,11 +106,11 @@ def test_pruning_keeps_what_cannot_be_read_or_deleted(
         discard(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(catalog, "delete", held)
-        catalog.prune(tmp_path, keep=1)
+        patch.setattr(pruning, "delete", held)
+        prune(catalog.Shelf(tmp_path).look(), keep=1)
     assert [path.name[-1] for path in catalog.list_checkpoints(tmp_path)] == ["1", "2", "3", "5"], "others are deleted"
     assert "failed 1 times" in caplog.text
-    catalog.prune(tmp_path, keep=1)
+    prune(catalog.Shelf(tmp_path).look(), keep=1)
     assert [path.name[-1] for path in catalog.list_checkpoints(tmp_path)] == ["1", "2", "5"]
 
 
@@ -117,7 +118,7 @@ def test_pruning_removes_the_remains_of_kills(tmp_path: Path) -> None:
     save_small(tmp_path, 1).rename(tmp_path / "checkpoints" / "step-00000001.deleted.partial")
     save_small(tmp_path, 5).rename(tmp_path / "checkpoints" / "step-00000005.partial")
     save_small(tmp_path, 2)
-    catalog.prune(tmp_path, keep=1)
+    prune(catalog.Shelf(tmp_path).look(), keep=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
@@ -136,7 +137,10 @@ def losses(tracker: MemoryTracker) -> list[int]:
     return [step for name, _, step in tracker.points if name == "train/loss"]
 
 
-def test_workers_without_the_store_refuse_to_start_again(tiny_config: RunConfig, tmp_path: Path) -> None:
+def test_workers_without_the_store_refuse_to_start_again(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "STALE_S", 0.0)
     store, away = tmp_path / "store", tmp_path / "away"
     config, run_info = stored(tiny_config, store), start(tiny_config, tmp_path / "tiny-1")
     with pytest.raises(Kill):

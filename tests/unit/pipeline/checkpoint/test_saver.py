@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.checkpoint import catalog
+from pipeline.checkpoint import catalog, torch_files
 from pipeline.checkpoint import saver as checkpoint_saver
 from pipeline.checkpoint import state as checkpoint_state
 from pipeline.checkpoint.saver import Saver
@@ -107,7 +107,7 @@ def test_the_next_save_raises_a_failed_write_and_keeps_earlier_ones(
     with Saver(tmp_path, run[1], Ranks(), keep=9) as saver:
         saver.save(*run, meta(1))
         saver.finish()
-        monkeypatch.setattr(checkpoint_saver.checkpoint_state, "save_distributed", full)
+        monkeypatch.setattr(torch_files, "save_distributed", full)
         saver.save(*run, meta(2))
         step(run)
         with pytest.raises(CheckpointError, match="No space left"):
@@ -149,7 +149,7 @@ def test_a_save_is_due_on_a_rank_that_failed_to_write(tmp_path: Path, monkeypatc
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_saver.checkpoint_state, "save_distributed", full)
+    monkeypatch.setattr(torch_files, "save_distributed", full)
     saver = Saver(tmp_path, run[1], Ranks(), keep=9)
     saver.save(*run, meta(1))
     assert saver._writing is not None

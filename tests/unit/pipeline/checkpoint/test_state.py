@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.checkpoint import catalog
+from pipeline.checkpoint import catalog, torch_files
 from pipeline.checkpoint import state as checkpoint_state
 from pipeline.checkpoint.metadata import Best, read_meta
 from pipeline.distributed.ranks import Ranks
@@ -177,7 +177,7 @@ def test_a_failed_write_is_one_error_and_keeps_earlier_checkpoints(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_state, "save_distributed", full)
+    monkeypatch.setattr(torch_files, "save_distributed", full)
     with pytest.raises(CheckpointError, match=r"could not be written .*No space left.*earlier checkpoints are intact"):
         save_small(tmp_path, 2)
     assert not list(tmp_path.rglob("*.partial"))  # its files may be what fills the disk

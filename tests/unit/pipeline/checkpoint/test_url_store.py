@@ -10,8 +10,9 @@ import torch
 
 from pipeline.checkpoint import catalog, location
 from pipeline.checkpoint import state as checkpoint_state
-from pipeline.checkpoint.location import Url, checkpoint_root
+from pipeline.checkpoint.location import Location, Url, checkpoint_root
 from pipeline.checkpoint.metadata import Best, read_meta
+from pipeline.checkpoint.pruning import prune
 from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.driver.preflight import check_storage, prepare
@@ -49,6 +50,36 @@ def test_checkpoints_are_in_the_run_folder_or_below_the_store(tmp_path: Path) ->
     assert checkpoint_root("s3://bucket/runs/", folder) == Url("s3://bucket/runs/name-1")
 
 
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("runs/x", Path("runs/x")),
+        ("file:///mnt/runs", Path("/mnt/runs")),
+        ("s3://bucket/runs/", Url("s3://bucket/runs")),
+        ("a:b", Path("a:b")),
+    ],
+)
+def test_a_location_is_a_folder_or_a_url(url: str, expected: Location) -> None:
+    assert location.location(url) == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "meant"),
+    [
+        ("s3:/bucket/runs", "s3://bucket/runs"),
+        ("s3:bucket", "s3://bucket"),
+        ("S3://bucket/runs", "s3://bucket/runs"),
+        ("s4://bucket", "s3://bucket"),
+        ("gc://bucket", "gcs://bucket"),
+        ("nowhere://bucket", "such as s3://bucket/runs"),
+    ],
+)
+def test_an_address_that_nothing_opens_is_no_folder(url: str, meant: str) -> None:
+    with pytest.raises(ShardError, match=meant) as raised:
+        location.location(url)
+    assert str(raised.value).startswith(url)
+
+
 def test_saved_state_is_loaded_and_metadata_is_written_last(root: Url, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     write = storage.write
@@ -74,7 +105,7 @@ def test_metrics_best_and_pruning_work_as_in_a_folder(root: Url) -> None:
     found = catalog.best(root)
     assert found is not None
     assert (found[0].name, found[1]) == ("step-00000003", {"AP": 0.4})
-    catalog.prune(root, keep=1)
+    prune(catalog.Shelf(root).look(), keep=1)
     assert [path.name[-1] for path in catalog.list_checkpoints(root)] == ["3", "5"]
     assert {name[0] for name in files(root)} == {"3", "5"}
 
@@ -84,7 +115,7 @@ def test_checkpoints_without_metadata_are_ignored_and_pruned(root: Url) -> None:
     storage.remove(str(save_small(root, 2) / "meta.json"))
     storage.write(str(root / "checkpoints" / "step-00000003" / "0123" / "__0_0.distcp"), b"half")
     assert catalog.newest(root) == catalog.folder_of(root, 1)
-    catalog.prune(root, keep=9)
+    prune(catalog.Shelf(root).look(), keep=9)
     assert files(root) == ["1/*/.metadata", "1/*/__0_0.distcp", "1/meta.json"]
 
 
@@ -108,12 +139,12 @@ def test_a_killed_attempt_keeps_the_earlier_checkpoint_and_is_removed(
     loaded = small(9)
     checkpoint_state.load(path, *loaded, Ranks())
     assert_same_state(loaded, small(1))
-    catalog.prune(root, keep=9)
+    prune(catalog.Shelf(root).look(), keep=9)
     assert len(files(root)) == 3
     checkpoint_state.load(path, *loaded, Ranks())
     assert_same_state(loaded, small(1))
     save_small(root, 3, seed=5)
-    catalog.prune(root, keep=9)
+    prune(catalog.Shelf(root).look(), keep=9)
     assert len(files(root)) == 3
     checkpoint_state.load(path, *loaded, Ranks())
     assert_same_state(loaded, small(5))
@@ -125,7 +156,7 @@ def test_deleting_removes_the_metadata_first(root: Url, monkeypatch: pytest.Monk
     removed: list[str] = []
     remove = storage.remove
     monkeypatch.setattr(storage, "remove", lambda url: (removed.append(url), remove(url)))
-    catalog.prune(root, keep=1)
+    prune(catalog.Shelf(root).look(), keep=1)
     assert removed[0].endswith("step-00000001/meta.json")
     assert len(removed) == 3
 
@@ -153,9 +184,8 @@ def test_a_refused_write_is_one_line_and_keeps_earlier_checkpoints(root: Url, mo
         ) as caught:
             save_small(root, 2)
     assert "\n" not in str(caught.value)
-    read = storage.read
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "read", lambda url: refuse(url) if url.endswith(".distcp") else read(url))
+        patch.setattr(storage, "read_range", refuse)
         with pytest.raises(CheckpointError, match=r"step-00000001 cannot be read .*access denied"):
             checkpoint_state.load(catalog.folder_of(root, 1), *small(0), Ranks())
     assert catalog.newest(root) == catalog.folder_of(root, 1)
@@ -181,7 +211,7 @@ def test_a_store_is_tried_before_a_run_exists(
     with pytest.raises(RunConfigError, match=r"^checkpoint.store .*/file is a file; expected a folder"):
         check_storage(stored(str(tmp_path / "file")))
     with pytest.raises(
-        RunConfigError, match=r"^checkpoint.store foo://bar: cannot be reached: .*expected a path or a URL"
+        RunConfigError, match=r"^checkpoint.store foo://bar: no store is called foo://; expected a folder or a URL"
     ):
         check_storage(stored("foo://bar"))
     with pytest.raises(
@@ -200,7 +230,7 @@ def test_a_store_is_tried_before_a_run_exists(
     assert config.checkpoint.store == str(tmp_path / "kept")
     with pytest.raises(ShardError, match="holds a password"):
         prepare(stored("s3://me:secret@host/runs"), lambda _: None)
-    with pytest.raises(ShardError, match="holds a password"):
+    with pytest.raises(RunConfigError, match="holds a password"):
         check_storage(stored("s3://me:secret@host/runs"))
 
 

@@ -12,7 +12,10 @@ import torch
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint.location import Location
 from pipeline.checkpoint.metadata import read_meta
-from pipeline.cluster.background_evaluation import Evaluator
+from pipeline.checkpoint.pruning import prune
+from pipeline.cluster import background_evaluation
+from pipeline.cluster.background_evaluation import Evaluator, sole_evaluation
+from pipeline.cluster.notes.notes import Notes
 from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import TrainingError
@@ -48,7 +51,7 @@ def test_background_evaluation_gives_the_metrics_of_the_loops_own(config: RunCon
     tracker = MemoryTracker()
     for path in catalog.pending_evaluation(home):
         evaluate_checkpoint(config, path, torch.device("cpu"), tracker)
-        catalog.prune(home, 1)
+        prune(catalog.Shelf(home).look(), 1)
     assert catalog.pending_evaluation(home) == []
     expected = {(name, step): value for name, value, step in trackers[1].points if name.startswith("val/")}
     assert {(name, step): value for name, value, step in tracker.points if name.startswith("val/")} == expected
@@ -74,12 +77,9 @@ class Run:
         self.fails: Callable[[int], bool] = lambda step: False
         self.hold = threading.Event()
         self.hold.set()
-        monkeypatch.setattr(
-            catalog,
-            "pending_evaluation",
-            lambda home: [home / str(step) for step in self.saved if step not in self.evaluated],
-        )
-        monkeypatch.setattr(catalog, "prune", lambda home, keep: self.pruned.append(True))
+        pending = lambda shelf: [shelf.root / str(step) for step in self.saved if step not in self.evaluated]  # noqa: E731
+        monkeypatch.setattr(catalog.Shelf, "pending", pending)
+        monkeypatch.setattr(background_evaluation, "prune", lambda shelf, keep: self.pruned.append(True))
         self.stop = threading.Event()
         self.evaluator = Evaluator(config, folder, self.evaluate, self.messages.append, self.stop.is_set, look_s=0.01)
 
@@ -170,3 +170,22 @@ def test_failed_training_does_not_wait_for_evaluations(fake: Run) -> None:
     with pytest.raises(TrainingError, match=r"^no$"):
         fake.evaluator.around(fit)()
     fake.hold.set()
+
+
+def test_an_evaluation_that_is_believed_lost_ends_before_its_successor_works(
+    notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background_evaluation, "_HEARS_S", 0.05)
+    order: list[str] = []
+    lost = sole_evaluation(notes, lambda: order.append("the lost one ended"))
+    with lost, sole_evaluation(notes):
+        order.append("its successor works")
+    assert order[0] == "the lost one ended"
+    assert "its successor works" in order
+
+
+def test_an_evaluation_does_not_wait_for_one_that_has_ended(notes: Notes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background_evaluation, "_HEARS_S", 60)
+    for _ in range(2):
+        with sole_evaluation(notes):
+            pass

@@ -10,6 +10,7 @@ from torch import Tensor
 from detr.model import DETR, build_model
 from detr.original import to_original_state_dict
 from pipeline.config import RunConfig
+from pipeline.distributed.ranks import Ranks
 from pipeline.driver.initial_weights import adopt_model_config, initial_model
 from pipeline.errors import CheckpointError, RunConfigError
 from pipeline.recipes import RECIPES
@@ -290,12 +291,12 @@ def test_a_shape_that_was_asked_for_is_not_dropped_silently(tiny_config: RunConf
 
 def test_a_folder_that_is_not_the_driver_s_is_one_line(tiny_config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"initial\.safetensors is not there on .*--storage that every node sees"):
-        read_initial(seeded(tiny_config, 4), tmp_path)
+        read_initial(seeded(tiny_config, 4), tmp_path, Ranks())
 
 
 def test_the_first_weights_stay_with_the_run(tiny_config: RunConfig, tmp_path: Path) -> None:
     model = seeded(tiny_config, 4)
     save_initial(model, tmp_path / "new" / "run")
     other = seeded(tiny_config, 4, seed=8)
-    read_initial(other, tmp_path / "new" / "run")
+    read_initial(other, tmp_path / "new" / "run", Ranks())
     assert_same(to_original_state_dict(other), to_original_state_dict(model))

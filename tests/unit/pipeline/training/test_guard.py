@@ -184,9 +184,9 @@ def test_a_request_at_a_skipped_step_is_fulfilled(
 def test_the_wait_for_a_rollback_is_not_counted_as_step_time(
     tiny_config: RunConfig, start: RunInfo, poisoned: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow(self: Saver, *more: Any) -> None:
+    def slow(self: Saver, *more: Any) -> bool:
         time.sleep(0.3)
-        write(self, *more)
+        return write(self, *more)
 
     write = Saver._write
     monkeypatch.setattr(Saver, "_write", slow)
