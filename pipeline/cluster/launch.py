@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -33,10 +33,12 @@ from pipeline.cluster.resources import (
     report_pending_workers,
     warn_of_sqlite,
 )
+from pipeline.cluster.startup import printed_timeline
 from pipeline.cluster.supervisor import WorkerStatus, supervise
 from pipeline.cluster.worker import WorkerJob, train_in_ray
 from pipeline.config import ClusterConfig, RunConfig
 from pipeline.run_folder import RAY, scratch
+from pipeline.timeline import mark
 from pipeline.tracking.mlflow_client import tracking_uri
 from pipeline.tracking.provenance import code_commit
 from shards.store.retry import fewer_retries
@@ -51,8 +53,8 @@ _RESIZE_S = 30.0  # interval of Ray's check for another possible number of worke
 class ConnectedCluster:
     """A Ray cluster that has what the workers of a run need, and every node of which can run them."""
 
-    def __init__(self, local: LocalRay, gpu: bool, say: Callable[[str], None]) -> None:
-        self._local, self._gpu, self._say = local, gpu, say
+    def __init__(self, local: LocalRay, gpu: bool, say: Callable[[str], None], verbose: bool) -> None:
+        self._local, self._gpu, self._say, self._verbose = local, gpu, say, verbose
 
     def run(self, config: RunConfig, run_id: str, folder: Location, accept_change: bool = False) -> None:
         """Run the workers to the last step, and follow them on stderr.
@@ -62,6 +64,7 @@ class ConnectedCluster:
         failed.
         """
         gpu, say = self._gpu, self._say
+        mark("run created or found")
         from pipeline.cluster.ray_internals import RayNotes, cancel_resource_request, jobs_alive
 
         notes = Notes.of_run(run_id, RayNotes())
@@ -73,7 +76,13 @@ class ConnectedCluster:
             fit = evaluator.around(fit)
         workers = WorkerStatus(self._local.gone, lambda: _newest_saved_step(config, folder))
         try:
-            with report_pending_workers(run_id, notes, lambda: describe_resources(config.cluster, gpu)):
+            with ExitStack() as stack:
+                stack.enter_context(
+                    report_pending_workers(run_id, notes, lambda: describe_resources(config.cluster, gpu))
+                )
+                if self._verbose:
+                    stack.enter_context(printed_timeline(notes, say))
+                mark("workers asked for")
                 supervise(fit, run_id, notes, say, workers)
         finally:
             notes.clear()
@@ -90,6 +99,7 @@ def connected(
     Nothing is written for the run here, so that a cluster that cannot run it leaves no trace. `folder` is the run's
     location.
     """
+    mark("data checked, initial weights made")
     address = address or os.environ.get("RAY_ADDRESS")
     _set_environment(config.cluster, address, verbose)
     import ray  # reads the environment
@@ -100,13 +110,15 @@ def connected(
             join_cluster(address, verbose, setup_hook())
         else:
             start_local_ray(config, verbose, setup_hook())
+    mark("Ray answers")
     try:
         gpu = _capacity(config.cluster, say) if address else check_this_machine(config.cluster)
         say(_describe_workers(config.cluster, gpu))
         if address:
             probe(config, folder, alive_nodes(), gpu, say)
+            mark("nodes probed")
         warn_of_sqlite(say)
-        yield ConnectedCluster(local, gpu, say)
+        yield ConnectedCluster(local, gpu, say, verbose)
     finally:
         ray.shutdown()
 

@@ -15,8 +15,10 @@ from pipeline.cluster.notes import attempts
 from pipeline.cluster.notes.attempts import Restart
 from pipeline.cluster.notes.notes import Notes
 from pipeline.cluster.notes.request_watch import RequestWatch
+from pipeline.cluster.startup import FirstStep
 from pipeline.config import RunConfig
 from pipeline.errors import USER_ERRORS, Postponed
+from pipeline.timeline import mark
 from pipeline.tracking.run_spools import TRAINING, open_tracker
 from pipeline.tracking.tags import TAG_PHASE, TAG_RESIZED, TAG_WARNING
 from pipeline.tracking.tracker import Tracker
@@ -45,6 +47,7 @@ class WorkerJob:
 
 def train_in_ray(job: WorkerJob) -> None:
     """Run the loop of one worker to its end; record why it ended if it fails."""
+    mark("process group made")
     import ray.train
     import torch
 
@@ -70,6 +73,7 @@ def train_in_ray(job: WorkerJob) -> None:
         tracker = open_tracker(TRAINING, job.folder, job.run_id, job.tracking_uri)
         tracker.tags({TAG_PHASE: "training"} | _restart_warning(restart))
     first_step = FirstStepReport(tracker, ranks.world_size, restart)
+    timeline = FirstStep(job.notes) if ranks.first else None
     hangs = HangWatch(job.notes, ranks.rank, ranks.world_size, ranks.timeout_s)
     asked = RequestWatch(partial(attempts.asked_to_return, job.notes)) if ranks.first else None
     leaving = PreemptionNotice()
@@ -77,6 +81,8 @@ def train_in_ray(job: WorkerJob) -> None:
     def stepped(step: int) -> None:
         hangs.stepped(step)
         first_step(step)
+        if timeline:
+            timeline()
 
     def request() -> Request:
         return leaving.request()._replace(stop=asked is not None and asked.stop)

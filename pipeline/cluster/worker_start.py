@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from contextlib import suppress
 
+from pipeline.timeline import mark
+
 _IMPORTED = (
     "ray.train.torch",
     "pipeline.training.loop",
@@ -24,3 +26,4 @@ def prepare_process() -> None:
     for name in _IMPORTED:
         with suppress(Exception):
             importlib.import_module(name)
+    mark("imports of rank 0 done")
