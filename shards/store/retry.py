@@ -104,7 +104,8 @@ def with_retries(request: Callable[[], T], url: str) -> T:
                     f"the network, then try again ({message})"
                 ) from error
             wait_s = min(FIRST_WAIT_S * 2 ** (attempt - 1), LONGEST_WAIT_S) * random.uniform(0.5, 1)
-            LOG.warning("%s: %s; attempt %d of %d in %.1f s", url, message, attempt + 1, attempts, wait_s)
+            level = logging.WARNING if attempt == 1 else logging.INFO  # one warning for each request
+            LOG.log(level, "%s: %s; attempt %d of %d in %.1f s", url, message, attempt + 1, attempts, wait_s)
             time.sleep(wait_s)
     raise AssertionError("unreachable")
 
