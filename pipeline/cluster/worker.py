@@ -24,7 +24,7 @@ from pipeline.tracking.tags import TAG_PHASE, TAG_RESIZED, TAG_WARNING
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.requests import NO_REQUEST, LoopHooks, Request
 from shards.errors import one_line
-from shards.store.retry import StoreError
+from shards.store.retry import may_pass
 
 _LESS = "expected a run that fits: lower --evaluate.batch-size, --data.reader-threads or the workers of a node"
 _BEFORE_S = 20.0  # time before a node is taken away at which a second checkpoint is written
@@ -112,7 +112,7 @@ def record_failure(notes: Notes, rank: int, error: Exception) -> None:
     from pipeline.distributed.ranks import is_peer_failure
     from pipeline.training.out_of_memory import is_shortage
 
-    passes = isinstance(error, StoreError | ConnectionError | TimeoutError)  # what is away now may be back later
+    passes = may_pass(error) or isinstance(error, ConnectionError | TimeoutError)
     if isinstance(error, USER_ERRORS) and not passes:
         notes.write_fatal_error(str(error), postpones=isinstance(error, Postponed))
         return

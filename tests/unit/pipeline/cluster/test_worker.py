@@ -1,5 +1,6 @@
 """Requests and reports of a worker beside the loop."""
 
+import errno
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -125,7 +126,15 @@ def test_the_same_error_twice_ends_the_run_unless_something_was_saved(notes: Not
     assert errors_after(memory_notes(), KeyError("lr"), KeyError("bias"), KeyError("lr")) == [None, None, None]
 
 
-@pytest.mark.parametrize("error", [StoreError("s3://sets/coco: no good answer"), ConnectionError("reset"), DistError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        StoreError("s3://sets/coco: no good answer"),
+        OSError(errno.ESTALE, "stale file handle"),
+        ConnectionError("reset"),
+        DistError(),
+    ],
+)
 def test_errors_that_may_pass_are_tried_again(notes: Notes, error: Exception) -> None:
     assert errors_after(notes, error, error, error) == [None, None, None]
 
