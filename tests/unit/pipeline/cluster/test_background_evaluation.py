@@ -57,10 +57,11 @@ def test_background_evaluation_gives_the_metrics_of_the_loops_own(config: RunCon
     assert {(name, step): value for name, value, step in tracker.points if name.startswith("val/")} == expected
     assert len(expected) == 24
     assert ("evaluation/images", 5.0, 6) in tracker.points
-    assert tracker.pictures == [picture for picture in trackers[1].pictures if picture[1] > 0]
+    # The loop explains its evaluations in a thread.
+    assert sorted(tracker.pictures) == sorted(picture for picture in trackers[1].pictures if picture[1] > 0)
     assert ("curves/precision_recall", 6) in tracker.pictures
     assert tracker.tables == trackers[1].tables
-    assert tracker.tables.keys() == {"per_class_ap.json", "precision_recall.json"}
+    assert tracker.tables.keys() > {"per_class_ap.json", "precision_recall.json", "worst_images.json"}
     best = [catalog.best(tmp_path / name) for name in ("beside", "inside")]
     assert best[0] is not None
     assert best[1] is not None
