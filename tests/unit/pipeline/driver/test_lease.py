@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -21,16 +22,17 @@ ELSEWHERE = Holder("elsewhere", 7)
 
 
 @pytest.fixture(params=["folder", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Location:
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Location]:
     if request.param == "folder":
-        return tmp_path / "run"
+        yield tmp_path / "run"
+        return
     server = S3Server(tmp_path, written=True)
-    request.addfinalizer(server.stop)
-    s3fs.S3FileSystem.clear_instance_cache()  # the store of an earlier test had another address
-    request.addfinalizer(s3fs.S3FileSystem.clear_instance_cache)
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    return location("s3://sets/run")
+    s3fs.S3FileSystem.clear_instance_cache()  # the store of an earlier test had another address
+    yield location("s3://sets/run")
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
 
 
 def held(place: Location, holder: Holder | None = None) -> Lease:
