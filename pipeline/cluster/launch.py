@@ -20,14 +20,7 @@ from pipeline.cluster.capacity import alive_nodes, check_this_machine, demand, r
 from pipeline.cluster.notes.claims import cancel_dead_claims
 from pipeline.cluster.notes.notes import Notes
 from pipeline.cluster.probe import probe
-from pipeline.cluster.ray_session import (
-    LocalRay,
-    authenticate,
-    join_cluster,
-    lock_local_ray,
-    setup_hook,
-    start_local_ray,
-)
+from pipeline.cluster.ray_session import Connection, LocalRay, authenticate, lock_local_ray, start_workers_early
 from pipeline.cluster.resources import (
     describe_resources,
     report_pending_workers,
@@ -91,36 +84,46 @@ class ConnectedCluster:
 
 
 @contextmanager
+def connecting(config: RunConfig, *, address: str | None, verbose: bool) -> Iterator[Connection]:
+    """Begin to join a Ray cluster, or to start one on this machine, and yield at once, for `connected`.
+
+    Ray starts in seconds, most of which are imports of its own. In these the driver imports and checks what it needs.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    _set_environment(config.cluster, address, verbose)  # Ray reads the variables when it is imported
+    connection = Connection(config, address, verbose)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+@contextmanager
 def connected(
-    config: RunConfig, folder: Location, *, address: str | None, verbose: bool, say: Callable[[str], None]
+    config: RunConfig, folder: Location, connection: Connection, *, verbose: bool, say: Callable[[str], None]
 ) -> Iterator[ConnectedCluster]:
-    """Join a Ray cluster, or start one on this machine, and yield it when it can run the workers of `config`.
+    """Yield the cluster of the connection when it can run the workers of `config`; end the connection afterwards.
 
     Nothing is written for the run here, so that a cluster that cannot run it leaves no trace. `folder` is the run's
     location.
     """
     mark("data checked, initial weights made")
-    address = address or os.environ.get("RAY_ADDRESS")
-    _set_environment(config.cluster, address, verbose)
-    import ray  # reads the environment
-
-    local = LocalRay()
-    with local.outside_the_group():
-        if address:
-            join_cluster(address, verbose, setup_hook())
-        else:
-            start_local_ray(config, verbose, setup_hook())
+    connection.wait()
     mark("Ray answers")
     try:
-        gpu = _capacity(config.cluster, say) if address else check_this_machine(config.cluster)
+        if connection.address:
+            gpu = _capacity(config.cluster, say)
+            start_workers_early(resources_of_a_worker(config.cluster, gpu), config.cluster.workers)
+        else:
+            gpu = check_this_machine(config.cluster)
         say(_describe_workers(config.cluster, gpu))
-        if address:
+        if connection.address:
             probe(config, folder, alive_nodes(), gpu, say)
             mark("nodes probed")
         warn_of_sqlite(say)
-        yield ConnectedCluster(local, gpu, say, verbose)
+        yield ConnectedCluster(connection.local, gpu, say, verbose)
     finally:
-        ray.shutdown()
+        connection.close()
 
 
 def _capacity(cluster: ClusterConfig, say: Callable[[str], None]) -> bool:

@@ -6,15 +6,26 @@ another one is installed or an interface is missing.
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
+import grpc
 import ray
-from ray._private import services, state
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
+from ray._common.network_utils import build_address
+from ray._private import client_mode_hook, services, state
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.utils import get_runtime_env_info
+from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
 from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
 from ray.experimental import internal_kv
+from ray.train.v2._internal.constants import (
+    DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
+    get_env_vars_to_propagate,
+)
 from ray.train.v2._internal.execution import context
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
@@ -28,11 +39,13 @@ __all__ = [
     "preemption_context",
     "scaling_limits",
     "servers_in_own_groups",
+    "start_processes",
 ]
 
 TESTED_RAY = "2.60"
 _NAMESPACE = b"detr"
 _ANSWER_S = 3.0
+_KEPT_S = 120  # a started process that nothing takes
 T = TypeVar("T")
 
 
@@ -126,8 +139,37 @@ def cancel_resource_request(requester: str) -> None:
 
 def scaling_limits() -> dict[str, float] | None:
     """Return all resources that the autoscaler may add up to, or None where there is no autoscaler."""
-    limits: dict[str, float] | None = state.state.get_max_resources_from_cluster_config()
+    try:
+        limits: dict[str, float] | None = state.state.get_max_resources_from_cluster_config()
+    except ray.exceptions.RaySystemError:  # through ray://, where the cluster's state is not known
+        return None
     return limits
+
+
+def start_processes(node: dict[str, Any], count: int) -> None:
+    """Let a node of `ray.nodes()` start so many processes that the controller and the workers of Ray Train take later.
+
+    They end by themselves if nothing takes them. Ray gives a worker only a process that was started in exactly the
+    environment which the worker asks for, so this composes it as Ray Train does.
+    """
+    if not count or client_mode_hook.is_client_mode_enabled:
+        return
+    runtime_env = ray.get_runtime_context().runtime_env
+    variables = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE}
+    variables |= get_env_vars_to_propagate()
+    merged = dict(runtime_env) | {"env_vars": runtime_env.get("env_vars", {}) | variables}
+    info = get_runtime_env_info(type(runtime_env)(**merged))
+    info.serialized_runtime_env = json.dumps(merged, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    request = node_manager_pb2.PrestartWorkersRequest(
+        language=common_pb2.Language.PYTHON,
+        job_id=bytes.fromhex(ray.get_runtime_context().get_job_id()),
+        runtime_env_info=info,
+        keep_alive_duration_secs=_KEPT_S,
+        num_workers=count,
+    )
+    channel = init_grpc_channel(build_address(node["NodeManagerAddress"], node["NodeManagerPort"]))
+    with suppress(grpc.RpcError), channel:  # without them the workers only start later
+        node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=_ANSWER_S)
 
 
 def preemption_context() -> Any:

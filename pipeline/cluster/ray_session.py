@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import secrets
 import subprocess
+import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,68 @@ class LocalRay:
     def gone(self) -> bool:
         """Return True if one of the servers has ended, and the workers with it."""
         return any(server.poll() is not None for server in self._servers)
+
+
+class Connection:
+    """Connection of this process to Ray, made by a thread of its own.
+
+    The thread lives as long as the connection does, since Ray's servers end with the thread that has started them.
+    """
+
+    def __init__(self, config: RunConfig, address: str | None, verbose: bool) -> None:
+        """Begin to join the cluster at `address`, or to start Ray on this machine."""
+        self.address, self.local = address, LocalRay()
+        self._config, self._verbose = config, verbose
+        self._error: BaseException | None = None
+        self._made, self._over = threading.Event(), threading.Event()
+        threading.Thread(target=self._hold, name="ray", daemon=True).start()
+
+    def _hold(self) -> None:
+        try:
+            with self.local.outside_the_group():
+                if self.address:
+                    join_cluster(self.address, self._verbose, setup_hook())
+                else:
+                    start_local_ray(self._config, self._verbose, setup_hook())
+            if not self.address:
+                cluster = self._config.cluster
+                start_workers_early({"CPU": cluster.cpus_per_worker}, cluster.workers)
+        except BaseException as error:
+            self._error = error
+        self._made.set()
+        self._over.wait()
+
+    def wait(self) -> None:
+        """Wait until the connection is made; raise the error of `join_cluster` or `start_local_ray`."""
+        self._made.wait()
+        if self._error:
+            raise self._error
+
+    def close(self) -> None:
+        """End the connection, and the Ray that was started for it. May be called again."""
+        import ray
+
+        self._made.wait()
+        ray.shutdown()
+        self._over.set()
+
+
+def start_workers_early(each: Mapping[str, float], workers: int) -> None:
+    """Let the nodes start the processes of so many workers, which need `each`, and Ray Train's controller here.
+
+    They import what training needs while the driver prepares the run. On which nodes Ray will place the workers is a
+    guess: it fills one node after the other.
+    """
+    import ray
+
+    from pipeline.cluster.ray_internals import start_processes
+
+    here = ray.get_runtime_context().get_node_id()
+    for node in sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"] != here):
+        fit = min(int(node["Resources"].get(kind, 0) // count) for kind, count in each.items())
+        taken = min(workers, fit)
+        workers -= taken
+        start_processes(node, taken + (node["NodeID"] == here))
 
 
 def setup_hook() -> Callable[[], None]:
@@ -90,6 +153,9 @@ def start_local_ray(config: RunConfig, verbose: bool, setup: Callable[[], None] 
     """
     # A laptop with fewer cores than workers still runs them, more slowly.
     needed = (config.cluster.workers + config.evaluate.asynchronous) * config.cluster.cpus_per_worker
+    # The workers and the controller start together. Ray would start as many processes at a time as there are cores.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(config.cluster.workers + 1))
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # in another environment, so nothing would use them
     try:
         _init(
             verbose,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint.location import Location, checkpoint_root
 from pipeline.checkpoint.metadata import read_meta
-from pipeline.cluster.launch import connected
+from pipeline.cluster.launch import connected, connecting
+from pipeline.cluster.ray_session import Connection
 from pipeline.config import RunConfig, to_json
 from pipeline.driver.launch import Launch
 from pipeline.driver.lease import Lease
@@ -72,12 +73,12 @@ class Work:
         self.record = self.record.but(**changes)
         write_record(self.folder, self.record)
 
-    def create(self, config: RunConfig, ready: PreparedRun) -> Outcome:
+    def create(self, config: RunConfig, ready: PreparedRun, connection: Connection) -> Outcome:
         """Create the run on a cluster that can run it, and train it."""
         launch, total = self._launch, ready.schedule.total_steps
         with ExitStack() as stack:
             cluster = stack.enter_context(
-                connected(config, self.folder, address=launch.address, verbose=launch.verbose, say=launch.say)
+                connected(config, self.folder, connection, verbose=launch.verbose, say=launch.say)
             )
             with self._recorded():
                 self.save()
@@ -103,7 +104,7 @@ class Work:
             TAG_PHASE: "starting",
         }
 
-    def go_on(self, asked: RunConfig, config: RunConfig, accept: bool) -> Outcome:
+    def go_on(self, asked: RunConfig, config: RunConfig, accept: bool, connection: Connection) -> Outcome:
         """Train the run from its newest checkpoint to its end, or do what is left of a trained one."""
         launch, before = self._launch, self.record.run_config
         run = self._client.get_run(self.record.run_id)
@@ -121,7 +122,7 @@ class Work:
         with ExitStack() as stack:
             if not trained:
                 cluster = stack.enter_context(
-                    connected(config, self.folder, address=launch.address, verbose=launch.verbose, say=launch.say)
+                    connected(config, self.folder, connection, verbose=launch.verbose, say=launch.say)
                 )
             with self._recorded():
                 self._begin(asked, config, position, dict(run.data.tags))
@@ -293,14 +294,15 @@ def create(
     config: RunConfig, name: str, folder: Location, launch: Launch, lease: Lease, known: RunRecord | None
 ) -> Outcome:
     """Create the run `name` and train it; `known` is the record that a driver has left which was killed before it had."""
-    client = connect()
     asked = config
-    config, ready = prepare(config, launch.say)
-    digests = (ready.train.digest, ready.val.digest)
-    record = new_record(name, asked, config, digests)
-    if known is not None:
-        record = record.but(key=known.key)
-    return Work(folder, launch, lease, record, client).create(config, ready)
+    with connecting(config, address=launch.address, verbose=launch.verbose) as connection:
+        client = connect()
+        config, ready = prepare(config, launch.say)
+        digests = (ready.train.digest, ready.val.digest)
+        record = new_record(name, asked, config, digests)
+        if known is not None:
+            record = record.but(key=known.key)
+        return Work(folder, launch, lease, record, client).create(config, ready, connection)
 
 
 def go_on(
@@ -308,8 +310,9 @@ def go_on(
 ) -> Outcome:
     """Continue the run of `record` with another configuration or the same one."""
     try:
-        work = Work(folder, launch, lease, record, connect())
-        with translated_errors():
-            return work.go_on(asked, config, accept)
+        with connecting(config, address=launch.address, verbose=launch.verbose) as connection:
+            work = Work(folder, launch, lease, record, connect())
+            with translated_errors():
+                return work.go_on(asked, config, accept, connection)
     except (TrackingAway, StoreError) as error:
         raise Postponed(f"{error}; `detr resume {record.handle}` continues when it answers") from error

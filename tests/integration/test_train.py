@@ -1,7 +1,8 @@
 """The driver around the workers, without Ray: a real store and folder, and workers in this process."""
 
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.driver import work
 from pipeline.driver.changes import ResumeOptions
+from pipeline.driver.dead_drivers import close_dead_runs
 from pipeline.driver.lease import Claims, Lease
 from pipeline.errors import (
     BusyError,
@@ -51,6 +53,7 @@ def put(patch: pytest.MonkeyPatch, run_workers: Callable[..., None]) -> None:
 
         yield Cluster
 
+    patch.setattr(work, "connecting", lambda *_, **__: nullcontext())
     patch.setattr(work, "connected", connected)
 
 
@@ -261,3 +264,157 @@ def test_a_loss_of_mlflow_is_one_line_that_says_what_is_kept(
         patch.setattr(work, "create_run", away)
         with pytest.raises(TrackingError, match=r"the MLflow store .* failed"):
             train(short_config, launch)
+
+
+@pytest.fixture
+def named(short_config: RunConfig, tmp_path: Path) -> RunConfig:
+    return replace(short_config, storage=str(tmp_path / "runs"))
+
+
+def runs_in_mlflow() -> list[str]:
+    """Return the status of every run, whatever its tags."""
+    client = connect()
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return [run.info.status for run in client.search_runs(experiments)]
+
+
+def test_the_same_command_is_the_same_run(
+    named: RunConfig, store: str, launch: Launch, workers: Callable[..., None]
+) -> None:
+    workers(Interrupted("stopped at a checkpoint"))
+    with pytest.raises(Interrupted, match="`detr resume it`, or the same command, continues"):
+        train(named, launch, run="it")
+    workers(None)
+    outcome = train(named, launch, run="it")
+    workers(AssertionError("the workers were started"))
+    lines: list[str] = []
+    assert train(named, Launch(say=lines.append), run="it") == outcome
+    assert resume("it", launch=launch) == resume(str(outcome.folder), launch=launch) == outcome
+    assert lines == [
+        "run it is finished and registered as models:/detr-tiny/1; `detr resume it --epochs N` trains it further"
+    ]
+    assert runs_in_mlflow() == ["FINISHED"]
+    assert [path.name for path in Path(named.storage).iterdir()] == ["it"]
+
+
+def test_another_command_of_a_name_is_refused_or_accepted(
+    named: RunConfig, store: str, launch: Launch, workers: Callable[..., None]
+) -> None:
+    workers(None)
+    train(named, launch, run="it")
+    with pytest.raises(RunConfigError, match=r"optim\.lr 0\.001 -> 0\.5"):
+        train(replace(named, optim=replace(named.optim, lr=0.5)), launch, run="it")
+    longer = replace(named, optim=replace(named.optim, max_steps=2))
+    with pytest.raises(RunConfigError, match=r"optim\.max_steps 1 -> 2; expected the same, or --accept-change"):
+        train(longer, launch, run="it")
+    assert train(longer, launch, run="it", accept_change=True).version == "2"
+    assert train(longer, launch, run="it").version == "2"
+
+
+def test_a_run_that_failed_for_good_fails_again_until_an_option_changes(
+    named: RunConfig, store: str, launch: Launch, workers: Callable[..., None]
+) -> None:
+    workers(TrainingError("worker 0 ran out of memory"))
+    with pytest.raises(TrainingError, match="^worker 0 ran out of memory$"):
+        train(named, launch, run="it")
+    workers(AssertionError("the workers were started"))
+    with pytest.raises(TrainingError, match="^worker 0 ran out of memory .*`detr resume it` tries again") as caught:
+        train(named, launch, run="it")
+    assert getattr(caught.value, "exit_status", 1) == 1
+    workers(None)
+    lines: list[str] = []
+    smaller = replace(named, compute=replace(named.compute, max_microbatch=1))
+    assert train(smaller, Launch(say=lines.append), run="it").version == "1"
+    assert "run it continues with compute.max_microbatch 0 -> 1" in lines
+
+
+@pytest.mark.parametrize("moment", ["create_run", "set_tag", "write_initial_weights"])
+def test_a_kill_while_a_run_is_created_leaves_one_run(
+    named: RunConfig,
+    store: str,
+    launch: Launch,
+    workers: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+) -> None:
+    class Kill(BaseException):
+        pass
+
+    def kill(*_: object, **__: object) -> None:
+        raise Kill
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work.Work, "_end", lambda *_: None)  # a killed driver records nothing
+        if moment == "create_run":  # in MLflow, but not in the record
+            real = work.create_run
+            patch.setattr(work, "create_run", lambda *arguments: kill(real(*arguments)))
+        elif moment == "set_tag":
+            patch.setattr("mlflow.MlflowClient.log_text", kill)
+        else:
+            patch.setattr(work.PreparedRun, "write_initial_weights", kill)
+        with pytest.raises(Kill):
+            train(named, launch, run="it")
+    workers(None)
+    assert train(named, launch, run="it").version == "1"
+    assert runs_in_mlflow() == ["FINISHED"]
+
+
+def test_workers_that_end_early_do_not_finish_a_run(
+    tiny_config: RunConfig, store: str, launch: Launch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def half(config: RunConfig, run_id: str, folder: Path, **_: Any) -> None:
+        run(replace(config, optim=replace(config.optim, max_steps=2)), RunInfo(run_id, folder, "commit"), Ranks(), None)
+
+    put(monkeypatch, half)
+    config = replace(tiny_config, storage=str(tmp_path / "runs"))
+    with pytest.raises(Postponed, match="the workers ended at step 2 of 6 without a reason"):
+        train(config, launch, run="it")
+    with pytest.raises(TrainingError, match="ended at step 2 of 6") as caught:
+        train(config, launch, run="it")
+    assert not isinstance(caught.value, Postponed), "the second time there was no progress"
+    assert runs_in_mlflow() == ["FAILED"]
+
+
+def test_a_killed_driver_s_run_is_called_killed_by_whoever_looks(
+    named: RunConfig, store: str, launch: Launch, workers: Callable[..., None]
+) -> None:
+    workers(Interrupted("stopped at a checkpoint"))
+    with pytest.raises(Interrupted):
+        train(named, launch, run="it")
+    client = connect()
+    run_id = find_run(client, "it").info.run_id
+    lease = Lease(Claims(Path(named.storage) / "it"), "it")
+    lease.acquire()
+    client.update_run(run_id, status="RUNNING")
+    client.set_tag(run_id, TAG_PHASE, "training")
+    assert not close_dead_runs(client, [client.get_run(run_id)], print), "its driver is this process"
+    lease.release()
+    assert close_dead_runs(client, [client.get_run(run_id)], print)
+    found = client.get_run(run_id)
+    assert (found.info.status, found.data.tags[TAG_PHASE]) == ("KILLED", "killed")
+
+
+def test_data_may_lie_elsewhere_but_not_be_other_data(
+    named: RunConfig, store: str, launch: Launch, workers: Callable[..., None], tmp_path: Path
+) -> None:
+    workers(Interrupted("stopped at a checkpoint"))
+    with pytest.raises(Interrupted):
+        train(named, launch, run="it")
+    moved = shutil.copytree(named.data.train, tmp_path / "moved")
+    workers(None)
+    other = replace(named, data=replace(named.data, train=named.data.val))
+    with pytest.raises(RunConfigError, match="is not the data that run it was started with"):
+        train(other, launch, run="it")
+    assert train(replace(named, data=replace(named.data, train=str(moved))), launch, run="it").version == "1"
+
+
+def test_a_jump_of_the_learning_rate_is_told(
+    tiny_config: RunConfig, store: str, workers: Callable[..., None], tmp_path: Path
+) -> None:
+    optim = replace(tiny_config.optim, epochs=1, decay="linear", decay_epoch=0, decay_factor=0.01)
+    workers(None)
+    train(replace(tiny_config, storage=str(tmp_path / "runs"), optim=optim), Launch(say=lambda text: None), run="it")
+    lines: list[str] = []
+    resume("it", ResumeOptions(epochs=2), Launch(say=lines.append))
+    told = "the factor on the learning rates at step 3 is 0.406, with the old one it would be 0.01"
+    assert any(told in line for line in lines), lines

@@ -101,7 +101,9 @@ def test_kinds_of_nodes_are_counted_and_few_are_shown() -> None:
 def test_this_machine_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def machine(**resources: float) -> None:
         monkeypatch.setattr(
-            ray, "nodes", lambda: [{"Alive": True, "NodeID": "a", "NodeManagerAddress": "127.0.0.1", "Resources": resources}]
+            ray,
+            "nodes",
+            lambda: [{"Alive": True, "NodeID": "a", "NodeManagerAddress": "127.0.0.1", "Resources": resources}],
         )
 
     machine(CPU=2)
