@@ -152,7 +152,7 @@ def _pair(
     size = (max(1, round((right - left) * factor)), max(1, round((bottom - top) * factor)))
     frame = Image.new("RGB", _SIZE, "white")
     picture = Image.fromarray(sample.image)
-    frame.paste(picture.resize(size, Image.Resampling.BILINEAR, box=(left, top, right, bottom)))
+    frame.paste(picture.resize(size, Image.Resampling.BILINEAR, (left, top, right, bottom), 2.0))
     corners = np.concatenate([found.boxes_xywh[:, :2], found.boxes_xywh[:, :2] + found.boxes_xywh[:, 2:]], axis=1)
     both = (
         (corners, found.labels.tolist(), found.scores.tolist()),

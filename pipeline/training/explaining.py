@@ -11,7 +11,6 @@ from PIL import Image
 
 from pipeline.display.draw import contact_sheet
 from pipeline.display.explanation import (
-    calibration_picture,
     columns,
     confused_pairs,
     suspect_pictures,
@@ -49,7 +48,6 @@ def report_explanation(tracker: Tracker, val: Manifest, evaluation: Evaluation, 
     }
     for name, table in tables.items():
         tracker.table(name, table, step)
-    tracker.picture("errors/calibration", calibration_picture(diagnosis.calibration), step)
     _report_sheet(tracker, "errors/worst_images", worst_pictures(val, detections, diagnosis), step)
     _report_sheet(tracker, "errors/suspect_labels", suspect_pictures(val, diagnosis.suspects), step)
 

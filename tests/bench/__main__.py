@@ -180,12 +180,23 @@ CASES: dict[str, Callable[[str, int], list[Row]]] = {
     "padding": _data("planning", "padding"),
     "streaming": _data("streaming", "streaming"),
     "scoring": _data("scoring", "scoring"),
+    "explaining": _data("scoring", "explaining"),
     "orchestration": _data("orchestration", "orchestration"),
     "checkpointing": _data("checkpointing", "checkpointing"),
 }
 # Cases that measure nothing useful on a device; they still run if asked for.
 LEFT_OUT = {
-    "cuda": ("parsing", "writing", "loading", "planning", "padding", "streaming", "scoring", "orchestration"),
+    "cuda": (
+        "parsing",
+        "writing",
+        "loading",
+        "planning",
+        "padding",
+        "streaming",
+        "scoring",
+        "explaining",
+        "orchestration",
+    ),
     "cpu": ("train",),
 }
 

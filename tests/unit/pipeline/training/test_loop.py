@@ -50,7 +50,7 @@ def test_a_run_saves_evaluates_and_reports_at_the_right_steps(config: RunConfig,
     assert [step for name, step in tracker.pictures if name == "detections/0"] == [0, 3, 6]
     assert [step for name, step in tracker.pictures if name == "curves/precision_recall"] == [0, 3, 6]
     assert len([name for name, _ in tracker.pictures if not name.startswith("errors/")]) == 6
-    assert [step for name, step in tracker.pictures if name == "errors/calibration"] == [3, 6]
+    assert [step for name, step in tracker.pictures if name == "errors/worst_images"] == [3, 6]
     assert tracker.tables["per_class_ap.json"]["category_id"] == [1, 2, 3, 4]
     assert len(tracker.tables["precision_recall.json"]["recall"]) == 101
     rates = {step: value for name, value, step in tracker.points if name == "optim/lr"}
