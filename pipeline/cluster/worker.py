@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 from pipeline.checkpoint.location import Location
-from pipeline.cluster.hang_watch import HangWatch
 from pipeline.cluster.notes import attempts
 from pipeline.cluster.notes.attempts import Restart
 from pipeline.cluster.notes.notes import Notes
@@ -51,6 +50,7 @@ def train_in_ray(job: WorkerJob) -> None:
     import ray.train
     import torch
 
+    from pipeline.cluster.hang_watch import HangWatch  # with torch, which the driver does not wait for
     from pipeline.distributed.ranks import Ranks
     from pipeline.tracking.tracker import forward_warnings
     from pipeline.training.loop import run
