@@ -102,9 +102,8 @@ def _end(server: subprocess.Popen[bytes]) -> None:
 
 def start_ray(host: Host, *flags: str) -> None:
     """Start a Ray node of one CPU on the host."""
-    ray = str(Path(sys.executable).with_name("ray"))
     words = ["--node-ip-address", host.address, "--num-cpus", "1", "--disable-usage-stats", "--block", *flags]
-    host.start("sh", "-c", 'exec "$@" > /mnt/ray.log 2>&1', "ray", ray, "start", *words)
+    host.start("ray.log", str(Path(sys.executable).with_name("ray")), "start", *words)
 
 
 def start_head(host: Host) -> str:
@@ -115,8 +114,7 @@ def start_head(host: Host) -> str:
 
 
 def wait_for_ray(host: Host) -> None:
-    log = host.folder / "ray.log"
-    until(lambda: log.exists() and "Ray runtime started" in log.read_text(), f"Ray on {host.name}", 60)
+    until(lambda: "Ray runtime started" in host.log("ray.log"), f"Ray on {host.name}", 90)
 
 
 def until(condition: Any, what: str, timeout_s: float) -> None:
@@ -144,14 +142,14 @@ def test_a_cluster_that_cannot_train_is_refused_in_a_line_before_a_run_exists(si
     changed = second.folder / "errors.py"
     changed.write_text((ROOT / "pipeline" / "errors.py").read_text() + "\n# another release\n")
     second("mount", "--bind", "/mnt/errors.py", f"{ROOT}/pipeline/errors.py")
-    waiting = first.start(*train(address, "refused", "--cluster.workers", "2"))
-    time.sleep(10)
-    start_ray(second, "--address", address)
-    output, _ = waiting.communicate(timeout=120)
-    assert waiting.returncode == 1, output
-    assert re.search(r"waiting for the cluster.* 2 workers need 1 CPU each .* 1 of them fits the cluster", output), (
-        output
+    waiting = first.start("driver.log", *train(address, "refused", "--cluster.workers", "2"))
+    missing = re.compile(
+        r"waiting for the cluster.* 2 workers need 1 CPU each .* 1 of them fits the cluster: \S+ has 1 CPU"
     )
+    until(lambda: missing.search(first.log("driver.log")) or waiting.poll() is not None, "the wait is reported", 120)
+    start_ray(second, "--address", address)
+    assert waiting.wait(120) == 1, first.log("driver.log")
+    output = first.log("driver.log")
     assert "the cluster has what the workers need, after" in output
     assert re.search(rf"detr: node {second.address} \(host-b\): has other code", output), output
     second("umount", f"{ROOT}/pipeline/errors.py")
@@ -182,11 +180,11 @@ def test_a_run_continues_without_a_host_and_then_on_another_one(site: Site) -> N
     for host in (first, second):
         pace(host, 0.4)
     words = ["--cluster.workers", "2", "--cluster.min-workers", "1"]
-    driver = first.start(*train(address, "moved", *words))
+    driver = first.start("driver.log", *train(address, "moved", *words))
 
     def trained(step: int) -> None:
         until(lambda: site.saved("moved") >= step or driver.poll() is not None, f"step {step}", 200)
-        assert driver.poll() is None, driver.communicate()[0]
+        assert driver.poll() is None, first.log("driver.log")
 
     trained(5)
     second.cut()
@@ -195,7 +193,7 @@ def test_a_run_continues_without_a_host_and_then_on_another_one(site: Site) -> N
     ranks = {line.split()[2] for file in first.folder.glob("[0-9]*") for line in file.read_text().splitlines()}
     assert ranks == {"1", "2"}
     first.kill()
-    driver.communicate()
+    driver.wait()
 
     address = start_head(third)
     output = third(*train(address, "moved", *words))

@@ -63,30 +63,32 @@ class Host:
         _until(lambda: (folder / "ready").exists(), f"host {name} is there")
         (self._pid,) = [child.pid for child in psutil.Process(self._first.pid).children()]
 
-    def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
-        """Start a command in the host's folder and return at once; its output is in one stream."""
+    def start(self, log: str, *command: str) -> subprocess.Popen[bytes]:
+        """Start a command in the host's folder, with its output in the file `log` there, and return at once."""
         enter = ["nsenter", "--target", str(self._pid), "--net", "--mount", "--uts", "--pid"]
-        return subprocess.Popen(
-            [*enter, "sh", "-c", 'cd /mnt && exec "$@"', "host", *command],
-            env=self.environment | environment,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        with (self.folder / log).open("wb") as file:
+            return subprocess.Popen(
+                [*enter, "sh", "-c", 'cd /mnt && exec "$@"', "host", *command],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+            )
 
-    def __call__(self, *command: str, status: int | None = 0, timeout_s: float = 240, **environment: str) -> str:
-        """Run a command to its end and return its output; fail unless it exits with `status` (None: with any)."""
-        process = self.start(*command, **environment)
+    def log(self, name: str) -> str:
+        """Return what a command has written into this log so far."""
+        return (self.folder / name).read_text()
+
+    def __call__(self, *command: str, status: int = 0, timeout_s: float = 240) -> str:
+        """Run a command to its end and return its output; fail unless it exits with `status`."""
+        process = self.start("command.log", *command)
         try:
-            output, _ = process.communicate(timeout=timeout_s)
+            process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()
-            output, _ = process.communicate()
-            raise AssertionError(f"{command} did not end within {timeout_s} s:\n{output}") from None
-        assert status is None or process.returncode == status, output
-        return output
+            self.kill()
+            process.wait()
+        assert process.returncode == status, self.log("command.log")
+        return self.log("command.log")
 
     def cut(self) -> None:
         """Take the cable out: packets to and from the host are lost."""
