@@ -19,7 +19,14 @@ from torch import Tensor
 from detr.config import ModelConfig
 from detr.mask_head import MASK_MODULES
 from detr.model import DETR, build_model
-from detr.original import load_backbone_weights, load_detector_state_dict, load_original_state_dict
+from detr.original import (
+    class_heads,
+    load_backbone_weights,
+    load_detector_state_dict,
+    load_original_state_dict,
+    to_original_state_dict,
+    with_class_rows,
+)
 from pipeline.config import RunConfig
 from pipeline.errors import RunConfigError
 from pipeline.exchange.state_file import read_state_file
@@ -27,8 +34,6 @@ from pipeline.recipes import RECIPES
 from pipeline.registry.card import WEIGHTS_NAME, read_card
 from shards.dataset.categories import UNNAMED, Category
 from shards.errors import one_line
-
-_CLASS_HEAD = ("class_embed.weight", "class_embed.bias")
 
 
 def adopt_model_config(config: RunConfig, folder: Path) -> RunConfig:
@@ -75,23 +80,26 @@ def _load_initial(
 ) -> tuple[str, ...]:
     state = dict(_read_state(resolved / WEIGHTS_NAME if resolved else Path(config.initial), "initial"))
     known = read_card(resolved).categories if resolved else None
-    # The parameters of the detector have a prefix in a model with masks.
-    heads = {name: key for name in _CLASS_HEAD for key in state if key.endswith(name)}
-    shape = state[heads[_CLASS_HEAD[0]]].shape if len(heads) == len(_CLASS_HEAD) else None
+    heads = class_heads(state)
+    rows = next((len(state[name]) for name in heads), None)
     # Imported models have labels without a category, which are no classes: keep only the rows of the others.
     named = [label for label, category in enumerate(known or ()) if category.name != UNNAMED]
     if known and len(named) < len(known) and tuple(known[label] for label in named) == tuple(categories):
         known = tuple(categories)
-        state |= {heads[name]: state[heads[name]][[*named, -1]] for name in _CLASS_HEAD}
-    same = known == tuple(categories) if known else shape is not None and shape[:1] == (len(categories) + 1,)
-    if not same and shape is not None:  # a state without a class head is no DETR: loading it below raises
+        kept = [*named, -1] if model.no_object else named
+        state = with_class_rows(model, state, lambda _, values: values[kept])
+    same = known == tuple(categories) if known else rows == len(categories) + model.no_object
+    if not same and rows is not None:  # a state without a class head is no DETR: loading it below raises
         if config.optim.train == "mask_head":
             raise RunConfigError(
                 f"--initial {config.initial} knows other classes than the {len(categories)} of the data, but only the "
                 "mask head trains; expected a detector of the same classes: fine-tune one first, or give "
                 "--optim.train all"
             )
-        state |= {heads[name]: model.get_parameter(name).detach() for name in _CLASS_HEAD}
+        # The parameters of the detector have a prefix in a model with masks.
+        fresh = to_original_state_dict(model) | model.state_dict()
+        fresh |= {f"detr.{name}": fresh[name] for name in class_heads(fresh)}
+        state = with_class_rows(model, state, lambda name, values: fresh.get(name, values).clone())
     new_mask_head = model.config.masks and not any(key.startswith(MASK_MODULES) for key in state)
     try:
         if new_mask_head:

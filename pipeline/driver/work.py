@@ -148,11 +148,11 @@ class Work:
         if (config.data.train, config.data.val) != (before.data.train, before.data.val):
             check_data(config)
         position = position_after(config, newest, accept)
-        digests = {
-            config.data.train: (self.record.train_digest, position.train.digest),
-            config.data.val: (self.record.val_digest, position.val.digest),
-        }
-        for url, (was, now) in digests.items():
+        digests = (
+            (config.data.train, self.record.train_digest, position.train.digest),
+            (config.data.val, self.record.val_digest, position.val.digest),
+        )
+        for url, was, now in digests:
             if was not in ("", now) and not accept:
                 raise RunConfigError(
                     f"{url} is not the data that run {self.record.handle} was started with (digest {was[:12]}, now "

@@ -315,10 +315,10 @@ def test_a_run_that_failed_for_good_fails_again_until_an_option_changes(
     named: RunConfig, store: str, launch: Launch, workers: Callable[..., None]
 ) -> None:
     workers(TrainingError("worker 0 ran out of memory"))
-    with pytest.raises(TrainingError, match="^worker 0 ran out of memory$"):
+    with pytest.raises(TrainingError, match=r"^worker 0 ran out of memory$"):
         train(named, launch, run="it")
     workers(AssertionError("the workers were started"))
-    with pytest.raises(TrainingError, match="^worker 0 ran out of memory .*`detr resume it` tries again") as caught:
+    with pytest.raises(TrainingError, match=r"^worker 0 ran out of memory .*`detr resume it` tries again") as caught:
         train(named, launch, run="it")
     assert getattr(caught.value, "exit_status", 1) == 1
     workers(None)
