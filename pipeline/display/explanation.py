@@ -158,7 +158,7 @@ def _pair(
         (corners, found.labels.tolist(), found.scores.tolist()),
         (sample.boxes_xyxy.astype(np.float64), sample.labels.tolist(), None),
     )
-    pictures = []
+    pictures: list[Image.Image] = []
     for (xyxy, labels, scores), without_name in zip(both, nameless, strict=True):
         # Only boxes that reach into the region.
         inside = (xyxy[:, :2] < region[2:]).all(axis=1) & (xyxy[:, 2:] > region[:2]).all(axis=1)
@@ -170,4 +170,4 @@ def _pair(
             None if scores is None else [scores[number] for number in kept],
         )
         pictures.append(draw(frame, boxes))
-    return side_by_side(*pictures, captions)
+    return side_by_side(pictures[0], pictures[1], captions)

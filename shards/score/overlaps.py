@@ -6,6 +6,7 @@ These are for explanations; the metrics come from the scorers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -62,7 +63,7 @@ def iou(found: Floats, true: Floats, crowd: npt.NDArray[np.bool_]) -> Floats:
     both = np.maximum(high - low, 0).prod(axis=1)
     area = found[:, 2:].prod(axis=1)
     whole = np.where(crowd, area, area + true[:, 2:].prod(axis=1) - both)
-    return np.divide(both, whole, out=np.zeros_like(both), where=whole > 0)
+    return np.asarray(np.divide(both, whole, out=np.zeros_like(both), where=whole > 0), np.float64)
 
 
 def found_objects(comparison: Comparison, pairs: Overlaps) -> Overlaps:
@@ -76,9 +77,9 @@ def assign(candidates: Ints, pairs: Overlaps, values: Floats, scores: npt.NDArra
 
     With `scores` the highest score is first and values decide between the objects of one detection.
     """
-    keys = (-values[candidates],)
+    keys: list[npt.NDArray[Any]] = [-values[candidates]]
     if scores is not None:
-        keys = (keys[0], pairs.detection[candidates], -scores[pairs.detection[candidates]])
+        keys += [pairs.detection[candidates], -scores[pairs.detection[candidates]]]
     ordered = candidates[np.lexsort(keys)]
     detections, objects, chosen = set[int](), set[int](), []
     columns = (ordered, pairs.detection[ordered], pairs.truth[ordered])

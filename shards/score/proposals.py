@@ -43,6 +43,6 @@ def _proposal(manifest: Manifest, suspect: Suspect) -> Correction:
         annotation_id=suspect.annotation_id,
         image_id=suspect.image_id,
         category_id=manifest.categories[found].id if found is not None and action in ("relabel", "add") else None,
-        bbox=None if box is None or action not in ("move", "add") else tuple(round(side, 2) for side in box),
+        bbox=box if action in ("move", "add") else None,
         note=note,
     )

@@ -50,7 +50,7 @@ def find_suspects(
     manifest: Manifest, comparison: Comparison, pairs: Overlaps, found: Overlaps, count: int
 ) -> tuple[Suspect, ...]:
     """Return the `count` most suspicious labels and missing labels; `found` are the found objects of `pairs`."""
-    scores, truth = comparison.detections.scores, comparison.truth
+    scores, truth = comparison.detections.scores.astype(np.float64), comparison.truth
     typical = float(np.median(found.iou)) if len(found.iou) else 1.0
     free_detections, free_objects = scores >= LEAST_SCORE, truth["iscrowd"] == 0
     free_objects[found.truth] = False
@@ -106,7 +106,7 @@ def _near(comparison: Comparison, pairs: Overlaps) -> npt.NDArray[np.bool_]:
     between = np.hypot(*((found - true)[:, :2] + (found - true)[:, 2:] / 2).T)
     areas, true_areas = found[:, 2:].prod(axis=1), true[:, 2:].prod(axis=1)
     similar = (areas <= 2 * true_areas) & (true_areas <= 2 * areas)
-    return similar & (between <= _NEAR * np.hypot(true[:, 2], true[:, 3]))
+    return np.asarray(similar & (between <= _NEAR * np.hypot(true[:, 2], true[:, 3])), np.bool_)
 
 
 def _highest(keys: Ints, values: Floats, count: int) -> Floats:
@@ -166,6 +166,6 @@ def _suspect(
         label=int(truth["label"][true]) if labelled else None,
         box_xywh=tuple(truth["bbox"][true].tolist()) if labelled else None,
         found_label=int(found.labels[detection]) if detected else None,
-        found_box_xywh=tuple(found.boxes_xywh[detection].tolist()) if detected else None,
+        found_box_xywh=tuple(np.round(found.boxes_xywh[detection], 2).tolist()) if detected else None,
         score=float(found.scores[detection]) if detected else None,
     )

@@ -32,7 +32,7 @@ def evaluator(comparison: Comparison, kind: Literal["bbox", "segm"]) -> Any:
     """
     import hotcoco
 
-    masks = kind == "segm"
+    true_runs: list[Any] | None = comparison.truth_runs if kind == "segm" else None
     detections, truth = comparison.detections, comparison.truth
     sizes = zip(comparison.widths.tolist(), comparison.heights.tolist(), strict=True)
     true_objects = hotcoco.COCO.from_arrays(
@@ -43,13 +43,13 @@ def evaluator(comparison: Comparison, kind: Literal["bbox", "segm"]) -> Any:
         np.ascontiguousarray(truth["bbox"]),
         area=np.ascontiguousarray(truth["area"]),
         iscrowd=truth["iscrowd"].astype(np.int64),
-        segmentation=comparison.truth_runs if masks else None,
+        segmentation=true_runs,
     )
     columns = (comparison.detection_images, detections.boxes_xywh, detections.scores, detections.labels)
     rows = np.column_stack([column.astype(np.float64) for column in columns])
-    if not masks:
+    if kind == "bbox":
         return hotcoco.COCOeval(true_objects, true_objects.load_res(rows), kind)
-    runs = comparison.detection_runs
+    runs: list[Any] = comparison.detection_runs
     found = true_objects.load_res(rows, segmentation=runs)
     if runs:  # a row's area is that of its box; a detected object is as large as its mask
         areas = np.asarray(hotcoco.mask.area(runs), np.float64)

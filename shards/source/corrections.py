@@ -113,7 +113,7 @@ def corrected(
         row = rows[entry.annotation_id]
         if entry.action == "delete":
             kept[row] = False
-        elif entry.action == "relabel":
+        elif entry.category_id is not None and entry.action == "relabel":
             columns.category_ids[row] = entry.category_id
             columns.texts[row] = _edited(columns.texts[row], {"category_id": entry.category_id})
         elif entry.bbox is not None:
