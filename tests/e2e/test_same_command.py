@@ -1,0 +1,65 @@
+"""One command that comes again and again: beside its run, after a kill, and after the end."""
+
+import json
+import os
+import signal
+import time
+
+import psutil
+
+from tests.support.command import TINY, Command, kill, ray_workers, until
+
+STEPS = 60
+TRAIN = ["train", "overfit", "--data.train", "data/train", "--data.val", "data/val", *TINY]
+TRAIN += ["--optim.max-steps", str(STEPS), "--evaluate.every", "100", "--run", "same"]
+
+
+def interrupted(detr: Command, number: int, after_s: float) -> tuple[int, float]:
+    """Start the command where SIGINT is ignored, signal it after some seconds; return its status and how long it took."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a process that a script has started with `&`
+    try:
+        process = detr.start(*TRAIN)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    time.sleep(after_s)
+    start = time.monotonic()
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    print(f"signal {number} after {after_s} s: status {process.returncode}, {output.splitlines()[-1:]}")
+    return process.returncode, time.monotonic() - start
+
+
+def test_the_same_command_creates_continues_and_finds_one_run(detr: Command) -> None:
+    stops = [interrupted(detr, signal.SIGTERM, 2), interrupted(detr, signal.SIGINT, 5)]
+    assert [status for status, _ in stops] == [75, 75]
+    assert max(seconds for _, seconds in stops) < 20
+
+    driver = detr.start(*TRAIN)
+    checkpoints = detr.folder / "runs" / "same" / "checkpoints"
+    until(lambda: driver.poll() is not None or any(checkpoints.glob("step-*/meta.json")), "a checkpoint")
+    second = detr(*TRAIN, status=75)
+    assert f"is being trained by process {driver.pid} on" in second, second
+
+    workers = ray_workers(driver.pid)
+    kill(psutil.Process(driver.pid))
+    driver.communicate()
+    psutil.wait_procs(workers, timeout=60)
+    assert detr.runs_named("same") == ["RUNNING"]
+    assert "killed" in detr("runs", "same")
+    assert detr.runs_named("same") == ["KILLED"]
+    assert detr.tag("same", "detr.phase") == "killed"
+
+    output = detr(*TRAIN)
+    assert "continues at step" in output, output
+    times = []
+    for _ in range(9):
+        start = time.monotonic()
+        assert "is finished and registered as models:/detr-overfit/1" in detr(*TRAIN)
+        times.append(time.monotonic() - start)
+    print("seconds of the nine other commands:", ", ".join(f"{seconds:.1f}" for seconds in times))
+    assert max(times) < 10
+    assert detr.runs_named("same") == ["FINISHED"]
+    assert detr.points("same", "train/loss") == list(range(5, STEPS + 1, 5))
+    assert os.listdir(detr.folder / "runs") == ["same"]
+    record = json.loads((detr.folder / "runs" / "same" / "run.json").read_text())
+    assert record["status"] == "finished"
