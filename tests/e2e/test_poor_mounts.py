@@ -4,7 +4,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ TRAIN += ["--cluster.workers", "2", "--run", "poor"]
 
 
 @pytest.fixture
-def poor_runs(detr: Command, recording: Recording, tmp_path: Path) -> Iterator[Path]:
+def poor_runs(detr: Command, recording: Recording, tmp_path: Path) -> Path:
     """The folder of runs, as every process of the command sees it through a library that is loaded before the C library."""
     compiler = shutil.which("cc")
     if compiler is None:
@@ -28,7 +27,7 @@ def poor_runs(detr: Command, recording: Recording, tmp_path: Path) -> Iterator[P
     words = [compiler, "-shared", "-fPIC", "-o", str(library), str(SOURCE), "-ldl", "-lpthread"]
     subprocess.run(words, check=True)
     detr.env |= {"LD_PRELOAD": str(library), "DETR_POOR_MOUNT": str(runs)}
-    yield runs
+    return runs
 
 
 def test_a_run_stops_and_continues_without_links_and_locks(
