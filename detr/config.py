@@ -66,7 +66,7 @@ class DeformableConfig:
 
     levels: int = 4
     """Number of feature levels.
-    1: the last stage of the backbone. 3: its last three stages. Above 3: further levels, each at half the size."""
+    1: the last stage of the backbone. 3 or more: its stages of stride 8, 16 and 32, and further ones at half the size."""
     encoder_points: int = 4
     """Number of sampled points per head and level in the encoder."""
     decoder_points: int = 4

@@ -7,7 +7,7 @@ The original keeps the detector of a model with masks in `detr.`, next to `bbox_
 modules have no prefix. This module adds and removes it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from detr.mask_head import MASK_MODULES
 from detr.model import DETR
 
 _DETECTOR = "detr."
+_IN_DECODER = "transformer.decoder."
 _COUNTERS = ("num_batches_tracked", "total_ops", "total_params")
 # The first prefix that fits a differing key explains the difference; a list of keys would not.
 _EXPLANATIONS = {
@@ -85,6 +86,27 @@ def load_backbone_weights(model: DETR | ResNet, state_dict: Mapping[str, Tensor]
             "choose the ModelConfig.backbone and norm that the weights were trained with"
         )
     body.load_state_dict(given, strict=False)
+
+
+def with_class_rows(
+    model: DETR, state_dict: Mapping[str, Tensor], change: Callable[[str, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Return the state dict with the rows of all class heads changed: `change` takes an original name and its rows.
+
+    Row 0 of the head that ranks the proposals of a second stage stays in its place, since it is no class there.
+    """
+    changed = dict(state_dict)
+    for name in class_heads(state_dict):
+        changed[name] = change(name, state_dict[name])
+        if model.proposal_head and name.removeprefix(_IN_DECODER).startswith(model.proposal_head):
+            changed[name] = changed[name].clone()
+            changed[name][0] = state_dict[name][0]
+    return changed
+
+
+def class_heads(state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the weights and biases of all class heads, under every name of the original."""
+    return [name for name in state_dict if "class_embed." in name]
 
 
 def _check(model: DETR, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

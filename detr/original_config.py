@@ -20,7 +20,7 @@ _BACKBONES: dict[tuple[tuple[int, ...], bool], _Backbone] = {
     ((3, 4, 23, 3), True): "resnet101",
 }
 _DETECTOR = "detr."  # prefix of the detector in the original's segmentation model
-_PAPERS_HEADS = 8
+PAPERS_HEADS = 8
 
 
 def infer_config(
@@ -35,20 +35,20 @@ def infer_config(
     """
     masks = any(key.startswith("mask_head.") for key in state_dict)
     detector = {key.removeprefix(_DETECTOR) if masks else key: value for key, value in state_dict.items()}
-    queries, hidden_dim = _shape(detector, "query_embed.weight", 2)
-    classes = _shape(detector, "class_embed.weight", 2)[0] - 1
+    queries, hidden_dim = shape_of(detector, "query_embed.weight", 2)
+    classes = shape_of(detector, "class_embed.weight", 2)[0] - 1
     if classes < 1:
         raise ValueError(f"class_embed.weight has {classes + 1} rows, expected a class and 'no object' at least")
     shown = heads_of_mask_head(state_dict)
     config = ModelConfig(
-        backbone=_backbone(detector),
+        backbone=backbone_of(detector),
         dilation=dilation,
         position="learned" if "backbone.1.row_embed.weight" in detector else "sine",
         hidden_dim=hidden_dim,
-        heads=heads or shown or _PAPERS_HEADS,
-        encoder_layers=_count(detector, "transformer.encoder.layers."),
-        decoder_layers=_count(detector, "transformer.decoder.layers."),
-        feedforward_dim=_shape(detector, "transformer.decoder.layers.0.linear1.weight", 2)[0],
+        heads=heads or shown or PAPERS_HEADS,
+        encoder_layers=count_of(detector, "transformer.encoder.layers."),
+        decoder_layers=count_of(detector, "transformer.decoder.layers."),
+        feedforward_dim=shape_of(detector, "transformer.decoder.layers.0.linear1.weight", 2)[0],
         num_queries=queries,
         pre_norm="transformer.encoder.norm.weight" in detector,
         masks=masks,
@@ -64,17 +64,18 @@ def heads_of_mask_head(state_dict: Mapping[str, Tensor]) -> int | None:
     """
     if "mask_head.lay1.weight" not in state_dict:
         return None
-    channels = _shape(state_dict, "mask_head.lay1.weight", 4)[0]
-    hidden_dim = _shape(state_dict, f"{_DETECTOR}query_embed.weight", 2)[1]
+    channels = shape_of(state_dict, "mask_head.lay1.weight", 4)[0]
+    hidden_dim = shape_of(state_dict, f"{_DETECTOR}query_embed.weight", 2)[1]
     if channels <= hidden_dim:
         raise ValueError(f"mask_head.lay1.weight has {channels} channels, expected {hidden_dim} and one for each head")
     return channels - hidden_dim
 
 
-def _backbone(state_dict: Mapping[str, Tensor]) -> _Backbone:
+def backbone_of(state_dict: Mapping[str, Tensor]) -> _Backbone:
+    """Return the backbone whose blocks the tensors show."""
     body = "backbone.0.body."
-    _shape(state_dict, f"{body}conv1.weight", 4)
-    blocks = tuple(_count(state_dict, f"{body}layer{stage}.") for stage in (1, 2, 3, 4))
+    shape_of(state_dict, f"{body}conv1.weight", 4)
+    blocks = tuple(count_of(state_dict, f"{body}layer{stage}.") for stage in (1, 2, 3, 4))
     kind = (blocks, f"{body}layer1.0.conv3.weight" in state_dict)
     if kind not in _BACKBONES:
         stages = ", ".join(map(str, blocks))
@@ -82,12 +83,13 @@ def _backbone(state_dict: Mapping[str, Tensor]) -> _Backbone:
     return _BACKBONES[kind]
 
 
-def _count(state_dict: Mapping[str, Tensor], prefix: str) -> int:
+def count_of(state_dict: Mapping[str, Tensor], prefix: str) -> int:
     """Return the number of numbered modules with this prefix."""
     return len({key.removeprefix(prefix).split(".")[0] for key in state_dict if key.startswith(prefix)})
 
 
-def _shape(state_dict: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[int, ...]:
+def shape_of(state_dict: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[int, ...]:
+    """Return the shape of a tensor; raise `ValueError` if it is missing or has another number of dimensions."""
     if key not in state_dict:
         raise ValueError(f"it holds no {key}, expected a DETR's state dict")
     shape = tuple(state_dict[key].shape)

@@ -64,6 +64,8 @@ class DETR(nn.Module):
     transformer: Any
     no_object: bool
     """True if the class heads have a last row for "no object"."""
+    proposal_head: str = ""
+    """Prefix of the names of a class head whose class 0 means "an object", that of a second stage; empty without one."""
 
     def forward(self, images: Tensor, padding: Tensor | None = None) -> Any:
         """Return `Outputs` or `SigmoidOutputs` for normalised float images [B, 3, H, W]; B may be 0.

@@ -188,7 +188,7 @@ DEMO = RunConfig(
     cluster=ClusterConfig(workers=2, gpu="no"),
 )
 
-# The demonstration with Deformable DETR: half the epochs. The finest level, stride 4, has 576 cells of the 756.
+# The demonstration with Deformable DETR, in half the epochs: levels of stride 8, 16 and 32, together 189 cells.
 DEMO_DEFORMABLE = replace(
     DEMO,
     recipe="demo-deformable",

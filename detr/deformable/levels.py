@@ -15,7 +15,7 @@ from detr.backbone import ResNet
 from detr.config import GROUPS, ModelConfig
 from detr.deformable.attention import Shapes
 
-_STAGES = 3  # of the backbone, the last ones: strides 8, 16 and 32
+_STAGES = {"tiny": 2}  # last stages of the backbone, those of stride 8 and more; three of a ResNet
 
 
 class Geometry(NamedTuple):
@@ -38,7 +38,7 @@ class LevelProjections(nn.ModuleList):
 
     def __init__(self, config: ModelConfig, body: ResNet) -> None:
         levels, channels = config.deformable.levels, config.hidden_dim
-        stages = min(levels, _STAGES)
+        stages = min(levels, _STAGES.get(config.backbone, 3))
         inputs = body.stage_channels[-stages:]
         modules = [nn.Conv2d(width, channels, 1) for width in inputs]
         width = inputs[-1]  # the first further level is made of the backbone's last stage itself

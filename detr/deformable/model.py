@@ -37,6 +37,7 @@ class DeformableDETR(DETR):
         heads = (config.decoder_layers if options.box_refine else 1) + options.two_stage
         self.class_embed = nn.ModuleList(nn.Linear(channels, num_classes) for _ in range(heads))
         self.bbox_embed = nn.ModuleList(BoxHead(channels) for _ in range(heads))
+        self.proposal_head = f"class_embed.{heads - 1}." if options.two_stage else ""
         self._start_heads()
         queries = config.num_queries + options.one_to_many_queries
         if options.mixed_selection or not options.two_stage:

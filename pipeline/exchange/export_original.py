@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from detr.config import ModelConfig
-from detr.original import to_original_state_dict
+from detr.original import to_original_state_dict, with_class_rows
 from pipeline.errors import ExchangeError
 from pipeline.registry.card import read_model
 from pipeline.registry.versions import resolve
@@ -26,6 +27,34 @@ _NEVER = -100.0  # the logit of an id without a category; its probability is bel
 # Options that the original lacks and that change the results. How weights were initialised does not matter any more.
 _DEPARTURES = ("position_temperature", "position_at_input", "decoder_input")
 
+_DEFAULTS = {
+    "detr": ModelConfig(),
+    "deformable": ModelConfig(variant="deformable", num_queries=300, feedforward_dim=1024),
+}
+_VALUED = {
+    "backbone": "--backbone",
+    "position": "--position_embedding",
+    "encoder_layers": "--enc_layers",
+    "decoder_layers": "--dec_layers",
+    "feedforward_dim": "--dim_feedforward",
+    "hidden_dim": "--hidden_dim",
+    "heads": "--nheads",
+    "num_queries": "--num_queries",
+    "deformable.levels": "--num_feature_levels",
+    "deformable.encoder_points": "--enc_n_points",
+    "deformable.decoder_points": "--dec_n_points",
+    "deformable.one_to_many_queries": "--num_queries_one2many",
+}
+_FLAGS = {
+    "dilation": "--dilation",
+    "pre_norm": "--pre_norm",
+    "masks": "--masks",
+    "deformable.box_refine": "--with_box_refine",
+    "deformable.two_stage": "--two_stage",
+    "deformable.mixed_selection": "--mixed_selection",
+    "deformable.look_forward_twice": "--look_forward_twice",
+}
+
 
 def export_original(uri: str, path: Path) -> tuple[str, ...]:
     """Write a registered version in the original's format and return lines for the user.
@@ -35,14 +64,17 @@ def export_original(uri: str, path: Path) -> tuple[str, ...]:
     check_target(path)
     model, card = read_model(resolve(uri))
     refuse_departures(uri, card.model)
-    head = "detr.class_embed" if card.model.masks else "class_embed"
     state = {name: value.detach().cpu().contiguous() for name, value in to_original_state_dict(model).items()}
     classes = _classes(uri, card.categories)
     labels = [category.id for category in card.categories]
     moved = labels != list(range(classes))
     if moved:
-        state[f"{head}.weight"] = _at_ids(state[f"{head}.weight"], labels, classes, 0.0)
-        state[f"{head}.bias"] = _at_ids(state[f"{head}.bias"], labels, classes, _NEVER)
+
+        def move(name: str, rows: Tensor) -> Tensor:
+            empty = _NEVER if name.endswith("bias") else 0.0
+            return _at_ids(rows, labels, classes, empty, no_object=model.no_object)
+
+        state = with_class_rows(model, state, move)
     with atomic_path(path) as temporary:
         torch.save({"model": state}, temporary)
     options = original_options(card.model)
@@ -69,22 +101,13 @@ def refuse_departures(uri: str, config: ModelConfig) -> None:
 
 
 def original_options(config: ModelConfig) -> list[str]:
-    """Return the original's command-line options that build this model, without its defaults."""
-    plain = ModelConfig()
-    valued = {
-        "backbone": "--backbone",
-        "position": "--position_embedding",
-        "encoder_layers": "--enc_layers",
-        "decoder_layers": "--dec_layers",
-        "feedforward_dim": "--dim_feedforward",
-        "hidden_dim": "--hidden_dim",
-        "heads": "--nheads",
-        "num_queries": "--num_queries",
-    }
-    flags = {"dilation": "--dilation", "pre_norm": "--pre_norm", "masks": "--masks"}
-    values = {name: getattr(config, name) for name in valued if getattr(config, name) != getattr(plain, name)}
-    options = [f"{valued[name]} {value}" for name, value in values.items()]
-    return options + [flag for name, flag in flags.items() if getattr(config, name)] or ["its defaults"]
+    """Return the command-line options of the variant's original that build this model, without its defaults."""
+    plain, valued = _DEFAULTS[config.variant], dict(_VALUED)
+    if config.deformable.one_to_many_queries:
+        valued["num_queries"] = "--num_queries_one2one"  # H-DETR's name
+    values = {name: (attrgetter(name)(config), attrgetter(name)(plain)) for name in valued}
+    options = [f"{valued[name]} {value}" for name, (value, default) in values.items() if value != default]
+    return options + [flag for name, flag in _FLAGS.items() if attrgetter(name)(config)] or ["its defaults"]
 
 
 def check_target(path: Path) -> None:
@@ -104,11 +127,12 @@ def _classes(uri: str, categories: Sequence[Category]) -> int:
     return max(ids) + 1
 
 
-def _at_ids(rows: Tensor, ids: Sequence[int], classes: int, empty: float) -> Tensor:
-    """Move rows [K + 1, ...] of labels 0 to K - 1 and "no object" to rows [classes + 1, ...] at their category ids.
+def _at_ids(rows: Tensor, ids: Sequence[int], classes: int, empty: float, *, no_object: bool) -> Tensor:
+    """Move the rows [K, ...] of labels 0 to K - 1 to rows [classes, ...] at their category ids.
 
-    "No object" stays the last row; rows of ids without a category are filled with `empty`.
+    With `no_object`, there is one more row before and after, which stays the last. Rows of ids without a category are
+    filled with `empty`.
     """
-    placed = rows.new_full((classes + 1, *rows.shape[1:]), empty)
-    placed[torch.tensor([*ids, classes])] = rows
+    placed = rows.new_full((classes + no_object, *rows.shape[1:]), empty)
+    placed[torch.tensor([*ids, classes] if no_object else ids)] = rows
     return placed

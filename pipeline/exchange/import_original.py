@@ -8,13 +8,14 @@ category are named "N/A".
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from detr.config import ConfigError, ModelConfig, TransformConfig
+from detr.deformable.original_config import infer_deformable, is_deformable
 from detr.model import DETR, build_model
 from detr.original import load_original_state_dict
 from detr.original_config import heads_of_mask_head, infer_config
@@ -129,8 +130,16 @@ def read_original(path: Path, *, heads: int | None = None, dilation: bool = Fals
     dilated = _option(options, "dilation", bool)
     _refuse_contradiction("--heads", heads, shown)
     _refuse_contradiction("--dilation", dilation or None, dilated)
-    chosen = {"dropout": _option(options, "dropout", float), "auxiliary": _option(options, "aux_loss", bool)}
-    config, classes = infer_config(
+    chosen: dict[str, float | None] = {
+        "dropout": _option(options, "dropout", float),
+        "auxiliary": _option(options, "aux_loss", bool),
+    }
+    infer: Callable[..., tuple[ModelConfig, int]] = infer_config
+    if deformable := is_deformable(file.state):
+        infer = infer_deformable
+        chosen["queries"] = _option(options, "num_queries_one2one", int) or _option(options, "num_queries", int)
+        chosen["look_forward_twice"] = _option(options, "look_forward_twice", bool)
+    config, classes = infer(
         file.state,
         heads=heads or shown,
         dilation=dilation or bool(dilated),
@@ -141,6 +150,8 @@ def read_original(path: Path, *, heads: int | None = None, dilation: bool = Fals
     assumed = []
     if heads is None and shown is None:
         assumed.append(f"{config.heads} heads")
+    if deformable and config.deformable.two_stage and chosen["queries"] is None:
+        assumed.append(f"{config.num_queries} queries")
     if not dilation and dilated is None and config.backbone in ("resnet50", "resnet101"):
         hint = " although the file's name has dc5 in it" if "dc5" in path.name.lower() else ""
         assumed.append(f"no dilation{hint} (a DC5 model needs --dilation)")
@@ -169,6 +180,9 @@ def _refuse_contradiction(flag: str, given: int | None, shown: int | None) -> No
 
 def _description(config: ModelConfig, classes: int, file: StateFile) -> str:
     features = {
+        "deformable": config.variant == "deformable",
+        "box refinement": config.deformable.box_refine,
+        "two stages": config.deformable.two_stage,
         "DC5": config.dilation,
         "learned positions": config.position == "learned",
         "pre-norm": config.pre_norm,
