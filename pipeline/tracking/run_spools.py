@@ -22,6 +22,7 @@ from pipeline.tracking.spool_folder import Send, SpoolFolder
 from pipeline.tracking.tags import TAG_PHASE
 from pipeline.tracking.unsent import Keeper, UnsentObject, open_spool
 from shards.errors import ShardError, one_line
+from shards.store.retry import fewer_retries
 
 if TYPE_CHECKING:
     from pipeline.checkpoint.location import Location
@@ -68,7 +69,8 @@ def send_left(folder: Location, run_id: str, uri: str, say: Callable[[str], None
 
     What MLflow does not accept in time is kept beside the run, and `say` gets a warning.
     """
-    return all([_send_left(kind, folder, run_id, uri, say) for kind in (TRAINING, EVALUATION)])
+    with fewer_retries():  # like the time for MLflow: a driver that was asked to stop is killed soon
+        return all([_send_left(kind, folder, run_id, uri, say) for kind in (TRAINING, EVALUATION)])
 
 
 def _send_left(kind: RunSpool, folder: Location, run_id: str, uri: str, say: Callable[[str], None]) -> bool:

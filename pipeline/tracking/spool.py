@@ -22,6 +22,7 @@ from pipeline.tracking.spool_folder import Send, SpoolFolder
 from pipeline.tracking.tracker import ReportedSteps
 from pipeline.tracking.unsent import UnsentObject, open_spool
 from shards.errors import ShardError, one_line
+from shards.store.retry import fewer_retries
 
 LOG = logging.getLogger(__name__)
 
@@ -116,7 +117,8 @@ class SpoolTracker:
         self._thread.join(timeout_s)
         self._file.close()
         try:
-            self.keep_unsent()
+            with fewer_retries():
+                self.keep_unsent()
         except (OSError, ShardError) as error:
             LOG.warning("what the tracking server did not accept is on this node alone (%s)", one_line(error))
         if not self.empty:
