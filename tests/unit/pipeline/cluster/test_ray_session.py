@@ -1,14 +1,21 @@
-"""Process groups of Ray's servers, with other programs in their place."""
+"""The connection to Ray: process groups of its servers, its thread, and the processes that it starts early."""
 
 import os
 import signal
 import sys
+import threading
 from subprocess import Popen
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
+from ray import cloudpickle
 
-from pipeline.cluster.ray_session import LocalRay
+from pipeline.cluster import ray_internals, ray_session, worker_start
+from pipeline.cluster.ray_session import Connection, LocalRay, setup_hook, start_workers_early
+from pipeline.errors import PipelineError
+from pipeline.recipes import RECIPES
 
 
 def start_server() -> Any:
@@ -58,3 +65,56 @@ def test_no_server_outlives_a_start_that_fails() -> None:
     with pytest.raises(RuntimeError, match="does not answer"):
         fail_to_start()
     assert servers[0].returncode == -signal.SIGKILL
+
+
+def test_an_error_of_the_connection_is_raised_where_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PipelineError("no Ray cluster answers")
+
+    shut_down: list[bool] = []
+    monkeypatch.setattr(ray_session, "join_cluster", refuse)
+    monkeypatch.setattr(ray, "shutdown", lambda: shut_down.append(True))
+    connection = Connection(RECIPES["demo"], "10.0.0.7:6379", verbose=False)
+    with pytest.raises(PipelineError, match="no Ray cluster answers"):
+        connection.wait()
+    connection.close()
+    assert shut_down
+
+
+def test_the_thread_that_starts_ray_lives_until_the_connection_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's servers ask the kernel to end with their parent, which is the thread that has started them."""
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(ray_session, "start_local_ray", lambda *_: threads.append(threading.current_thread()))
+    monkeypatch.setattr(ray_session, "start_workers_early", lambda *_: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    connection = Connection(RECIPES["demo"], None, verbose=False)
+    connection.wait()
+    threads[0].join(0.2)
+    assert threads[0].is_alive()
+    connection.close()
+    threads[0].join(10)
+    assert not threads[0].is_alive()
+
+
+def test_processes_are_asked_for_where_workers_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, int] = {}
+    nodes = [
+        {"NodeID": name, "Alive": True, "Resources": {"CPU": cpus}} for name, cpus in (("a", 9), ("b", 4), ("c", 8))
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "b"))
+    monkeypatch.setattr(ray_internals, "start_processes", lambda node, count: asked.update({node["NodeID"]: count}))
+    start_workers_early({"CPU": 4}, workers=3)
+    assert asked == {"b": 1 + 1, "a": 2, "c": 0}  # the controller runs here
+
+
+def test_a_process_is_prepared_by_code_that_is_sent_and_only_where_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[bool] = []
+    monkeypatch.setattr(worker_start, "prepare_process", lambda: prepared.append(True))
+    sent = cloudpickle.dumps(setup_hook())
+    monkeypatch.setenv("DETR_BARE_PROCESS", "1")
+    cloudpickle.loads(sent)()
+    assert not prepared
+    monkeypatch.delenv("DETR_BARE_PROCESS")
+    cloudpickle.loads(sent)()
+    assert prepared
