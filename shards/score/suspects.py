@@ -23,6 +23,7 @@ Kind = Literal["class", "box", "missing", "spurious"]
 _TOUCH_IOU = 0.1  # TIDE's bound between background and a bad box
 _NEAR = 1.0  # distance of centres, in diagonals of the true box
 _SIZES = (32**2, 96**2)  # COCO's small, medium and large
+_WRONG_LABELS = 0.05  # share of labels that may be wrong; errors that a model makes more often are rather its own
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,23 @@ def find_suspects(
     # Overlap with any label, right or wrong, makes it less likely that one is missing.
     covered = _highest(pairs.detection, pairs.iou, len(scores))[lone]
     seen = _highest(pairs.truth, pairs.iou * scores[pairs.detection], len(truth))[unseen]
+    off = np.concatenate([_distance(found.iou, typical) * scores[found.detection], values[paired.same]])
+    off_detections = np.concatenate([found.detection, paired.detection[paired.same]])
+    off_objects = np.concatenate([found.truth, paired.truth[paired.same]])
+    other = paired.take(~paired.same)
     candidates = [
-        _Candidates("box", _distance(found.iou, typical) * scores[found.detection], found.detection, found.truth),
-        _Candidates("box", values[paired.same], paired.detection[paired.same], paired.truth[paired.same]),
-        _Candidates("class", values[~paired.same], paired.detection[~paired.same], paired.truth[~paired.same]),
-        _Candidates("missing", scores[lone] * (1 - covered), lone, np.full(len(lone), -1)),
+        _Candidates("box", off * _oddity(_rank_shares(off, len(off))), off_detections, off_objects),
         _Candidates(
-            "spurious", (1 - seen) * _recall(comparison, found.truth)[unseen], np.full(len(unseen), -1), unseen
+            "class", values[~paired.same] * _oddity(_confusion_shares(comparison, other)), other.detection, other.truth
+        ),
+        _Candidates(
+            "missing",
+            scores[lone] * (1 - covered) * _oddity(_rank_shares(scores[lone], int((scores >= LEAST_SCORE).sum()))),
+            lone,
+            np.full(len(lone), -1),
+        ),
+        _Candidates(
+            "spurious", (1 - seen) * _oddity(_missed_shares(comparison, unseen)), np.full(len(unseen), -1), unseen
         ),
     ]
     return tuple(_most_suspicious(manifest, comparison, candidates, count))
@@ -115,13 +126,31 @@ def _highest(keys: Ints, values: Floats, count: int) -> Floats:
     return np.minimum(highest, 1)
 
 
-def _recall(comparison: Comparison, found: Ints) -> Floats:
-    """Return for each true object the share of objects of its size that the model finds: how odd it is to miss it."""
-    counted = comparison.truth["iscrowd"] == 0
+def _oddity(shares: Floats) -> Floats:
+    """Return 1 for what the model does nowhere else, less the more often it does the same: then the model errs."""
+    return _WRONG_LABELS / (_WRONG_LABELS + shares)
+
+
+def _rank_shares(values: Floats, count: int) -> Floats:
+    """Return for each value how many are higher, as a share of `count`."""
+    ranks = np.empty(len(values))
+    ranks[np.argsort(-values, kind="stable")] = np.arange(len(values))
+    return ranks / max(count, 1)
+
+
+def _confusion_shares(comparison: Comparison, pairs: Overlaps) -> Floats:
+    """Return how often else an object of that label is found as that other class, as a share of such objects."""
+    true, found = comparison.truth["label"][pairs.truth].astype(np.int64), comparison.detections.labels[pairs.detection]
+    _, kinds, counts = np.unique(true * comparison.classes + found, return_inverse=True, return_counts=True)
+    objects = np.bincount(comparison.truth["label"], minlength=comparison.classes)
+    return np.asarray((counts[kinds] - 1) / np.maximum(objects[true], 1), np.float64)
+
+
+def _missed_shares(comparison: Comparison, missed: Ints) -> Floats:
+    """Return how many other objects of that size are missed, as a share of such objects."""
     sizes = np.digitize(comparison.truth["area"], _SIZES)
-    listed = np.bincount(sizes[counted], minlength=3)
-    shares = np.bincount(sizes[found], minlength=3) / np.maximum(listed, 1)
-    return np.asarray(shares[sizes], np.float64)
+    listed, others = np.bincount(sizes, minlength=3), np.bincount(sizes[missed], minlength=3) - 1
+    return np.asarray((others / np.maximum(listed, 1))[sizes[missed]], np.float64)
 
 
 def _most_suspicious(
