@@ -19,7 +19,7 @@ from pipeline.driver.changes import ResumeOptions, continued, differences
 from pipeline.driver.launch import Launch
 from pipeline.driver.record import Outcome, RunRecord, check_name, read_record
 from pipeline.driver.sole_driver import sole_driver
-from pipeline.errors import Interrupted, Postponed, TrainingError
+from pipeline.errors import Interrupted, Postponed, TrackingAway, TrainingError
 from shards.store.retry import StoreError
 
 __all__ = ["Launch", "Outcome", "resume", "train"]
@@ -38,7 +38,7 @@ def train(config: RunConfig, launch: Launch | None = None, *, run: str = "", acc
     check_name(config.run_name)
     name = run or f"{config.run_name}-{secrets.token_hex(4)}"
     folder = _absolute(location(config.storage)) / name
-    with _postponing(name):
+    with _postponing():
         record = _read(folder) if run else None
         if record and record.run_id:
             outcome = _ended(record, config, accept_change, folder, launch)
@@ -96,10 +96,13 @@ def resume(name: str, changes: ResumeOptions | None = None, launch: Launch | Non
     registered is registered, and one that failed is tried again.
     """
     launch, changes = launch or Launch(), changes or ResumeOptions()
-    with _postponing(name):
+    with _postponing():
         from pipeline.driver.find import find
 
-        folder, record = find(name)
+        try:
+            folder, record = find(name)
+        except (TrackingAway, StoreError) as error:
+            raise Postponed(str(error)) from error
         if not (changes.epochs or changes.batch_size or changes.data):
             outcome = _finished(record, folder, launch)
             if outcome:
@@ -127,9 +130,9 @@ def _read(folder: Location) -> RunRecord | None:
 
 
 @contextmanager
-def _postponing(name: str) -> Iterator[None]:
+def _postponing() -> Iterator[None]:
     """Raise `Interrupted` if the block is stopped before the workers run."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        raise Interrupted(f"stopped before training began; the same command starts run {name}") from None
+        raise Interrupted("stopped before the workers ran; give the same command again") from None

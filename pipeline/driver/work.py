@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint import catalog
@@ -16,13 +15,10 @@ from pipeline.driver.launch import Launch
 from pipeline.driver.lease import Lease
 from pipeline.driver.position import Position, position_after
 from pipeline.driver.preflight import PreparedRun, check_data, prepare
-from pipeline.driver.record import Outcome, RunRecord, new_record, write_record
+from pipeline.driver.record import Outcome, RunRecord, new_record
+from pipeline.driver.recorded import RecordedRun
 from pipeline.errors import (
-    USER_ERRORS,
-    BusyError,
     CheckpointError,
-    Interrupted,
-    Killed,
     Postponed,
     RunConfigError,
     TrackingAway,
@@ -31,7 +27,7 @@ from pipeline.errors import (
 from pipeline.run_folder import CHECKPOINTS, INITIAL_NAME
 from pipeline.signals import raise_unheard
 from pipeline.tracking.mlflow_client import connect, tracking_uri, translated_errors
-from pipeline.tracking.mlflow_runs import CONFIG_ARTIFACT, create_run, run_with_key, set_final_status
+from pipeline.tracking.mlflow_runs import CONFIG_ARTIFACT, create_run, set_final_status
 from pipeline.tracking.run_spools import anything_left, send_left
 from pipeline.tracking.tags import (
     TAG_EPOCHS,
@@ -44,21 +40,18 @@ from pipeline.tracking.tags import (
     TAG_TRAIN_DIGEST,
     TAG_VAL_DIGEST,
 )
-from shards.errors import ShardError
 from shards.store import storage
 from shards.store.retry import StoreError
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
+    pass
 
 
-class Work:
-    """A run that this driver alone works on."""
+class Work(RecordedRun):
+    """A run that this driver alone works on, from its creation or its newest checkpoint to its end."""
 
-    def __init__(self, folder: Location, launch: Launch, lease: Lease, record: RunRecord, client: MlflowClient) -> None:
-        self.folder, self.record = folder, record
-        self._launch, self._lease, self._client = launch, lease, client
-        self._sent = True
+    _sent = True
+    """False if MLflow has not taken everything that the workers reported."""
 
     @property
     def _label(self) -> str:
@@ -68,11 +61,6 @@ class Work:
     def _root(self) -> Location:
         return checkpoint_root(self.record.run_config.checkpoint.store, self.folder)
 
-    def save(self, **changes: Any) -> None:
-        """Change these fields of the run's record."""
-        self.record = self.record.but(**changes)
-        write_record(self.folder, self.record)
-
     def create(self, config: RunConfig, ready: PreparedRun, connection: Connection) -> Outcome:
         """Create the run on a cluster that can run it, and train it."""
         launch, total = self._launch, ready.schedule.total_steps
@@ -80,7 +68,7 @@ class Work:
             cluster = stack.enter_context(
                 connected(config, self.folder, connection, verbose=launch.verbose, say=launch.say)
             )
-            with self._recorded():
+            with self.recorded():
                 self.save()
                 ready.write_initial_weights(self.folder)
                 run_id = create_run(self._client, config, ready.datasets, self._first_tags(config, ready))
@@ -124,7 +112,7 @@ class Work:
                 cluster = stack.enter_context(
                     connected(config, self.folder, connection, verbose=launch.verbose, say=launch.say)
                 )
-            with self._recorded():
+            with self.recorded():
                 self._begin(asked, config, position, dict(run.data.tags))
                 if trained:
                     self._send_left()
@@ -238,56 +226,6 @@ class Work:
             told = set_final_status(self._client, self.record.run_id, "finished", "FINISHED", self._launch.say)
             if self.record.result is not None:
                 self.save(unsent=not (self._sent and told))
-
-    @contextmanager
-    def _recorded(self) -> Iterator[None]:
-        """Record in MLflow and in the store how the block ended, unless it succeeded.
-
-        Raise `Interrupted` if the driver was asked to stop, `Postponed` if what it needs is away, and what the block
-        raises if it fails for good.
-        """
-        try:
-            with translated_errors("everything that the run has saved is kept"):
-                yield
-        except BaseException as error:
-            if self._lease.lost:  # it is another driver's run now
-                raise BusyError(f"{self._label} was {self._lease.lost}; this process works on it no longer") from error
-            if not isinstance(error, (KeyboardInterrupt, SystemExit, Postponed, TrackingAway, StoreError)):
-                self._failed(error)
-                raise
-            self._end("killed" if isinstance(error, Killed) else "stopped", "KILLED")
-            if not self.record.run_id and not self._named:
-                raise
-            raise self._postponed(error) from None
-
-    @property
-    def _named(self) -> bool:
-        """True if the same command continues the run."""
-        return self.record.name == self.record.run_config.run_name
-
-    def _postponed(self, error: BaseException) -> Postponed:
-        """Return the error that says how a run which has not failed is continued."""
-        advice = f"`detr resume {self.record.handle}`{', or the same command,' if self._named else ''} continues"
-        if isinstance(error, Killed):
-            return Killed(f"killed: {error}; {advice}")
-        if isinstance(error, (KeyboardInterrupt, SystemExit, Interrupted)):
-            return Interrupted(f"stopped; everything up to the last checkpoint is kept: {advice}")
-        return Postponed(f"{error}; {advice}")
-
-    def _failed(self, error: BaseException) -> None:
-        self._end("failed", "FAILED")
-        if self.record.run_id and isinstance(error, USER_ERRORS):
-            with suppress(OSError, ShardError):
-                self.save(status="failed", message=str(error))
-
-    def _end(self, phase: str, status: str) -> None:
-        """Set phase and status of the run in MLflow, also if this driver was stopped while it created it."""
-        run_id = self.record.run_id
-        if not run_id:
-            with suppress(Exception):
-                run_id = run_with_key(self._client, self.record.run_config, self.record.key)
-        if run_id:
-            set_final_status(self._client, run_id, phase, status, self._launch.say)
 
 
 def create(
