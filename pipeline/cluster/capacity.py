@@ -44,7 +44,7 @@ def alive_nodes() -> list[Node]:
 
 def resources_of_a_worker(cluster: ClusterConfig, gpu: bool) -> dict[str, float]:
     """Return what Ray reserves for each worker."""
-    return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if gpu else {})
+    return {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if gpu else {})
 
 
 def workers_that_fit(nodes: list[Node], each: Mapping[str, float]) -> int:

@@ -31,7 +31,7 @@ def describe_resources(cluster: ClusterConfig, gpu: bool) -> str:
     each = resources_of_a_worker(cluster, gpu)
     have, free = ray.cluster_resources(), ray.available_resources()
     fewest = cluster.fewest
-    needed = " and ".join(f"{fewest * count} {kind}" for kind, count in each.items())
+    needed = " and ".join(f"{fewest * count:g} {kind}" for kind, count in each.items())
     present = " and ".join(f"{have.get(kind, 0):g} {kind} ({free.get(kind, 0):g} free)" for kind in each)
     workers = f"{fewest} {'worker' if fewest == 1 else 'workers'}"
     if fewest < cluster.workers:

@@ -6,19 +6,20 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore  # torch.distributed has it too, but not for type checkers
 
 
-def open_meeting(address: str, size: int) -> dist.TCPStore:
+def open_meeting(address: str, size: int) -> TCPStore:
     """Return a store at a free port of this address of the machine, where `size` processes can meet."""
-    return dist.TCPStore(address, 0, size, True, wait_for_workers=False)
+    return TCPStore(address, 0, size, True, wait_for_workers=False)
 
 
-def join_meeting(address: str, port: int, size: int, seconds: float) -> dist.TCPStore:
+def join_meeting(address: str, port: int, size: int, seconds: float) -> TCPStore:
     """Return a client of the store that another process opened; raise an error of torch if it does not answer."""
-    return dist.TCPStore(address, port, size, False, timeout=timedelta(seconds=seconds))
+    return TCPStore(address, port, size, False, timeout=timedelta(seconds=seconds))
 
 
-def all_reduce_ones(store: dist.TCPStore, rank: int, size: int, seconds: float) -> float:
+def all_reduce_ones(store: TCPStore, rank: int, size: int, seconds: float) -> float:
     """Return the sum of a one of each process; raise an error of torch if it fails. For a process without a group."""
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds))
     try:
