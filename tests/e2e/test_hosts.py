@@ -3,6 +3,7 @@
 The name of each host resolves to a loopback address, as on Debian.
 """
 
+import json
 import os
 import re
 import sqlite3
@@ -100,15 +101,15 @@ def _end(server: subprocess.Popen[bytes]) -> None:
     server.wait()
 
 
-def start_ray(host: Host, *flags: str) -> None:
-    """Start a Ray node of one CPU on the host."""
-    words = ["--node-ip-address", host.address, "--num-cpus", "1", "--disable-usage-stats", "--block", *flags]
+def start_ray(host: Host, *flags: str, cpus: int = 1) -> None:
+    """Start a Ray node on the host."""
+    words = ["--node-ip-address", host.address, "--num-cpus", str(cpus), "--disable-usage-stats", "--block", *flags]
     host.start("ray.log", str(Path(sys.executable).with_name("ray")), "start", *words)
 
 
-def start_head(host: Host) -> str:
+def start_head(host: Host, *flags: str, cpus: int = 1) -> str:
     """Start the first node of a cluster on the host; return its address."""
-    start_ray(host, "--head", "--port", "6379", "--include-dashboard", "false")
+    start_ray(host, "--head", "--port", "6379", "--include-dashboard", "false", *flags, cpus=cpus)
     wait_for_ray(host)
     return f"{host.address}:6379"
 
@@ -204,3 +205,29 @@ def test_a_run_continues_without_a_host_and_then_on_another_one(site: Site) -> N
     assert {count for _, count in points} == {1}
     output = third(*DETR, "evaluate", "models:/detr-overfit@best", "--data", "s3://sets/val")
     assert "AP50" in output
+
+
+def test_an_autoscaler_that_has_no_node_yet_starts_them_for_a_run(site: Site) -> None:
+    host = site.host("host-f")
+    nodes = {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2}
+    scaling = {
+        "cluster_name": "scaled",
+        "max_workers": 2,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 5,
+        "provider": {"type": "fake_multinode"},
+        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0},
+            "node": nodes,
+        },
+    }
+    (host.folder / "scaling.json").write_text(json.dumps(scaling))
+    host.environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    address = start_head(host, "--autoscaling-config=/mnt/scaling.json", cpus=0)
+    words = ["--cluster.workers", "2", "--cluster.wait-s", "120", "--optim.max-steps", "3", "--evaluate.limit", "2"]
+    output = host(*train(address, "scaled", *words))
+    assert re.search(r"waiting for the cluster.* 2 workers need 1 CPU each .* none of them fits", output), output
+    assert "the cluster has what the workers need" in output
+    assert site.saved("scaled") == 3
+    host.kill()
