@@ -56,7 +56,7 @@ class Corrections:
 
     path: Path
     entries: tuple[Correction, ...]
-    """Those to apply."""
+    """Entries to apply."""
     content: bytes
 
     @property
