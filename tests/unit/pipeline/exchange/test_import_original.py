@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from detr.config import ConfigError, ModelConfig
+from detr.config import ConfigError, DeformableConfig, ModelConfig
 from detr.model import DETR, build_model
-from detr.original import to_original_state_dict
+from detr.original import to_original_state_dict, with_class_rows
 from pipeline.config import RunConfig
 from pipeline.driver.initial_weights import initial_model
 from pipeline.errors import ExchangeError, RegistryError
 from pipeline.evaluation.evaluate_model import match_categories
 from pipeline.exchange import export_original as original_exporter
 from pipeline.exchange import import_original as original_importer
-from pipeline.exchange.export_original import export_original
+from pipeline.exchange.export_original import export_original, original_options
 from pipeline.exchange.import_original import coco_names, import_file, read_original
 from pipeline.registry.card import write_folder
 from shards.dataset.categories import Category
@@ -323,3 +323,39 @@ def test_a_run_takes_all_but_the_class_head_of_a_file(tiny_config: RunConfig, tm
     assert replaced == {"class_embed.weight", "class_embed.bias"}
     assert after["class_embed.weight"].shape == (5, 32)
     assert notes[0].endswith("its class head was of other classes and starts afresh for 4")
+
+
+DEFORMABLE = ModelConfig(variant="deformable", num_queries=300, feedforward_dim=1024)
+HYBRID = DeformableConfig(box_refine=True, two_stage=True, mixed_selection=True, one_to_many_queries=7)
+
+
+@pytest.mark.parametrize("deformable", [DeformableConfig(), DeformableConfig(levels=3, decoder_points=2), HYBRID])
+def test_a_deformable_detr_is_read_with_equal_weights(tmp_path: Path, deformable: DeformableConfig) -> None:
+    config = replace(SMALL, variant="deformable", num_queries=9, deformable=deformable)
+    args = options(dropout=SMALL.dropout, num_queries_one2one=9, num_queries_one2many=7)
+    model = written(tmp_path / "deformable.pth", config, args=args)
+    found = read_original(tmp_path / "deformable.pth")
+    assert found.model.config == config
+    assert "deformable" in found.notes[0]
+    assert_same(found.model, model)
+
+
+def test_the_row_that_ranks_proposals_stays_when_labels_move() -> None:
+    model = build_model(replace(SMALL, variant="deformable", deformable=HYBRID), 3)
+    state = to_original_state_dict(model)
+    moved = with_class_rows(model, state, lambda _, rows: rows.flip(0))
+    ranking = f"class_embed.{SMALL.decoder_layers}.weight"
+    assert torch.equal(moved[ranking][0], state[ranking][0])
+    assert torch.equal(moved[f"transformer.decoder.{ranking}"], moved[ranking])
+    assert torch.equal(moved["class_embed.0.weight"], state["class_embed.0.weight"].flip(0))
+
+
+def test_a_deformable_detr_has_its_original_s_options() -> None:
+    config = replace(DEFORMABLE, deformable=HYBRID)
+    assert original_options(DEFORMABLE) == ["its defaults"]
+    assert original_options(config) == [
+        "--num_queries_one2many 7",
+        "--with_box_refine",
+        "--two_stage",
+        "--mixed_selection",
+    ]
