@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint import catalog, pruning
+from pipeline.checkpoint.location import Location
 from pipeline.checkpoint.pruning import prune
 from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
@@ -112,6 +113,63 @@ def test_pruning_keeps_what_cannot_be_read_or_deleted(
     assert "failed 1 times" in caplog.text
     prune(catalog.Shelf(tmp_path).look(), keep=1)
     assert [path.name[-1] for path in catalog.list_checkpoints(tmp_path)] == ["1", "2", "5"]
+
+
+def test_too_many_checkpoints_do_not_wait_for_an_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The oldest, which may be under evaluation at the time, and the newest stay."""
+    monkeypatch.setattr(pruning, "MOST_WAITING", 3)
+    for step in range(1, 8):
+        milestone = step == 2
+        save_checkpoint(tmp_path, *small(0), meta(step, evaluate=True, milestone=milestone), Ranks())
+        prune(catalog.Shelf(tmp_path).look(), keep=1)
+    assert [path.name[-1] for path in catalog.list_checkpoints(tmp_path)] == ["1", "2", "5", "6", "7"]
+    assert "4 checkpoints wait for their evaluation" in caplog.text
+    assert "deleted without one: step-00000003" in caplog.text
+
+
+def test_a_look_is_one_listing_and_a_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in range(1, 9):
+        path = save_checkpoint(tmp_path, *small(0), meta(step, evaluate=step > 4), Ranks())
+        if step <= 4:
+            catalog.write_evaluation(path, {"AP": 0.1 * step})
+    requests: list[str] = []
+    read = storage.read
+    monkeypatch.setattr(storage, "read", lambda url: (requests.append(url), read(url))[1])
+    shelf = catalog.Shelf(tmp_path).look()
+    for _ in range(2):
+        prune(shelf.look(), keep=1)
+        assert shelf.best() == (catalog.folder_of(tmp_path, 4), {"AP": 0.4})
+        assert [path.name[-1] for path in shelf.pending()] == ["5", "6", "7", "8"]
+    assert len(requests) == len(set(requests)) == 11, "the metrics of 4, and the metadata of all but the best"
+    catalog.write_evaluation(catalog.folder_of(tmp_path, 6), {"AP": 0.9})
+    found = shelf.look().best()
+    assert found is not None
+    assert found[0].name[-1] == "6"
+
+
+def test_a_checkpoint_that_is_not_shown_yet_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(catalog, "_LOOK_S", 0.0)
+    for step in (1, 2):
+        save_small(tmp_path, step)
+    catalog.note_saved(tmp_path, 2)
+    newest, hidden = catalog.newest, [True, True]
+
+    def stale(root: Path) -> Location | None:
+        return catalog.folder_of(root, 1) if hidden and hidden.pop() else newest(root)
+
+    monkeypatch.setattr(catalog, "newest", stale)
+    found = catalog.newest_with_meta(tmp_path, tmp_path, stale_s=60)
+    assert found is not None
+    assert (found[0].name, found[1].step) == ("step-00000002", 2)
+    hidden.append(True)
+    older = catalog.newest_with_meta(tmp_path, tmp_path)
+    assert older is not None
+    assert older[1].step == 1, "after the wait, what is shown is what there is"
+    assert "does not hold step 2, which the run has saved" in caplog.text
 
 
 def test_pruning_removes_the_remains_of_kills(tmp_path: Path) -> None:
