@@ -20,7 +20,7 @@ from pipeline.cluster.capacity import alive_nodes, check_this_machine, demand, r
 from pipeline.cluster.notes.claims import cancel_dead_claims
 from pipeline.cluster.notes.notes import Notes
 from pipeline.cluster.probe import probe
-from pipeline.cluster.ray_session import Connection, LocalRay, authenticate, lock_local_ray, start_workers_early
+from pipeline.cluster.ray_session import WORKER, Connection, LocalRay, authenticate, lock_local_ray, start_workers_early
 from pipeline.cluster.resources import (
     describe_resources,
     report_pending_workers,
@@ -182,6 +182,7 @@ def _trainer(job: WorkerJob, gpu: bool) -> TorchTrainer:
             storage_path=str(scratch(job.run_id) / RAY),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             callbacks=[GroupEndCallback(job.notes)],
+            worker_runtime_env={"env_vars": WORKER},
         ),
     )
 

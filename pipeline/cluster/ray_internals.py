@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -146,8 +146,8 @@ def scaling_limits() -> dict[str, float] | None:
     return limits
 
 
-def start_processes(node: dict[str, Any], count: int) -> None:
-    """Let a node of `ray.nodes()` start so many processes that the controller and the workers of Ray Train take later.
+def start_processes(node: dict[str, Any], count: int, environment: Mapping[str, str]) -> None:
+    """Let a node of `ray.nodes()` start so many processes that actors of Ray Train with this environment take later.
 
     They end by themselves if nothing takes them. Ray gives a worker only a process that was started in exactly the
     environment which the worker asks for, so this composes it as Ray Train does.
@@ -156,7 +156,7 @@ def start_processes(node: dict[str, Any], count: int) -> None:
         return
     runtime_env = ray.get_runtime_context().runtime_env
     variables = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE}
-    variables |= get_env_vars_to_propagate()
+    variables |= get_env_vars_to_propagate() | dict(environment)
     merged = dict(runtime_env) | {"env_vars": runtime_env.get("env_vars", {}) | variables}
     info = get_runtime_env_info(type(runtime_env)(**merged))
     info.serialized_runtime_env = json.dumps(merged, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

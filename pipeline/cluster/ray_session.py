@@ -16,8 +16,10 @@ from pipeline.config import RunConfig
 from pipeline.errors import PipelineError, TrainingError
 from shards.errors import one_line
 
-BARE = {"DETR_BARE_PROCESS": "1"}
-"""Environment of a process that does not prepare itself for training."""
+WORKER = {"DETR_PROCESS": "worker"}
+"""Environment of a process that trains. Ray Train has half a dozen others, which import nothing of ours."""
+BARE = {"DETR_PROCESS": "bare"}
+"""Environment of a process that does not prepare itself."""
 
 
 class LocalRay:
@@ -106,10 +108,12 @@ def start_workers_early(each: Mapping[str, float], workers: int) -> None:
 
     here = ray.get_runtime_context().get_node_id()
     for node in sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"] != here):
+        if node["NodeID"] == here:
+            start_processes(node, 1, {})
         fit = min(int(node["Resources"].get(kind, 0) // count) for kind, count in each.items())
         taken = min(workers, fit)
         workers -= taken
-        start_processes(node, taken + (node["NodeID"] == here))
+        start_processes(node, taken, WORKER)
 
 
 def setup_hook() -> Callable[[], None]:
@@ -123,12 +127,13 @@ def setup_hook() -> Callable[[], None]:
         import os
         from contextlib import suppress
 
-        if os.environ.get("DETR_BARE_PROCESS"):
+        kind = os.environ.get("DETR_PROCESS", "")
+        if kind == "bare":
             return
         with suppress(Exception):  # what fails here fails again where it is needed, and is reported there
-            from pipeline.cluster.worker_start import prepare_process
+            from pipeline.cluster.worker_start import prepare_controller, prepare_worker
 
-            prepare_process()
+            prepare_worker() if kind == "worker" else prepare_controller()
 
     return prepare
 

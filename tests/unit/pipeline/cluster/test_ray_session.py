@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from subprocess import Popen
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import ray
 from ray import cloudpickle
 
 from pipeline.cluster import ray_internals, ray_session, worker_start
-from pipeline.cluster.ray_session import Connection, LocalRay, setup_hook, start_workers_early
+from pipeline.cluster.ray_session import BARE, WORKER, Connection, LocalRay, setup_hook, start_workers_early
 from pipeline.errors import PipelineError
 from pipeline.recipes import RECIPES
 
@@ -97,24 +98,28 @@ def test_the_thread_that_starts_ray_lives_until_the_connection_ends(monkeypatch:
 
 
 def test_processes_are_asked_for_where_workers_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, int] = {}
-    nodes = [
-        {"NodeID": name, "Alive": True, "Resources": {"CPU": cpus}} for name, cpus in (("a", 9), ("b", 4), ("c", 8))
-    ]
+    asked: list[tuple[str, int, bool]] = []
+
+    def start(node: Mapping[str, Any], count: int, environment: Mapping[str, str]) -> None:
+        asked.append((node["NodeID"], count, environment == WORKER))
+
+    sizes = {"a": 9, "b": 4, "c": 8}
+    nodes = [{"NodeID": name, "Alive": True, "Resources": {"CPU": cpus}} for name, cpus in sizes.items()]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "b"))
-    monkeypatch.setattr(ray_internals, "start_processes", lambda node, count: asked.update({node["NodeID"]: count}))
+    monkeypatch.setattr(ray_internals, "start_processes", start)
     start_workers_early({"CPU": 4}, workers=3)
-    assert asked == {"b": 1 + 1, "a": 2, "c": 0}  # the controller runs here
+    assert asked == [("b", 1, False), ("b", 1, True), ("a", 2, True), ("c", 0, True)]
 
 
-def test_a_process_is_prepared_by_code_that_is_sent_and_only_where_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared: list[bool] = []
-    monkeypatch.setattr(worker_start, "prepare_process", lambda: prepared.append(True))
-    sent = cloudpickle.dumps(setup_hook())
-    monkeypatch.setenv("DETR_BARE_PROCESS", "1")
-    cloudpickle.loads(sent)()
-    assert not prepared
-    monkeypatch.delenv("DETR_BARE_PROCESS")
-    cloudpickle.loads(sent)()
-    assert prepared
+def test_a_process_prepares_itself_for_what_it_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[str] = []
+    monkeypatch.setattr(worker_start, "prepare_worker", lambda: prepared.append("worker"))
+    monkeypatch.setattr(worker_start, "prepare_controller", lambda: prepared.append("controller"))
+    hook = cloudpickle.loads(cloudpickle.dumps(setup_hook()))
+    for environment in (BARE, WORKER):
+        monkeypatch.setenv("DETR_PROCESS", environment["DETR_PROCESS"])
+        hook()
+    monkeypatch.delenv("DETR_PROCESS")
+    hook()
+    assert prepared == ["worker", "controller"]
