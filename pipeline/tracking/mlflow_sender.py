@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
 
+from pipeline.errors import TrackingError
 from pipeline.tracking.events import Event
 from pipeline.tracking.mlflow_client import connect
 from pipeline.tracking.mlflow_reported import CHECKPOINT, Reported
+from pipeline.tracking.spool_folder import SpoolFolder
+from pipeline.tracking.tags import TAG_SENDER
 from shards.errors import one_line
 
 if TYPE_CHECKING:
@@ -25,26 +28,39 @@ class EventSender:
     """Sender of spooled events to one run; `folder` holds their pictures.
 
     An event may be sent twice: what the run has is dropped. MLflow is asked for that before the first event, and again
-    after a failure, when the node may have been cut off and the run continued by another. With `any_order` the points
-    of a curve may come in any order.
+    after a failure, when the node may have been cut off. If another node continues the run meanwhile, nothing more is
+    sent from here. With `any_order` the points of a curve may come in any order, and several nodes may send.
     """
 
     def __init__(self, uri: str, run_id: str, folder: Path, any_order: bool = False) -> None:
         self._uri, self._run_id, self._folder, self._any_order = uri, run_id, folder, any_order
         self._client: MlflowClient | None = None
         self._reported: Reported | None = None
+        self._claimed = False
 
     def __call__(self, events: Sequence[Event]) -> None:
         """Send all events, or raise; the caller then sends all of them again."""
         if self._client is None:
             self._client = connect(self._uri)
         if self._reported is None:
+            self._claim(self._client)
             self._reported = Reported(self._client, self._run_id, self._any_order)
         try:
             self._send(events, self._client, self._reported)
         except BaseException:
             self._reported = None
             raise
+
+    def _claim(self, client: MlflowClient) -> None:
+        """Become the sender of the run at first; later raise `TrackingError` if another has become it."""
+        if self._any_order:
+            return
+        spool = SpoolFolder(self._folder).id
+        if client.get_run(self._run_id).data.tags.get(TAG_SENDER, "") != spool:
+            if self._claimed:
+                raise TrackingError("another node continues the run; expected this one to have ended")
+            client.set_tag(self._run_id, TAG_SENDER, spool)
+        self._claimed = True
 
     def _send(self, events: Sequence[Event], client: MlflowClient, reported: Reported) -> None:
         from mlflow.entities import Metric, RunTag

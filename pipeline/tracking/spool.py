@@ -118,7 +118,9 @@ class SpoolTracker:
         self._file.close()
         try:
             with fewer_retries():
-                self.keep_unsent()
+                # A worker that was cut off may end long after others have continued the run.
+                if self._keep and not self._keep.superseded():
+                    self.keep_unsent()
         except (OSError, ShardError) as error:
             LOG.warning("what the tracking server did not accept is on this node alone (%s)", one_line(error))
         if not self.empty:

@@ -111,6 +111,11 @@ class Keeper:
                 self._target.write(self._unsent(start, end, in_memory))
                 self._last = (start, position)
 
+    def superseded(self) -> bool:
+        """Return whether another node has taken over what was kept."""
+        unsent = self._target.read()
+        return unsent is not None and unsent.spool != self._spool.id
+
     def _unsent(self, start: int, end: int, in_memory: bytes) -> Unsent:
         lines = self._spool.read(start, end) + in_memory
         pictures = {}

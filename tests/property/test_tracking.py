@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.errors import TrackingError
 from pipeline.tracking import events, mlflow_sender, spool, spool_folder, unsent
 from pipeline.tracking.run_spools import EVALUATION, TRAINING, anything_left, open_tracker, send_left
 from pipeline.tracking.spool import SpoolTracker
@@ -76,6 +77,7 @@ class World:
         self.deadly, self.away = 0.0, 0.0
         self.saved, self.evaluated, self.time = 0, set[int](), 0
         self.open_files: list[Any] = []
+        self.node, self.cut_off = "", dict[str, SpoolTracker]()
 
     def dies(self) -> bool:
         return self.chance.random() < self.deadly
@@ -124,6 +126,8 @@ class World:
 
     def on(self, node: str) -> None:
         """Let the next process run on a node."""
+        self.node = node
+        self.cut_off.pop(node, None)
         (self.folder / node).mkdir(exist_ok=True)
         self.patch.setenv("DETR_SCRATCH", str(self.folder / node))
 
@@ -131,10 +135,26 @@ class World:
         tracker = open_tracker(kind, self.run, "run-id", "fake")
         self.open_files.append(tracker._file)
         tracker._file = TornFile(self, tracker._file)  # type: ignore[assignment]
+        if kind is TRAINING and self.chance.random() < 0.5:
+            self.cut_off[self.node] = tracker
         return tracker
+
+    def haunt(self) -> None:
+        """Let workers that were cut off, and are not killed, send and end now that MLflow can be reached again."""
+        for node, tracker in self.cut_off.items():
+            sender = tracker._send
+            if node != self.node and isinstance(sender, mlflow_sender.EventSender) and sender._claimed:
+                sender._reported = None  # its last call has failed
+                with suppress(ConnectionError, TrackingError, FileNotFoundError):
+                    while tracker._spool.flush(sender):
+                        pass
+                with suppress(FileNotFoundError):
+                    tracker.close()
 
     def send(self, tracker: SpoolTracker) -> None:
         """Do what the thread of the tracker does."""
+        if self.chance.random() < 0.1:
+            self.haunt()
         if self.chance.random() < 0.4:
             try:
                 while tracker._spool.flush(tracker._send):

@@ -35,6 +35,12 @@ class FakeMlflow:
         self.tags |= {tag.key: tag.value for tag in tags}
         self.fault()
 
+    def set_tag(self, run_id: str, key: str, value: str) -> None:
+        """Set a tag."""
+        self.fault()
+        self.tags[key] = value
+        self.fault()
+
     def get_run(self, run_id: str) -> Any:
         """Return the run with the last point of each curve."""
         self.fault()
@@ -44,7 +50,7 @@ class FakeMlflow:
         points = [SimpleNamespace(key=key, step=step) for key, step, _, _ in last.values()]
         return SimpleNamespace(
             info=SimpleNamespace(experiment_id="1"),
-            data=SimpleNamespace(to_proto=lambda: SimpleNamespace(metrics=points)),
+            data=SimpleNamespace(tags=dict(self.tags), to_proto=lambda: SimpleNamespace(metrics=points)),
             outputs=SimpleNamespace(model_outputs=list(self.outputs)),
         )
 
