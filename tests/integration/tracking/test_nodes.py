@@ -7,9 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
+from pipeline.errors import TrackingError
+from pipeline.tracking.events import Event
 from pipeline.tracking.mlflow_client import connect
+from pipeline.tracking.mlflow_sender import EventSender
 from pipeline.tracking.run_spools import send_left
+from pipeline.tracking.spool_folder import SpoolFolder
 
 ROOT = Path(__file__).parents[3]
 STEPS = 60
@@ -73,3 +78,32 @@ def test_each_point_is_stored_once_after_kills_on_other_nodes(
     pictures = [file.path for file in client.list_artifacts(run_id, "images") if file.path.endswith(".webp")]
     assert sorted(int(path.split("+")[2]) for path in pictures) == evaluated
     assert [path.name for path in run.iterdir()] == ["saved"]
+
+
+def test_a_node_that_was_cut_off_sends_nothing_once_another_sends(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = connect()
+    run_id = client.create_run(client.create_experiment("nodes")).info.run_id
+    senders = {}
+    for node in ("a", "b"):
+        SpoolFolder(tmp_path / node).create()
+        senders[node] = EventSender(store, run_id, tmp_path / node)
+
+    def point(step: int) -> list[Event]:
+        return [Event("metrics", step, step=step, values={"train/loss": 1.0})]
+
+    def cut(*_: object, **__: object) -> None:
+        raise ConnectionError
+
+    senders["a"](point(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", cut)
+        with pytest.raises(ConnectionError):
+            senders["a"](point(2))
+    senders["b"](point(2))
+    with pytest.raises(TrackingError, match="another node continues the run"):
+        senders["a"](point(3))
+    assert [step for _, step, _ in points(store)] == [1, 2]
+    EventSender(store, run_id, tmp_path / "a")(point(3))  # a new attempt on the first node
+    assert [step for _, step, _ in points(store)] == [1, 2, 3]
