@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import secrets
 import subprocess
@@ -64,6 +65,8 @@ class Connection:
         self._config, self._verbose = config, verbose
         self._error: BaseException | None = None
         self._made, self._over = threading.Event(), threading.Event()
+        # Two threads that import at a time can see each other's modules half done, so all of Ray is imported here.
+        importlib.import_module("pipeline.cluster.ray_internals")
         threading.Thread(target=self._hold, name="ray", daemon=True).start()
 
     def _hold(self) -> None:
