@@ -65,7 +65,7 @@ class DeformableAttention(nn.Module):
                 wide, at_least_fp32(self.sampling_offsets.weight), at_least_fp32(self.sampling_offsets.bias)
             ).view(*layout, 2)
             locations = _locations(at_least_fp32(reference), offsets, shapes)
-            heads = at_least_fp32(value).view(batch, -1, self.heads, value.shape[-1] // self.heads)
+            heads = at_least_fp32(value).view(batch, cells.shape[1], self.heads, value.shape[-1] // self.heads)
             sampled = sample(heads, locations, at_least_fp32(weights), shapes)
         return self.output_proj(sampled.to(value.dtype))  # type: ignore[no-any-return]
 
