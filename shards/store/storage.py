@@ -39,7 +39,9 @@ def _remote(url: str) -> tuple[Any, str]:
     options: dict[str, Any] = {}
     if url.startswith(("s3://", "s3a://")):
         configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-        options["config_kwargs"] = {**configured, "retries": {"total_max_attempts": 1}}
+        # Some servers send the checksum of the whole object with a range of it, which the client would then refuse.
+        checked = {"response_checksum_validation": "when_required"}
+        options["config_kwargs"] = {**checked, **configured, "retries": {"total_max_attempts": 1}}
     try:
         filesystem, name = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:

@@ -13,6 +13,7 @@ from detr.model import build_model
 from pipeline import run_folder
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint import state as checkpoint_state
+from pipeline.checkpoint.location import Location
 from pipeline.config import RunConfig
 from pipeline.training import loop
 from pipeline.training.model import save_initial
@@ -38,14 +39,14 @@ class KillingTracker(MemoryTracker):
         super().metrics(values, step)
 
 
-def start(config: RunConfig, folder: Path) -> RunInfo:
-    """Write the initial weights of a run into its folder."""
+def start(config: RunConfig, folder: Location) -> RunInfo:
+    """Write the initial weights of a run to its location."""
     torch.manual_seed(config.seed)
     save_initial(build_model(config.model, 4), folder)
     return RunInfo("run", folder, "commit")
 
 
-def weights(config: RunConfig, folder: Path) -> dict[str, torch.Tensor]:
+def weights(config: RunConfig, folder: Location) -> dict[str, torch.Tensor]:
     """Return the weights of the newest checkpoint."""
     model = build_model(config.model, 4)
     path = catalog.newest(folder)

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import fsspec
 import pytest
 import torch
 from torch import nn
 
-from pipeline.checkpoint import catalog, location
+from pipeline.checkpoint import catalog, location, patience, torch_files
 from pipeline.checkpoint import state as checkpoint_state
 from pipeline.checkpoint.location import Url
 from pipeline.checkpoint.saver import Saver
-from pipeline.distributed.parallel import distribute, unwrap
+from pipeline.config import RunConfig
+from pipeline.distributed.parallel import Strategy, distribute, unwrap
 from pipeline.distributed.ranks import Ranks
-from pipeline.errors import CheckpointError, RunConfigError
+from pipeline.errors import Postponed, RunConfigError
+from pipeline.training.loop import run
+from pipeline.training.requests import LoopHooks
+from pipeline.training.state import RunInfo
 from shards.store import retry, storage
-from tests.support.checkpoints import meta
+from shards.store.retry import StoreError
+from tests.support import runs
+from tests.support.checkpoints import meta, save_checkpoint
 from tests.support.command import until
 from tests.support.ranks import run_ranks
+from tests.support.runs import start
 from tests.support.s3_server import S3Server
 
 ROOT = Url("s3://sets/runs/tiny-1")
@@ -128,10 +139,96 @@ def test_store_that_is_away_for_a_while_delays_a_checkpoint_and_loses_none(
     assert_same(loaded(2), kept)
 
 
+def watched_run(ranks: Ranks, environment: dict[str, str], config: RunConfig, marks: Path) -> list[str]:
+    """Train to the end; return the warnings. Leave a file in `marks` when a step is saved, and with the first warning."""
+    os.environ.update(environment)
+    messages: list[str] = []
+
+    class Record(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+            (marks / "warned").touch()
+
+    logging.getLogger("pipeline.checkpoint").addHandler(Record(logging.WARNING))
+    retry.ATTEMPTS, retry.FIRST_WAIT_S, patience.AGAIN_S = 2, 0.05, 0.2
+    for_rank_0 = (marks / "saved").touch if ranks.first else lambda: None
+    run(config, RunInfo("run", ROOT, "commit"), ranks, None, LoopHooks(keep_unsent=for_rank_0))
+    return messages
+
+
+def test_a_run_whose_store_goes_away_and_comes_back_ends_with_the_same_weights(
+    server: S3Server, tiny_config: RunConfig, tmp_path: Path
+) -> None:
+    """Everything that the run leaves is in the store. Its server is killed after the first save and started later."""
+    config = replace(
+        tiny_config,
+        checkpoint=replace(tiny_config.checkpoint, every_steps=1),
+        cluster=replace(tiny_config.cluster, workers=2),
+    )
+    start(config, ROOT)
+
+    def cut() -> None:
+        until(lambda: (tmp_path / "saved").exists(), "a step is saved")
+        server.stop()
+        until(lambda: (tmp_path / "warned").exists(), "the run warns")
+        server.start()
+
+    with ThreadPoolExecutor(1) as thread:
+        cutting = thread.submit(cut)
+        messages, others = run_ranks(2, watched_run, server.environment, config, tmp_path)
+        cutting.result()
+    assert others == [], "rank 0 warns for all"
+    assert len([text for text in messages if "training" in text]) == 1
+    assert messages[-1].startswith("the store answers again")
+    (tmp_path / "plain").mkdir()
+    start(config, tmp_path / "plain")
+    run_ranks(2, plain_run, config, tmp_path / "plain")
+    runs.assert_same(runs.weights(config, ROOT), runs.weights(config, tmp_path / "plain"))
+    found = catalog.best(ROOT)
+    assert found is not None
+    assert {name.partition("/")[0] for name in storage.listing(str(ROOT))} == {
+        "initial.safetensors",
+        "checkpoints",
+        "saved",
+    }
+
+
+def plain_run(ranks: Ranks, config: RunConfig, folder: Path) -> None:
+    run(config, RunInfo("run", folder, "commit"), ranks, None)
+
+
+def bytes_read(ranks: Ranks, environment: dict[str, str], strategy: Strategy) -> tuple[int, int]:
+    """Save a model and load it; return the bytes of the state in the store, and those that this rank read."""
+    os.environ.update(environment)
+    torch_files._GAP = 0
+    torch.manual_seed(1)
+    model = distribute(nn.Sequential(*[nn.Linear(128, 128) for _ in range(4)]), ranks, strategy)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 128)).sum().backward()
+    optimizer.step()
+    path = save_checkpoint(ROOT, model, optimizer, meta(1), ranks)
+    found, read = list[int](), storage.read_range
+    storage.read_range = lambda *asked: (content := read(*asked), found.append(len(content)))[0]
+    try:
+        checkpoint_state.load(path, model, optimizer, ranks)
+    finally:
+        storage.read_range = read
+    sizes = storage.listing(str(path)).items()
+    return sum(size for name, size in sizes if name.endswith(".distcp")), sum(found)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_do_not_read_what_another_rank_reads(server: S3Server, strategy: Strategy) -> None:
+    (size, first), (_, second) = run_ranks(2, bytes_read, server.environment, strategy)
+    assert 0.9 * size < first + second <= 1.1 * size
+    assert second == 0 if strategy == "ddp" else second < 0.6 * size
+
+
 def test_a_store_that_breaks_ends_in_one_line_and_what_it_holds_stays(
     server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retry, "ATTEMPTS", 2)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.0)
     run = made(1)
     kept = values(run)
 
@@ -144,9 +241,9 @@ def test_a_store_that_breaks_ends_in_one_line_and_what_it_holds_stays(
             step(run)
 
     try:
-        with pytest.raises(CheckpointError, match=r"step-00000002 could not be written .*no good answer") as caught:
+        with pytest.raises(Postponed, match=r"the store has not answered .*step-00000002 is not saved") as caught:
             train()
-        with pytest.raises(CheckpointError, match=r"cannot be read .*no good answer"):
+        with pytest.raises(StoreError, match=r"no good answer"):
             loaded(1)
     finally:
         server.start()
@@ -179,6 +276,7 @@ def test_wrong_credentials_and_an_absent_bucket_are_one_line_before_a_run_starts
 def test_a_store_that_does_not_answer_is_one_line_within_seconds(
     server: S3Server, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "shards.store.retry")
     server.stop()
     try:
         with pytest.raises(RunConfigError) as caught:
