@@ -17,6 +17,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import PipelineError, TrainingError
 from shards.errors import one_line
 
+_CLOSE_S = 3.0
 WORKER = {"DETR_PROCESS": "worker"}
 """Environment of a process that trains. Ray Train has half a dozen others, which import nothing of ours."""
 BARE = {"DETR_PROCESS": "bare"}
@@ -43,10 +44,14 @@ class LocalRay:
             with servers_in_own_groups(self._servers):
                 yield
         except BaseException:
-            for server in self._servers:
-                server.kill()
-                server.wait()
+            self.kill()
             raise
+
+    def kill(self) -> None:
+        """End the servers at once."""
+        for server in self._servers:
+            server.kill()
+            server.wait()
 
     def gone(self) -> bool:
         """Return True if one of the servers has ended, and the workers with it."""
@@ -94,8 +99,10 @@ class Connection:
         """End the connection, and the Ray that was started for it. May be called again."""
         import ray
 
-        self._made.wait()
-        ray.shutdown()
+        if self._made.wait(_CLOSE_S):
+            ray.shutdown()
+        else:  # it was interrupted while Ray starts, and must not wait for that
+            self.local.kill()
         self._over.set()
 
 
