@@ -203,10 +203,11 @@ def test_output_files_are_checked_before_evaluation(
     assert f"{path} cannot be written; expected a file in a folder that exists" in result.line
 
 
-def test_curves_with_per_layer_are_refused(detr: Detr) -> None:
-    result = detr("evaluate", "models:/a@b", "--data", "absent", "--per-layer", "--curves", "curves.png")
+@pytest.mark.parametrize("flag", ["--curves", "--report"])
+def test_a_picture_or_report_with_per_layer_is_refused(detr: Detr, flag: str) -> None:
+    result = detr("evaluate", "models:/a@b", "--data", "absent", "--per-layer", flag, "target")
     assert result.status == 2
-    assert "--curves with --per-layer: expected only one of the two" in result.line
+    assert f"{flag} with --per-layer: expected only one of the two" in result.line
 
 
 @pytest.mark.parametrize("value", ["0", "1.2", "nan"])
