@@ -1,4 +1,4 @@
-"""The folder of a run, `STORAGE/NAME-ID/`: the names in it.
+"""The location of a run, `STORAGE/NAME` (without `--run`: `NAME-ID`), a folder or an address in a store: the names in it.
 
     name                   written by                                          read by
 
@@ -10,9 +10,8 @@
     run.json               driver: configuration, state and result             the same command; `detr resume`
     lease/                 drivers: a file each, its holder's changes          another driver, which is refused
     events/                rank 0: one file per step that the guard handled    guard, which counts them; users
-    ray/                   Ray Train                                           Ray Train
 
-With `checkpoint.store` the checkpoints are there instead. What the processes of a run tell each other while it runs is
+With `checkpoint.store` the checkpoints are there instead. The scratch folder of a node holds what its processes share. What the processes of a run tell each other while it runs is
 in Ray (`pipeline/cluster/notes/notes.py`). ARCHITECTURE.md has the same table.
 """
 
