@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 from mlflow.exceptions import MlflowException
 
 from pipeline.checkpoint import catalog
@@ -36,6 +37,7 @@ from pipeline.tracking.tags import TAG_FOLDER, TAG_PHASE, TAG_STREAM, TAG_TOTAL_
 from pipeline.train import Launch, resume, train
 from pipeline.training.loop import run
 from pipeline.training.state import RunInfo
+from tests.support.s3_server import S3Server
 
 
 @pytest.fixture
@@ -418,3 +420,25 @@ def test_a_jump_of_the_learning_rate_is_told(
     resume("it", ResumeOptions(epochs=2), Launch(say=lines.append))
     told = "the factor on the learning rates at step 3 is 0.406, with the old one it would be 0.01"
     assert any(told in line for line in lines), lines
+
+
+def test_a_run_lives_in_a_store_alone(
+    tiny_config: RunConfig, store: str, workers: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = S3Server(tmp_path, written=True)
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # the store of an earlier test had another address
+    lines: list[str] = []
+    config = replace(tiny_config, storage="s3://sets/runs", optim=replace(tiny_config.optim, max_steps=1))
+    longer = replace(config, optim=replace(config.optim, max_steps=2))
+    try:
+        workers(None)
+        assert str(train(config, Launch(say=lines.append), run="it").folder) == "s3://sets/runs/it"
+        outcome = train(longer, Launch(say=lines.append), run="it", accept_change=True)
+        assert resume("s3://sets/runs/it", launch=Launch(say=lines.append)) == outcome
+    finally:
+        server.stop()
+        s3fs.S3FileSystem.clear_instance_cache()
+    assert any("continues at step 1 of 2" in line for line in lines)
+    assert runs_in_mlflow() == ["FINISHED"]

@@ -2,6 +2,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from jobs import submit as module
 from jobs.cli import check
 from jobs.commands import cluster
 from jobs.spec import Spec
-from jobs.submit import JobError, spec_named, submit
+from jobs.submit import JobError, spec_named, stop, submit
 from pipeline.errors import PipelineError
 from shards.errors import ShardError
 
@@ -126,3 +127,16 @@ def test_a_command_is_checked_and_sent_without_torch(tiny_data: Any) -> None:
     command = ["train", "overfit", "--data.train", tiny_data.train, "--data.val", tiny_data.val]
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    ("grace_s", "said"), [(60, "detr-1 stopped"), (0, "detr-1 killed: it did not stop within 0 s")]
+)
+def test_a_job_that_did_not_stop_in_time_is_called_killed(
+    monkeypatch: pytest.MonkeyPatch, grace_s: int, said: str
+) -> None:
+    states = iter(["RUNNING", "STOPPED"])
+    monkeypatch.setattr("jobs.submit.status", lambda *_: next(states))
+    monkeypatch.setattr("jobs.submit.connect", lambda _: SimpleNamespace(stop_job=lambda _: None))
+    monkeypatch.setattr("jobs.submit._GRACE_S", grace_s)
+    assert stop(spec_named("local"), "detr-1") == said
