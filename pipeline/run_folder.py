@@ -1,4 +1,4 @@
-"""The location of a run, `STORAGE/NAME` (without `--run`: `NAME-ID`), a folder or an address in a store: the names in it.
+"""The location of a run, `STORAGE/NAME` or `STORAGE/NAME-ID`, a folder or an address in a store: the names in it.
 
     name                   written by                                          read by
 
@@ -11,8 +11,9 @@
     lease/                 drivers: a file each, its holder's changes          another driver, which is refused
     events/                rank 0: one file per step that the guard handled    guard, which counts them; users
 
-With `checkpoint.store` the checkpoints are there instead. The scratch folder of a node holds what its processes share. What the processes of a run tell each other while it runs is
-in Ray (`pipeline/cluster/notes/notes.py`). ARCHITECTURE.md has the same table.
+With `checkpoint.store` the checkpoints are there instead. The scratch folder of a node holds what its processes share and
+Ray Train's files. What the processes of a run tell each other while it runs is in Ray (`pipeline/cluster/notes/notes.py`).
+ARCHITECTURE.md has the same table.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ SAVED = "saved"
 UNSENT_TRAINING = "unsent-training.zip"
 UNSENT_EVALUATION = "unsent-evaluation.zip"
 EVENTS = "events"
-RAY = "ray"
 RECORD = "run.json"
 LEASE = "lease"
 

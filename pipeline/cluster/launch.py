@@ -30,7 +30,7 @@ from pipeline.cluster.startup import printed_timeline
 from pipeline.cluster.supervisor import WorkerStatus, supervise
 from pipeline.cluster.worker import WorkerJob, train_in_ray
 from pipeline.config import ClusterConfig, RunConfig
-from pipeline.run_folder import RAY, scratch
+from pipeline.run_folder import scratch
 from pipeline.timeline import mark
 from pipeline.tracking.mlflow_client import tracking_uri
 from pipeline.tracking.provenance import code_commit
@@ -179,7 +179,7 @@ def _trainer(job: WorkerJob, gpu: bool) -> TorchTrainer:
         run_config=RayRunConfig(
             # A new name each time: Ray's record of an earlier attempt must not end this one at once.
             name=f"attempt-{os.getpid()}-{os.urandom(4).hex()}",
-            storage_path=str(scratch(job.run_id) / RAY),
+            storage_path=str(scratch(job.run_id) / "ray"),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             callbacks=[GroupEndCallback(job.notes)],
             worker_runtime_env={"env_vars": WORKER},

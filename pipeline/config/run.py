@@ -38,8 +38,8 @@ class RunConfig:
     seed: int = 42
     """Seed of initial weights, data order, augmentation and dropout. The same seed repeats a run."""
     storage: str = "runs"
-    """Folder or URL (s3://bucket/runs, or any other that fsspec opens) for all that runs leave: first weights, checkpoints,
-    records. Every worker must see it."""
+    """Folder or URL (s3://bucket/runs, or any other that fsspec opens) for all that runs leave: first weights,
+    checkpoints, records. Every worker must see it."""
     initial: str = ""
     """Initial weights of the whole model: `models:/NAME@ALIAS` or a file in the original's format (.safetensors, .pth).
     Empty: only the backbone is pre-trained (`model.backbone_weights`)."""

@@ -24,7 +24,7 @@ ROOT = Path(run_folder.__file__).parents[1]
 
 def test_architecture_has_the_same_table() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text().replace("`", "")
-    table = re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", text[text.index("The folder of a run") :], re.MULTILINE)
+    table = re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", text[text.index("The location of a run, a folder") :], re.MULTILINE)
     rows = [[cell.replace("`", "") for cell in row] for row in run_folder_table()]
     assert [list(row) for row in table[1 : len(rows) + 1]] == rows
 
@@ -46,4 +46,4 @@ def test_the_table_names_every_file_of_a_run(config: RunConfig, run_info: RunInf
         run(guarded, run_info, Ranks(), tracker)
     tracker.close()
     entries = {path.name + "/" * path.is_dir() for path in folder.iterdir()}
-    assert entries == {name for name, _, _ in run_folder_table()} - {"unsent-evaluation.zip", "ray/"}
+    assert entries == {name for name, _, _ in run_folder_table()} - {"unsent-evaluation.zip"}
