@@ -442,3 +442,19 @@ def test_a_run_lives_in_a_store_alone(
         s3fs.S3FileSystem.clear_instance_cache()
     assert any("continues at step 1 of 2" in line for line in lines)
     assert runs_in_mlflow() == ["FINISHED"]
+
+
+def test_a_run_of_a_release_without_records_is_resumed(
+    named: RunConfig, store: str, launch: Launch, workers: Callable[..., None]
+) -> None:
+    workers(Interrupted("stopped at a checkpoint"))
+    with pytest.raises(Interrupted):
+        train(named, launch)
+    (folder,) = Path(named.storage).iterdir()
+    (folder / "run.json").unlink()
+    workers(None)
+    assert resume("tiny", launch=launch).version == "1"
+    (folder / "run.json").unlink()
+    with pytest.raises(RunConfigError, match=r"is finished: 1 steps, registered; .* give --epochs N"):
+        resume("tiny", launch=launch)
+    assert runs_in_mlflow() == ["FINISHED"]
