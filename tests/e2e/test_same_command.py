@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import psutil
 
@@ -15,13 +16,23 @@ TRAIN = ["train", "overfit", "--data.train", "data/train", "--data.val", "data/v
 TRAIN += ["--optim.max-steps", str(STEPS), "--evaluate.every", "100", "--run", "same"]
 
 
+def hears(pid: int, number: int) -> bool:
+    """Return True if a process has a handler for the signal."""
+    (mask,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt")]
+    return bool(int(mask.split()[1], 16) >> (number - 1) & 1)
+
+
 def interrupted(detr: Command, number: int, after_s: float) -> tuple[int, float]:
-    """Start the command where SIGINT is ignored, signal it after some seconds; return its status and how long it took."""
+    """Start the command where SIGINT is ignored, and signal it some seconds after it has begun to hear signals.
+
+    Return its exit status and how long it took to end.
+    """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a process that a script has started with `&`
     try:
         process = detr.start(*TRAIN)
     finally:
         signal.signal(signal.SIGINT, before)
+    until(lambda: hears(process.pid, number), "a handler of the signal")
     time.sleep(after_s)
     start = time.monotonic()
     process.send_signal(number)
@@ -32,7 +43,7 @@ def interrupted(detr: Command, number: int, after_s: float) -> tuple[int, float]
 
 def test_the_same_command_creates_continues_and_finds_one_run(detr: Command, recording: Recording) -> None:
     recording.pace(0.3)
-    stops = [interrupted(detr, signal.SIGTERM, 2), interrupted(detr, signal.SIGINT, 5)]
+    stops = [interrupted(detr, signal.SIGTERM, 0), interrupted(detr, signal.SIGINT, 3)]
     assert [status for status, _ in stops] == [75, 75]
     assert max(seconds for _, seconds in stops) < 20
 
