@@ -78,7 +78,8 @@ class ConnectedCluster:
                 mark("workers asked for")
                 supervise(fit, run_id, notes, say, workers)
         finally:
-            notes.clear()
+            if not self._local.gone():
+                notes.clear()
         if evaluator:
             evaluator.raise_failure()
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.cluster.notes import attempts
-from pipeline.cluster.notes.notes import Notes
+from pipeline.cluster.notes.attempts import EndReason
+from pipeline.cluster.notes.notes import FatalError, Notes
 from pipeline.errors import Interrupted, Killed, PipelineError, Postponed, TrainingError
 from pipeline.tracking.mlflow_client import connect
 from shards.errors import ShardError, one_line
@@ -27,7 +28,6 @@ GRACE_S = 45.0  # Ray kills a stopped job after 60 s
 _TOGETHER_S = 1.0  # `timeout` and schedulers signal a process and then its group, which is one request to stop
 _UNKNOWN = -1
 _LOOK_S = 0.2
-_READ_S = 0.5  # between looks at the notes, which block for seconds while the cluster does not answer
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,13 @@ def supervise(
     with _following(run_id), _signals() as received:
         threading.Thread(target=_call, args=(result, fit), name="fit", daemon=True).start()
         _wait(result, notes, received, say, workers, grace_s)
-    _raise_fatal(notes, received, say)
-    if error := result.exception():
+    error, gone = result.exception(), workers.gone()
+    if not gone:
+        _raise_fatal(notes.read_fatal_error(), received, say)
+    if error:
         if received:
             raise Killed(_kept(workers)) from error
-        message, saved = _explain(error, notes), _saved(workers)
+        message, saved = _explain(error, None if gone else attempts.end_reason(notes)), _saved(workers)
         if saved == _UNKNOWN or saved not in (None, began_at):
             raise Postponed(f"{message}; {_kept(workers)}") from error
         raise TrainingError(message) from error
@@ -82,27 +84,58 @@ def _wait(
     grace_s: float,
 ) -> None:
     """Wait for the end of `fit`; raise when the workers must be ended now."""
-    deadline, asked, read_at = None, False, 0.0
-    while not result.done():
-        time.sleep(_LOOK_S)
-        if time.monotonic() >= read_at:
-            _raise_fatal(notes, received, say)
-            read_at = time.monotonic() + _READ_S
-        if received and deadline is None:
-            deadline = time.monotonic() + grace_s
-        if received and not asked and notes.request_stop():
-            asked = True
-            if not attempts.is_running(notes):
-                raise Interrupted("stopped while no worker ran, so that nothing had to be saved")
-            say("stopping: the workers save after their current step; a second signal ends them at once")
-        if len(received) > 1:
-            raise Killed(_kept(workers))
-        if deadline is not None and time.monotonic() > deadline:
-            say(f"the workers did not answer within {grace_s:g} s")
-            raise Killed(_kept(workers))
-        if received and workers.gone():
-            say("the workers ended before they could save")
-            raise Killed(_kept(workers))
+    deadline, said = None, False
+    with _Contact(notes) as contact:
+        while not result.done():
+            time.sleep(_LOOK_S)
+            if received and workers.gone():
+                say("the workers ended before they could save")
+                raise Killed(_kept(workers))
+            _raise_fatal(contact.fatal, received, say)
+            if received and deadline is None:
+                deadline = time.monotonic() + grace_s
+                contact.ask_to_stop()
+            if contact.asked and not said:
+                if contact.idle:
+                    raise Interrupted("stopped while no worker ran, so that nothing had to be saved")
+                say("stopping: the workers save after their current step; a second signal ends them at once")
+                said = True
+            if len(received) > 1:
+                raise Killed(_kept(workers))
+            if deadline is not None and time.monotonic() > deadline:
+                say(f"the workers did not answer within {grace_s:g} s")
+                raise Killed(_kept(workers))
+
+
+class _Contact:
+    """Thread that exchanges notes with the workers; the main thread does not wait for a cluster that has gone."""
+
+    def __init__(self, notes: Notes) -> None:
+        self._notes = notes
+        self.fatal: FatalError | None = None
+        self.asked = False
+        """True once the request to stop is in the cluster."""
+        self.idle = False
+        """True if no worker ran then."""
+        self._wanted, self._closed = threading.Event(), threading.Event()
+
+    def __enter__(self) -> _Contact:
+        threading.Thread(target=self._work, name="notes", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+
+    def ask_to_stop(self) -> None:
+        """Ask the workers to stop, as soon as the cluster answers."""
+        self._wanted.set()
+
+    def _work(self) -> None:
+        while not self._closed.wait(_LOOK_S):
+            self.fatal = self.fatal or self._notes.read_fatal_error()
+            if self._wanted.is_set() and not self.asked and self._notes.request_stop():
+                self.idle = not attempts.is_running(self._notes)
+                self.asked = True
 
 
 def _saved(workers: WorkerStatus) -> int | None:
@@ -169,8 +202,7 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _raise_fatal(notes: Notes, received: list[int], say: Callable[[str], None]) -> None:
-    error = notes.read_fatal_error()
+def _raise_fatal(error: FatalError | None, received: list[int], say: Callable[[str], None]) -> None:
     if error is None:
         return
     if received:
@@ -179,9 +211,8 @@ def _raise_fatal(notes: Notes, received: list[int], say: Callable[[str], None]) 
     raise (Postponed if error.postpones else TrainingError)(error.message)
 
 
-def _explain(error: BaseException, notes: Notes) -> str:
+def _explain(error: BaseException, reason: EndReason | None) -> str:
     """Return one line: the reason that the workers recorded, or the last line of Ray's error."""
-    reason = attempts.end_reason(notes)
     if hasattr(error, "worker_failures") and reason:
         return reason.why
     lines = str(error).strip().splitlines() or [type(error).__name__]
