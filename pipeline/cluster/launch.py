@@ -117,7 +117,7 @@ def connected(
             start_workers_early(resources_of_a_worker(config.cluster, gpu), config.cluster.workers)
         else:
             gpu = check_this_machine(config.cluster)
-        say(_describe_workers(config.cluster, gpu))
+        say(_describe_workers(config.cluster, gpu, bool(connection.address)))
         if connection.address:
             probe(config, folder, alive_nodes(), gpu, say)
             mark("nodes probed")
@@ -151,11 +151,13 @@ def _set_environment(cluster: ClusterConfig, address: str | None, verbose: bool)
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
 
 
-def _describe_workers(cluster: ClusterConfig, gpu: bool) -> str:
+def _describe_workers(cluster: ClusterConfig, gpu: bool, joined: bool) -> str:
     fewest, most = cluster.fewest, cluster.workers
     count = f"{fewest} to {most}" if fewest < most else str(most)
     workers = "worker" if most == 1 else "workers"
-    choice = " (there is no GPU; --cluster.gpu yes waits for them)" if cluster.gpu == "auto" and not gpu else ""
+    choice = (
+        " (no node has a GPU; --cluster.gpu yes waits for them)" if joined and cluster.gpu == "auto" and not gpu else ""
+    )
     return f"{count} {workers} on {'GPUs, NCCL' if gpu else 'CPUs, gloo'}{choice}"
 
 
