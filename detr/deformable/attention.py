@@ -107,8 +107,9 @@ def sample(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) ->
 
 
 def _level_maps(maps: Tensor, shapes: Shapes) -> list[Tensor]:
+    """Return views [N, D, height, width] of the cells [N, D, S] of each level."""
     levels = torch.split(maps, [height * width for height, width in shapes], -1)
-    return [level.reshape(*level.shape[:2], *shape) for level, shape in zip(levels, shapes, strict=True)]
+    return [level.unflatten(-1, shape) for level, shape in zip(levels, shapes, strict=True)]  # type: ignore[no-untyped-call]
 
 
 def _read(level: Tensor, points: Tensor) -> Tensor:
@@ -127,30 +128,38 @@ def _sum_of_levels(maps: Tensor, grid: Tensor, shares: Tensor, shapes: Shapes) -
 class _Sample(torch.autograd.Function):
     """Weighted sum of samples [N, D, Q] that keeps its inputs only, and samples again in the backward pass.
 
-    maps: [N, D, S]. grid: [L, N, Q, P, 2]. shares: [L, N, Q, P].
+    maps: [N, D, S]. grid: [L, N, Q, P, 2]. shares: [L, N, Q, P]. On a CPU, a few rows of N are computed at a time, one per
+    thread, so that their samples stay in its cache.
     """
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor, grid: Tensor, shares: Tensor, shapes: Shapes) -> Tensor:
         ctx.save_for_backward(maps, grid, shares)
         ctx.shapes = shapes
-        summed: Tensor | None = None
-        for level, points, share in zip(_level_maps(maps, shapes), grid, shares, strict=True):
-            found = _read(level, points).mul_(share[:, None]).sum(-1)
-            summed = found if summed is None else summed.add_(found)
-        assert summed is not None
+        summed = maps.new_zeros(*maps.shape[:2], grid.shape[2])
+        for rows in _rows(maps):
+            levels = _level_maps(maps[rows], shapes)
+            for level, points, share in zip(levels, grid[:, rows], shares[:, rows], strict=True):
+                summed[rows] += _read(level, points).mul_(share[:, None]).sum(-1)
         return summed
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         maps, grid, shares = ctx.saved_tensors
-        of_maps, of_grid, of_shares = [], torch.empty_like(grid), torch.empty_like(shares)
-        outer = gradient[..., None]
-        for number, level in enumerate(_level_maps(maps, ctx.shapes)):
-            torch.sum(_read(level, grid[number]).mul_(outer), 1, out=of_shares[number])
-            of_level, of_grid[number] = torch.ops.aten.grid_sampler_2d_backward(
-                outer * shares[number][:, None], level, grid[number], 0, 0, False, [True, True]
-            )
-            of_maps.append(of_level.flatten(2))
-        return torch.cat(of_maps, -1), of_grid, of_shares, None
+        of_maps, of_grid, of_shares = torch.empty_like(maps), torch.empty_like(grid), torch.empty_like(shares)
+        for rows in _rows(maps):
+            outer, target = gradient[rows, ..., None], _level_maps(of_maps[rows], ctx.shapes)
+            for number, level in enumerate(_level_maps(maps[rows], ctx.shapes)):
+                points = grid[number, rows]
+                of_shares[number, rows] = _read(level, points).mul_(outer).sum(1)
+                of_level, of_grid[number, rows] = torch.ops.aten.grid_sampler_2d_backward(
+                    outer * shares[number, rows][:, None], level, points, 0, 0, False, [True, True]
+                )
+                target[number].copy_(of_level)
+        return of_maps, of_grid, of_shares, None
+
+
+def _rows(maps: Tensor) -> list[slice]:
+    size = len(maps) if maps.device.type != "cpu" else max(1, torch.get_num_threads())
+    return [slice(start, start + size) for start in range(0, len(maps), size)]
