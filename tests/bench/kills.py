@@ -25,12 +25,13 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="how many")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 100_000, help="a new one by default")
     parser.add_argument("--s3", action="store_true", help="keep the run in an S3 server instead of a folder")
+    parser.add_argument("--folder", type=Path, help="new folder that keeps the run, its hosts and their logs")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing of the cluster stays
     print(f"--kills {options.kills} --seed {options.seed}{' --s3' if options.s3 else ''}", flush=True)
     server = None
     with tempfile.TemporaryDirectory(prefix="kills-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
+        folder = options.folder or Path(name)
         make_data(folder / "data")
         storage, environment = str(folder / "runs"), {}
         if options.s3:
