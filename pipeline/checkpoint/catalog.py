@@ -180,9 +180,12 @@ def newest_with_meta(root: Location, folder: Location, stale_s: float = 0.0) -> 
     saved = _saved_step(folder)
     while True:
         found = newest(root)
+        if found is None and not saved:
+            return None
+        meta = _meta_or_none(found) if found else None
         shown = found is not None and found.name >= folder_of(root, saved).name
-        if (shown or not saved) and (found is None or (meta := _meta_or_none(found))):
-            return None if found is None else (found, meta)
+        if found and meta and shown:
+            return found, meta
         if time.monotonic() >= until:
             break
         time.sleep(_LOOK_S)

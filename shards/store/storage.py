@@ -23,7 +23,6 @@ import fsspec
 from shards.errors import ShardError
 from shards.store.retry import StoreError, with_retries
 
-
 _COMMON = ("s3", "gs", "gcs", "az", "abfs", "oci", "oss", "hdfs", "sftp", "smb", "webdav", "hf", "https", "file")
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import msgspec
 import pytest
 import torch
@@ -16,6 +17,7 @@ from detr.batch import Batch
 from detr.model import build_model
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint import state as checkpoint_state
+from pipeline.checkpoint.location import Url
 from pipeline.checkpoint.metadata import read_meta
 from pipeline.checkpoint.saver import Saver
 from pipeline.config import GuardConfig, RunConfig
@@ -29,6 +31,7 @@ from pipeline.training.model import save_initial
 from pipeline.training.requests import NO_REQUEST, LoopHooks, Request
 from pipeline.training.state import RunInfo
 from pipeline.training.step import StepResult, train_step
+from shards.store import storage
 from tests.support.tracker import MemoryTracker
 
 STEPS = 6
@@ -196,3 +199,16 @@ def test_the_wait_for_a_rollback_is_not_counted_as_step_time(
     times = [value for name, value, _ in tracker.points if name.startswith("step/")]
     assert times
     assert min(times) >= 0
+
+
+def test_events_are_kept_in_a_store_behind_a_url(tiny_config: RunConfig, poisoned: dict[int, list[int]]) -> None:
+    root = Url("memory://bucket/runs/tiny-1")
+    poisoned[2] = []
+    try:
+        save_initial(build_model(tiny_config.model, 4), root)
+        run(guarded(tiny_config, policy="skip"), RunInfo("run", root, "commit"), Ranks(), None)
+        names = [name for name in storage.listing(str(root)) if name.startswith("events/")]
+        assert names == ["events/step-00000002.json"]
+        assert catalog.newest(root) == catalog.folder_of(root, STEPS)
+    finally:
+        fsspec.filesystem("memory").store.clear()
