@@ -16,7 +16,9 @@ from typing import NoReturn
 
 from jobs.commands import cluster, exchange, models, runs, shard
 from jobs.parsing import Command, UsageError, command_table
+from pipeline.errors import USER_ERRORS, Interrupted
 from pipeline.signals import hear_stops
+from shards.errors import one_line
 
 
 def check(argv: Sequence[str]) -> None:
@@ -69,6 +71,15 @@ def main() -> NoReturn:
 
 def run(argv: Sequence[str]) -> int:
     """Run one command line and return its exit status."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt as error:
+        if argv and argv[0] in ("train", "resume", "demo"):
+            return _fail("stopped before the workers ran; give the same command again", Interrupted.exit_status)
+        return _fail("interrupted", 128 + getattr(error, "number", signal.SIGINT))
+
+
+def _run(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_help())
         return 0
@@ -79,17 +90,12 @@ def run(argv: Sequence[str]) -> int:
         )
     if "--verbose" not in rest:
         _quiet()
-    from pipeline.errors import USER_ERRORS
-    from shards.errors import one_line
-
     try:
         COMMANDS[name].act(rest)
     except UsageError as error:
         return _fail(str(error), 2)
     except USER_ERRORS as error:
         return _fail(str(error), getattr(error, "exit_status", 1))
-    except KeyboardInterrupt as error:
-        return _fail("interrupted", 128 + getattr(error, "number", signal.SIGINT))
     except BrokenPipeError:
         # The reader of the output has exited, as in `detr runs | head`: not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ from jobs.cli import COMMANDS
 from jobs.commands import runs
 from pipeline.config import from_json
 from pipeline.recipes import NOTES, RECIPES
+from pipeline.signals import Signalled
 from tests.support.in_process import ROOT, Detr
 
 HELPS: list[list[str]] = [
@@ -113,13 +115,24 @@ def test_module_runs_as_a_command(tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
-def test_interrupt_ends_with_status_130(detr: Detr, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("command", "error", "status", "line"),
+    [
+        ("runs", KeyboardInterrupt(), 130, "detr: interrupted"),
+        ("evaluate", Signalled(signal.SIGTERM), 143, "detr: interrupted"),
+        ("train", Signalled(signal.SIGTERM), 75, "detr: stopped before the workers ran; give the same command again"),
+        ("resume", Signalled(signal.SIGINT), 75, "detr: stopped before the workers ran; give the same command again"),
+    ],
+)
+def test_a_stop_before_anything_has_begun_has_its_status(
+    detr: Detr, monkeypatch: pytest.MonkeyPatch, command: str, error: KeyboardInterrupt, status: int, line: str
+) -> None:
     def interrupted(argv: list[str]) -> None:
-        raise KeyboardInterrupt
+        raise error
 
-    monkeypatch.setitem(COMMANDS, "runs", cli.Command("", interrupted))
-    result = detr("runs")
-    assert (result.status, result.line) == (130, "detr: interrupted")
+    monkeypatch.setitem(COMMANDS, command, cli.Command("", interrupted))
+    result = detr(command)
+    assert (result.status, result.line) == (status, line)
 
 
 def test_closed_output_pipe_is_not_an_error(tmp_path: Path) -> None:
