@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -41,6 +42,29 @@ def scratch(run_id: str) -> Path:
     It is below `DETR_SCRATCH`, or else below the folder for temporary files. It does not outlive the node, and no other
     node sees it. Raise `RunConfigError` if it cannot be made or belongs to another user.
     """
+    folder, problem = _make_scratch(run_id)
+    if problem:
+        raise RunConfigError(f"{folder} on {platform.node()} {_with_remedy(problem)}")
+    return folder
+
+
+def scratch_problem(trial: str) -> str:
+    """Return the reason why this node has no scratch folder that can be written, or "".
+
+    `trial` names a folder there that is made and removed for this.
+    """
+    folder, problem = _make_scratch(trial)
+    if not problem:
+        try:
+            (folder / "trial").write_bytes(b"1")
+        except OSError as error:
+            problem = f"cannot be written ({error.strerror})"
+        shutil.rmtree(folder, ignore_errors=True)
+    return problem and f"scratch folder {folder.parent} {_with_remedy(problem)}"
+
+
+def _make_scratch(run_id: str) -> tuple[Path, str]:
+    """Return the scratch folder of a run, and the reason why it cannot be used or ""."""
     given = os.environ.get("DETR_SCRATCH")
     own = Path(given) if given else Path(tempfile.gettempdir()) / f"detr-{os.getuid()}"
     folder = own / run_id
@@ -49,12 +73,12 @@ def scratch(run_id: str) -> Path:
         folder.mkdir(mode=0o700, exist_ok=True)
         # Others may make folders where temporary files are; a link of theirs would lead to a folder of ours.
         owners = {path.lstat().st_uid for path in ([folder] if given else [own, folder])}
-        problem = "belongs to another user" if owners != {os.getuid()} or (own.is_symlink() and not given) else ""
     except OSError as error:
-        problem = f"cannot be made ({error.strerror})"
-    if problem:
-        raise RunConfigError(
-            f"{folder} {problem} on {platform.node()}; expected a folder on this node's disk for this user alone: set "
-            "DETR_SCRATCH to another"
-        )
-    return folder
+        return folder, f"cannot be made ({error.strerror})"
+    if owners != {os.getuid()} or (own.is_symlink() and not given):
+        return folder, "belongs to another user"
+    return folder, ""
+
+
+def _with_remedy(problem: str) -> str:
+    return f"{problem}; expected a folder on this node's disk for this user alone: set DETR_SCRATCH to another"

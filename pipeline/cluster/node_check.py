@@ -26,6 +26,8 @@ _ANSWER_S = 5.0
 class Question:
     """Facts that the driver asks each node for."""
 
+    code: str
+    """Digest of the driver's code. A node with other code, whose modules may differ, is asked for nothing more."""
     storages: tuple[str, ...]
     """Folders and URLs in each of which the driver has written a file with the name and content `token`."""
     token: str
@@ -41,10 +43,9 @@ def code_digest() -> str:
     digest = hashlib.sha256()
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
-        folders = list(spec.submodule_search_locations or ()) if spec else []
-        if not folders:
+        if spec is None or spec.origin is None:  # an empty folder with that name is found too, without a file
             return ""
-        root = Path(folders[0])
+        root = Path(spec.origin).parent
         for path in sorted(root.rglob("*.py")):
             digest.update(f"{package}/{path.relative_to(root).as_posix()}\0".encode())
             digest.update(path.read_bytes())
@@ -110,12 +111,14 @@ class NodeCheck:
             "digest": code_digest(),
             "tracking": tracking_problem(question.tracking_uri),
         }
-        if not facts["digest"]:
+        if facts["digest"] != question.code:
             return facts
         from pipeline.cluster.interfaces import chosen_interface
+        from pipeline.run_folder import scratch_problem
 
         facts["interface"] = chosen_interface(self._address)
         facts["storages"] = {url: self._exchange(url, question.token) for url in question.storages}
+        facts["scratch"] = scratch_problem(question.token)
         facts["data"] = file_digests(question.data)
         if question.gpus:
             facts["gpus"] = self._visible_gpus()

@@ -46,12 +46,13 @@ def probe(config: RunConfig, folder: Location, nodes: Sequence[Node], gpu: bool,
         here = file_digests(manifests)
         # Data that is made on this machine later is compared by the workers.
         data = tuple(url for url in manifests if not here[url].startswith("cannot"))
+        code, tracking = code_digest(), tracking_uri()
         questions = [
-            Question(storages, token, data, tracking_uri(), int(node.resources.get("GPU", 0)) if gpu else 0)
+            Question(code, storages, token, data, tracking, int(node.resources.get("GPU", 0)) if gpu else 0)
             for node in nodes
         ]
         asked = [check.report.remote(question) for check, question in zip(checks, questions, strict=True)]
-        reports = _answers(asked, nodes)
+        reports = answers(asked, nodes)
         problems = problems_of(reports, nodes, questions, here)
         problems += _unseen_answers(storages, token, reports, nodes)
         if not problems and len(nodes) > 1:
@@ -103,21 +104,30 @@ def _node_checks(nodes: Sequence[Node]) -> Iterator[list[Any]]:
             ray.kill(check)
 
 
-def _answers(asked: list[Any], nodes: Sequence[Node], seconds: float = _ANSWER_S) -> list[Any]:
-    """Return what each node answered; raise `Postponed` with the name of one that did not."""
-    import ray
-    from ray.exceptions import RayError
+def answers(asked: list[Any], nodes: Sequence[Node], seconds: float = _ANSWER_S) -> list[Any]:
+    """Return what each node answered.
 
-    until, answers = time.monotonic() + seconds, []
+    Raise `Postponed` with the name of one that did not, and `RunConfigError` where the check itself failed.
+    """
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    until, found = time.monotonic() + seconds, []
     for reference, node in zip(asked, nodes, strict=True):
         try:
-            answers.append(ray.get(reference, timeout=max(1.0, until - time.monotonic())))
+            found.append(ray.get(reference, timeout=max(1.0, until - time.monotonic())))
+        except RayTaskError as error:
+            cause = f"{type(error.cause).__name__}: {one_line(error.cause)}"
+            raise RunConfigError(
+                f"node {node.address}: the probe failed there ({cause}); expected an answer: install the same release "
+                "there with all that it needs, or start its Ray in the right environment"
+            ) from None
         except RayError as error:  # GetTimeoutError is one
             raise Postponed(
                 f"node {node.address} does not answer a probe ({one_line(error)}); expected it within {seconds:.0f} s: "
                 "look at Ray's logs there, or take it out of the cluster"
             ) from None
-    return answers
+    return found
 
 
 def problems_of(
@@ -128,15 +138,17 @@ def problems_of(
 ) -> list[tuple[str, str]]:
     """Return (node, problem) for everything in which a node differs from this machine."""
     found = []
-    own_versions, own_digest = versions(), code_digest()
+    own_versions = versions()
     for report, node, question in zip(reports, nodes, questions, strict=True):
         name = f"{node.address} ({report['host']})"
-        found += [(name, problem) for problem in _code_problems(report, own_versions, own_digest)]
+        found += [(name, problem) for problem in _code_problems(report, own_versions, question.code)]
         if report["tracking"]:
             uri = without_secret(tracking_uri())
             found.append(
                 (name, f"does not reach MLflow at {uri} ({report['tracking']}); expected a server that it reaches")
             )
+        if report.get("scratch"):
+            found.append((name, report["scratch"]))
         for url, problem in report.get("storages", {}).items():
             if problem:
                 found.append(
@@ -196,7 +208,7 @@ def _all_reduce(
     checks: Sequence[Any], reports: Sequence[Mapping[str, Any]], nodes: Sequence[Node]
 ) -> list[tuple[str, str]]:
     """Let all nodes sum a number; return (node, problem) for those that could not."""
-    (port,) = _answers([checks[0].listen.remote(len(nodes))], nodes[:1])
+    (port,) = answers([checks[0].listen.remote(len(nodes))], nodes[:1])
     asked = [
         check.all_reduce.remote(nodes[0].address, port, rank, len(nodes), _MEET_S) for rank, check in enumerate(checks)
     ]
@@ -206,7 +218,7 @@ def _all_reduce(
             f"an all-reduce with the other nodes over the interface {report['interface']} failed ({reason}); expected "
             "open ports between all nodes: check the firewall, or choose GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
         )
-        for reason, report, node in zip(_answers(asked, nodes), reports, nodes, strict=True)
+        for reason, report, node in zip(answers(asked, nodes), reports, nodes, strict=True)
         if reason
     ]
 

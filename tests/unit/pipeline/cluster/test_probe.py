@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.cluster.capacity import Node
 from pipeline.cluster.node_check import NodeCheck, Question, code_digest, tracking_problem, versions
-from pipeline.cluster.probe import problems_of, raise_problems
+from pipeline.cluster.probe import answers, problems_of, raise_problems
 from pipeline.errors import RunConfigError
 from tests.support.ray_nodes import free_port
 
@@ -24,7 +24,9 @@ def question(tmp_path: Path) -> Question:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "token").write_text("token")
     (tmp_path / "manifest.json").write_text("{}")
-    return Question((f"{tmp_path}/runs",), "token", (f"{tmp_path}/manifest.json",), "sqlite:////mlflow.db", 0)
+    return Question(
+        code_digest(), (f"{tmp_path}/runs",), "token", (f"{tmp_path}/manifest.json",), "sqlite:////mlflow.db", 0
+    )
 
 
 def lines(question: Question, data: dict[str, str] | None = None, **changed: Any) -> list[str]:
@@ -53,6 +55,33 @@ def test_a_storage_that_the_node_does_not_share_is_named(question: Question, tmp
     (line,) = lines(replace(question, storages=(f"{tmp_path}/elsewhere",)))
     assert f"storage {tmp_path}/elsewhere does not show what the driver wrote there" in line
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_scratch_folder_that_cannot_be_made_is_named_and_a_usable_one_left_as_it_was(
+    question: Question, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    monkeypatch.setenv("DETR_SCRATCH", str(scratch))
+    assert lines(question) == []
+    assert list(scratch.iterdir()) == []
+    scratch.rmdir()
+    scratch.write_text("a file")
+    (line,) = lines(question)
+    assert line.startswith(f"10.0.0.2 (node-b): scratch folder {scratch} cannot be made (")
+
+
+def test_a_check_that_raises_on_a_node_is_reported_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    from ray.exceptions import RayTaskError
+
+    cause = ModuleNotFoundError("No module named 'psutil'")
+
+    def get(reference: object, timeout: float) -> None:
+        raise RayTaskError("report", "traceback", cause).as_instanceof_cause()
+
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(RunConfigError, match=r"^node 10\.0\.0\.2: .*\(ModuleNotFoundError: No module named 'psutil'\)"):
+        answers([object()], [NODE])
 
 
 def test_data_that_is_absent_or_another_is_named(question: Question, tmp_path: Path) -> None:
@@ -104,10 +133,11 @@ def test_the_checks_run_where_the_package_is_missing(tmp_path: Path) -> None:
 
     cloudpickle.register_pickle_by_value(node_check)
     try:
-        sent = cloudpickle.dumps((NodeCheck("10.0.0.2"), Question((), "token", (), "", 0)))
+        sent = cloudpickle.dumps((NodeCheck("10.0.0.2"), Question("0123", (), "token", (), "", 0)))
     finally:
         cloudpickle.unregister_pickle_by_value(node_check)
     (tmp_path / "sent").write_bytes(sent)
+    (tmp_path / "shards").mkdir()  # an empty folder is a package to Python, too
     code = (
         "import sys, pickle; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
         "check, question = pickle.load(open('sent', 'rb')); print(repr(check.report(question)['digest']))"
