@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
@@ -95,8 +95,11 @@ class Meter:
         if self._forecast:
             self._forecast.evaluated(time.perf_counter() - start - (self._stalled_s() - stalled))
 
-    def log(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Send the means over the steps since the last call and over ranks to the tracker; a collective call."""
+    def log(self, step: int, rates: Mapping[str, float]) -> None:
+        """Send the means over the steps since the last call and over ranks to the tracker; a collective call.
+
+        rates: the learning rates by group of parameters; `main` gives the curve `optim/lr`, others `optim/lr_GROUP`.
+        """
         if self._sum is None or self._norm is None:
             return  # no step was taken
         interval = self._interval(self._sum)
@@ -104,11 +107,9 @@ class Meter:
             self._forecast.stepped(self._steps, self._steps * interval.step_s, interval.phases["forward"])
         if self._tracker:
             epoch = self._schedule.epoch(step)
-            rates = [group["lr"] for group in optimizer.param_groups]
             values = {_chart(name): value for name, value in zip(self._names, interval.losses, strict=True)}
-            values |= {"optim/lr": rates[0], "optim/grad_norm": float(self._norm), "epoch": epoch}
-            if len(rates) > 1:
-                values["optim/lr_backbone"] = rates[1]
+            values |= {"optim/grad_norm": float(self._norm), "epoch": epoch}
+            values |= {"optim/lr" if name == "main" else f"optim/lr_{name}": rate for name, rate in rates.items()}
             values["speed/images_per_s"] = self._images / max(self._steps * interval.step_s, 1e-9)
             values["speed/memory_gib"] = interval.memory_gib
             self._tracker.metrics(values | _breakdown(interval), step)

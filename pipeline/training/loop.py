@@ -35,7 +35,7 @@ from pipeline.training.continuation import continuation
 from pipeline.training.divergence import Diverged
 from pipeline.training.explaining import Explainer
 from pipeline.training.guard import Guard
-from pipeline.training.optim import set_learning_rates
+from pipeline.training.optim import learning_rates, set_learning_rates
 from pipeline.training.out_of_memory import explaining
 from pipeline.training.reporting import report_left_out, report_opening
 from pipeline.training.requests import NO_HOOKS, NO_REQUEST, LoopHooks, Request
@@ -165,7 +165,7 @@ def _train(worker: WorkerContext, state: TrainState, parts: LoopParts, until: in
         state.step += 1
         parts.stepped(state.step)
         if state.step % worker.config.track.log_every == 0 or state.step == until or request.stop:
-            meter.log(state.step, state.optimizer)
+            meter.log(state.step, learning_rates(state.model, state.optimizer))
         if request.save and state.step < until and not request.stop:
             _save(worker, state, parts)
     return request

@@ -46,6 +46,13 @@ def group_of(parameter: str) -> Literal["main", "backbone", "points"]:
     return "points" if any(name in parameter for name in _POINTS) else "main"
 
 
+def learning_rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return the rate of each group that has parameters, by the group's name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [group for group in optimizer.param_groups if group["params"]]
+    return {group_of(names[id(group["params"][0])]): group["lr"] for group in groups}
+
+
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set every group's rate to its base rate times `factor`."""
     for group in optimizer.param_groups:

@@ -20,7 +20,7 @@ from tests.support.tracker import MemoryTracker
 CONFIG = RunConfig()
 CONFIG = replace(CONFIG, optim=replace(CONFIG.optim, batch_size=10, epochs=4))
 SCHEDULE = Schedule(CONFIG.optim, 1000)
-OPTIMIZER = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+RATES = {"main": 0.5, "points": 0.05}
 
 
 class FakeClock:
@@ -46,7 +46,7 @@ def add(meter: Meter, loss: float) -> None:
 
 def logged(meter: Meter, clock: FakeClock, tracker: MemoryTracker, step: int) -> dict[str, float]:
     meter.clock = clock  # type: ignore[assignment]
-    meter.log(step, OPTIMIZER)
+    meter.log(step, RATES)
     return {name: value for name, value, at in tracker.points if at == step}
 
 
@@ -62,6 +62,8 @@ def test_times_are_logged_per_step_and_as_shares() -> None:
     assert points["speed/images_per_s"] == 10.0
     assert points["speed/memory_gib"] > 0
     assert (points["epoch"], points["optim/lr"], points["optim/grad_norm"]) == (1.0, 0.5, 3.0)
+    assert points["optim/lr_points"] == 0.05
+    assert "optim/lr_backbone" not in points
     assert {f"step/{phase}_s" for phase in PHASES} | {f"step_share/{phase}" for phase in PHASES} <= points.keys()
     progress = read_progress(tracker.last_tags)
     assert progress is not None
@@ -117,7 +119,7 @@ def test_a_checkpoint_stall_is_not_counted_as_optimizer_time() -> None:
 
 def test_nothing_is_logged_without_a_step() -> None:
     tracker = MemoryTracker()
-    Meter(SCHEDULE, Ranks(), tracker).log(3, OPTIMIZER)
+    Meter(SCHEDULE, Ranks(), tracker).log(3, RATES)
     assert not tracker.points
 
 

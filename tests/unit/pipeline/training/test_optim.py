@@ -9,7 +9,7 @@ from detr.model import DETR, build_model
 from pipeline.config import OptimConfig, RunConfig
 from pipeline.schedule import Schedule
 from pipeline.training.model import build_trainable_model
-from pipeline.training.optim import build_optimizer, set_learning_rates
+from pipeline.training.optim import build_optimizer, learning_rates, set_learning_rates
 from shards.plan.steps import Origin
 from tests.support.step_samples import MODEL
 
@@ -54,7 +54,7 @@ def test_a_rate_of_0_freezes_the_backbone_before_the_model_is_wrapped() -> None:
     model = build_trainable_model(RunConfig(model=MODEL, optim=frozen), 3)
     assert not any(p.requires_grad for name, p in model.named_parameters() if "backbone" in name)
     assert [group["base_lr"] for group in build_optimizer(model, frozen).param_groups] == [1e-4]
-    with pytest.raises(ValueError, match="backbone.* expected a frozen backbone"):
+    with pytest.raises(ValueError, match=r"backbone.* expected a frozen backbone"):
         build_optimizer(resnet(), frozen)
 
 
@@ -68,6 +68,15 @@ def test_rates_are_base_rates_times_the_factor_if_set_again() -> None:
     for factor in (0.1, 0.1, 0.5):
         set_learning_rates(optimizer, factor)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([5e-5, 5e-6])
+
+
+def test_rates_have_the_names_of_their_groups_with_a_frozen_backbone_too() -> None:
+    deformable = replace(MODEL, variant="deformable", hidden_dim=32)
+    others = {"main": 1e-4, "points": 1e-5}
+    for rate, expected in ((2e-5, others | {"backbone": 2e-5}), (0, others)):
+        config = RunConfig(model=deformable, optim=OptimConfig(lr_backbone=rate))
+        model = build_trainable_model(config, 3)
+        assert learning_rates(model, build_optimizer(model, config.optim)) == pytest.approx(expected)
 
 
 def test_a_run_has_as_many_steps_as_its_images_fill_batches() -> None:
