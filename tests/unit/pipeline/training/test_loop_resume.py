@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from detr.config import DeformableConfig
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint.metadata import read_meta
 from pipeline.config import RunConfig
@@ -36,6 +37,26 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     run(config, run_info, Ranks(), MemoryTracker())
     assert_same(weights(config, run_info.folder), weights(config, uninterrupted))
     assert evaluated(run_info.folder) == ["03", "06"]
+
+
+HYBRID = DeformableConfig(levels=3, box_refine=True, two_stage=True, mixed_selection=True, one_to_many_queries=6)
+
+
+@pytest.mark.parametrize("options", [DeformableConfig(levels=3), HYBRID], ids=["one stage", "hybrid"])
+def test_an_interrupted_run_of_a_variant_ends_with_the_same_weights(
+    config: RunConfig, tmp_path: Path, options: DeformableConfig
+) -> None:
+    model = replace(config.model, variant="deformable", hidden_dim=32, deformable=options)
+    config = replace(config, model=model, optim=replace(config.optim, max_steps=3))
+    whole, parts = start(config, tmp_path / "whole"), start(config, tmp_path / "parts")
+    run(config, whole, Ranks(), None)
+    with pytest.raises(Kill):
+        run(config, parts, Ranks(), KillingTracker("train", 3))
+    torch.manual_seed(999)
+    run(config, parts, Ranks(), None)
+    assert_same(weights(config, parts.folder), weights(config, whole.folder))
+    figures = [catalog.read_evaluation(catalog.folder_of(found.folder, 3)) for found in (whole, parts)]
+    assert figures[0] == figures[1] is not None
 
 
 def test_a_lengthened_run_ends_like_one_that_was_long_from_the_start(
