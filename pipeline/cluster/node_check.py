@@ -7,6 +7,7 @@ loaded, and what else it needs where it needs it.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -14,6 +15,7 @@ import platform
 import socket
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,11 @@ class NodeCheck:
         import torch
 
         return int(torch.cuda.device_count())
+
+    def prepare(self) -> None:
+        """Import what an all-reduce needs, on all nodes at a time, while the driver reads the reports."""
+        with suppress(Exception):  # a node without the package is reported
+            importlib.import_module("pipeline.distributed.meeting")
 
     def listen(self, size: int) -> int:
         """Open the meeting point of an all-reduce over `size` nodes; return its port."""

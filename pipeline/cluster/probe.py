@@ -52,6 +52,9 @@ def probe(config: RunConfig, folder: Location, nodes: Sequence[Node], gpu: bool,
             for node in nodes
         ]
         asked = [check.report.remote(question) for check, question in zip(checks, questions, strict=True)]
+        if len(nodes) > 1:
+            for check in checks:
+                check.prepare.remote()
         reports = answers(asked, nodes)
         problems = problems_of(reports, nodes, questions, here)
         problems += _unseen_answers(storages, token, reports, nodes)

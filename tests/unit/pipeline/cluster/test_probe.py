@@ -140,7 +140,7 @@ def test_the_checks_run_where_the_package_is_missing(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()  # an empty folder is a package to Python, too
     code = (
         "import sys, pickle; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
-        "check, question = pickle.load(open('sent', 'rb')); print(repr(check.report(question)['digest']))"
+        "check, question = pickle.load(open('sent', 'rb')); check.prepare(); print(repr(check.report(question)['digest']))"
     )
     answer = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={}, capture_output=True, text=True)
     assert answer.stdout.strip() == "''", answer.stderr
