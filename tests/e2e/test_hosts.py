@@ -167,7 +167,7 @@ def test_a_cluster_that_cannot_train_is_refused_in_a_line_before_a_run_exists(si
     assert re.search(rf"detr: node {second.address} \(host-b\): storage /mnt/runs does not show", output), output
 
     output = first(*train(address, "refused", "--cluster.gpu", "yes", "--cluster.wait-s", "2"), status=75)
-    assert re.search(r"detr: 1 worker needs 1 CPU and 1 GPU on a node, and none of them fits", output), output
+    assert re.search(r"detr: 2 workers need 1 CPU and 1 GPU each on a node, and none of them fits", output), output
     assert site.rows("select count(*) from runs") == [(0,)]
     first.kill()
     second.kill()

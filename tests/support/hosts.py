@@ -51,6 +51,7 @@ class Host:
         self.name, self.address, self.folder = name, address, folder
         self.environment = environment | {"HOME": "/mnt", "DETR_CACHE": "/mnt/cache", "DETR_SCRATCH": "/mnt/scratch"}
         self._link = link
+        self._started: list[subprocess.Popen[bytes]] = []
         for own in ("tmp", "cache"):
             (folder / own).mkdir(parents=True)
         (folder / "etc-hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
@@ -67,13 +68,15 @@ class Host:
         """Start a command in the host's folder, with its output in the file `log` there, and return at once."""
         enter = ["nsenter", "--target", str(self._pid), "--net", "--mount", "--uts", "--pid"]
         with (self.folder / log).open("wb") as file:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [*enter, "sh", "-c", 'cd /mnt && exec "$@"', "host", *command],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
             )
+        self._started.append(process)
+        return process
 
     def log(self, name: str) -> str:
         """Return what a command has written into this log so far."""
@@ -99,6 +102,8 @@ class Host:
         if self._first.poll() is None:
             os.kill(self._pid, signal.SIGKILL)
             self._first.wait()
+        for process in self._started:
+            process.wait()
 
 
 class Network:
