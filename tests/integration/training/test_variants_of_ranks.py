@@ -73,6 +73,19 @@ def test_twenty_steps_have_the_losses_of_a_single_process(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_in_bf16_has_nearly_the_loss_of_fp32(variant: str) -> None:
+    found = {}
+    for precision in ("fp32", "bf16"):
+        config = run_config(variant)
+        config = replace(config, compute=replace(config.compute, precision=precision))
+        model, optimizer = build(Ranks(), "single", config)
+        found[precision] = step(model, optimizer, config, Ranks(), 0)
+        assert all(p.isfinite().all() for p in model.parameters())
+    assert found["bf16"] != found["fp32"]
+    assert found["bf16"] == pytest.approx(found["fp32"], rel=0.03)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_resumed_run_has_equal_bits(variant: str, tmp_path: Path) -> None:
     config, ranks = run_config(variant), Ranks()
     model, optimizer = build(ranks, "single", config)

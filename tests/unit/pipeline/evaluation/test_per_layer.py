@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detr.config import ConfigError
+from detr.config import ConfigError, DeformableConfig
 from detr.model import Outputs, build_model
 from pipeline.config import RunConfig
 from pipeline.display.tables import layers_table
@@ -80,9 +80,22 @@ def test_the_nms_threshold_is_an_option_and_must_be_an_iou(manifest: Manifest, t
         scores(model, manifest, nms=7)
 
 
-@pytest.mark.parametrize("auxiliary", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"auxiliary": True},
+        {"auxiliary": False},
+        {
+            "auxiliary": False,
+            "variant": "deformable",
+            "hidden_dim": 32,
+            "deformable": DeformableConfig(levels=3, box_refine=True, two_stage=True, one_to_many_queries=4),
+        },
+    ],
+    ids=["all layers trained", "last layer trained", "deformable"],
+)
 def test_the_last_layer_without_suppression_equals_an_evaluation(
-    manifest: Manifest, tiny_config: RunConfig, auxiliary: bool, monkeypatch: pytest.MonkeyPatch
+    manifest: Manifest, tiny_config: RunConfig, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[Evaluation] = []
 
@@ -92,7 +105,7 @@ def test_the_last_layer_without_suppression_equals_an_evaluation(
 
     monkeypatch.setattr(per_layer, "evaluate_readings", keeping)
     torch.manual_seed(0)
-    model = build_model(replace(tiny_config.model, auxiliary=auxiliary), 4)
+    model = build_model(replace(tiny_config.model, **options), 4)
     plain = evaluate_model(model, manifest, manifest.categories, OPTIONS)
     scores(model, manifest)
     assert plain is not None
