@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tests.bench import cases, peer, throughput
+from tests.bench import cases, deformable, peer, throughput
 from tests.bench.cases import Options, Work
 from tests.bench.timing import PeakMemory, side_by_side
 
@@ -173,6 +173,8 @@ CASES: dict[str, Callable[[str, int], list[Row]]] = {
     "inference": inference,
     "recompute": recompute,
     "train": throughput.train,
+    "sampling": deformable.sampling,
+    "matching": deformable.matching,
     "parsing": _data("writing", "parsing"),
     "writing": _data("writing", "writing"),
     "loading": _data("loading", "loading"),
