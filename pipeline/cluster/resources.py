@@ -67,7 +67,7 @@ def _watch(
     while not over:
         over = done.wait(look_s)
         now = time.monotonic()
-        if over or attempts.is_running(notes):
+        if over or attempts.is_running(notes) is not False:
             since = now
         try:
             text = ""

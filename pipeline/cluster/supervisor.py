@@ -114,7 +114,7 @@ class _Contact:
         self._notes = notes
         self.fatal: FatalError | None = None
         self.asked = False
-        """True once the request to stop is in the cluster."""
+        """True once the request to stop is in the cluster, and known whether a worker ran then."""
         self.idle = False
         """True if no worker ran then."""
         self._wanted, self._closed = threading.Event(), threading.Event()
@@ -134,8 +134,8 @@ class _Contact:
         while not self._closed.wait(_LOOK_S):
             self.fatal = self.fatal or self._notes.read_fatal_error()
             if self._wanted.is_set() and not self.asked and self._notes.request_stop():
-                self.idle = not attempts.is_running(self._notes)
-                self.asked = True
+                running = attempts.is_running(self._notes)
+                self.idle, self.asked = running is False, running is not None
 
 
 def _saved(workers: WorkerStatus) -> int | None:
@@ -182,13 +182,14 @@ def _following(run_id: str) -> Iterator[None]:
 def _signals() -> Iterator[list[int]]:
     """Yield a list of the requests to stop inside the block; it stays empty outside the main thread."""
     received: list[int] = []
-    last = -_TOGETHER_S
+    began = -_TOGETHER_S
 
     def receive(number: int, _: Any) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _TOGETHER_S:
+        nonlocal began
+        now = time.monotonic()
+        if now - began >= _TOGETHER_S:  # since the signal that counted: an impatient person signals again and again
             received.append(number)
-        last = time.monotonic()
+            began = now
 
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -69,9 +69,14 @@ def has_started(notes: Notes) -> bool:
     return _count(notes) > 0
 
 
-def is_running(notes: Notes) -> bool:
-    """Return True if an attempt has started and no end of it is recorded, or its workers still have to hand over."""
+def is_running(notes: Notes) -> bool | None:
+    """Return True if an attempt has started and no end of it is recorded, or its workers still have to hand over.
+
+    Return None if the cluster does not answer.
+    """
     records = notes.read_all(_FOLDER)
+    if records is None:
+        return None
     number = _newest(records)
     if number == 0:
         return False
@@ -81,7 +86,7 @@ def is_running(notes: Notes) -> bool:
 
 def has_cause(notes: Notes) -> bool:
     """Return True if the cause of the current attempt's end is recorded, or a hang of it."""
-    records = notes.read_all(_FOLDER)
+    records = _read(notes)
     return any(_name(_newest(records), kind) in records for kind in ("cause", "hang"))
 
 
@@ -123,7 +128,7 @@ def record_position(notes: Notes, rank: int, where: msgspec.Struct) -> None:
 
 def read_positions(notes: Notes, world_size: int, kind: type[T]) -> dict[int, T | None]:
     """Return the recorded position of each worker, by rank; None for a worker without a record."""
-    records = notes.read_all(_FOLDER)
+    records = _read(notes)
     found = {rank: records.get(_name(_newest(records), f"at-{rank}")) for rank in range(world_size)}
     return {rank: None if record is None else msgspec.json.decode(record, type=kind) for rank, record in found.items()}
 
@@ -137,7 +142,7 @@ def clear_hang(notes: Notes, rank: int) -> None:
 
 def end_reason(notes: Notes, number: int | None = None) -> EndReason | None:
     """Return why an attempt (by default the current one) ended: the most specific report, with the earliest time."""
-    records = notes.read_all(_FOLDER)
+    records = _read(notes)
     number = _newest(records) if number is None else number
     reports: dict[Kind, EndReason] = {}
     for kind in _KINDS:
@@ -181,7 +186,12 @@ def handover_finished(notes: Notes) -> bool:
 
 
 def _count(notes: Notes) -> int:
-    return _newest(notes.read_all(_FOLDER))
+    return _newest(_read(notes))
+
+
+def _read(notes: Notes) -> dict[str, bytes]:
+    """Return the records of all attempts; none if the cluster does not answer."""
+    return notes.read_all(_FOLDER) or {}
 
 
 def _newest(records: dict[str, bytes]) -> int:

@@ -81,10 +81,12 @@ class Notes:
         """Return a note, or None if there is none or the cluster does not answer."""
         return _answer(lambda: self.store.get(self._key(name)), None)
 
-    def read_all(self, prefix: str) -> dict[str, bytes]:
-        """Return the notes whose names begin with `prefix`, by name; none if the cluster does not answer."""
-        nothing: dict[str, bytes] = {}
+    def read_all(self, prefix: str) -> dict[str, bytes] | None:
+        """Return the notes whose names begin with `prefix`, by name; None if the cluster does not answer."""
+        nothing: dict[str, bytes] | None = None
         found = _answer(lambda: self.store.get_all(self._key(prefix)), nothing)
+        if found is None:
+            return None
         return {key.removeprefix(self._key("")): value for key, value in found.items()}
 
     def write(self, name: str, value: bytes = b"", *, overwrite: bool = False) -> bool:

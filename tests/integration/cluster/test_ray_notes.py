@@ -54,7 +54,7 @@ assert not notes.stop_requested()
 assert notes.request_stop()
 assert notes.stop_requested()
 assert not notes.write("stop", b"later") or notes.read("stop") == b""
-assert set(notes.read_all("s")) == {"stop"}
+assert set(notes.read_all("s") or {}) == {"stop"}
 assert cancel_dead_claims(RayNotes(), jobs_alive, cancel_resource_request) == 0
 notes.clear()
 assert not notes.stop_requested()
@@ -127,7 +127,7 @@ def test_workers_and_driver_share_notes_of_which_the_first_writer_wins(address: 
     assert heard == {error.message}
     notes.write("position", b"1")
     notes.write("position", b"2", overwrite=True)
-    assert (notes.read("position"), set(notes.read_all("p"))) == (b"2", {"position"})
+    assert (notes.read("position"), set(notes.read_all("p") or {})) == (b"2", {"position"})
     notes.delete("position")
     assert notes.read("position") is None
     notes.clear()

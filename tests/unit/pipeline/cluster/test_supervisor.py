@@ -101,6 +101,25 @@ def test_a_signal_to_the_process_and_to_its_group_is_one_request(fit: Fit, notes
     assert not isinstance(caught.value, Killed)
 
 
+def test_signals_that_follow_each_other_soon_end_the_workers(
+    fit: Fit, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "_TOGETHER_S", 0.3)
+    forever, messages = threading.Event(), list[str]()
+
+    def hang() -> None:
+        start_attempt(notes, 1)
+        for _ in range(6):
+            signal_this_process(signal.SIGINT)
+            time.sleep(0.1)
+        forever.wait(60)
+
+    with pytest.raises(Killed, match="no step is saved"):
+        fit(hang, messages.append, 5.0)
+    assert "did not answer" not in messages[-1]
+    forever.set()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks_the_workers_and_waits_for_them(fit: Fit, notes: Notes, number: signal.Signals) -> None:
     saved = []
@@ -245,6 +264,30 @@ def test_a_stop_waits_for_a_cluster_that_does_not_answer(fit: Fit, notes: Notes)
         notes.store.away = False  # type: ignore[attr-defined]
         until(notes.stop_requested)
         saved.append(True)
+
+    with pytest.raises(Interrupted, match="at a checkpoint"):
+        fit(work)
+    assert saved
+
+
+def test_an_outage_after_the_request_does_not_make_the_workers_idle(
+    fit: Fit, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, request = [], type(notes).request_stop
+
+    def request_and_lose(self: Notes) -> bool:
+        asked = request(self)
+        notes.store.away = asked and not saved  # type: ignore[attr-defined]
+        return asked
+
+    def work() -> None:
+        start_attempt(notes, 1)
+        monkeypatch.setattr(Notes, "request_stop", request_and_lose)
+        signal_this_process(signal.SIGTERM)
+        time.sleep(0.6)
+        saved.append(True)
+        notes.store.away = False  # type: ignore[attr-defined]
+        until(notes.stop_requested)
 
     with pytest.raises(Interrupted, match="at a checkpoint"):
         fit(work)
