@@ -209,18 +209,25 @@ def test_a_run_continues_without_a_host_and_then_on_another_one(site: Site) -> N
 
 def test_an_autoscaler_that_has_no_node_yet_starts_them_for_a_run(site: Site) -> None:
     host = site.host("host-f")
-    nodes = {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2}
+    kinds = {
+        "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0},
+        "node": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+    }
+    provider = {"type": "fake_multinode"} | dict.fromkeys(
+        ("disable_node_updaters", "disable_launch_config_check"), True
+    )
+    lists = ("cluster_synced_files", "initialization_commands", "setup_commands", "rsync_exclude", "rsync_filter")
+    steps = [f"{kind}_{what}_commands" for kind in ("head", "worker") for what in ("setup", "start_ray")]
     scaling = {
         "cluster_name": "scaled",
         "max_workers": 2,
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": 5,
-        "provider": {"type": "fake_multinode"},
+        "provider": provider,
         "head_node_type": "ray.head.default",
-        "available_node_types": {
-            "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0},
-            "node": nodes,
-        },
+        "available_node_types": kinds,
+        **{name: {} for name in ("auth", "docker", "file_mounts")},
+        **{name: [] for name in (*lists, *steps)},
     }
     (host.folder / "scaling.json").write_text(json.dumps(scaling))
     host.environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
