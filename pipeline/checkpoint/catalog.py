@@ -161,20 +161,23 @@ def note_saved(folder: Location, step: int) -> None:
     storage.write(str(folder / SAVED), str(step).encode())
 
 
-def newest_of_run(root: Location, folder: Location) -> Location | None:
+def newest_of_run(root: Location, folder: Location, run_id: str = "") -> Location | None:
     """Return the newest complete checkpoint of the run at `folder`, or None if it has never saved one.
 
     Raise `CheckpointError` as `newest_with_meta` does.
     """
-    found = newest_with_meta(root, folder)
+    found = newest_with_meta(root, folder, run_id=run_id)
     return found and found[0]
 
 
-def newest_with_meta(root: Location, folder: Location, stale_s: float = 0.0) -> tuple[Location, Meta] | None:
+def newest_with_meta(
+    root: Location, folder: Location, stale_s: float = 0.0, run_id: str = ""
+) -> tuple[Location, Meta] | None:
     """Return the newest complete checkpoint of the run at `folder` and its metadata; None if it has never saved one.
 
     Look again for up to `stale_s` seconds while the checkpoint that the run has saved last is not shown. Then raise
-    `CheckpointError` if none is: the run must not start again silently.
+    `CheckpointError` if none is: the run must not start again silently. Raise it also if the checkpoint is not of the
+    run `run_id`, since two runs of one name may have been given the same `checkpoint.store`.
     """
     until = time.monotonic() + stale_s
     saved = _saved_step(folder)
@@ -185,18 +188,28 @@ def newest_with_meta(root: Location, folder: Location, stale_s: float = 0.0) -> 
         meta = _meta_or_none(found) if found else None
         shown = found is not None and found.name >= folder_of(root, saved).name
         if found and meta and shown:
-            return found, meta
+            return found, _of_run(found, meta, run_id)
         if time.monotonic() >= until:
             break
         time.sleep(_LOOK_S)
     if found is None:
         raise CheckpointError(
             f"{root} holds no checkpoint, but the run has saved step {saved} there: is its storage mounted here? Bring it "
-            "back, then `detr resume`; `detr train` starts another run"
+            "back, then give the same command again, or `detr resume`"
         )
     if not shown:
         LOG.warning("%s does not hold step %d, which the run has saved; continuing from %s", root, saved, found.name)
-    return found, read_meta(found)
+    return found, _of_run(found, read_meta(found), run_id)
+
+
+def _of_run(path: Location, meta: Meta, run_id: str) -> Meta:
+    """Return the metadata of a checkpoint; raise `CheckpointError` if it names another run than `run_id`."""
+    if run_id and meta.run_id not in ("", run_id):
+        raise CheckpointError(
+            f"{path} is of run {meta.run_id[:8]}; expected checkpoints of run {run_id[:8]}: another run writes to the same "
+            "--checkpoint.store under this name; move its checkpoints away, or start a run with another --run"
+        )
+    return meta
 
 
 def _saved_step(folder: Location) -> int:

@@ -3,9 +3,9 @@
 A store behind a URL cannot rename, so uploading `meta.json` last completes a checkpoint. It names the folder of the
 state:
 
-    STORE/NAME-ID/checkpoints/step-00001000/meta.json          {"state_folder": "8f1c...", ...}
-                                            8f1c.../           *.distcp, .metadata
-                                            evaluation.json
+    STORE/NAME/checkpoints/step-00001000/meta.json             {"state_folder": "8f1c...", ...}
+                                         8f1c.../              *.distcp, .metadata
+                                         evaluation.json
 
 Every attempt uploads into a new folder. A checkpoint can therefore be written again without a moment in which there is
 none, files of two attempts are never mixed, and nothing refers to the files of a killed attempt, which pruning removes.

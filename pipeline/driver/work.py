@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint.location import Location, checkpoint_root
@@ -43,9 +43,6 @@ from pipeline.tracking.tags import (
 from shards.store import storage
 from shards.store.retry import StoreError
 
-if TYPE_CHECKING:
-    pass
-
 
 class Work(RecordedRun):
     """A run that this driver alone works on, from its creation or its newest checkpoint to its end."""
@@ -64,6 +61,12 @@ class Work(RecordedRun):
     def create(self, config: RunConfig, ready: PreparedRun, connection: Connection) -> Outcome:
         """Create the run on a cluster that can run it, and train it."""
         launch, total = self._launch, ready.schedule.total_steps
+        found = catalog.newest(self._root)
+        if found is not None:
+            raise RunConfigError(
+                f"{self._root} has a checkpoint of another run already ({found.name}); expected none for the new run "
+                f"{self.record.handle}: give another --run or --checkpoint.store"
+            )
         with ExitStack() as stack:
             cluster = stack.enter_context(
                 connected(config, self.folder, connection, verbose=launch.verbose, say=launch.say)
@@ -124,7 +127,7 @@ class Work(RecordedRun):
 
     def _position(self, before: RunConfig, config: RunConfig, accept: bool) -> Position:
         """Return the position that the run continues from; raise one of `USER_ERRORS` if it cannot with this data."""
-        newest = catalog.newest_of_run(self._root, self.folder)
+        newest = catalog.newest_of_run(self._root, self.folder, self.record.run_id)
         if newest is None and not storage.exists(str(self.folder / INITIAL_NAME)):
             raise CheckpointError(
                 f"{self._root} holds no checkpoint of run {self.record.handle}; expected one: is its storage mounted here?"

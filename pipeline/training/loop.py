@@ -122,7 +122,7 @@ def _newest(root: Location, run_info: RunInfo, ranks: Ranks) -> tuple[Location |
     """
 
     def look() -> tuple[Location, Meta] | None:
-        return catalog.newest_with_meta(root, run_info.folder, catalog.STALE_S)
+        return catalog.newest_with_meta(root, run_info.folder, catalog.STALE_S, run_info.run_id)
 
     return patiently(ranks, lambda: on_first(ranks, look)) or (None, None)
 

@@ -172,6 +172,21 @@ def test_a_checkpoint_that_is_not_shown_yet_is_waited_for(
     assert "does not hold step 2, which the run has saved" in caplog.text
 
 
+def test_another_run_s_checkpoints_are_not_continued(tmp_path: Path) -> None:
+    root, folder = tmp_path / "store" / "it", tmp_path / "it"
+    path = save_small(root, 1)
+    catalog.note_saved(folder, 1)
+    assert catalog.newest_of_run(root, folder, run_id="r") == path
+    with pytest.raises(
+        CheckpointError, match=r"step-00000001 is of run r; expected checkpoints of run other"
+    ) as caught:
+        catalog.newest_of_run(root, folder, run_id="other")
+    assert "\n" not in str(caught.value)
+    catalog.note_saved(folder, 2)  # not shown
+    with pytest.raises(CheckpointError, match="is of run r"):
+        catalog.newest_with_meta(root, folder, run_id="other")
+
+
 def test_pruning_removes_the_remains_of_kills(tmp_path: Path) -> None:
     save_small(tmp_path, 1).rename(tmp_path / "checkpoints" / "step-00000001.deleted.partial")
     save_small(tmp_path, 5).rename(tmp_path / "checkpoints" / "step-00000005.partial")
