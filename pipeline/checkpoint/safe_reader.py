@@ -51,13 +51,21 @@ class RestrictedReader(FileSystemReader):
 
     def __init__(self, path: str | os.PathLike[str], files: FileSystem | None = None) -> None:
         super().__init__(path)
+        self.failure: OSError | None = None
+        """Error because of which the metadata could not be read; torch makes another of it."""
         if files is not None:
             self.fs, self.path = files, path
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         """Return the metadata; raise `pickle.UnpicklingError` for other classes. See `StorageReader.read_metadata`."""
-        with self.fs.create_stream(self._get_metadata_path(), "rb") as file:
-            metadata = _Unpickler(file).load()
+        if self.failure:  # torch asks a second time for metadata of this rank alone, which do not exist here
+            raise self.failure
+        try:
+            with self.fs.create_stream(self._get_metadata_path(), "rb") as file:
+                metadata = _Unpickler(file).load()
+        except OSError as error:
+            self.failure = error
+            raise
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"got a {type(metadata).__name__}, expected a checkpoint's metadata")
         if metadata.storage_meta is None:

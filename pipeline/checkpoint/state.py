@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +124,10 @@ def load(
     """
     state = state_of(model, optimizer, averages)
     if ranks.world_size > 1 and not any(isinstance(value, DTensor) for _, _, value in _leaves(state)):
-        on_first(ranks, lambda: _read(path, state, single=True))
+        on_first(ranks, lambda: _read(path, state, Ranks()))
         _send(state, ranks)
     else:
-        _read(path, state, single=ranks.world_size == 1)
+        _read(path, state, ranks)
     set_state_dict(unwrap(model), optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
@@ -155,34 +155,51 @@ def load_weights(path: Location, model: nn.Module, *, averaged: bool = False) ->
     state: dict[str, Any] = {"model": model.state_dict()}
     if averaged:
         state[_EMA] = {name: torch.empty_like(parameter) for name, parameter in model.named_parameters()}
-    _read(path, state, single=True)
+    _read(path, state, Ranks())
     weights: Mapping[str, Tensor] = state["model"] | state.get(_EMA, {})
     model.load_state_dict(weights)
 
 
-def _read(path: Location, state: dict[str, Any], *, single: bool) -> None:
-    """Load a checkpoint into the tensors of `state`; `single`: by this process alone.
+def _read(path: Location, state: dict[str, Any], ranks: Ranks) -> None:
+    """Load a checkpoint into the tensors of `state`; a collective call.
 
     Raise on every rank `StoreError` if a later attempt may succeed, else `CheckpointError`.
     """
-    reader = torch_files.reader(path, read_meta(path).state_folder) if isinstance(path, Url) else RestrictedReader(path)
+    reader = _reader(path, ranks)
     try:
-        load_distributed(state, storage_reader=reader, planner=RestrictedPlanner(), no_dist=single)
+        load_distributed(state, storage_reader=reader, planner=RestrictedPlanner(), no_dist=ranks.world_size == 1)
     except (OSError, RuntimeError, CheckpointException, ShardError) as error:
         cause = _cause(error)
         if is_peer_failure(cause):
             raise  # Ray restarts the group; nothing is wrong with the checkpoint
-        if _may_pass(error):
-            raise StoreError(f"checkpoint {path} cannot be read now ({_reason(error)})") from error
+        away = reader.failure is not None and may_pass(reader.failure)
+        # torch raises its error on every rank. Any other is of this rank alone, which must not wait for the others.
+        outages = ranks.all_gather(away) if isinstance(error, CheckpointException) else [away]
+        if _may_pass(error, outages):
+            reason = one_line(reader.failure) if reader.failure else _reason(error)
+            raise StoreError(f"checkpoint {path} cannot be read now ({reason})") from error
         if isinstance(cause, ShardError):
             raise CheckpointError(f"checkpoint {path} cannot be read ({_reason(error)})") from error
         raise CheckpointError(f"checkpoint {path} does not fit this model or is damaged ({_reason(error)})") from error
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Return True if a later attempt may succeed: every rank that failed did so because the store did not answer."""
+def _reader(path: Location, ranks: Ranks) -> RestrictedReader:
+    """Return the reader of a checkpoint; rank 0 looks where its state is, as the others could see another attempt."""
+    if not isinstance(path, Url):
+        return RestrictedReader(path)
+    return torch_files.reader(path, on_first(ranks, lambda: read_meta(path).state_folder))
+
+
+def _may_pass(error: BaseException, outages: Sequence[bool] = ()) -> bool:
+    """Return True if a later attempt may succeed: every rank that failed did so because the store did not answer.
+
+    `outages` tells of each rank if that is known besides from its error.
+    """
     failures = getattr(error, "failures", None)
-    return all(may_pass(failure[0]) for failure in failures.values()) if failures else may_pass(error)
+    if not failures:
+        return may_pass(error)
+    away = {rank for rank, outage in enumerate(outages) if outage}
+    return all(rank in away or may_pass(failure[0]) for rank, failure in failures.items())
 
 
 def _cause(error: BaseException) -> BaseException:

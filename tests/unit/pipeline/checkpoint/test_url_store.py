@@ -21,7 +21,9 @@ from pipeline.training.loop import run
 from pipeline.training.state import RunInfo
 from shards.errors import ShardError
 from shards.store import storage
+from shards.store.retry import StoreError
 from tests.support.checkpoints import assert_same_state, save_small, small
+from tests.support.ranks import run_ranks
 from tests.support.runs import Kill, KillingTracker, start
 from tests.support.tracker import MemoryTracker
 
@@ -169,6 +171,49 @@ def test_a_damaged_checkpoint_in_a_store_is_one_clear_error(root: Url) -> None:
     storage.write(str(path / data), storage.read(str(path / data))[:900])
     with pytest.raises(CheckpointError, match="does not fit this model or is damaged"):
         checkpoint_state.load(path, *small(0), Ranks())
+
+
+@pytest.mark.parametrize("name", [".metadata", "meta.json"])
+def test_an_outage_while_a_description_is_read_may_pass(root: Url, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    path, read = save_small(root, 3), storage.read
+
+    def fail(url: str) -> bytes:
+        if url.endswith(name):
+            raise StoreError(f"{url}: no good answer")
+        return read(url)
+
+    monkeypatch.setattr(storage, "read", fail)
+    with pytest.raises(StoreError, match=f"{name}: no good answer"):
+        checkpoint_state.load(path, *small(0), Ranks())
+
+
+def load_sharded(ranks: Ranks, folder: str, away: int) -> tuple[int, str]:
+    """Load slices while the metadata is away from rank `away`; return the reads of `meta.json` and the error."""
+    names, read = list[str](), storage.read
+    root = Url(f"file://{folder}")
+
+    def counted(url: str) -> bytes:
+        names.append(url.rpartition("/")[2])
+        if url.endswith(".metadata") and ranks.rank == away:
+            raise StoreError("no good answer")
+        return read(url)
+
+    storage.read = counted
+    try:
+        model, optimizer = small(0)
+        state = checkpoint_state.state_of(model, optimizer)
+        checkpoint_state._read(catalog.folder_of(root, 3), state, ranks)
+    except Exception as error:
+        return names.count("meta.json"), type(error).__name__
+    finally:
+        storage.read = read
+    return names.count("meta.json"), ""
+
+
+@pytest.mark.parametrize(("away", "error"), [(-1, ""), (1, "StoreError")])
+def test_ranks_that_read_slices_ask_for_the_description_once(tmp_path: Path, away: int, error: str) -> None:
+    save_small(Url(f"file://{tmp_path}"), 3)
+    assert run_ranks(2, load_sharded, str(tmp_path), away) == [(1, error), (0, error)]
 
 
 def test_a_refused_write_is_one_line_and_keeps_earlier_checkpoints(root: Url, monkeypatch: pytest.MonkeyPatch) -> None:
