@@ -42,9 +42,8 @@ CASES = [
     "deformable/small_points",
     "deformable/single_scale",
     "deformable/single_scale_dc5",
-    "deformable/r50",
-    "deformable/r50_refine",
-    "deformable/r50_two_stage",
+    # Images of true size: minutes. The names and shapes of R50 are compared in any case.
+    *(pytest.param(f"deformable/{name}", marks=pytest.mark.slow) for name in ("r50", "r50_refine", "r50_two_stage")),
     "hybrid/hybrid_plain",
     "hybrid/hybrid_refine",
     "hybrid/hybrid_two_stage",
