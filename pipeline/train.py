@@ -8,7 +8,7 @@ ended. So neither torch nor Ray nor MLflow is imported here before it is known t
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from pipeline.driver.launch import Launch
 from pipeline.driver.record import Outcome, RunRecord, check_name, read_record
 from pipeline.driver.sole_driver import sole_driver
 from pipeline.errors import Interrupted, Postponed, TrackingAway, TrainingError
-from shards.store.retry import StoreError
+from shards.store.retry import may_pass
 
 __all__ = ["Launch", "Outcome", "resume", "train"]
 
@@ -38,7 +38,8 @@ def train(config: RunConfig, launch: Launch | None = None, *, run: str = "", acc
     check_name(config.run_name)
     name = run or f"{config.run_name}-{secrets.token_hex(4)}"
     folder = _absolute(location(config.storage)) / name
-    with _postponing():
+    record: RunRecord | None = None
+    with _postponing(lambda: record):
         record = _read(folder) if run else None
         if record and record.run_id:
             outcome = _ended(record, config, accept_change, folder, launch)
@@ -96,12 +97,15 @@ def resume(name: str, changes: ResumeOptions | None = None, launch: Launch | Non
     registered is registered, and one that failed is tried again.
     """
     launch, changes = launch or Launch(), changes or ResumeOptions()
-    with _postponing():
+    record: RunRecord | None = None
+    with _postponing(lambda: record):
         from pipeline.driver.find import find
 
         try:
             folder, record = find(name)
-        except (TrackingAway, StoreError) as error:
+        except (TrackingAway, OSError) as error:
+            if not _passes(error):
+                raise
             raise Postponed(str(error)) from error
         if not (changes.epochs or changes.batch_size or changes.data):
             outcome = _finished(record, folder, launch)
@@ -125,14 +129,29 @@ def _read(folder: Location) -> RunRecord | None:
     """Return the record of the run at `folder`, or None; raise `Postponed` if the store does not answer."""
     try:
         return read_record(folder)
-    except StoreError as error:
+    except OSError as error:
+        if not may_pass(error):
+            raise
         raise Postponed(f"{error}; the run may exist, so the same command looks again later") from error
 
 
+def _passes(error: Exception) -> bool:
+    """Return True if the store or MLflow did not answer."""
+    return isinstance(error, TrackingAway) or may_pass(error)
+
+
 @contextmanager
-def _postponing() -> Iterator[None]:
-    """Raise `Interrupted` if the block is stopped before the workers run."""
+def _postponing(known: Callable[[], RunRecord | None]) -> Iterator[None]:
+    """Raise `Interrupted` if the block is stopped before the workers run, `Postponed` if a known run must wait.
+
+    A run waits for its store and MLflow. For one that does not exist yet, their error may be a mistake in an address.
+    """
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise Interrupted("stopped before the workers ran; give the same command again") from None
+    except (TrackingAway, OSError) as error:
+        record = known()
+        if record is None or not _passes(error):
+            raise
+        raise Postponed(f"{error}; `detr resume {record.handle}` continues when it answers") from error

@@ -14,7 +14,7 @@ from pipeline.errors import USER_ERRORS, BusyError, Interrupted, Killed, Postpon
 from pipeline.tracking.mlflow_client import translated_errors
 from pipeline.tracking.mlflow_runs import run_with_key, set_final_status
 from shards.errors import ShardError
-from shards.store.retry import StoreError
+from shards.store.retry import may_pass
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -47,10 +47,12 @@ class RecordedRun:
                 raise BusyError(
                     f"run {self.record.handle} was {self._lease.lost}; this process works on it no longer"
                 ) from error
-            if not isinstance(error, (KeyboardInterrupt, SystemExit, Postponed, TrackingAway, StoreError)):
+            passes = isinstance(error, (KeyboardInterrupt, SystemExit, Postponed, TrackingAway)) or may_pass(error)
+            if not passes:
                 self._failed(error)
                 raise
-            self._end("killed" if isinstance(error, Killed) else "stopped", "KILLED")
+            if self.record.status != "finished":  # else MLflow has it already, and only the record may lack it
+                self._end("killed" if isinstance(error, Killed) else "stopped", "KILLED")
             if not self.record.run_id and not self._named:
                 raise
             raise self._postponed(error) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,13 +18,7 @@ from pipeline.driver.position import Position, position_after
 from pipeline.driver.preflight import PreparedRun, check_data, prepare
 from pipeline.driver.record import Outcome, RunRecord, new_record
 from pipeline.driver.recorded import RecordedRun
-from pipeline.errors import (
-    CheckpointError,
-    Postponed,
-    RunConfigError,
-    TrackingAway,
-    TrainingError,
-)
+from pipeline.errors import CheckpointError, Postponed, RunConfigError, TrainingError
 from pipeline.run_folder import CHECKPOINTS, INITIAL_NAME
 from pipeline.signals import raise_unheard
 from pipeline.tracking.mlflow_client import connect, tracking_uri, translated_errors
@@ -41,7 +36,6 @@ from pipeline.tracking.tags import (
     TAG_VAL_DIGEST,
 )
 from shards.store import storage
-from shards.store.retry import StoreError
 
 
 class Work(RecordedRun):
@@ -77,10 +71,8 @@ class Work(RecordedRun):
                 run_id = create_run(self._client, config, ready.datasets, self._first_tags(config, ready))
                 self.save(run_id=run_id, status="running")
                 launch.say(f"{self._label}: {total} steps, checkpoints in {self._root / CHECKPOINTS}")
-                self._run(cluster, config, accept_change=False)
-                stack.close()
-                outcome = self._conclude(config, total, 0)
-        return self._finish(outcome)
+                self._run(cluster, config, stack.close, accept_change=False)
+                return self._finish(self._conclude(config, total, 0))
 
     def _first_tags(self, config: RunConfig, ready: PreparedRun) -> dict[str, str]:
         total = ready.schedule.total_steps
@@ -120,10 +112,8 @@ class Work(RecordedRun):
                 if trained:
                     self._send_left()
                 else:
-                    self._run(cluster, config, accept_change=bool(position.stream.changes))
-                stack.close()
-                outcome = self._conclude(config, total, position.step)
-        return self._finish(outcome)
+                    self._run(cluster, config, stack.close, accept_change=bool(position.stream.changes))
+                return self._finish(self._conclude(config, total, position.step))
 
     def _position(self, before: RunConfig, config: RunConfig, accept: bool) -> Position:
         """Return the position that the run continues from; raise one of `USER_ERRORS` if it cannot with this data."""
@@ -164,15 +154,19 @@ class Work(RecordedRun):
             client.set_tag(run_id, tag, value)
         client.update_run(run_id, status="RUNNING")
 
-    def _run(self, cluster: Any, config: RunConfig, accept_change: bool) -> None:
-        """Run the workers, then send to MLflow what they could not."""
+    def _run(self, cluster: Any, config: RunConfig, disconnect: Callable[[], None], accept_change: bool) -> None:
+        """Run the workers, end the connection to Ray and so what is left of them, then send what they could not."""
         raise_unheard()
         try:
             cluster.run(config, self.record.run_id, self.folder, accept_change=accept_change)
         finally:
+            # A worker that still lives would write on into a spool that is sent and removed under it.
+            disconnect()
             self._send_left()
 
     def _send_left(self) -> None:
+        if self._lease.lost:  # the driver that has the run now sends, and its workers do
+            return
         self._sent = send_left(self.folder, self.record.run_id, tracking_uri(), self._launch.say)
 
     def _conclude(self, config: RunConfig, total: int, began_at: int) -> Outcome:
@@ -250,10 +244,7 @@ def go_on(
     record: RunRecord, asked: RunConfig, config: RunConfig, accept: bool, folder: Location, launch: Launch, lease: Lease
 ) -> Outcome:
     """Continue the run of `record` with another configuration or the same one."""
-    try:
-        with connecting(config, address=launch.address, verbose=launch.verbose) as connection:
-            work = Work(folder, launch, lease, record, connect())
-            with translated_errors():
-                return work.go_on(asked, config, accept, connection)
-    except (TrackingAway, StoreError) as error:
-        raise Postponed(f"{error}; `detr resume {record.handle}` continues when it answers") from error
+    with connecting(config, address=launch.address, verbose=launch.verbose) as connection:
+        work = Work(folder, launch, lease, record, connect())
+        with translated_errors():
+            return work.go_on(asked, config, accept, connection)

@@ -28,3 +28,16 @@ def test_a_new_run_takes_no_checkpoints_that_lie_in_its_store(tiny_config: RunCo
     with pytest.raises(RunConfigError, match=r"it has a checkpoint of another run already \(step-00000003\)") as caught:
         work_at(tmp_path / "it", tiny_config, []).create(tiny_config, READY, SimpleNamespace())  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lost", ["", "taken over by process 7 on elsewhere"])
+def test_what_is_left_is_sent_after_ray_by_the_lease_s_driver(
+    lost: str, tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr("pipeline.driver.work.send_left", lambda *_: order.append("sent") or True)
+    work = work_at(tmp_path / "it", tiny_config, [])
+    work._lease.lost = lost
+    cluster = SimpleNamespace(run=lambda *_, **__: order.append("ran"))
+    work._run(cluster, tiny_config, lambda: order.append("disconnected"), accept_change=False)
+    assert order == ["ran", "disconnected"] + ([] if lost else ["sent"])
