@@ -21,16 +21,19 @@ MOST_WAITING = 50
 _DELETED = ".deleted" + PARTIAL
 
 
-def prune(shelf: Shelf, keep: int) -> None:
+def prune(shelf: Shelf, keep: int, *, look: bool = False) -> None:
     """Delete old checkpoints, each atomically, and remains of kills; nothing may be written meanwhile.
 
     The newest `keep`, the best, milestones and those still to be evaluated are kept; of the last at most `MOST_WAITING`.
-    A checkpoint that cannot be read or deleted stays, with a warning: the next call tries again.
+    A checkpoint that cannot be read or deleted stays, with a warning: the next call tries again. With `look` the shelf
+    is listed first.
     """
     failures: list[Exception] = []
     with _collecting_failures(failures):
-        _remove_leftovers(shelf)
-    with _collecting_failures(failures):
+        if look:
+            shelf.look()
+        with _collecting_failures(failures):
+            _remove_leftovers(shelf)
         for path in _deletable(shelf, keep):
             with _collecting_failures(failures):
                 delete(path)

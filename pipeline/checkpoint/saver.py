@@ -148,7 +148,7 @@ class Saver:
 
     def prune(self) -> None:
         """Delete old checkpoints; only on rank 0, and only while none is written."""
-        prune(self._shelf.look(), self._keep)
+        prune(self._shelf, self._keep, look=True)
 
     def close(self) -> None:
         """Wait for the current checkpoint and release the thread; do not raise if it failed."""

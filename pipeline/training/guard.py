@@ -45,6 +45,7 @@ class Guard:
         self._config, self._ranks, self._tracker = config, ranks, tracker
         self._saver = saver
         self._folder = folder / EVENTS
+        self._events: list[dict[str, Any]] = []
 
     def handle(
         self,
@@ -87,10 +88,11 @@ class Guard:
         return f"kept in {self._path(event)}"
 
     def _record(self, event: Diverged) -> int:
-        """Write the event and return the number of events up to it."""
+        """Write the event, read those up to it and return their number; on rank 0."""
         record = {"step": event.step, "policy": self._config.policy, "message": str(event)} | event.record
         storage.write(str(self._path(event)), msgspec.json.format(msgspec.json.encode(record), indent=2))
-        return len(self._records(event.step))
+        self._events = self._records(event.step)
+        return len(self._events)
 
     def _report(self, event: Diverged, count: int) -> None:
         assert self._tracker
@@ -102,7 +104,7 @@ class Guard:
             name = f"{TAG_WARNING}.guard.{count}"
             text = f"step {event.step} {action}: {event.reason[:400]} ({count} of {self._config.max_events})"
             self._tracker.tags({name: text})
-        rows = self._records(event.step)
+        rows = self._events
         columns = {name: [str(row.get(name, "")) for row in rows] for name in ("step", "policy", "grad_norm")}
         # Records written before the key was renamed have the message under "said".
         columns["message"] = [str(row.get("message", row.get("said", ""))) for row in rows]

@@ -13,6 +13,7 @@ from pipeline.checkpoint import state as checkpoint_state
 from pipeline.checkpoint.location import Location, Url, checkpoint_root
 from pipeline.checkpoint.metadata import Best, read_meta
 from pipeline.checkpoint.pruning import prune
+from pipeline.checkpoint.saver import Saver
 from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.driver.preflight import check_storage, prepare
@@ -161,6 +162,21 @@ def test_deleting_removes_the_metadata_first(root: Url, monkeypatch: pytest.Monk
     prune(catalog.Shelf(root).look(), keep=1)
     assert removed[0].endswith("step-00000001/meta.json")
     assert len(removed) == 3
+
+
+def test_pruning_outlives_an_outage(root: Url, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_small(root, 1)
+    save_small(root, 2)
+
+    def fail(url: str) -> dict[str, int]:
+        raise StoreError(f"{url}: no good answer")
+
+    with Saver(root, small(0)[1], Ranks(), keep=1) as saver:
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "listing", fail)
+            saver.prune()
+        saver.prune()
+    assert catalog.list_checkpoints(root) == [catalog.folder_of(root, 2)]
 
 
 def test_a_damaged_checkpoint_in_a_store_is_one_clear_error(root: Url) -> None:

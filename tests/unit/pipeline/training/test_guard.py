@@ -24,7 +24,7 @@ from pipeline.config import GuardConfig, RunConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import TrainingError
 from pipeline.tracking.tags import TAG_WARNING
-from pipeline.training import loop
+from pipeline.training import guard, loop
 from pipeline.training.divergence import Diverged
 from pipeline.training.loop import run
 from pipeline.training.model import save_initial
@@ -32,6 +32,7 @@ from pipeline.training.requests import NO_REQUEST, LoopHooks, Request
 from pipeline.training.state import RunInfo
 from pipeline.training.step import StepResult, train_step
 from shards.store import storage
+from shards.store.retry import StoreError
 from tests.support.tracker import MemoryTracker
 
 STEPS = 6
@@ -79,6 +80,26 @@ def same(first: Weights, second: Weights) -> bool:
 def events(folder: Path) -> list[dict[str, Any]]:
     paths = sorted((folder / "events").glob("*.json"))
     return [msgspec.json.decode(path.read_bytes(), type=dict[str, Any]) for path in paths]
+
+
+def test_reports_of_an_event_do_not_read_the_store(
+    tiny_config: RunConfig, start: RunInfo, poisoned: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned[3] = []
+    report, listing = guard.Guard._report, storage.listing
+
+    def away(url: str) -> dict[str, int]:
+        raise StoreError(f"{url}: no good answer")
+
+    def report_without_store(self: guard.Guard, event: Diverged, count: int) -> None:
+        monkeypatch.setattr(storage, "listing", away)
+        report(self, event, count)
+        monkeypatch.setattr(storage, "listing", listing)
+
+    monkeypatch.setattr(guard.Guard, "_report", report_without_store)
+    tracker = MemoryTracker()
+    run(guarded(tiny_config, policy="skip"), start, Ranks(), tracker)
+    assert tracker.tables["guard_events.json"]["step"] == ["3"]
 
 
 def test_stop_ends_the_run_before_the_update_and_keeps_the_event(
