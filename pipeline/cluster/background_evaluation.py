@@ -26,15 +26,17 @@ from pipeline.checkpoint.pruning import MOST_WAITING, prune
 from pipeline.cluster.notes.notes import Notes
 from pipeline.cluster.worker import WorkerJob
 from pipeline.config import RunConfig
-from pipeline.errors import TrainingError
+from pipeline.errors import Postponed, TrainingError
 from pipeline.tracking.run_spools import EVALUATION, open_tracker
 from shards.errors import one_line
 from shards.store import storage
+from shards.store.retry import may_pass
 from shards.store.sizes import size_text
 
 Say = Callable[[str], None]
 _TASK = "evaluation"  # a note: the newest task
 _HEARS_S = 1.0
+_TRIES = 4  # attempts after training while the cause may pass
 _MANY = 3  # checkpoints without metrics
 
 
@@ -42,8 +44,8 @@ class Evaluator:
     """Evaluation of a run's checkpoints while the workers train.
 
     `folder` is the run's location. `evaluate` evaluates one checkpoint and returns when its metrics are stored, or
-    raises. `stop_requested` returns True if the run is asked to stop. `look_s` is the interval in seconds between
-    looks for checkpoints to evaluate.
+    raises, `Postponed` or a store's error if a later attempt may succeed. `stop_requested` returns True if the run is asked to stop. `look_s` is the interval in seconds between
+    looks for checkpoints to evaluate, `again_s` that between attempts after training.
     """
 
     def __init__(
@@ -54,9 +56,11 @@ class Evaluator:
         say: Say,
         stop_requested: Callable[[], bool] = lambda: False,
         look_s: float = 2.0,
+        again_s: float = 30.0,
     ) -> None:
         self._shelf, self._keep = Shelf(checkpoint_root(config.checkpoint.store, folder)), config.checkpoint.keep
         self._evaluate, self._say, self._stop_requested, self._look_s = evaluate, say, stop_requested, look_s
+        self._again_s = again_s
         self._trained, self._stopped = threading.Event(), threading.Event()
         self._error: Exception | None = None
         self._warned = False
@@ -81,19 +85,23 @@ class Evaluator:
             if thread.is_alive():
                 self._stopped.set()
             elif self._error is None:
-                prune(self._shelf.look(), self._keep)  # before, any checkpoint without metrics might have been the best
+                prune(
+                    self._shelf, self._keep, look=True
+                )  # before, any checkpoint without metrics might have been the best
 
         return run
 
     def raise_failure(self) -> None:
-        """Raise `TrainingError` if a checkpoint could not be evaluated."""
+        """Raise `TrainingError` if a checkpoint could not be evaluated, `Postponed` if a later attempt may succeed."""
         if self._error:
-            raise TrainingError(
+            passes = isinstance(self._error, Postponed) or may_pass(self._error)
+            raise (Postponed if passes else TrainingError)(
                 f"{one_line(self._error)}; training is done and nothing is lost: `detr resume` evaluates what is left"
             ) from self._error
 
     def _work(self) -> None:
         failed: set[Location] = set()
+        tries = 0
         while not self._stopped.is_set():
             trained = self._trained.is_set()  # read before listing, so that the last checkpoint is not missed
             path = None
@@ -108,9 +116,16 @@ class Evaluator:
                     self._stopped.wait(self._look_s)
                 else:
                     self._evaluate(path)
+                    tries = 0
             except SystemExit:
                 return  # Ray raises it when it is shut down during a task
             except Exception as error:
+                passes = isinstance(error, Postponed) or may_pass(error)
+                if trained and passes and tries < _TRIES:
+                    tries += 1
+                    self._say(f"warning: {one_line(error)}; tried again in {self._again_s:.0f} s")
+                    self._stopped.wait(self._again_s)
+                    continue
                 if trained:
                     self._error = error
                     return
@@ -149,9 +164,19 @@ def evaluator_on_ray(job: WorkerJob, gpu: bool, say: Say) -> Evaluator:
             ray.get(task.remote(job, path, gpu))
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
-            raise TrainingError(f"checkpoint {path} could not be evaluated ({one_line(cause)})") from error
+            message = f"checkpoint {path} could not be evaluated ({one_line(cause)})"
+            raise (Postponed if _passes(error) else TrainingError)(message) from error
 
     return Evaluator(job.config, job.folder, evaluate, say, job.notes.stop_requested)
+
+
+def _passes(error: Exception) -> bool:
+    """Return True for an evaluation whose node was lost, or whose store did not answer."""
+    from ray.exceptions import OutOfMemoryError, RayTaskError
+
+    if isinstance(error, RayTaskError):
+        return may_pass(error.cause) or isinstance(error.cause, ConnectionError | TimeoutError)
+    return not isinstance(error, OutOfMemoryError)
 
 
 def _end_process() -> None:

@@ -51,8 +51,8 @@ def supervise(
     """Call `fit` and follow the run on stderr until it returns.
 
     Raise `Interrupted` when the run was stopped and has saved, `Killed` when it could not save, and `TrainingError`
-    with the workers' message when it failed. That is a `Postponed` if the run has saved a step since this call, so that
-    a further try is worth it. A fatal error, which a restart cannot repair, is raised as soon as a worker has written
+    with the workers' message when it failed. That is a `Postponed` if a further try is worth it: the run has saved a
+    step since this call, or the workers failed because of what may pass. A fatal error, which a restart cannot repair, is raised as soon as a worker has written
     it. Workers that are asked to stop have `grace_s` seconds to save.
     """
     workers = workers or WorkerStatus()
@@ -67,8 +67,9 @@ def supervise(
     if error:
         if received:
             raise Killed(_kept(workers)) from error
-        message, saved = _explain(error, None if gone else attempts.end_reason(notes)), _saved(workers)
-        if saved == _UNKNOWN or saved not in (None, began_at):
+        reason = None if gone else attempts.end_reason(notes)
+        message, saved = _explain(error, reason), _saved(workers)
+        if (reason and reason.passes) or saved == _UNKNOWN or saved not in (None, began_at):
             raise Postponed(f"{message}; {_kept(workers)}") from error
         raise TrainingError(message) from error
     if received:

@@ -7,7 +7,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint.location import Location
 from pipeline.cluster.notes import attempts
@@ -19,13 +19,19 @@ from pipeline.config import RunConfig
 from pipeline.errors import USER_ERRORS, Postponed
 from pipeline.timeline import mark
 from pipeline.tracking.run_spools import TRAINING, open_tracker
+from pipeline.tracking.spool import SpoolTracker
 from pipeline.tracking.tags import TAG_PHASE, TAG_RESIZED, TAG_WARNING
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.requests import NO_REQUEST, LoopHooks, Request
 from shards.errors import one_line
 from shards.store.retry import may_pass
 
+if TYPE_CHECKING:
+    from pipeline.distributed.ranks import Ranks
+
 _LESS = "expected a run that fits: lower --evaluate.batch-size, --data.reader-threads or the workers of a node"
+_LAST_S = 10.0  # for MLflow to take the last points of a run that has failed
+_OTHERS_S = 3.0  # which they usually take
 _BEFORE_S = 20.0  # time before a node is taken away at which a second checkpoint is written
 
 
@@ -67,12 +73,8 @@ def train_in_ray(job: WorkerJob) -> None:
         node=ray.get_runtime_context().get_node_id(),
     )
     run_info = RunInfo(job.run_id, job.folder, job.code_commit, job.accept_change)
-    tracker, restart = None, None
-    if ranks.first:
-        restart = attempts.start_attempt(job.notes, ranks.world_size)
-        tracker = open_tracker(TRAINING, job.folder, job.run_id, job.tracking_uri)
-        tracker.tags({TAG_PHASE: "training"} | _restart_warning(restart))
-    first_step = FirstStepReport(tracker, ranks.world_size, restart)
+    tracker, failed = None, False
+    restart = attempts.start_attempt(job.notes, ranks.world_size) if ranks.first else None
     timeline = FirstStep(job.notes) if ranks.first else None
     hangs = HangWatch(job.notes, ranks.rank, ranks.world_size, ranks.timeout_s)
     asked = RequestWatch(partial(attempts.asked_to_return, job.notes)) if ranks.first else None
@@ -93,18 +95,50 @@ def train_in_ray(job: WorkerJob) -> None:
         attempts.record_progress(job.notes)
 
     try:
+        tracker = open_patiently(job, ranks)
+        if tracker:
+            tracker.tags({TAG_PHASE: "training"} | _restart_warning(restart))
+        first_step = FirstStepReport(tracker, ranks.world_size, restart)
         with forward_warnings(tracker) if tracker else nullcontext():
             run(config, run_info, ranks, tracker, LoopHooks(request, stepped, keep_unsent))
     except Exception as error:
-        record_failure(job.notes, ranks.rank, error)
+        failed = True
+        report_failure(job.notes, ranks.rank, error, tracker)
         raise
     finally:
         hangs.close()
         if asked:
             asked.close()
         if tracker:
-            tracker.close()
+            if not failed:
+                tracker.close()
             attempts.finish_handover(job.notes)
+
+
+def open_patiently(job: WorkerJob, ranks: Ranks) -> SpoolTracker | None:
+    """Return the tracker on rank 0, and None on the others, when the store answers; a collective call."""
+    from pipeline.checkpoint.patience import patiently
+    from pipeline.distributed.ranks import on_first
+
+    opened: list[SpoolTracker] = []
+
+    def open_first() -> None:
+        opened.append(open_tracker(TRAINING, job.folder, job.run_id, job.tracking_uri))
+
+    patiently(ranks, lambda: on_first(ranks, open_first))
+    return opened[0] if opened else None
+
+
+def report_failure(notes: Notes, rank: int, error: Exception, tracker: SpoolTracker | None) -> None:
+    """Send what is left of the curves, then record the failure: the driver ends the workers when it reads that.
+
+    All ranks may have the same error. The others give rank 0 a moment for what it has to send.
+    """
+    if tracker:
+        tracker.close(_LAST_S)
+    elif rank and isinstance(error, USER_ERRORS):
+        time.sleep(_OTHERS_S)
+    record_failure(notes, rank, error)
 
 
 def record_failure(notes: Notes, rank: int, error: Exception) -> None:
@@ -127,7 +161,7 @@ def record_failure(notes: Notes, rank: int, error: Exception) -> None:
             f"worker {rank} failed: {what}; the attempt before it ended with the same error and nothing was saved in "
             "between, so it is not tried again"
         )
-    attempts.record_end(notes, f"worker {rank} failed: {what}", error="" if passes else what)
+    attempts.record_end(notes, f"worker {rank} failed: {what}", error="" if passes else what, passes=passes)
 
 
 def with_microbatch_limit(config: RunConfig) -> RunConfig:

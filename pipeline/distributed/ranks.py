@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.errors import USER_ERRORS, CheckpointError
+from pipeline.errors import USER_ERRORS, CheckpointError, RunConfigError
 from shards.errors import ShardError, one_line
 from shards.store.retry import StoreError, may_pass
 
@@ -91,7 +91,7 @@ def on_first(ranks: Ranks, act: Callable[[], T]) -> T:
     """Return on every rank the result of `act` on rank 0; a collective call. Pickles: only for small results.
 
     An error of `act` is raised on every rank, so that none is left waiting: as a `StoreError` if it may pass, as a
-    `CheckpointError` or `ShardError` if it is one, and otherwise as an `OSError`.
+    `CheckpointError`, `RunConfigError` or `ShardError` if it is one, and otherwise as an `OSError`.
     """
     outcome: tuple[Any, type[Exception] | None, str] = (None, None, "")
     cause: Exception | None = None
@@ -99,7 +99,10 @@ def on_first(ranks: Ranks, act: Callable[[], T]) -> T:
         try:
             outcome = (act(), None, "")
         except _EXPECTED as error:
-            cause, kinds = error, (kind for kind in (CheckpointError, ShardError) if isinstance(error, kind))
+            cause, kinds = (
+                error,
+                (kind for kind in (CheckpointError, RunConfigError, ShardError) if isinstance(error, kind)),
+            )
             outcome = (None, StoreError if may_pass(error) else next(kinds, OSError), str(error) or one_line(error))
     result, kind, reason = ranks.broadcast(outcome)
     if kind:

@@ -36,6 +36,8 @@ class EndReason(msgspec.Struct, frozen=True):
     wanted: bool = False
     error: str = ""
     """Exception of a worker that is the reason, if it is one."""
+    passes: bool = False
+    """The cause lies outside of the run and may pass, such as a store that does not answer."""
 
 
 class _Start(msgspec.Struct, frozen=True):
@@ -106,9 +108,11 @@ def record_progress(notes: Notes) -> None:
     notes.write(_name(_count(notes), "progress"))
 
 
-def record_end(notes: Notes, why: str, kind: Kind = "cause", *, wanted: bool = False, error: str = "") -> None:
-    """Record why the current attempt ends, or (kind "hang") which worker is stuck in it."""
-    reason = EndReason(why, time.time(), wanted, error)
+def record_end(
+    notes: Notes, why: str, kind: Kind = "cause", *, wanted: bool = False, error: str = "", passes: bool = False
+) -> None:
+    """Record why the current attempt ends, or (kind "hang") which worker is stuck in it. See `EndReason`."""
+    reason = EndReason(why, time.time(), wanted, error, passes)
     notes.write(_name(_count(notes), kind), msgspec.json.encode(reason))
 
 
@@ -156,7 +160,7 @@ def end_reason(notes: Notes, number: int | None = None) -> EndReason | None:
         # A hang ends in many ways. Its report is more specific than the cause, but it is not always the reason.
         why = f"{reports['hang'].why} ({why})"
     ends = [report.at for kind, report in reports.items() if kind != "hang"]
-    return EndReason(why, min(ends, default=best.at), best.wanted, best.error)
+    return EndReason(why, min(ends, default=best.at), best.wanted, best.error, best.passes)
 
 
 def request_handover(notes: Notes) -> None:

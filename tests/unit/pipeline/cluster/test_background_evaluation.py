@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayTaskError
 
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint.location import Location
@@ -18,9 +19,10 @@ from pipeline.cluster.background_evaluation import Evaluator, sole_evaluation
 from pipeline.cluster.notes.notes import Notes
 from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
-from pipeline.errors import TrainingError
+from pipeline.errors import Postponed, TrainingError
 from pipeline.training.loop import run
 from pipeline.training.validation import evaluate_checkpoint
+from shards.store.retry import StoreError
 from tests.support.runs import start
 from tests.support.tracker import MemoryTracker
 
@@ -80,9 +82,9 @@ class Run:
         self.hold.set()
         pending = lambda shelf: [shelf.root / str(step) for step in self.saved if step not in self.evaluated]  # noqa: E731
         monkeypatch.setattr(catalog.Shelf, "pending", pending)
-        monkeypatch.setattr(background_evaluation, "prune", lambda shelf, keep: self.pruned.append(True))
+        monkeypatch.setattr(background_evaluation, "prune", lambda shelf, keep, look: self.pruned.append(True))
         self.stop = threading.Event()
-        self.evaluator = Evaluator(config, folder, self.evaluate, self.messages.append, self.stop.is_set, look_s=0.01)
+        self.evaluator = Evaluator(config, folder, self.evaluate, self.messages.append, self.stop.is_set, 0.01, 0.01)
 
     def evaluate(self, path: Location) -> None:
         self.active += 1
@@ -144,6 +146,35 @@ def test_an_evaluation_that_fails_twice_ends_the_run(fake: Run) -> None:
         fake.evaluator.raise_failure()
     assert fake.evaluated == [1]
     assert fake.pruned == []
+
+
+@pytest.mark.parametrize("error", [Postponed("the node was lost"), StoreError("no good answer")])
+@pytest.mark.parametrize("lasts", [False, True])
+def test_an_outage_after_training_is_waited_for_and_leaves_the_run_to_a_later_try(
+    fake: Run, error: Exception, lasts: bool
+) -> None:
+    tries: list[int] = []
+
+    def fails(step: int) -> bool:
+        tries.append(step)
+        if lasts or len(tries) <= 3:
+            raise error
+        return False
+
+    fake.fails = fails
+    fake.evaluator.around(lambda: fake.saved.append(1))()
+    if lasts:
+        with pytest.raises(Postponed, match=f"^{error}; training is done"):
+            fake.evaluator.raise_failure()
+    else:
+        fake.evaluator.raise_failure()
+        assert fake.evaluated == [1]
+
+
+def test_only_evaluations_whose_cause_lies_outside_are_tried_again() -> None:
+    failed = [RayTaskError("evaluate", "trace", cause) for cause in (StoreError("away"), ValueError("a mistake"))]
+    errors = [*failed, NodeDiedError("gone"), OutOfMemoryError("full")]
+    assert [background_evaluation._passes(error) for error in errors] == [True, False, True, False]
 
 
 def test_a_stopped_run_does_not_wait_for_evaluations(fake: Run) -> None:

@@ -221,6 +221,23 @@ def test_a_failed_fit_is_reported_by_the_most_specific_reason(fit: Fit, notes: N
     assert not isinstance(caught.value, Postponed)
 
 
+@pytest.mark.parametrize(("error", "kind"), [(StoreError("away"), Postponed), (ValueError("wrong"), TrainingError)])
+def test_a_store_that_stays_away_leaves_the_run_to_a_later_try(
+    fit: Fit, notes: Notes, error: Exception, kind: type[Exception]
+) -> None:
+    class GroupFailed(RuntimeError):
+        worker_failures: ClassVar = {0: error}
+
+    def fail() -> None:
+        start_attempt(notes, 1)
+        record_failure(notes, 0, error)
+        raise GroupFailed("Ray's long report")
+
+    with pytest.raises(TrainingError, match=f"^worker 0 failed: {error}") as caught:
+        fit(fail)
+    assert type(caught.value) is kind
+
+
 @pytest.mark.parametrize("answers", [True, False])
 def test_failures_after_progress_leave_the_run_to_a_later_try(fit: Fit, answers: bool) -> None:
     saved = [7]

@@ -3,6 +3,7 @@
 import errno
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,13 +12,23 @@ from ray.train.v2._internal.execution.preemption import PreemptionContext
 from ray.train.v2.api.preemption import PreemptionInfo
 from torch.distributed import DistError
 
+from pipeline.checkpoint import patience
 from pipeline.cluster import worker as ray_worker
 from pipeline.cluster.notes import attempts
 from pipeline.cluster.notes.attempts import EndReason, Restart
 from pipeline.cluster.notes.notes import Notes
-from pipeline.cluster.worker import FirstStepReport, PreemptionNotice, record_failure, with_microbatch_limit
+from pipeline.cluster.worker import (
+    FirstStepReport,
+    PreemptionNotice,
+    WorkerJob,
+    open_patiently,
+    record_failure,
+    report_failure,
+    with_microbatch_limit,
+)
 from pipeline.config import ClusterConfig, RunConfig
-from pipeline.errors import CheckpointError
+from pipeline.distributed.ranks import Ranks
+from pipeline.errors import CheckpointError, RunConfigError
 from pipeline.tracking.tags import TAG_RESIZED, TAG_WARNING
 from pipeline.training.requests import NO_REQUEST, Request
 from shards.store.retry import StoreError
@@ -72,6 +83,50 @@ def test_a_late_notice_causes_a_second_checkpoint_only_if_it_pays(
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + left_s - ray_worker._BEFORE_S + 1)
     assert notice.request() == Request(save=again)
+
+
+def test_a_store_that_is_away_is_waited_for_before_training(
+    notes: Notes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+
+    def open_late(*_: object) -> MemoryTracker:
+        tries.append(1)
+        if len(tries) < 3:
+            raise StoreError("s3://bucket: no good answer")
+        return MemoryTracker()
+
+    monkeypatch.setattr(ray_worker, "open_tracker", open_late)
+    monkeypatch.setattr(patience, "AGAIN_S", 0.0)
+    job = WorkerJob(RunConfig(), "run", tmp_path, "", "", False, notes)
+    assert isinstance(open_patiently(job, Ranks()), MemoryTracker)
+    assert len(tries) == 3
+
+
+def test_a_scratch_folder_that_cannot_be_made_is_fatal(
+    notes: Notes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DETR_SCRATCH", str(tmp_path / "file"))
+    with pytest.raises(RunConfigError, match="set DETR_SCRATCH to another") as raised:
+        open_patiently(WorkerJob(RunConfig(), "run", tmp_path, "", "", False, notes), Ranks())
+    report_failure(notes, 0, raised.value, None)
+    fatal = notes.read_fatal_error()
+    assert fatal is not None
+    assert "set DETR_SCRATCH to another" in fatal.message
+
+
+def test_the_last_points_are_sent_before_the_driver_hears_of_a_failure(notes: Notes) -> None:
+    known: list[bool] = []
+
+    class Tracker(MemoryTracker):
+        def close(self, timeout_s: float = 60.0) -> None:
+            known.append(notes.read_fatal_error() is not None)
+
+    attempts.start_attempt(notes, 1)
+    report_failure(notes, 0, CheckpointError("damaged"), Tracker())  # type: ignore[arg-type]
+    assert known == [False]
+    assert notes.read_fatal_error() is not None
 
 
 @pytest.mark.parametrize(("wanted", "tag"), [(False, TAG_WARNING), (True, TAG_RESIZED)])
