@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.checkpoint.location import Location, location
 from pipeline.config import RunConfig
-from pipeline.driver.changes import ResumeOptions, continued, differences
+from pipeline.driver.changes import ResumeOptions, agreed, differences
 from pipeline.driver.launch import Launch
 from pipeline.driver.record import Outcome, RunRecord, check_name, read_record
 from pipeline.driver.sole_driver import sole_driver
@@ -55,12 +55,8 @@ def train(config: RunConfig, launch: Launch | None = None, *, run: str = "", acc
 
             record = _read(folder) if run else None  # another driver may have written it since
             if record is None or not record.run_id:
-                return create(config, name, folder, launch, lease, record)
-            differing = differences(record.asked_config, config)
-            differing.check(name, accept_change)
-            if differing.free:
-                launch.say(f"run {name} continues with {differing}")
-            wanted = continued(record, config, differing)
+                return create(config, name, accept_change, folder, launch, lease, record)
+            wanted = agreed(record, config, accept_change, launch.say)
             return go_on(record, config, wanted, accept_change, folder, launch, lease)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import RunConfig, flatten
@@ -122,6 +123,8 @@ def continued(record: RunRecord, now: RunConfig, differing: Differences) -> RunC
         "data.val": storage.absolute(now.data.val),
         "data.built_in": now.data.built_in,
     }
+    if "data.cache" in wanted:
+        wanted["data.cache"] = absolute_cache(now.data.cache)
     sections: dict[str, dict[str, Any]] = {}
     whole: dict[str, Any] = {}
     for name, value in wanted.items():
@@ -130,6 +133,23 @@ def continued(record: RunRecord, now: RunConfig, differing: Differences) -> RunC
     return replace(
         config, **whole, **{name: replace(getattr(config, name), **options) for name, options in sections.items()}
     )
+
+
+def agreed(record: RunRecord, now: RunConfig, accept: bool, say: Callable[[str], None]) -> RunConfig:
+    """Return the configuration that the run of `record` trains with when a command asks for `now`, and name changes.
+
+    Raise `RunConfigError` if the run cannot continue so.
+    """
+    differing = differences(record.asked_config, now)
+    differing.check(record.name, accept)
+    if differing.free:
+        say(f"run {record.name} continues with {differing}")
+    return continued(record, now, differing)
+
+
+def absolute_cache(folder: str) -> str:
+    """Return the folder of the cache as an absolute path, except for `~`, which is expanded on each node."""
+    return folder if folder in ("", "off") or folder.startswith("~") else str(Path(folder).absolute())
 
 
 def _option(config: RunConfig, name: str) -> Any:

@@ -44,5 +44,7 @@ def _at(url: str) -> tuple[Location, RunRecord]:
     folder = folder.absolute() if isinstance(folder, Path) else folder
     record = read_record(folder)
     if record is None or not record.run_id:
-        raise RunConfigError(f"{folder} has no {RECORD} of a run; expected the location of a run: STORAGE/NAME")
+        raise RunConfigError(
+            f"{folder} has no {RECORD} of a run; expected the location of a run, STORAGE/NAME; or give its id or name"
+        )
     return folder, record

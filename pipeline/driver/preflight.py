@@ -16,6 +16,7 @@ from pipeline.checkpoint import location
 from pipeline.checkpoint.location import Location
 from pipeline.config import RunConfig
 from pipeline.data.datasets import check_cache_limit, open_data
+from pipeline.driver.changes import absolute_cache
 from pipeline.errors import RunConfigError
 from pipeline.schedule import Schedule
 from shards.dataset.manifest import Manifest
@@ -130,7 +131,7 @@ def _absolute(config: RunConfig) -> RunConfig:
         config.data,
         train=storage.absolute(config.data.train),
         val=storage.absolute(config.data.val),
-        cache=_absolute_cache(config.data.cache),
+        cache=absolute_cache(config.data.cache),
     )
     weights = config.model.backbone_weights
     if weights not in ("imagenet", "random"):
@@ -146,11 +147,6 @@ def _absolute(config: RunConfig) -> RunConfig:
         checkpoint=replace(config.checkpoint, store=store and storage.absolute(store)),
         model=replace(config.model, backbone_weights=weights),
     )
-
-
-def _absolute_cache(folder: str) -> str:
-    """Return an absolute path, except for `~`, which is expanded on each node."""
-    return folder if folder in ("", "off") or folder.startswith("~") else str(Path(folder).absolute())
 
 
 def _check_initial(config: RunConfig) -> None:

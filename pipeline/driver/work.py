@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint.location import Location, checkpoint_root
@@ -12,6 +12,7 @@ from pipeline.checkpoint.metadata import read_meta
 from pipeline.cluster.launch import connected, connecting
 from pipeline.cluster.ray_session import Connection
 from pipeline.config import RunConfig, to_json
+from pipeline.driver.changes import agreed
 from pipeline.driver.launch import Launch
 from pipeline.driver.lease import Lease
 from pipeline.driver.position import Position, position_after
@@ -22,7 +23,13 @@ from pipeline.errors import CheckpointError, Postponed, RunConfigError, Training
 from pipeline.run_folder import CHECKPOINTS, INITIAL_NAME
 from pipeline.signals import raise_unheard
 from pipeline.tracking.mlflow_client import connect, tracking_uri, translated_errors
-from pipeline.tracking.mlflow_runs import CONFIG_ARTIFACT, create_run, set_final_status
+from pipeline.tracking.mlflow_runs import (
+    CONFIG_ARTIFACT,
+    create_run,
+    folder_of_other,
+    run_with_key,
+    set_final_status,
+)
 from pipeline.tracking.run_spools import anything_left, send_left
 from pipeline.tracking.tags import (
     TAG_EPOCHS,
@@ -36,6 +43,9 @@ from pipeline.tracking.tags import (
     TAG_VAL_DIGEST,
 )
 from shards.store import storage
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 
 class Work(RecordedRun):
@@ -226,18 +236,48 @@ class Work(RecordedRun):
 
 
 def create(
-    config: RunConfig, name: str, folder: Location, launch: Launch, lease: Lease, known: RunRecord | None
+    config: RunConfig,
+    name: str,
+    accept: bool,
+    folder: Location,
+    launch: Launch,
+    lease: Lease,
+    known: RunRecord | None,
 ) -> Outcome:
-    """Create the run `name` and train it; `known` is the record that a driver has left which was killed before it had."""
+    """Create the run `name` and train it; `known` is the record that a driver has left which was killed before it had.
+
+    If that driver had made the run in MLflow already, it is continued with the options that it has.
+    """
     asked = config
     with connecting(config, address=launch.address, verbose=launch.verbose) as connection:
         client = connect()
+        with translated_errors():
+            made = known if known and run_with_key(client, known.run_config, known.key) else None
+            if known is None and name == config.run_name:
+                _warn_of_other(client, name, folder, launch)
+        if made:
+            config = agreed(made, config, accept, launch.say)
         config, ready = prepare(config, launch.say)
         digests = (ready.train.digest, ready.val.digest)
+        if made and digests != (made.train_digest, made.val_digest) and not accept:
+            raise RunConfigError(
+                f"the data of run {name} has changed since the run was made; expected the same: restore it, or give "
+                "--accept-change to continue with it"
+            )
         record = new_record(name, asked, config, digests)
         if known is not None:
             record = record.but(key=known.key)
         return Work(folder, launch, lease, record, client).create(config, ready, connection)
+
+
+def _warn_of_other(client: MlflowClient, name: str, folder: Location, launch: Launch) -> None:
+    """Warn if another storage has a run of this name: a relative `--storage` is another one in another folder."""
+    other = folder_of_other(client, name, str(folder))
+    if other:
+        launch.say(
+            f"warning: there is a run {name} in {other} already, and this command starts another in {folder}; to continue "
+            f"that run, give --storage {other.rpartition('/')[0]}"
+        )
 
 
 def go_on(

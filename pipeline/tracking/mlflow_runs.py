@@ -68,7 +68,11 @@ def create_run(
         all_tags = {**origin_tags(f"detr train {config.recipe}"), **tags}
         run = client.create_run(experiment, run_name=config.run_name, tags=all_tags)
         run_id = str(run.info.run_id)
-    parameters = [Param(name, value or "-") for name, value in flatten(config).items()]
+        logged: Mapping[str, str] = {}
+    else:
+        logged = client.get_run(run_id).data.params  # which MLflow lets nobody change
+        client.update_run(run_id, status="RUNNING")
+    parameters = [Param(name, value or "-") for name, value in flatten(config).items() if name not in logged]
     for start in range(0, len(parameters), _MAX_PARAMS):
         client.log_batch(run_id, params=parameters[start : start + _MAX_PARAMS])
     client.log_text(run_id, to_json(config).decode(), CONFIG_ARTIFACT)
@@ -81,6 +85,15 @@ def run_with_key(client: MlflowClient, config: RunConfig, key: str) -> str:
     experiment = experiment_id(client, config.track.experiment)
     found = client.search_runs([experiment], f"tags.`{TAG_KEY}` = '{key}'", max_results=1)
     return str(found[0].info.run_id) if found else ""
+
+
+def folder_of_other(client: MlflowClient, name: str, folder: str) -> str:
+    """Return where another run lies whose key is this name, the newest if there are several; empty if there is none."""
+    for run in _runs(client, condition=f"attributes.run_name = '{name}' and tags.`{TAG_KEY}` != ''"):
+        other = str(run.data.tags[TAG_FOLDER])
+        if other != folder and other.rpartition("/")[2] == name:
+            return other
+    return ""
 
 
 def origin_tags(command: str) -> dict[str, str]:

@@ -1,12 +1,13 @@
 """Options that may differ between a run and the command that continues it."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.config import RunConfig
-from pipeline.driver.changes import ResumeOptions, continued, differences
+from pipeline.driver.changes import ResumeOptions, agreed, continued, differences
 from pipeline.driver.record import new_record
 from pipeline.errors import RunConfigError
 
@@ -101,3 +102,11 @@ def test_a_resume_changes_cluster_and_computation(tiny_config: RunConfig) -> Non
     assert options.of(tiny_config) == wanted
     with pytest.raises(RunConfigError, match=r"cluster\.min_workers"):
         ResumeOptions(cluster={"min_workers": 3}).of(tiny_config)
+
+
+def test_a_changed_cache_is_absolute(tiny_config: RunConfig) -> None:
+    record, lines = new_record("it", tiny_config, tiny_config, ("", "")), list[str]()
+    for given, wanted in (("shards", str(Path("shards").absolute())), ("off", "off"), ("~/shards", "~/shards")):
+        config = agreed(record, changed(tiny_config, data={"cache": given}), False, lines.append)
+        assert config.data.cache == wanted
+    assert lines[0] == "run it continues with data.cache none -> shards"

@@ -1,5 +1,7 @@
 """Work of a driver without Ray and MLflow: what it refuses, what it sends, and the status that its errors have."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,11 +9,14 @@ from typing import Any
 import pytest
 
 from pipeline.config import RunConfig
+from pipeline.driver import work
 from pipeline.driver.launch import Launch
 from pipeline.driver.lease import Claims, Lease
 from pipeline.driver.record import new_record
 from pipeline.driver.work import Work
 from pipeline.errors import RunConfigError
+from pipeline.tracking.mlflow_runs import create_run
+from pipeline.tracking.tags import TAG_FOLDER, TAG_KEY
 from tests.support.checkpoints import save_small
 
 READY: Any = SimpleNamespace(schedule=SimpleNamespace(total_steps=6))
@@ -36,8 +41,72 @@ def test_what_is_left_is_sent_after_ray_by_the_lease_s_driver(
 ) -> None:
     order: list[str] = []
     monkeypatch.setattr("pipeline.driver.work.send_left", lambda *_: order.append("sent") or True)
-    work = work_at(tmp_path / "it", tiny_config, [])
-    work._lease.lost = lost
+    driver = work_at(tmp_path / "it", tiny_config, [])
+    driver._lease.lost = lost
     cluster = SimpleNamespace(run=lambda *_, **__: order.append("ran"))
-    work._run(cluster, tiny_config, lambda: order.append("disconnected"), accept_change=False)
+    driver._run(cluster, tiny_config, lambda: order.append("disconnected"), accept_change=False)
     assert order == ["ran", "disconnected"] + ([] if lost else ["sent"])
+
+
+class Prepared(Exception):
+    """Raised where the data of a run would be checked."""
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_run_that_a_killed_driver_has_made_keeps_its_options(
+    made: bool, tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = replace(tiny_config, initial="w.pth")
+    known = new_record("it", asked, replace(asked, initial="/first/w.pth"), ("", ""))
+    prepared: list[RunConfig] = []
+
+    def prepare(config: RunConfig, _: object) -> None:
+        prepared.append(config)
+        raise Prepared
+
+    monkeypatch.setattr(work, "connecting", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(work, "connect", lambda: None)
+    monkeypatch.setattr(work, "prepare", prepare)
+    monkeypatch.setattr(work, "run_with_key", lambda *_: "0123456789" if made else "")
+    lease = Lease(Claims(tmp_path), "it")
+
+    def create(config: RunConfig) -> None:
+        work.create(config, "it", False, tmp_path, Launch(), lease, known)
+
+    with pytest.raises(Prepared):
+        create(asked)
+    assert prepared[0].initial == ("/first/w.pth" if made else "w.pth")
+    with pytest.raises(RunConfigError if made else Prepared):
+        create(replace(asked, initial="other.pth"))
+
+
+def test_a_run_of_the_same_name_in_another_storage_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [str(tmp_path / "it"), "/elsewhere/it-01234567", "/elsewhere/it"]
+    runs = [SimpleNamespace(data=SimpleNamespace(tags={TAG_FOLDER: folder})) for folder in folders]
+    monkeypatch.setattr("pipeline.tracking.mlflow_runs._runs", lambda *_, **__: iter(runs))
+    lines: list[str] = []
+    client: Any = None
+    work._warn_of_other(client, "it", tmp_path / "it", Launch(say=lines.append))
+    assert len(lines) == 1
+    assert "a run it in /elsewhere/it already" in lines[0]
+    assert lines[0].endswith("give --storage /elsewhere")
+
+
+def test_parameters_that_a_killed_driver_has_logged_stay(tiny_config: RunConfig) -> None:
+    logged: list[str] = []
+    run = SimpleNamespace(
+        info=SimpleNamespace(run_id="0123456789"), data=SimpleNamespace(params={"cluster.workers": "7"})
+    )
+    client: Any = SimpleNamespace(
+        get_experiment_by_name=lambda _: SimpleNamespace(experiment_id="1", lifecycle_stage="active"),
+        search_runs=lambda *_, **__: [run],
+        get_run=lambda _: run,
+        update_run=lambda *_, status: logged.append(status),
+        log_batch=lambda _, params: logged.extend(param.key for param in params),
+        log_text=lambda *_: None,
+        log_inputs=lambda *_: None,
+    )
+    assert create_run(client, tiny_config, {}, {TAG_KEY: "k"}) == "0123456789"
+    assert logged[0] == "RUNNING"
+    assert "cluster.min_workers" in logged
+    assert "cluster.workers" not in logged
