@@ -6,7 +6,9 @@ A world of one needs no process group, so the same loop runs in a unit test, on 
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -24,31 +26,47 @@ from detr.model import DETR
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import RunConfigError
 
+LOG = logging.getLogger(__name__)
 Strategy = Literal["single", "ddp", "fsdp", "hsdp"]
 
 
-def distribute(model: nn.Module, ranks: Ranks, strategy: Strategy = "ddp") -> nn.Module:
+def distribute(model: nn.Module, ranks: Ranks, strategy: Strategy = "ddp", *, uneven: bool = False) -> nn.Module:
     """Return the model wrapped for training on several ranks; a collective call.
 
     ddp: every rank holds the whole model, with rank 0's weights. fsdp: parameters, gradients and optimizer state are
     sharded over the ranks, under the same names; build the optimizer afterwards. hsdp: the same over the ranks of each
-    node, and gradients are averaged between the nodes. In a world of one the model is returned as it is.
+    node, and gradients are averaged between the nodes; if these have unequal numbers of ranks, raise `RunConfigError` or,
+    with `uneven`, shard over all ranks instead. In a world of one the model is returned as it is.
     """
     if ranks.world_size == 1:
         return model
     if strategy in ("fsdp", "hsdp"):
-        return _shard(model, _mesh(ranks, strategy))
+        return _shard(model, _mesh(ranks, strategy, uneven))
     return _replicate(model, ranks)
 
 
-def _mesh(ranks: Ranks, strategy: Strategy) -> DeviceMesh:
+def _mesh(ranks: Ranks, strategy: Strategy, uneven: bool) -> DeviceMesh:
     """Return the mesh of all ranks or, for hsdp on several nodes, one with a row for each node; a collective call."""
     if strategy == "hsdp":
         # The cluster places the ranks, so they are asked; numbers alone do not say which ones share a node.
-        nodes = ranks_by_node(ranks.all_gather(ranks.node))
+        names = ranks.all_gather(ranks.node)
+        nodes = [] if uneven and _unequal(names, ranks) else ranks_by_node(names)
         if len(nodes) > 1:
             return DeviceMesh(ranks.device.type, nodes, mesh_dim_names=("replicate", "shard"))
     return init_device_mesh(ranks.device.type, (ranks.world_size,))
+
+
+def _unequal(names: Sequence[str], ranks: Ranks) -> bool:
+    """Return True, with a warning, if the nodes of the ranks hold unequal numbers of them."""
+    sizes = list(Counter(names).values())
+    unequal = len(set(sizes)) > 1
+    if unequal and ranks.first:
+        LOG.warning(
+            "hsdp needs as many workers on each node, and %d nodes have %s: sharding over all workers, as fsdp does",
+            len(sizes),
+            ", ".join(map(str, sizes)),
+        )
+    return unequal
 
 
 def ranks_by_node(nodes: Sequence[str]) -> list[list[int]]:

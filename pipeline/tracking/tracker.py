@@ -19,7 +19,7 @@ from pipeline.tracking.tags import TAG_WARNING
 
 ATTEMPT_FAMILIES = ("cluster", "restart")
 """Families whose points are events of an attempt, so that two attempts can report the same step."""
-_WARNING_LOGGERS = ("shards", "pipeline.checkpoint")
+_WARNING_LOGGERS = ("shards", "pipeline.checkpoint", "pipeline.distributed")
 
 
 class Tracker(Protocol):

@@ -35,7 +35,9 @@ def restore(worker: WorkerContext, newest: Location | None, step: int) -> TrainS
         read_initial(model, worker.run_info.folder, ranks)
     if config.compute.compile:
         compile_shapes(model)
-    wrapped = distribute(model, ranks, config.cluster.strategy)
+    # Which nodes hold the workers is the user's choice at the start alone: a run that continues takes what is left.
+    uneven = newest is not None or config.cluster.fewest < config.cluster.workers
+    wrapped = distribute(model, ranks, config.cluster.strategy, uneven=uneven)
     optimizer = build_optimizer(unwrap(wrapped), config.optim)
     ema = Ema(wrapped, config.optim.ema) if config.optim.ema else None
     if newest is not None:
