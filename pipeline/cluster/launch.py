@@ -109,7 +109,7 @@ def connected(
     location.
     """
     mark("data checked, initial weights made")
-    connection.wait()
+    connection.wait(say)
     mark("Ray answers")
     try:
         if connection.address:

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("shards", "detr", "pipeline", "jobs")
+AWAY = "which does not answer now"
+"""Words in a problem that may pass."""
 _ANSWER_S = 5.0
 
 
@@ -70,7 +72,7 @@ def file_digests(urls: tuple[str, ...]) -> dict[str, str]:
     """Return a digest of each file's content, or the reason why it cannot be read."""
     from shards.errors import ShardError, one_line
     from shards.store import storage
-    from shards.store.retry import fewer_retries
+    from shards.store.retry import fewer_retries, may_pass
 
     found = {}
     for url in urls:
@@ -78,7 +80,7 @@ def file_digests(urls: tuple[str, ...]) -> dict[str, str]:
             with fewer_retries():
                 found[url] = hashlib.sha256(storage.read(url)).hexdigest()
         except (OSError, ShardError) as error:
-            found[url] = f"cannot be read: {one_line(error)}"
+            found[url] = f"cannot be read{', ' + AWAY if may_pass(error) else ''}: {one_line(error)}"
     return found
 
 
@@ -94,7 +96,10 @@ def tracking_problem(uri: str) -> str:
         return ""  # it answers, if only to refuse
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        return "" if "CERTIFICATE" in str(reason) else str(reason)  # MLflow has settings of its own for certificates
+        if "CERTIFICATE" in str(reason):
+            return ""  # MLflow has settings of its own for certificates
+        # A refused connection is more often a wrong address than a server that restarts.
+        return f"{AWAY}: {reason}" if isinstance(reason, TimeoutError) else str(reason)
     return ""
 
 
@@ -130,7 +135,7 @@ class NodeCheck:
         """Read what the driver wrote and write an answer; return the reason if that fails, or ""."""
         from shards.errors import ShardError, one_line
         from shards.store import storage
-        from shards.store.retry import fewer_retries
+        from shards.store.retry import fewer_retries, may_pass
 
         try:
             with fewer_retries():
@@ -140,7 +145,7 @@ class NodeCheck:
         except FileNotFoundError:
             return "does not show what the driver wrote there"
         except (OSError, ShardError) as error:
-            return f"cannot be used: {one_line(error)}"
+            return f"cannot be used{', ' + AWAY if may_pass(error) else ''}: {one_line(error)}"
         return ""
 
     def _visible_gpus(self) -> int:

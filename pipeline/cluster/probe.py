@@ -34,8 +34,8 @@ Say = Callable[[str], None]
 def probe(config: RunConfig, folder: Location, nodes: Sequence[Node], gpu: bool, say: Say) -> None:
     """Check that each node can run workers of the run at `folder`; say every problem in a line that names the node.
 
-    Nodes that hold no worker are left alone. Raise `RunConfigError` with the first problem, `Postponed` if a node does
-    not answer.
+    Nodes that hold no worker are left alone. Raise `RunConfigError` with the first problem, `Postponed` if a node,
+    a store or MLflow does not answer.
     """
     each = resources_of_a_worker(config.cluster, gpu)
     nodes = [node for node in nodes if workers_that_fit([node], each)]
@@ -227,7 +227,10 @@ def _all_reduce(
 
 
 def raise_problems(problems: Sequence[tuple[str, str]], say: Say) -> None:
-    """Raise the first problem after all have been said, each with the nodes that have it."""
+    """Raise the first problem after all have been said, each with the nodes that have it.
+
+    It is a `Postponed` if a later attempt may succeed, since a store or MLflow does not answer and all else is right.
+    """
     nodes: dict[str, list[str]] = {}
     for node, problem in problems:
         nodes.setdefault(problem, []).append(node)
@@ -238,4 +241,5 @@ def raise_problems(problems: Sequence[tuple[str, str]], say: Say) -> None:
     for line in lines[1:]:
         say(line)
     if lines:
-        raise RunConfigError(lines[0])
+        away = all(node_check.AWAY in problem for problem in nodes)
+        raise (Postponed if away else RunConfigError)(lines[0])

@@ -5,19 +5,24 @@ from __future__ import annotations
 import importlib
 import os
 import secrets
+import socket
 import subprocess
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pipeline.config import RunConfig
-from pipeline.errors import PipelineError, TrainingError
+from pipeline.errors import PipelineError, Postponed, TrainingError
 from shards.errors import one_line
 
 _CLOSE_S = 3.0
+_LOOK_S = 0.2
+_HEAD_AGAIN_S, _HEAD_ANSWER_S = 2.0, 5.0
 WORKER = {"DETR_PROCESS": "worker"}
 """Environment of a process that trains. Ray Train has half a dozen others, which import nothing of ours."""
 BARE = {"DETR_PROCESS": "bare"}
@@ -69,6 +74,7 @@ class Connection:
         self.address, self.local = address, LocalRay()
         self._config, self._verbose = config, verbose
         self._error: BaseException | None = None
+        self._waits: list[str] = []
         self._made, self._over = threading.Event(), threading.Event()
         # Two threads that import at a time can see each other's modules half done, so all of Ray is imported here.
         importlib.import_module("pipeline.cluster.ray_internals")
@@ -76,6 +82,8 @@ class Connection:
 
     def _hold(self) -> None:
         try:
+            if self.address:
+                wait_for_head(self.address, self._config.cluster.wait_s, self._waits.append, self._over)
             with self.local.outside_the_group():
                 if self.address:
                     join_cluster(self.address, self._verbose, setup_hook())
@@ -89,9 +97,14 @@ class Connection:
         self._made.set()
         self._over.wait()
 
-    def wait(self) -> None:
-        """Wait until the connection is made; raise the error of `join_cluster` or `start_local_ray`."""
-        self._made.wait()
+    def wait(self, say: Callable[[str], None] = lambda _: None) -> None:
+        """Wait until the connection is made; `say` gets a line if its cluster does not answer yet.
+
+        Raise the error of `wait_for_head`, `join_cluster` or `start_local_ray`.
+        """
+        while not self._made.wait(_LOOK_S):
+            while self._waits:
+                say(self._waits.pop())
         if self._error:
             raise self._error
 
@@ -146,6 +159,45 @@ def setup_hook() -> Callable[[], None]:
             prepare_worker() if kind == "worker" else prepare_controller()
 
     return prepare
+
+
+def wait_for_head(address: str, wait_s: float, waits: Callable[[str], None], over: threading.Event) -> None:
+    """Wait until the head of a cluster answers, or until `over`; call `waits` once with a line about it.
+
+    Raise `Postponed` after `wait_s`, and `PipelineError` at once for a host that does not exist.
+    """
+    try:
+        parsed = urlsplit(address if "://" in address else f"//{address}")
+        host, port = parsed.hostname, parsed.port
+    except ValueError:
+        return  # Ray refuses it
+    until, said = time.monotonic() + wait_s, False
+    while host and port and not over.is_set() and (reason := _refusal(address, host, port)):
+        left = until - time.monotonic()
+        if left <= 0:
+            raise Postponed(
+                f"no Ray cluster answers at {address} ({reason}); expected one within {wait_s:g} s (--cluster.wait-s): "
+                "start it, or check --address"
+            )
+        if not said:
+            waits(f"waiting for the Ray cluster at {address}, {wait_s:g} s at most: {reason}")
+        said = True
+        over.wait(min(_HEAD_AGAIN_S, left))
+
+
+def _refusal(address: str, host: str, port: int) -> str:
+    """Return the reason why nothing answers at a port, or ""; raise `PipelineError` for an unknown host."""
+    try:
+        socket.create_connection((host, port), _HEAD_ANSWER_S).close()
+    except socket.gaierror as error:
+        if error.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)):
+            raise PipelineError(
+                f"no Ray cluster answers at {address} ({error.strerror}); expected a known host: check --address"
+            ) from None
+        return str(error.strerror)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def join_cluster(address: str, verbose: bool, setup: Callable[[], None] | None = None) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 from pipeline.cluster.capacity import Node
 from pipeline.cluster.node_check import NodeCheck, Question, code_digest, tracking_problem, versions
 from pipeline.cluster.probe import answers, problems_of, raise_problems
-from pipeline.errors import RunConfigError
+from pipeline.errors import Postponed, RunConfigError
+from shards.store import storage
+from shards.store.retry import StoreError
 from tests.support.ray_nodes import free_port
 
 NODE = Node("10.0.0.2", {"CPU": 8})
@@ -115,6 +118,35 @@ def test_a_problem_of_many_nodes_is_one_line_and_all_problems_are_printed() -> N
         raise_problems([(name, "has no package") for name in "abcd"] + [("e", "has other code")], printed.append)
     assert printed == ["node e: has other code"]
     raise_problems([], printed.append)
+
+
+def test_problems_of_which_all_may_pass_leave_the_run_to_a_later_try(
+    question: Question, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = {question.data[0]: "0123"}
+
+    def away(url: str) -> bytes:
+        raise StoreError(f"{url}: no good answer")
+
+    def late(*_: object, **__: object) -> None:
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(storage, "read", away)
+    monkeypatch.setattr(urllib.request, "urlopen", late)
+    report = NodeCheck("10.0.0.2").report(replace(question, tracking_uri="http://10.0.0.9:5000")) | {"host": "b"}
+    found = problems_of([report], [NODE], [question], data)
+    assert len(found) == 3
+    with pytest.raises(Postponed, match="does not answer now"):
+        raise_problems(found, lambda _: None)
+    with pytest.raises(RunConfigError, match="does not answer now"):
+        raise_problems([*found, ("b", "has other code")], lambda _: None)
+
+
+def test_a_refused_connection_to_mlflow_is_a_mistake() -> None:
+    problem = tracking_problem(f"http://127.0.0.1:{free_port()}")
+    assert problem
+    with pytest.raises(RunConfigError):
+        raise_problems([("b", problem)], lambda _: None)
 
 
 def test_nodes_meet_at_their_own_addresses(monkeypatch: pytest.MonkeyPatch) -> None:

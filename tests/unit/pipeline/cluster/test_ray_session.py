@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Mapping
@@ -14,9 +15,18 @@ import ray
 from ray import cloudpickle
 
 from pipeline.cluster import ray_internals, ray_session, worker_start
-from pipeline.cluster.ray_session import BARE, WORKER, Connection, LocalRay, setup_hook, start_workers_early
-from pipeline.errors import PipelineError
+from pipeline.cluster.ray_session import (
+    BARE,
+    WORKER,
+    Connection,
+    LocalRay,
+    setup_hook,
+    start_workers_early,
+    wait_for_head,
+)
+from pipeline.errors import PipelineError, Postponed
 from pipeline.recipes import RECIPES
+from tests.support.ray_nodes import free_port
 
 
 def start_server() -> Any:
@@ -73,6 +83,7 @@ def test_an_error_of_the_connection_is_raised_where_it_is_waited_for(monkeypatch
         raise PipelineError("no Ray cluster answers")
 
     shut_down: list[bool] = []
+    monkeypatch.setattr(ray_session, "wait_for_head", lambda *_: None)
     monkeypatch.setattr(ray_session, "join_cluster", refuse)
     monkeypatch.setattr(ray, "shutdown", lambda: shut_down.append(True))
     connection = Connection(RECIPES["demo"], "10.0.0.7:6379", verbose=False)
@@ -80,6 +91,36 @@ def test_an_error_of_the_connection_is_raised_where_it_is_waited_for(monkeypatch
         connection.wait()
     connection.close()
     assert shut_down
+
+
+def test_a_head_that_comes_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_session, "_HEAD_AGAIN_S", 0.05)
+    port, lines = free_port(), list[str]()
+    with socket.socket() as head:
+
+        def waits(line: str) -> None:
+            lines.append(line)
+            head.bind(("127.0.0.1", port))
+            head.listen()
+
+        wait_for_head(f"127.0.0.1:{port}", 20, waits, threading.Event())
+    assert lines == [f"waiting for the Ray cluster at 127.0.0.1:{port}, 20 s at most: Connection refused"]
+
+
+def test_a_head_that_never_comes_leaves_the_run_to_a_later_try() -> None:
+    address = f"ray://127.0.0.1:{free_port()}"
+    with pytest.raises(Postponed, match=rf"^no Ray cluster answers at {address} \(Connection refused\); .* 0.1 s"):
+        wait_for_head(address, 0.1, lambda _: None, threading.Event())
+
+
+def test_an_unknown_host_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "create_connection", unknown)
+    with pytest.raises(PipelineError, match="Name or service not known") as raised:
+        wait_for_head("hed:6379", 60, lambda _: None, threading.Event())
+    assert not isinstance(raised.value, Postponed)
 
 
 def test_the_thread_that_starts_ray_lives_until_the_connection_ends(monkeypatch: pytest.MonkeyPatch) -> None:
