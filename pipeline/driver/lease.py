@@ -7,7 +7,8 @@ seconds. Clocks are not compared: a claim is dead if it does not change while it
 ran on this machine and is gone. Dead claims are removed, and the next holder has a higher term, so that a holder which
 was only paused learns that its lease is over.
 
-A holder that cannot reach the store keeps its lease and tries again: nobody else can write there either.
+A holder that cannot reach the store tries again for as long as the workers wait for it: most often nobody else can write
+there either. Then it gives the lease up, since another driver may have been able to take it all the time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -36,6 +37,9 @@ LOG = logging.getLogger(__name__)
 HEARTBEAT_S = 5.0
 _LOOK_S = 1.0
 _LOOKS = 16  # a little more than three heartbeats
+PATIENCE_S = 30 * 60.0
+"""Time without a heartbeat after which a holder gives the lease up: that of the workers with the store
+(`pipeline.checkpoint.patience`), since a run whose store answers again must find its driver."""
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -99,12 +103,19 @@ class Claims:
 
     def read(self) -> dict[str, Claim]:
         """Return the claims by id; leave out files that are none."""
-        names = [name for name in storage.listing(str(self._folder)) if name.endswith(".json") and name[0] != "."]
+        names = [name for name in self._listing() if name.endswith(".json") and name[0] != "."]
         claims: dict[str, Claim] = {}
         for name in names:
             with suppress(FileNotFoundError, msgspec.DecodeError):  # withdrawn meanwhile, or no claim
                 claims[name] = msgspec.json.decode(storage.read(str(self._folder / name)), type=Claim)
         return {claim.id: claim for claim in claims.values()}
+
+    def _listing(self) -> Iterable[str]:
+        # In a folder a file that is listed may be renamed before its size is read, by a driver that writes its claim.
+        folder = self._folder
+        if not isinstance(folder, Path):
+            return storage.listing(str(folder))
+        return os.listdir(folder) if folder.is_dir() else []
 
     def write(self, claim: Claim) -> None:
         """Write a claim, whole or not at all."""
@@ -238,19 +249,21 @@ class Lease:
             self.release()
 
     def _keep(self, done: threading.Event, on_lost: Callable[[], None], heartbeat_s: float) -> None:
-        warned = False
+        warned, last = False, time.monotonic()
         while not done.wait(heartbeat_s):
             try:
                 with fewer_retries():
                     kept = self.beat()
-                warned = False
+                warned, last = False, time.monotonic()
             except Exception as error:
                 if not warned:
                     LOG.warning(
                         "the lease of run %s could not be renewed: %s; tried again", self._name, one_line(error)
                     )
                 warned = True
-                continue
+                if time.monotonic() - last < PATIENCE_S:
+                    continue
+                kept, self.lost = False, f"without its store for {PATIENCE_S / 60:.0f} minutes ({one_line(error)})"
             if not kept:
                 on_lost()
                 return

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pipeline.checkpoint.location import Location
 from pipeline.driver.launch import Say
 from pipeline.driver.lease import Claims, Lease
+from pipeline.errors import BusyError
 
 _SECOND_S = 2.0
 
@@ -26,7 +27,12 @@ def sole_driver(folder: Location, name: str, say: Say) -> Iterator[Lease]:
     for holder in lease.dead:
         say(f"{holder}, which worked on run {name}, was killed")
     with lease.kept(_stop_this_process):
-        yield lease
+        try:
+            yield lease
+        except (KeyboardInterrupt, SystemExit) as error:
+            if not lease.lost:
+                raise
+            raise BusyError(f"run {name} was {lease.lost}; this process works on it no longer") from error
 
 
 def _stop_this_process() -> None:

@@ -12,8 +12,11 @@ import msgspec
 import pytest
 import s3fs
 
+from pipeline.checkpoint import patience
 from pipeline.checkpoint.location import Location, location
+from pipeline.driver import lease as lease_module
 from pipeline.driver.lease import Claims, Holder, Lease, this_process
+from pipeline.driver.sole_driver import sole_driver
 from pipeline.errors import BusyError
 from shards.errors import ShardError
 from tests.support.s3_server import S3Server
@@ -123,3 +126,46 @@ def test_a_lease_survives_a_store_that_is_away(
         "the lease of run it could not be renewed: away; tried again"
     ]
     assert lease.lost == ""
+
+
+def test_a_holder_without_its_store_gives_up_when_the_workers_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert lease_module.PATIENCE_S == patience.PATIENCE_S
+    monkeypatch.setattr(lease_module, "PATIENCE_S", 0.05)
+    lease, lost = held(tmp_path), threading.Event()
+
+    def away(_: Claims) -> None:
+        raise ShardError("away")
+
+    monkeypatch.setattr(Claims, "read", away)
+    start = time.monotonic()
+    with lease.kept(lost.set, heartbeat_s=0.01):
+        assert lost.wait(10)
+    assert time.monotonic() - start >= 0.05
+    assert lease.lost.startswith("without its store for")
+
+
+def test_a_lease_that_is_lost_before_the_workers_run_is_named(tmp_path: Path) -> None:
+    def stopped(lost: str) -> None:
+        with sole_driver(tmp_path, "it", print) as lease:
+            lease.lost = lost
+            raise KeyboardInterrupt
+
+    with pytest.raises(BusyError, match="run it was taken over by process 7 on elsewhere; this process"):
+        stopped("taken over by process 7 on elsewhere")
+    with pytest.raises(KeyboardInterrupt):
+        stopped("")
+
+
+def test_a_file_that_is_renamed_while_claims_are_listed_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = held(tmp_path)
+    (tmp_path / "lease" / ".claim.json.1.partial").write_text("{}")
+    (tmp_path / "lease" / "gone.json").symlink_to(tmp_path / "gone")
+    monkeypatch.setattr(Path, "stat", lambda *_, **__: pytest.fail("looked at a file that may be gone"))
+    monkeypatch.setattr(Path, "is_dir", lambda _: True)
+    assert len(Claims(tmp_path).read()) == 1
+    monkeypatch.undo()
+    first.release()
