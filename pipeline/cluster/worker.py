@@ -73,7 +73,8 @@ def train_in_ray(job: WorkerJob) -> None:
         node=ray.get_runtime_context().get_node_id(),
     )
     run_info = RunInfo(job.run_id, job.folder, job.code_commit, job.accept_change)
-    tracker, failed = None, False
+    tracker: SpoolTracker | None = None
+    failed = False
     restart = attempts.start_attempt(job.notes, ranks.world_size) if ranks.first else None
     timeline = FirstStep(job.notes) if ranks.first else None
     hangs = HangWatch(job.notes, ranks.rank, ranks.world_size, ranks.timeout_s)

@@ -290,7 +290,7 @@ def test_a_stop_waits_for_a_cluster_that_does_not_answer(fit: Fit, notes: Notes)
 def test_an_outage_after_the_request_does_not_make_the_workers_idle(
     fit: Fit, notes: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved, request = [], type(notes).request_stop
+    saved, request = list[bool](), type(notes).request_stop
 
     def request_and_lose(self: Notes) -> bool:
         asked = request(self)
