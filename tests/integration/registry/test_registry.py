@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
+from detr.config import DeformableConfig
 from detr.model import build_model
 from jobs.commands.models import evaluate as evaluate_command
 from pipeline.checkpoint import catalog
@@ -170,6 +171,20 @@ def test_a_registered_version_evaluates_as_the_model_in_memory(trained: Trained,
     assert found.score.metrics == pytest.approx(best[1], abs=1e-6)
     np.testing.assert_allclose(found.detections.scores, expected.detections.scores, atol=1e-6)
     np.testing.assert_allclose(found.detections.boxes_xywh, expected.detections.boxes_xywh, atol=1e-4)
+
+
+def test_a_registered_deformable_version_evaluates_as_its_run_did(
+    store: str, short_config: RunConfig, tmp_path: Path
+) -> None:
+    options = DeformableConfig(levels=3, box_refine=True, two_stage=True, mixed_selection=True, one_to_many_queries=6)
+    model = replace(short_config.model, variant="deformable", hidden_dim=32, deformable=options)
+    own = train_in(tmp_path, replace(short_config, model=model))
+    register_run(own.run_id, name="deformable", alias="best")
+    best = catalog.best(own.folder)
+    assert best is not None
+    found = evaluate("models:/deformable@best", own.config.data.val)
+    assert found.score.metrics == pytest.approx(best[1], abs=1e-6)
+    assert len(found.detections.scores) == 5 * 8 * 4  # every pair of a query and a class, not one class per query
 
 
 def test_a_version_of_a_run_with_averages_has_them_and_names_the_decay(
