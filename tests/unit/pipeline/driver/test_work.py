@@ -40,7 +40,7 @@ def test_what_is_left_is_sent_after_ray_by_the_lease_s_driver(
     lost: str, tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    monkeypatch.setattr("pipeline.driver.work.send_left", lambda *_: order.append("sent") or True)
+    monkeypatch.setattr(work, "send_left", lambda *_: order.append("sent"))
     driver = work_at(tmp_path / "it", tiny_config, [])
     driver._lease.lost = lost
     cluster = SimpleNamespace(run=lambda *_, **__: order.append("ran"))
