@@ -36,6 +36,7 @@ def test_a_run_stops_and_continues_without_links_and_locks(
     recording.pace(0.3)
     driver = detr.start(*TRAIN)
     until(lambda: recording.last()[0] >= 5 or driver.poll() is not None, "5 steps")
+    recording.pace(3)  # so that the run is not done before it is stopped
     busy = detr(*TRAIN, status=75)
     assert f"process {driver.pid}" in busy or f"pid {driver.pid}" in busy, busy
     driver.send_signal(signal.SIGINT)
