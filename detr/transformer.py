@@ -39,7 +39,7 @@ class Attention(nn.Module):
         width = query.shape[-1] // self.heads
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         q, k, v = (
-            F.linear(x, weight, bias).view(len(x), x.shape[1], self.heads, width).transpose(1, 2)
+            F.linear(x, weight, bias).view(x.shape[0], x.shape[1], self.heads, width).transpose(1, 2)
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
         attended = _attend(q, k, v, mask, self.dropout if self.training else 0.0)

@@ -74,20 +74,20 @@ def geometry(shapes: Shapes, paddings: Sequence[Tensor | None], like: Tensor) ->
     for (height, width), padding in zip(shapes, paddings, strict=True):
         # As in the original, valid columns are counted in the first row, and valid rows in the first column.
         if padding is None:
-            valid = like.new_tensor([[width, height]])
+            valid = torch.tensor([[width, height]], dtype=like.dtype, device=like.device)
         else:
             valid = torch.stack([(~padding[:, 0]).sum(1), (~padding[:, :, 0]).sum(1)], -1).to(like.dtype)
         columns = torch.arange(width, dtype=like.dtype, device=like.device) + 0.5
         rows = torch.arange(height, dtype=like.dtype, device=like.device) + 0.5
         grid = torch.stack([columns.expand(height, -1), rows[:, None].expand(-1, width)], -1).flatten(0, 1)
         centres.append(grid / valid[:, None])
-        ratios.append(valid / like.new_tensor([width, height]))
+        ratios.append(valid / torch.tensor([width, height], dtype=like.dtype, device=like.device))
     flat = [padding.flatten(1) for padding in paddings if padding is not None]
-    sizes = torch.tensor([height * width for height, width in shapes], device=like.device)
+    levels = [torch.full((h * w,), number, device=like.device) for number, (h, w) in enumerate(shapes)]
     return Geometry(
         shapes,
         torch.cat(flat, 1) if flat else None,
         torch.cat(centres, 1),
         torch.stack(ratios, 1),
-        torch.arange(len(shapes), device=like.device).repeat_interleave(sizes),
+        torch.cat(levels),
     )

@@ -72,7 +72,7 @@ class DeformableDETR(DETR):
             heads = self.class_embed[-1], self.bbox_embed[-1]
             queries, encoder = self.transformer.proposed_queries(memory, places, *heads, count, content)
         else:
-            queries = self.transformer.learned_queries(self.query_embed.weight[:count], len(images))
+            queries = self.transformer.learned_queries(self.query_embed.weight[:count], images.shape[0])
         layers = self.config.decoder_layers
         box_heads = list(self.bbox_embed[:layers]) if options.box_refine else [self.bbox_embed[0]] * layers
         mask = self._mask(count, images.device) if many else None

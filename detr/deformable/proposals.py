@@ -20,7 +20,7 @@ def cell_boxes(geometry: Geometry) -> tuple[Tensor, Tensor]:
     The box is infinite where it is no proposal, so that its sigmoid is (1, 1, 1, 1) whatever is added.
     """
     sides = _SIDE * 2.0 ** geometry.level.to(geometry.centres.dtype)
-    boxes = torch.cat([geometry.centres, sides[:, None].expand(len(geometry.centres), -1, 2)], -1)
+    boxes = torch.cat([geometry.centres, sides[:, None].expand(geometry.centres.shape[0], -1, 2)], -1)
     invalid = ~((boxes > _EDGE) & (boxes < 1 - _EDGE)).all(-1)
     if geometry.padding is not None:
         invalid = invalid | geometry.padding

@@ -181,16 +181,17 @@ class Transformer(nn.Module):
         Cells are ranked by class 0, which means "an object" here. content: [Q, C], learned, in order of rank; None
         makes it from the boxes too.
         """
+        batch = memory.shape[0]
         starts, invalid = cell_boxes(geometry)
         vectors = self.enc_output_norm(self.enc_output(memory.masked_fill(invalid[..., None], 0.0)))
         logits = class_head(vectors)
-        best = best_cells(logits.detach()[..., 0].expand(len(memory), -1), count)
-        starts = starts.expand(len(memory), -1, -1)
+        best = best_cells(logits.detach()[..., 0].expand(batch, -1), count)
+        starts = starts.expand(batch, -1, -1)
         changes = at_least_fp32(box_head(_taken(vectors.detach(), best)))
         reference = (changes.detach() + _taken(starts, best)).sigmoid()
         of_boxes = self.pos_trans_norm(self.pos_trans(box_vectors(reference, memory.shape[-1]).to(memory.dtype)))
         position, second = of_boxes.chunk(2, -1)
-        content = second if content is None else content[: best.shape[1]].expand(len(memory), -1, -1)
+        content = second if content is None else content[: best.shape[1]].expand(batch, -1, -1)
         outputs = None
         if self.training:
             outputs = SigmoidOutputs(logits, (at_least_fp32(box_head(vectors)) + starts).sigmoid())

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from detr.config import ModelConfig, TransformConfig
+from detr.config import DeformableConfig, ModelConfig, TransformConfig
 from detr.model import build_model
 from pipeline.errors import ExchangeError
 from pipeline.exchange import export_onnx as onnx_exporter
-from pipeline.exchange.export_onnx import difference_in_onnxruntime, export_onnx
+from pipeline.exchange.export_onnx import Sides, difference_in_onnxruntime, export_onnx
 from pipeline.registry.card import Card, write_folder
 from shards.dataset.categories import Category
 from tests.support.cards import make_card
@@ -98,7 +98,7 @@ def test_a_model_with_masks_is_exported(tmp_path: Path) -> None:
     config = replace(CONFIG, backbone="resnet18", norm="frozen_batch", hidden_dim=128, heads=8, masks=True)
     model, path = onnx_exporter._Flat(build_model(replace(config, auxiliary=False), 2).eval()), tmp_path / "m.onnx"
     card = Card(**{field: getattr(CARD, field) for field in CARD.__struct_fields__} | {"model": config})
-    onnx_exporter._write(model, path, card, None)
+    onnx_exporter._write(model, path, card, Sides())
     for side in (320, 200):
         assert difference_in_onnxruntime(model, path, TransformConfig(eval_size=side, max_size=400)) < 1e-3
 
@@ -106,10 +106,33 @@ def test_a_model_with_masks_is_exported(tmp_path: Path) -> None:
 def test_no_canvas_is_larger_than_the_file_takes() -> None:
     """Learned positions at a stride of 16 end at 800 pixels, and the paper's images are 1066 wide."""
     config = replace(CONFIG, position="learned")
-    largest = onnx_exporter._largest_side(build_model(config, 2))
-    assert largest == 800
-    assert onnx_exporter._canvases(TransformConfig(), largest)[0] == (800, 800)
-    assert onnx_exporter._canvases(TransformConfig(), None)[0] == (800, 1066)
+    sides = onnx_exporter.sides_of(build_model(config, 2))
+    assert sides.largest == 800
+    assert onnx_exporter._canvases(TransformConfig(), sides)[0] == (800, 800)
+    assert onnx_exporter._canvases(TransformConfig(), Sides())[0] == (800, 1066)
+
+
+@pytest.mark.slow
+def test_a_deformable_model_is_exported_for_multiples_of_its_coarsest_cell(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options = DeformableConfig(levels=3, box_refine=True, two_stage=True, mixed_selection=True)
+    deformable = replace(
+        CONFIG,
+        variant="deformable",
+        encoder_layers=1,
+        decoder_layers=1,
+        position_at_input=False,
+        decoder_input="zeros",
+        num_queries=70,
+        auxiliary=False,
+        deformable=options,
+    )
+    built = build_model(deformable, 2).eval()
+    model, path, sides = onnx_exporter._Flat(built), tmp_path / "m.onnx", onnx_exporter.sides_of(built)
+    assert str(sides) == "multiples of 32, 96 px or more"
+    card = Card(**{field: getattr(CARD, field) for field in CARD.__struct_fields__} | {"model": deformable})
+    onnx_exporter._write(model, path, card, sides)
+    assert difference_in_onnxruntime(model, path, TransformConfig(eval_size=160, max_size=224), sides) < 1e-3
 
 
 def test_the_file_of_another_model_is_detected(exported: tuple[Path, tuple[str, ...]]) -> None:
