@@ -251,7 +251,7 @@ class ClusterConfig:
     """Seconds a collective may take before the workers are restarted.
     Allow for the slowest step, evaluation, first compilation and store retries."""
     wait_s: int = 900
-    """Seconds to wait until the cluster at `--address` has the nodes, GPUs and CPUs that the workers need.
+    """Seconds to wait until the cluster at `--address` answers and has the nodes, GPUs and CPUs that the workers need.
     After them the command ends with status 75; nothing is created before."""
 
     def __post_init__(self) -> None:
