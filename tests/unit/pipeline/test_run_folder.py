@@ -24,7 +24,9 @@ ROOT = Path(run_folder.__file__).parents[1]
 
 def test_architecture_has_the_same_table() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text().replace("`", "")
-    table = re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", text[text.index("The location of a run, a folder") :], re.MULTILINE)
+    table = re.findall(
+        r"^\| (.+) \| (.+) \| (.+) \|$", text[text.index("The location of a run, a folder") :], re.MULTILINE
+    )
     rows = [[cell.replace("`", "") for cell in row] for row in run_folder_table()]
     assert [list(row) for row in table[1 : len(rows) + 1]] == rows
 

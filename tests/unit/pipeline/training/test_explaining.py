@@ -45,9 +45,7 @@ def test_every_evaluation_gets_curves_tables_and_pictures(val: Manifest, evaluat
         "suspect_labels.json",
     }
     assert sorted(tracker.pictures) == [
-        (f"errors/{name}", step)
-        for name in ("suspect_labels", "worst_images")
-        for step in (3, 6)
+        (f"errors/{name}", step) for name in ("suspect_labels", "worst_images") for step in (3, 6)
     ]
 
 
