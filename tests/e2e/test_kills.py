@@ -19,7 +19,7 @@ TRAIN = ["train", "overfit", "--data.train", "data/train", "--data.val", "data/v
 TRAIN += ["--optim.max-steps", str(STEPS), "--evaluate.every", "100"]
 
 
-@pytest.mark.parametrize("seed", [4, 5, 7])
+@pytest.mark.parametrize("seed", [5])
 def test_the_same_command_after_random_kills_makes_the_undisturbed_run(
     seed: int, detr: Command, tmp_path: Path
 ) -> None:
