@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -92,10 +93,10 @@ def test_flags_of_commands_that_only_switch_on_have_one_form(helps: dict[str, tu
 
 def test_every_flag_has_a_help_text(helps: dict[str, tuple[int, str, list[str]]]) -> None:
     for _, text, _ in helps.values():
-        lines = [line.strip("│ ") for line in text.splitlines()]
-        for line, following in itertools.pairwise(lines):
-            # A long pair of names takes two lines: `--a,` and `--no-a`.
-            if line.startswith("--") and line[2:3].isalpha() and not line.endswith(","):
+        for raw, following in itertools.pairwise(text.splitlines()):
+            line, following = raw.strip("│ "), following.strip("│ ")
+            # A long pair of names takes two lines: `--a,` and `--no-a`. A text may begin a line with another flag.
+            if re.match(r"(│ )?--[a-z]", raw) and not line.endswith(","):
                 _, _, description = line.partition("  ")
                 described = description.strip() or following
                 assert not described.startswith(("(", "--")), line
