@@ -1,8 +1,7 @@
 """The driver around the workers, without Ray: a real store and folder, and workers in this process."""
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,25 +37,12 @@ from pipeline.train import Launch, resume, train
 from pipeline.training.loop import run
 from pipeline.training.state import RunInfo
 from tests.support.s3_server import S3Server
+from tests.support.workers import stand_in
 
 
 @pytest.fixture
 def launch() -> Launch:
     return Launch(say=lambda text: None)
-
-
-def put(patch: pytest.MonkeyPatch, run_workers: Callable[..., None]) -> None:
-    """Let `run_workers(config, run_id, folder, accept_change=...)` stand for the workers on a cluster."""
-
-    @contextmanager
-    def connected(*_: object, **__: object) -> Iterator[Any]:
-        class Cluster:
-            run = staticmethod(run_workers)
-
-        yield Cluster
-
-    patch.setattr(work, "connecting", lambda *_, **__: nullcontext())
-    patch.setattr(work, "connected", connected)
 
 
 @pytest.fixture
@@ -69,7 +55,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | None],
                 raise error
             run(config, RunInfo(run_id, folder, "commit", accept_change), Ranks(), None)
 
-        put(monkeypatch, run_workers)
+        stand_in(monkeypatch, run_workers)
 
     return choose
 
@@ -201,7 +187,7 @@ def test_unsent_events_are_sent_by_the_next_resume(
         run(config, RunInfo(run_id, folder, "commit"), Ranks(), tracker)
         tracker.close()
 
-    put(monkeypatch, trained)
+    stand_in(monkeypatch, trained)
     lines: list[str] = []
     with monkeypatch.context() as away:
         away.setattr(run_spools, "EventSender", Away)
@@ -236,7 +222,7 @@ def test_unsent_events_of_a_trained_run_are_sent_before_registration(
     def ended(*_: object, **__: object) -> None:
         raise TrainingError("away") if status == "FAILED" else KeyboardInterrupt
 
-    put(monkeypatch, trained)
+    stand_in(monkeypatch, trained)
     launch = Launch(say=lambda text: None)
     with monkeypatch.context() as away:
         away.setattr(run_spools, "EventSender", Away)
@@ -367,7 +353,7 @@ def test_workers_that_end_early_do_not_finish_a_run(
     def half(config: RunConfig, run_id: str, folder: Path, **_: Any) -> None:
         run(replace(config, optim=replace(config.optim, max_steps=2)), RunInfo(run_id, folder, "commit"), Ranks(), None)
 
-    put(monkeypatch, half)
+    stand_in(monkeypatch, half)
     config = replace(tiny_config, storage=str(tmp_path / "runs"))
     with pytest.raises(Postponed, match="the workers ended at step 2 of 6 without a reason"):
         train(config, launch, run="it")

@@ -9,7 +9,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import train as driver
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint.metadata import read_meta
 from pipeline.config import RunConfig
@@ -23,6 +22,7 @@ from pipeline.train import Launch, resume, train
 from pipeline.training.loop import run
 from pipeline.training.state import RunInfo
 from tests.support.runs import run_folder_table, start
+from tests.support.workers import stand_in
 
 EPOCHS = 4  # of three steps
 
@@ -61,7 +61,7 @@ def test_pending_checkpoints_are_evaluated_during_training_despite_kills(
         raise TrainingError("the driver is gone")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "run_workers", workers_whose_driver_dies)
+        stand_in(patch, workers_whose_driver_dies)
         with pytest.raises(TrainingError, match="the driver is gone"):
             train(beside, Launch(say=lambda text: None))
     (folder,) = (tmp_path / "runs").iterdir()
