@@ -72,7 +72,7 @@ class DETR(nn.Module):
 
         padding: bool [B, H, W], true where there is no image; None if no image is padded.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # each variant has its own; this class only names what they share
 
     def aliases(self) -> Mapping[str, str]:
         """Return the original's further names of parameters: name -> the name in this model."""

@@ -1,10 +1,10 @@
 """Evaluation of checkpoints in the background, while training continues (`evaluate.asynchronous`).
 
 The `meta.json` of a checkpoint says if it is to be evaluated; it is not pruned before it has its metrics, unless too
-many wait (`pruning.MOST_WAITING`). The driver
-looks for such checkpoints and evaluates them, the oldest first and one at a time, as Ray tasks with resources of their
-own. Nothing but the checkpoints records what is due, so after any kill the next `detr resume` evaluates the rest. A
-task writes the spool of its node, since only one process may write a spool, with the step of the checkpoint.
+many wait (`pruning.MOST_WAITING`). The driver looks for such checkpoints and evaluates them, the oldest first and one at
+a time, as Ray tasks with resources of their own. Nothing but the checkpoints records what is due, so after any kill the
+next `detr resume` evaluates the rest. A task writes the spool of its node, since only one process may write a spool,
+with the step of the checkpoint.
 
 Ray Train's `ValidationConfig` is not used: it evaluates what workers report to Ray, which is lost when the driver dies.
 """
@@ -44,8 +44,9 @@ class Evaluator:
     """Evaluation of a run's checkpoints while the workers train.
 
     `folder` is the run's location. `evaluate` evaluates one checkpoint and returns when its metrics are stored, or
-    raises, `Postponed` or a store's error if a later attempt may succeed. `stop_requested` returns True if the run is asked to stop. `look_s` is the interval in seconds between
-    looks for checkpoints to evaluate, `again_s` that between attempts after training.
+    raises, `Postponed` or a store's error if a later attempt may succeed. `stop_requested` returns True if the run is
+    asked to stop. `look_s` is the interval in seconds between looks for checkpoints to evaluate, `again_s` that between
+    attempts after training.
     """
 
     def __init__(
@@ -85,9 +86,8 @@ class Evaluator:
             if thread.is_alive():
                 self._stopped.set()
             elif self._error is None:
-                prune(
-                    self._shelf, self._keep, look=True
-                )  # before, any checkpoint without metrics might have been the best
+                # Not earlier: any checkpoint without metrics might have been the best.
+                prune(self._shelf, self._keep, look=True)
 
         return run
 
