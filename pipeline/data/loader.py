@@ -7,7 +7,7 @@ the image and drops those without area, as the original does. The reader has lef
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -115,25 +115,54 @@ def training_batches(
     `bad` collects the samples that are skipped because they are damaged. The reader threads run until the generator is
     closed: across epochs, and while the caller saves or evaluates.
     """
-    threads = config.data.reader_threads
-    passes = _passes(config, ranks)
+    passes = _passes(config, ranks.world_size)
     slices = rank_slices(manifest, config, schedule, ranks, step, until)
-    batches = open_stream(
-        manifest,
-        (micro_batch for rank_slice in slices for micro_batch in _split(rank_slice, passes)),
-        transform=training_transform(config.seed, config.transform),
-        collate=_collate(config, ranks),
-        config=ReadConfig(threads, 2 * threads, config.model.masks, config.data.max_bad_samples),
-        bad=bad,
-    )
+    micro_batches = (micro_batch for rank_slice in slices for micro_batch in _split(rank_slice, passes))
+    batches = _open(manifest, config, micro_batches, ranks.device.type == "cuda", config.data.reader_threads, bad)
     with closing(slices), closing(batches):
         while len(step_batches := tuple(islice(batches, passes))) == passes:
             yield step_batches
 
 
-def _passes(config: RunConfig, ranks: Ranks) -> int:
+def global_batch(
+    manifest: Manifest, config: RunConfig, schedule: Schedule, step: int, workers: int, threads: int = 0
+) -> Generator[tuple[Batch, ...], None, None]:
+    """Yield the micro-batches of each of `workers` ranks in one step, the same as `training_batches` gives them.
+
+    The default reads the images in the calling thread.
+    """
+    passes = _passes(config, workers)
+    with closing(_step_plans(manifest, config, schedule, step, step + 1)) as plans:
+        _, plan = next(plans)
+    slices = (plan.step(step, rank, workers) for rank in range(workers))
+    micro_batches = (micro_batch for rank_slice in slices for micro_batch in _split(rank_slice, passes))
+    with closing(_open(manifest, config, micro_batches, False, threads, None)) as batches:
+        while len(rank_batches := tuple(islice(batches, passes))) == passes:
+            yield rank_batches
+
+
+def _open(
+    manifest: Manifest,
+    config: RunConfig,
+    micro_batches: Iterable[tuple[Ints, Ints]],
+    pinned: bool,
+    threads: int,
+    bad: BadSamples | None,
+) -> Generator[Batch, None, None]:
+    """Return the stream of augmented batches of these rows and their epochs."""
+    return open_stream(
+        manifest,
+        micro_batches,
+        transform=training_transform(config.seed, config.transform),
+        collate=partial(_collate, multiple=config.compute.canvas_multiple, pinned=pinned),
+        config=ReadConfig(threads, 2 * threads, config.model.masks, config.data.max_bad_samples),
+        bad=bad,
+    )
+
+
+def _passes(config: RunConfig, workers: int) -> int:
     """Return the number of forward passes per step, equal on every rank, because under FSDP they are collectives."""
-    largest = math.ceil(config.optim.batch_size / ranks.world_size)  # images of one rank
+    largest = math.ceil(config.optim.batch_size / workers)  # images of one rank
     return math.ceil(largest / (config.compute.max_microbatch or largest))
 
 
@@ -148,6 +177,15 @@ def rank_slices(
     manifest: Manifest, config: RunConfig, schedule: Schedule, ranks: Ranks, step: int, until: int
 ) -> Generator[tuple[Ints, Ints], None, None]:
     """Yield this rank's rows and their epochs for each step; plan the next epoch while the current one is read."""
+    with closing(_step_plans(manifest, config, schedule, step, until)) as plans:
+        for number, current in plans:
+            yield current.step(number, ranks.rank, ranks.world_size)
+
+
+def _step_plans(
+    manifest: Manifest, config: RunConfig, schedule: Schedule, step: int, until: int
+) -> Generator[tuple[int, EpochPlan], None, None]:
+    """Yield each step with the plan that it is in."""
 
     def plan(epoch: int) -> EpochPlan:
         return plan_epoch(
@@ -173,13 +211,10 @@ def rank_slices(
             current = plans.pop(0).result()
             end = min(current.end_step, until)
             for number in range(step, end):
-                yield current.step(number, ranks.rank, ranks.world_size)
+                yield number, current
             step = end
 
 
-def _collate(config: RunConfig, ranks: Ranks) -> Callable[[list[tuple[Tensor, Target]]], Batch]:
-    def batch(samples: list[tuple[Tensor, Target]]) -> Batch:
-        padded = collate(samples, config.compute.canvas_multiple)
-        return padded.pin_memory() if ranks.device.type == "cuda" else padded
-
-    return batch
+def _collate(samples: list[tuple[Tensor, Target]], multiple: int, pinned: bool) -> Batch:
+    padded = collate(samples, multiple)
+    return padded.pin_memory() if pinned else padded

@@ -6,11 +6,15 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Distinct under the common colour-vision deficiencies (Okabe and Ito), assigned to labels in turn.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -69,7 +73,8 @@ def _colour(label: int) -> str:
 
 
 @functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Return the font of all texts in pictures."""
     return ImageFont.load_default(size)  # Pillow decodes its file at each call
 
 
@@ -82,11 +87,11 @@ def _write_label(picture: Image.Image, corner: Sequence[float], text: str, colou
 
     torchvision writes labels inside the boxes, where they hide small objects and are cut off at the picture's edge.
     """
-    canvas, font = ImageDraw.Draw(picture), _font(font_size)
-    left, _, right, bottom = canvas.textbbox((0, 0), text, font=font)
+    canvas, face = ImageDraw.Draw(picture), font(font_size)
+    left, _, right, bottom = canvas.textbbox((0, 0), text, font=face)
     x, y = min(corner[0], picture.width - right - 4), max(0.0, corner[1] - bottom - 2)
     canvas.rectangle((x, y, x + right - left + 4, y + bottom + 2), fill=colour)
-    canvas.text((x + 2, y), text, fill="black", font=font)
+    canvas.text((x + 2, y), text, fill="black", font=face)
 
 
 @dataclass(frozen=True)
@@ -101,11 +106,9 @@ class Line:
 def chart(lines: Sequence[Line], xs: Sequence[float], x_name: str, y_name: str) -> Image.Image:
     """Return a chart of 640 by 480 pixels with both axes from 0 to 1 and a legend; the last line is on top."""
     # Imported here, because it takes longer than most commands; without pyplot, which keeps figures in global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.8), dpi=100)
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0.1, 0.125, 0.875, 0.775), xlim=(0, 1), ylim=(0, 1), xlabel=x_name, ylabel=y_name)
     axes.grid(color="#DDDDDD")
     axes.spines[["top", "right"]].set_visible(False)
@@ -113,6 +116,14 @@ def chart(lines: Sequence[Line], xs: Sequence[float], x_name: str, y_name: str) 
         ys = np.asarray(line.ys, dtype=float)
         axes.plot(xs, np.where(ys >= 0, ys, np.nan), color=line.colour, label=line.name, clip_on=False)
     figure.legend(loc="upper center", ncols=max(len(lines), 1), frameon=False)
+    return figure_picture(figure)
+
+
+def figure_picture(figure: Figure) -> Image.Image:
+    """Return a figure of matplotlib as a picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
     pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
     return Image.fromarray(pixels).convert("RGB")
@@ -125,9 +136,9 @@ def side_by_side(left: Image.Image, right: Image.Image, captions: tuple[str, str
     joined.paste(left, (0, bar))
     joined.paste(right, (left.width + 6, bar))
     canvas = ImageDraw.Draw(joined)
-    font = _font(14)
-    canvas.text((4, 3), captions[0], fill="black", font=font)
-    canvas.text((left.width + 10, 3), captions[1], fill="black", font=font)
+    face = font(14)
+    canvas.text((4, 3), captions[0], fill="black", font=face)
+    canvas.text((left.width + 10, 3), captions[1], fill="black", font=face)
     return joined
 
 

@@ -34,6 +34,7 @@ from pipeline.training.checkpointing import checkpoint_metadata, restore
 from pipeline.training.continuation import continuation
 from pipeline.training.divergence import Diverged
 from pipeline.training.explaining import Explainer
+from pipeline.training.first_minute import FirstMinute
 from pipeline.training.guard import Guard
 from pipeline.training.optim import learning_rates, set_learning_rates
 from pipeline.training.out_of_memory import explaining
@@ -95,6 +96,7 @@ def run(
             hooks.keep_unsent,
         ) as saver,
         Explainer(tracker, val, config.evaluate.explain) as explainer,
+        FirstMinute(worker, state.step),
     ):
         # Only rank 0 looks for requests; the others have none of their own.
         poll = hooks.request if ranks.first else NO_HOOKS.request
