@@ -122,7 +122,7 @@ def coco(tmp_path: Path) -> Path:
         ("export models:/none@best --original o/x.pth", "expected a file in a folder that exists"),
         ("export models:/none@best --original x.pth", "there is no registered model 'none'"),
         ("export models:/none@best --onnx x.onnx", "there is no registered model 'none'"),
-        ("submit nowhere -- train demo", "there is no spec 'nowhere'"),
+        ("submit nowhere -- train demo", "there is no cluster 'nowhere'"),
         ("submit local -- tarin demo", "did you mean train?"),
         ("submit local -- train detr-r50 --data.train absent", "no manifest.json here"),
         ("train finetune", "finetune needs --initial models:/NAME@ALIAS or FILE"),
@@ -162,7 +162,7 @@ def test_unreachable_store_gives_one_line(detr: Detr, monkeypatch: pytest.Monkey
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     result = detr("runs")
     assert result.status == 1
-    assert "http://***@127.0.0.1:9 does not answer" in result.line
+    assert "http://127.0.0.1:9 does not answer" in result.line
     assert "hunter2" not in result.line
 
 
