@@ -25,7 +25,7 @@ def mark(what: str) -> None:
 
 def marks(first: str) -> list[Mark]:
     """Return the marks of this process; the first one, `first`, is its start."""
-    return [Mark(_process_start(), first), *_marks]
+    return [Mark(process_start(), first), *_marks]
 
 
 def describe(found: Iterable[Mark]) -> list[str]:
@@ -34,7 +34,8 @@ def describe(found: Iterable[Mark]) -> list[str]:
     return [f"{at - ordered[0].at:7.1f} s  {what}" for at, what in ordered]
 
 
-def _process_start() -> float:
+def process_start() -> float:
+    """Return the time at which this process was started, in seconds since the epoch."""
     import psutil
 
     return float(psutil.Process(os.getpid()).create_time())

@@ -32,8 +32,8 @@ from pipeline.cluster.worker import WorkerJob, train_in_ray
 from pipeline.config import ClusterConfig, RunConfig
 from pipeline.run_folder import scratch
 from pipeline.timeline import mark
-from pipeline.tracking.mlflow_client import tracking_uri
 from pipeline.tracking.provenance import code_commit
+from pipeline.tracking.server.address import refuse_uri_with_secret, tracking_uri, uri_for_workers
 from shards.store.retry import fewer_retries
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ class ConnectedCluster:
     """A Ray cluster that has what the workers of a run need, and every node of which can run them."""
 
     def __init__(self, local: LocalRay, gpu: bool, say: Callable[[str], None], verbose: bool) -> None:
-        self._local, self._gpu, self._say, self._verbose = local, gpu, say, verbose
+        self._local, self._say, self._verbose = local, say, verbose
+        self.gpu = gpu
+        """True if the workers use GPUs."""
 
     def run(self, config: RunConfig, run_id: str, folder: Location, accept_change: bool = False) -> None:
         """Run the workers to the last step, and follow them on stderr.
@@ -56,13 +58,13 @@ class ConnectedCluster:
         `Interrupted` when a user or a scheduler stopped the run, `TrainingError` with the workers' message when it
         failed.
         """
-        gpu, say = self._gpu, self._say
+        gpu, say = self.gpu, self._say
         mark("run created or found")
         from pipeline.cluster.ray_internals import RayNotes, cancel_resource_request, jobs_alive
 
         notes = Notes.of_run(run_id, RayNotes())
         cancel_dead_claims(notes.store, jobs_alive, cancel_resource_request)
-        job = WorkerJob(config, run_id, folder, tracking_uri(), code_commit(), accept_change, notes)
+        job = WorkerJob(config, run_id, folder, uri_for_workers(), code_commit(), accept_change, notes)
         fit = _trainer(job, gpu).fit
         evaluator = evaluator_on_ray(job, gpu, say) if config.evaluate.asynchronous else None
         if evaluator:
@@ -91,6 +93,9 @@ def connecting(config: RunConfig, *, address: str | None, verbose: bool) -> Iter
     Ray starts in seconds, most of which are imports of its own. In these the driver imports and checks what it needs.
     """
     address = address or os.environ.get("RAY_ADDRESS")
+    tracking_uri()  # moves a login out of the address before processes inherit it
+    if address:
+        refuse_uri_with_secret()
     _set_environment(config.cluster, address, verbose)  # Ray reads the variables when it is imported
     connection = Connection(config, address, verbose)
     try:

@@ -16,11 +16,13 @@ from pipeline.cluster.notes.notes import Notes
 from pipeline.cluster.notes.request_watch import RequestWatch
 from pipeline.cluster.startup import FirstStep
 from pipeline.config import RunConfig
+from pipeline.distributed.devices import device_name
 from pipeline.errors import USER_ERRORS, Postponed
 from pipeline.timeline import mark
 from pipeline.tracking.run_spools import TRAINING, open_tracker
+from pipeline.tracking.server.address import tracking_uri
 from pipeline.tracking.spool import SpoolTracker
-from pipeline.tracking.tags import TAG_PHASE, TAG_RESIZED, TAG_WARNING
+from pipeline.tracking.tags import TAG_DEVICE, TAG_PHASE, TAG_RESIZED, TAG_WARNING
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.requests import NO_REQUEST, LoopHooks, Request
 from shards.errors import one_line
@@ -44,10 +46,16 @@ class WorkerJob:
     folder: Location
     """The run's location."""
     tracking_uri: str
+    """Address of MLflow; empty if it holds a secret, and each process finds it in its environment."""
     code_commit: str
     accept_change: bool
     """Continue from a checkpoint even if its stream of samples is another one."""
     notes: Notes
+
+    @property
+    def mlflow(self) -> str:
+        """Address of MLflow."""
+        return self.tracking_uri or tracking_uri()
 
 
 def train_in_ray(job: WorkerJob) -> None:
@@ -98,7 +106,7 @@ def train_in_ray(job: WorkerJob) -> None:
     try:
         tracker = open_patiently(job, ranks)
         if tracker:
-            tracker.tags({TAG_PHASE: "training"} | _restart_warning(restart))
+            tracker.tags({TAG_PHASE: "training", TAG_DEVICE: device_name(ranks.device)} | _restart_warning(restart))
         first_step = FirstStepReport(tracker, ranks.world_size, restart)
         with forward_warnings(tracker) if tracker else nullcontext():
             run(config, run_info, ranks, tracker, LoopHooks(request, stepped, keep_unsent))
@@ -124,7 +132,7 @@ def open_patiently(job: WorkerJob, ranks: Ranks) -> SpoolTracker | None:
     opened: list[SpoolTracker] = []
 
     def open_first() -> None:
-        opened.append(open_tracker(TRAINING, job.folder, job.run_id, job.tracking_uri))
+        opened.append(open_tracker(TRAINING, job.folder, job.run_id, job.mlflow))
 
     patiently(ranks, lambda: on_first(ranks, open_first))
     return opened[0] if opened else None

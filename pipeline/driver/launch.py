@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Say = Callable[[str], None]
 
@@ -21,3 +22,5 @@ class Launch:
     """Address of a Ray cluster (`auto`, `HOST:6379` or `ray://...`). None: RAY_ADDRESS, or start a local one."""
     verbose: bool = False
     say: Say = say
+    began: float = field(default_factory=time.time)
+    """Time at which the command began, in seconds since the epoch."""

@@ -41,6 +41,7 @@ class Outcome:
     best: Location
     metrics: dict[str, float]
     version: str
+    """Number of the registered version; empty if `track.register` is `never`."""
     model_name: str
     is_best: bool
     """True if `@best` points at this version; an earlier one with a higher AP on the same data keeps the alias."""
@@ -77,6 +78,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     result: _Result | None = None
     unsent: bool = False
     """True if MLflow has not taken everything that the finished run reported."""
+    worked_s: float = 0.0
+    """Seconds that drivers of the run have worked, without those that were killed."""
 
     @property
     def run_config(self) -> RunConfig:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint import catalog
@@ -13,6 +14,7 @@ from pipeline.cluster.launch import connected, connecting
 from pipeline.cluster.ray_session import Connection
 from pipeline.config import RunConfig, to_json
 from pipeline.driver.changes import agreed
+from pipeline.driver.forecasting import compare, forecast_tags
 from pipeline.driver.launch import Launch
 from pipeline.driver.lease import Lease
 from pipeline.driver.position import Position, position_after
@@ -42,6 +44,8 @@ from pipeline.tracking.tags import (
     TAG_TRAIN_DIGEST,
     TAG_VAL_DIGEST,
 )
+from shards.dataset.manifest import Manifest
+from shards.errors import ShardError
 from shards.store import storage
 
 if TYPE_CHECKING:
@@ -51,6 +55,8 @@ if TYPE_CHECKING:
 class Work(RecordedRun):
     """A run that this driver alone works on, from its creation or its newest checkpoint to its end."""
 
+    _gpu = False
+    """True if the workers use GPUs."""
     _sent = True
     """False if MLflow has not taken everything that the workers reported."""
 
@@ -78,11 +84,17 @@ class Work(RecordedRun):
             with self.recorded():
                 self.save()
                 ready.write_initial_weights(self.folder)
-                run_id = create_run(self._client, config, ready.datasets, self._first_tags(config, ready))
+                tags = self._first_tags(config, ready)
+                tags |= forecast_tags(
+                    self._client, config, ready, gpu=cluster.gpu, here=not connection.address, say=launch.say
+                )
+                run_id = create_run(self._client, config, ready.datasets, tags)
                 self.save(run_id=run_id, status="running")
                 launch.say(f"{self._label}: {total} steps, checkpoints in {self._root / CHECKPOINTS}")
                 self._run(cluster, config, stack.close, accept_change=False)
-                return self._finish(self._conclude(config, total, 0))
+                outcome = self._conclude(config, total, 0)
+                self._compare(config, ready.val, 0, total)
+                return self._finish(outcome)
 
     def _first_tags(self, config: RunConfig, ready: PreparedRun) -> dict[str, str]:
         total = ready.schedule.total_steps
@@ -123,7 +135,9 @@ class Work(RecordedRun):
                     self._send_left()
                 else:
                     self._run(cluster, config, stack.close, accept_change=bool(position.stream.changes))
-                return self._finish(self._conclude(config, total, position.step))
+                outcome = self._conclude(config, total, position.step)
+                self._compare(config, position.val, position.step, total)
+                return self._finish(outcome)
 
     def _position(self, before: RunConfig, config: RunConfig, accept: bool) -> Position:
         """Return the position that the run continues from; raise one of `USER_ERRORS` if it cannot with this data."""
@@ -167,12 +181,41 @@ class Work(RecordedRun):
     def _run(self, cluster: Any, config: RunConfig, disconnect: Callable[[], None], accept_change: bool) -> None:
         """Run the workers, end the connection to Ray and so what is left of them, then send what they could not."""
         raise_unheard()
+        self._gpu = cluster.gpu
         try:
             cluster.run(config, self.record.run_id, self.folder, accept_change=accept_change)
+        except BaseException:
+            self._note_time()
+            raise
         finally:
             # A worker that still lives would write on into a spool that is sent and removed under it.
             disconnect()
             self._send_left()
+
+    @property
+    def _seconds(self) -> float:
+        """Seconds since the command began."""
+        return time.time() - self._launch.began
+
+    def _note_time(self) -> None:
+        """Keep how long this driver has worked on the run, which has not ended."""
+        if not self._lease.lost:
+            with suppress(OSError, ShardError):  # another error is on its way
+                self.save(worked_s=self.record.worked_s + self._seconds)
+
+    def _compare(self, config: RunConfig, val: Manifest, begin: int, total: int) -> None:
+        compare(
+            self._client,
+            self.record.run_id,
+            config,
+            min(val.images, config.evaluate.limit or val.images),
+            gpu=self._gpu,
+            begin=begin,
+            total=total,
+            wall_s=self._seconds,
+            before_s=self.record.worked_s,
+            say=self._launch.say,
+        )
 
     def _send_left(self) -> None:
         if self._lease.lost:  # the driver that has the run now sends, and its workers do
@@ -180,7 +223,7 @@ class Work(RecordedRun):
         self._sent = send_left(self.folder, self.record.run_id, tracking_uri(), self._launch.say)
 
     def _conclude(self, config: RunConfig, total: int, began_at: int) -> Outcome:
-        """Register the best checkpoint of a run that was trained to its last step."""
+        """Register the best checkpoint of a run that was trained to its last step, unless it is not to be registered."""
         from pipeline.registry.registration import register
 
         newest, client, run_id, say = catalog.newest(self._root), self._client, self.record.run_id, self._launch.say
@@ -194,12 +237,16 @@ class Work(RecordedRun):
                 f"the run ended without an evaluated checkpoint in {self._root}; expected one at its last step"
             )
         best, metrics = found
+        if config.track.register == "never":
+            say(f"nothing is registered, as track.register asks: `detr register {self.record.handle} --name NAME` does it")
+            return Outcome(run_id, self.folder, best, metrics, "", "", False)
         client.set_tag(run_id, TAG_PHASE, "registering")
         left_out = client.get_run(run_id).data.tags.get(TAG_LEFT_OUT)
         if left_out:
             say(f"warning: left out {left_out}")
+        better = config.track.register == "best"
         registered = register(
-            client, run_id, config, best, metrics, name=config.model_name, alias="best", only_if_better=True
+            client, run_id, config, best, metrics, name=config.model_name, alias="best", only_if_better=better
         )
         if not registered.alias_moved:
             say(f"models:/{config.model_name}@best stays on another version, whose AP is higher")

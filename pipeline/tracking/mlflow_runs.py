@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from pipeline.config import RunConfig, flatten, to_json
+from pipeline.config import RunConfig, to_json
 from pipeline.errors import TrackingError
 from pipeline.tracking.mlflow_client import tracking_uri, unavailable
+from pipeline.tracking.pages.data import DataSet, dataset_input
+from pipeline.tracking.pages.experiment import complete_experiment
+from pipeline.tracking.pages.parameters import parameters
 from pipeline.tracking.provenance import code_commit
 from pipeline.tracking.tags import TAG_COMMIT, TAG_FOLDER, TAG_KEY, TAG_PHASE
 from shards.errors import one_line
@@ -53,16 +56,17 @@ def experiment_id(client: MlflowClient, name: str) -> str:
 
 
 def create_run(
-    client: MlflowClient, config: RunConfig, datasets: Mapping[str, tuple[str, str, str]], tags: Mapping[str, str]
+    client: MlflowClient, config: RunConfig, datasets: Mapping[str, DataSet], tags: Mapping[str, str]
 ) -> str:
     """Create a run with its configuration, code and data; return its id.
 
-    `datasets` maps a context ("training", "validation") to (name, digest, url). If a run has the same `TAG_KEY`, a
-    driver was killed while it created it, and what is missing is added.
+    `datasets` maps a context ("training", "validation") to its data. If a run has the same `TAG_KEY`, a driver was
+    killed while it created it, and what is missing is added.
     """
     from mlflow.entities import Param
 
     experiment = experiment_id(client, config.track.experiment)
+    complete_experiment(client, experiment, client.get_experiment(experiment).tags)
     run_id = run_with_key(client, config, tags[TAG_KEY]) if TAG_KEY in tags else ""
     if not run_id:
         all_tags = {**origin_tags(f"detr train {config.recipe}"), **tags}
@@ -72,11 +76,11 @@ def create_run(
     else:
         logged = client.get_run(run_id).data.params  # which MLflow lets nobody change
         client.update_run(run_id, status="RUNNING")
-    parameters = [Param(name, value or "-") for name, value in flatten(config).items() if name not in logged]
-    for start in range(0, len(parameters), _MAX_PARAMS):
-        client.log_batch(run_id, params=parameters[start : start + _MAX_PARAMS])
+    missing = [Param(name, value) for name, value in parameters(config).items() if name not in logged]
+    for start in range(0, len(missing), _MAX_PARAMS):
+        client.log_batch(run_id, params=missing[start : start + _MAX_PARAMS])
     client.log_text(run_id, to_json(config).decode(), CONFIG_ARTIFACT)
-    client.log_inputs(run_id, [_dataset_input(context, *dataset) for context, dataset in datasets.items()])
+    client.log_inputs(run_id, [dataset_input(context, dataset) for context, dataset in datasets.items()])
     return run_id
 
 
@@ -106,17 +110,6 @@ def origin_tags(command: str) -> dict[str, str]:
     }
 
 
-def _dataset_input(context: str, name: str, digest: str, url: str) -> Any:
-    from mlflow.data.dataset_source_registry import resolve_dataset_source
-    from mlflow.data.meta_dataset import MetaDataset
-    from mlflow.entities import DatasetInput, InputTag
-
-    source = resolve_dataset_source(url)
-    # MLflow allows 36 characters; a tag of the run has the full digest.
-    dataset = MetaDataset(source=source, name=name, digest=digest[:36])
-    return DatasetInput(dataset=dataset._to_mlflow_entity(), tags=[InputTag("mlflow.data.context", context)])
-
-
 def read_config(client: MlflowClient, run_id: str) -> bytes:
     """Return the configuration of a run as JSON; raise `TrackingError` if the run has none.
 
@@ -140,6 +133,11 @@ def read_config(client: MlflowClient, run_id: str) -> bytes:
 def find_runs(client: MlflowClient, experiment: str | None = None, limit: int = 50) -> list[Run]:
     """Return the newest runs of `detr train`, of one experiment or of all."""
     return list(islice(_runs(client, experiment), limit))
+
+
+def runs_where(client: MlflowClient, condition: str, limit: int) -> list[Run]:
+    """Return the newest runs of `detr train` that meet a condition in MLflow's filter language."""
+    return list(islice(_runs(client, condition=condition), limit))
 
 
 def _runs(client: MlflowClient, experiment: str | None = None, condition: str = "") -> Iterator[Run]:

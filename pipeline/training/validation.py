@@ -72,6 +72,7 @@ def validate(
     if ranks.first:
         saver.prune()
     if tracker:
+        tracker.metrics({"pause/evaluation_s": time.perf_counter() - start}, state.step)
         tracker.tags({TAG_PHASE: "training"})
     if evaluation is not None:
         start_explanation(evaluation, state.step)

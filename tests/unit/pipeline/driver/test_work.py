@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import RunConfig
+from pipeline.checkpoint.catalog import write_evaluation
+from pipeline.config import RunConfig, TrackConfig
 from pipeline.driver import work
 from pipeline.driver.launch import Launch
 from pipeline.driver.lease import Claims, Lease
 from pipeline.driver.record import new_record
 from pipeline.driver.work import Work
 from pipeline.errors import RunConfigError
+from pipeline.registry.publish import Registered
 from pipeline.tracking.mlflow_runs import create_run
 from pipeline.tracking.tags import TAG_FOLDER, TAG_KEY
 from tests.support.checkpoints import save_small
@@ -43,9 +45,33 @@ def test_what_is_left_is_sent_after_ray_by_the_lease_s_driver(
     monkeypatch.setattr(work, "send_left", lambda *_: order.append("sent"))
     driver = work_at(tmp_path / "it", tiny_config, [])
     driver._lease.lost = lost
-    cluster = SimpleNamespace(run=lambda *_, **__: order.append("ran"))
+    cluster = SimpleNamespace(gpu=False, run=lambda *_, **__: order.append("ran"))
     driver._run(cluster, tiny_config, lambda: order.append("disconnected"), accept_change=False)
     assert order == ["ran", "disconnected"] + ([] if lost else ["sent"])
+
+
+@pytest.mark.parametrize(("asked", "only_if_better"), [("best", True), ("always", False), ("never", None)])
+def test_a_finished_run_registers_what_it_was_asked_to(
+    asked: Any, only_if_better: bool | None, tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(tiny_config, track=TrackConfig(register=asked))
+    calls: list[Any] = []
+    lines: list[str] = []
+
+    def register(*_: object, only_if_better: bool, **__: object) -> Registered:
+        calls.append(only_if_better)
+        return Registered("3", True)
+
+    monkeypatch.setattr("pipeline.registry.registration.register", register)
+    run = SimpleNamespace(data=SimpleNamespace(tags={}))
+    client: Any = SimpleNamespace(set_tag=lambda *_: None, get_run=lambda _: run)
+    save_small(tmp_path / "it", 3)
+    write_evaluation(tmp_path / "it" / "checkpoints" / "step-00000003", {"AP": 0.5})
+    driver = work_at(tmp_path / "it", config, lines, client)
+    outcome = driver._conclude(config, 3, 0)
+    assert calls == ([] if only_if_better is None else [only_if_better])
+    assert (outcome.metrics, outcome.version) == ({"AP": 0.5}, "" if asked == "never" else "3")
+    assert any("`detr register 01234567 --name NAME`" in line for line in lines) is (asked == "never")
 
 
 class Prepared(Exception):

@@ -1,0 +1,104 @@
+"""Forecast of a run by its driver: made when the run is created, and compared with the clock at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from pipeline.config import RunConfig
+from pipeline.distributed.devices import processor_name
+from pipeline.driver.preflight import PreparedRun
+from pipeline.forecast.look_ahead import look_ahead
+from pipeline.forecast.prices import Measured, measured
+from pipeline.forecast.run_forecast import RunForecast, duration
+from pipeline.tracking.mlflow_client import unavailable
+from pipeline.tracking.tags import TAG_DEVICE, TAG_FORECAST, TAG_TIMES
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+def forecast_tags(
+    client: MlflowClient, config: RunConfig, ready: PreparedRun, *, gpu: bool, here: bool, say: Callable[[str], None]
+) -> dict[str, str]:
+    """Return the tag with the forecast of a run that is about to start, and print it in a line.
+
+    here: whether the workers run on this machine.
+    """
+    device = local_device(gpu) if here else None
+    ahead = look_ahead(config, ready.train, ready.val, client, gpu=gpu, device=device)
+    if ahead.seconds is not None and ahead.prices is not None:
+        say(f"forecast: {duration(ahead.seconds)}, by {ahead.prices.source}")
+    return {TAG_FORECAST: ahead.to_json()}
+
+
+def local_device(gpu: bool) -> str:
+    """Return the name of the device that workers on this machine train on."""
+    if not gpu:
+        return processor_name()
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def compare(
+    client: MlflowClient,
+    run_id: str,
+    config: RunConfig,
+    images: int,
+    *,
+    gpu: bool,
+    begin: int,
+    total: int,
+    wall_s: float,
+    before_s: float,
+    say: Callable[[str], None],
+) -> None:
+    """Compare the forecast of a run that has ended with the clock, and keep its times for later forecasts.
+
+    images: those of an evaluation. begin: step at which this command began, and total: its last. wall_s: its seconds so
+    far. before_s: those of earlier commands of the run. A run that was made longer since is not compared.
+    """
+    try:
+        tags = client.get_run(run_id).data.tags
+        times = _times(client, run_id, config, images, begin, wall_s, gpu, tags.get(TAG_DEVICE, ""))
+        if times:
+            client.set_tag(run_id, TAG_TIMES, msgspec.json.encode(times).decode())
+        text = tags.get(TAG_FORECAST)
+        made = msgspec.json.decode(text, type=RunForecast) if text else None
+        ahead = made.seconds if made and made.amounts.steps == total else None
+        if not ahead:
+            return
+        took = before_s + wall_s
+        client.log_metric(run_id, "forecast/seconds", ahead)
+        client.log_metric(run_id, "forecast/measured_s", took)
+        client.log_metric(run_id, "forecast/error", took / ahead - 1)
+        say(f"forecast was {duration(ahead)}, it took {duration(took)} ({took / ahead - 1:+.0%})")
+    except unavailable() as error:
+        say(f"warning: the times of the run were not kept ({type(error).__name__})")
+
+
+def _times(
+    client: MlflowClient, run_id: str, config: RunConfig, images: int, begin: int, wall_s: float, gpu: bool, device: str
+) -> Measured | None:
+    """Return the times of the command that ends now; None if workers were restarted or their number changed."""
+
+    def points(key: str) -> list[tuple[int, float]]:
+        return [(int(point.step), float(point.value)) for point in client.get_metric_history(run_id, key)]
+
+    restarts = [step for step, _ in points("restart/seconds") if step > begin]
+    groups = {int(count) for step, count in points("cluster/workers") if step > begin}
+    if restarts or groups - {config.cluster.workers}:
+        return None
+    return measured(
+        points("step/total_s"),
+        [seconds for step, seconds in points("pause/evaluation_s") if step > begin],
+        begin=begin,
+        wall_s=wall_s,
+        images=images,
+        workers=config.cluster.workers,
+        gpu=gpu,
+        device=device,
+    )

@@ -1,0 +1,72 @@
+"""Times of the user's own earlier runs, from their tags in MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from pipeline.config import RunConfig, flatten
+from pipeline.forecast.prices import Measured, Prices, prices
+from pipeline.tracking.mlflow_runs import runs_where
+from pipeline.tracking.tags import TAG_TIMES, TAG_TRAIN_DIGEST
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+_NEWEST = 5
+_LOOKED_AT = 200
+_COSTLY = ("model.", "transform.", "compute.", "loss.auxiliary", "loss.one_to_many_copies")
+_COSTLY_TOO = (
+    *("optim.batch_size", "optim.train", "data.reader_threads", "data.sort_window", "evaluate.batch_size"),
+    *("evaluate.batching", "evaluate.scorer", "cluster.strategy", "cluster.workers", "cluster.cpus_per_worker"),
+)
+_FREE = ("model.backbone_weights",)
+
+
+def past_prices(
+    client: MlflowClient,
+    config: RunConfig,
+    images: int,
+    *,
+    gpu: bool | None = None,
+    device: str | None = None,
+    digest: str = "",
+) -> Prices | None:
+    """Return the prices of the newest runs of the same recipe, model and workers, or None if there are none.
+
+    gpu: whether the workers use GPUs. device: name of their device, or a piece of it. None takes what the newest run had.
+    digest: that of the training data; runs on other data count only where there is none on these.
+    """
+    wanted = _costly(flatten(config))
+    found: list[tuple[Run, Measured]] = []
+    condition = f"params.recipe = '{config.recipe or '-'}' and tags.`{TAG_TIMES}` != ''"
+    for run in runs_where(client, condition, _LOOKED_AT):
+        times = msgspec.json.decode(run.data.tags[TAG_TIMES], type=Measured)
+        fits = times.workers == config.cluster.workers and gpu in (None, times.gpu) and _fits(device, times.device)
+        if fits and _costly(run.data.params) == wanted:
+            found.append((run, times))
+    if not found:
+        return None
+    same_data = [entry for entry in found if entry[0].data.tags.get(TAG_TRAIN_DIGEST) == digest]
+    chosen = [entry for entry in same_data or found if entry[1].device == (same_data or found)[0][1].device][:_NEWEST]
+    names = ", ".join(dict.fromkeys(str(run.info.run_name) for run, _ in chosen))
+    what = f"{len(chosen)} of your runs" if len(chosen) > 1 else "your run"
+    other = "" if same_data or not digest else ", on other data"
+    return prices([times for _, times in chosen], images, f"{what} of this recipe in MLflow ({names}){other}")
+
+
+def _costly(params: Mapping[str, str]) -> dict[str, str]:
+    """Return the options that change how long a step or an evaluation takes."""
+    return {
+        name: value or "-"
+        for name, value in params.items()
+        if (name.startswith(_COSTLY) or name in _COSTLY_TOO) and name not in _FREE
+    }
+
+
+def _fits(wanted: str | None, name: str) -> bool:
+    """Return True if a device has the wanted name, such as `H100` and `NVIDIA H100 80GB HBM3`."""
+    return wanted is None or wanted.lower().removeprefix("nvidia-").replace("-", " ") in name.lower().replace("-", " ")

@@ -1,0 +1,117 @@
+"""Forecast of a run: its amounts at the prices of its device, as data and as lines for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from pipeline.config import RunConfig
+from pipeline.forecast.amounts import Amounts
+from pipeline.forecast.prices import Prices
+from shards.store.sizes import size_text
+
+
+class RunForecast(msgspec.Struct, frozen=True, kw_only=True):
+    """Forecast of a run, kept as a tag of it; without prices nobody has measured its model on its device."""
+
+    amounts: Amounts
+    checkpoint_bytes: int
+    workers: int
+    gpu: bool
+    prices: Prices | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds from the command to its end; None if they are unknown."""
+        return sum(seconds for _, seconds in self._uses) if self.prices else None
+
+    @property
+    def device_hours(self) -> float | None:
+        """GPU-hours, or hours of workers on processors."""
+        return None if self.seconds is None else self.seconds / 3600 * self.workers
+
+    @property
+    def _uses(self) -> list[tuple[str, float]]:
+        """Seconds by use, as far as they are known."""
+        prices, amounts = self.prices, self.amounts
+        if prices is None:
+            return []
+        uses = [("steps", amounts.steps * prices.step_s)]
+        if prices.evaluation_s is not None:
+            uses.append(("evaluations", amounts.evaluations * prices.evaluation_s))
+        if prices.other_s is not None:
+            uses.append(("start and end", prices.other_s))
+        return uses
+
+    def to_json(self) -> str:
+        """Return the text of the tag."""
+        return msgspec.json.encode(self).decode()
+
+    def lines(self, *, nodes: int = 0, node_price: float | None = None) -> list[str]:
+        """Return the forecast for a person; the cost needs the number of nodes and the price of an hour of one."""
+        amounts = self.amounts
+        kept = f"at most {amounts.kept} kept: {size_text(amounts.kept * self.checkpoint_bytes)}"
+        lines = [
+            ("steps", f"{amounts.steps:,} in {amounts.epochs:g} epochs"),
+            ("evaluations", f"{amounts.evaluations:,} of {amounts.images:,} images"),
+            ("checkpoints", f"{amounts.checkpoints:,} of {size_text(self.checkpoint_bytes)}, {kept}"),
+            ("time", self._time()),
+        ]
+        if self.device_hours is not None:
+            lines.append(("GPU-hours" if self.gpu else "worker-hours", _hours(self.device_hours)))
+        if node_price is not None and self.seconds is not None:
+            cost = self.seconds / 3600 * nodes * node_price
+            lines.append(("cost", f"{cost:,.2f}: {nodes} nodes at {node_price:g} per hour"))
+        lines.append(("by", self._source()))
+        return aligned(lines)
+
+    def _time(self) -> str:
+        if self.prices is None or self.seconds is None:
+            return "unknown"
+        uses = ", ".join(f"{use} {duration(seconds)}" for use, seconds in self._uses)
+        lacking = "" if len(self._uses) == 3 else "; the rest was not measured"
+        return f"{duration(self.seconds)}: {uses}{lacking} ({self.prices.step_s:.3g} s a step)"
+
+    def _source(self) -> str:
+        if self.prices:
+            return f"{self.prices.source}; device {self.prices.device}"
+        return (
+            "nothing: neither a run of yours with this recipe, model, workers and device in MLflow, nor a figure of this "
+            "package; `--optim.max-steps 200 --evaluate.limit 100` measures one"
+        )
+
+
+def forecast(
+    config: RunConfig, amounts: Amounts, checkpoint_bytes: int, prices: Prices | None, *, gpu: bool
+) -> RunForecast:
+    """Return the forecast of a run; evaluations in the background take no time of training, except for the last."""
+    if config.evaluate.asynchronous:
+        amounts = msgspec.structs.replace(amounts, evaluations=min(amounts.evaluations, 1))
+    return RunForecast(
+        amounts=amounts,
+        checkpoint_bytes=checkpoint_bytes,
+        workers=config.cluster.workers,
+        gpu=gpu,
+        prices=prices,
+    )
+
+
+def aligned(lines: Sequence[tuple[str, str]]) -> list[str]:
+    """Return names and values in two columns."""
+    width = max(len(name) for name, _ in lines)
+    return [f"{name.ljust(width)}  {value}" for name, value in lines]
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as text for a person: `41 s`, `12 min 40 s`, `5 h 02 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.3g} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600:,} h {whole // 60 % 60:02} min"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.2f}" if hours < 100 else f"{hours:,.0f}"
