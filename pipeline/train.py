@@ -79,8 +79,9 @@ def _finished(record: RunRecord, folder: Location, launch: Launch) -> Outcome | 
     """Return the outcome of a run that is finished and has told MLflow everything, else None."""
     outcome = None if record.unsent else record.outcome(folder)
     if outcome:
+        version = f"models:/{outcome.model_name}/{outcome.version}"
         launch.say(
-            f"run {record.handle} is finished and registered as models:/{outcome.model_name}/{outcome.version}; "
+            f"run {record.handle} is finished and {f'registered as {version}' if outcome.version else 'not registered'}; "
             f"`detr resume {record.handle} --epochs N` trains it further"
         )
     return outcome

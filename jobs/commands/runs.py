@@ -132,7 +132,8 @@ def _print_outcome(outcome: Any) -> None:
 
     print(f"\n{metrics_table(outcome.metrics)}\n")
     print(f"best        {outcome.best}")
-    print(f"registered  models:/{outcome.model_name}/{outcome.version}{' (@best)' if outcome.is_best else ''}")
+    uri = f"models:/{outcome.model_name}/{outcome.version}{' (@best)' if outcome.is_best else ''}"
+    print(f"registered  {uri if outcome.version else 'nothing, as track.register never asks'}")
     print("in MLflow   detr ui")
 
 

@@ -304,10 +304,16 @@ class TrackConfig:
     register_as: str = ""
     """Registered model that gets the best checkpoint as a new version.
     Empty: the name of the recipe, with `detr-` in front."""
+    register: Literal["best", "never", "always"] = "best"
+    """Registration of the best checkpoint when the run ends.
+    best: as a new version; `@best` moves to it unless it is on one with a higher AP on the same data.
+    always: as a new version, and `@best` moves to it whatever its AP.
+    never: no version. `detr register RUN --name NAME` makes one later."""
     log_every: int = 50
     """Number of steps between points of the training curves."""
 
     def __post_init__(self) -> None:
+        check_literals(self, require, "track.")
         require(bool(self.experiment), "track.experiment", self.experiment, "a name")
         # The registry would refuse them too, but only at the end of the run.
         nameable = not set(self.register_as) & set("/:")
