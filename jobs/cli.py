@@ -6,42 +6,19 @@ user's mistake is one line on stderr and exit status 1 (2 for the command line i
 
 from __future__ import annotations
 
-import difflib
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from jobs.commands import cluster, exchange, models, runs, shard
+from jobs.nearest import nearest
 from jobs.parsing import Command, UsageError, command_table
 from pipeline.errors import USER_ERRORS, Interrupted
 from pipeline.signals import hear_stops
 from shards.errors import one_line
-
-
-def check(argv: Sequence[str]) -> None:
-    """Raise the error that `detr ARGV` would fail with on a cluster, as far as this machine can tell.
-
-    Checked are the command's name, secrets in its arguments and, for `train`, the recipe, the flags and the data.
-    """
-    from jobs.submit import JobError
-    from shards.store.storage import refuse_secret
-
-    if argv[0] not in COMMANDS:
-        raise JobError(f"there is no command {argv[0]!r} to submit; did you mean {nearest(argv[0], COMMANDS)}?")
-    for argument in argv:
-        refuse_secret(argument)  # Ray shows a job's command to everyone who can see the job
-    if argv[0] != "train":
-        return
-    config = runs.check_train(list(argv[1:]))
-    if config is None:
-        raise JobError("`train --help` needs no cluster; expected `train RECIPE ...`")
-    from pipeline.driver import preflight
-
-    preflight.check(config)
-
 
 COMMANDS: dict[str, Command] = {
     "demo": Command("Train, register and evaluate a small model on built-in data, in minutes", runs.demo),
@@ -56,10 +33,8 @@ COMMANDS: dict[str, Command] = {
     "import": Command("Register a checkpoint of the original DETR: import FILE.pth --name NAME", exchange.import_file),
     "export": Command("Write a registered model to a file: --original FILE, --onnx FILE", exchange.export),
     "ui": Command("Open the MLflow UI", runs.ui),
-    "submit": Command(
-        "Run a command on a Ray cluster: submit SPEC -- COMMAND ...", lambda argv: cluster.submit(argv, check)
-    ),
-    "jobs": Command("List, print and stop jobs of a Ray cluster: jobs list|status|logs|stop", cluster.jobs),
+    "submit": Command("Run a command on a cluster: submit NAME -- COMMAND ...", cluster.submit),
+    "jobs": Command("List, print and stop jobs of a cluster: jobs list|status|logs|stop", cluster.jobs),
 }
 
 
@@ -105,11 +80,6 @@ def _run(argv: Sequence[str]) -> int:
             return _fail(one_line(error), 1)
         return _fail(f"{error.filename}: {error.strerror}; expected a path that can be used", 1)
     return 0
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the known name that is most similar to this one."""
-    return max(known, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
 
 
 def _help() -> str:

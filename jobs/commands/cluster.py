@@ -1,10 +1,10 @@
-"""Subcommands that run jobs on a Ray cluster: submit, jobs list|status|logs|stop."""
+"""Subcommands that run jobs on clusters: clusters, submit, jobs list|status|logs|stop."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -14,53 +14,79 @@ from jobs.parsing import Command, Flag, UsageError, choose, parse
 
 @dataclass(frozen=True)
 class Submit:
-    """Run a command on a Ray cluster: `detr submit SPEC [--address URL] -- COMMAND ...`.
+    """Run a command on a cluster: `detr submit NAME [--dry-run] [--write FILE] -- COMMAND ...`.
 
-    The command is checked on this machine before it is sent.
+    The command is checked on this machine before it is sent. A training gets a run name unless it has --run, so every
+    retry of the launcher continues the same run.
     """
 
-    spec: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SPEC")]
-    """Name of an entry in jobs/spec.py. `local` uses this machine's Python and current folder."""
+    cluster: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+    """Name of an entry [clusters.NAME] in detr.toml or ~/.config/detr/clusters.toml; `detr clusters` lists them.
+    `local` is the Ray cluster of this machine, with its Python and current folder."""
+    dry_run: Flag = False
+    """Print the plan and send nothing."""
+    write: str | None = None
+    """Write the file that describes the job to the launcher, such as a manifest or a script, and send nothing.
+    `-` prints it."""
     address: str | None = None
-    """URL of the cluster's job server, http(s)://HOST:8265.
-    The default is the spec's own address: for `local`, RAY_API_SERVER_ADDRESS or else this machine."""
+    """URL of another job server than the entry's, http(s)://HOST:8265; only for Ray clusters without a token."""
     follow: Flag = False
     """Print the job's log until the job ends."""
 
 
-def submit(argv: list[str], check: Callable[[Sequence[str]], None]) -> None:
-    """Run `detr submit SPEC -- COMMAND ...`; `check` raises for a command that would fail on the cluster."""
+def submit(argv: list[str]) -> None:
+    """Run `detr submit NAME -- COMMAND ...`."""
     own, command = argv, []
     if "--" in argv:
         separator = argv.index("--")
         own, command = argv[:separator], argv[separator + 1 :]
     options = parse(Submit, own, "detr submit")
     if not command:
-        raise UsageError("nothing to run; expected `detr submit SPEC -- train RECIPE ...`")
-    from jobs.submit import follow_logs, spec_named
-    from jobs.submit import submit as send
+        raise UsageError("nothing to run; expected `detr submit NAME -- train RECIPE ...`")
+    from jobs.clusters import find_cluster
+    from jobs.engines import engine_of
+    from jobs.plan import describe
+    from jobs.refusals import at_address
+    from jobs.submit import prepare, send
 
-    spec = spec_named(options.spec, options.address)
-    check(command)
-    job_id = send(spec, command)
-    print(f"submitted {job_id} to {spec.address}")
-    print(f"follow it   detr jobs logs {job_id} --follow")
-    print(f"stop it     detr jobs stop {job_id}")
+    cluster = find_cluster(options.cluster)
+    if options.address:
+        cluster = at_address(cluster, options.address)
+    plan = prepare(cluster, command, _warn)
+    if options.write:
+        text = engine_of(cluster).render(plan)
+        print(text, end="") if options.write == "-" else Path(options.write).write_text(text)
+    if options.dry_run:
+        print(describe(plan), file=sys.stderr if options.write == "-" else sys.stdout)
+    if options.write or options.dry_run:
+        return
+    job = send(plan)
+    there = "" if cluster.name == "local" else f" --cluster {cluster.name}"
+    print(f"submitted   {job} to {cluster.name} ({cluster.launcher})")
+    if plan.run:
+        print(f"run         {plan.run}")
+    print(f"follow it   detr jobs logs {job}{there} --follow")
+    print(f"stop it     detr jobs stop {job}{there}")
     if options.follow:
-        follow_logs(spec, job_id, sys.stdout)
+        engine_of(cluster).logs(cluster, job, sys.stdout, follow=True)
+
+
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 @dataclass(frozen=True)
-class Cluster:
+class JobsOf:
     """List the jobs of a cluster, newest first."""
 
+    cluster: str = "local"
+    """Name of the cluster's entry; `detr clusters` lists them."""
     address: str | None = None
-    """URL of the cluster's job server, http(s)://HOST:8265.
-    The default is RAY_API_SERVER_ADDRESS, or this machine if it is not set."""
+    """URL of another job server than the entry's; only for Ray clusters without a token."""
 
 
 @dataclass(frozen=True)
-class Job(Cluster):
+class OneJob(JobsOf):
     """Print the status of a job: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
 
     id: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="JOB")] = tyro.MISSING
@@ -68,7 +94,7 @@ class Job(Cluster):
 
 
 @dataclass(frozen=True)
-class JobLogs(Job):
+class JobLogs(OneJob):
     """Print the output of a job."""
 
     follow: Flag = False
@@ -76,7 +102,7 @@ class JobLogs(Job):
 
 
 @dataclass(frozen=True)
-class JobStop(Job):
+class JobStop(OneJob):
     """Interrupt a job and wait until it has ended. A training run saves a checkpoint first."""
 
 
@@ -95,32 +121,49 @@ def jobs(argv: list[str]) -> None:
 
 
 def _jobs_list(argv: list[str]) -> None:
-    options = parse(Cluster, argv, "detr jobs list")
-    from jobs.submit import jobs_table, spec_named
+    from datetime import datetime
 
-    print(jobs_table(spec_named("local", options.address)))
+    options = parse(JobsOf, argv, "detr jobs list")
+    engine, cluster = _engine(options)
+    from pipeline.display.terminal import table
+
+    rows = [
+        (
+            job.id,
+            job.state,
+            f"{datetime.fromtimestamp(job.started):%Y-%m-%d %H:%M}" if job.started else "",
+            job.command,
+        )
+        for job in engine.list(cluster)
+    ]
+    print(table(("job", "status", "started", "command"), rows))
 
 
 def _jobs_status(argv: list[str]) -> None:
-    options = parse(Job, argv, "detr jobs status")
-    from jobs.submit import spec_named, status
-
-    print(status(spec_named("local", options.address), options.id))
+    options = parse(OneJob, argv, "detr jobs status")
+    engine, cluster = _engine(options)
+    print(engine.status(cluster, options.id).state)
 
 
 def _jobs_logs(argv: list[str]) -> None:
     options = parse(JobLogs, argv, "detr jobs logs")
-    from jobs.submit import follow_logs, logs, spec_named
-
-    spec = spec_named("local", options.address)
-    if options.follow:
-        follow_logs(spec, options.id, sys.stdout)
-    else:
-        print(logs(spec, options.id), end="")
+    engine, cluster = _engine(options)
+    engine.logs(cluster, options.id, sys.stdout, follow=options.follow)
 
 
 def _jobs_stop(argv: list[str]) -> None:
     options = parse(JobStop, argv, "detr jobs stop")
-    from jobs.submit import spec_named, stop
+    engine, cluster = _engine(options)
+    print(engine.stop(cluster, options.id))
 
-    print(stop(spec_named("local", options.address), options.id))
+
+def _engine(options: JobsOf) -> tuple:  # type: ignore[type-arg]
+    """Return the engine and the entry that the options name."""
+    from jobs.clusters import find_cluster
+    from jobs.engines import engine_of
+    from jobs.refusals import at_address
+
+    cluster = find_cluster(options.cluster)
+    if options.address:
+        cluster = at_address(cluster, options.address)
+    return engine_of(cluster), cluster

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
 import tyro
 
-from jobs.parsing import Flag, UsageError, parse
+from jobs.parsing import Flag, parse
+from jobs.training import Start, parse_train, recipe_help, recipe_named, smoke
 from pipeline.config import ClusterConfig, ComputeConfig, RunConfig, to_json
-from pipeline.recipes import NOTES, RECIPES
-
-
-@dataclass(frozen=True)
-class Start:
-    """Options of the driver, which do not change the result of a run."""
-
-    address: str | None = None
-    """Address of the Ray cluster to train on, `auto` or HOST:6379.
-    The default is RAY_ADDRESS; if that is not set, Ray is started on this machine."""
-    verbose: Flag = False
-    """Show the output of Ray, MLflow and the workers."""
+from pipeline.recipes import NOTES
 
 
 @dataclass(frozen=True)
@@ -30,24 +19,9 @@ class Demo(Start):
     """Train a small model on built-in data, register it and evaluate it. Takes a few minutes on a laptop."""
 
 
-@dataclass(frozen=True)
-class Train:
-    """Train a recipe; each of its fields can be changed by a flag."""
-
-    config: Annotated[RunConfig, tyro.conf.arg(name="")]
-    start: Annotated[Start, tyro.conf.arg(name="")]
-    run: str | None = None
-    """Name of the run. The first command with it starts the run, the same command continues it from its newest checkpoint,
-    on any machine that sees --storage, and answers at once when the run has ended. The default starts a new run each time."""
-    accept_change: Flag = False
-    """Continue --run even if epochs, batch size, data or other options that make it another run differ from before."""
-    smoke: Flag = False
-    """Only test that the recipe runs: two steps of two images on one worker, with random backbone weights."""
-
-
 def train(argv: list[str]) -> None:
     """Run `detr train RECIPE [--any.field value ...]`."""
-    options = _train_options(argv, "detr train")
+    options = parse_train(argv, "detr train")
     if options is None:
         return
     from pipeline.train import train as start_training
@@ -58,67 +32,6 @@ def train(argv: list[str]) -> None:
         config, run = smoke(config), f"{run}-smoke" if run else ""
     launch = _launch(options.start)
     _print_outcome(start_training(config, launch, run=run, accept_change=options.accept_change))
-
-
-def check_train(argv: list[str]) -> RunConfig | None:
-    """Return the configuration that `detr train ARGV` would run, checked without its data; None if `argv` asks for help."""
-    options = _train_options(argv, "detr train")
-    return None if options is None else options.config
-
-
-def _train_options(argv: list[str], prog: str) -> Train | None:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_recipe_help(prog))
-        if not argv:
-            raise UsageError("got no recipe; expected one of those above")
-        return None
-    recipe = recipe_named(argv[0])
-    options = parse(Train, argv[1:], f"{prog} {argv[0]}", default=Train(recipe, Start()))
-    if options.run is not None:
-        from pipeline.driver.record import check_name
-
-        check_name(options.run)
-        if options.config.track.run_name not in ("", recipe.track.run_name, options.run):
-            raise UsageError(f"got --run {options.run} and --track.run-name; expected one of them: they name the same")
-    return options
-
-
-def recipe_named(name: str) -> RunConfig:
-    """Return the recipe of this name; raise `UsageError` with the most similar known name for an unknown one."""
-    if name not in RECIPES:
-        close = difflib.get_close_matches(name, RECIPES, 1, 0.0)
-        raise UsageError(f"there is no recipe {name!r}; did you mean {close[0]}? Expected one of: {', '.join(RECIPES)}")
-    return RECIPES[name]
-
-
-def smoke(config: RunConfig) -> RunConfig:
-    """Return the recipe shrunk to two steps on a laptop: small batch, one worker, random backbone weights.
-
-    A recipe that requires GPUs uses one if there is one.
-    """
-    gpu = "auto" if config.cluster.gpu == "yes" else config.cluster.gpu
-    return replace(
-        config,
-        model=replace(config.model, backbone_weights="random"),
-        optim=replace(config.optim, batch_size=2, max_steps=2),
-        evaluate=replace(config.evaluate, limit=2, pictures=1),
-        cluster=replace(config.cluster, workers=1, min_workers=0, cpus_per_worker=2, max_failures=0, gpu=gpu),
-        track=replace(
-            config.track, run_name=f"{config.run_name}-smoke", register_as=f"{config.model_name}-smoke", log_every=1
-        ),
-    )
-
-
-def _recipe_help(prog: str) -> str:
-    width = max(map(len, RECIPES))
-    lines = [f"usage: {prog} RECIPE [--any.field value ...]   (`{prog} RECIPE --help` lists all fields)", "", "recipes"]
-    for name, config in RECIPES.items():
-        backbone = f"{config.model.backbone} DC5" if config.model.dilation else config.model.backbone
-        workers = "1 worker" if config.cluster.workers == 1 else f"{config.cluster.workers} workers"
-        lines.append(
-            f"  {name.ljust(width)}  {backbone}, {config.optim.epochs} epochs, batch {config.optim.batch_size}, {workers}"
-        )
-    return "\n".join(lines)
 
 
 def _launch(start: Start) -> Any:
@@ -140,7 +53,7 @@ def _print_outcome(outcome: Any) -> None:
 def show(argv: list[str]) -> None:
     """Run `detr show RECIPE [--any.field value ...]`."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(_recipe_help("detr show"))
+        print(recipe_help("detr show"))
         return
     config = parse(RunConfig, argv[1:], f"detr show {argv[0]}", default=recipe_named(argv[0]))
     if note := NOTES.get(config.recipe):

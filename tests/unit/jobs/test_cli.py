@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from jobs import cli
+from jobs import cli, training
 from jobs.cli import COMMANDS
-from jobs.commands import runs
 from pipeline.config import from_json
 from pipeline.recipes import NOTES, RECIPES
 from pipeline.signals import Signalled
@@ -176,9 +175,9 @@ def test_any_field_can_be_set_by_a_flag(detr: Detr) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_smoke_run_differs_from_the_recipe_only_in_size(name: str) -> None:
-    small = runs.smoke(RECIPES[name])
+    small = training.smoke(RECIPES[name])
     elastic = replace(RECIPES[name], cluster=replace(RECIPES[name].cluster, workers=3, min_workers=2))
-    assert runs.smoke(elastic) == small
+    assert training.smoke(elastic) == small
     assert (small.optim.max_steps, small.optim.batch_size, small.cluster.workers) == (2, 2, 1)
     assert small.model.backbone_weights == "random"
     assert small.track.register == "never"

@@ -1,3 +1,5 @@
+"""Submitting to Ray: what is checked first, and what the job server gets."""
+
 import shutil
 import subprocess
 import sys
@@ -7,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from jobs import submit as module
-from jobs.cli import check
+from jobs.clusters import Ray, find_cluster
 from jobs.commands import cluster
-from jobs.spec import Spec
-from jobs.submit import JobError, spec_named, stop, submit
+from jobs.engines import ray as module
+from jobs.engines.engine import Job
+from jobs.engines.ray import RayEngine
+from jobs.errors import JobError
+from jobs.submit import submit
 from pipeline.errors import PipelineError
 from shards.errors import ShardError
 
@@ -21,41 +25,79 @@ class Server:
 
     def __init__(self) -> None:
         self.request: dict[str, Any] = {}
+        self.uploaded: list[str] = []
 
     def submit_job(self, **request: Any) -> str:
         self.request = request
+        folder = request["runtime_env"].get("working_dir")
+        if folder:
+            self.uploaded = [str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()]
         return str(request["submission_id"])
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     made = Server()
-    monkeypatch.setattr(module, "connect", lambda spec: made)
+    monkeypatch.setattr(module, "connect", lambda cluster: made)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
     return made
 
 
 def submit_here(*command: str) -> None:
     """Run `detr submit local -- COMMAND`."""
-    cluster.submit(["local", "--", *command], check)
+    cluster.submit(["local", "--", *command])
 
 
-def test_job_runs_the_same_command_in_the_folder_of_the_spec(server: Server) -> None:
-    spec = Spec("here", "http://127.0.0.1:8265", python="/opt/py thon", directory="/data/my run")
-    job_id = submit(spec, ["train", "demo", "--track.run-name", "it's mine"])
-    assert job_id.startswith("detr-")
+def test_job_runs_the_same_command_in_the_folder_of_the_entry(server: Server) -> None:
+    here = Ray(
+        name="here",
+        address="http://127.0.0.1:8265",
+        code="installed",
+        python="/opt/py thon",
+        directory="/data/my run",
+        environment={"NCCL_DEBUG": "WARN"},
+        cache="/local",
+    )
+    job_id = submit(here, ["shard", "info", "it's mine"])
+    assert server.request["submission_id"] == job_id
     assert server.request["entrypoint"] == (
-        "cd '/data/my run' && exec '/opt/py thon' -m jobs.cli train demo --track.run-name 'it'\"'\"'s mine'"
+        "cd '/data/my run' && exec '/opt/py thon' -P -m jobs.cli shard info 'it'\"'\"'s mine'"
     )
     variables = server.request["runtime_env"]["env_vars"]
     assert variables["MLFLOW_TRACKING_URI"] == "http://tracking:5000"
     assert variables["RAY_JOB_STOP_SIGNAL"] == "SIGTERM"
+    assert (variables["NCCL_DEBUG"], variables["DETR_CACHE"], variables["DETR_JOB"]) == ("WARN", "/local", job_id)
+    assert "working_dir" not in server.request["runtime_env"]
+
+
+def test_a_snapshot_travels_with_its_commit(server: Server) -> None:
+    lines: list[str] = []
+    lab = Ray(name="lab", address="http://127.0.0.1:8265", requirements="lock", driver_labels={"kind": "stays"})
+    submit(lab, ["train", "demo"], lines.append)
+    assert {"jobs/cli.py", "detr/model.py", "requirements.lock"} <= set(server.uploaded)
+    variables = server.request["runtime_env"]["env_vars"]
+    assert len(variables["DETR_COMMIT"].removesuffix("-dirty")) == 40
+    assert server.request["metadata"]["commit"] == variables["DETR_COMMIT"]
+    assert any(line.startswith("torch==") for line in server.request["runtime_env"]["pip"]["packages"])
+    assert server.request["entrypoint_label_selector"] == {"kind": "stays"}
+    assert any("MB, commit " in line for line in lines)
+
+
+def test_every_retry_of_a_submitted_training_is_the_same_run(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    submit_here("train", "demo", "--track.run-name", "mine")
+    command = server.request["metadata"]["command"]
+    assert command.startswith("detr train demo --run mine-")
+    assert "--track.run-name" not in command
+    assert server.request["metadata"]["run"] == command.split()[-1]
+    submit_here("train", "demo", "--run", "ours")
+    assert server.request["metadata"]["command"] == "detr train demo --run ours"
+    assert server.request["submission_id"].startswith("ours-")
+    assert "run         ours\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "uri",
     [
-        "http://ada:hunter2@tracking:5000",
         "postgresql://ada:hunter2@db/mlflow",
         "postgresql://ada:a/hunter2@db/mlflow",
         "postgresql://db/mlflow?user=ada&password=hunter2",
@@ -64,9 +106,18 @@ def test_job_runs_the_same_command_in_the_folder_of_the_spec(server: Server) -> 
 def test_password_in_the_tracking_uri_is_not_sent(server: Server, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(PipelineError, match="MLFLOW_TRACKING_URI holds a user name or password") as caught:
-        submit(spec_named("local"), ["train", "demo"])
+        submit(find_cluster("local"), ["train", "demo"])
     assert "hunter2" not in str(caught.value)
     assert server.request == {}
+
+
+def test_login_in_the_tracking_uri_is_not_sent(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ada:hunter2@tracking:5000")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "")
+    submit(find_cluster("local"), ["train", "demo"])
+    assert server.request["runtime_env"]["env_vars"]["MLFLOW_TRACKING_URI"] == "http://tracking:5000"
+    assert "hunter2" not in str(server.request)
 
 
 def test_command_that_would_fail_on_the_cluster_is_not_sent(server: Server, tmp_path: Path) -> None:
@@ -83,23 +134,12 @@ def test_command_that_would_fail_on_the_cluster_is_not_sent(server: Server, tmp_
     assert server.request == {}
 
 
-def test_commands_other_than_train_are_sent_unchecked(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    submit_here("resume", "anything")
-    assert server.request["entrypoint"].endswith("-m jobs.cli resume anything")
-    assert f"detr jobs stop {server.request['submission_id']}" in capsys.readouterr().out
-
-
-def test_local_spec_is_this_interpreter_and_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_local_is_this_interpreter_and_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://head:8265")
-    spec = spec_named("local")
-    assert (spec.python, spec.directory, spec.address) == (sys.executable, str(tmp_path), "http://head:8265")
-    assert spec_named("local", "http://other:1").address == "http://other:1"
-
-
-def test_unknown_spec_error_lists_the_known_ones() -> None:
-    with pytest.raises(JobError, match="there is no spec 'k8s'; expected one of: local"):
-        spec_named("k8s")
+    local = find_cluster("local")
+    assert isinstance(local, Ray)
+    assert (local.python, local.directory, local.address) == (sys.executable, str(tmp_path), "http://head:8265")
 
 
 def test_command_with_truncated_data_is_not_sent(server: Server, tiny_data: Any, tmp_path: Path) -> None:
@@ -119,24 +159,27 @@ def test_password_in_a_flag_is_not_sent(server: Server, flags: list[str]) -> Non
     assert not server.request
 
 
-def test_a_command_is_checked_and_sent_without_torch(tiny_data: Any) -> None:
-    code = (
-        "import sys; from jobs.cli import check; import jobs.submit; import ray.job_submission; check(sys.argv[1:]);"
-        "print(*sorted({'torch', 'torchvision', 'mlflow', 'pandas'} & sys.modules.keys()))"
-    )
-    command = ["train", "overfit", "--data.train", tiny_data.train, "--data.val", tiny_data.val]
-    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
-
-
 @pytest.mark.parametrize(
     ("grace_s", "said"), [(60, "detr-1 stopped"), (0, "detr-1 killed: it did not stop within 0 s")]
 )
 def test_a_job_that_did_not_stop_in_time_is_called_killed(
     monkeypatch: pytest.MonkeyPatch, grace_s: int, said: str
 ) -> None:
-    states = iter(["RUNNING", "STOPPED"])
-    monkeypatch.setattr("jobs.submit.status", lambda *_: next(states))
-    monkeypatch.setattr("jobs.submit.connect", lambda _: SimpleNamespace(stop_job=lambda _: None))
-    monkeypatch.setattr("jobs.submit._GRACE_S", grace_s)
-    assert stop(spec_named("local"), "detr-1") == said
+    states = iter([Job("detr-1", "RUNNING"), Job("detr-1", "STOPPED")])
+    monkeypatch.setattr(RayEngine, "status", lambda *_: next(states))
+    monkeypatch.setattr(module, "connect", lambda _: SimpleNamespace(stop_job=lambda _: None))
+    monkeypatch.setattr(module, "GRACE_S", grace_s)
+    local = find_cluster("local")
+    assert isinstance(local, Ray)
+    assert RayEngine().stop(local, "detr-1") == said
+
+
+def test_a_command_is_checked_and_sent_without_torch(tiny_data: Any) -> None:
+    code = (
+        "import sys; from jobs.clusters import find_cluster; from jobs.submit import prepare; import ray.job_submission;"
+        "import jobs.engines.ray; prepare(find_cluster('local'), sys.argv[1:]);"
+        "print(*sorted({'torch', 'torchvision', 'mlflow', 'pandas'} & sys.modules.keys()))"
+    )
+    command = ["train", "overfit", "--data.train", tiny_data.train, "--data.val", tiny_data.val]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -1,0 +1,225 @@
+"""Ray Jobs: a running Ray cluster with a job server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO, TypeVar
+
+from jobs.clusters.entries import Ray
+from jobs.clusters.file import LOCAL
+from jobs.clusters.secret import parse_secret
+from jobs.engines.engine import ENDED, Job, Say
+from jobs.errors import JobError
+from jobs.plan import GRACE_S, Plan
+from pipeline.cluster.ray_session import authenticate
+from shards.errors import one_line
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+Answer = TypeVar("Answer")
+_ANSWER_S = 8.0
+_UPLOAD_S = 120.0
+# A stopped job has a minute to save a checkpoint; Ray's default kills it after three seconds.
+_STOP = {"RAY_JOB_STOP_SIGNAL": "SIGTERM", "RAY_JOB_STOP_WAIT_TIME_S": str(GRACE_S)}
+
+
+class RayEngine:
+    """Client of Ray's job server."""
+
+    suffix: ClassVar[str] = ".json"
+
+    def render(self, plan: Plan) -> str:
+        """Return the request of the job as JSON; `working_dir` is added when the snapshot is uploaded."""
+        return json.dumps(request_of(plan), indent=2) + "\n"
+
+    def submit(self, plan: Plan, say: Say) -> str:
+        """Upload the snapshot, if there is one, and start the job."""
+        cluster, request = _ray(plan), request_of(plan)
+        client = connect(cluster)
+        with tempfile.TemporaryDirectory(prefix="detr-snapshot-") as folder:
+            if cluster.code == "snapshot":
+                plan.code.copy_to(Path(folder))
+                request["runtime_env"]["working_dir"] = folder
+                say(
+                    f"snapshot    {len(plan.code.files)} files, {plan.code.size / 1e6:.1f} MB, commit {plan.code.commit}"
+                )
+            return str(_within(_UPLOAD_S, cluster, lambda: client.submit_job(**request)))
+
+    def status(self, cluster: Ray, job: str) -> Job:
+        """Return the job as the server knows it."""
+        client = connect(cluster)
+        try:
+            return _job(_within(_ANSWER_S, cluster, lambda: client.get_job_info(job)))
+        except RuntimeError:
+            raise JobError(f"there is no job {job!r} on {cluster.address}; see `detr jobs list`") from None
+
+    def logs(self, cluster: Ray, job: str, stream: TextIO, *, follow: bool = False) -> None:
+        """Copy the driver's output."""
+        self.status(cluster, job)
+        client = connect(cluster)
+        if not follow:
+            stream.write(str(client.get_job_logs(job)))
+            return
+
+        async def copy() -> None:
+            async for lines in client.tail_job_logs(job):
+                stream.write(lines)
+                stream.flush()
+
+        asyncio.run(copy())
+        final = self.status(cluster, job).state
+        if final != "SUCCEEDED":
+            raise JobError(f"job {job} ended as {final}; its log says why: `detr jobs logs {job}`")
+
+    def stop(self, cluster: Ray, job: str, *, wait_s: float = GRACE_S + 15) -> str:
+        """Send SIGTERM and wait; Ray kills what has not ended after a minute."""
+        if self.status(cluster, job).state in ENDED:
+            return f"{job} had already ended"
+        connect(cluster).stop_job(job)
+        start = time.monotonic()
+        while time.monotonic() < start + wait_s:
+            final = self.status(cluster, job).state
+            if final == "STOPPED" and time.monotonic() > start + GRACE_S:
+                return f"{job} killed: it did not stop within {GRACE_S} s"  # Ray calls that stopped, too
+            if final in ENDED:
+                return f"{job} {final.lower()}"
+            time.sleep(1)
+        raise JobError(f"job {job} did not end within {wait_s:.0f} s; see `detr jobs logs {job}`")
+
+    def list(self, cluster: Ray) -> list[Job]:
+        """Return the submitted jobs."""
+        client = connect(cluster)
+        known = _within(_ANSWER_S, cluster, client.list_jobs)
+        jobs = [_job(details) for details in known if details.submission_id]
+        return sorted(jobs, key=lambda job: job.started or 0, reverse=True)
+
+
+def request_of(plan: Plan) -> dict[str, Any]:
+    """Return the arguments of `submit_job`, without the snapshot."""
+    cluster = _ray(plan)
+    runtime: dict[str, Any] = {"env_vars": {**plan.environment, **_STOP}}
+    if cluster.requirements == "lock" and cluster.code == "snapshot":
+        runtime["pip"] = {"packages": _locked(plan.code.root), "pip_check": False}
+    request: dict[str, Any] = {
+        "entrypoint": plan.shell,
+        "submission_id": plan.job,
+        "runtime_env": runtime,
+        "metadata": {"command": plan.shown, "run": plan.run, "commit": plan.environment.get("DETR_COMMIT", "")},
+    }
+    if cluster.driver_cpus:
+        request["entrypoint_num_cpus"] = cluster.driver_cpus
+    if cluster.driver_resources:
+        request["entrypoint_resources"] = cluster.driver_resources
+    if cluster.driver_labels:
+        request["entrypoint_label_selector"] = cluster.driver_labels
+    return request
+
+
+def _locked(root: Path) -> list[str]:
+    """Return the pinned libraries."""
+    lines = (root / "requirements.lock").read_text().splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def _ray(plan: Plan) -> Ray:
+    assert isinstance(plan.cluster, Ray)
+    return plan.cluster
+
+
+def _job(details: JobDetails) -> Job:
+    metadata = details.metadata or {}
+    return Job(
+        str(details.submission_id),
+        str(details.status.value),  # type: ignore[arg-type]
+        (details.start_time or 0) / 1000 or None,
+        metadata.get("command", details.entrypoint),
+        metadata.get("run", ""),
+        one_line(RuntimeError(details.message)) if details.message else "",
+    )
+
+
+def connect(cluster: Ray) -> JobSubmissionClient:
+    """Return a client of the job server; raise `JobError` if it does not answer or refuses the token."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray prefers this variable to the address that its client is given, so both must be the same.
+    os.environ["RAY_API_SERVER_ADDRESS"] = cluster.address
+    _authenticate(cluster)
+    _check_answers(cluster)
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return _within(_ANSWER_S, cluster, lambda: JobSubmissionClient(cluster.address))
+    except AuthenticationError:
+        raise JobError(
+            f"the Ray cluster at {cluster.address} refused {'the token of the entry' if cluster.token else 'the request'}; "
+            "expected the cluster's token: give `token` in the entry, or for `local` ~/.ray/auth_token or "
+            "RAY_AUTH_TOKEN_PATH"
+        ) from None
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise _unanswered(cluster, one_line(error)) from None
+
+
+def _authenticate(cluster: Ray) -> None:
+    """Let Ray's client send the token of the entry, and no other; `local` has this machine's."""
+    if cluster.token:
+        os.environ["RAY_AUTH_TOKEN"] = parse_secret(cluster.token, "token").value()
+        os.environ["RAY_AUTH_MODE"] = "token"
+    elif cluster.name == LOCAL:
+        authenticate()
+    else:
+        os.environ["RAY_AUTH_MODE"] = "disabled"
+
+
+def _check_answers(cluster: Ray) -> None:
+    """Raise `JobError` for a server that refuses the connection or stays silent, before Ray is imported."""
+    request = urllib.request.Request(cluster.address.rstrip("/") + "/api/version")
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(request, timeout=_ANSWER_S).close()
+        except urllib.error.HTTPError:
+            return  # it answers, if only to refuse
+
+    try:
+        _within(_ANSWER_S, cluster, ask)
+    except (OSError, ValueError) as error:
+        raise _unanswered(cluster, one_line(getattr(error, "reason", None) or error)) from None
+
+
+def _unanswered(cluster: Ray, reason: str) -> JobError:
+    return JobError(
+        f"no Ray job server answers at {cluster.address} ({reason}); expected a running cluster: start one with "
+        "`ray start --head`, or correct the address"
+    )
+
+
+def _within(seconds: float, cluster: Ray, call: Callable[[], Answer]) -> Answer:
+    """Return what `call` returns; raise `JobError` if that takes too long, since Ray's client waits for ever."""
+    answers: list[Answer] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            answers.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise _unanswered(cluster, f"silent for {seconds:g} s")
+    if errors:
+        raise errors[0]
+    return answers[0]
