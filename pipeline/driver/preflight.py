@@ -19,6 +19,7 @@ from pipeline.data.datasets import check_cache_limit, open_data
 from pipeline.driver.changes import absolute_cache
 from pipeline.errors import RunConfigError
 from pipeline.schedule import Schedule
+from pipeline.tracking.pages.data import DataSet, data_set
 from shards.dataset.manifest import Manifest
 from shards.dataset.verify import check_sizes
 from shards.errors import ShardError
@@ -40,10 +41,9 @@ class PreparedRun:
     notes: tuple[str, ...]
 
     @property
-    def datasets(self) -> dict[str, tuple[str, str, str]]:
-        """Name, digest and address of the data, by its use."""
-        used = {"training": self.train, "validation": self.val}
-        return {use: (manifest.name, manifest.digest, manifest.url) for use, manifest in used.items()}
+    def datasets(self) -> dict[str, DataSet]:
+        """Facts about the data, by its use."""
+        return {"training": data_set(self.train), "validation": data_set(self.val)}
 
     def write_initial_weights(self, folder: Location) -> None:
         """Write the initial weights to the run's location, where the workers read them."""
@@ -82,15 +82,16 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, P
         make_built_in(config, say)
     config = _absolute(config)
     train, val = _checked_data(config)
-    resolved = None
-    if config.initial.startswith("models:/"):
-        from pipeline.registry.versions import resolve
+    with tempfile.TemporaryDirectory() as fetched:
+        resolved = None
+        if config.initial.startswith("models:/"):
+            from pipeline.registry.versions import resolve
 
-        resolved = resolve(config.initial)
-        config = adopt_model_config(config, resolved)
-    _check_masks(config, train, val)
-    _warn_of_queries(config, train, say)
-    model, notes = initial_model(config, train.categories, resolved)
+            resolved = resolve(config.initial, Path(fetched))
+            config = adopt_model_config(config, resolved)
+        _check_masks(config, train, val)
+        _warn_of_queries(config, train, say)
+        model, notes = initial_model(config, train.categories, resolved)
     for line in notes:
         say(line)
     return config, PreparedRun(train, val, Schedule(config.optim, train.images, config.data.epoch_tail), model, notes)

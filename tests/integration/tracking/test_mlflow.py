@@ -12,13 +12,15 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
-from pipeline.config import RunConfig, flatten, from_json
+from pipeline.config import RunConfig, from_json
 from pipeline.errors import TrackingError
 from pipeline.tracking import mlflow_runs, ui
 from pipeline.tracking.events import Event
 from pipeline.tracking.mlflow_client import connect, holds_secret, without_secret
 from pipeline.tracking.mlflow_runs import CONFIG_ARTIFACT, create_run, find_run, find_runs, read_config
 from pipeline.tracking.mlflow_sender import EventSender
+from pipeline.tracking.pages.data import data_of_run, data_set
+from pipeline.tracking.pages.parameters import parameters
 from pipeline.tracking.provenance import code_commit
 from pipeline.tracking.spool import SpoolTracker
 from pipeline.tracking.tags import TAG_COMMIT, TAG_FOLDER
@@ -32,7 +34,7 @@ def client(store: str) -> MlflowClient:
 
 def created(client: MlflowClient, config: RunConfig, name: str = "") -> str:
     train, val = load_manifest(config.data.train), load_manifest(config.data.val)
-    datasets = {"training": (train.name, train.digest, train.url), "validation": (val.name, val.digest, val.url)}
+    datasets = {"training": data_set(train), "validation": data_set(val)}
     named = replace(config, track=replace(config.track, run_name=name))
     return create_run(client, named, datasets, {TAG_FOLDER: "/runs/one", "detr.train_digest": train.digest})
 
@@ -58,7 +60,7 @@ def test_a_run_from_before_evaluate_batching_keeps_padded_batches(client: Mlflow
 
 def test_a_run_has_its_configuration_code_and_data(client: MlflowClient, tiny_config: RunConfig) -> None:
     run = client.get_run(created(client, tiny_config))
-    assert run.data.params == {name: value or "-" for name, value in flatten(tiny_config).items()}
+    assert run.data.params == parameters(tiny_config)
     assert run.data.tags[TAG_COMMIT] == code_commit()
     assert run.data.tags["mlflow.source.name"] == "detr train tiny"
     assert run.info.run_name == "tiny"
@@ -71,8 +73,10 @@ def test_a_run_has_its_configuration_code_and_data(client: MlflowClient, tiny_co
         "training": load_manifest(tiny_config.data.train).digest[:36],
         "validation": load_manifest(tiny_config.data.val).digest[:36],
     }
-    sources = [json.loads(entry.dataset.source)["uri"] for entry in run.inputs.dataset_inputs]
-    assert sorted(sources) == sorted([tiny_config.data.train, tiny_config.data.val])
+    assert list(data_of_run(run)) == [
+        ("training", data_set(load_manifest(tiny_config.data.train))),
+        ("validation", data_set(load_manifest(tiny_config.data.val))),
+    ]
 
 
 def test_artifacts_are_kept_beside_the_database(client: MlflowClient, tiny_config: RunConfig, store: str) -> None:

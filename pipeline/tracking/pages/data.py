@@ -1,0 +1,95 @@
+"""Data sets of a run, as its page and the drawer of a data set in MLflow show them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from shards.dataset.manifest import Manifest
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+_DIGITS = 36  # MLflow's longest digest; a tag of the run has the whole one
+
+
+class DataSet(msgspec.Struct, frozen=True, kw_only=True):
+    """Facts about a data set."""
+
+    name: str
+    digest: str
+    """Digest of its manifest."""
+    url: str
+    images: int = 0
+    objects: int = 0
+    """Number of annotations."""
+    classes: int = 0
+    source_digest: str = ""
+    """Digest of the annotations that it was made from."""
+    corrections_digest: str = ""
+
+    def __str__(self) -> str:
+        counts = f"{self.images:,} images, {self.objects:,} objects, {self.classes} classes" if self.images else ""
+        return ", ".join(filter(None, [self.name, counts]))
+
+
+def data_set(manifest: Manifest) -> DataSet:
+    """Return the facts about a data set."""
+    return DataSet(
+        name=manifest.name,
+        digest=manifest.digest,
+        url=manifest.url,
+        images=manifest.images,
+        objects=manifest.annotations,
+        classes=manifest.num_classes,
+        source_digest=manifest.source_digest,
+        corrections_digest=manifest.corrections_digest,
+    )
+
+
+def dataset_input(context: str, data: DataSet) -> Any:
+    """Return MLflow's record of data used for `context`, `training` or `validation`."""
+    from mlflow.data.dataset_source_registry import resolve_dataset_source
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source = resolve_dataset_source(data.url)
+    profile = {
+        "images": data.images,
+        "objects": data.objects,
+        "classes": data.classes,
+        "digest": data.digest,
+        "source_digest": data.source_digest,
+        "corrections_digest": data.corrections_digest,
+    }
+    entity = Dataset(
+        name=data.name,
+        digest=data.digest[:_DIGITS],
+        source_type=source._get_source_type(),
+        source=source.to_json(),
+        profile=msgspec.json.encode({name: value for name, value in profile.items() if value}).decode(),
+    )
+    return DatasetInput(dataset=entity, tags=[InputTag("mlflow.data.context", context)])
+
+
+def data_of_run(run: Run) -> Iterator[tuple[str, DataSet]]:
+    """Yield each use of data by a run, `training` first, and the facts about the data."""
+    found = []
+    for entry in run.inputs.dataset_inputs:
+        tags = {tag.key: tag.value for tag in entry.tags}
+        profile = _decoded(entry.dataset.profile)
+        known = {name: value for name, value in profile.items() if name in DataSet.__struct_fields__}
+        facts = {"digest": entry.dataset.digest, **known}
+        url = str(_decoded(entry.dataset.source).get("uri", ""))
+        found.append((tags.get("mlflow.data.context", "data"), DataSet(name=entry.dataset.name, url=url, **facts)))
+    yield from sorted(found, key=lambda entry: entry[0] != "training")
+
+
+def _decoded(text: str | None) -> dict[str, Any]:
+    """Return the JSON object in a text; empty for anything else, such as what another program has logged."""
+    try:
+        content = msgspec.json.decode(text or "{}")
+    except msgspec.DecodeError:
+        return {}
+    return content if isinstance(content, dict) else {}
