@@ -50,8 +50,8 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True, dict=True):
     """A data set: the content of its manifest, and how to reach its files.
 
-    `source_digest` is the sha256 of the JSON file, with corrections that of both digests, and `corrections_digest` the
-    sha256 of the corrections, empty without any.
+    `source_digest` is the sha256 of the JSON file, with corrections that of both digests. `corrections_digest` is the
+    sha256 of the corrections and `uncorrected_digest` that of the JSON file alone, both empty without corrections.
     `url` is the folder that it was loaded from, and `cache` configures the cache of its files. Neither is in the file or
     the digest: they are fields so that this one value, pickled to a worker, is enough to read samples there.
     """
@@ -66,6 +66,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     files: tuple[File, ...]
     shards: tuple[Shard, ...]
     corrections_digest: str = ""
+    uncorrected_digest: str = ""
     url: str = ""
     cache: CacheConfig = CacheConfig()
 
@@ -73,6 +74,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def digest(self) -> str:
         """Sha256 of the canonical JSON: equal exactly when categories, index and every shard's bytes are equal."""
         return hashlib.sha256(self.to_json()).hexdigest()
+
+    @property
+    def annotations_digest(self) -> str:
+        """Sha256 of the annotations that the data set was made from; with older corrections, that of both."""
+        return self.uncorrected_digest or self.source_digest
 
     @property
     def num_classes(self) -> int:

@@ -42,6 +42,8 @@ class Source:
     """The image folder, a path or a URL."""
     digest: str
     """Sha256 of the JSON file; with corrections, that of both digests."""
+    json_digest: str
+    """Sha256 of the JSON file."""
     categories: tuple[Category, ...]
     """In ascending order of their ids."""
     images: ImageColumns
@@ -122,7 +124,7 @@ def parse_source(
     malformed = np.array([defect.image_id for defect in defects if defect.image_id is not None], np.int64)
     annotations = annotation_columns(lists["annotations"], defects)
     counts = len(lists["images"]), len(lists["annotations"])
-    digest = hashlib.sha256(content).hexdigest()
+    digest = json_digest = hashlib.sha256(content).hexdigest()
     if corrections is not None:
         before = len(annotations)
         annotations = corrected(corrections, annotations, listed.ids.tolist(), category_ids.tolist())
@@ -145,6 +147,7 @@ def parse_source(
         path=path,
         folder=folder,
         digest=digest,
+        json_digest=json_digest,
         categories=categories,
         images=images,
         annotations=annotations,

@@ -204,6 +204,7 @@ def _write_rest(
         ),
         shards=shards,
         corrections_digest="" if source.corrections is None else source.corrections.digest,
+        uncorrected_digest="" if source.corrections is None else source.json_digest,
     )
     stage.write(MANIFEST_NAME, msgspec.json.format(manifest.to_json(), indent=2) + b"\n")
 

@@ -71,8 +71,9 @@ def test_the_lineage_has_the_digest_and_the_file(coco):
     assert manifest.corrections_digest == hashlib.sha256(content).hexdigest()
     assert (coco.root / "corrected" / "corrections.json").read_bytes() == content
     assert manifest.source_digest != plain.source_digest
+    assert manifest.annotations_digest == plain.annotations_digest == plain.source_digest
     assert plain.corrections_digest == ""
-    assert b"corrections" not in plain.to_json()  # and so the digests of data sets without corrections are as before
+    assert b"correct" not in plain.to_json()  # and so the digests of data sets without corrections are as before
 
 
 def test_the_same_corrections_find_their_data_set_and_others_do_not(coco):
