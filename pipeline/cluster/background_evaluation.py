@@ -233,7 +233,7 @@ def _evaluate_in_ray(job: WorkerJob, path: Location, gpu: bool) -> None:
     config = job.config
     torch.set_num_threads(config.cluster.cpus_per_worker)
     with sole_evaluation(job.notes):
-        tracker = open_tracker(EVALUATION, job.folder, job.run_id, job.tracking_uri)
+        tracker = open_tracker(EVALUATION, job.folder, job.run_id, job.mlflow)
         try:
             with forward_warnings(tracker):
                 if catalog.read_evaluation(path) is None:

@@ -6,6 +6,7 @@ loaded, and what else it needs where it needs it.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import importlib
 import importlib.metadata
@@ -103,6 +104,40 @@ def tracking_problem(uri: str) -> str:
     return ""
 
 
+def login_problem(uri: str) -> str:
+    """Return the reason why the MLflow server does not let this node in, or ""; it answers `/health` without a login."""
+    scheme, _, rest = uri.partition("://")
+    if scheme not in ("http", "https"):
+        return ""
+    request = urllib.request.Request(f"{scheme}://{rest.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1")
+    user, password = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD")
+    if user and password:
+        request.add_header("Authorization", f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}")
+    elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        urllib.request.urlopen(request, timeout=_ANSWER_S).close()
+    except urllib.error.HTTPError as error:
+        return _mlflow_refusal(uri) if error.code == 401 else ""
+    except (OSError, ValueError):
+        return ""  # `tracking_problem` judges that
+    return ""
+
+
+def _mlflow_refusal(uri: str) -> str:
+    """Return the reason why MLflow's own client is refused, which knows other ways to log in, or ""."""
+    from pipeline.errors import TrackingAway, TrackingError
+    from pipeline.tracking.mlflow_client import connect
+
+    try:
+        connect(uri)
+    except TrackingAway:
+        return ""
+    except TrackingError:
+        return "the login of this node is refused (401)"
+    return ""
+
+
 class NodeCheck:
     """The process on a node that answers."""
 
@@ -126,6 +161,7 @@ class NodeCheck:
         facts["interface"] = chosen_interface(self._address)
         facts["storages"] = {url: self._exchange(url, question.token) for url in question.storages}
         facts["scratch"] = scratch_problem(question.token)
+        facts["login"] = login_problem(question.tracking_uri)
         facts["data"] = file_digests(question.data)
         if question.gpus:
             facts["gpus"] = self._visible_gpus()

@@ -19,7 +19,7 @@ from pipeline.cluster.node_check import NodeCheck, Question, code_digest, file_d
 from pipeline.cluster.ray_session import BARE
 from pipeline.config import RunConfig
 from pipeline.errors import Postponed, RunConfigError
-from pipeline.tracking.mlflow_client import tracking_uri, without_secret
+from pipeline.tracking.server.address import LOGIN_REMEDY, tracking_uri, without_secret
 from shards.dataset.manifest import MANIFEST_NAME
 from shards.errors import ShardError, one_line
 from shards.store import storage
@@ -149,6 +149,14 @@ def problems_of(
             uri = without_secret(tracking_uri())
             found.append(
                 (name, f"does not reach MLflow at {uri} ({report['tracking']}); expected a server that it reaches")
+            )
+        if report.get("login"):
+            uri = without_secret(tracking_uri())
+            found.append(
+                (
+                    name,
+                    f"cannot use MLflow at {uri}: {report['login']}; expected a user that it knows: {LOGIN_REMEDY} there",
+                )
             )
         if report.get("scratch"):
             found.append((name, report["scratch"]))

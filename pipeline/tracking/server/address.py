@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from pipeline.errors import RunConfigError
+
 TRACKING_URI, REGISTRY_URI = "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"
 USERNAME, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 LOGIN_REMEDY = f"set {USERNAME} and {PASSWORD} (or MLFLOW_TRACKING_TOKEN)"
@@ -33,6 +35,24 @@ def secret_in_uri() -> bool:
     """Return whether MLFLOW_TRACKING_URI holds a secret, or has held a login before it was moved."""
     uri = tracking_uri()
     return _Moved.login or holds_secret(uri)
+
+
+def uri_for_workers() -> str:
+    """Return the address of the store to send to workers: empty if they must read it where this process does.
+
+    Ray keeps and shows what workers are sent. Those of this machine inherit the variables of this process.
+    """
+    uri = tracking_uri()
+    return "" if holds_secret(uri) else uri
+
+
+def refuse_uri_with_secret() -> None:
+    """Raise `RunConfigError` if MLFLOW_TRACKING_URI holds a secret, which a cluster's nodes would have to be sent."""
+    if secret_in_uri():
+        raise RunConfigError(
+            f"{TRACKING_URI} holds a user name or password, which Ray would keep and show; expected none: set {USERNAME} "
+            f"and {PASSWORD} here and on the cluster's nodes, and put a server before a database with a password"
+        )
 
 
 def _move_login(name: str) -> None:

@@ -1,5 +1,6 @@
 """Answers of nodes to the probe, and the lines about them; the nodes are objects of this process."""
 
+import base64
 import hashlib
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pipeline.cluster.probe import answers, problems_of, raise_problems
 from pipeline.errors import Postponed, RunConfigError
 from shards.store import storage
 from shards.store.retry import StoreError
+from tests.support.http_server import answering
 from tests.support.ray_nodes import free_port
 
 NODE = Node("10.0.0.2", {"CPU": 8})
@@ -176,3 +178,19 @@ def test_the_checks_run_where_the_package_is_missing(tmp_path: Path) -> None:
     )
     answer = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={}, capture_output=True, text=True)
     assert answer.stdout.strip() == "''", answer.stderr
+
+
+def test_a_node_whose_login_mlflow_refuses_is_named_with_the_variables(
+    question: Question, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
+    with answering(401, f"Basic {base64.b64encode(b'ada:hunter2').decode()}") as server:
+        asked = replace(question, tracking_uri=server.url)
+        assert lines(asked) == []
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter3")
+        (line,) = lines(asked)
+    assert "the login of this node is refused (401); expected" in line
+    assert "MLFLOW_TRACKING_USERNAME" in line
+    assert "hunter" not in line
