@@ -10,8 +10,8 @@ import msgspec
 from pipeline.config import RunConfig
 from pipeline.distributed.devices import processor_name
 from pipeline.driver.preflight import PreparedRun
-from pipeline.forecast.look_ahead import look_ahead
-from pipeline.forecast.prices import Measured, measured
+from pipeline.forecast.look_ahead import data_size, look_ahead
+from pipeline.forecast.prices import Measured, costly_options, measured
 from pipeline.forecast.run_forecast import RunForecast, duration
 from pipeline.tracking.mlflow_client import unavailable
 from pipeline.tracking.tags import TAG_DEVICE, TAG_FORECAST, TAG_TIMES
@@ -28,7 +28,7 @@ def forecast_tags(
     here: whether the workers run on this machine.
     """
     device = local_device(gpu) if here else None
-    ahead = look_ahead(config, ready.train, ready.val, client, gpu=gpu, device=device)
+    ahead = look_ahead(config, data_size(ready.train, ready.val), client, gpu=gpu, device=device)
     if ahead.seconds is not None and ahead.prices is not None:
         say(f"forecast: {duration(ahead.seconds)}, by {ahead.prices.source}")
     return {TAG_FORECAST: ahead.to_json()}
@@ -89,7 +89,7 @@ def _times(
         return [(int(point.step), float(point.value)) for point in client.get_metric_history(run_id, key)]
 
     restarts = [step for step, _ in points("restart/seconds") if step > begin]
-    groups = {int(count) for step, count in points("cluster/workers") if step > begin}
+    groups = {int(count) for step, count in points(WORKERS) if step > begin}
     if restarts or groups - {config.cluster.workers}:
         return None
     return measured(
@@ -98,7 +98,7 @@ def _times(
         begin=begin,
         wall_s=wall_s,
         images=images,
-        workers=config.cluster.workers,
+        options=costly_options(config),
         gpu=gpu,
         device=device,
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from pipeline.config import RunConfig, flatten
-from pipeline.forecast.prices import Measured, Prices, prices
+from pipeline.config import RunConfig
+from pipeline.forecast.prices import Measured, Prices, costly_options, prices
 from pipeline.tracking.mlflow_runs import runs_where
 from pipeline.tracking.tags import TAG_TIMES, TAG_TRAIN_DIGEST
 
@@ -18,12 +17,6 @@ if TYPE_CHECKING:
 
 _NEWEST = 5
 _LOOKED_AT = 200
-_COSTLY = ("model.", "transform.", "compute.", "loss.auxiliary", "loss.one_to_many_copies")
-_COSTLY_TOO = (
-    *("optim.batch_size", "optim.train", "data.reader_threads", "data.sort_window", "evaluate.batch_size"),
-    *("evaluate.batching", "evaluate.scorer", "cluster.strategy", "cluster.workers", "cluster.cpus_per_worker"),
-)
-_FREE = ("model.backbone_weights",)
 
 
 def past_prices(
@@ -40,13 +33,12 @@ def past_prices(
     gpu: whether the workers use GPUs. device: name of their device, or a piece of it. None takes what the newest run had.
     digest: that of the training data; runs on other data count only where there is none on these.
     """
-    wanted = _costly(flatten(config))
+    wanted = costly_options(config)
     found: list[tuple[Run, Measured]] = []
     condition = f"params.recipe = '{config.recipe or '-'}' and tags.`{TAG_TIMES}` != ''"
     for run in runs_where(client, condition, _LOOKED_AT):
         times = msgspec.json.decode(run.data.tags[TAG_TIMES], type=Measured)
-        fits = times.workers == config.cluster.workers and gpu in (None, times.gpu) and _fits(device, times.device)
-        if fits and _costly(run.data.params) == wanted:
+        if times.options == wanted and gpu in (None, times.gpu) and _fits(device, times.device):
             found.append((run, times))
     if not found:
         return None
@@ -56,15 +48,6 @@ def past_prices(
     what = f"{len(chosen)} of your runs" if len(chosen) > 1 else "your run"
     other = "" if same_data or not digest else ", on other data"
     return prices([times for _, times in chosen], images, f"{what} of this recipe in MLflow ({names}){other}")
-
-
-def _costly(params: Mapping[str, str]) -> dict[str, str]:
-    """Return the options that change how long a step or an evaluation takes."""
-    return {
-        name: value or "-"
-        for name, value in params.items()
-        if (name.startswith(_COSTLY) or name in _COSTLY_TOO) and name not in _FREE
-    }
 
 
 def _fits(wanted: str | None, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.config import RunConfig
@@ -17,10 +18,25 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
+@dataclass(frozen=True)
+class DataSize:
+    """Facts about a run's data that a forecast needs."""
+
+    images: int
+    val_images: int
+    num_classes: int
+    digest: str = ""
+    """Digest of the training data; empty if they do not exist yet."""
+
+
+def data_size(train: Manifest, val: Manifest) -> DataSize:
+    """Return the facts about two data sets."""
+    return DataSize(train.images, val.images, train.num_classes, train.digest)
+
+
 def look_ahead(
     config: RunConfig,
-    train: Manifest,
-    val: Manifest,
+    data: DataSize,
     client: MlflowClient | None,
     *,
     gpu: bool | None,
@@ -32,11 +48,11 @@ def look_ahead(
     gpu: whether workers use GPUs, None if that is not known. device: name of their device, or a piece of it; None takes
     that of the newest run.
     """
-    schedule = Schedule(config.optim, train.images, config.data.epoch_tail)
-    work = amounts(config, schedule, val.images, begin)
+    schedule = Schedule(config.optim, data.images, config.data.epoch_tail)
+    work = amounts(config, schedule, data.val_images, begin)
     found = None
     if client is not None:
-        found = past_prices(client, config, work.images, gpu=gpu, device=device, digest=train.digest)
+        found = past_prices(client, config, work.images, gpu=gpu, device=device, digest=data.digest)
     if found is None and not gpu:
         found = shipped_prices(config, work.images)
-    return forecast(config, work, checkpoint_bytes(config, train.num_classes), found, gpu=bool(gpu))
+    return forecast(config, work, checkpoint_bytes(config, data.num_classes), found, gpu=bool(gpu))

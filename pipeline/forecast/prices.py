@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from statistics import median
 
 import msgspec
 
+from pipeline.config import RunConfig, flatten
+
+_COSTLY = (
+    *(
+        "model.",
+        "transform.",
+        "compute.",
+        "loss.auxiliary",
+        "loss.one_to_many_copies",
+        "optim.batch_size",
+        "optim.train",
+    ),
+    *("optim.normalise", "data.reader_threads", "data.sort_window", "evaluate.batch_size", "evaluate.batching"),
+    *("evaluate.scorer", "evaluate.asynchronous", "cluster.strategy", "cluster.workers", "cluster.cpus_per_worker"),
+)
+_FREE = ("model.backbone_weights",)
 _STEADY = 2  # intervals that a run must have after its first, which starts threads and fills buffers
 
 
@@ -25,7 +42,8 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """Images of an evaluation."""
     other_s: float
     """Everything else: the start, the first steps, registration."""
-    workers: int
+    options: str
+    """Digest of the options that the time of a step or an evaluation depends on."""
     gpu: bool
     device: str
 
@@ -42,6 +60,12 @@ class Prices(msgspec.Struct, frozen=True, kw_only=True):
     other_s: float | None = None
 
 
+def costly_options(config: RunConfig) -> str:
+    """Return a digest of the options that the time of a step or an evaluation depends on."""
+    options = {name: value for name, value in flatten(config).items() if name.startswith(_COSTLY) and name not in _FREE}
+    return hashlib.sha256(msgspec.json.encode(options, order="sorted")).hexdigest()[:16]
+
+
 def measured(
     points: Sequence[tuple[int, float]],
     pauses: Sequence[float],
@@ -49,7 +73,7 @@ def measured(
     begin: int,
     wall_s: float,
     images: int,
-    workers: int,
+    options: str,
     gpu: bool,
     device: str,
 ) -> Measured | None:
@@ -75,7 +99,7 @@ def measured(
         evaluation_s=sum(pauses) / len(pauses) if pauses else 0.0,
         images=images,
         other_s=max(wall_s - steps * step_s - sum(pauses), 0.0),
-        workers=workers,
+        options=options,
         gpu=gpu,
         device=device,
     )
