@@ -17,8 +17,11 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
+from shards.dataset.listed_files import read_listed
+from shards.dataset.manifest import CORRECTIONS_NAME, Manifest
 from shards.errors import ShardError
 from shards.source.columns import AnnotationColumns
+from shards.store import storage
 
 Action = Literal["delete", "relabel", "move", "add"]
 _NEEDS: dict[Action, tuple[str, ...]] = {
@@ -86,6 +89,16 @@ def read_corrections(path: Path) -> Corrections:
                 f"{path}: corrections[{number}]: got bbox {entry.bbox}, expected a width and height above 0"
             )
     return Corrections(path, applied, content)
+
+
+def kept_corrections(manifest: Manifest) -> dict[str, int]:
+    """Return the number of corrections of each action that were applied to a data set, as the file in it lists them."""
+    listed = next((file for file in manifest.files if file.name == CORRECTIONS_NAME), None)
+    if listed is None:
+        return {}
+    content = read_listed(storage.join(manifest.url, CORRECTIONS_NAME), listed)
+    entries = msgspec.json.decode(content, type=_File).corrections
+    return dict(Counter(entry.action for entry in entries if entry.apply))
 
 
 def corrected(

@@ -7,12 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from shards.dataset.contents import contents
 from shards.dataset.manifest import Manifest
+from shards.source.corrections import kept_corrections
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
 _DIGITS = 36  # MLflow's longest digest; a tag of the run has the whole one
+_COLUMNS = "mlflow_colspec"
+
+
+class ClassCount(msgspec.Struct, frozen=True):
+    """Number of objects of a class, crowd regions left out, and of images with any of them."""
+
+    name: str
+    objects: int
+    images: int
 
 
 class DataSet(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,8 +38,12 @@ class DataSet(msgspec.Struct, frozen=True, kw_only=True):
     """Number of annotations."""
     classes: int = 0
     source_digest: str = ""
-    """Digest of the annotations that it was made from."""
+    """Digest of the annotations that it was made from, before corrections."""
     corrections_digest: str = ""
+    corrections: dict[str, int] = {}
+    """Number of applied corrections by action."""
+    by_class: tuple[ClassCount, ...] = ()
+    """Classes in the order of their ids."""
 
     def __str__(self) -> str:
         counts = f"{self.images:,} images, {self.objects:,} objects, {self.classes} classes" if self.images else ""
@@ -36,7 +51,8 @@ class DataSet(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def data_set(manifest: Manifest) -> DataSet:
-    """Return the facts about a data set."""
+    """Return the facts about a data set, for which its index is read."""
+    classes = contents(manifest).classes
     return DataSet(
         name=manifest.name,
         digest=manifest.digest,
@@ -44,13 +60,15 @@ def data_set(manifest: Manifest) -> DataSet:
         images=manifest.images,
         objects=manifest.annotations,
         classes=manifest.num_classes,
-        source_digest=manifest.source_digest,
+        source_digest=manifest.annotations_digest,
         corrections_digest=manifest.corrections_digest,
+        corrections=kept_corrections(manifest),
+        by_class=tuple(map(ClassCount, classes.names, classes.counts.tolist(), classes.images.tolist())),
     )
 
 
 def dataset_input(context: str, data: DataSet) -> Any:
-    """Return MLflow's record of data used for `context`, `training` or `validation`."""
+    """Return MLflow's record of data used for `context`, such as `training`; its drawer lists the classes as columns."""
     from mlflow.data.dataset_source_registry import resolve_dataset_source
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -62,12 +80,18 @@ def dataset_input(context: str, data: DataSet) -> Any:
         "digest": data.digest,
         "source_digest": data.source_digest,
         "corrections_digest": data.corrections_digest,
+        "corrections": data.corrections,
     }
+    columns = [
+        {"name": entry.name, "type": f"{entry.objects:,} in {entry.images:,} images", "counts": entry}
+        for entry in data.by_class
+    ]
     entity = Dataset(
         name=data.name,
         digest=data.digest[:_DIGITS],
         source_type=source._get_source_type(),
         source=source.to_json(),
+        schema=msgspec.json.encode({_COLUMNS: columns}).decode() if columns else None,
         profile=msgspec.json.encode({name: value for name, value in profile.items() if value}).decode(),
     )
     return DatasetInput(dataset=entity, tags=[InputTag("mlflow.data.context", context)])
@@ -80,10 +104,16 @@ def data_of_run(run: Run) -> Iterator[tuple[str, DataSet]]:
         tags = {tag.key: tag.value for tag in entry.tags}
         profile = _decoded(entry.dataset.profile)
         known = {name: value for name, value in profile.items() if name in DataSet.__struct_fields__}
-        facts = {"digest": entry.dataset.digest, **known}
+        facts = {"digest": entry.dataset.digest, **known, "by_class": _by_class(entry.dataset.schema)}
         url = str(_decoded(entry.dataset.source).get("uri", ""))
         found.append((tags.get("mlflow.data.context", "data"), DataSet(name=entry.dataset.name, url=url, **facts)))
     yield from sorted(found, key=lambda entry: entry[0] != "training")
+
+
+def _by_class(schema: str | None) -> tuple[ClassCount, ...]:
+    columns = _decoded(schema).get(_COLUMNS, [])
+    counts = [column.get("counts") for column in columns if isinstance(column, dict)]
+    return msgspec.convert([count for count in counts if count], tuple[ClassCount, ...])
 
 
 def _decoded(text: str | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 from shards.dataset.verify import verify
 from shards.errors import ShardError
 from shards.read.stock import verify_stock
+from shards.source.corrections import kept_corrections
 from shards.source.report import load_report
 from shards.write.writer import write_coco
 
@@ -71,6 +72,7 @@ def test_the_lineage_has_the_digest_and_the_file(coco):
     assert manifest.corrections_digest == hashlib.sha256(content).hexdigest()
     assert (coco.root / "corrected" / "corrections.json").read_bytes() == content
     assert manifest.source_digest != plain.source_digest
+    assert (kept_corrections(manifest), kept_corrections(plain)) == ({"delete": 1}, {})
     assert manifest.annotations_digest == plain.annotations_digest == plain.source_digest
     assert plain.corrections_digest == ""
     assert b"correct" not in plain.to_json()  # and so the digests of data sets without corrections are as before
