@@ -25,7 +25,7 @@ def prepare(spec: Cluster, argv: Sequence[str], say: Say = print) -> Plan:
 
     Raise the error that the command would end with there, as far as this machine can tell.
     """
-    from pipeline.tracking.mlflow_client import tracking_uri
+    from pipeline.tracking.server.address import tracking_uri
 
     request = read_request(spec, argv)
     check(spec, request, say)

@@ -15,7 +15,7 @@
         * Interrupted
           * Killed
         * BusyError
-    * JobError: a cluster job failed (`jobs.submit`)
+    * JobError, ClusterFileError: a job or a file of clusters (`jobs.errors`)
   * ShardError: raised in `shards` (`shards.errors`)
     * SourceError, DigestError, OtherFormatError, BadSampleError
   * ConfigError: raised in `detr` (`detr.config`), a ValueError

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from msgspec import Struct, field
 
 from jobs.clusters.secret import Secret, is_sensitive, parse_secret
-from pipeline.tracking.mlflow_client import holds_secret
+from pipeline.tracking.server.address import holds_secret
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
