@@ -35,6 +35,8 @@ class Train:
     on any machine that sees --storage, and answers at once when the run has ended. The default starts a new run each time."""
     accept_change: Flag = False
     """Continue --run even if epochs, batch size, data or other options that make it another run differ from before."""
+    dry_run: Flag = False
+    """Start nothing, and print the steps, checkpoints, hours and GPU-hours that the training would take."""
     smoke: Flag = False
     """Only test that the recipe runs: two steps of two images on one worker, with random backbone weights."""
 

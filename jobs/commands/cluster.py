@@ -24,7 +24,7 @@ class Submit:
     """Name of an entry [clusters.NAME] in detr.toml or ~/.config/detr/clusters.toml; `detr clusters` lists them.
     `local` is the Ray cluster of this machine, with its Python and current folder."""
     dry_run: Flag = False
-    """Print the plan and send nothing."""
+    """Print the plan and, for a training, a forecast of its time and cost; send nothing."""
     write: str | None = None
     """Write the file that describes the job to the launcher, such as a manifest or a script, and send nothing.
     `-` prints it."""
@@ -57,7 +57,12 @@ def submit(argv: list[str]) -> None:
         text = engine_of(cluster).render(plan)
         print(text, end="") if options.write == "-" else Path(options.write).write_text(text)
     if options.dry_run:
-        print(describe(plan), file=sys.stderr if options.write == "-" else sys.stdout)
+        out = sys.stderr if options.write == "-" else sys.stdout
+        print(describe(plan), file=out)
+        if plan.config is not None:
+            from jobs.forecast import forecast_on
+
+            print(f"\n{forecast_on(cluster, plan.config, plan.run, _warn)}", file=out)
     if options.write or options.dry_run:
         return
     job = send(plan)

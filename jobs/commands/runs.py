@@ -24,20 +24,30 @@ def train(argv: list[str]) -> None:
     options = parse_train(argv, "detr train")
     if options is None:
         return
-    from pipeline.train import train as start_training
-
     config, run = options.config, options.run or ""
     if options.smoke:
         print("smoke: two steps of two images on one worker, random backbone weights, evaluation on two images")
         config, run = smoke(config), f"{run}-smoke" if run else ""
+    if options.dry_run:
+        from jobs.forecast import forecast_here
+
+        print(forecast_here(config, run, _warn, anywhere=bool(options.start.address)))
+        return
+    from pipeline.train import train as start_training
+
     launch = _launch(options.start)
     _print_outcome(start_training(config, launch, run=run, accept_change=options.accept_change))
 
 
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def _launch(start: Start) -> Any:
+    from pipeline.timeline import process_start
     from pipeline.train import Launch
 
-    return Launch(address=start.address, verbose=start.verbose)
+    return Launch(address=start.address, verbose=start.verbose, began=process_start())
 
 
 def _print_outcome(outcome: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checkpoint import catalog
@@ -32,6 +33,7 @@ from pipeline.tracking.mlflow_runs import (
     run_with_key,
     set_final_status,
 )
+from pipeline.tracking.pages.listed import write_tags
 from pipeline.tracking.run_spools import anything_left, send_left
 from pipeline.tracking.tags import (
     TAG_EPOCHS,
@@ -174,8 +176,7 @@ class Work(RecordedRun):
         if changed:
             # Parameters of a run cannot change in MLflow; this artifact says what is trained now.
             client.log_text(run_id, to_json(config).decode(), CONFIG_ARTIFACT)
-        for tag, value in position.tags(tags).items():
-            client.set_tag(run_id, tag, value)
+        write_tags(client, run_id, position.tags(tags))
         client.update_run(run_id, status="RUNNING")
 
     def _run(self, cluster: Any, config: RunConfig, disconnect: Callable[[], None], accept_change: bool) -> None:
@@ -238,7 +239,9 @@ class Work(RecordedRun):
             )
         best, metrics = found
         if config.track.register == "never":
-            say(f"nothing is registered, as track.register asks: `detr register {self.record.handle} --name NAME` does it")
+            say(
+                f"nothing is registered, as track.register asks: `detr register {self.record.handle} --name NAME` does it"
+            )
             return Outcome(run_id, self.folder, best, metrics, "", "", False)
         client.set_tag(run_id, TAG_PHASE, "registering")
         left_out = client.get_run(run_id).data.tags.get(TAG_LEFT_OUT)
@@ -304,7 +307,10 @@ def create(
                 _warn_of_other(client, name, folder, launch)
         if made:
             config = agreed(made, config, accept, launch.say)
+        before = time.time()
         config, ready = prepare(config, launch.say)
+        if config.data.built_in:  # made for the first run, so later ones do not take that time
+            launch = replace(launch, began=launch.began + time.time() - before)
         digests = (ready.train.digest, ready.val.digest)
         if made and digests != (made.train_digest, made.val_digest) and not accept:
             raise RunConfigError(

@@ -75,7 +75,8 @@ class RunForecast(msgspec.Struct, frozen=True, kw_only=True):
 
     def _source(self) -> str:
         if self.prices:
-            return f"{self.prices.source}; device {self.prices.device}"
+            device = "" if self.prices.device in self.prices.source else f", on {self.prices.device}"
+            return f"{self.prices.source}{device}"
         return (
             "nothing: neither a run of yours with this recipe, model, workers and device in MLflow, nor a figure of this "
             "package; `--optim.max-steps 200 --evaluate.limit 100` measures one"

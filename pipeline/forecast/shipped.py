@@ -54,8 +54,8 @@ def shipped_prices(config: RunConfig, images: int) -> Prices | None:
         evaluation = images / workers * threads * figure.evaluate_s * pixels / figure.evaluate_pixels
     return Prices(
         source=(
-            f"a figure of this package (BENCHMARKS.md: {figure.device}, {figure.threads} threads), scaled to the size of "
-            "the images and the threads of a worker: expect no more than the order of magnitude"
+            f"a figure of this package (BENCHMARKS.md: {figure.device}, threads: {figure.threads}), scaled to the images and "
+            "the threads of a worker: expect the order of magnitude"
         ),
         device=figure.device,
         step_s=per_worker * threads * train,

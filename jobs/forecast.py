@@ -1,0 +1,105 @@
+"""Forecast for `--dry-run`: what a training would take and cost, without starting anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.config import RunConfig
+from shards.errors import ShardError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from jobs.clusters.entries import Cluster
+    from pipeline.forecast.look_ahead import DataSize
+
+Say = Callable[[str], None]
+_BUILT_IN = (4000, 200, 4)
+"""Training and validation images and classes of the built-in data, which may not exist yet."""
+
+
+def forecast_here(config: RunConfig, run: str, say: Say, *, anywhere: bool = False) -> str:
+    """Return the forecast of a training on this machine; with `anywhere`, on a cluster that is not known here."""
+    import torch
+
+    gpu: bool | None = config.cluster.gpu == "yes" or (config.cluster.gpu == "auto" and torch.cuda.is_available())
+    device = None
+    if anywhere:
+        gpu = {"yes": True, "no": False}.get(config.cluster.gpu)
+    elif not gpu or torch.cuda.is_available():
+        from pipeline.driver.forecasting import local_device
+
+        device = local_device(bool(gpu))
+    return _forecast(config, run, say, gpu=gpu, device=device, nodes=0, node_price=None)
+
+
+def forecast_on(cluster: Cluster, config: RunConfig, run: str, say: Say) -> str:
+    """Return the forecast of a training on a cluster, by its nodes, their accelerator and their price."""
+    nodes = cluster.nodes
+    has_gpus = bool(nodes and nodes.gpus)
+    gpu: bool | None = {"yes": True, "no": False}.get(config.cluster.gpu, has_gpus if nodes else None)
+    if any(cluster.sees_alone(url) for url in (config.data.train, config.data.val)):
+        return "forecast     none: only the cluster sees the data, and their size is not known here"
+    return _forecast(
+        config,
+        run,
+        say,
+        gpu=gpu,
+        device=(nodes.accelerator or None) if nodes and gpu else None,
+        nodes=nodes.most if nodes else 0,
+        node_price=cluster.price_per_node_hour or None if nodes else None,
+    )
+
+
+def _forecast(
+    config: RunConfig, run: str, say: Say, *, gpu: bool | None, device: str | None, nodes: int, node_price: float | None
+) -> str:
+    from pipeline.forecast.look_ahead import look_ahead
+
+    begin = _begin(config, run)
+    ahead = look_ahead(config, _data(config), _client(say), gpu=gpu, device=device, begin=begin)
+    lines = ahead.lines(nodes=nodes, node_price=node_price)
+    if begin:
+        lines.insert(0, f"run {run} has a checkpoint of step {begin}; this is what is left of it")
+    return "\n".join(lines)
+
+
+def _data(config: RunConfig) -> DataSize:
+    from pipeline.data.datasets import open_data
+    from pipeline.forecast.look_ahead import DataSize, data_size
+
+    try:
+        return data_size(*open_data(config.data))
+    except (ShardError, OSError):
+        if not config.data.built_in:
+            raise
+        return DataSize(*_BUILT_IN)
+
+
+def _client(say: Say) -> MlflowClient | None:
+    """Return a client of MLflow, or None if it does not answer or holds nothing; a dry run creates no store."""
+    from pipeline.errors import TrackingAway
+    from pipeline.tracking.mlflow_client import connect, tracking_uri
+
+    uri = tracking_uri()
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return None
+    try:
+        return connect()
+    except TrackingAway as error:
+        say(f"warning: without your earlier runs, since {error}")
+        return None
+
+
+def _begin(config: RunConfig, run: str) -> int:
+    """Return the step of the newest checkpoint of the run with this name, 0 for a new one."""
+    if not run:
+        return 0
+    from pipeline.checkpoint import catalog
+    from pipeline.checkpoint.location import checkpoint_root, location
+    from pipeline.checkpoint.metadata import read_meta
+
+    newest = catalog.newest(checkpoint_root(config.checkpoint.store, location(config.storage) / run))
+    return read_meta(newest).step if newest else 0
