@@ -74,30 +74,6 @@ def test_a_finished_run_registers_what_it_was_asked_to(
     assert any("`detr register 01234567 --name NAME`" in line for line in lines) is (asked == "never")
 
 
-@pytest.mark.parametrize(("asked", "only_if_better"), [("best", True), ("always", False), ("never", None)])
-def test_a_finished_run_registers_what_it_was_asked_to(
-    asked: Any, only_if_better: bool | None, tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = replace(tiny_config, track=TrackConfig(register=asked))
-    calls: list[Any] = []
-    lines: list[str] = []
-
-    def register(*_: object, only_if_better: bool, **__: object) -> Registered:
-        calls.append(only_if_better)
-        return Registered("3", True)
-
-    monkeypatch.setattr("pipeline.registry.registration.register", register)
-    run = SimpleNamespace(data=SimpleNamespace(tags={}))
-    client: Any = SimpleNamespace(set_tag=lambda *_: None, get_run=lambda _: run)
-    save_small(tmp_path / "it", 3)
-    write_evaluation(tmp_path / "it" / "checkpoints" / "step-00000003", {"AP": 0.5})
-    driver = work_at(tmp_path / "it", config, lines, client)
-    outcome = driver._conclude(config, 3, 0)
-    assert calls == ([] if only_if_better is None else [only_if_better])
-    assert (outcome.metrics, outcome.version) == ({"AP": 0.5}, "" if asked == "never" else "3")
-    assert any("`detr register 01234567 --name NAME`" in line for line in lines) is (asked == "never")
-
-
 class Prepared(Exception):
     """Raised where the data of a run would be checked."""
 
