@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,12 @@ _LIBRARIES = ("torch", "torchvision", "numpy", "ray", "webdataset", "mlflow", "d
 
 
 def code_commit() -> str:
-    """Return the Git commit of this code, with `-dirty` if files differ from it, or `unknown` outside a checkout."""
+    """Return the Git commit of this code, with `-dirty` if files differ from it, or `unknown` outside a checkout.
+
+    The snapshot of a submitted job is no checkout; `DETR_COMMIT` has its commit.
+    """
+    if sent := os.environ.get("DETR_COMMIT"):
+        return sent
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
