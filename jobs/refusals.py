@@ -45,8 +45,6 @@ def check(cluster: Cluster, request: Request, say: Say) -> None:
     """Raise the error that the command would end with on the cluster; `say` gets warnings."""
     if not cluster.mlflow:
         refuse_uri_with_secret()
-    if not cluster.mlflow:
-        refuse_uri_with_secret()
     if request.config is not None:
         from pipeline.driver import preflight
 

@@ -79,7 +79,7 @@ class Head(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Cluster(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What all launchers have in common."""
+    """Keys that the entries of all launchers have."""
 
     launcher: ClassVar[str] = ""
     secret_kinds: ClassVar[tuple[str, ...]] = ("env", "file")
