@@ -16,6 +16,7 @@ from pipeline.cluster.notes import attempts
 from pipeline.cluster.notes.notes import Notes
 from pipeline.config import ClusterConfig
 from pipeline.tracking.mlflow_client import connect, tracking_uri
+from pipeline.tracking.pages.listed import write_tags
 from pipeline.tracking.tags import TAG_PENDING_WORKERS
 from shards.errors import one_line
 
@@ -74,7 +75,7 @@ def _watch(
             if now - since >= patience_s:
                 text = reported or why()  # not updated during a wait, since the free resources change all the time
             if text != reported:
-                connect().set_tag(run_id, TAG_PENDING_WORKERS, text)
+                write_tags(connect(), run_id, {TAG_PENDING_WORKERS: text})
                 reported = text
             warned = False
         except Exception as error:

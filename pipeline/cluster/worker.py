@@ -23,7 +23,7 @@ from pipeline.tracking.run_spools import TRAINING, open_tracker
 from pipeline.tracking.server.address import tracking_uri
 from pipeline.tracking.spool import SpoolTracker
 from pipeline.tracking.tags import TAG_DEVICE, TAG_PHASE, TAG_RESIZED, TAG_WARNING
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.tracker import WORKERS, Tracker
 from pipeline.training.requests import NO_REQUEST, LoopHooks, Request
 from shards.errors import one_line
 from shards.store.retry import may_pass
@@ -202,7 +202,7 @@ class FirstStepReport:
         tracker, self._tracker = self._tracker, None
         if tracker is None:
             return
-        tracker.metrics({"cluster/workers": float(self._workers)}, step)
+        tracker.metrics({WORKERS: float(self._workers)}, step)
         if restart := self._restart:
             now = time.time()
             tracker.metrics({"restart/seconds": restart.seconds(now)}, step)

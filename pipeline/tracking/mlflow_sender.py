@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from pipeline.errors import TrackingError
 from pipeline.tracking.events import Event
 from pipeline.tracking.mlflow_client import connect
 from pipeline.tracking.mlflow_reported import CHECKPOINT, Reported
+from pipeline.tracking.pages.listed import list_table, write_tags
 from pipeline.tracking.spool_folder import SpoolFolder
 from pipeline.tracking.tags import TAG_SENDER
 from shards.errors import one_line
@@ -37,6 +39,7 @@ class EventSender:
         self._client: MlflowClient | None = None
         self._reported: Reported | None = None
         self._claimed = False
+        self._listed: set[str] = set()
 
     def __call__(self, events: Sequence[Event]) -> None:
         """Send all events, or raise; the caller then sends all of them again."""
@@ -63,7 +66,7 @@ class EventSender:
         self._claimed = True
 
     def _send(self, events: Sequence[Event], client: MlflowClient, reported: Reported) -> None:
-        from mlflow.entities import Metric, RunTag
+        from mlflow.entities import Metric
 
         metrics = [
             Metric(name, value, event.time_ms, event.step)
@@ -76,10 +79,12 @@ class EventSender:
             client.log_batch(self._run_id, metrics=metrics[start : start + 1000])
         tags = {key: value for event in events if event.kind == "tags" for key, value in event.tags.items()}
         if tags:
-            client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+            write_tags(client, self._run_id, tags)
         for event in events:
             if event.kind == "picture":
                 self._picture(client, reported, event)
+            elif event.kind == "file":
+                self._file(client, reported, event)
             elif event.kind == "table":
                 self._table(client, reported, event)
             elif event.kind == "checkpoint":
@@ -104,12 +109,28 @@ class EventSender:
             )
         path.unlink()
 
+    def _file(self, client: MlflowClient, reported: Reported, event: Event) -> None:
+        path = self._folder / event.tags["file"]
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return  # sent already, or a newer one follows
+        if event.step >= reported.last_evaluated:
+            folder, _, name = event.name.rpartition("/")
+            with tempfile.TemporaryDirectory() as temporary:
+                (Path(temporary) / name).write_bytes(content)
+                client.log_artifact(self._run_id, str(Path(temporary) / name), folder or None)
+        path.unlink(missing_ok=True)
+
     def _table(self, client: MlflowClient, reported: Reported, event: Event) -> None:
         """Log a table in the UI's format. `log_table` would append to an earlier table of this name."""
         if event.step and event.step < reported.last_evaluated:
             return  # a table with a step belongs to an evaluation, and another node has sent that of a later one
         rows = [list(row) for row in zip(*event.columns.values(), strict=True)]
         client.log_dict(self._run_id, {"columns": list(event.columns), "data": rows}, event.name)
+        if event.name not in self._listed:
+            list_table(client, self._run_id, event.name)
+            self._listed.add(event.name)
 
     def _checkpoint(self, client: MlflowClient, reported: Reported, event: Event) -> None:
         """Log a checkpoint as a model without files, which the UI ranks by its metrics; the files stay in the store."""

@@ -18,11 +18,13 @@ from typing import Any
 from PIL import Image
 
 from pipeline.tracking.events import Event, decode, encode, now_ms
-from pipeline.tracking.spool_folder import Send, SpoolFolder
-from pipeline.tracking.tracker import ReportedSteps
+from pipeline.tracking.server.answers import reason
+from pipeline.tracking.spool_folder import CONTENT, Send, SpoolFolder
+from pipeline.tracking.tracker import ReportedSteps, family_of
 from pipeline.tracking.unsent import UnsentObject, open_spool
 from shards.errors import ShardError, one_line
 from shards.store.retry import fewer_retries
+from shards.store.storage import write_atomic
 
 LOG = logging.getLogger(__name__)
 
@@ -82,6 +84,25 @@ class SpoolTracker:
         with self._lock:
             self._reported.add(family, step)
             self._append(Event("picture", now_ms(), step=step, name=key, tags={"file": path.name}))
+
+    def file(self, name: str, content: bytes, step: int) -> None:
+        """See `Tracker.file`. Only the newest content waits: the event of an older one that was not sent has none."""
+        with self._lock:
+            if self._reported.is_outdated(f"file:{name}", step):
+                return
+        prefix = f"{name.replace('/', '-')}-"
+        path = self._spool.path / f"{prefix}{step:08d}{CONTENT}"
+        before = [old for old in self._spool.path.glob(f"*{CONTENT}") if old.name.rpartition("-")[0] + "-" == prefix]
+        try:
+            write_atomic(path, content)
+        except OSError as error:
+            LOG.warning("file %s of step %d is lost (%s)", name, step, error)
+            return
+        for old in before:
+            if old != path:
+                old.unlink(missing_ok=True)
+        with self._lock:
+            self._append(Event("file", now_ms(), step=step, name=name, tags={"file": path.name}))
 
     def table(self, name: str, columns: Mapping[str, list[Any]], step: int | None = None) -> None:
         """See `Tracker.table`."""
@@ -147,8 +168,8 @@ class SpoolTracker:
 
     def _read_reported_step(self, event: Event) -> None:
         """Record a step that an earlier attempt has reported."""
-        families = {name.split("/")[0] for name in event.values}
-        if event.kind in ("picture", "table"):
+        families = {family_of(name) for name in event.values}
+        if event.kind in ("picture", "table", "file"):
             families = {f"{event.kind}:{event.name}"}
         for family in families:
             if not self._reported.contains(family, event.step):
@@ -168,7 +189,7 @@ class SpoolTracker:
                 if not warned:
                     LOG.warning(
                         "tracking is behind (%s); events are kept in %s and sent later",
-                        one_line(error),
+                        reason(error),
                         self._spool.events,
                     )
                 warned = True

@@ -2,6 +2,7 @@
 
 events.jsonl    one event a line, in order; only one process appends
 *.png           a picture until it is sent; its event has the name
+*.content       an artifact until it is sent
 cursor          bytes of events.jsonl that were sent
 id              random text that tells this spool from those of the run on other nodes
 """
@@ -18,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 
 from pipeline.tracking.events import Event, decode
-from shards.errors import one_line
+from pipeline.tracking.server.answers import reason
 from shards.store.storage import write_atomic
 
 LOG = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ _BATCH = 1000  # MLflow's largest number of metrics in one request
 _EVENTS = "events.jsonl"
 _CURSOR = "cursor"
 _ID = "id"
+CONTENT = ".content"
+"""End of the names of artifacts that wait to be sent."""
 
 Send = Callable[[list[Event]], None]
 
@@ -35,6 +38,8 @@ class SpoolFolder:
 
     def __init__(self, path: Path) -> None:
         self.path, self.events = path, path / _EVENTS
+        self.refusal = ""
+        """Reason why the server did not take everything when it was last asked (`drain`)."""
 
     @property
     def id(self) -> str:
@@ -124,7 +129,7 @@ class SpoolFolder:
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"not finished after {timeout_s:.0f} s")
         except Exception as error:  # the client of the server may raise anything
-            LOG.warning("the tracking server did not accept all events (%s)", one_line(error))
+            self.refusal = reason(error)
             return False
         return True
 

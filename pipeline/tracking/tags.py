@@ -40,7 +40,7 @@ TAG_GUARD = "detr.guard"
 """Last step that the guard against divergence has acted on, and the number of such steps."""
 TAG_WARNING = "detr.warning"
 """Last warning, such as a store that does not answer. A cause with a tag of its own (this name, a dot and the cause) sets
-it to an empty text when it has passed."""
+it to an empty text, which removes it, when it has passed."""
 TAG_DATA_WAIT = f"{TAG_WARNING}.data_wait"
 """Warning that workers wait too long for data."""
 TAG_PENDING_WORKERS = f"{TAG_WARNING}.resources"

@@ -17,8 +17,15 @@ from PIL import Image
 
 from pipeline.tracking.tags import TAG_WARNING
 
-ATTEMPT_FAMILIES = ("cluster", "restart")
+ATTEMPT_FAMILIES = ("workers", "restart")
 """Families whose points are events of an attempt, so that two attempts can report the same step."""
+SUMMARY = "Summary"
+"""Section of the curves and pictures that MLflow shows first: it sorts the sections, capitals before small letters.
+
+Its curves repeat others and come with theirs, from training as from evaluations, so each is a family of its own.
+"""
+WORKERS = "workers/number"
+"""Curve of the number of workers, by its name the last section."""
 _WARNING_LOGGERS = ("shards", "pipeline.checkpoint", "pipeline.distributed")
 
 
@@ -30,6 +37,9 @@ class Tracker(Protocol):
 
     def picture(self, key: str, image: Image.Image, step: int) -> None:
         """Report one frame of the picture series `key`."""
+
+    def file(self, name: str, content: bytes, step: int) -> None:
+        """Report the artifact `name`, a path, which keeps the content of the highest step."""
 
     def table(self, name: str, columns: Mapping[str, list[Any]], step: int | None = None) -> None:
         """Report a table by columns as the artifact `name`, which keeps the table of the highest step.
@@ -80,11 +90,17 @@ class ReportedSteps:
         found = {
             name: float(value)
             for name, value in values.items()
-            if math.isfinite(value) and not self.contains(name.split("/")[0], step)
+            if math.isfinite(value) and not self.contains(family_of(name), step)
         }
         for name in found:
-            self.add(name.split("/")[0], step)
+            self.add(family_of(name), step)
         return found
+
+
+def family_of(name: str) -> str:
+    """Return the family of a metric: what precedes the slash in its name, or its name in the summary."""
+    family = name.partition("/")[0]
+    return name if family == SUMMARY else family
 
 
 @contextmanager

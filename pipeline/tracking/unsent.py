@@ -6,6 +6,7 @@ on another node can start from it: the events after it are computed again. It is
     spool.json      id of the spool, and the position in its events up to which the object is complete
     events.jsonl    events that were not sent
     *.png           their pictures
+    *.content       their artifacts
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import PurePath
 import msgspec
 
 from pipeline.tracking.events import decode
-from pipeline.tracking.spool_folder import SpoolFolder
+from pipeline.tracking.spool_folder import CONTENT, SpoolFolder
 from shards.errors import one_line
 from shards.store import storage
 
@@ -84,7 +85,7 @@ class _Position(msgspec.Struct):
 
 
 def _is_picture(name: str) -> bool:
-    return name.endswith(".png") and PurePath(name).name == name
+    return name.endswith((".png", CONTENT)) and PurePath(name).name == name
 
 
 class Keeper:
@@ -119,9 +120,9 @@ class Keeper:
     def _unsent(self, start: int, end: int, in_memory: bytes) -> Unsent:
         lines = self._spool.read(start, end) + in_memory
         pictures = {}
-        with_pictures = [line for line in lines.splitlines() if b'"picture"' in line]  # decoding all takes seconds
+        with_pictures = [line for line in lines.splitlines() if b'"file"' in line]  # decoding all takes seconds
         for event in decode(with_pictures, self._spool.events):
-            if event.kind == "picture":
+            if event.kind in ("picture", "file"):
                 try:
                     pictures[event.tags["file"]] = (self._spool.path / event.tags["file"]).read_bytes()
                 except FileNotFoundError:

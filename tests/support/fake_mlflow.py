@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ class FakeMlflow:
         self.outputs: list[SimpleNamespace] = []
         self.files: list[str] = []
         self.tables: dict[str, Any] = {}
+        self.artifacts: dict[str, bytes] = {}
         self.tags: dict[str, str] = {}
 
     def log_batch(self, run_id: str, metrics: Sequence[Any] = (), tags: Sequence[Any] = ()) -> None:
@@ -39,6 +41,18 @@ class FakeMlflow:
         """Set a tag."""
         self.fault()
         self.tags[key] = value
+        self.fault()
+
+    def delete_tag(self, run_id: str, key: str) -> None:
+        """Remove a tag that is there."""
+        self.fault()
+        del self.tags[key]
+        self.fault()
+
+    def log_artifact(self, run_id: str, path: str, folder: str | None) -> None:
+        """Replace an artifact."""
+        self.fault()
+        self.artifacts[f"{folder}/{Path(path).name}" if folder else Path(path).name] = Path(path).read_bytes()
         self.fault()
 
     def get_run(self, run_id: str) -> Any:

@@ -17,6 +17,7 @@ class MemoryTracker:
         self.points: list[tuple[str, float, int]] = []
         self.pictures: list[tuple[str, int]] = []
         self.tables: dict[str, Mapping[str, list[Any]]] = {}
+        self.files: dict[str, tuple[bytes, int]] = {}
         self.checkpoints: list[tuple[str, int]] = []
         self.last_tags: dict[str, str] = {}
         self._reported = ReportedSteps()
@@ -33,6 +34,11 @@ class MemoryTracker:
         """See `Tracker.table`."""
         if step is None or not self._reported.is_outdated(f"table:{name}", step):
             self.tables[name] = columns
+
+    def file(self, name: str, content: bytes, step: int) -> None:
+        """See `Tracker.file`."""
+        if not self._reported.is_outdated(f"file:{name}", step):
+            self.files[name] = (content, step)
 
     def tags(self, values: Mapping[str, str]) -> None:
         """See `Tracker.tags`."""

@@ -56,10 +56,10 @@ def test_a_wait_is_reported_and_cleared_when_workers_run(
     with quick_report(run_id, notes, lambda: "no CPUs"):
         until(lambda: tag() == "no CPUs")
         attempts.start_attempt(notes, 2)
-        until(lambda: tag() == "")
+        until(lambda: tag() is None)
         attempts.record_end(notes, "worker 1 died")
         until(lambda: tag() == "no CPUs")
-    until(lambda: tag() == "")  # a finished run waits for nothing
+    until(lambda: tag() is None)  # a finished run waits for nothing
 
 
 def test_a_wait_is_reported_once_although_free_resources_change(

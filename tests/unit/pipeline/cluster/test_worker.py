@@ -136,7 +136,7 @@ def test_the_first_step_reports_the_cost_of_the_restart(wanted: bool, tag: str) 
     first(41)
     first(42)
     assert tracker.last_tags[tag].startswith("why; restart 1, 3 -> 2 workers, resumed after 30 s at step 41")
-    assert [point[0] for point in tracker.points] == ["cluster/workers", "restart/seconds"]
+    assert [point[0] for point in tracker.points] == ["workers/number", "restart/seconds"]
     assert dict((name, value) for name, value, _ in tracker.points)["restart/seconds"] == pytest.approx(30, abs=1)
 
 
@@ -144,7 +144,7 @@ def test_the_first_attempt_reports_only_the_number_of_workers() -> None:
     tracker = MemoryTracker()
     FirstStepReport(tracker, 2, None)(1)
     FirstStepReport(None, 2, None)(1)
-    assert tracker.points == [("cluster/workers", 2.0, 1)]
+    assert tracker.points == [("workers/number", 2.0, 1)]
     assert not tracker.last_tags
 
 

@@ -21,14 +21,14 @@ def test_the_memory_tracker_drops_repeated_steps() -> None:
 def test_events_of_two_attempts_may_have_the_same_step() -> None:
     tracker = MemoryTracker()
     for workers in (4, 2, 1):
-        tracker.metrics({"cluster/workers": float(workers), "train/loss": float(workers)}, 101)
+        tracker.metrics({"workers/number": float(workers), "train/loss": float(workers)}, 101)
         if workers < 4:
             tracker.metrics({"restart/seconds": 10.0 * workers}, 101)
     assert [point for point in tracker.points if point[0] != "train/loss"] == [
-        ("cluster/workers", 4.0, 101),
-        ("cluster/workers", 2.0, 101),
+        ("workers/number", 4.0, 101),
+        ("workers/number", 2.0, 101),
         ("restart/seconds", 20.0, 101),
-        ("cluster/workers", 1.0, 101),
+        ("workers/number", 1.0, 101),
         ("restart/seconds", 10.0, 101),
     ]
     assert [point for point in tracker.points if point[0] == "train/loss"] == [("train/loss", 4.0, 101)]
