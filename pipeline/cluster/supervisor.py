@@ -22,6 +22,7 @@ from pipeline.cluster.notes.attempts import EndReason
 from pipeline.cluster.notes.notes import FatalError, Notes
 from pipeline.errors import Interrupted, Killed, PipelineError, Postponed, TrainingError
 from pipeline.tracking.mlflow_client import connect
+from pipeline.tracking.server.outage import KEPT
 from shards.errors import ShardError, one_line
 
 GRACE_S = 45.0  # Ray kills a stopped job after 60 s
@@ -169,7 +170,11 @@ def _following(run_id: str) -> Iterator[None]:
 
     stop = threading.Event()
     watcher = threading.Thread(
-        target=follow, args=(connect(), run_id, sys.stderr), kwargs={"stop": stop}, name="follow", daemon=True
+        target=follow,
+        args=(connect(check=False), run_id, sys.stderr),
+        kwargs={"stop": stop, "comfort": KEPT},
+        name="follow",
+        daemon=True,
     )
     watcher.start()
     try:

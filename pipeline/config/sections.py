@@ -311,9 +311,16 @@ class TrackConfig:
     never: no version. `detr register RUN --name NAME` makes one later."""
     log_every: int = 50
     """Number of steps between points of the training curves."""
+    system_every_s: float = 10.0
+    """Seconds between points of the system metrics: load of CPU, memory, disk, network and GPUs of each node. 0: none."""
+    wait_s: float = 600.0
+    """Seconds that a trained run waits for an MLflow that does not answer, before the registration is left to the next
+    command. Training itself never waits for MLflow."""
 
     def __post_init__(self) -> None:
         check_literals(self, require, "track.")
+        require(self.system_every_s >= 0, "track.system_every_s", self.system_every_s, "a number of seconds, or 0")
+        require(self.wait_s >= 0, "track.wait_s", self.wait_s, "a number of seconds, or 0")
         require(bool(self.experiment), "track.experiment", self.experiment, "a name")
         # The registry would refuse them too, but only at the end of the run.
         nameable = not set(self.register_as) & set("/:")

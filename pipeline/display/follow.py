@@ -6,7 +6,6 @@ All of it is read from the tracking store, so the driver, another terminal and a
 from __future__ import annotations
 
 import threading
-import time
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from pipeline.display.terminal import clock_time, time_left
 from pipeline.tracking.mlflow_client import unavailable
 from pipeline.tracking.progress import RunProgress, read_progress
+from pipeline.tracking.server.outage import Outage
 from pipeline.tracking.tags import TAG_EPOCHS, TAG_PHASE, TAG_RESIZED, TAG_TOTAL_STEPS, TAG_WARNING
 
 if TYPE_CHECKING:
@@ -114,6 +114,13 @@ class RunView:
         # Without double spaces: a terminal cuts off what does not fit.
         self._bar.set_description_str(" ".join(text.split()), refresh=True)
 
+    def tell_outage(self, line: str, state: str) -> None:
+        """Print a line about MLflow, if any, and show `state` in the bar for as long as MLflow does not answer."""
+        if line:
+            self._line(line)
+        if state and self._bar is not None:
+            self._bar.set_description_str(state, refresh=True)
+
     def _warn(self, warnings: dict[str, str]) -> None:
         for name, text in warnings.items():
             # The first warnings are from before this view was opened.
@@ -151,17 +158,22 @@ def follow(
     *,
     stop: threading.Event | None = None,
     interval_s: float = 1.0,
+    comfort: str = "",
 ) -> None:
-    """Show a run until it ends or `stop` is set; an error of the store is ignored, and the store asked again."""
-    view, stop = RunView(stream), stop or threading.Event()
+    """Show a run until it ends or `stop` is set; a store that does not answer is told once, and asked again.
+
+    `comfort` says what becomes of the run meanwhile.
+    """
+    view, stop, outage = RunView(stream), stop or threading.Event(), Outage(comfort)
     try:
         while True:
             stopping = stop.wait(interval_s)
             try:
                 run = client.get_run(run_id)
+                view.tell_outage(outage.answered(), "")
                 view.show(run)
-            except unavailable():
-                time.sleep(interval_s)
+            except unavailable() as error:
+                view.tell_outage(outage.failed(error), outage.text)
                 run = None
             if stopping or (run is not None and run.info.status in FINAL):
                 return

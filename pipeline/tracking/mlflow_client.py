@@ -40,10 +40,11 @@ def translated_errors(remedy: str = "check MLFLOW_TRACKING_URI and the server, t
         raise TrackingError(f"the MLflow store {without_secret(uri)} failed ({reason(error)}); {remedy}") from error
 
 
-def connect(uri: str | None = None) -> MlflowClient:
+def connect(uri: str | None = None, *, check: bool = True) -> MlflowClient:
     """Return a client of the store; raise `TrackingAway` if the store does not answer.
 
     Retries are short: the spool bridges an outage, not a blocked call. Raise `TrackingError` for a refused login.
+    Without `check` the store of a server is not asked, so that its client is there during an outage.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
@@ -63,7 +64,8 @@ def connect(uri: str | None = None) -> MlflowClient:
     mlflow.set_registry_uri(os.environ.get("MLFLOW_REGISTRY_URI") or uri)
     try:
         client = mlflow.MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)
+        if check:
+            client.search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError, ImportError) as error:  # a database's driver may be missing
         if is_refused_login(error):
             raise TrackingError(refused_login(uri)) from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
 
@@ -64,32 +64,54 @@ def anything_left(folder: Location, run_id: str) -> bool:
     return False
 
 
+class Sent(NamedTuple):
+    """Result of sending what was left."""
+
+    complete: bool
+    """True if nothing is left."""
+    events: int
+    """Number of events that MLflow has taken."""
+
+
 def send_left(folder: Location, run_id: str, uri: str, say: Callable[[str], None]) -> bool:
     """Send to MLflow what the run's workers could not, after they have ended; return whether nothing is left.
 
     What MLflow does not accept in time is kept beside the run, and `say` gets a warning.
     """
+    return count_left(folder, run_id, uri, say).complete
+
+
+def count_left(folder: Location, run_id: str, uri: str, say: Callable[[str], None]) -> Sent:
+    """Do what `send_left` does, and return the number of events as well."""
     with fewer_retries():  # like the time for MLflow: a driver that was asked to stop is killed soon
-        return all([_send_left(kind, folder, run_id, uri, say) for kind in (TRAINING, EVALUATION)])
+        sent = [_send_left(kind, folder, run_id, uri, say) for kind in (TRAINING, EVALUATION)]
+    return Sent(all(each.complete for each in sent), sum(each.events for each in sent))
 
 
-def _send_left(kind: RunSpool, folder: Location, run_id: str, uri: str, say: Callable[[str], None]) -> bool:
+def _send_left(kind: RunSpool, folder: Location, run_id: str, uri: str, say: Callable[[str], None]) -> Sent:
+    events, spool = 0, SpoolFolder(scratch(run_id) / kind.name)
     try:
-        spool = SpoolFolder(scratch(run_id) / kind.name)
         target = _object(kind, folder)
         if not spool.events.exists() and not target.exists():
-            return True
+            return Sent(True, 0)
         keep = open_spool(spool, target)
+        begin = spool.sent
         complete = spool.drain(_without_phase(EventSender(uri, run_id, spool.path, kind.any_order)))
+        events = spool.read(begin, spool.sent).count(b"\n")
         keep(spool.size)
     except (OSError, ShardError, RunConfigError) as error:
-        say(f"warning: what MLflow has not taken stays where it is until the next command sends it ({one_line(error)})")
-        return False
+        say(
+            f"warning: what MLflow has not taken stays where it is until `detr sync {run_id}` sends it ({one_line(error)})"
+        )
+        return Sent(False, events)
     if complete:
         spool.remove()
     else:
-        say(f"warning: MLflow did not take all points; the rest is kept in {target.url} and sent by the next command")
-    return complete
+        say(
+            f"warning: MLflow does not take the last points now ({spool.refusal}); they are kept in {target.url}, and the "
+            f"next command of the run or `detr sync {run_id}` sends them"
+        )
+    return Sent(complete, events)
 
 
 def _without_phase(send: Send) -> Send:

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any, cast
 
-from pipeline.display.follow import RunView
+from pipeline.display.follow import RunView, follow
 from pipeline.tracking.progress import RunProgress
 from pipeline.tracking.tags import TAG_EPOCHS, TAG_PHASE, TAG_PROGRESS, TAG_TOTAL_STEPS, TAG_WARNING
 
@@ -135,3 +135,32 @@ def test_each_new_warning_is_one_line_but_not_earlier_ones() -> None:
         view.show(cast(Any, run))
     lines = [line for line in stream.getvalue().splitlines() if "warning" in line]
     assert lines == ["warning: no answer", "warning: restart 1"]
+
+
+class Store:
+    """A client whose answers are runs, or errors that it raises."""
+
+    def __init__(self, *answers: Any) -> None:
+        self._answers = list(answers)
+
+    def get_run(self, _: str) -> Any:
+        answer = self._answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_an_outage_of_mlflow_is_told_on_the_line_and_in_the_bar_and_so_is_its_end() -> None:
+    away = ConnectionRefusedError(111, "Connection refused")
+    ended = state(300, 1.2)
+    ended.info = SimpleNamespace(status="FINISHED")
+    running = state(250, 1.0)
+    running.info = SimpleNamespace(status="RUNNING")
+    for stream in (io.StringIO(), Terminal()):
+        store = cast(Any, Store(running, away, away, ended))
+        follow(store, "id", stream, interval_s=0, comfort="training continues, nothing is lost")
+        shown = stream.getvalue()
+        told = r"MLflow does not answer since \d\d:\d\d \(connection refused\); training continues, nothing is lost"
+        assert len(re.findall(rf"{told}\n", shown)) == 1
+        assert len(re.findall(r"MLflow answers again after \d+ s\n", shown)) == 1
+    assert re.search(rf"\| {told}", shown)  # beside the bar as well

@@ -83,7 +83,8 @@ def test_what_is_refused_is_kept_beside_the_run(server: Server, on: On, tmp_path
     tracker._thread.join()
     tracker._file.close()
     assert not send_left(run, "id", "uri", lines.append)
-    assert [f"kept in {run / 'unsent-training.zip'} and sent by the next command" in line for line in lines] == [True]
+    (line,) = lines
+    assert f"the last points now (down); they are kept in {run / 'unsent-training.zip'}" in line
     on("another")
     server.up = True
     assert send_left(run, "id", "uri", print)
@@ -108,7 +109,7 @@ def test_a_store_that_is_away_is_a_warning(
     lines: list[str] = []
     assert not send_left(tmp_path / "run", "id", "uri", lines.append)
     assert len(lines) == 2
-    assert all("stays where it is until the next command sends it (the store is away)" in line for line in lines)
+    assert all("stays where it is until `detr sync id` sends it (the store is away)" in line for line in lines)
 
 
 def test_a_store_behind_an_address_keeps_what_is_left(server: Server, on: On) -> None:
