@@ -187,19 +187,42 @@ def _shard_index(argv: list[str]) -> None:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Describe a data set: its size, classes, digests and categories."""
+    """Location of a data set."""
 
     url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")]
     """Folder or URL of the data set."""
 
 
+@dataclass(frozen=True)
+class Information(DataSet):
+    """Describe a data set: its size, digests, categories, and how its objects are distributed."""
+
+    against: str | None = None
+    """Folder or URL of validation data to put beside it, the training data.
+    Differences beyond chance are printed as warnings."""
+
+
 def _shard_info(argv: list[str]) -> None:
-    options = parse(DataSet, argv, "detr shard info")
+    options = parse(Information, argv, "detr shard info")
+    from pipeline.display.contents import contents_text
+    from shards.dataset.contents import contents, warning_lines
     from shards.dataset.manifest import load_manifest
+    from shards.errors import ShardError
 
     manifest = load_manifest(options.url)
     print(_describe(manifest))
     print("categories  " + ", ".join(f"{category.id} {category.name}" for category in manifest.categories))
+    found = contents(manifest)
+    if options.against is None:
+        print(f"\n{contents_text(found)}")
+        return
+    other = load_manifest(options.against)
+    if other.categories != manifest.categories:
+        raise ShardError(f"{options.against} has other categories than {options.url}; expected the same in both")
+    of_other = contents(other)
+    print(f"\n{contents_text(found, of_other)}")
+    for line in warning_lines(found, of_other):
+        print(f"WARNING: {line}", file=sys.stderr)
 
 
 def _describe(manifest: Any) -> str:

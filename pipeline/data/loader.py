@@ -155,7 +155,7 @@ def _open(
         micro_batches,
         transform=training_transform(config.seed, config.transform),
         collate=partial(_collate, multiple=config.compute.canvas_multiple, pinned=pinned),
-        config=ReadConfig(threads, 2 * threads, config.model.masks, config.data.max_bad_samples),
+        config=ReadConfig(threads, max(2 * threads, 1), config.model.masks, config.data.max_bad_samples),
         bad=bad,
     )
 

@@ -15,8 +15,8 @@ from detr.batch import Batch, normalise
 from detr.config import TransformConfig
 from pipeline.display.draw import Boxes, contact_sheet, draw, font
 
-_TILE, _BAR = 320, 18  # pixels
-_COLUMNS, _MOST_COLUMNS, _WIDEST = 8, 16, 2560
+_DRAWN, _TILE, _BAR = 320, 328, 18  # pixels
+_COLUMNS, _MOST_COLUMNS = 8, 16
 
 
 class BatchView:
@@ -47,7 +47,7 @@ class BatchView:
         columns = max(1, min(math.ceil(math.sqrt(len(self._tiles))), _COLUMNS))
         if len(self._tiles) > _COLUMNS**2:
             columns = min(math.ceil(math.sqrt(len(self._tiles))), _MOST_COLUMNS)
-        return contact_sheet(self._tiles, columns, min(columns * _TILE, _WIDEST))
+        return contact_sheet(self._tiles, columns, min(columns, _COLUMNS) * _TILE)
 
     def _add_row(self, rank: int, number: int, batch: Batch) -> None:
         height, width = batch.images.shape[-2:]
@@ -74,7 +74,7 @@ class BatchView:
         pixels = ((normalised * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
         canvas = Image.fromarray(pixels)
         target, size = batch.targets[number], batch.sizes[number]
-        factor = _TILE / max(canvas.size)
+        factor = _DRAWN / max(canvas.size)
         shrunk = (max(1, round(canvas.width * factor)), max(1, round(canvas.height * factor)))
         cxcywh = target.boxes.numpy().astype(np.float64) * np.array([size[1], size[0]] * 2)
         corners = np.concatenate([cxcywh[:, :2] - cxcywh[:, 2:] / 2, cxcywh[:, :2] + cxcywh[:, 2:] / 2], axis=1)
