@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jobs.commands import cluster, exchange, models, runs, shard
+from jobs.commands import batches, cluster, exchange, models, runs, shard
 from jobs.nearest import nearest
 from jobs.parsing import Command, UsageError, command_table
 from pipeline.errors import USER_ERRORS, Interrupted
@@ -25,8 +25,12 @@ COMMANDS: dict[str, Command] = {
     "shard": Command("Make, verify and describe data sets: shard coco|voc|yolo|index|verify|info", shard.shard),
     "train": Command("Train a recipe: train RECIPE [--any.field value ...]", runs.train),
     "show": Command("Print the configuration of a recipe: show RECIPE [--any.field value ...]", runs.show),
+    "show-batch": Command(
+        "Draw the batch of a step as the model sees it: show-batch RECIPE --step N --out FILE", batches.show_batch
+    ),
     "resume": Command("Resume a run from its newest checkpoint: resume RUN", runs.resume),
     "runs": Command("List runs, or follow one: runs [RUN [--follow]]", runs.runs),
+    "sync": Command("Send to MLflow what a run's last driver could not: sync RUN", runs.sync),
     "evaluate": Command("Score a registered model on a data set", models.evaluate),
     "predict": Command("Detect objects in image files with a registered model", models.predict),
     "register": Command("Register the best checkpoint of a run: register RUN --name NAME", models.register),

@@ -1,4 +1,4 @@
-"""Subcommands for runs: train, show, demo, resume, runs, ui."""
+"""Subcommands for runs: train, show, demo, resume, runs, sync, ui."""
 
 from __future__ import annotations
 
@@ -171,6 +171,23 @@ def runs(argv: list[str]) -> None:
         from pipeline.display.follow import follow
 
         follow(client, run.info.run_id, sys.stderr)
+
+
+@dataclass(frozen=True)
+class Sync:
+    """Send to MLflow what it has not taken of a run: its driver was killed, or ended while MLflow was away."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Id of the run, the first characters of the id, the run's name, or its location STORAGE/NAME."""
+
+
+def sync(argv: list[str]) -> None:
+    """Run `detr sync RUN`."""
+    options = parse(Sync, argv, "detr sync")
+    from pipeline.driver.launch import say
+    from pipeline.driver.sync import sync as send
+
+    send(options.run, say)
 
 
 @dataclass(frozen=True)

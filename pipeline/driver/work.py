@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint.location import Location, checkpoint_root
@@ -35,6 +35,7 @@ from pipeline.tracking.mlflow_runs import (
 )
 from pipeline.tracking.pages.listed import write_tags
 from pipeline.tracking.run_spools import anything_left, send_left
+from pipeline.tracking.server.outage import outlast
 from pipeline.tracking.tags import (
     TAG_EPOCHS,
     TAG_FOLDER,
@@ -52,6 +53,8 @@ from shards.store import storage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+T = TypeVar("T")
 
 
 class Work(RecordedRun):
@@ -185,6 +188,9 @@ class Work(RecordedRun):
         self._gpu = cluster.gpu
         try:
             cluster.run(config, self.record.run_id, self.folder, accept_change=accept_change)
+            disconnect()
+            if config.track.register != "never":
+                self._patiently(lambda: self._client.search_experiments(max_results=1))
         except BaseException:
             self._note_time()
             raise
@@ -192,6 +198,16 @@ class Work(RecordedRun):
             # A worker that still lives would write on into a spool that is sent and removed under it.
             disconnect()
             self._send_left()
+
+    def _patiently(self, act: Callable[[], T]) -> T:
+        """Return what `act` returns; wait for an MLflow that does not answer, as long as `track.wait_s` allows."""
+
+        def translated() -> T:
+            with translated_errors("the run is trained and everything is kept"):
+                return act()
+
+        patience_s = self.record.run_config.track.wait_s
+        return outlast(translated, "the registration", patience_s, self._launch.say)
 
     @property
     def _seconds(self) -> float:
@@ -243,13 +259,15 @@ class Work(RecordedRun):
                 f"nothing is registered, as track.register asks: `detr register {self.record.handle} --name NAME` does it"
             )
             return Outcome(run_id, self.folder, best, metrics, "", "", False)
-        client.set_tag(run_id, TAG_PHASE, "registering")
-        left_out = client.get_run(run_id).data.tags.get(TAG_LEFT_OUT)
+        self._patiently(lambda: client.set_tag(run_id, TAG_PHASE, "registering"))
+        left_out = self._patiently(lambda: client.get_run(run_id)).data.tags.get(TAG_LEFT_OUT)
         if left_out:
             say(f"warning: left out {left_out}")
         better = config.track.register == "best"
-        registered = register(
-            client, run_id, config, best, metrics, name=config.model_name, alias="best", only_if_better=better
+        registered = self._patiently(
+            lambda: register(
+                client, run_id, config, best, metrics, name=config.model_name, alias="best", only_if_better=better
+            )
         )
         if not registered.alias_moved:
             say(f"models:/{config.model_name}@best stays on another version, whose AP is higher")

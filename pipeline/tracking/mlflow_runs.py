@@ -25,6 +25,7 @@ from pipeline.tracking.pages.data import DataSet, dataset_input
 from pipeline.tracking.pages.experiment import complete_experiment
 from pipeline.tracking.pages.parameters import parameters
 from pipeline.tracking.provenance import code_commit
+from pipeline.tracking.server.answers import reason
 from pipeline.tracking.tags import TAG_COMMIT, TAG_FOLDER, TAG_KEY, TAG_PHASE
 from shards.errors import one_line
 
@@ -189,6 +190,8 @@ def set_final_status(client: MlflowClient, run_id: str, phase: str, status: str,
         client.set_tag(run_id, TAG_PHASE, phase)
         client.set_terminated(run_id, status)
     except unavailable() as error:
-        warn(f"warning: could not set the run's status in MLflow to {phase} ({one_line(error)})")
+        warn(
+            f"warning: could not set the run's status in MLflow to {phase} ({reason(error)}); `detr sync {run_id}` does"
+        )
         return False
     return True

@@ -44,8 +44,12 @@ def is_refused_login(error: BaseException) -> bool:
 
 def is_away(error: BaseException) -> bool:
     """Return whether the error may pass: the server or its database does not answer well."""
-    code = getattr(error, "error_code", None)
-    return code in _PASSING if code else isinstance(error, OSError)  # the errors of `requests` are OSErrors
+    if code := getattr(error, "error_code", None):
+        return code in _PASSING
+    if type(error).__module__.startswith("requests."):
+        response = getattr(error, "response", None)
+        return response is None or response.status_code >= 500
+    return isinstance(error, ConnectionError | TimeoutError)
 
 
 def refused_login(uri: str) -> str:

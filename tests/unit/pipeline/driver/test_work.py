@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from pipeline.checkpoint.catalog import write_evaluation
 from pipeline.config import RunConfig, TrackConfig
@@ -43,11 +44,12 @@ def test_what_is_left_is_sent_after_ray_by_the_lease_s_driver(
 ) -> None:
     order: list[str] = []
     monkeypatch.setattr(work, "send_left", lambda *_: order.append("sent"))
-    driver = work_at(tmp_path / "it", tiny_config, [])
+    client = SimpleNamespace(search_experiments=lambda **_: None)
+    driver = work_at(tmp_path / "it", tiny_config, [], client)
     driver._lease.lost = lost
     cluster = SimpleNamespace(gpu=False, run=lambda *_, **__: order.append("ran"))
     driver._run(cluster, tiny_config, lambda: order.append("disconnected"), accept_change=False)
-    assert order == ["ran", "disconnected"] + ([] if lost else ["sent"])
+    assert order == ["ran", "disconnected", "disconnected"] + ([] if lost else ["sent"])
 
 
 @pytest.mark.parametrize(("asked", "only_if_better"), [("best", True), ("always", False), ("never", None)])
@@ -136,3 +138,25 @@ def test_parameters_that_a_killed_driver_has_logged_stay(tiny_config: RunConfig)
     assert logged[0] == "RUNNING"
     assert "cluster.min_workers" in logged
     assert "cluster.workers" not in logged
+
+
+def test_a_trained_run_waits_for_mlflow_before_it_sends_and_registers(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.tracking.server.outage._AGAIN_S", 0.001)
+    order: list[str] = []
+    lines: list[str] = []
+    answers = iter([True, False])
+
+    def search(**_: int) -> None:
+        if next(answers):
+            order.append("away")
+            raise MlflowException("no answer")  # which MLflow gives a code of errors that may pass
+
+    monkeypatch.setattr(work, "send_left", lambda *_: order.append("sent") or True)
+    driver = work_at(tmp_path / "it", tiny_config, lines, SimpleNamespace(search_experiments=search))
+    cluster = SimpleNamespace(gpu=False, run=lambda *_, **__: order.append("ran"))
+    driver._run(cluster, tiny_config, lambda: None, accept_change=False)
+    assert order == ["ran", "away", "sent"]
+    assert "the registration waits for it, 10 min at most" in lines[0]
+    assert lines[1].startswith("MLflow answers again after")
