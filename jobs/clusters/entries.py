@@ -118,8 +118,7 @@ class Cluster(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         """Check what all entries have in common."""
-        if self.time_limit:
-            self.time_limit_s  # noqa: B018
+        self.time_limit_s  # noqa: B018
         if self.retries < 0:
             raise EntryError(f"retries is {self.retries}; expected 0 or more")
         if self.price_per_node_hour < 0:
@@ -147,13 +146,7 @@ class Cluster(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def time_limit_s(self) -> int:
         """Time limit in seconds, 0 without."""
-        if not self.time_limit:
-            return 0
-        if not re.fullmatch(r"(\d+[smhd])+", self.time_limit):
-            raise EntryError(
-                f"time_limit is {self.time_limit!r}; expected numbers with d, h, m or s, such as 36h or 2d12h"
-            )
-        return sum(int(count) * _UNITS[unit] for count, unit in re.findall(r"(\d+)([smhd])", self.time_limit))
+        return seconds_of(self.time_limit, "time_limit") if self.time_limit else 0
 
     @property
     def references(self) -> Mapping[str, Secret]:
@@ -169,6 +162,7 @@ class Ray(Cluster, frozen=True, kw_only=True, tag_field="launcher", tag="ray"):
     """A running Ray cluster with a job server."""
 
     launcher: ClassVar[str] = "ray"
+    secret_kinds: ClassVar[tuple[str, ...]] = ("env",)
 
     address: str
     """URL of the job server, http(s)://HOST:8265."""
@@ -192,6 +186,11 @@ class Ray(Cluster, frozen=True, kw_only=True, tag_field="launcher", tag="ray"):
             )
         if holds_secret(self.address):
             raise EntryError("address holds a user name or password; expected none: give `token`, a reference")
+        for name, secret in self.references.items():
+            if secret.where != name:
+                raise EntryError(
+                    f"secrets.{name} is {secret}; expected env:{name} with ray: set it where Ray is started on every node"
+                )
         if self.token and parse_secret(self.token, "token").kind == "secret":
             raise EntryError("token is a Secret of Kubernetes; expected env:VARIABLE or file:/PATH of this machine")
 
@@ -202,6 +201,8 @@ class KubeRay(Cluster, frozen=True, kw_only=True, tag_field="launcher", tag="kub
     launcher: ClassVar[str] = "kuberay"
     secret_kinds: ClassVar[tuple[str, ...]] = ("secret",)
 
+    code: Literal["installed"] = "installed"
+    """The image holds the code."""
     image: str
     """Image with this release, best by digest: registry/detr@sha256:..."""
     namespace: str = "default"
@@ -216,10 +217,12 @@ class KubeRay(Cluster, frozen=True, kw_only=True, tag_field="launcher", tag="kub
     """Size of /dev/shm of each worker's pod, which is memory."""
     node_selector: dict[str, str] = field(default_factory=dict)
     head_node_selector: dict[str, str] = field(default_factory=dict)
+    tolerations: tuple[str, ...] = ()
+    """Keys of taints that workers tolerate, such as nvidia.com/gpu."""
     service_account: str = ""
     image_pull_secret: str = ""
     token_secret: str = ""
-    """Kubernetes Secret with the key auth_token that Ray's processes of the job share. Empty: no authentication."""
+    """Kubernetes Secret with the key auth_token that Ray's processes of the job share. Empty: the operator makes one."""
     scheduler: Literal["", "kueue", "volcano", "yunikorn"] = ""
     """Scheduler of `queue` and `priority`; all of them start a job's pods together or not at all."""
     keep_s: int = 600
@@ -228,6 +231,28 @@ class KubeRay(Cluster, frozen=True, kw_only=True, tag_field="launcher", tag="kub
     """Time after which a job that has not started running is ended."""
     grace_s: int = 120
     """Seconds that a pod has to save before it is killed."""
+
+    def __post_init__(self) -> None:
+        """Check what Kubernetes and the operator want."""
+        super().__post_init__()
+        if self.nodes is None or not self.nodes.cpus or not self.nodes.memory_gib:
+            raise EntryError("nodes needs cpus and memory_gib with kuberay; expected what each pod of a worker may use")
+        if self.grace_s < 120:
+            raise EntryError(f"grace_s is {self.grace_s}; expected at least 120, in which a run saves")
+        if self.queue and not self.scheduler:
+            raise EntryError("queue without scheduler; expected scheduler kueue, volcano or yunikorn")
+        if self.scheduler and not self.queue:
+            raise EntryError(f"scheduler {self.scheduler} without queue; expected the queue's name")
+        if self.scheduler == "kueue" and self.nodes.elastic:
+            raise EntryError("nodes has min and max with kueue, which starts all or none; expected count")
+        if any(not folder.startswith("/") for folder in self.volumes.values()):
+            raise EntryError('volumes needs absolute folders; expected {"claim" = "/folder"}')
+        self.start_limit_s  # noqa: B018
+
+    @property
+    def start_limit_s(self) -> int:
+        """Limit of the start in seconds."""
+        return seconds_of(self.start_limit, "start_limit")
 
 
 class Slurm(Cluster, frozen=True, kw_only=True, tag_field="launcher", tag="slurm"):
@@ -246,7 +271,20 @@ class Slurm(Cluster, frozen=True, kw_only=True, tag_field="launcher", tag="slurm
     signal_s: int = 300
     """Seconds before the time limit at which the run saves and the job queues again."""
     job_folder: str = "."
-    """Folder that every node sees, for the job's script and log."""
+    """Folder that every node sees, for the job's script, snapshot and log."""
+
+    def __post_init__(self) -> None:
+        """Check what goes into lines of the script."""
+        super().__post_init__()
+        for name in ("job_folder", "partition", "account", "qos"):
+            if re.search(r"[\s\"'`$;]", getattr(self, name)):
+                raise EntryError(
+                    f"{name} is {getattr(self, name)!r}; expected no blanks and quotes: sbatch would not read it"
+                )
+        if any("\n" in option or not option.startswith("-") for option in self.options):
+            raise EntryError('options must begin with -; expected options of sbatch, such as ["--constraint=h100"]')
+        if self.time_limit and self.time_limit_s <= self.signal_s:
+            raise EntryError(f"time_limit is {self.time_limit}; expected more than signal_s, {self.signal_s} s")
 
 
 class Sky(Cluster, frozen=True, kw_only=True, tag_field="launcher", tag="sky"):
@@ -271,7 +309,7 @@ class RayUp(Cluster, frozen=True, kw_only=True, tag_field="launcher", tag="ray_u
     """Machines that Ray's own launcher (`ray up`) starts, of a cloud or of your own."""
 
     launcher: ClassVar[str] = "ray_up"
-    secret_kinds: ClassVar[tuple[str, ...]] = ("env", "file")
+    secret_kinds: ClassVar[tuple[str, ...]] = ("file",)
 
     nodes: Nodes
     provider: Literal["aws", "gcp", "azure", "local"]
@@ -290,6 +328,13 @@ class RayUp(Cluster, frozen=True, kw_only=True, tag_field="launcher", tag="ray_u
     """Docker image in which everything runs; empty: the machines themselves."""
     setup: tuple[str, ...] = ()
     """Lines of the shell that every node runs once."""
+
+
+def seconds_of(text: str, name: str) -> int:
+    """Return the seconds of a time such as 2d12h."""
+    if not re.fullmatch(r"(\d+[smhd])+", text):
+        raise EntryError(f"{name} is {text!r}; expected numbers with d, h, m or s, such as 36h or 2d12h")
+    return sum(int(count) * _UNITS[unit] for count, unit in re.findall(r"(\d+)([smhd])", text))
 
 
 Entry = Ray | KubeRay | Slurm | Sky | RayUp

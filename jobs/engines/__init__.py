@@ -14,7 +14,13 @@ from jobs.engines.engine import Engine, Job
 
 __all__ = ["ENGINES", "Engine", "Job", "engine_of"]
 
-ENGINES: dict[str, str] = {"ray": "jobs.engines.ray:RayEngine"}
+ENGINES: dict[str, str] = {
+    "ray": "jobs.engines.ray:RayEngine",
+    "kuberay": "jobs.engines.kuberay:KubeRayEngine",
+    "slurm": "jobs.engines.slurm:SlurmEngine",
+    "sky": "jobs.engines.sky:SkyEngine",
+    "ray_up": "jobs.engines.ray_up:RayUpEngine",
+}
 """Module and class of the engine of each launcher."""
 
 

@@ -1,0 +1,46 @@
+"""Pieces of shell that the scripts of several launchers share."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+
+from jobs.clusters.secret import Secret
+
+
+def exports(environment: Mapping[str, str]) -> list[str]:
+    """Return a line for each variable that is no secret."""
+    return [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+
+
+def secret_lines(secrets: Mapping[str, Secret]) -> list[str]:
+    """Return lines that read each secret where the script runs, so that the script holds none."""
+    lines = []
+    for name, secret in secrets.items():
+        if secret.kind == "file":
+            lines += [f"{name}=$(cat {_path(secret.where)})", f"export {name}"]
+        else:
+            lines += [f': "${{{secret.where}:?is not set on this node, but secrets.{name} refers to it}}"']
+            lines += [f'export {name}="${secret.where}"'] if name != secret.where else []
+    return lines
+
+
+def _path(path: str) -> str:
+    return f'"$HOME"/{shlex.quote(path[2:])}' if path.startswith("~/") else shlex.quote(path)
+
+
+DRIVER = r"""
+# A stop reaches the driver, which saves and ends with status 75. A signal interrupts `wait`, so it waits again.
+"$@" &
+driver=$!
+again=1
+trap 'again=1; kill -TERM "$driver" 2>/dev/null || true' TERM INT
+status=0
+while [ "$again" = 1 ]; do
+  again=0
+  status=0
+  wait "$driver" || status=$?
+done
+trap - TERM INT
+"""
+"""Runs the words of the positional parameters as the driver; `status` is how it ended."""
