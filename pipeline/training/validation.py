@@ -20,6 +20,7 @@ from pipeline.data.datasets import open_data
 from pipeline.distributed.parallel import gathered_model
 from pipeline.distributed.ranks import Ranks, on_first
 from pipeline.evaluation.evaluate_model import EvaluateOptions, Evaluation, evaluate_model
+from pipeline.evaluation.kept import keep_beside
 from pipeline.schedule import is_evaluated
 from pipeline.tracking.tags import TAG_PHASE
 from pipeline.tracking.tracker import Tracker
@@ -134,10 +135,12 @@ def _report(
     epoch: float,
     start: float,
 ) -> None:
-    """Report an evaluation on rank 0, the only one that has it."""
+    """Report and keep an evaluation on rank 0, the only one that has it."""
     if tracker and evaluation:
         report_evaluation(tracker, path, step, epoch, evaluation, start)
         report_pictures(tracker, val, evaluation.detections, config.evaluate.pictures, step)
+    if evaluation:
+        keep_beside(path, val, evaluation)
 
 
 def _record(path: Location, evaluation: Evaluation | None, ranks: Ranks, keep_unsent: Callable[[], None]) -> None:
