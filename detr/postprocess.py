@@ -83,6 +83,15 @@ def detect(
     return detections if nms is None else [_suppress(detection, nms) for detection in detections]
 
 
+def detecting_queries(outputs: Outputs | SigmoidOutputs) -> Tensor:
+    """Return the query [B, D] of each entry of `detect` without NMS, in its order."""
+    batch, queries, classes = outputs.logits.shape
+    if not isinstance(outputs, SigmoidOutputs):
+        return torch.arange(queries, device=outputs.logits.device).expand(batch, -1)
+    pairs = outputs.logits.float().flatten(1)
+    return pairs.topk(min(_MAX_DETECTIONS, pairs.shape[1]), 1).indices // classes
+
+
 def _best_pairs(logits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return scores [B, D], labels [B, D] and boxes [B, D, 4] of the D <= 100 best pairs of a query and a class."""
     pairs = logits.flatten(1)
