@@ -4,6 +4,7 @@ ShardError
 |- OtherFormatError    written in another format
 |- BadSampleError      the bytes of one sample are damaged
 |- SourceError         the source of a data set has defects
+|- PictureError        a picture that a user handed in cannot be used
 |- DigestError         a store's file is not the one that the manifest lists
 """
 
@@ -21,6 +22,10 @@ class OtherFormatError(ShardError):
 
 class BadSampleError(ShardError):
     """Raised for a sample whose bytes changed or are not an image; the message names the sample."""
+
+
+class PictureError(ShardError):
+    """Raised for a picture that a user handed in and that cannot be used; the message does not name it."""
 
 
 def one_line(error: BaseException) -> str:

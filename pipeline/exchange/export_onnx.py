@@ -29,8 +29,8 @@ from detr.model import DETR, build_model
 from detr.position import LearnedPosition
 from pipeline.errors import ExchangeError
 from pipeline.exchange.export_original import check_target
-from pipeline.registry.card import Card, read_model
-from pipeline.registry.versions import resolve
+from pipeline.registry.card import Card
+from pipeline.registry.versions import read_version
 from shards.store.storage import atomic_path
 
 TOLERANCE = 1e-3
@@ -86,7 +86,7 @@ def export_onnx(uri: str, path: Path) -> tuple[str, ...]:
             f"--onnx needs {', '.join(missing)}; expected the packages of the extra `onnx`: `make setup` installs them"
         )
     check_target(path)
-    trained, card = read_model(resolve(uri))
+    trained, card = read_version(uri)
     model = build_model(replace(card.model, auxiliary=False), len(card.categories)).eval()
     model.load_state_dict(trained.state_dict())
     sides = sides_of(model)

@@ -17,8 +17,7 @@ from torch import Tensor
 from detr.config import ModelConfig
 from detr.original import to_original_state_dict, with_class_rows
 from pipeline.errors import ExchangeError
-from pipeline.registry.card import read_model
-from pipeline.registry.versions import resolve
+from pipeline.registry.versions import read_version
 from shards.dataset.categories import Category
 from shards.store.storage import atomic_path
 
@@ -30,6 +29,7 @@ _DEPARTURES = ("position_temperature", "position_at_input", "decoder_input")
 _DEFAULTS = {
     "detr": ModelConfig(),
     "deformable": ModelConfig(variant="deformable", num_queries=300, feedforward_dim=1024),
+    "conditional": ModelConfig(variant="conditional", num_queries=300),
 }
 _VALUED = {
     "backbone": "--backbone",
@@ -62,7 +62,7 @@ def export_original(uri: str, path: Path) -> tuple[str, ...]:
     Raise `ExchangeError` naming the fields that the original cannot express.
     """
     check_target(path)
-    model, card = read_model(resolve(uri))
+    model, card = read_version(uri)
     refuse_departures(uri, card.model)
     state = {name: value.detach().cpu().contiguous() for name, value in to_original_state_dict(model).items()}
     classes = _classes(uri, card.categories)

@@ -79,19 +79,20 @@ def _run_lengths(mask: Tensor) -> dict[str, Any]:
     return {"size": list(mask.shape), "counts": encode_masks(mask[None].cpu().numpy())[0].decode()}
 
 
+def coco_result(detection: Prediction) -> dict[str, Any]:
+    """Return a detection in COCO's format without the image: original category id, box xywh in pixels, mask if any."""
+    x0, y0, x1, y1 = detection.box_xyxy
+    result: dict[str, Any] = {
+        "category_id": detection.category_id,
+        "category": detection.name,
+        "bbox": [x0, y0, x1 - x0, y1 - y0],
+        "score": detection.score,
+    }
+    if detection.segmentation is not None:
+        result["segmentation"] = detection.segmentation
+    return result
+
+
 def coco_results(image_id: int, found: Sequence[Prediction]) -> list[dict[str, Any]]:
-    """Return detections in COCO's result format: original category ids, boxes xywh in pixels, masks if there are any."""
-    results = []
-    for detection in found:
-        x0, y0, x1, y1 = detection.box_xyxy
-        result: dict[str, Any] = {
-            "image_id": image_id,
-            "category_id": detection.category_id,
-            "category": detection.name,
-            "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "score": detection.score,
-        }
-        if detection.segmentation is not None:
-            result["segmentation"] = detection.segmentation
-        results.append(result)
-    return results
+    """Return the detections of an image in COCO's result format."""
+    return [{"image_id": image_id, **coco_result(detection)} for detection in found]

@@ -12,8 +12,7 @@ from pipeline.display.terminal import progress_bar
 from pipeline.distributed.ranks import Ranks, default_device
 from pipeline.evaluation.evaluate_model import EvaluateOptions, Evaluation, evaluate_model
 from pipeline.evaluation.per_layer import LayerScore, evaluate_layers
-from pipeline.registry.card import read_model
-from pipeline.registry.versions import resolve
+from pipeline.registry.versions import read_version
 from shards.dataset.manifest import load_manifest
 from shards.dataset.verify import check_sizes
 from shards.read.segmentations import check_segmentations
@@ -35,7 +34,7 @@ def _score(evaluator: Callable[..., _Scored | None], uri: str, data: str, progre
     manifest = load_manifest(data)
     check_sizes(manifest)
     check_fits_cache(manifest)
-    model, card = read_model(resolve(uri))
+    model, card = read_version(uri)
     if card.model.masks and evaluator is evaluate_model:  # layers are scored by their boxes only
         check_segmentations(manifest)
     device = default_device()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,23 +17,30 @@ from pipeline.distributed.ranks import default_device
 from pipeline.errors import PipelineError
 from pipeline.inference.detector import Detector, Prediction, coco_results
 from pipeline.registry.versions import resolve
+from shards.errors import PictureError
 from shards.masks.rle import decode_masks
-from shards.rgb import to_rgb
+from shards.rgb import Exif, decode_picture, open_picture
 
 
-def predict(uri: str, images: Sequence[Path], out: Path, *, threshold: float = 0.5) -> list[dict[str, Any]]:
+def predict(
+    uri: str, images: Sequence[Path], out: Path, *, threshold: float = 0.5, exif: Exif = "upright"
+) -> list[dict[str, Any]]:
     """Detect on picture files: write annotated copies and `detections.json` (COCO's result format) into `out`.
 
-    Images are numbered from 1 in the order given; each result also names its file.
+    Images are numbered from 1 in the order given; each result also names its file. Boxes are of the picture as drawn:
+    turned upright, unless `exif` is `ignore`.
     """
+    if not 0 <= threshold <= 1:
+        raise PipelineError(f"threshold is {threshold:g}; expected a score from 0 to 1")
     for path in images:
         _open(path).close()
-    detector = Detector(resolve(uri), default_device())
+    with tempfile.TemporaryDirectory() as folder:
+        detector = Detector(resolve(uri, Path(folder)), default_device())
     out.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     with progress_bar("detecting") as advance:
         for number, path in enumerate(images, start=1):
-            image = _decode(path)
+            image = _decode(path, exif)
             found = detector([image], threshold)[0]
             draw(image, _boxes(found, image.height, image.width)).save(out / f"{number:04d}-{path.stem}.png")
             results += [{"file_name": str(path), **result} for result in coco_results(number, found)]
@@ -44,22 +52,20 @@ def predict(uri: str, images: Sequence[Path], out: Path, *, threshold: float = 0
 def _open(path: Path) -> Image.Image:
     """Open a picture file and read its header, not yet its pixels."""
     try:
-        return Image.open(path)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise _no_picture(path, error) from None
+        return open_picture(path)
+    except PictureError as error:
+        raise PipelineError(f"{path}: {error}") from None
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise PipelineError(f"{path}: {reason}; expected a picture file (JPEG, PNG, ...)") from None
 
 
-def _decode(path: Path) -> Image.Image:
+def _decode(path: Path, exif: Exif) -> Image.Image:
     with _open(path) as opened:
         try:
-            return to_rgb(opened)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise _no_picture(path, error) from None
-
-
-def _no_picture(path: Path, error: Exception) -> PipelineError:
-    reason = "no such file" if isinstance(error, FileNotFoundError) else "not a picture that can be read"
-    return PipelineError(f"{path}: {reason}; expected a picture file (JPEG, PNG, ...)")
+            return decode_picture(opened, exif)
+        except PictureError as error:
+            raise PipelineError(f"{path}: {error}; expected a picture file (JPEG, PNG, ...)") from None
 
 
 def _boxes(found: Sequence[Prediction], height: int, width: int) -> Boxes:

@@ -20,6 +20,8 @@ from shards.dataset.categories import Category
 
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "card.json"
+DETECTOR_FOLDER = "artifacts/detector"
+"""Folder of both in a version, as MLflow names an artifact `detector`."""
 FORMAT = 1
 
 

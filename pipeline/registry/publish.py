@@ -6,28 +6,24 @@ packages it needs. It is enough to evaluate, to serve, and to trace the data, co
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 import tempfile
-import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.errors import RegistryError, TrackingError
+from pipeline.errors import RegistryError, TrackingAway, TrackingError
 from pipeline.registry.card import Card, write_folder
-from shards.errors import one_line
+from pipeline.registry.mlflow_model import write_mlflow_model
+from pipeline.tracking.server.address import tracking_uri
+from pipeline.tracking.server.answers import is_away, is_refused_login, reason, refused_login
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
     from detr.model import DETR
-
-_ROOT = Path(__file__).resolve().parents[2]
-_PACKAGES = ("torch", "numpy", "pillow", "msgspec", "safetensors", "pycocotools", "mlflow")
-"""Packages that a registered version is pinned to: all that `pipeline.inference.serve` imports and no others."""
 
 
 class Registered(NamedTuple):
@@ -90,20 +86,18 @@ def _one_line_errors(name: str, retry_command: str) -> Generator[None, None, Non
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:  # errors of `requests` are OSErrors
-        raise TrackingError(
-            f"registering {name!r} failed ({one_line(error)}); expected a store that takes the version: "
+        if is_refused_login(error):
+            raise TrackingAway(f"{refused_login(tracking_uri())}; `{retry_command}` tries again") from None
+        raise (TrackingAway if is_away(error) else TrackingError)(
+            f"registering {name!r} failed ({reason(error)}); expected a store that takes the version: "
             f"`{retry_command}` tries again"
         ) from None
 
 
 def _log_model(client: MlflowClient, card: Card, folder: Path) -> str:
-    """Write the MLflow model (models from code, nothing pickled), upload it to the run and return its id."""
-    import mlflow
-    import mlflow.pyfunc.model
+    """Write the MLflow model of the detector in `folder`, upload it to the run and return its id."""
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
-    from mlflow.models.signature import ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
     run = client.get_run(card.run_id)
     logged = client.create_logged_model(
@@ -114,24 +108,8 @@ def _log_model(client: MlflowClient, card: Card, folder: Path) -> str:
         params={"recipe": card.recipe or "-", "backbone": card.model.backbone},
         model_type="detector",
     )
-    signature = ModelSignature(
-        inputs=Schema([ColSpec(DataType.string, "image")]),
-        outputs=Schema([ColSpec(DataType.string)]),
-        params=ParamSchema([ParamSpec("threshold", DataType.double, 0.5)]),
-    )
-    # MLflow advises type hints, but the signature above is more precise. MLflow's own filter overrides `ignore`, so the
-    # warnings are recorded and dropped.
-    with warnings.catch_warnings(record=True):
-        warnings.simplefilter("always")  # record them even if warnings are errors
-        mlflow.pyfunc.save_model(
-            path=folder / "model",
-            python_model=str(_ROOT / "pipeline" / "inference" / "serve.py"),
-            artifacts={"detector": str(folder / "detector")},
-            code_paths=[str(_ROOT / package) for package in ("detr", "shards", "pipeline")],
-            signature=signature,
-            pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in _PACKAGES],
-            mlflow_model=Model(run_id=card.run_id, model_id=logged.model_id),
-        )
+    model = Model(run_id=card.run_id, model_id=logged.model_id)
+    write_mlflow_model(folder / "model", folder / "detector", model)
     client.log_model_artifacts(logged.model_id, str(folder / "model"))
     client.log_outputs(card.run_id, [LoggedModelOutput(logged.model_id, step=card.step)])
     client.finalize_logged_model(logged.model_id, "READY")

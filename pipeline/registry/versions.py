@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RegistryError
-from pipeline.registry.card import CARD_NAME
+from pipeline.registry.card import CARD_NAME, DETECTOR_FOLDER, Card, read_model
 from pipeline.tracking.mlflow_client import connect
 from shards.errors import one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+    from detr.model import DETR
 
 
 def find_version(client: MlflowClient, uri: str) -> Any:
@@ -54,21 +57,42 @@ def run_of(client: MlflowClient, uri: str) -> str:
     return str(version.run_id)
 
 
-def resolve(uri: str) -> Path:
-    """Return the folder with weights and card of a registered version; download it if needed."""
+def resolve(uri: str, folder: Path) -> Path:
+    """Fetch weights and card of a registered version into `folder`, and nothing else; return the folder with both.
+
+    The caller removes `folder`: weights are large, and a temporary folder that keeps them fills up.
+    """
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    client = connect()
-    version = find_version(client, uri)
+    version = find_version(connect(), uri)
+    source = f"models:/{version.name}/{version.version}"
+    problem = f"no {CARD_NAME} in {DETECTOR_FOLDER}"
     try:
-        folder = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}"))
+        fetched = Path(mlflow.artifacts.download_artifacts(f"{source}/{DETECTOR_FOLDER}", dst_path=str(folder)))
+        if (fetched / CARD_NAME).is_file():
+            return fetched
     except (MlflowException, OSError) as error:
-        raise RegistryError(
-            f"the files of {uri} cannot be fetched ({one_line(error)}); expected them in the artifact store: "
-            "is it mounted or reachable from here?"
-        ) from None
-    found = sorted(folder.rglob(CARD_NAME))
-    if not found:
+        problem = one_line(error)
+    if _has_files(source):
         raise RegistryError(f"{uri} holds no {CARD_NAME}; expected a model registered by `detr`")
-    return found[0].parent
+    raise RegistryError(
+        f"the files of {uri} cannot be fetched ({problem}); expected them in the artifact store: "
+        "is it mounted or reachable from here?"
+    )
+
+
+def _has_files(source: str) -> bool:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(mlflow.artifacts.list_artifacts(artifact_uri=source))
+    except (MlflowException, OSError):
+        return False
+
+
+def read_version(uri: str) -> tuple[DETR, Card]:
+    """Return the model of a registered version, in evaluation mode on the CPU, and its card; leave no file behind."""
+    with tempfile.TemporaryDirectory() as folder:
+        return read_model(resolve(uri, Path(folder)))

@@ -20,8 +20,7 @@ from pipeline.exchange.export_original import export_original
 from pipeline.exchange.import_original import import_file
 from pipeline.inference.evaluate import evaluate
 from pipeline.inference.predict import predict
-from pipeline.registry.card import read_card, read_model
-from pipeline.registry.versions import find_version, resolve
+from pipeline.registry.versions import find_version, read_version
 from pipeline.tracking.mlflow_client import connect
 from pipeline.tracking.mlflow_runs import find_runs
 from pipeline.train import resume
@@ -67,13 +66,13 @@ def test_the_version_and_its_run_name_the_imported_file(imported: MlflowClient, 
     assert "resnet18" in run.data.tags["detr.imported"]
     assert "assumed, for the file does not say: 8 heads" in run.data.tags["detr.imported"]
     assert find_runs(imported) == []  # those of `detr train`
-    card = read_card(resolve("models:/small@paper"))
+    card = read_version("models:/small@paper")[1]
     assert (card.model, len(card.categories), card.transform.eval_size) == (CONFIG, 91, 800)
     assert card.imported_from == version.tags["imported_from"]
 
 
 def test_the_weights_of_the_version_are_those_of_the_file(imported: MlflowClient, file: Path) -> None:
-    model, _ = read_model(resolve("models:/small@paper"))
+    model, _ = read_version("models:/small@paper")
     expected = torch.load(file, weights_only=True)["model"]
     state = to_original_state_dict(model)
     assert state.keys() == expected.keys()
@@ -135,7 +134,7 @@ def test_an_imported_version_is_exported_as_the_same_file(imported: MlflowClient
 def test_each_import_is_a_version_of_its_own(store: str, file: Path) -> None:
     assert import_file(file, name="small", heads=4).registered.version == "1"
     assert import_file(file, name="small", heads=8).registered.version == "2"
-    assert read_card(resolve("models:/small/1")).model.heads == 4
+    assert read_version("models:/small/1")[1].model.heads == 4
     assert str(find_version(connect(), "models:/small@best").version) == "2"
 
 

@@ -27,10 +27,10 @@ from pipeline.errors import PipelineError, RegistryError, TrackingError
 from pipeline.evaluation.evaluate_model import EvaluateOptions, evaluate_model
 from pipeline.inference.evaluate import evaluate
 from pipeline.inference.predict import predict
-from pipeline.registry.card import read_card, read_model
+from pipeline.registry.card import read_card
 from pipeline.registry.publish import Registered
 from pipeline.registry.registration import register, register_run
-from pipeline.registry.versions import find_version, resolve, run_of
+from pipeline.registry.versions import find_version, read_version, resolve, run_of
 from pipeline.tracking.mlflow_client import connect
 from pipeline.tracking.mlflow_runs import create_run
 from pipeline.tracking.tags import TAG_FOLDER
@@ -80,7 +80,7 @@ def test_a_version_names_its_origin(trained: Trained, version: str) -> None:
     assert found.tags["train_digest"] == load_manifest(trained.config.data.train).digest
     assert found.tags["val_digest"] == load_manifest(trained.config.data.val).digest
     assert found.tags["AP"] == f"{best[1]['AP']:.6f}"
-    card = read_card(resolve("models:/tiny@best"))
+    card = read_version("models:/tiny@best")[1]
     assert (card.run_id, card.step, card.recipe, card.metrics) == (trained.run_id, 1, "tiny", best[1])
     assert [category.id for category in card.categories] == [1, 2, 3, 4]
 
@@ -194,19 +194,19 @@ def test_a_version_of_a_run_with_averages_has_them_and_names_the_decay(
     register_run(trained.run_id, name="tiny", alias="best")
     best = catalog.best(trained.folder)
     assert best is not None
-    weights = read_model(resolve("models:/tiny@best"))[0].state_dict()
+    weights = read_version("models:/tiny@best")[0].state_dict()
     for averaged in (True, False):
         model = build_model(trained.config.model, 4)
         checkpoint_state.load_weights(best[0], model, averaged=averaged)
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items()) is averaged
-    assert read_card(resolve("models:/tiny@best")).ema == 0.9
+    assert read_version("models:/tiny@best")[1].ema == 0.9
     assert find_version(trained.client, "models:/tiny@best").tags["ema"] == "0.9"
     found = evaluate("models:/tiny@best", trained.config.data.val)
     assert found.score.metrics == pytest.approx(best[1], abs=1e-6)
 
 
 def test_a_card_without_batching_is_evaluated_in_padded_batches(trained: Trained, version: str, tmp_path: Path) -> None:
-    folder = resolve("models:/tiny@best")
+    folder = resolve("models:/tiny@best", tmp_path)
     assert read_card(folder).evaluate_batching == "same_size"
     card = json.loads((folder / "card.json").read_text())
     del card["evaluate_batching"], card["ema"]
@@ -225,9 +225,9 @@ def test_a_version_is_evaluated_in_the_batches_that_its_card_names(
         raise InterruptedError
 
     monkeypatch.setattr("pipeline.inference.evaluate.evaluate_model", stop)
-    model, card = read_model(resolve("models:/tiny@best"))
+    model, card = read_version("models:/tiny@best")
     card = msgspec.structs.replace(card, evaluate_batching=batching)
-    monkeypatch.setattr("pipeline.inference.evaluate.read_model", lambda folder: (model, card))
+    monkeypatch.setattr("pipeline.inference.evaluate.read_version", lambda uri: (model, card))
     with pytest.raises(InterruptedError):
         evaluate("models:/tiny@best", trained.config.data.val)
     assert seen == [batching]
@@ -258,14 +258,15 @@ def test_mlflow_serves_the_version_from_base64_pictures(trained: Trained, versio
     grey = io.BytesIO()
     Image.new("L", (50, 80), 9).save(grey, "PNG")
     both = pandas.DataFrame({"image": [text, base64.b64encode(grey.getvalue()).decode()]})
-    answers = [json.loads(answer) for answer in served.predict(both, params={"threshold": 0.0})]
-    assert [len(answer) for answer in answers] == [8, 8]
-    first = answers[0][0]
+    answers = served.predict(both, params={"threshold": 0.0})
+    assert [len(answer["detections"]) for answer in answers] == [8, 8]
+    assert [(answer["width"], answer["height"]) for answer in answers] == [(64, 64), (50, 80)]
+    first = answers[0]["detections"][0]
     assert first["category_id"] in (1, 2, 3, 4)
-    assert set(first) == {"image_id", "category_id", "category", "bbox", "score"}
-    scores = [result["score"] for result in answers[0]]
+    assert set(first) == {"category_id", "category", "bbox", "score"}
+    scores = [result["score"] for result in answers[0]["detections"]]
     assert scores == sorted(scores, reverse=True)
-    assert [json.loads(answer) for answer in served.predict(both, params={"threshold": 1.0})] == [[], []]
+    assert [answer["detections"] for answer in served.predict(both, params={"threshold": 1.0})] == [[], []]
 
 
 def test_predictions_are_written_with_pictures_and_original_category_ids(
@@ -308,22 +309,24 @@ def test_a_file_that_is_no_picture_is_one_line_before_anything_is_written(versio
         ("runs/tiny", r"is no registered model; expected models:/NAME@ALIAS"),
     ],
 )
-def test_an_unknown_version_is_one_line_that_names_the_known_ones(version: str, uri: str, message: str) -> None:
+def test_an_unknown_version_is_one_line_that_names_the_known_ones(
+    version: str, uri: str, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(RegistryError, match=message) as caught:
-        resolve(uri)
+        resolve(uri, tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_an_empty_registry_is_reported_as_empty(store: str) -> None:
+def test_an_empty_registry_is_reported_as_empty(store: str, tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match="expected one of: none yet"):
-        resolve("models:/tiny@best")
+        resolve("models:/tiny@best", tmp_path)
 
 
-def test_a_version_whose_files_are_gone_is_one_line(own: Trained) -> None:
+def test_a_version_whose_files_are_gone_is_one_line(own: Trained, tmp_path: Path) -> None:
     register_run("tiny", name="tiny", alias="best")
     shutil.rmtree(own.artifacts)
     with pytest.raises(RegistryError, match=r"models:/tiny@best") as caught:
-        resolve("models:/tiny@best")
+        resolve("models:/tiny@best", tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -334,7 +337,7 @@ def test_a_version_that_others_registered_is_one_line(store: str, tmp_path: Path
     client.create_registered_model("foreign")
     client.create_model_version("foreign", source=str(tmp_path / "foreign"))
     with pytest.raises(RegistryError, match=r"holds no card\.json; expected a model registered by `detr`"):
-        resolve("models:/foreign/1")
+        resolve("models:/foreign/1", tmp_path)
 
 
 def test_a_run_without_an_evaluated_checkpoint_cannot_be_registered(

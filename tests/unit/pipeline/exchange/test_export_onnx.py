@@ -15,7 +15,7 @@ from detr.model import build_model
 from pipeline.errors import ExchangeError
 from pipeline.exchange import export_onnx as onnx_exporter
 from pipeline.exchange.export_onnx import Sides, difference_in_onnxruntime, export_onnx
-from pipeline.registry.card import Card, write_folder
+from pipeline.registry.card import Card, read_model, write_folder
 from shards.dataset.categories import Category
 from tests.support.cards import make_card
 
@@ -46,21 +46,19 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _resolved(registered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_exporter, "resolve", lambda uri: registered)
+    monkeypatch.setattr(onnx_exporter, "read_version", lambda uri: read_model(registered))
 
 
 @pytest.fixture(scope="module")
 def exported(registered: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...]]:
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_exporter, "resolve", lambda uri: registered)
+        patch.setattr(onnx_exporter, "read_version", lambda uri: read_model(registered))
         return path, export_onnx("models:/a/1", path)
 
 
 def test_any_batch_and_size_gives_the_outputs_of_pytorch(exported: tuple[Path, tuple[str, ...]]) -> None:
     import onnxruntime
-
-    from pipeline.registry.card import read_model
 
     path, notes = exported
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -69,7 +67,7 @@ def test_any_batch_and_size_gives_the_outputs_of_pytorch(exported: tuple[Path, t
         ("padding", "tensor(bool)"),
     ]
     assert [tensor.name for tensor in session.get_outputs()] == ["logits", "boxes"]
-    model, _ = read_model(onnx_exporter.resolve("models:/a/1"))
+    model, _ = onnx_exporter.read_version("models:/a/1")
     for batch, height, width in ((1, 64, 64), (2, 65, 300), (8, 127, 90)):
         images, padding = torch.randn(batch, 3, height, width), torch.zeros(batch, height, width, dtype=torch.bool)
         padding[-1, :, width // 2 :] = batch > 1  # at 90 px that is the edge of a cell, where rounding would show
@@ -162,7 +160,7 @@ def test_missing_packages_are_named_with_the_extra(tmp_path: Path, monkeypatch: 
 
 
 def test_the_target_is_checked_before_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_exporter, "resolve", lambda uri: pytest.fail("fetched"))
+    monkeypatch.setattr(onnx_exporter, "read_version", lambda uri: pytest.fail("fetched"))
     for path in (tmp_path, tmp_path / "absent" / "m.onnx"):
         with pytest.raises(ExchangeError, match="cannot be written; expected a file in a folder that exists"):
             export_onnx("models:/a/1", path)

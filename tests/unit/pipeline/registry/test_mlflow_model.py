@@ -1,10 +1,12 @@
-"""A registered version lists the packages that serving it imports, and no others."""
+"""The MLflow model of a version: the packages that serving it imports and no others, its code, its signature."""
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,13 @@ import torch
 
 from detr.config import ModelConfig, TransformConfig
 from detr.model import build_model
-from pipeline.registry import publish
+from pipeline.inference.requests import Options
+from pipeline.registry import mlflow_model
 from pipeline.registry.card import Card, write_folder
+from pipeline.registry.mlflow_model import PACKAGES, requirements, signature, write_code
 from shards.dataset.categories import Category
 
-ROOT = Path(publish.__file__).resolve().parents[2]
+ROOT = mlflow_model.ROOT
 SERVE = """
 import builtins, json, sys
 from pathlib import Path
@@ -78,14 +82,38 @@ def serve(version: Path, packages: Iterable[str]) -> subprocess.CompletedProcess
 
 
 def test_serving_imports_exactly_the_packages_that_a_version_lists(version: Path) -> None:
-    served = serve(version, publish._PACKAGES)
+    served = serve(version, PACKAGES)
     assert served.returncode == 0, served.stderr
     answer = json.loads(served.stdout)
     assert len(answer["results"]) == 3
     assert answer["results"][0]["segmentation"]["size"] == [32, 48]
-    assert answer["used"] == sorted({"pillow": "PIL"}.get(name, name) for name in publish._PACKAGES)
+    assert answer["used"] == sorted({"pillow": "PIL"}.get(name, name) for name in PACKAGES)
 
 
 def test_a_package_missing_from_the_list_is_noticed(version: Path) -> None:
-    served = serve(version, set(publish._PACKAGES) - {"safetensors"})
+    served = serve(version, set(PACKAGES) - {"safetensors"})
     assert "No module named 'safetensors" in served.stderr
+
+
+def test_versions_are_pinned_as_the_package_index_knows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.15.0+cpu" if name == "torch" else "1.2")
+    assert requirements()[:2] == ["torch==2.15.0", "numpy==1.2"]
+
+
+def test_the_code_is_one_archive_from_which_python_imports(version: Path, tmp_path: Path) -> None:
+    for name in ("one.zip", "two.zip"):
+        write_code(tmp_path / name)
+    assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
+    detect = (
+        "import sys; from pathlib import Path; import pipeline.inference.detector as module; "
+        "assert '.zip' in module.__file__, module.__file__; module.Detector(Path(sys.argv[1]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "one.zip")}
+    command = [sys.executable, "-W", "ignore", "-c", detect, str(version)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_signature_has_the_parameters_of_a_request_and_their_defaults() -> None:
+    schema = signature().params
+    assert {spec.name: spec.default for spec in schema.params} == asdict(Options())
