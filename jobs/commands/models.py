@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -106,6 +106,8 @@ class Predict:
     """Folder for the results."""
     threshold: float = 0.5
     """Lowest score of a detection that is kept, 0 to 1."""
+    exif: Literal["upright", "ignore"] = "upright"
+    """Turn a picture as its camera was held, by its EXIF data; `ignore` takes the pixels as stored, as COCO's boxes do."""
 
 
 def predict(argv: list[str]) -> None:
@@ -115,7 +117,7 @@ def predict(argv: list[str]) -> None:
         raise UsageError("no image given; expected `detr predict models:/NAME@ALIAS IMAGE... --out DIR`")
     from pipeline.inference.predict import predict as detect
 
-    detections = detect(options.model, options.images, options.out, threshold=options.threshold)
+    detections = detect(options.model, options.images, options.out, threshold=options.threshold, exif=options.exif)
     print(f"{len(detections)} detections in {len(options.images)} images: see {options.out / 'detections.json'}")
 
 
