@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jobs.commands import batches, cluster, exchange, models, runs, shard
+from jobs.commands import batches, cluster, exchange, models, runs, shard, sweep
 from jobs.nearest import nearest
 from jobs.parsing import Command, UsageError, command_table
 from pipeline.errors import USER_ERRORS, Interrupted
@@ -24,6 +24,9 @@ COMMANDS: dict[str, Command] = {
     "demo": Command("Train, register and evaluate a small model on built-in data, in minutes", runs.demo),
     "shard": Command("Make, verify and describe data sets: shard coco|voc|yolo|index|verify|info", shard.shard),
     "train": Command("Train a recipe: train RECIPE [--any.field value ...]", runs.train),
+    "sweep": Command(
+        "Train with every combination of some options: sweep NAME RECIPE --optim.lr 1e-4,2e-4", sweep.sweep
+    ),
     "show": Command("Print the configuration of a recipe: show RECIPE [--any.field value ...]", runs.show),
     "show-batch": Command(
         "Draw the batch of a step as the model sees it: show-batch RECIPE --step N --out FILE", batches.show_batch
@@ -53,7 +56,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         return _run(argv)
     except KeyboardInterrupt as error:
-        if argv and argv[0] in ("train", "resume", "demo"):
+        if argv and argv[0] in ("train", "resume", "demo", "sweep"):
             return _fail("stopped before the workers ran; give the same command again", Interrupted.exit_status)
         return _fail("interrupted", 128 + getattr(error, "number", signal.SIGINT))
 
