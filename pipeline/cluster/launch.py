@@ -51,12 +51,14 @@ class ConnectedCluster:
         self.gpu = gpu
         """True if the workers use GPUs."""
 
-    def run(self, config: RunConfig, run_id: str, folder: Location, accept_change: bool = False) -> None:
+    def run(
+        self, config: RunConfig, run_id: str, folder: Location, accept_change: bool = False, began: float = 0.0
+    ) -> None:
         """Run the workers to the last step, and follow them on stderr.
 
-        With `accept_change` the workers continue even from a checkpoint whose stream of samples is another one. Raise
-        `Interrupted` when a user or a scheduler stopped the run, `TrainingError` with the workers' message when it
-        failed.
+        With `accept_change` the workers continue even from a checkpoint whose stream of samples is another one. `began` is
+        the time at which the run was made. Raise `Interrupted` when a user or a scheduler stopped the run,
+        `TrainingError` with the workers' message when it failed.
         """
         gpu, say = self.gpu, self._say
         mark("run created or found")
@@ -64,7 +66,7 @@ class ConnectedCluster:
 
         notes = Notes.of_run(run_id, RayNotes())
         cancel_dead_claims(notes.store, jobs_alive, cancel_resource_request)
-        job = WorkerJob(config, run_id, folder, uri_for_workers(), code_commit(), accept_change, notes)
+        job = WorkerJob(config, run_id, folder, uri_for_workers(), code_commit(), accept_change, notes, began)
         fit = _trainer(job, gpu).fit
         evaluator = evaluator_on_ray(job, gpu, say) if config.evaluate.asynchronous else None
         if evaluator:

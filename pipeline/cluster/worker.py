@@ -18,6 +18,7 @@ from pipeline.cluster.startup import FirstStep
 from pipeline.config import RunConfig
 from pipeline.distributed.devices import device_name
 from pipeline.errors import USER_ERRORS, Postponed
+from pipeline.run_folder import scratch
 from pipeline.timeline import mark
 from pipeline.tracking.run_spools import TRAINING, open_tracker
 from pipeline.tracking.server.address import tracking_uri
@@ -29,6 +30,7 @@ from shards.errors import one_line
 from shards.store.retry import may_pass
 
 if TYPE_CHECKING:
+    from pipeline.cluster.load.report import LoadReport
     from pipeline.distributed.ranks import Ranks
 
 _LESS = "expected a run that fits: lower --evaluate.batch-size, --data.reader-threads or the workers of a node"
@@ -51,6 +53,8 @@ class WorkerJob:
     accept_change: bool
     """Continue from a checkpoint even if its stream of samples is another one."""
     notes: Notes
+    began: float = 0.0
+    """Time at which the run began, in seconds since the epoch."""
 
     @property
     def mlflow(self) -> str:
@@ -82,6 +86,7 @@ def train_in_ray(job: WorkerJob) -> None:
     )
     run_info = RunInfo(job.run_id, job.folder, job.code_commit, job.accept_change)
     tracker: SpoolTracker | None = None
+    load: LoadReport | None = None
     failed = False
     restart = attempts.start_attempt(job.notes, ranks.world_size) if ranks.first else None
     timeline = FirstStep(job.notes) if ranks.first else None
@@ -107,6 +112,7 @@ def train_in_ray(job: WorkerJob) -> None:
         tracker = open_patiently(job, ranks)
         if tracker:
             tracker.tags({TAG_PHASE: "training", TAG_DEVICE: device_name(ranks.device)} | _restart_warning(restart))
+        load = _load_report(job, ranks, context.get_local_rank(), tracker)
         first_step = FirstStepReport(tracker, ranks.world_size, restart)
         with forward_warnings(tracker) if tracker else nullcontext():
             run(config, run_info, ranks, tracker, LoopHooks(request, stepped, keep_unsent))
@@ -116,12 +122,29 @@ def train_in_ray(job: WorkerJob) -> None:
         raise
     finally:
         hangs.close()
+        if load:
+            load.close()
         if asked:
             asked.close()
         if tracker:
             if not failed:
                 tracker.close()
             attempts.finish_handover(job.notes)
+
+
+def _load_report(job: WorkerJob, ranks: Ranks, local_rank: int, tracker: SpoolTracker | None) -> LoadReport | None:
+    """Return the report of the load of this node or GPU, or None if this worker has neither to report."""
+    import ray
+
+    from pipeline.cluster.load.machine import sampler
+    from pipeline.cluster.load.report import LoadReport
+
+    every_s, first_of_node = job.config.track.system_every_s, local_rank == 0
+    if not every_s or not (first_of_node or tracker or ranks.device.type == "cuda"):
+        return None
+    numbers = ray.get_runtime_context().get_accelerator_ids().get("GPU") or [str(local_rank)]
+    sample = sampler(scratch(job.run_id), ranks.device, numbers[0], whole=first_of_node)
+    return LoadReport(job.notes, ranks.rank, sample, tracker, began=job.began, every_s=every_s)
 
 
 def open_patiently(job: WorkerJob, ranks: Ranks) -> SpoolTracker | None:

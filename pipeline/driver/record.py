@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -78,6 +79,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     result: _Result | None = None
     unsent: bool = False
     """True if MLflow has not taken everything that the finished run reported."""
+    began: float = 0.0
+    """Time at which the run was made, in seconds since the epoch; 0 for a run of a release that did not keep it."""
     worked_s: float = 0.0
     """Seconds that drivers of the run have worked, without those that were killed."""
 
@@ -130,6 +133,7 @@ def new_record(name: str, asked: RunConfig, config: RunConfig, digests: tuple[st
     return RunRecord(
         name=name,
         key=secrets.token_hex(16),
+        began=time.time(),
         asked=_fields(asked),
         config=_fields(config),
         train_digest=digests[0],

@@ -175,7 +175,14 @@ class Work(RecordedRun):
         client, run_id = self._client, self.record.run_id
         changed = config != self.record.run_config
         self.record = self.record.with_configs(asked, config)
-        self.save(status="running", message="", train_digest=position.train.digest, val_digest=position.val.digest)
+        began = self.record.began or time.time()
+        self.save(
+            status="running",
+            message="",
+            began=began,
+            train_digest=position.train.digest,
+            val_digest=position.val.digest,
+        )
         if changed:
             # Parameters of a run cannot change in MLflow; this artifact says what is trained now.
             client.log_text(run_id, to_json(config).decode(), CONFIG_ARTIFACT)
@@ -187,7 +194,7 @@ class Work(RecordedRun):
         raise_unheard()
         self._gpu = cluster.gpu
         try:
-            cluster.run(config, self.record.run_id, self.folder, accept_change=accept_change)
+            cluster.run(config, self.record.run_id, self.folder, accept_change=accept_change, began=self.record.began)
             disconnect()
             if config.track.register != "never":
                 self._patiently(lambda: self._client.search_experiments(max_results=1))

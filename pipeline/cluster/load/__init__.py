@@ -1,0 +1,1 @@
+"""Load of the machines that train: MLflow shows it as system metrics."""
