@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shlex
 import time
 from datetime import datetime
 from typing import Any, ClassVar, TextIO
 
 import msgspec
-import yaml
 
 from jobs.clusters.entries import KubeRay
 from jobs.engines import client
@@ -28,10 +28,12 @@ from jobs.engines.rayjob import (
     WorkerGroup,
 )
 from jobs.engines.rayjob_rules import broken_rules
+from jobs.engines.yaml_text import dump
 from jobs.errors import JobError
 from jobs.plan import GRACE_S, Plan
 
 _LOOK_S = 2.0
+_HEAD_SHM_GIB = 4
 _STATES: dict[str, State] = {
     "Running": "RUNNING",
     "Complete": "SUCCEEDED",
@@ -51,7 +53,7 @@ class KubeRayEngine:
         broken = broken_rules(manifest)
         if broken:
             raise JobError(f"the operator would refuse this RayJob: {broken[0]}")
-        return str(yaml.safe_dump(manifest, sort_keys=False, width=1000))
+        return dump(manifest)
 
     def submit(self, plan: Plan, say: Say) -> str:
         """Create the RayJob."""
@@ -127,9 +129,9 @@ def rayjob(plan: Plan) -> RayJob:
         kind="RayJob",
         metadata=Metadata(name=plan.job, namespace=cluster.namespace, labels=_labels(cluster, plan)),
         spec=Spec(
-            entrypoint=plan.shell,
+            entrypoint=shlex.join(plan.command),  # the operator's shell reads it, so it holds words only
             submission_mode="K8sJobMode",
-            runtime_env_yaml=str(yaml.safe_dump({"env_vars": stop}, sort_keys=False)),
+            runtime_env_yaml=dump({"env_vars": stop}),
             backoff_limit=cluster.retries,
             active_deadline_seconds=cluster.time_limit_s,
             pre_running_deadline_seconds=cluster.start_limit_s,
@@ -193,9 +195,9 @@ def _pod(
         volumes.append({"name": claim, "persistentVolumeClaim": {"claimName": claim}})
         mounts.append(VolumeMount(name=claim, mount_path=folder))
     worker = name == "ray-worker"
-    if worker:
-        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{cluster.shm_gib}Gi"}})
-        mounts.append(VolumeMount(name="shm", mount_path="/dev/shm"))
+    shm_gib = cluster.shm_gib if worker else min(cluster.shm_gib, _HEAD_SHM_GIB)
+    volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{shm_gib}Gi"}})
+    mounts.append(VolumeMount(name="shm", mount_path="/dev/shm"))
     if worker and cluster.cache:
         limit = {"sizeLimit": f"{cluster.scratch_gib}Gi"} if cluster.scratch_gib else {}
         volumes.append({"name": "detr-cache", "emptyDir": limit})
@@ -208,6 +210,7 @@ def _pod(
                 env=env,
                 resources={"limits": resources, "requests": resources},
                 volume_mounts=mounts,
+                working_dir=cluster.directory,
             )
         ],
         volumes=volumes,

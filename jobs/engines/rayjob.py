@@ -11,7 +11,7 @@ class _Object(Struct, frozen=True, kw_only=True, omit_defaults=True, rename="cam
     """An object of a manifest; fields with their defaults are left out."""
 
 
-class Metadata(_Object, frozen=True):
+class Metadata(_Object, frozen=True, kw_only=True):
     """Name and labels."""
 
     name: str = ""
@@ -19,7 +19,7 @@ class Metadata(_Object, frozen=True):
     labels: dict[str, str] = field(default_factory=dict)
 
 
-class EnvVar(_Object, frozen=True):
+class EnvVar(_Object, frozen=True, kw_only=True):
     """A variable: a value, or a reference to a key of a Secret."""
 
     name: str
@@ -27,14 +27,14 @@ class EnvVar(_Object, frozen=True):
     value_from: dict[str, Any] | None = None
 
 
-class VolumeMount(_Object, frozen=True):
+class VolumeMount(_Object, frozen=True, kw_only=True):
     """Folder of a pod where a volume is seen."""
 
     name: str
     mount_path: str
 
 
-class Container(_Object, frozen=True):
+class Container(_Object, frozen=True, kw_only=True):
     """The container that runs Ray."""
 
     name: str
@@ -42,9 +42,10 @@ class Container(_Object, frozen=True):
     env: list[EnvVar]
     resources: dict[str, dict[str, str]]
     volume_mounts: list[VolumeMount]
+    working_dir: str = ""
 
 
-class PodSpec(_Object, frozen=True):
+class PodSpec(_Object, frozen=True, kw_only=True):
     """What runs in a pod, and where."""
 
     containers: list[Container]
@@ -57,21 +58,21 @@ class PodSpec(_Object, frozen=True):
     image_pull_secrets: list[dict[str, str]] = field(default_factory=list)
 
 
-class PodTemplate(_Object, frozen=True):
+class PodTemplate(_Object, frozen=True, kw_only=True):
     """Template of the pods of a group."""
 
     spec: PodSpec
     metadata: Metadata | None = None
 
 
-class HeadGroup(_Object, frozen=True):
+class HeadGroup(_Object, frozen=True, kw_only=True):
     """The head, which runs the driver and no worker."""
 
     ray_start_params: dict[str, str]
     template: PodTemplate
 
 
-class WorkerGroup(_Object, frozen=True):
+class WorkerGroup(_Object, frozen=True, kw_only=True):
     """Nodes for workers."""
 
     group_name: str
@@ -82,7 +83,7 @@ class WorkerGroup(_Object, frozen=True):
     template: PodTemplate
 
 
-class RayCluster(_Object, frozen=True):
+class RayCluster(_Object, frozen=True, kw_only=True):
     """The Ray cluster of a job."""
 
     ray_version: str
@@ -93,7 +94,7 @@ class RayCluster(_Object, frozen=True):
     autoscaler_options: dict[str, Any] = field(default_factory=dict)
 
 
-class Spec(_Object, frozen=True):
+class Spec(_Object, frozen=True, kw_only=True):
     """The job."""
 
     entrypoint: str
@@ -108,7 +109,7 @@ class Spec(_Object, frozen=True):
     ray_cluster_spec: RayCluster
 
 
-class RayJob(_Object, frozen=True):
+class RayJob(_Object, frozen=True, kw_only=True):
     """The manifest."""
 
     api_version: str = field(name="apiVersion")
