@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jobs.commands import batches, cluster, exchange, models, runs, shard, sweep
+from jobs.commands import batches, cluster, compare, exchange, models, runs, shard, sweep
 from jobs.nearest import nearest
 from jobs.parsing import Command, UsageError, command_table
 from pipeline.errors import USER_ERRORS, Interrupted
@@ -35,6 +35,8 @@ COMMANDS: dict[str, Command] = {
     "runs": Command("List runs, or follow one: runs [RUN [--follow]]", runs.runs),
     "sync": Command("Send to MLflow what a run's last driver could not: sync RUN", runs.sync),
     "evaluate": Command("Score a registered model on a data set", models.evaluate),
+    "compare": Command("Compare two models on the same images: compare BEFORE AFTER", compare.compare),
+    "promote": Command("Move an alias to a version that loses nothing: promote MODEL --alias NAME", compare.promote),
     "predict": Command("Detect objects in image files with a registered model", models.predict),
     "register": Command("Register the best checkpoint of a run: register RUN --name NAME", models.register),
     "import": Command("Register a checkpoint of the original DETR: import FILE.pth --name NAME", exchange.import_file),

@@ -7,7 +7,7 @@ scores and boxes. 5,000 images with 100 detections each take 10.5 MB. Masks are 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from shards.arrays import Floats, Ints
 from shards.dataset.manifest import Manifest
 from shards.errors import ShardError, one_line
 from shards.score.detections import Detections
+from shards.score.difference import Difference, difference
 from shards.store import storage
 from shards.store.retry import fewer_retries
 
@@ -124,3 +125,24 @@ def read_beside(path: Location) -> Kept | None:
         return from_bytes(storage.read(str(path / KEPT_NAME)), path / KEPT_NAME)
     except FileNotFoundError:
         return None
+
+
+def difference_of(
+    manifest: Manifest, before: Sequence[Kept], after: Sequence[Kept], *, sizes: bool = True
+) -> Difference:
+    """Return the difference between two sides on the data set; raise `RegistryError` if they are not of the same images."""
+    first = before[0]
+    for kept in (*before, *after):
+        if kept.digest != manifest.digest:
+            raise RegistryError(
+                f"got detections on other data than {manifest.url} (digests {kept.digest[:12]} and "
+                f"{manifest.digest[:12]}), whose figures cannot be compared; expected the same data: give --data URL"
+            )
+        if not np.array_equal(kept.image_ids, first.image_ids):
+            raise RegistryError(
+                f"got detections on {len(first.image_ids)} and on {len(kept.image_ids)} images of {manifest.url}; expected "
+                "the same images: give --data URL, which evaluates on all of them"
+            )
+    rows = manifest.index().rows_of(first.image_ids)
+    sides = [[kept.detections for kept in side] for side in (before, after)]
+    return difference(manifest, *sides, rows=rows, sizes=sizes)
