@@ -324,10 +324,23 @@ class RayUp(Cluster, frozen=True, kw_only=True, tag_field="launcher", tag="ray_u
     ssh_user: str = "ubuntu"
     ssh_key: str = ""
     """File of the private key on this machine."""
+    token: str = "~/.ray/auth_token"
+    """File on this machine with the token that all nodes share; `ray get-auth-token --generate` makes it."""
     image: str = ""
     """Docker image in which everything runs; empty: the machines themselves."""
     setup: tuple[str, ...] = ()
     """Lines of the shell that every node runs once."""
+
+    def __post_init__(self) -> None:
+        """Check what the provider wants."""
+        super().__post_init__()
+        if self.provider == "local":
+            if not self.head_host or len(self.hosts) != self.nodes.most:
+                raise EntryError(
+                    f"hosts has {len(self.hosts)} hosts; expected head_host and {self.nodes.most} hosts of workers"
+                )
+        elif not self.instance or not self.head.instance:
+            raise EntryError(f"provider {self.provider} needs instance and head.instance; expected types of machines")
 
 
 def seconds_of(text: str, name: str) -> int:

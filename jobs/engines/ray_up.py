@@ -25,6 +25,15 @@ from jobs.plan import GRACE_S, Plan
 _CODE = "/tmp/detr-code"
 _START_S = 3600.0
 _API = "http://127.0.0.1:8265"
+_TOKEN = "~/.ray/auth_token"
+_WITH_TOKEN = "export RAY_AUTH_MODE=token"
+_LIST = f"""
+import json
+from ray.job_submission import JobSubmissionClient
+keys = "submission_id", "start_time", "message", "metadata", "entrypoint"
+jobs = JobSubmissionClient("{_API}").list_jobs()
+print(json.dumps([{{key: getattr(job, key) for key in keys}} | {{"status": job.status.value}} for job in jobs]))
+"""
 
 
 class RayUpEngine:
@@ -59,10 +68,10 @@ class RayUpEngine:
 
     def logs(self, cluster: RayUp, job: str, stream: TextIO, *, follow: bool = False) -> None:
         """Copy the driver's output."""
-        flag = " --follow" if follow else ""
+        flags = ["--follow"] if follow else []
         with _written(cluster, ROOT) as file:
             failed = client.stream(
-                stream, "ray", "exec", file, f"ray job logs --address {_API}{flag} {shlex.quote(job)}"
+                stream, "ray", "exec", file, _on_head("ray", "job", "logs", "--address", _API, *flags, job)
             )
         if failed:
             raise JobError(
@@ -72,15 +81,14 @@ class RayUpEngine:
     def stop(self, cluster: RayUp, job: str) -> str:
         """Send SIGTERM; Ray kills what has not ended after a minute. The machines stay until `ray down`."""
         with _written(cluster, ROOT) as file:
-            words = f"ray job stop --address {_API} {shlex.quote(job)}"
+            words = _on_head("ray", "job", "stop", "--address", _API, job)
             client.run("ray", "exec", file, words, seconds=GRACE_S + 60)
         return f"{job} stopped; the machines run until `ray down`"
 
     def list(self, cluster: RayUp) -> list[Job]:
         """Return the jobs that the head knows."""
-        code = f"import json, urllib.request as r; print(json.dumps(json.load(r.urlopen('{_API}/api/jobs/'))))"
         with _written(cluster, ROOT) as file:
-            output = client.run("ray", "exec", file, f"{cluster.python} -c {shlex.quote(code)}")
+            output = client.run("ray", "exec", file, _on_head(cluster.python, "-c", _LIST))
         listed = [line for line in output.splitlines() if line.startswith("[")]
         jobs = [_job(item) for item in json.loads(listed[-1])] if listed else []
         return sorted(jobs, key=lambda job: job.started or 0, reverse=True)
@@ -95,7 +103,11 @@ def submission(plan: Plan) -> str:
     words = ["ray", "job", "submit", "--address", _API, "--no-wait", "--submission-id", plan.job]
     words += ["--runtime-env-json", json.dumps(runtime), "--metadata-json"]
     words += [json.dumps({"command": plan.shown, "run": plan.run}), "--", *plan.command]
-    return shlex.join(words)
+    return _on_head(*words)
+
+
+def _on_head(*words: str) -> str:
+    return f"{_WITH_TOKEN}; {shlex.join(words)}"
 
 
 def cluster_file(cluster: RayUp, code: Path) -> dict[str, Any]:
@@ -108,7 +120,7 @@ def cluster_file(cluster: RayUp, code: Path) -> dict[str, Any]:
     elif cluster.region:
         provider["location" if cluster.provider == "azure" else "region"] = cluster.region
     secrets = secret_lines(cluster.references)
-    start = "ulimit -n 65536; ray start --disable-usage-stats"
+    start = f"{_WITH_TOKEN}; ulimit -n 65536; ray start --disable-usage-stats"
     head = f"{start} --head --port=6379 --num-cpus=0 --autoscaling-config=~/ray_bootstrap_config.yaml"
     worker = f"{start} --address=$RAY_HEAD_IP:6379"
     snapshot = cluster.code == "snapshot"
@@ -121,7 +133,7 @@ def cluster_file(cluster: RayUp, code: Path) -> dict[str, Any]:
         "idle_timeout_minutes": 15,
         "provider": provider,
         "auth": {"ssh_user": cluster.ssh_user, **({"ssh_private_key": cluster.ssh_key} if cluster.ssh_key else {})},
-        "file_mounts": {_CODE: str(code)} if snapshot else {},
+        "file_mounts": {_TOKEN: cluster.token, **({_CODE: str(code)} if snapshot else {})},
         "rsync_filter": [".gitignore"],
         "rsync_exclude": ["**/.git", "**/.git/**"],
         "setup_commands": setup,
