@@ -42,7 +42,7 @@ class Detector:
     def __init__(self, folder: Path, device: str | torch.device = "cpu") -> None:
         model, self.card = read_model(folder)
         self._device = torch.device(device)
-        self._model = model.to(self._device)
+        self.model = model.to(self._device)
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image], threshold: float = 0.5) -> list[list[Prediction]]:
@@ -58,7 +58,7 @@ class Detector:
         geometry = eval_geometry(width, height, self.card.transform)
         tensor, boxes, labels = apply(pixels, np.zeros((0, 4)), np.zeros(0, dtype=np.int64), geometry)
         batch = collate([(tensor, Target(boxes, labels, 0, (height, width)))]).to(self._device)
-        outputs = self._model(normalise(batch, self.card.transform), batch.padding)
+        outputs = self.model(normalise(batch, self.card.transform), batch.padding)
         return self._predictions(detect(outputs, [(height, width)], sizes=batch.sizes)[0], threshold)
 
     def _predictions(self, detection: Detection, threshold: float) -> list[Prediction]:

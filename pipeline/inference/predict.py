@@ -21,14 +21,22 @@ from shards.errors import PictureError
 from shards.masks.rle import decode_masks
 from shards.rgb import Exif, decode_picture, open_picture
 
+_MOST_ATTENDED = 8  # detections of an image whose attention is drawn
+
 
 def predict(
-    uri: str, images: Sequence[Path], out: Path, *, threshold: float = 0.5, exif: Exif = "upright"
+    uri: str,
+    images: Sequence[Path],
+    out: Path,
+    *,
+    threshold: float = 0.5,
+    exif: Exif = "upright",
+    attention: bool = False,
 ) -> list[dict[str, Any]]:
     """Detect on picture files: write annotated copies and `detections.json` (COCO's result format) into `out`.
 
     Images are numbered from 1 in the order given; each result also names its file. Boxes are of the picture as drawn:
-    turned upright, unless `exif` is `ignore`.
+    turned upright, unless `exif` is `ignore`. attention: also write pictures of what the query of each detection has read.
     """
     if not 0 <= threshold <= 1:
         raise PipelineError(f"threshold is {threshold:g}; expected a score from 0 to 1")
@@ -43,10 +51,21 @@ def predict(
             image = _decode(path, exif)
             found = detector([image], threshold)[0]
             draw(image, _boxes(found, image.height, image.width)).save(out / f"{number:04d}-{path.stem}.png")
+            if attention:
+                _draw_attention(detector, image, threshold).save(out / f"{number:04d}-{path.stem}-attention.png")
             results += [{"file_name": str(path), **result} for result in coco_results(number, found)]
             advance(number, len(images))
     (out / "detections.json").write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
     return results
+
+
+def _draw_attention(detector: Detector, image: Image.Image, threshold: float) -> Image.Image:
+    from pipeline.display.attention import attention_picture
+    from pipeline.evaluation.attention import attended_detections
+
+    card = detector.card
+    attended = attended_detections(detector.model, np.asarray(image), card.transform, threshold, _MOST_ATTENDED)
+    return attention_picture(image, attended, [category.name for category in card.categories], columns=3, tile=480)
 
 
 def _open(path: Path) -> Image.Image:

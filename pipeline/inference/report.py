@@ -5,8 +5,11 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pipeline.display.attention import attention_section
 from pipeline.display.report import report_page
+from pipeline.distributed.ranks import default_device
 from pipeline.evaluation.evaluate_model import Evaluation
+from pipeline.registry.versions import read_version
 from shards.dataset.manifest import load_manifest
 from shards.score.diagnosis import diagnose
 from shards.score.proposals import proposals_json
@@ -25,7 +28,17 @@ def write_report(uri: str, data: str, evaluation: Evaluation, folder: Path) -> t
         "detections": f"{len(evaluation.detections):,}",
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-    page = report_page(f"{uri} on {manifest.name}", facts, manifest, evaluation.score, evaluation.detections, diagnosis)
+    model, card = read_version(uri)
+    names = [category.name for category in card.categories]
+    page = report_page(
+        f"{uri} on {manifest.name}",
+        facts,
+        manifest,
+        evaluation.score,
+        evaluation.detections,
+        diagnosis,
+        after=[attention_section(model.to(default_device()), card.transform, names, manifest, diagnosis)],
+    )
     (folder / PAGE_NAME).write_text(page, encoding="utf-8")
     (folder / PROPOSALS_NAME).write_bytes(proposals_json(manifest, diagnosis.suspects))
     return folder / PAGE_NAME, manifest.digest

@@ -274,6 +274,8 @@ def test_predictions_are_written_with_pictures_and_original_category_ids(
 ) -> None:
     pictures = sorted(Path(trained.config.data.val).parent.glob("coco/val/*.jpg"))[:2]
     found = predict("models:/tiny@best", pictures, tmp_path / "out", threshold=0.0)
+    assert predict("models:/tiny@best", pictures, tmp_path / "attention", threshold=0.0, attention=True) == found
+    assert len(list((tmp_path / "attention").glob("*-attention.png"))) == 2
     assert json.loads((tmp_path / "out" / "detections.json").read_text()) == found
     assert len(found) == 16
     assert {result["file_name"] for result in found} == {str(path) for path in pictures}

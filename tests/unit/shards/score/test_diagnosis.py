@@ -110,6 +110,15 @@ def test_ap_by_number_of_objects():
     assert shown["20+"] == (0, -1)
 
 
+def test_the_best_images_have_the_most_objects_found_with_high_scores(data):
+    found = exact(data)
+    images = data.index().rows_of(found.image_ids)
+    scores = np.where(np.isin(images, [7, 21]), 0.9, 0.6).astype(np.float32)
+    found = replace(found, scores=scores).take(np.arange(160) != np.flatnonzero(images == 21)[0])
+    assert [image.image_id for image in diagnose(data, found, best=2).best] == [107, 121]
+    assert diagnose(data, Detections.empty()).best == ()
+
+
 def test_the_worst_image_has_the_most_errors(data):
     found = exact(data)
     ruined, bad = found.image_ids == 107, (found.image_ids == 113) & third(found)
