@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jobs.commands import batches, cluster, compare, exchange, models, runs, shard, sweep
+from jobs.commands import batches, cluster, compare, exchange, jobs, models, runs, shard, sweep
 from jobs.nearest import nearest
 from jobs.parsing import Command, UsageError, command_table
 from pipeline.errors import USER_ERRORS, Interrupted
@@ -43,14 +43,20 @@ COMMANDS: dict[str, Command] = {
     "export": Command("Write a registered model to a file: --original FILE, --onnx FILE", exchange.export),
     "ui": Command("Open the MLflow UI", runs.ui),
     "submit": Command("Run a command on a cluster: submit NAME -- COMMAND ...", cluster.submit),
-    "jobs": Command("List, print and stop jobs of a cluster: jobs list|status|logs|stop", cluster.jobs),
+    "jobs": Command("List, print, stop and resume jobs: jobs list|status|logs|stop|resume", jobs.jobs),
 }
 
 
 def main() -> NoReturn:
     """Run the installed command `detr`."""
     hear_stops()
-    sys.exit(run(sys.argv[1:]))
+    if not os.environ.get("DETR_JOB"):
+        sys.exit(run(sys.argv[1:]))
+    from pipeline.driver.job import job_output
+
+    with job_output():
+        status = run(sys.argv[1:])
+    sys.exit(status)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""Subcommands that run jobs on clusters: clusters, submit, jobs list|status|logs|stop."""
+"""Subcommands that send jobs to clusters: clusters, submit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from jobs.parsing import Command, Flag, UsageError, choose, parse
+from jobs.parsing import Flag, UsageError, parse
 
 
 @dataclass(frozen=True)
@@ -78,97 +78,3 @@ def submit(argv: list[str]) -> None:
 
 def _warn(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-@dataclass(frozen=True)
-class JobsOf:
-    """List the jobs of a cluster, newest first."""
-
-    cluster: str = "local"
-    """Name of the cluster's entry; `detr clusters` lists them."""
-    address: str | None = None
-    """URL of another job server than the entry's; only for Ray clusters without a token."""
-
-
-@dataclass(frozen=True)
-class OneJob(JobsOf):
-    """Print the status of a job: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
-
-    id: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="JOB")] = tyro.MISSING
-    """Id of the job, as printed by `detr submit` and `detr jobs list`."""
-
-
-@dataclass(frozen=True)
-class JobLogs(OneJob):
-    """Print the output of a job."""
-
-    follow: Flag = False
-    """Continue until the job ends."""
-
-
-@dataclass(frozen=True)
-class JobStop(OneJob):
-    """Interrupt a job and wait until it has ended. A training run saves a checkpoint first."""
-
-
-def jobs(argv: list[str]) -> None:
-    """Run `detr jobs list|status|logs|stop`."""
-    choose(
-        argv,
-        {
-            "list": Command("List the jobs of a cluster", _jobs_list),
-            "status": Command("Print the status of a job", _jobs_status),
-            "logs": Command("Print the output of a job", _jobs_logs),
-            "stop": Command("Interrupt a job and wait until it has ended", _jobs_stop),
-        },
-        "detr jobs",
-    )
-
-
-def _jobs_list(argv: list[str]) -> None:
-    from datetime import datetime
-
-    options = parse(JobsOf, argv, "detr jobs list")
-    engine, cluster = _engine(options)
-    from pipeline.display.terminal import table
-
-    rows = [
-        (
-            job.id,
-            job.state,
-            f"{datetime.fromtimestamp(job.started):%Y-%m-%d %H:%M}" if job.started else "",
-            job.command,
-        )
-        for job in engine.list(cluster)
-    ]
-    print(table(("job", "status", "started", "command"), rows))
-
-
-def _jobs_status(argv: list[str]) -> None:
-    options = parse(OneJob, argv, "detr jobs status")
-    engine, cluster = _engine(options)
-    print(engine.status(cluster, options.id).state)
-
-
-def _jobs_logs(argv: list[str]) -> None:
-    options = parse(JobLogs, argv, "detr jobs logs")
-    engine, cluster = _engine(options)
-    engine.logs(cluster, options.id, sys.stdout, follow=options.follow)
-
-
-def _jobs_stop(argv: list[str]) -> None:
-    options = parse(JobStop, argv, "detr jobs stop")
-    engine, cluster = _engine(options)
-    print(engine.stop(cluster, options.id))
-
-
-def _engine(options: JobsOf) -> tuple:  # type: ignore[type-arg]
-    """Return the engine and the entry that the options name."""
-    from jobs.clusters import find_cluster
-    from jobs.engines import engine_of
-    from jobs.refusals import at_address
-
-    cluster = find_cluster(options.cluster)
-    if options.address:
-        cluster = at_address(cluster, options.address)
-    return engine_of(cluster), cluster

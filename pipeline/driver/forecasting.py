@@ -15,6 +15,7 @@ from pipeline.forecast.prices import Measured, costly_options, measured
 from pipeline.forecast.run_forecast import RunForecast, duration
 from pipeline.tracking.mlflow_client import unavailable
 from pipeline.tracking.tags import TAG_DEVICE, TAG_FORECAST, TAG_TIMES
+from pipeline.tracking.tracker import WORKERS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

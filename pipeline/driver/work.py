@@ -16,6 +16,7 @@ from pipeline.cluster.ray_session import Connection
 from pipeline.config import RunConfig, to_json
 from pipeline.driver.changes import agreed
 from pipeline.driver.forecasting import compare, forecast_tags
+from pipeline.driver.job import job_tags, keep_output
 from pipeline.driver.launch import Launch
 from pipeline.driver.lease import Lease
 from pipeline.driver.position import Position, position_after
@@ -95,6 +96,7 @@ class Work(RecordedRun):
                 )
                 run_id = create_run(self._client, config, ready.datasets, tags)
                 self.save(run_id=run_id, status="running")
+                keep_output(self._client, run_id)
                 launch.say(f"{self._label}: {total} steps, checkpoints in {self._root / CHECKPOINTS}")
                 self._run(cluster, config, stack.close, accept_change=False)
                 outcome = self._conclude(config, total, 0)
@@ -112,6 +114,7 @@ class Work(RecordedRun):
             TAG_TOTAL_STEPS: str(total),
             TAG_EPOCHS: str(min(config.optim.epochs, ready.schedule.epoch(total))),
             TAG_PHASE: "starting",
+            **job_tags(),
         }
 
     def go_on(self, asked: RunConfig, config: RunConfig, accept: bool, connection: Connection) -> Outcome:
@@ -276,6 +279,8 @@ class Work(RecordedRun):
                 client, run_id, config, best, metrics, name=config.model_name, alias="best", only_if_better=better
             )
         )
+        if registered.note:
+            say(registered.note)
         if not registered.alias_moved:
             say(f"models:/{config.model_name}@best stays on another version, whose AP is higher")
         return Outcome(

@@ -73,7 +73,7 @@ def submitted(detr: Command, cluster: Cluster) -> Submitted:
     (job,) = set(re.findall(r"detr-\d{8}-\d{6}-\w{4}", output))
     detr.wait_for_checkpoint("submitted", 10, cluster.store.root / "sets" / "runs")
     cluster.recording.pace(2)  # so that the job is not done before it is stopped
-    assert detr("jobs", "status", job).strip() == "RUNNING"
+    assert detr("jobs", "status", job).splitlines()[0] == "RUNNING"
     assert "train overfit" in detr("jobs", "list")
     follower = detr.start("jobs", "logs", job, "--follow")
     assert "stopped" in detr("jobs", "stop", job)
