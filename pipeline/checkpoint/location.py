@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import RunConfigError
+from pipeline.run_folder import META as META
 from shards.errors import ShardError, one_line
 from shards.store import storage
 from shards.store.retry import StoreError, fewer_retries
 
-META = "meta.json"
 PARTIAL = ".partial"
 
 
@@ -42,6 +42,11 @@ class Url:
     def name(self) -> str:
         """Last component of the address."""
         return self.url.rpartition("/")[2]
+
+    @property
+    def parent(self) -> Url:
+        """Address without its last component, like that of a `Path`."""
+        return Url(self.url.rpartition("/")[0])
 
 
 Location = Path | Url

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Distinct under the common colour-vision deficiencies (Okabe and Ito), assigned to labels in turn.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 _MIN_SIDE = 320  # smaller images are enlarged, so that text fits
+_FEW = 25  # points of a line that get marks, so that a single point is seen
 
 
 @dataclass(frozen=True)
@@ -96,25 +97,36 @@ def _write_label(picture: Image.Image, corner: Sequence[float], text: str, colou
 
 @dataclass(frozen=True)
 class Line:
-    """Line of a chart; `ys` are in 0..1, negative where there is no value."""
+    """Line of a chart; `ys` are negative where there is no value, and a mark is drawn at each if there are few."""
 
     name: str
     colour: str
     ys: Sequence[float]
 
 
-def chart(lines: Sequence[Line], xs: Sequence[float], x_name: str, y_name: str) -> Image.Image:
-    """Return a chart of 640 by 480 pixels with both axes from 0 to 1 and a legend; the last line is on top."""
+def chart(
+    lines: Sequence[Line], xs: Sequence[float], x_name: str, y_name: str, *, x_end: float = 1.0, y_end: float = 1.0
+) -> Image.Image:
+    """Return a chart of 640 by 480 pixels with both axes from 0 and a legend; the last line is on top."""
     # Imported here, because it takes longer than most commands; without pyplot, which keeps figures in global state.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.8), dpi=100)
-    axes = figure.add_axes((0.1, 0.125, 0.875, 0.775), xlim=(0, 1), ylim=(0, 1), xlabel=x_name, ylabel=y_name)
+    axes = figure.add_axes((0.1, 0.125, 0.875, 0.775), xlim=(0, x_end), ylim=(0, y_end), xlabel=x_name, ylabel=y_name)
     axes.grid(color="#DDDDDD")
     axes.spines[["top", "right"]].set_visible(False)
     for line in lines:
         ys = np.asarray(line.ys, dtype=float)
-        axes.plot(xs, np.where(ys >= 0, ys, np.nan), color=line.colour, label=line.name, clip_on=False)
+        marker = "o" if len(ys) < _FEW else None
+        axes.plot(
+            xs,
+            np.where(ys >= 0, ys, np.nan),
+            color=line.colour,
+            label=line.name,
+            clip_on=False,
+            marker=marker,
+            markersize=4,
+        )
     figure.legend(loc="upper center", ncols=max(len(lines), 1), frameon=False)
     return figure_picture(figure)
 
@@ -139,6 +151,15 @@ def side_by_side(left: Image.Image, right: Image.Image, captions: tuple[str, str
     face = font(14)
     canvas.text((4, 3), captions[0], fill="black", font=face)
     canvas.text((left.width + 10, 3), captions[1], fill="black", font=face)
+    return joined
+
+
+def titled(picture: Image.Image, title: str) -> Image.Image:
+    """Return a picture below a line of text."""
+    bar = 26
+    joined = Image.new("RGB", (picture.width, picture.height + bar), "white")
+    joined.paste(picture, (0, bar))
+    ImageDraw.Draw(joined).text((4, 4), title, fill="black", font=font(16))
     return joined
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -33,6 +34,10 @@ _ERRORS = {
     "background": "found where nothing is labelled",
     "missed": "not found at all",
 }
+PROPOSALS_BESIDE = (
+    "corrections.json beside this page proposes a correction for each; set apply to true for those that are right and "
+    "pass the file to detr shard coco --corrections."
+)
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1360px; padding: 0 1.5rem; color: #1a1a1a }
 h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem }
@@ -48,41 +53,71 @@ figure { margin: 0 } figcaption { color: #444; font-size: .85rem } img { max-wid
 """
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures of a diagnosis that are drawn already."""
+
+    worst: Sequence[Image.Image]
+    suspects: Sequence[Image.Image]
+
+
 def report_page(
-    title: str, facts: Mapping[str, str], manifest: Manifest, score: Score, detections: Detections, diagnosis: Diagnosis
+    title: str,
+    facts: Mapping[str, str],
+    manifest: Manifest,
+    score: Score,
+    detections: Detections,
+    diagnosis: Diagnosis | None,
+    *,
+    drawn: Drawn | None = None,
+    before: Sequence[str] = (),
+    after: Sequence[str] = (),
+    remedy: str = PROPOSALS_BESIDE,
 ) -> str:
-    """Return the page; `facts` are lines below the title, such as data set and number of images."""
+    """Return the page; `facts` are lines below the title, such as data set and number of images.
+
+    before, after: further sections as HTML. remedy: text on the way to correct suspect labels. Without a diagnosis the
+    page has no reasons of the score.
+    """
     lines = "".join(f"<div>{escape(name)}: {escape(value)}</div>" for name, value in facts.items())
-    sections = (
+    sections = [
         f"<h1>{escape(title)}</h1><div class=grey>{lines}</div>",
+        *before,
         _metrics(score, diagnosis),
-        _errors(diagnosis),
+        *([_errors(diagnosis)] if diagnosis else []),
         _classes(manifest, score, diagnosis),
-        _worst(manifest, detections, diagnosis),
-        _suspects(manifest, diagnosis),
-    )
+    ]
+    if diagnosis:
+        drawn = drawn or Drawn(
+            list(worst_pictures(manifest, detections, diagnosis)),
+            list(suspect_pictures(manifest, diagnosis.suspects)),
+        )
+        sections += [_worst(drawn.worst, diagnosis), _suspects(drawn.suspects, manifest, diagnosis, remedy)]
+    sections += after
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(sections) + "\n</body></html>\n"
 
 
-def _metrics(score: Score, diagnosis: Diagnosis) -> str:
+def _metrics(score: Score, diagnosis: Diagnosis | None) -> str:
     metrics, masks = score.metrics, "mask_AP" in score.metrics
     header = ("metric", "boxes", "masks", "of") if masks else ("metric", "value", "of")
     rows = []
     for name, meaning in METRIC_MEANINGS.items():
         values = [_figure(metrics[name]), *([_figure(metrics[f"mask_{name}"])] if masks else [])]
         rows.append((name, *values, meaning))
-    objects = [(entry.objects, str(entry.images), _figure(entry.ap50)) for entry in diagnosis.by_objects]
+    by_objects = ""
+    if diagnosis:
+        objects = [(entry.objects, str(entry.images), _figure(entry.ap50)) for entry in diagnosis.by_objects]
+        table = html_table(("objects", "images", "AP50"), objects)
+        by_objects = f"<div><p>AP50 by number of objects in the image</p>{table}</div>"
     return (
         "<h2>Score</h2><div class=row>"
-        + _table(header, rows)
+        + html_table(header, rows)
         + "<div>"
-        + _picture(
+        + html_picture(
             curves_picture(score.curves, score.mask_curves), "PNG", "Precision over recall; a mean over classes."
         )
-        + "</div><div><p>AP50 by number of objects in the image</p>"
-        + _table(("objects", "images", "AP50"), objects)
-        + "</div></div>"
+        + f"</div>{by_objects}</div>"
     )
 
 
@@ -99,7 +134,7 @@ def _errors(diagnosis: Diagnosis) -> str:
         "<tr><th>error<th class=number>number<th class=number>AP50<th></tr>"
         + rows
         + "</table><div>"
-        + _picture(
+        + html_picture(
             calibration_picture(diagnosis.calibration),
             "PNG",
             f"Are scores probabilities? Mean difference {diagnosis.calibration_error:.3f}.",
@@ -108,7 +143,7 @@ def _errors(diagnosis: Diagnosis) -> str:
     )
 
 
-def _classes(manifest: Manifest, score: Score, diagnosis: Diagnosis) -> str:
+def _classes(manifest: Manifest, score: Score, diagnosis: Diagnosis | None) -> str:
     def order(entry: ClassScore) -> tuple[bool, float]:
         return entry.boxes == 0, entry.ap
 
@@ -116,24 +151,27 @@ def _classes(manifest: Manifest, score: Score, diagnosis: Diagnosis) -> str:
         (entry.name, f"{entry.boxes:,}", _figure(entry.ap), _figure(entry.ap50))
         for entry in sorted(score.classes, key=order)
     ]
-    pairs = confused_pairs(manifest, diagnosis)
-    confusions = [
-        (true, found, f"{count:,}", "-" if true == NOTHING else f"{share:.1%}")
-        for true, found, count, share in zip(*pairs.values(), strict=True)
-    ]
+    confused = ""
+    if diagnosis:
+        pairs = confused_pairs(manifest, diagnosis)
+        confusions = [
+            (true, found, f"{count:,}", "-" if true == NOTHING else f"{share:.1%}")
+            for true, found, count, share in zip(*pairs.values(), strict=True)
+        ]
+        table = html_table(("labelled", "found", "number", "share of labelled"), confusions)
+        confused = (
+            f"<div><p>Most frequent confusions, scores from {THRESHOLD:g}</p><div class=classes>{table}</div></div>"
+        )
     return (
         "<h2>Classes</h2><div class=row><div><p>From the lowest AP up</p><div class=classes>"
-        + _table(("class", "boxes", "AP", "AP50"), classes)
-        + f"</div></div><div><p>Most frequent confusions, scores from {THRESHOLD:g}</p><div class=classes>"
-        + _table(("labelled", "found", "number", "share of labelled"), confusions)
-        + "</div></div></div>"
+        + html_table(("class", "boxes", "AP", "AP50"), classes)
+        + f"</div></div>{confused}</div>"
     )
 
 
-def _worst(manifest: Manifest, detections: Detections, diagnosis: Diagnosis) -> str:
-    pictures = worst_pictures(manifest, detections, diagnosis)
+def _worst(pictures: Sequence[Image.Image], diagnosis: Diagnosis) -> str:
     figures = [
-        _picture(picture, "JPEG", f"{worst.shard}, cost {worst.cost:.2f}")
+        html_picture(picture, "JPEG", f"{worst.shard}, cost {worst.cost:.2f}")
         for picture, worst in zip(pictures, diagnosis.worst, strict=True)
     ]
     explanation = (
@@ -143,18 +181,18 @@ def _worst(manifest: Manifest, detections: Detections, diagnosis: Diagnosis) -> 
     return f"<h2>Worst images</h2><p>{explanation}</p>{_grid(figures)}"
 
 
-def _suspects(manifest: Manifest, diagnosis: Diagnosis) -> str:
+def _suspects(pictures: Sequence[Image.Image], manifest: Manifest, diagnosis: Diagnosis, remedy: str) -> str:
     names = [category.name for category in manifest.categories]
     figures = []
-    for picture, suspect in zip(suspect_pictures(manifest, diagnosis.suspects), diagnosis.suspects, strict=True):
+    for picture, suspect in zip(pictures, diagnosis.suspects, strict=True):
         annotation = "" if suspect.annotation_id is None else f", annotation {suspect.annotation_id}"
         text = f"{suspect_text(suspect, names)}{annotation}, {suspect.shard}, suspicion {suspect.suspicion:.2f}"
-        figures.append(_picture(picture, "JPEG", text))
+        figures.append(html_picture(picture, "JPEG", text))
     explanation = (
         "Labels that the model contradicts with confidence. A model that has not learned the data well is often the one "
-        "that errs. corrections.json beside this page proposes a correction for each; set apply to true for those that "
-        "are right and pass the file to detr shard coco --corrections."
+        "that errs. "
     )
+    explanation += remedy
     return f"<h2>Suspect labels</h2><p>{explanation}</p>{_grid(figures)}"
 
 
@@ -162,7 +200,7 @@ def _grid(figures: Sequence[str]) -> str:
     return f"<div class=grid>{''.join(figures)}</div>" if figures else "<p>None.</p>"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Return a table; a column of figures is aligned to the right."""
     rows = [[str(cell) for cell in row] for row in rows]
     right = [bool(rows) and all(_is_figure(row[number]) for row in rows) for number in range(len(header))]
@@ -182,7 +220,8 @@ def _figure(value: float) -> str:
     return "-" if value < 0 else f"{value:.3f}"
 
 
-def _picture(picture: Image.Image, kind: str, caption: str) -> str:
+def html_picture(picture: Image.Image, kind: str, caption: str) -> str:
+    """Return a figure with the picture in it, as `PNG` or `JPEG`."""
     content = io.BytesIO()
     picture.save(content, kind, **({"quality": 85} if kind == "JPEG" else {}))
     encoded = base64.b64encode(content.getvalue()).decode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from pipeline.schedule import Schedule
 from pipeline.tracking.progress import Forecast, RunProgress
 from pipeline.tracking.step_timer import PHASES, StepClock, memory_gib
 from pipeline.tracking.tags import TAG_DATA_WAIT, TAG_PROGRESS
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.tracker import SUMMARY, Tracker
 
 _MOST_WAIT = 0.05  # share of a step
 _CHECKED_STEPS = 20  # over fewer steps the share of waiting is mostly noise
@@ -59,6 +60,8 @@ class Meter:
         self._stalled_before = stalled_s()
         self._stalled_paused = 0.0
         self._watch = WaitWatch()
+        self.loss = math.nan
+        """Mean loss before the last log point."""
         self.clock = StepClock(ranks.device)
         self._reset()
 
@@ -103,11 +106,13 @@ class Meter:
         if self._sum is None or self._norm is None:
             return  # no step was taken
         interval = self._interval(self._sum)
+        self.loss = interval.losses[0]
         if self._forecast:
             self._forecast.stepped(self._steps, self._steps * interval.step_s, interval.phases["forward"])
         if self._tracker:
             epoch = self._schedule.epoch(step)
             values = {_chart(name): value for name, value in zip(self._names, interval.losses, strict=True)}
+            values[f"{SUMMARY}/loss"] = self.loss
             values |= {"optim/grad_norm": float(self._norm), "epoch": epoch}
             values |= {"optim/lr" if name == "main" else f"optim/lr_{name}": rate for name, rate in rates.items()}
             values["speed/images_per_s"] = self._images / max(self._steps * interval.step_s, 1e-9)

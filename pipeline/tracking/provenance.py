@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import platform
 import subprocess
 from pathlib import Path
 
@@ -40,3 +41,13 @@ def library_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def versions_line() -> str:
+    """Return the versions of Python, of CUDA if torch has it, and of the libraries."""
+    import torch
+
+    libraries = library_versions()
+    if torch.version.cuda:
+        libraries["torch"] += f" (CUDA {torch.version.cuda})"
+    return ", ".join(f"{name} {version}" for name, version in {"Python": platform.python_version(), **libraries}.items())

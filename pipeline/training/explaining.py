@@ -1,10 +1,10 @@
-"""Explanation of a run's evaluations, beside the training: it may be late, and it never stops a run."""
+"""Explanation of a run's evaluations, and the run's report, beside the training: it may be late, and it never stops a run."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Sequence
 from types import TracebackType
 
 from PIL import Image
@@ -17,20 +17,22 @@ from pipeline.display.explanation import (
     suspects_table,
     worst_pictures,
 )
+from pipeline.display.report import Drawn
 from pipeline.evaluation.evaluate_model import Evaluation
+from pipeline.tracking.pages.pictures import REPORT
 from pipeline.tracking.tracker import Tracker
+from pipeline.training.reporting import report_picture
+from pipeline.training.run_report import ReportedRun
 from shards.dataset.manifest import Manifest
 from shards.errors import one_line
-from shards.score.diagnosis import diagnose
+from shards.score.diagnosis import Diagnosis, diagnose
 
 LOG = logging.getLogger(__name__)
 _COLUMNS, _WIDTH = 3, 1440  # of a sheet of pictures, in pairs and pixels
 
 
-def report_explanation(tracker: Tracker, val: Manifest, evaluation: Evaluation, step: int) -> None:
+def report_explanation(tracker: Tracker, val: Manifest, diagnosis: Diagnosis, drawn: Drawn, step: int) -> None:
     """Report the reasons of the score of an evaluation as curves, tables and pictures."""
-    detections = evaluation.detections
-    diagnosis = diagnose(val, detections, rows=evaluation.rows)
     figures = {f"errors/{name}": cost for name, cost in diagnosis.errors.items()}
     figures["calibration/error"] = diagnosis.calibration_error
     # MLflow refuses a plus sign in a name.
@@ -48,16 +50,13 @@ def report_explanation(tracker: Tracker, val: Manifest, evaluation: Evaluation, 
     }
     for name, table in tables.items():
         tracker.table(name, table, step)
-    _report_sheet(tracker, "errors/worst_images", worst_pictures(val, detections, diagnosis), step)
-    _report_sheet(tracker, "errors/suspect_labels", suspect_pictures(val, diagnosis.suspects), step)
+    _report_sheet(tracker, "errors/worst_images", drawn.worst, step)
+    _report_sheet(tracker, "errors/suspect_labels", drawn.suspects, step)
 
 
-def _report_sheet(tracker: Tracker, key: str, pictures: Iterator[Image.Image], step: int) -> None:
-    found = list(pictures)
-    if found:
-        sheet = contact_sheet(found, _COLUMNS, _WIDTH)
-        # A palette takes a seventh of the time to compress and a quarter of the space, at each evaluation of a run.
-        tracker.picture(key, sheet.quantize(256, method=Image.Quantize.FASTOCTREE), step)
+def _report_sheet(tracker: Tracker, key: str, pictures: Sequence[Image.Image], step: int) -> None:
+    if pictures:
+        report_picture(tracker, key, contact_sheet(pictures, _COLUMNS, _WIDTH), step)
 
 
 class Explainer:
@@ -66,8 +65,8 @@ class Explainer:
     What a kill interrupts is not explained: the next evaluation is, or `detr evaluate --report` on the version.
     """
 
-    def __init__(self, tracker: Tracker | None, val: Manifest, enabled: bool) -> None:
-        self._tracker, self._val = tracker if enabled else None, val
+    def __init__(self, tracker: Tracker | None, val: Manifest, enabled: bool, run: ReportedRun | None = None) -> None:
+        self._tracker, self._val, self._enabled, self._run = tracker, val, enabled, run
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Explainer:
@@ -84,7 +83,7 @@ class Explainer:
         if self._tracker is None:
             return
         self._wait()
-        arguments = (self._tracker, self._val, evaluation, step)
+        arguments = (self._tracker, self._val, evaluation, step, self._enabled, self._run)
         self._thread = threading.Thread(target=explain, args=arguments, name="explainer", daemon=True)
         self._thread.start()
 
@@ -94,9 +93,25 @@ class Explainer:
         self._thread = None
 
 
-def explain(tracker: Tracker, val: Manifest, evaluation: Evaluation, step: int) -> None:
-    """Report the reasons of a score, or log why that is impossible: no run ends because of it."""
+def explain(
+    tracker: Tracker,
+    val: Manifest,
+    evaluation: Evaluation,
+    step: int,
+    reasons: bool = True,
+    run: ReportedRun | None = None,
+) -> None:
+    """Report the reasons of a score, and the page of the run, or log why that is impossible: no run ends because of it."""
+    diagnosis = drawn = None
     try:
-        report_explanation(tracker, val, evaluation, step)
+        if reasons:
+            diagnosis = diagnose(val, evaluation.detections, rows=evaluation.rows)
+            drawn = Drawn(
+                list(worst_pictures(val, evaluation.detections, diagnosis)),
+                list(suspect_pictures(val, diagnosis.suspects)),
+            )
+            report_explanation(tracker, val, diagnosis, drawn, step)
+        if run:
+            tracker.file(REPORT, run.page(evaluation, step, diagnosis, drawn).encode(), step)
     except Exception as error:
         LOG.warning("the evaluation of step %d is not explained (%s)", step, one_line(error))

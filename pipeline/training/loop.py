@@ -38,8 +38,9 @@ from pipeline.training.first_minute import FirstMinute
 from pipeline.training.guard import Guard
 from pipeline.training.optim import learning_rates, set_learning_rates
 from pipeline.training.out_of_memory import explaining
-from pipeline.training.reporting import report_left_out, report_opening
+from pipeline.training.reporting import report_hardware, report_left_out, report_opening
 from pipeline.training.requests import NO_HOOKS, NO_REQUEST, LoopHooks, Request
+from pipeline.training.run_report import ReportedRun
 from pipeline.training.state import RunInfo, TrainState, WorkerContext
 from pipeline.training.step import train_step
 from pipeline.training.validation import evaluation_due, validate
@@ -80,6 +81,7 @@ def run(
     schedule = Schedule(config.optim, train.images, config.data.epoch_tail, origin)
     worker = WorkerContext(config, run_info, ranks, tracker, train, val, schedule)
     state = restore(worker, newest, 0 if meta is None else meta.step)
+    report_hardware(tracker, ranks)
     if state.step == 0 and tracker:
         report_opening(config, tracker, val)
     bad = BadSamples()
@@ -95,7 +97,12 @@ def run(
             partial(catalog.note_saved, run_info.folder),
             hooks.keep_unsent,
         ) as saver,
-        Explainer(tracker, val, config.evaluate.explain) as explainer,
+        Explainer(
+            tracker,
+            val,
+            config.evaluate.explain,
+            ReportedRun(config, train, val, root, run_info.code_commit, schedule.epoch),
+        ) as explainer,
         FirstMinute(worker, state.step),
     ):
         # Only rank 0 looks for requests; the others have none of their own.
@@ -108,7 +115,7 @@ def run(
         while True:
             if state.step and evaluation_due(worker, state.step):
                 with meter.paused_for_evaluation():
-                    validate(worker, state, saver, hooks.keep_unsent, explainer.start)
+                    validate(worker, state, saver, hooks.keep_unsent, explainer.start, meter.loss)
             if state.step >= schedule.total_steps:
                 return
             request = _train(worker, state, parts, until=next_boundary(config, schedule, state.step))

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable
 
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from detr.compute import uncompiled
-from pipeline.checkpoint import catalog
+from pipeline.checkpoint import catalog, history
 from pipeline.checkpoint import state as checkpoint_state
+from pipeline.checkpoint.history import Evaluated
 from pipeline.checkpoint.location import Location
 from pipeline.checkpoint.metadata import read_meta
 from pipeline.checkpoint.patience import patiently
@@ -27,6 +29,7 @@ from pipeline.tracking.tracker import Tracker
 from pipeline.training.explaining import explain
 from pipeline.training.model import build_on_device
 from pipeline.training.reporting import report_evaluation, report_pictures
+from pipeline.training.run_report import ReportedRun
 from pipeline.training.state import TrainState, WorkerContext
 from shards.dataset.manifest import Manifest
 from shards.workers import Progress
@@ -51,11 +54,12 @@ def validate(
     saver: Saver,
     keep_unsent: Callable[[], None] = lambda: None,
     start_explanation: Callable[[Evaluation, int], None] = lambda _, __: None,
+    loss: float | None = None,
 ) -> None:
     """Score the state on the validation data, report the metrics and write them beside its checkpoint.
 
     A collective call. See `LoopHooks.keep_unsent`. `start_explanation` gets the evaluation and its step on rank 0, and returns
-    at once.
+    at once. `loss` is the mean training loss before.
     """
     config, ranks, tracker = worker.config, worker.ranks, worker.tracker
     start = time.perf_counter()
@@ -69,7 +73,7 @@ def validate(
     saver.finish()  # the metrics are written beside the checkpoint
     path, epoch = catalog.folder_of(worker.root, state.step), worker.schedule.epoch(state.step)
     _report(config, path, worker.val, evaluation, tracker, state.step, epoch, start)
-    _record(path, evaluation, ranks, keep_unsent)
+    _record(path, Evaluated(state.step, epoch, {}, loss), evaluation, ranks, keep_unsent)
     if ranks.first:
         saver.prune()
     if tracker:
@@ -96,9 +100,10 @@ def evaluate_checkpoint(
     ranks = Ranks(device=device)
     evaluation = _score(config, model, train, val, ranks, _phase_reporter(tracker if last else None))
     _report(config, path, val, evaluation, tracker, meta.step, meta.epoch, start)
-    if tracker and evaluation is not None and config.evaluate.explain:
-        explain(tracker, val, evaluation, meta.step)
-    _record(path, evaluation, ranks, keep_unsent)
+    if tracker and evaluation is not None:
+        run = ReportedRun(config, train, val, path.parent.parent, meta.code_commit, lambda _: meta.epoch)
+        explain(tracker, val, evaluation, meta.step, config.evaluate.explain, run)
+    _record(path, Evaluated(meta.step, meta.epoch, {}), evaluation, ranks, keep_unsent)
 
 
 def _phase_reporter(tracker: Tracker | None) -> Progress:
@@ -138,13 +143,16 @@ def _report(
     """Report and keep an evaluation on rank 0, the only one that has it."""
     if tracker and evaluation:
         report_evaluation(tracker, path, step, epoch, evaluation, start)
-        report_pictures(tracker, val, evaluation.detections, config.evaluate.pictures, step)
+        title = f"{config.run_name}, epoch {epoch:g}, step {step:,}: AP {evaluation.score.metrics['AP']:.3f}"
+        report_pictures(tracker, val, evaluation.detections, config.evaluate.pictures, step, title)
     if evaluation:
         keep_beside(path, val, evaluation)
 
 
-def _record(path: Location, evaluation: Evaluation | None, ranks: Ranks, keep_unsent: Callable[[], None]) -> None:
-    """Write the metrics beside their checkpoint, after the reports; a collective call.
+def _record(
+    path: Location, entry: Evaluated, evaluation: Evaluation | None, ranks: Ranks, keep_unsent: Callable[[], None]
+) -> None:
+    """Write the metrics beside their checkpoint and into the run's history, after the reports; a collective call.
 
     After a kill in between, the evaluation is repeated and its reports are dropped as duplicates. Once the metrics are
     written nothing repeats the reports, so they must be kept by then.
@@ -153,6 +161,7 @@ def _record(path: Location, evaluation: Evaluation | None, ranks: Ranks, keep_un
     def write() -> None:
         assert evaluation is not None  # rank 0 has it
         keep_unsent()
+        history.add(path.parent.parent, replace(entry, metrics=evaluation.score.metrics))
         catalog.write_evaluation(path, evaluation.score.metrics)
 
     patiently(ranks, lambda: on_first(ranks, write))

@@ -110,6 +110,15 @@ def data_of_run(run: Run) -> Iterator[tuple[str, DataSet]]:
     yield from sorted(found, key=lambda entry: entry[0] != "training")
 
 
+def metric_data(run: Run, use: str) -> dict[str, str]:
+    """Return MLflow's fields for metrics on the data that a run uses for `use`; none if it has no such data."""
+    found: dict[str, str] = {}
+    for entry in run.inputs.dataset_inputs:  # the last counts: a run may continue on other data
+        if any((tag.key, tag.value) == ("mlflow.data.context", use) for tag in entry.tags):
+            found = {"dataset_name": entry.dataset.name, "dataset_digest": entry.dataset.digest}
+    return found
+
+
 def _by_class(schema: str | None) -> tuple[ClassCount, ...]:
     columns = _decoded(schema).get(_COLUMNS, [])
     counts = [column.get("counts") for column in columns if isinstance(column, dict)]

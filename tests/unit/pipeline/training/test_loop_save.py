@@ -46,7 +46,7 @@ def test_a_save_by_the_clock_changes_neither_result_nor_curves(
     assert_same(weights(config, other.folder), weights(config, run_info.folder))
 
     def curves(tracker: MemoryTracker) -> list[Any]:
-        measured = ("speed", "step", "step_share", "evaluation")
+        measured = ("speed", "step", "step_share", "evaluation", "pause")
         return [point for point in tracker.points if point[0].split("/")[0] not in measured]
 
     assert curves(clocked) == curves(plain) != []

@@ -1,0 +1,55 @@
+"""The report of a run: the page of its newest evaluation, with the curves of all and the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from PIL import Image
+
+from pipeline.checkpoint.history import Evaluated
+from pipeline.config import RunConfig, to_json
+from pipeline.display.draw import COLOURS, Line, chart
+from pipeline.display.report import html_picture, html_table
+from pipeline.tracking.pages.parameters import differing
+
+REMEDY = (
+    "Register the checkpoint and give detr evaluate MODEL --report FOLDER: it writes a correction for each, to be "
+    "reviewed."
+)
+
+
+def progress_section(history: Sequence[Evaluated], epochs: int) -> str:
+    """Return the section with AP and loss over the epochs of a run."""
+    end = max(epochs, *(entry.epoch for entry in history), 1)
+    xs = [entry.epoch for entry in history]
+    masks = any("mask_AP" in entry.metrics for entry in history)
+    names = ("mask_AP50", "mask_AP", "AP50", "AP") if masks else ("AP75", "AP50", "AP")
+    colours = ("#999999", COLOURS[4], COLOURS[5], "black")[-len(names) :]
+    lines = [
+        Line(name.replace("_", " "), colour, [entry.metrics.get(name, -1.0) for entry in history])
+        for name, colour in zip(names, colours, strict=True)
+    ]
+    pictures = [chart(lines, xs, "epoch", "AP", x_end=end)]
+    losses = [-1.0 if entry.loss is None else entry.loss for entry in history]
+    if max(losses, default=-1.0) > 0:
+        loss = Line("training loss", COLOURS[5], losses)
+        pictures.append(chart([loss], xs, "epoch", "loss", x_end=end, y_end=1.05 * max(losses)))
+    captions = ("AP on the validation data at each evaluation.", "Mean training loss before it.")
+    figures = [html_picture(picture, "PNG", caption) for picture, caption in zip(pictures, captions, strict=False)]
+    return f"<h2>Progress</h2><div class=row>{''.join(figures)}</div>"
+
+
+def detections_section(sheet: Image.Image) -> str:
+    """Return the section with a sheet of detections beside the truth."""
+    caption = "The same images at each evaluation; detections with scores from 0.5."
+    return f"<h2>Detections</h2>{html_picture(sheet, 'JPEG', caption)}"
+
+
+def configuration_section(config: RunConfig) -> str:
+    """Return the section with what differs from the recipe, and the whole configuration to unfold."""
+    rows = [(name, value or "-", usual or "-") for name, (value, usual) in differing(config).items()]
+    recipe = config.recipe or "the defaults"
+    table = html_table(("option", "this run", recipe), rows) if rows else f"<p>As {escape(recipe)}.</p>"
+    whole = escape(to_json(config).decode())
+    return f"<h2>Configuration</h2>{table}<details><summary>All of it</summary><pre>{whole}</pre></details>"

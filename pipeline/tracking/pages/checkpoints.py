@@ -1,0 +1,45 @@
+"""Checkpoints of a run in MLflow: logged models, which go when pruning has deleted the checkpoint.
+
+MLflow's page of a logged model has a button that registers it, also for a checkpoint that is no longer there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.run_folder import META
+from pipeline.tracking.mlflow_reported import CHECKPOINT
+from shards.store import storage
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+TAG_FILES = "detr.files"
+"""Tag of a logged model that holds weights, card and code."""
+TAG_VERSIONS = "mlflow.modelVersions"
+"""Tag by which MLflow's pages find the versions of a logged model."""
+TAG_URI = "checkpoint_uri"
+
+
+def describe_checkpoint(run_id: str, step: int) -> str:
+    """Return the description of a logged model without files: the button on its page cannot bring them."""
+    return (
+        f"Metrics of the checkpoint of step {step:,}. Its weights are in the storage of the run, not here: the button "
+        f"*Register model* makes a version without weights. `detr register {run_id[:8]} --name NAME` registers the run's "
+        "best checkpoint with them."
+    )
+
+
+def drop_deleted(client: MlflowClient, experiment_id: str, run_id: str) -> list[str]:
+    """Remove the logged models of checkpoints that are deleted, and return their names; registered models stay.
+
+    Raise `OSError` if the store of the checkpoints does not answer.
+    """
+    found = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'", max_results=1000)
+    dropped = []
+    for model in found:
+        kept = model.model_type != CHECKPOINT or TAG_FILES in model.tags or TAG_VERSIONS in model.tags
+        if not kept and not storage.exists(storage.join(model.tags.get(TAG_URI, ""), META)):
+            client.delete_logged_model(model.model_id)
+            dropped.append(str(model.name))
+    return dropped
