@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.comparison.compare import Comparison, compare_models
 from pipeline.comparison.models import model_of_version
 from pipeline.errors import PipelineError, RegistryError
+from pipeline.registry.against_holder import holder
 from pipeline.registry.publish import check_names
 from pipeline.registry.versions import find_version
 from pipeline.tracking.mlflow_client import connect, translated_errors
@@ -52,11 +53,11 @@ def promote(uri: str, alias: str, data: str | None = None, *, force: bool = Fals
         version = find_version(client, uri)
         check_names(version.name, alias)
         candidate = model_of_version(version)
-        holder = _holder(client, version.name, alias)
-        if holder is None:
+        holding = holder(client, version.name, alias)
+        if holding is None:
             _record(client, version, alias, {"against": "nothing: no version had the alias"})
             return Promotion(candidate.name, alias, "", None)
-        against = model_of_version(holder)
+        against = model_of_version(holding)
         if against == candidate:
             return Promotion(candidate.name, alias, candidate.name, None)
         facts = {"against": against.name}
@@ -88,12 +89,6 @@ def refuse_loss(comparison: Comparison) -> None:
             f"{change.high:+.4f} on {images:,} images of {comparison.data}; expected an interval that excludes a loss: "
             "train further, give --data with more images, or --force"
         )
-
-
-def _holder(client: MlflowClient, name: str, alias: str) -> Any:
-    """Return the version that has the alias, or None."""
-    number = client.get_registered_model(name).aliases.get(alias)
-    return None if number is None else client.get_model_version(name, number)
 
 
 def _facts(comparison: Comparison) -> dict[str, str]:

@@ -281,6 +281,8 @@ class Work(RecordedRun):
         )
         if registered.note:
             say(registered.note)
+        if registered.note:
+            say(registered.note)
         if not registered.alias_moved:
             say(f"models:/{config.model_name}@best stays on another version, whose AP is higher")
         return Outcome(

@@ -23,7 +23,7 @@ _DIGITS = 16  # of a digest, in names of files
 def store(client: MlflowClient, run_id: str, step: int, kept: Kept) -> None:
     """Store the detections of a step of a run; those of the same step and data set are replaced."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{_prefix(step)}{kept.digest[:_DIGITS]}.safetensors"
+        path = Path(folder) / f"{_prefix(step)}{short_digest(kept.digest)}.safetensors"
         path.write_bytes(to_bytes(kept))
         client.log_artifact(run_id, str(path), _FOLDER)
 
@@ -34,7 +34,7 @@ def store_of_checkpoint(client: MlflowClient, run_id: str, step: int, checkpoint
 
     try:
         kept = read_beside(checkpoint)
-        if kept is not None and kept.digest[:_DIGITS] not in stored(client, run_id, step):
+        if kept is not None and short_digest(kept.digest) not in stored(client, run_id, step):
             store(client, run_id, step, kept)
     except (MlflowException, OSError, PipelineError, ShardError) as error:
         LOG.warning("the detections of %s are not in MLflow (%s); compare with --data", checkpoint, one_line(error))

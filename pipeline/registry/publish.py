@@ -33,6 +33,8 @@ class Registered(NamedTuple):
     """Number of the version."""
     alias_moved: bool
     """True if the alias points at this version now, false if it stayed on a better one."""
+    note: str = ""
+    """Change in AP against the version that had the alias, with its interval; empty if that is not known."""
 
 
 def publish(

@@ -11,7 +11,9 @@ from pipeline.checkpoint.location import Location, checkpoint_root, location
 from pipeline.checkpoint.metadata import read_meta
 from pipeline.config import RunConfig, from_json
 from pipeline.errors import RegistryError
+from pipeline.registry.against_holder import holder_if_known, note_change
 from pipeline.registry.card import Card
+from pipeline.registry.kept_detections import store_of_checkpoint
 from pipeline.registry.publish import Registered, check_names, publish
 from pipeline.tracking.mlflow_client import connect
 from pipeline.tracking.mlflow_runs import find_run, read_config
@@ -63,9 +65,12 @@ def register(
         code_commit=meta.code_commit,
     )
     retry_command = f"detr register {run_id} --name {name}" + (f" --alias {alias}" if alias != "best" else "")
-    return publish(
+    before = holder_if_known(client, name, alias)
+    registered = publish(
         client, model, card, name=name, alias=alias, retry_command=retry_command, only_if_better=only_if_better
     )
+    store_of_checkpoint(client, run_id, meta.step, path)
+    return registered._replace(note=note_change(client, before, name, registered.version, alias))
 
 
 def register_run(name_or_id: str, *, name: str, alias: str) -> Registered:

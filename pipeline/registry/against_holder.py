@@ -1,0 +1,77 @@
+"""Change in AP of a version against the one that has an alias, and whether it is more than chance."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import PipelineError
+from pipeline.evaluation.kept import Kept, difference_of
+from pipeline.registry.kept_detections import fetch, short_digest, stored
+from shards.dataset.manifest import load_manifest
+from shards.errors import ShardError, one_line
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+LOG = logging.getLogger(__name__)
+
+
+def holder(client: MlflowClient, name: str, alias: str) -> Any:
+    """Return the version that has the alias; None if no version has it, or if there is no such model."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        number = client.get_registered_model(name).aliases.get(alias)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    return None if number is None else client.get_model_version(name, number)
+
+
+def holder_if_known(client: MlflowClient, name: str, alias: str) -> Any:
+    """Return the same as `holder`; None also if the registry does not answer, for what is a remark only."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        return holder(client, name, alias)
+    except (MlflowException, SQLAlchemyError, OSError):
+        return None
+
+
+def note_change(client: MlflowClient, before: Any, name: str, number: str, alias: str) -> str:
+    """Record as a tag of a version how its AP differs from that of the version that had the alias, and return the text.
+
+    Return an empty text without such a version, or if the detections of both on the same validation data are not kept. It
+    is a remark: if it cannot be made, that is only logged.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        version = client.get_model_version(name, number)
+        if before is None or before.version == version.version:
+            return ""
+        kept = [_kept(client, which, version.tags.get("val_digest", "")) for which in (before, version)]
+        if None in kept:
+            return ""
+        first, second = (found for found in kept if found is not None)
+        found = difference_of(load_manifest(second.data), [first], [second], sizes=False)
+        change = found.ap
+        text = (
+            f"AP {change.difference:+.4f} against version {before.version}, 95% interval {change.low:+.4f} to "
+            f"{change.high:+.4f} on {found.images:,} images: {'within' if change.is_chance else 'more than'} chance"
+        )
+        client.set_model_version_tag(name, number, f"change.{alias}", text)
+        return text
+    except (MlflowException, OSError, PipelineError, ShardError) as error:
+        LOG.warning("version %s of %s is not compared with @%s (%s)", number, name, alias, one_line(error))
+        return ""
+
+
+def _kept(client: MlflowClient, version: Any, digest: str) -> Kept | None:
+    """Return the detections of a version on the data set of this digest, or None."""
+    files = stored(client, version.run_id, int(version.tags.get("step", 0)))
+    name = files.get(short_digest(digest))
+    return None if name is None else fetch(client, version.run_id, name)
