@@ -79,7 +79,8 @@ def divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the words of the sweep itself, and those for its trials."""
     known = {f"--{field.name.replace('_', '-')}" for field in fields(Sweep)}
     positional = list(argv[:2]) if len(argv) > 1 and not argv[1].startswith("-") else list(argv[:1])
-    own, words = positional, []
+    own: list[str] = positional
+    words: list[str] = []
     at = len(positional)
     while at < len(argv):
         flag, equals, _ = argv[at].partition("=")

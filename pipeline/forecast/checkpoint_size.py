@@ -16,7 +16,7 @@ def checkpoint_bytes(config: RunConfig, num_classes: int) -> int:
 
     with torch.device("meta"):
         model = build_trainable_model(config, num_classes)
-    state = [value for value in model.state_dict().values()]
-    weights = sum(value.numel() * value.element_size() for value in state)
-    trained = sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
+    state = model.state_dict().values()
+    weights: int = sum(value.numel() * value.element_size() for value in state)
+    trained: int = sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
     return weights + 2 * trained + (weights if config.optim.ema else 0)

@@ -39,9 +39,9 @@ def combinations(sweep: str, words: Sequence[str]) -> list[Trial]:
         count *= len(values)
     if count > _MOST:
         raise RunConfigError(f"the sweep has {count:,} trials; expected {_MOST:,} or fewer: give fewer values")
-    trials = []
-    for values in itertools.product(*(values for _, values in grid)):
-        chosen = dict(zip(names, values, strict=True))
+    trials: list[Trial] = []
+    for combination in itertools.product(*(values for _, values in grid)):
+        chosen = dict(zip(names, combination, strict=True))
         flags = [word for name, value in chosen.items() for word in (f"--{name}", value)]
         trials.append(Trial(_run_name(sweep, chosen, len(trials)), (*common, *flags), chosen))
     return trials

@@ -122,5 +122,5 @@ def _this_node() -> str:
     import ray
 
     here = ray.get_runtime_context().get_node_id()
-    resources = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    resources: dict[str, float] = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
     return next(name for name in resources if name.startswith("node:") and not name.startswith("node:__"))
