@@ -108,6 +108,8 @@ class Predict:
     """Lowest score of a detection that is kept, 0 to 1."""
     exif: Literal["upright", "ignore"] = "upright"
     """Turn a picture as its camera was held, by its EXIF data; `ignore` takes the pixels as stored, as COCO's boxes do."""
+    attention: Flag = False
+    """Also draw the attention of the last decoder layer for the best detections of each image, as NAME-attention.png."""
 
 
 def predict(argv: list[str]) -> None:
@@ -117,7 +119,14 @@ def predict(argv: list[str]) -> None:
         raise UsageError("no image given; expected `detr predict models:/NAME@ALIAS IMAGE... --out DIR`")
     from pipeline.inference.predict import predict as detect
 
-    detections = detect(options.model, options.images, options.out, threshold=options.threshold, exif=options.exif)
+    detections = detect(
+        options.model,
+        options.images,
+        options.out,
+        threshold=options.threshold,
+        exif=options.exif,
+        attention=options.attention,
+    )
     print(f"{len(detections)} detections in {len(options.images)} images: see {options.out / 'detections.json'}")
 
 

@@ -18,7 +18,7 @@ from shards.score.comparison import Comparison, compare
 from shards.score.detections import Detections
 from shards.score.overlaps import found_objects, overlaps
 from shards.score.suspects import Suspect, find_suspects
-from shards.score.worst_images import WorstImage, find_worst
+from shards.score.worst_images import JudgedImage, find_worst_and_best
 
 THRESHOLD = 0.5
 """Lowest score of a detection in the confusion."""
@@ -67,14 +67,21 @@ class Diagnosis:
     calibration_error: float
     """Mean difference between score and share of correct detections, weighted by their numbers."""
     by_objects: tuple[ByObjects, ...]
-    worst: tuple[WorstImage, ...]
+    worst: tuple[JudgedImage, ...]
+    best: tuple[JudgedImage, ...]
     suspects: tuple[Suspect, ...]
 
 
 def diagnose(
-    manifest: Manifest, detections: Detections, *, rows: Ints | None = None, worst: int = 20, suspects: int = 20
+    manifest: Manifest,
+    detections: Detections,
+    *,
+    rows: Ints | None = None,
+    worst: int = 20,
+    best: int = 4,
+    suspects: int = 20,
 ) -> Diagnosis:
-    """Return the reasons of the score of boxes, with so many worst images and suspects; raise as `coco_metrics`."""
+    """Return the reasons of the score of boxes, with so many images and suspects; raise as `coco_metrics`."""
     comparison = compare(manifest, detections, rows, masks=False)
     evaluator = with_hotcoco.evaluator(comparison, "bbox")
     params = evaluator.params
@@ -85,6 +92,7 @@ def diagnose(
     tide, calibration = evaluator.tide_errors(), evaluator.calibration()
     pairs = overlaps(comparison)
     found = found_objects(comparison, pairs)
+    most_wrong, most_right = find_worst_and_best(manifest, comparison, pairs, found, worst, best)
     confusion = evaluator.confusion_matrix(min_score=THRESHOLD)["matrix"]
     return Diagnosis(
         ap50=tide["ap_base"],
@@ -98,7 +106,8 @@ def diagnose(
         ),
         calibration_error=calibration["ece"],
         by_objects=_by_objects(comparison, evaluator),
-        worst=find_worst(manifest, comparison, pairs, found, worst),
+        worst=most_wrong,
+        best=most_right,
         suspects=find_suspects(manifest, comparison, pairs, found, suspects),
     )
 
