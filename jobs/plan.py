@@ -19,6 +19,8 @@ from pipeline.config import RunConfig
 
 STATUS_LATER = 75
 """Exit status of a command that is to be started again (docs/stopping-and-resuming.md)."""
+SUBMITTABLE = ("demo", "shard", "train", "resume", "evaluate", "predict", "register", "import", "export")
+"""Commands that can be jobs."""
 GRACE_S = 60
 """Seconds that a job has to save after SIGTERM."""
 
@@ -32,6 +34,12 @@ class Request:
     run: str = ""
     """Name that `--run` gave."""
     smoke: bool = False
+    model: str = ""
+    """Registered model that it starts from, models:/..."""
+    known_run: str = ""
+    """Run that it continues or registers."""
+    reads: tuple[str, ...] = ()
+    """Folders, files and URLs that it reads."""
 
 
 @dataclass(frozen=True)

@@ -8,27 +8,35 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 
-from jobs.clusters.entries import Cluster
+from jobs.clusters.entries import Cluster, Ray
 from jobs.code import Code, code_here
 from jobs.engines import engine_of
 from jobs.errors import JobError
-from jobs.plan import Plan, make_plan
-from jobs.refusals import check, read_request
+from jobs.plan import Plan, Request, make_plan
+from jobs.refusals import check, check_now, read_request
 
 __all__ = ["JobError", "prepare", "submit"]
 
 Say = Callable[[str], None]
+Read = Callable[[Cluster, Sequence[str]], Request]
 
 
-def prepare(spec: Cluster, argv: Sequence[str], say: Say = print) -> Plan:
+def prepare(
+    spec: Cluster, argv: Sequence[str], say: Say = print, read: Read = read_request, *, ask: bool = True
+) -> Plan:
     """Return the plan of `detr ARGV` on the cluster, checked on this machine; `say` gets warnings.
 
-    Raise the error that the command would end with there, as far as this machine can tell.
+    read: parses the command. ask: also ask a running cluster for its nodes. Raise the error that the command would end
+    with there, as far as this machine can tell.
     """
     from pipeline.tracking.server.address import tracking_uri
 
-    request = read_request(spec, argv)
+    request = read(spec, argv)
     check(spec, request, say)
+    if ask and request.config is not None and isinstance(spec, Ray) and spec.nodes is None:
+        from jobs.engines.ray import sizes_of_nodes
+
+        check_now(spec, request, sizes_of_nodes(spec))
     code = code_here() if spec.code == "snapshot" else Code.installed()
     return make_plan(spec, request, code, secrets.token_hex(4), tracking_uri())
 

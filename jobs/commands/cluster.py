@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from jobs.parsing import Flag, UsageError, parse
+from jobs.plan import SUBMITTABLE
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,13 @@ def submit(argv: list[str]) -> None:
     if "--" in argv:
         separator = argv.index("--")
         own, command = argv[:separator], argv[separator + 1 :]
+    elif len(argv) > 1 and (word := next((word for word in argv[1:] if word in SUBMITTABLE), "")):
+        raise UsageError(f"got {word!r} without -- before it; expected `detr submit {argv[0]} -- {word} ...`")
     options = parse(Submit, own, "detr submit")
     if not command:
-        raise UsageError("nothing to run; expected `detr submit NAME -- train RECIPE ...`")
+        raise UsageError("nothing to run after --; expected `detr submit NAME -- train RECIPE ...`")
     from jobs.clusters import find_cluster
+    from jobs.commands.requests import read_request
     from jobs.engines import engine_of
     from jobs.plan import describe
     from jobs.refusals import at_address
@@ -52,7 +56,8 @@ def submit(argv: list[str]) -> None:
     cluster = find_cluster(options.cluster)
     if options.address:
         cluster = at_address(cluster, options.address)
-    plan = prepare(cluster, command, _warn)
+    sends = not (options.write or options.dry_run)
+    plan = prepare(cluster, command, _warn, read_request, ask=sends)
     if options.write:
         text = engine_of(cluster).render(plan)
         print(text, end="") if options.write == "-" else Path(options.write).write_text(text)
@@ -63,7 +68,7 @@ def submit(argv: list[str]) -> None:
             from jobs.forecast import forecast_on
 
             print(f"\n{forecast_on(cluster, plan.config, plan.run, _warn)}", file=out)
-    if options.write or options.dry_run:
+    if not sends:
         return
     job = send(plan)
     there = "" if cluster.name == "local" else f" --cluster {cluster.name}"

@@ -18,6 +18,7 @@ from jobs.clusters.entries import Ray
 from jobs.clusters.file import LOCAL
 from jobs.clusters.secret import parse_secret
 from jobs.engines.engine import ENDED, Job, Say
+from jobs.engines.shell import secret_lines
 from jobs.errors import JobError
 from jobs.plan import GRACE_S, Plan
 from pipeline.cluster.ray_session import authenticate
@@ -111,7 +112,7 @@ def request_of(plan: Plan) -> dict[str, Any]:
     if cluster.requirements == "lock" and cluster.code == "snapshot":
         runtime["pip"] = {"packages": _locked(plan.code.root), "pip_check": False}
     request: dict[str, Any] = {
-        "entrypoint": plan.shell,
+        "entrypoint": " && ".join([*secret_lines(plan.secrets), plan.shell]),
         "submission_id": plan.job,
         "runtime_env": runtime,
         "metadata": {"command": plan.shown, "run": plan.run, "commit": plan.environment.get("DETR_COMMIT", "")},
@@ -148,24 +149,27 @@ def _job(details: JobDetails) -> Job:
     )
 
 
+def sizes_of_nodes(cluster: Ray) -> list[tuple[float, float]]:
+    """Return CPUs and GPUs of each live node; raise `JobError` if the server does not answer. Ray is not imported."""
+    query = "/api/v0/nodes?detail=1&limit=10000&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
+    answer = json.loads(_ask(cluster, query))
+    nodes = answer["data"]["result"]["result"]
+    return [(node["resources_total"].get("CPU", 0), node["resources_total"].get("GPU", 0)) for node in nodes]
+
+
 def connect(cluster: Ray) -> JobSubmissionClient:
     """Return a client of the job server; raise `JobError` if it does not answer or refuses the token."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray prefers this variable to the address that its client is given, so both must be the same.
     os.environ["RAY_API_SERVER_ADDRESS"] = cluster.address
-    _authenticate(cluster)
-    _check_answers(cluster)
+    _ask(cluster, "/api/version")
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
         return _within(_ANSWER_S, cluster, lambda: JobSubmissionClient(cluster.address))
     except AuthenticationError:
-        raise JobError(
-            f"the Ray cluster at {cluster.address} refused {'the token of the entry' if cluster.token else 'the request'}; "
-            "expected the cluster's token: give `token` in the entry, or for `local` ~/.ray/auth_token or "
-            "RAY_AUTH_TOKEN_PATH"
-        ) from None
+        raise _refused(cluster) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise _unanswered(cluster, one_line(error)) from None
 
@@ -181,20 +185,42 @@ def _authenticate(cluster: Ray) -> None:
         os.environ["RAY_AUTH_MODE"] = "disabled"
 
 
-def _check_answers(cluster: Ray) -> None:
-    """Raise `JobError` for a server that refuses the connection or stays silent, before Ray is imported."""
-    request = urllib.request.Request(cluster.address.rstrip("/") + "/api/version")
+def _ask(cluster: Ray, path: str) -> bytes:
+    """Return the server's answer without importing Ray; raise `JobError` if it is silent or refuses."""
+    _authenticate(cluster)
+    request = urllib.request.Request(cluster.address.rstrip("/") + path, headers=_headers())
 
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(request, timeout=_ANSWER_S).close()
-        except urllib.error.HTTPError:
-            return  # it answers, if only to refuse
+    def ask() -> bytes:
+        with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
+            return bytes(answer.read())
 
     try:
-        _within(_ANSWER_S, cluster, ask)
+        return _within(_ANSWER_S, cluster, ask)
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise _refused(cluster) from None
+        raise _unanswered(cluster, f"HTTP {error.code}") from None
     except (OSError, ValueError) as error:
         raise _unanswered(cluster, one_line(getattr(error, "reason", None) or error)) from None
+
+
+def _headers() -> dict[str, str]:
+    """Return what carries the token that Ray's client would send."""
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        return {}
+    token = os.environ.get("RAY_AUTH_TOKEN", "")
+    if not token:
+        path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+        token = path.read_text().strip() if path.is_file() else ""
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _refused(cluster: Ray) -> JobError:
+    return JobError(
+        f"the Ray cluster at {cluster.address} refused {'the token of the entry' if cluster.token else 'the request'}; "
+        "expected the cluster's token: give `token` in the entry, or for `local` ~/.ray/auth_token or "
+        "RAY_AUTH_TOKEN_PATH"
+    )
 
 
 def _unanswered(cluster: Ray, reason: str) -> JobError:

@@ -52,13 +52,14 @@ class PreparedRun:
         save_initial(self.model, folder)
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig, *, data: bool = True) -> None:
     """Check the initial weights and the data of a run as far as this needs no model and no download.
 
-    Built-in data may be missing, because it is generated where the run starts. Raise one of `USER_ERRORS`.
+    Built-in data may be missing, because it is generated where the run starts; with `data=False` all data may be, because
+    only a cluster sees it. Raise one of `USER_ERRORS`.
     """
     _check_initial(config)
-    if not config.data.built_in:
+    if data and not config.data.built_in:
         check_data(config)
 
 

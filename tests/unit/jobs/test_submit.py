@@ -1,160 +1,151 @@
-"""Submitting to Ray: what is checked first, and what the job server gets."""
+"""Submitting to Ray: what the job server gets."""
 
-import shutil
+import io
+import json
+import os
 import subprocess
 import sys
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from jobs.clusters import Ray, find_cluster
-from jobs.commands import cluster
 from jobs.engines import ray as module
 from jobs.engines.engine import Job
 from jobs.engines.ray import RayEngine
-from jobs.errors import JobError
 from jobs.submit import submit
-from pipeline.errors import PipelineError
-from pipeline.tracking.server import address
-from shards.errors import ShardError
-
-
-class Server:
-    """Job server that records the request of a submitted job."""
-
-    def __init__(self) -> None:
-        self.request: dict[str, Any] = {}
-        self.uploaded: list[str] = []
-
-    def submit_job(self, **request: Any) -> str:
-        self.request = request
-        folder = request["runtime_env"].get("working_dir")
-        if folder:
-            self.uploaded = [str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()]
-        return str(request["submission_id"])
+from tests.support.in_process import ROOT, Detr
+from tests.support.job_server import JobServer, job_server
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Server:
-    made = Server()
-    monkeypatch.setattr(module, "connect", lambda cluster: made)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
-    return made
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[JobServer]:
+    """The Ray cluster `local`, which is MLflow's server, too."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")  # what the command sets is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with job_server() as made:
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", made.url)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", made.url)
+        yield made
 
 
-def submit_here(*command: str) -> None:
-    """Run `detr submit local -- COMMAND`."""
-    cluster.submit(["local", "--", *command])
-
-
-def test_job_runs_the_same_command_in_the_folder_of_the_entry(server: Server) -> None:
+def test_job_runs_the_same_command_in_the_folder_of_the_entry(server: JobServer, tmp_path: Path) -> None:
+    (tmp_path / "my run").mkdir()
     here = Ray(
         name="here",
-        address="http://127.0.0.1:8265",
+        address=server.url,
         code="installed",
         python="/opt/py thon",
-        directory="/data/my run",
+        directory=str(tmp_path / "my run"),
+        mlflow="https://tracking",
         environment={"NCCL_DEBUG": "WARN"},
         cache="/local",
+        on_cluster=("/opt", "https://tracking", "it's mine"),
     )
     job_id = submit(here, ["shard", "info", "it's mine"])
-    assert server.request["submission_id"] == job_id
-    assert server.request["entrypoint"] == (
-        "cd '/data/my run' && exec '/opt/py thon' -P -m jobs.cli shard info 'it'\"'\"'s mine'"
-    )
-    variables = server.request["runtime_env"]["env_vars"]
-    assert variables["MLFLOW_TRACKING_URI"] == "http://tracking:5000"
+    assert server.job["submission_id"] == job_id
+    words = "'/opt/py thon' -P -m jobs.cli shard info 'it'\"'\"'s mine'"
+    assert server.job["entrypoint"] == f"cd '{tmp_path}/my run' && exec {words}"
+    variables = server.job["runtime_env"]["env_vars"]
+    assert variables["MLFLOW_TRACKING_URI"] == "https://tracking"
     assert variables["RAY_JOB_STOP_SIGNAL"] == "SIGTERM"
     assert (variables["NCCL_DEBUG"], variables["DETR_CACHE"], variables["DETR_JOB"]) == ("WARN", "/local", job_id)
-    assert "working_dir" not in server.request["runtime_env"]
+    assert "working_dir" not in server.job["runtime_env"]
 
 
-def test_a_snapshot_travels_with_its_commit(server: Server) -> None:
+def test_a_snapshot_of_the_tracked_files_travels_with_its_commit(server: JobServer, tmp_path: Path) -> None:
     lines: list[str] = []
-    lab = Ray(name="lab", address="http://127.0.0.1:8265", requirements="lock", driver_labels={"kind": "stays"})
+    lab = Ray(
+        name="lab",
+        address=server.url,
+        requirements="lock",
+        driver_labels={"kind": "stays"},
+        storage=str(tmp_path),
+        on_cluster=(server.url,),
+    )
     submit(lab, ["train", "demo"], lines.append)
-    assert {"jobs/cli.py", "detr/model.py", "requirements.lock"} <= set(server.uploaded)
-    variables = server.request["runtime_env"]["env_vars"]
+    (package,) = [body for body in server.bodies if body.startswith(b"PK")]
+    names = set(zipfile.ZipFile(io.BytesIO(package)).namelist())
+    tracked = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True)
+    assert {name for name in names if not name.endswith("/")} <= set(tracked.stdout.splitlines())
+    assert {"jobs/cli.py", "detr/model.py", "requirements.lock"} <= names
+    variables = server.job["runtime_env"]["env_vars"]
     assert len(variables["DETR_COMMIT"].removesuffix("-dirty")) == 40
-    assert server.request["metadata"]["commit"] == variables["DETR_COMMIT"]
-    assert any(line.startswith("torch==") for line in server.request["runtime_env"]["pip"]["packages"])
-    assert server.request["entrypoint_label_selector"] == {"kind": "stays"}
-    assert any("MB, commit " in line for line in lines)
+    assert server.job["metadata"]["commit"] == variables["DETR_COMMIT"]
+    assert any(line.startswith("torch==") for line in server.job["runtime_env"]["pip"]["packages"])
+    assert server.job["entrypoint_label_selector"] == {"kind": "stays"}
+    assert any(f"commit {variables['DETR_COMMIT']}" in line for line in lines)
 
 
-def test_every_retry_of_a_submitted_training_is_the_same_run(
-    server: Server, capsys: pytest.CaptureFixture[str]
-) -> None:
-    submit_here("train", "demo", "--track.run-name", "mine")
-    command = server.request["metadata"]["command"]
+def test_every_retry_of_a_submitted_training_is_the_same_run(detr: Detr, server: JobServer) -> None:
+    submitted = detr("submit", "local", "--", "train", "demo", "--track.run-name", "mine")
+    assert submitted.status == 0
+    command = server.job["metadata"]["command"]
     assert command.startswith("detr train demo --run mine-")
     assert "--track.run-name" not in command
-    assert server.request["metadata"]["run"] == command.split()[-1]
-    submit_here("train", "demo", "--run", "ours")
-    assert server.request["metadata"]["command"] == "detr train demo --run ours"
-    assert server.request["submission_id"].startswith("ours-")
-    assert "run         ours\n" in capsys.readouterr().out
+    assert server.job["metadata"]["run"] == command.split()[-1]
+    submitted = detr("submit", "local", "--", "train", "demo", "--run", "ours")
+    assert server.job["metadata"]["command"] == "detr train demo --run ours"
+    assert server.job["submission_id"].startswith("ours-")
+    assert "run         ours\n" in submitted.out
+    assert f"detr jobs stop {server.job['submission_id']}" in submitted.out
 
 
-@pytest.mark.parametrize(
-    "uri",
-    [
-        "http://ada:hunter2@tracking:5000",
-        "postgresql://ada:hunter2@db/mlflow",
-        "postgresql://ada:a/hunter2@db/mlflow",
-        "postgresql://db/mlflow?user=ada&password=hunter2",
-    ],
-)
-def test_password_in_the_tracking_uri_is_not_sent(server: Server, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        monkeypatch.setenv(name, "")  # a login in the address moves there
-    monkeypatch.setattr(address._Moved, "login", False)
-    with pytest.raises(PipelineError, match="MLFLOW_TRACKING_URI holds a user name or password") as caught:
-        submit(find_cluster("local"), ["train", "demo"])
-    assert "hunter2" not in str(caught.value)
-    assert server.request == {}
+def test_dry_run_and_write_send_nothing(detr: Detr, server: JobServer, tmp_path: Path) -> None:
+    written = detr("submit", "local", "--write", "job.json", "--", "shard", "info", ".")
+    assert (written.status, written.err) == (0, "")
+    assert json.loads((tmp_path / "job.json").read_text())["entrypoint"].endswith("-m jobs.cli shard info .")
+    dry = detr("submit", "local", "--dry-run", "--", "shard", "info", ".")
+    assert "command      detr shard info .\n" in dry.out
+    assert {request.split("?")[0] for request in server.requests} <= {"GET /health"}
 
 
-def test_command_that_would_fail_on_the_cluster_is_not_sent(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(JobError, match="did you mean train"):
-        submit_here("tarin", "demo")
-    with pytest.raises(ShardError, match=r"no manifest\.json here"):
-        submit_here("train", "detr-r50", "--data.train", str(tmp_path))
-    with pytest.raises(PipelineError, match="finetune needs --initial"):
-        submit_here("train", "finetune")
-    with pytest.raises(PipelineError, match=r"optim\.epochs is 0"):
-        submit_here("train", "demo", "--optim.epochs", "0")
-    with pytest.raises(JobError, match="needs no cluster"):
-        submit_here("train", "--help")
-    assert server.request == {}
+def test_the_token_of_an_entry_goes_to_its_address_and_no_other_does(
+    server: JobServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("the-token-of-this-machine")
+    monkeypatch.setenv("LAB_TOKEN", "the-token-of-the-lab")
+    lab = Ray(name="lab", address=server.url, storage=str(tmp_path), on_cluster=(server.url,))
+    submit(lab, ["train", "demo"], print)
+    assert server.tokens == {""}
+    server.token = "the-token-of-the-lab"
+    submit(msgspec.structs.replace(lab, token="env:LAB_TOKEN"), ["train", "demo"], print)
+    assert server.tokens == {"", "Bearer the-token-of-the-lab"}
+    assert b"the-token-of" not in server.sent()
 
 
-def test_local_is_this_interpreter_and_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://head:8265")
-    local = find_cluster("local")
-    assert isinstance(local, Ray)
-    assert (local.python, local.directory, local.address) == (sys.executable, str(tmp_path), "http://head:8265")
-
-
-def test_command_with_truncated_data_is_not_sent(server: Server, tiny_data: Any, tmp_path: Path) -> None:
-    shutil.copytree(tiny_data.train, tmp_path / "train")
-    shard = next((tmp_path / "train").glob("*.tar"))
-    shard.write_bytes(shard.read_bytes()[:-512])
-    with pytest.raises(ShardError, match="truncated"):
-        submit_here("train", "overfit", "--data.train", str(tmp_path / "train"), "--data.val", tiny_data.val)
-    assert server.request == {}
-
-
-@pytest.mark.parametrize("flags", [["--out", "s3://ada:hunter2@sets/x"], ["--out=s3://ada:hunter2@sets/x"]])
-def test_password_in_a_flag_is_not_sent(server: Server, flags: list[str]) -> None:
-    with pytest.raises(ShardError, match="holds a password") as caught:
-        submit_here("shard", "coco", *flags)
-    assert "hunter2" not in str(caught.value)
-    assert not server.request
+def test_planted_secrets_are_in_nothing_that_is_sent_or_printed(
+    detr: Detr, server: JobServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("planted-in-a-file")
+    planted = {"AWS_SECRET_ACCESS_KEY": "planted-in-variable", "MLFLOW_TRACKING_PASSWORD": "planted-password"}
+    for name, value in planted.items():
+        monkeypatch.setenv(name, value)
+    server.token = "planted-in-a-file"
+    (tmp_path / "detr.toml").write_text(f"""
+        [clusters.lab]
+        launcher = "ray"
+        address = "{server.url}"
+        token = "file:{tmp_path}/token"
+        storage = "{tmp_path}/runs"
+        secrets = {{AWS_SECRET_ACCESS_KEY = "env:AWS_SECRET_ACCESS_KEY"}}
+        on_cluster = ["{server.url}"]
+        """)
+    submitted = detr("submit", "lab", "--", "train", "demo")
+    assert submitted.status == 0, submitted.err
+    assert "AWS_SECRET_ACCESS_KEY:?" in server.job["entrypoint"]
+    refused = detr("submit", "lab", "--", "train", "demo", "--run", "planted-password")
+    assert "the command holds the value of MLFLOW_TRACKING_PASSWORD" in refused.line
+    everything = server.sent() + "".join([submitted.out, submitted.err, refused.out, refused.err]).encode()
+    assert b"planted" not in everything
 
 
 @pytest.mark.parametrize(
@@ -172,12 +163,17 @@ def test_a_job_that_did_not_stop_in_time_is_called_killed(
     assert RayEngine().stop(local, "detr-1") == said
 
 
-def test_a_command_is_checked_and_sent_without_torch(tiny_data: Any) -> None:
+def test_a_command_is_checked_and_sent_without_torch_in_seconds_of_a_core(server: JobServer, tiny_data: Any) -> None:
     code = (
-        "import sys; from jobs.clusters import find_cluster; from jobs.submit import prepare; import ray.job_submission;"
-        "import jobs.engines.ray; prepare(find_cluster('local'), sys.argv[1:]);"
-        "print(*sorted({'torch', 'torchvision', 'mlflow', 'pandas'} & sys.modules.keys()))"
+        "import sys; from jobs.cli import run; status = run(sys.argv[1:]);"
+        "heavy = {'torch', 'torchvision', 'mlflow', 'pandas'} & sys.modules.keys();"
+        "import time; print(status, *heavy, time.process_time(), file=sys.stderr)"
     )
-    command = ["train", "overfit", "--data.train", tiny_data.train, "--data.val", tiny_data.val]
-    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    data = ["--data.train", tiny_data.train, "--data.val", tiny_data.val]
+    words = ["submit", "local", "--", "train", "overfit", *data]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
+    status, *heavy, seconds = done.stderr.split()
+    assert (status, heavy) == ("0", []), done.stderr
+    print(f"{seconds} CPU s")
+    assert server.job["metadata"]["command"].startswith("detr train overfit")

@@ -1,0 +1,108 @@
+"""Checks of words: commands that cannot run on a cluster, secrets, addresses."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Iterator, Sequence
+from urllib.parse import urlsplit
+
+import msgspec
+
+from jobs.clusters.entries import Cluster, Ray
+from jobs.clusters.file import LOCAL
+from jobs.clusters.secret import is_sensitive
+from jobs.errors import JobError
+from jobs.nearest import nearest
+from jobs.plan import SUBMITTABLE, Request
+from jobs.training import parse_train, smoke
+from pipeline.tracking.server.address import tracking_uri
+from shards.store.storage import refuse_secret
+
+_LOCAL_ONLY = ("submit", "jobs", "ui", "clusters", "runs", "show", "sweep", "compare")
+_SHORTEST_SECRET = 8
+
+
+def check_words(cluster: Cluster, argv: Sequence[str]) -> None:
+    """Raise for a command that no cluster can run, and for secrets: launchers show a job's words to everyone."""
+    for argument in argv:
+        refuse_secret(argument)
+    _refuse_values(argv, cluster)
+    name = argv[0]
+    if name in _LOCAL_ONLY:
+        raise JobError(f"`detr {name}` runs on this machine, not as a job; expected one of: {', '.join(SUBMITTABLE)}")
+    if name not in SUBMITTABLE:
+        raise JobError(
+            f"there is no command {name!r} to submit; did you mean {nearest(name, SUBMITTABLE)}? Expected one of: "
+            + ", ".join(SUBMITTABLE)
+        )
+    if any(word in ("-h", "--help") for word in argv[1:]):
+        raise JobError(f"`{name} --help` needs no cluster; expected a command to run: ask `detr {name} --help`")
+
+
+def _refuse_values(argv: Sequence[str], cluster: Cluster) -> None:
+    """Raise for the value of a secret variable of this machine, wherever it would be shown; never repeat it."""
+    places = [*(("the command", word) for word in argv)]
+    places += [(f"environment.{name} of {cluster.name}", value) for name, value in cluster.environment.items()]
+    for name, value in os.environ.items():
+        if len(value) < _SHORTEST_SECRET or not is_sensitive(name):
+            continue
+        for place, text in places:
+            if value in text:
+                raise JobError(
+                    f"{place} holds the value of {name}, which everyone who sees the job would see; expected a reference: "
+                    f"secrets.{name} of the cluster's entry"
+                )
+
+
+def read_request(cluster: Cluster, argv: Sequence[str]) -> Request:
+    """Return the parsed command, with the defaults of the cluster; only a training is parsed."""
+    check_words(cluster, argv)
+    if argv[0] != "train":
+        return Request(tuple(argv))
+    words = list(argv[1:])
+    if cluster.storage and not any(re.match("--storage(=|$)", word) for word in words):
+        words += ["--storage", cluster.storage]
+    options = parse_train(words, "detr train")
+    assert options is not None  # it would have asked for help
+    config = smoke(options.config) if options.smoke else options.config
+    model = config.initial if config.initial.startswith("models:/") else ""
+    return Request(("train", *words), config, options.run or "", options.smoke, model=model)
+
+
+def at_address(cluster: Cluster, address: str) -> Cluster:
+    """Return the entry with another address; raise `JobError` if a token would go there."""
+    if not isinstance(cluster, Ray):
+        raise JobError(f"--address is for Ray clusters, and {cluster.name} is {cluster.launcher}; expected none")
+    if cluster.token:
+        raise JobError(
+            f"the token of {cluster.name} belongs to {cluster.address}, and --address {address} is another server; expected "
+            "an entry of its own for that cluster"
+        )
+    if cluster.name == LOCAL and not is_loopback(address) and address != cluster.address:
+        # This machine's token is for its own cluster, so it stays here.
+        return msgspec.structs.replace(cluster, address=address, name=f"{LOCAL}-at-address")
+    return msgspec.structs.replace(cluster, address=address)
+
+
+def warnings_of(cluster: Cluster) -> Iterator[str]:
+    """Yield a line for each address that is reached without encryption beyond this machine."""
+    addresses = {"MLflow": cluster.mlflow or tracking_uri()}
+    if isinstance(cluster, Ray):
+        addresses["Ray's job server"] = cluster.address
+    for what, address in addresses.items():
+        if address.startswith("http://") and not is_loopback(address):
+            yield (
+                f"warning: {what} at {address} is not encrypted: tokens, passwords and code can be read and changed on the "
+                "way; https, a VPN or `ssh -L` protects them"
+            )
+
+
+def is_loopback(address: str) -> bool:
+    """Return True if a URL names this machine's loopback interface."""
+    host = urlsplit(address).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
