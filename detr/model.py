@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from detr.backbone import Backbone, FrozenBatchNorm
+from detr.conditional.model import ConditionalDETR
 from detr.config import ConfigError, ModelConfig
 from detr.deformable.model import DeformableDETR
 from detr.mask_head import MASK_MODULES, AttentionMap, MaskHead
@@ -69,7 +70,11 @@ class PlainDETR(DETR):
         return Outputs(last.logits, last.boxes, tuple(auxiliary), masks)
 
 
-_VARIANTS: dict[str, Callable[[ModelConfig, int], DETR]] = {"detr": PlainDETR, "deformable": DeformableDETR}
+_VARIANTS: dict[str, Callable[[ModelConfig, int], DETR]] = {
+    "detr": PlainDETR,
+    "deformable": DeformableDETR,
+    "conditional": ConditionalDETR,
+}
 
 
 def build_model(config: ModelConfig, num_classes: int) -> DETR:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _LEARNED_CELLS = 50  # rows and columns of the original's learned positions
+_SMALLEST = 1e-5  # the distance of a fraction from 0 and 1 whose inverse sigmoid is the largest, as in the originals
 
 
 class SinePosition(nn.Module):
@@ -86,3 +87,14 @@ def _kept_sine_grid(
     # Cached per shape, on which alone it depends without padding. An inference tensor could not be used in training.
     with torch.inference_mode(False):
         return _sine_grid(height, width, channels, temperature, back, device)
+
+
+def inverse_sigmoid(fraction: Tensor) -> Tensor:
+    """Return log(x / (1 - x)), with x and 1 - x of at least 1e-5, as in the originals of the variants."""
+    fraction = fraction.clamp(0, 1)
+    return torch.log(fraction.clamp(min=_SMALLEST) / (1 - fraction).clamp(min=_SMALLEST))
+
+
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """Return the tensor in fp32 if its type is narrower, else unchanged."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -42,7 +42,7 @@ class Attention(nn.Module):
             F.linear(x, weight, bias).view(x.shape[0], x.shape[1], self.heads, width).transpose(1, 2)
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
-        attended = _attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        attended = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.out_proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def tie(self) -> None:
@@ -51,7 +51,7 @@ class Attention(nn.Module):
         key.copy_(query)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """Return softmax(q k^T / sqrt(width)) v, [B, heads, Q, width].
 
     Training on a CPU does not use its flash kernel, which recomputes the scores in the backward pass: where attention

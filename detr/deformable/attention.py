@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from detr.position import at_least_fp32
+
 Shapes = tuple[tuple[int, int], ...]
 """Height and width of each feature level in cells."""
 
@@ -53,10 +55,21 @@ class DeformableAttention(nn.Module):
         reference: [B or 1, Q or 1, L, 2 or 4], points or boxes (cxcywh) as fractions of the canvas, in fp32.
         cells: [B, S, C], the cells of all levels, S = sum of height * width. padding: [B, S], true = read as 0.
         """
-        batch, queries, _ = query.shape
         value = self.value_proj(cells)
         if padding is not None:
             value = value.masked_fill(padding[..., None], 0.0)
+        locations, weights = self.points_of(query, reference, shapes)
+        with torch.autocast(query.device.type, enabled=False):
+            heads = at_least_fp32(value).view(*value.shape[:2], self.heads, value.shape[-1] // self.heads)
+            sampled = sample(heads, locations, weights, shapes)
+        return self.output_proj(sampled.to(value.dtype))  # type: ignore[no-any-return]
+
+    def points_of(self, query: Tensor, reference: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:
+        """Return the points [B, Q, heads, L, P, 2] that queries read, as fractions of the canvas, and their weights.
+
+        The weights [B, Q, heads, L, P] of a head add up to 1. Both are in fp32.
+        """
+        batch, queries, _ = query.shape
         layout = (batch, queries, self.heads, self.levels, self.points)
         weights = self.attention_weights(query).view(*layout[:3], self.levels * self.points).softmax(-1).view(layout)
         with torch.autocast(query.device.type, enabled=False):
@@ -64,15 +77,7 @@ class DeformableAttention(nn.Module):
             offsets = F.linear(
                 wide, at_least_fp32(self.sampling_offsets.weight), at_least_fp32(self.sampling_offsets.bias)
             ).view(*layout, 2)
-            locations = _locations(at_least_fp32(reference), offsets, shapes)
-            heads = at_least_fp32(value).view(batch, cells.shape[1], self.heads, value.shape[-1] // self.heads)
-            sampled = sample(heads, locations, at_least_fp32(weights), shapes)
-        return self.output_proj(sampled.to(value.dtype))  # type: ignore[no-any-return]
-
-
-def at_least_fp32(tensor: Tensor) -> Tensor:
-    """Return the tensor in fp32 if its type is narrower, else unchanged."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+            return _locations(at_least_fp32(reference), offsets, shapes), at_least_fp32(weights)
 
 
 def _locations(reference: Tensor, offsets: Tensor, shapes: Shapes) -> Tensor:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from detr.batch import Target
 from detr.config import LossConfig
-from detr.deformable.attention import at_least_fp32
 from detr.losses.focal import focal_loss
 from detr.losses.matched import box_losses, class_error, zero_with_gradient
 from detr.matcher import PackedTargets, focal_cost, match_layers, pack
+from detr.position import at_least_fp32
 from detr.variant import SigmoidOutputs, tensors_of
 
 

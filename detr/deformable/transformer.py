@@ -7,14 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from detr.config import ModelConfig
-from detr.deformable.attention import DeformableAttention, Shapes, at_least_fp32
+from detr.deformable.attention import DeformableAttention, Shapes
 from detr.deformable.levels import Geometry
 from detr.deformable.proposals import best_cells, box_vectors, cell_boxes
+from detr.position import at_least_fp32, inverse_sigmoid
 from detr.recompute import run_layer
 from detr.transformer import Layer
 from detr.variant import SigmoidOutputs
-
-_SMALLEST = 1e-5  # the distance of a fraction from 0 and 1 whose inverse sigmoid is the largest, as in the original
 
 
 class Queries(NamedTuple):
@@ -128,12 +127,6 @@ def _moved(reference: Tensor, change: Tensor) -> Tensor:
     if start.shape[-1] == 4:
         return (change + start).sigmoid()
     return torch.cat([change[..., :2] + start, change[..., 2:]], -1).sigmoid()
-
-
-def inverse_sigmoid(fraction: Tensor) -> Tensor:
-    """Return log(x / (1 - x)), with x and 1 - x of at least 1e-5, as in the original."""
-    fraction = fraction.clamp(0, 1)
-    return torch.log(fraction.clamp(min=_SMALLEST) / (1 - fraction).clamp(min=_SMALLEST))
 
 
 class Transformer(nn.Module):

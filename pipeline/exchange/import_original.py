@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from detr.config import ConfigError, ModelConfig, TransformConfig
+from detr.conditional.original_config import infer_conditional, is_conditional
 from detr.deformable.original_config import infer_deformable, is_deformable
 from detr.model import DETR, build_model
 from detr.original import load_original_state_dict
@@ -139,6 +140,8 @@ def read_original(path: Path, *, heads: int | None = None, dilation: bool = Fals
         infer = infer_deformable
         chosen["queries"] = _option(options, "num_queries_one2one", int) or _option(options, "num_queries", int)
         chosen["look_forward_twice"] = _option(options, "look_forward_twice", bool)
+    elif is_conditional(file.state):
+        infer = infer_conditional
     config, classes = infer(
         file.state,
         heads=heads or shown,
@@ -180,7 +183,7 @@ def _refuse_contradiction(flag: str, given: int | None, shown: int | None) -> No
 
 def _description(config: ModelConfig, classes: int, file: StateFile) -> str:
     features = {
-        "deformable": config.variant == "deformable",
+        config.variant: config.variant != "detr",
         "box refinement": config.deformable.box_refine,
         "two stages": config.deformable.two_stage,
         "DC5": config.dilation,

@@ -25,9 +25,8 @@ from detr.position import SinePosition
 from detr.postprocess import detect
 from detr.variant import SigmoidOutputs
 from pipeline.config import OptimConfig
-from pipeline.training.optim import build_optimizer
 from tests.support.real_data import GOLDEN
-from tests.support.variant_figures import LOSS, Case, configs, filled, rng
+from tests.support.variant_figures import LOSS, OUTPUTS, Case, assert_trains_alike, configs, filled, relative, rng
 
 pytestmark = pytest.mark.skipif(
     not (GOLDEN / "deformable/r50.json").exists(),
@@ -51,15 +50,6 @@ CASES = [
     "hybrid/look_forward_twice",
     "hybrid/mixed_selection",
 ]
-OUTPUTS, LOSSES, LATER_LOSSES, NORM, PARAMETER = 3e-5, 2e-5, 3e-4, 2e-3, 1e-2
-
-
-def relative(got: Any, expected: Any, floor: float = 1e-12) -> float:
-    """Return the largest difference relative to the largest magnitude expected, or to `floor`."""
-    got = np.asarray(got.detach() if isinstance(got, Tensor) else got, np.float64)
-    expected = np.asarray(expected, np.float64)
-    assert got.shape == expected.shape
-    return float(np.abs(got - expected).max() / max(np.abs(expected).max(), floor)) if got.size else 0.0
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -162,32 +152,7 @@ def clearly_ranked(scores: Any) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_losses_gradients_and_steps(case: Case, dtype: torch.dtype) -> None:
     """Three AdamW steps with the project's own optimizer: its groups, rates and clipping."""
-    exact = dtype == torch.float64
-    figures = case.expected | (case.expected["fp64"] if exact else {})
-    model = case.model().train().to(dtype)
-    assert sum(p.numel() for p in model.parameters()) == figures["parameters"]
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == figures["trainable_parameters"]
-    optimizer = build_optimizer(model, OptimConfig(lr=2e-4, lr_backbone=2e-5))
-    for name, group in zip(("main", "backbone", "points"), optimizer.param_groups, strict=True):
-        assert len(group["params"]) == figures["group_sizes"][name]
-        assert group["lr"] == pytest.approx(figures["group_rates"][name])
-    for step, (loss, norm) in enumerate(zip(figures["loss_per_step"], figures["grad_norm_per_step"], strict=True)):
-        optimizer.zero_grad()
-        losses = case.losses(model)
-        losses.total.backward()
-        if step == 0:
-            assert losses.parts.keys() == figures["losses"].keys()
-            for name, value in losses.parts.items():
-                assert relative(value, figures["losses"][name]) <= (1e-6 if exact else LOSSES), name
-            norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
-            assert norms.keys() == figures["grad_norms"].keys()
-            for name, value in norms.items():
-                # Smaller ones are rounding noise: key biases have no gradient in exact arithmetic.
-                assert relative(value, figures["grad_norms"][name], 1e-4 * norm) <= (1e-5 if exact else PARAMETER), name
-        assert relative(losses.total, loss) <= (1e-6 if exact else LATER_LOSSES if step else LOSSES)
-        total = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        assert relative(total, norm) <= (1e-5 if exact else NORM)
-        optimizer.step()
+    assert_trains_alike(case, dtype, OptimConfig(lr=2e-4, lr_backbone=2e-5))
 
 
 def listed(name: str) -> list[Any]:

@@ -1,11 +1,13 @@
-"""Golden cases of Deformable DETR and hybrid matching; the rules are in the golden folders' README files."""
+"""Golden cases of the variants of DETR; the rules are in the README files of their folders."""
 
 import json
 import re
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -14,11 +16,17 @@ from detr.config import DeformableConfig, LossConfig, ModelConfig
 from detr.criterion import Losses, compute_losses
 from detr.model import DETR, build_model
 from detr.original import load_original_state_dict, to_original_state_dict
+from pipeline.config import OptimConfig
+from pipeline.training.optim import build_optimizer
 from tests.support.real_data import GOLDEN
 
 LOSS = LossConfig(cost_class=2.0, weight_ce=2.0)
+_DEFAULTS = {"deformable": {"feedforward_dim": 1024}, "conditional": {}}
+OUTPUTS = 3e-5
+_LOSSES, _LATER_LOSSES, _NORM, _PARAMETER = 2e-5, 3e-4, 2e-3, 1e-2
 _OPTIONS = {
     "--backbone": "backbone",
+    "--position_embedding": "position",
     "--hidden_dim": "hidden_dim",
     "--nheads": "heads",
     "--dim_feedforward": "feedforward_dim",
@@ -44,10 +52,10 @@ def rng(name: str) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(name.encode()))
 
 
-def configs(arguments: list[str]) -> tuple[ModelConfig, LossConfig]:
+def configs(arguments: list[str], variant: str = "deformable") -> tuple[ModelConfig, LossConfig]:
     """Return the configuration for options of the original; dropout is 0."""
     fields: dict[str, dict[str, Any]] = {
-        "": {"variant": "deformable", "num_queries": 300, "feedforward_dim": 1024, "dropout": 0.0},
+        "": {"variant": variant, "num_queries": 300, "dropout": 0.0, **_DEFAULTS[variant]},
         "deformable": {},
         "loss": {"cost_class": 2.0, "weight_ce": 2.0},
     }
@@ -61,7 +69,7 @@ def configs(arguments: list[str]) -> tuple[ModelConfig, LossConfig]:
         value: Any = True
         if rest and not rest[0].startswith("--"):
             text = rest.pop(0)
-            value = text if name == "backbone" else float(text) if "." in text else int(text)
+            value = text if name in ("backbone", "position") else float(text) if "." in text else int(text)
         fields[section][name] = value
     model = ModelConfig(**fields[""], deformable=DeformableConfig(**fields["deformable"]))
     return model, LossConfig(**fields["loss"])
@@ -105,12 +113,12 @@ def drawn_target(r: np.random.Generator, objects: int, low: int, classes: int, n
 class Case:
     """One golden case: the model with its filled weights, the batch and the expected figures."""
 
-    def __init__(self, folder: str, name: str) -> None:
+    def __init__(self, folder: str, name: str, root: Path = GOLDEN, variant: str = "deformable") -> None:
         self.name = f"{folder}/{name}"
-        self.expected: dict[str, Any] = json.loads((GOLDEN / folder / f"{name}.json").read_text())
-        self.arrays = dict(np.load(GOLDEN / folder / f"{name}.npz"))
+        self.expected: dict[str, Any] = json.loads((root / folder / f"{name}.json").read_text())
+        self.arrays = dict(np.load(root / folder / f"{name}.npz"))
         meta = self.expected["meta"]
-        self.config, self.loss_config = configs(meta["args"])
+        self.config, self.loss_config = configs(meta["args"], variant)
         self.classes, self.draws = meta["classes"], meta["draws_from"]
         sizes = [tuple(size) for size in meta["sizes"]]
         height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
@@ -142,3 +150,43 @@ class Case:
     def losses(self, model: DETR) -> Losses:
         images = self.images.to(next(model.parameters()).dtype)
         return compute_losses(model(images, self.padding), self.targets, self.num_boxes, self.loss_config)
+
+
+def relative(got: Any, expected: Any, floor: float = 1e-12) -> float:
+    """Return the largest difference relative to the largest magnitude expected, or to `floor`."""
+    got = np.asarray(got.detach() if isinstance(got, Tensor) else got, np.float64)
+    expected = np.asarray(expected, np.float64)
+    assert got.shape == expected.shape
+    return float(np.abs(got - expected).max() / max(np.abs(expected).max(), floor)) if got.size else 0.0
+
+
+def assert_trains_alike(case: Case, dtype: torch.dtype, optim: OptimConfig) -> None:
+    """Check losses, gradients and three steps with the project's own optimizer: its groups, rates and clipping."""
+    exact = dtype == torch.float64
+    figures = case.expected | (case.expected["fp64"] if exact else {})
+    model = case.model().train().to(dtype)
+    assert sum(p.numel() for p in model.parameters()) == figures["parameters"]
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == figures["trainable_parameters"]
+    optimizer = build_optimizer(model, optim)
+    for name, group in zip(figures["group_sizes"], optimizer.param_groups, strict=True):
+        assert len(group["params"]) == figures["group_sizes"][name]
+        assert group["lr"] == pytest.approx(figures["group_rates"][name])
+    for step, (loss, norm) in enumerate(zip(figures["loss_per_step"], figures["grad_norm_per_step"], strict=True)):
+        optimizer.zero_grad()
+        losses = case.losses(model)
+        losses.total.backward()
+        if step == 0:
+            assert losses.parts.keys() == figures["losses"].keys()
+            for name, value in losses.parts.items():
+                assert relative(value, figures["losses"][name]) <= (1e-6 if exact else _LOSSES), name
+            norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+            assert norms.keys() == figures["grad_norms"].keys()
+            for name, value in norms.items():
+                # Smaller ones are rounding noise: key biases have no gradient in exact arithmetic.
+                assert relative(value, figures["grad_norms"][name], 1e-4 * norm) <= (1e-5 if exact else _PARAMETER), (
+                    name
+                )
+        assert relative(losses.total, loss) <= (1e-6 if exact else _LATER_LOSSES if step else _LOSSES)
+        total = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        assert relative(total, norm) <= (1e-5 if exact else _NORM)
+        optimizer.step()

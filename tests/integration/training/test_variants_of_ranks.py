@@ -28,11 +28,15 @@ VARIANTS = {
     "plain": DeformableConfig(levels=3),
     "hybrid": replace(REFINE, one_to_many_queries=9),
     "two stages": replace(REFINE, two_stage=True, mixed_selection=True, one_to_many_queries=9),
+    "conditional": None,
 }
 
 
 def run_config(variant: str) -> RunConfig:
-    model = replace(MODEL, variant="deformable", hidden_dim=32, deformable=VARIANTS[variant])
+    if options := VARIANTS[variant]:
+        model = replace(MODEL, variant="deformable", hidden_dim=32, deformable=options)
+    else:
+        model = replace(MODEL, variant="conditional", hidden_dim=32)
     return replace(
         CONFIG,
         model=model,

@@ -1,0 +1,59 @@
+"""Conditional DETR: DETR with focal loss, reference points, and a decoder that compares positions by themselves."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from detr.backbone import Backbone
+from detr.conditional.transformer import Transformer
+from detr.config import ModelConfig
+from detr.position import LearnedPosition, SinePosition, at_least_fp32, inverse_sigmoid
+from detr.transformer import BoxHead
+from detr.variant import DETR, SigmoidOutputs
+
+_FIRST_PROBABILITY = 0.01  # of each class at the start, as for every focal loss
+
+
+class ConditionalDETR(DETR):
+    """Conditional DETR, whose parameters have the original's names."""
+
+    no_object = False
+
+    def __init__(self, config: ModelConfig, num_classes: int) -> None:
+        super().__init__()
+        channels = config.hidden_dim
+        self.config = config
+        self.num_classes = num_classes
+        self.transformer = Transformer(config)
+        self.class_embed = nn.Linear(channels, num_classes)
+        nn.init.constant_(self.class_embed.bias, -math.log((1 - _FIRST_PROBABILITY) / _FIRST_PROBABILITY))
+        self.bbox_embed = BoxHead(channels)
+        last: nn.Linear = self.bbox_embed.layers[-1]  # type: ignore[assignment]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.query_embed = nn.Embedding(config.num_queries, channels)
+        backbone = Backbone(config)
+        self.input_proj = nn.Conv2d(backbone.body.channels, channels, 1)
+        sine = config.position == "sine"
+        position = SinePosition(channels, config.position_temperature) if sine else LearnedPosition(channels)
+        self.backbone = nn.ModuleList([backbone, position])
+
+    def forward(self, images: Tensor, padding: Tensor | None = None) -> SigmoidOutputs:
+        """Return predictions for normalised float images [B, 3, H, W]; B may be 0.
+
+        padding: bool [B, H, W], true where there is no image; None if no image is padded.
+        """
+        backbone, position = self.backbone
+        stages, padding = backbone(images, padding)
+        cells = self.input_proj(stages[-1]).flatten(2).transpose(1, 2)
+        positions = position(stages[-1], padding)
+        padding = None if padding is None else padding.flatten(1)
+        vectors, reference = self.transformer(cells, positions, self.query_embed.weight, padding)
+        if not self.config.auxiliary:
+            vectors = vectors[-1:]
+        change = at_least_fp32(self.bbox_embed(vectors))
+        boxes = torch.cat([change[..., :2] + inverse_sigmoid(reference), change[..., 2:]], -1).sigmoid()
+        logits = self.class_embed(vectors)
+        *auxiliary, last = map(SigmoidOutputs, logits.unbind(), boxes.unbind())
+        return SigmoidOutputs(last.logits, last.boxes, tuple(auxiliary))
