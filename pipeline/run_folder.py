@@ -33,9 +33,9 @@ UNSENT_TRAINING = "unsent-training.zip"
 UNSENT_EVALUATION = "unsent-evaluation.zip"
 EVENTS = "events"
 RECORD = "run.json"
-SWEEP = "sweep.json"
-"""Record of a sweep, in a folder of its own beside those of its runs."""
 LEASE = "lease"
+META = "meta.json"
+"""File that makes a checkpoint complete."""
 
 
 def scratch(run_id: str) -> Path:

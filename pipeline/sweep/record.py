@@ -13,9 +13,10 @@ import msgspec
 from pipeline.checkpoint.location import Location
 from pipeline.driver.record import read_record
 from pipeline.errors import RunConfigError
-from pipeline.run_folder import SWEEP
 from pipeline.sweep.trials import Trial
 from shards.store import storage
+
+SWEEP = "sweep.json"
 
 
 class Stopped(msgspec.Struct, frozen=True):
