@@ -14,10 +14,12 @@ from pipeline.errors import TrackingError
 from pipeline.tracking.events import Event
 from pipeline.tracking.mlflow_client import connect
 from pipeline.tracking.mlflow_reported import CHECKPOINT, Reported
+from pipeline.tracking.pages.checkpoints import TAG_URI, describe_checkpoint, drop_deleted
+from pipeline.tracking.pages.data import metric_data
 from pipeline.tracking.pages.listed import list_table, write_tags
 from pipeline.tracking.spool_folder import SpoolFolder
-from pipeline.tracking.tags import TAG_SENDER
-from shards.errors import one_line
+from pipeline.tracking.tags import TAG_NOTE, TAG_SENDER
+from shards.errors import ShardError, one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -138,16 +140,21 @@ class EventSender:
 
         run = client.get_run(self._run_id)
         model = reported.checkpoint(run.info.experiment_id, event.name, event.step)
-        if model is not None and model.status == "READY":
+        ready = model is not None and model.status == "READY"
+        if ready and all(reported.has_point(name, event.step) for name in event.values):
             return
-        # A model that is not ready was left incomplete by an attempt that died, and is completed here. If its points
-        # are there but not linked to it, they are linked with the value and the time that they have.
+        # A model that is not ready was left incomplete by an attempt that died, and is completed here; a registration may have
+        # made it with less. Points that are there but not linked to it are linked with the value and time that they have.
         known = {} if model is None else {name: reported.point(name, event.step) for name in event.values}
         model = model or client.create_logged_model(
             run.info.experiment_id,
             name=f"step-{event.step:08d}",
             source_run_id=self._run_id,
-            tags={"checkpoint_uri": event.name, "step": str(event.step)},
+            tags={
+                TAG_URI: event.name,
+                "step": str(event.step),
+                TAG_NOTE: describe_checkpoint(self._run_id, event.step),
+            },
             model_type=CHECKPOINT,
         )
         if model.model_id not in {output.model_id for output in run.outputs.model_outputs}:
@@ -155,8 +162,19 @@ class EventSender:
         points = [
             known.get(name) or Metric(name, value, event.time_ms, event.step) for name, value in event.values.items()
         ]
+        data = metric_data(run, "validation")
         linked = [
-            Metric(point.key, point.value, point.timestamp, point.step, model_id=model.model_id) for point in points
+            Metric(
+                *(point.key, point.value, point.timestamp, point.step),
+                model_id=model.model_id,
+                **(data if point.key.startswith("val/") else {}),
+            )
+            for point in points
         ]
         client.log_batch(self._run_id, metrics=linked)
-        client.finalize_logged_model(model.model_id, "READY")
+        if not ready:
+            client.finalize_logged_model(model.model_id, "READY")
+        try:
+            drop_deleted(client, run.info.experiment_id, self._run_id)
+        except (OSError, ShardError) as error:
+            LOG.warning("MLflow still shows checkpoints that may be deleted (%s)", one_line(error))

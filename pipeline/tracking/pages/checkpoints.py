@@ -31,15 +31,17 @@ def describe_checkpoint(run_id: str, step: int) -> str:
 
 
 def drop_deleted(client: MlflowClient, experiment_id: str, run_id: str) -> list[str]:
-    """Remove the logged models of checkpoints that are deleted, and return their names; registered models stay.
+    """Remove the logged models of checkpoints that are deleted, and return their names; those with versions stay.
 
-    Raise `OSError` if the store of the checkpoints does not answer.
+    Nothing is removed if no checkpoint is there: this machine may not see the storage of the run. Raise `OSError` if the
+    store of the checkpoints does not answer.
     """
     found = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'", max_results=1000)
-    dropped = []
-    for model in found:
-        kept = model.model_type != CHECKPOINT or TAG_FILES in model.tags or TAG_VERSIONS in model.tags
-        if not kept and not storage.exists(storage.join(model.tags.get(TAG_URI, ""), META)):
-            client.delete_logged_model(model.model_id)
-            dropped.append(str(model.name))
-    return dropped
+    checkpoints = [model for model in found if model.model_type == CHECKPOINT]
+    deleted = [model for model in checkpoints if not storage.exists(storage.join(model.tags[TAG_URI], META))]
+    if len(deleted) == len(checkpoints):
+        return []
+    dropped = [model for model in deleted if TAG_FILES not in model.tags and TAG_VERSIONS not in model.tags]
+    for model in dropped:
+        client.delete_logged_model(model.model_id)
+    return [str(model.name) for model in dropped]
