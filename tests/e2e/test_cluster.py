@@ -77,7 +77,7 @@ def submitted(detr: Command, cluster: Cluster) -> Submitted:
     assert "train overfit" in detr("jobs", "list")
     follower = detr.start("jobs", "logs", job, "--follow")
     assert "stopped" in detr("jobs", "stop", job)
-    followed, _ = follower.communicate(timeout=60)
+    followed, _ = follower.communicate(timeout=400)
     assert "detr resume" in followed
     assert detr.runs_named("submitted") == ["KILLED"]
     stopped_at = detr.points("submitted", "train/loss")[-1]

@@ -37,7 +37,7 @@ def test_a_worker_that_hangs_is_named_and_the_run_continues(detr: Command, recor
     until(lambda: recording.last()[0] >= 30 or driver.poll() is not None, "step 30")
     pid = next(int(path.name) for path in recording.folder.glob("[0-9]*") if path.read_text().split()[1] == "1")
     os.kill(pid, signal.SIGSTOP)
-    output, _ = driver.communicate(timeout=200)
+    output, _ = driver.communicate(timeout=400)
     assert driver.returncode == 0, output
     named = (
         r"warning: worker 1 does not respond; no step has ended for 1\d s, the last was step \d+; restart 1, resumed"

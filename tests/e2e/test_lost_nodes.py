@@ -89,7 +89,7 @@ def test_a_run_continues_with_the_nodes_that_are_left(
     cluster.add(3)
     until(lambda: recording.last()[1] == 3 or driver.poll() is not None, "a step with 3 workers again")
     recording.pace(0)
-    output, _ = driver.communicate(timeout=200)
+    output, _ = driver.communicate(timeout=400)
     assert driver.returncode == 0, output
     lost = r"warning: worker \d died: .+; restart 1, 3 -> 2 workers, resumed after \d+ s at step \d+"
     assert re.search(lost, output), output
@@ -145,11 +145,11 @@ def test_a_node_that_is_taken_away_with_notice_costs_no_failure(
     until(lambda: recording.last() >= (10, 2) or driver.poll() is not None, "10 steps with 2 workers")
     cluster.drain(deadline_s=60)  # of which a busy machine takes ten to tell the workers
     told_at = recording.last()[0]
-    detr.wait_for_checkpoint("drained", told_at, timeout_s=15)
+    detr.wait_for_checkpoint("drained", told_at, timeout_s=40)
     until(lambda: recording.last()[1] == 1 or driver.poll() is not None, "a step with 1 worker")
     leaving.kill()
     recording.pace(0)
-    output, _ = driver.communicate(timeout=200)
+    output, _ = driver.communicate(timeout=400)
     assert driver.returncode == 0, output
     assert re.search(r"the node of worker \d was taken away; restart 1, 2 -> 1 workers, resumed after", output)
     kept = recording.kept()

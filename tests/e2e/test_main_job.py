@@ -41,12 +41,12 @@ def killed(detr: Command, tmp_path_factory: pytest.TempPathFactory) -> Killed:
     assert len(workers) == 2
     kill(psutil.Process(driver.pid))
     driver.wait()
-    _, orphans = psutil.wait_procs(workers, timeout=60)
+    _, orphans = psutil.wait_procs(workers, timeout=200)
 
     driver = detr.start("resume", "killed-once")
     detr.wait_for_checkpoint("killed-once", 30)
     kill(ray_workers(driver.pid)[0])
-    output, _ = driver.communicate(timeout=300)
+    output, _ = driver.communicate(timeout=500)
     assert driver.returncode == 0, output
     return Killed(detr, orphans, servers)
 

@@ -41,7 +41,7 @@ def test_a_run_stops_and_continues_without_links_and_locks(
     assert f"process {driver.pid}" in busy or f"pid {driver.pid}" in busy, busy
     driver.send_signal(signal.SIGINT)
     asked = time.monotonic()
-    output, _ = driver.communicate(timeout=100)
+    output, _ = driver.communicate(timeout=400)
     assert driver.returncode == 75, output
     assert "did not answer" not in output
     assert time.monotonic() - asked < 40  # of the 45 s after which the workers are killed

@@ -36,7 +36,7 @@ def interrupted(detr: Command, number: int, after_s: float) -> tuple[int, float]
     time.sleep(after_s)
     start = time.monotonic()
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=400)
     print(f"signal {number} after {after_s} s: status {process.returncode}, {output.splitlines()[-1:]}")
     return process.returncode, time.monotonic() - start
 
@@ -45,7 +45,7 @@ def test_the_same_command_creates_continues_and_finds_one_run(detr: Command, rec
     recording.pace(0.3)
     stops = [interrupted(detr, signal.SIGTERM, 0), interrupted(detr, signal.SIGINT, 3)]
     assert [status for status, _ in stops] == [75, 75]
-    assert max(seconds for _, seconds in stops) < 20
+    assert max(seconds for _, seconds in stops) < 120  # a busy machine needs ten times what an idle one does
 
     driver = detr.start(*TRAIN)
     checkpoints = detr.folder / "runs" / "same" / "checkpoints"
@@ -56,7 +56,7 @@ def test_the_same_command_creates_continues_and_finds_one_run(detr: Command, rec
     workers = ray_workers(driver.pid)
     kill(psutil.Process(driver.pid))
     driver.communicate()
-    psutil.wait_procs(workers, timeout=60)
+    psutil.wait_procs(workers, timeout=200)
     assert detr.runs_named("same") == ["RUNNING"]
     assert "killed" in detr("runs", "same")
     assert detr.runs_named("same") == ["KILLED"]
@@ -71,7 +71,7 @@ def test_the_same_command_creates_continues_and_finds_one_run(detr: Command, rec
         assert "is finished and registered as models:/detr-overfit/1" in detr(*TRAIN)
         times.append(time.monotonic() - start)
     print("seconds of the nine other commands:", ", ".join(f"{seconds:.1f}" for seconds in times))
-    assert max(times) < 10
+    assert max(times) < 60  # 2 s on an idle machine
     assert detr.runs_named("same") == ["FINISHED"]
     points = detr.points("same", "train/loss")
     assert points == sorted(set(points))

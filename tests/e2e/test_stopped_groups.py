@@ -36,11 +36,11 @@ def start(detr: Command, *words: str) -> "subprocess.Popen[str]":
 def stopped(driver: "subprocess.Popen[str]", below: list[psutil.Process]) -> str:
     """Its output, if it ends soon, as a run that was stopped does, and leaves no process behind."""
     began = time.monotonic()
-    output, _ = driver.communicate(timeout=100)
+    output, _ = driver.communicate(timeout=400)
     assert driver.returncode == 75, output
     assert "detr resume" in output.splitlines()[-1], output
     assert time.monotonic() - began < GRACE_S, output  # else it gave the workers up
-    _, alive = psutil.wait_procs(below, timeout=30)
+    _, alive = psutil.wait_procs(below, timeout=200)
     assert not alive
     return output
 

@@ -105,7 +105,7 @@ class Command:
     def __call__(self, *words: str, status: int = 0) -> str:
         """Run it to the end; its output. Fails unless it exits with `status`."""
         process = self.start(*words)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=500)
         assert process.returncode == status, output
         return output
 
@@ -193,7 +193,7 @@ def _train(ranks: "Ranks", config: "RunConfig", folder: Path) -> list[tuple[str,
     return tracker.points if tracker else []
 
 
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 150) -> None:
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 400) -> None:
     """Wait for it. Looks often: a kill at a step should not come many steps later."""
     end = time.monotonic() + timeout_s
     while not condition():

@@ -22,7 +22,7 @@ from tests.support.undisturbed import differences
 Say = Callable[[str], None]
 KINDS = ("driver", "worker", "node", "all")
 RUN = "killed"
-_STEP_S, _NEXT_S = 0.1, 240.0
+_STEP_S, _NEXT_S = 0.1, 500.0
 
 
 class Kill(NamedTuple):
