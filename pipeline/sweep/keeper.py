@@ -49,7 +49,7 @@ class TrialState:
 
 @dataclass
 class Sweep:
-    """What the keeper and the trials share."""
+    """Data that the keeper and the trials share."""
 
     states: Mapping[str, TrialState]
     parent: ParentRun

@@ -36,7 +36,7 @@ class SweepFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     recipe: str
     trials: tuple[FileTrial, ...]
     source: str = ""
-    """Where the figures were published."""
+    """Publication of the figures."""
     options: tuple[str, ...] = ()
     """Words of the command line of all trials."""
     missing: tuple[str, ...] = ()

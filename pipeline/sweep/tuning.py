@@ -19,7 +19,7 @@ EarlyStop = Literal["none", "asha"]
 
 @dataclass(frozen=True)
 class Tuning:
-    """How trials are scheduled."""
+    """Schedule of trials: how many at a time, and which end early."""
 
     metric: str
     mode: Literal["max", "min"]
