@@ -21,7 +21,6 @@ from jobs.engines.engine import ENDED, Job, Say
 from jobs.engines.shell import secret_lines
 from jobs.errors import JobError
 from jobs.plan import GRACE_S, Plan
-from pipeline.cluster.ray_session import authenticate
 from shards.errors import one_line
 
 if TYPE_CHECKING:
@@ -167,28 +166,16 @@ def connect(cluster: Ray) -> JobSubmissionClient:
     from ray.job_submission import JobSubmissionClient
 
     try:
-        return _within(_ANSWER_S, cluster, lambda: JobSubmissionClient(cluster.address))
+        return _within(_ANSWER_S, cluster, lambda: JobSubmissionClient(cluster.address, headers=_headers(cluster)))
     except AuthenticationError:
         raise _refused(cluster) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise _unanswered(cluster, one_line(error)) from None
 
 
-def _authenticate(cluster: Ray) -> None:
-    """Let Ray's client send the token of the entry, and no other; `local` has this machine's."""
-    if cluster.token:
-        os.environ["RAY_AUTH_TOKEN"] = parse_secret(cluster.token, "token").value()
-        os.environ["RAY_AUTH_MODE"] = "token"
-    elif cluster.name == LOCAL:
-        authenticate()
-    else:
-        os.environ["RAY_AUTH_MODE"] = "disabled"
-
-
 def _ask(cluster: Ray, path: str) -> bytes:
     """Return the server's answer without importing Ray; raise `JobError` if it is silent or refuses."""
-    _authenticate(cluster)
-    request = urllib.request.Request(cluster.address.rstrip("/") + path, headers=_headers())
+    request = urllib.request.Request(cluster.address.rstrip("/") + path, headers=_headers(cluster))
 
     def ask() -> bytes:
         with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
@@ -204,15 +191,18 @@ def _ask(cluster: Ray, path: str) -> bytes:
         raise _unanswered(cluster, one_line(getattr(error, "reason", None) or error)) from None
 
 
-def _headers() -> dict[str, str]:
-    """Return what carries the token that Ray's client would send."""
-    if os.environ.get("RAY_AUTH_MODE") != "token":
-        return {}
-    token = os.environ.get("RAY_AUTH_TOKEN", "")
-    if not token:
+def _headers(cluster: Ray) -> dict[str, str]:
+    """Return the header with the token of the entry; for `local`, with this machine's.
+
+    Without a token the header is empty, so that Ray's client does not send this machine's to another cluster.
+    """
+    token = ""
+    if cluster.token:
+        token = parse_secret(cluster.token, "token").value()
+    elif cluster.name == LOCAL and os.environ.get("RAY_AUTH_MODE", "token") == "token":
         path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-        token = path.read_text().strip() if path.is_file() else ""
-    return {"Authorization": f"Bearer {token}"} if token else {}
+        token = os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path.is_file() else "")
+    return {"Authorization": f"Bearer {token}" if token else ""}
 
 
 def _refused(cluster: Ray) -> JobError:
