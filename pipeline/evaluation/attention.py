@@ -10,11 +10,11 @@ import torch
 
 from detr.batch import Target, collate, normalise
 from detr.config import TransformConfig
-from detr.cross_attention import CellWeights, attend_with
 from detr.geometry import eval_geometry
 from detr.postprocess import detect, detecting_queries
 from detr.transforms import apply
 from detr.variant import DETR
+from pipeline.evaluation.cross_attention import CellWeights, attend_with
 from shards.arrays import Floats
 
 

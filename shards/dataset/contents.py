@@ -26,7 +26,7 @@ _PER_IMAGE = {"0": 0, "1": 1, "2": 2, "3-4": 3, "5-8": 5, "9-16": 9, "17-32": 17
 # Least side of each group in pixels, the root of its area; COCO's small objects are below 32, its large ones from 96.
 _SIDES = {"under 16": 0, "16-32": 16, "32-64": 32, "64-96": 64, "96-192": 96, "192-384": 192, "384+": 384}
 KINDS = {"objects": "objects per image", "sizes": "sizes of objects", "classes": "classes of objects"}
-"""What is compared, by the names of the fields of `Contents`."""
+"""Subjects of a comparison, by the names of the fields of `Contents`."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detr.config import DeformableConfig, ModelConfig
-from detr.cross_attention import CellWeights, PointWeights, attend_with
 from detr.model import build_model
 from detr.postprocess import detect, detecting_queries
 from detr.variant import DETR, tensors_of
+from pipeline.evaluation.cross_attention import CellWeights, PointWeights, attend_with
 
 PLAIN = ModelConfig(
     backbone="tiny", norm="group", frozen_stages=0, hidden_dim=32, heads=4, encoder_layers=1, decoder_layers=3,
@@ -107,7 +107,7 @@ def test_predictions_are_bitwise_those_of_a_pass_without_it_and_no_hook_stays(
 def test_a_pass_that_is_not_asked_computes_no_weights(
     images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import detr.cross_attention as module
+    import pipeline.evaluation.cross_attention as module
 
     def fail(*_: object) -> None:
         raise AssertionError("weights were computed")
@@ -133,8 +133,8 @@ def test_each_detection_has_its_query(images: tuple[Tensor, Tensor], config: Mod
 
 
 def test_weights_of_one_head_are_softmax_of_scaled_products() -> None:
-    from detr.cross_attention import _weights
     from detr.transformer import Attention
+    from pipeline.evaluation.cross_attention import _weights
 
     attention = Attention(replace(PLAIN, hidden_dim=8, heads=1))
     query, key = torch.randn(1, 2, 8), torch.randn(1, 5, 8)
