@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pipeline.cluster.notes import attempts
@@ -167,12 +168,15 @@ def _call(result: Future[None], fit: Callable[[], Any]) -> None:
 @contextmanager
 def _following(run_id: str) -> Iterator[None]:
     from pipeline.display.follow import follow
+    from pipeline.tracking.mlflow_runs import run_config
+    from pipeline.tracking.pages.writer import DescriptionWriter
 
-    stop = threading.Event()
+    stop, client = threading.Event(), connect(check=False)
+    describe = DescriptionWriter(client, partial(run_config, client, run_id))
     watcher = threading.Thread(
         target=follow,
-        args=(connect(check=False), run_id, sys.stderr),
-        kwargs={"stop": stop, "comfort": KEPT},
+        args=(client, run_id, sys.stderr),
+        kwargs={"stop": stop, "comfort": KEPT, "seen": describe},
         name="follow",
         daemon=True,
     )

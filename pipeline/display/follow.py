@@ -6,6 +6,7 @@ All of it is read from the tracking store, so the driver, another terminal and a
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
@@ -159,10 +160,11 @@ def follow(
     stop: threading.Event | None = None,
     interval_s: float = 1.0,
     comfort: str = "",
+    seen: Callable[[Run], None] = lambda _: None,
 ) -> None:
     """Show a run until it ends or `stop` is set; a store that does not answer is told once, and asked again.
 
-    `comfort` says what becomes of the run meanwhile.
+    `comfort` says what becomes of the run meanwhile. `seen` gets each state of the run.
     """
     view, stop, outage = RunView(stream), stop or threading.Event(), Outage(comfort)
     try:
@@ -172,6 +174,7 @@ def follow(
                 run = client.get_run(run_id)
                 view.tell_outage(outage.answered(), "")
                 view.show(run)
+                seen(run)
             except unavailable() as error:
                 view.tell_outage(outage.failed(error), outage.text)
                 run = None

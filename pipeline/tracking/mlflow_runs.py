@@ -12,18 +12,20 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from pipeline.config import RunConfig, to_json
-from pipeline.errors import TrackingError
+from pipeline.config import RunConfig, from_json, to_json
+from pipeline.errors import RunConfigError, TrackingError
 from pipeline.tracking.mlflow_client import tracking_uri, unavailable
 from pipeline.tracking.pages.data import DataSet, dataset_input
 from pipeline.tracking.pages.experiment import complete_experiment
 from pipeline.tracking.pages.parameters import parameters
+from pipeline.tracking.pages.writer import write_description
 from pipeline.tracking.provenance import code_commit
 from pipeline.tracking.server.answers import reason
 from pipeline.tracking.tags import TAG_COMMIT, TAG_FOLDER, TAG_KEY, TAG_PHASE
@@ -131,6 +133,11 @@ def read_config(client: MlflowClient, run_id: str) -> bytes:
     return msgspec.json.encode(config)
 
 
+def run_config(client: MlflowClient, run_id: str) -> RunConfig:
+    """Return the configuration that a run trains with; raise as `read_config`, and `RunConfigError` for another's."""
+    return from_json(read_config(client, run_id))
+
+
 def find_runs(client: MlflowClient, experiment: str | None = None, limit: int = 50) -> list[Run]:
     """Return the newest runs of `detr train`, of one experiment or of all."""
     return list(islice(_runs(client, experiment), limit))
@@ -182,13 +189,15 @@ def find_run(client: MlflowClient, name_or_id: str) -> Run:
 
 
 def set_final_status(client: MlflowClient, run_id: str, phase: str, status: str, warn: Callable[[str], None]) -> bool:
-    """Set phase and status of a run that has ended, and return whether that succeeded.
+    """Set phase, status and description of a run that has ended, and return whether that succeeded.
 
     On failure only `warn`, to not hide why the run ended.
     """
     try:
         client.set_tag(run_id, TAG_PHASE, phase)
         client.set_terminated(run_id, status)
+        with suppress(TrackingError, RunConfigError):  # a run without a configuration has no description
+            write_description(client, run_id, run_config(client, run_id))
     except unavailable() as error:
         warn(
             f"warning: could not set the run's status in MLflow to {phase} ({reason(error)}); `detr sync {run_id}` does"

@@ -19,7 +19,8 @@ from pipeline.driver.work import Work
 from pipeline.errors import RunConfigError
 from pipeline.registry.publish import Registered
 from pipeline.tracking.mlflow_runs import create_run
-from pipeline.tracking.tags import TAG_FOLDER, TAG_KEY
+from pipeline.tracking.pages.experiment import TAG_VIEW
+from pipeline.tracking.tags import TAG_FOLDER, TAG_KEY, TAG_NOTE
 from tests.support.checkpoints import save_small
 
 READY: Any = SimpleNamespace(schedule=SimpleNamespace(total_steps=6))
@@ -127,6 +128,7 @@ def test_parameters_that_a_killed_driver_has_logged_stay(tiny_config: RunConfig)
     )
     client: Any = SimpleNamespace(
         get_experiment_by_name=lambda _: SimpleNamespace(experiment_id="1", lifecycle_stage="active"),
+        get_experiment=lambda _: SimpleNamespace(tags={TAG_VIEW: "a view", TAG_NOTE: "a note"}),
         search_runs=lambda *_, **__: [run],
         get_run=lambda _: run,
         update_run=lambda *_, status: logged.append(status),
@@ -136,7 +138,7 @@ def test_parameters_that_a_killed_driver_has_logged_stay(tiny_config: RunConfig)
     )
     assert create_run(client, tiny_config, {}, {TAG_KEY: "k"}) == "0123456789"
     assert logged[0] == "RUNNING"
-    assert "cluster.min_workers" in logged
+    assert "optim.lr" in logged
     assert "cluster.workers" not in logged
 
 
