@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -56,6 +57,7 @@ def evaluate(argv: list[str]) -> None:
         )
     import msgspec
 
+    from pipeline.comparison.compare import keep_evaluation
     from pipeline.display.pictures import curves_picture
     from pipeline.display.tables import layers_table, metrics_table
     from pipeline.exchange.export_original import check_target
@@ -74,6 +76,8 @@ def evaluate(argv: list[str]) -> None:
         print(metrics_table(last.metrics), layers_table(scores), sep="\n\n")
     else:
         evaluation = evaluate(options.model, options.data, progress=True)
+        if warning := keep_evaluation(options.model, options.data, evaluation):
+            print(warning, file=sys.stderr)
         score = evaluation.score
         metrics = {**score.metrics}
         print(metrics_table(score.metrics))

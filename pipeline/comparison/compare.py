@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.comparison.models import KeptOfModel, Model, find_models
-from pipeline.errors import RegistryError
+from pipeline.comparison.models import KeptOfModel, Model, find_models, model_of_version
+from pipeline.errors import RegistryError, TrackingError
+from pipeline.evaluation.evaluate_model import Evaluation
 from pipeline.evaluation.kept import Kept, difference_of, keep
 from pipeline.registry.kept_detections import store
+from pipeline.registry.versions import find_version
 from pipeline.tracking.mlflow_client import connect, translated_errors
 from shards.dataset.manifest import Manifest, load_manifest
 from shards.errors import ShardError, one_line
@@ -132,3 +134,15 @@ def _not_kept(model: Model, data: str) -> RegistryError:
     return RegistryError(
         f"no detections of {model.name} on {data} were kept; expected those of an evaluation: {remedy}"
     )
+
+
+def keep_evaluation(uri: str, data: str, evaluation: Evaluation) -> str:
+    """Keep the detections of an evaluation of a version with its run; return a warning, empty if that succeeded."""
+    try:
+        client = connect()
+        with translated_errors():
+            model = model_of_version(find_version(client, uri))
+            store(client, model.run_id, model.step, keep(load_manifest(data), evaluation))
+    except (TrackingError, OSError) as error:
+        return f"warning: the detections are not kept in MLflow ({one_line(error)}); `detr compare` will need --data"
+    return ""

@@ -51,7 +51,7 @@ def note_change(client: MlflowClient, before: Any, name: str, number: str, alias
 
     try:
         version = client.get_model_version(name, number)
-        if before is None or before.version == version.version:
+        if before is None or str(before.version) == str(version.version):
             return ""
         kept = [_kept(client, which, version.tags.get("val_digest", "")) for which in (before, version)]
         if None in kept:

@@ -1,0 +1,102 @@
+"""Comparison of models by their kept detections."""
+
+import numpy as np
+import pytest
+
+from pipeline.comparison import compare as module
+from pipeline.comparison.compare import compare
+from pipeline.errors import PipelineError
+from pipeline.evaluation.evaluate_model import Evaluation
+from shards.score.coco_eval import coco_metrics, score_detections
+from tests.support.scored_versions import Registry, grid_data, missing, perfect, shaken
+
+
+def test_versions_are_compared_without_running_them(registry: Registry) -> None:
+    good = perfect(registry.data)
+    worse = missing(good, 0.2)
+    before, after = registry.version("m", good), registry.version("m", worse)
+    found = compare(before, after)
+    assert (found.before, found.after, found.digest) == ((before,), (after,), registry.data.digest)
+    change = found.difference.ap
+    assert (change.before, change.after) == (
+        coco_metrics(registry.data, good)["AP"],
+        coco_metrics(registry.data, worse)["AP"],
+    )
+    assert change.high < 0
+
+
+def test_an_alias_names_a_version(registry: Registry) -> None:
+    uri = registry.version("m", perfect(registry.data))
+    registry.client.set_registered_model_alias("m", "best", "1")
+    assert compare("models:/m@best", uri).difference.ap.difference == 0
+
+
+def test_a_run_is_its_best_version_where_its_checkpoints_cannot_be_seen(registry: Registry, monkeypatch) -> None:
+    uri = registry.version("m", perfect(registry.data))
+    monkeypatch.setattr("pipeline.comparison.models._best_checkpoint", lambda client, run: None)
+    found = compare("m-1", uri)
+    assert (found.before, found.difference.ap.difference) == (("m-1",), 0)
+
+
+def test_several_runs_of_a_side_are_a_mean_with_a_deviation(registry: Registry, monkeypatch) -> None:
+    good = perfect(registry.data)
+    uris = [registry.version("m", shaken(good, seed)) for seed in range(3)]
+    other = registry.version("n", missing(good, 0.3))
+    monkeypatch.setattr("pipeline.comparison.models._best_checkpoint", lambda client, run: None)
+    by_commas, by_pattern = compare(",".join(uris), other), compare("m-*", other)
+    assert by_commas.difference == by_pattern.difference
+    assert by_pattern.before == ("m-1", "m-2", "m-3")
+    assert len(set(by_commas.difference.before_runs)) == 3
+
+
+def test_other_data_is_refused(registry: Registry) -> None:
+    other = grid_data(50)
+    before, after = registry.version("m", perfect(registry.data)), registry.version("m", perfect(other), other)
+    with pytest.raises(
+        PipelineError, match=r"different data \(digests: models:/m/1 on .*expected the same data: give --data"
+    ):
+        compare(before, after)
+
+
+def test_data_that_changed_since_is_refused(registry: Registry, monkeypatch) -> None:
+    uri = registry.version("m", perfect(registry.data))
+    monkeypatch.setattr(module, "load_manifest", lambda url: grid_data(50))
+    with pytest.raises(PipelineError, match="is not the data any more that the models were evaluated on"):
+        compare(uri, uri)
+
+
+def test_a_version_without_kept_detections_needs_data(registry: Registry) -> None:
+    before, after = registry.version("m", perfect(registry.data)), registry.version("m", None)
+    with pytest.raises(PipelineError, match=r"no detections of models:/m/2 on any data set were kept.*give --data URL"):
+        compare(before, after)
+
+
+def test_a_version_without_kept_detections_is_evaluated_once(registry: Registry, monkeypatch) -> None:
+    good = perfect(registry.data)
+    before, after = registry.version("m", good), registry.version("m", None)
+    evaluated: list[str] = []
+
+    def evaluate(uri: str, data: str, *, progress: bool) -> Evaluation:
+        evaluated.append(uri)
+        return Evaluation(score_detections(registry.data, good), good, np.arange(registry.data.images))
+
+    monkeypatch.setattr("pipeline.inference.evaluate.evaluate", evaluate)
+    for _ in range(2):
+        assert compare(before, after, "data").difference.ap.difference == 0
+    assert evaluated == [after]
+
+
+def test_a_run_that_is_not_registered_cannot_be_evaluated(registry: Registry, monkeypatch, tmp_path) -> None:
+    registry.version("m", perfect(registry.data))
+    registry.client.create_run(registry.experiment, run_name="alone", tags={"detr.folder": "/nowhere"})
+    monkeypatch.setattr("pipeline.comparison.models._best_checkpoint", lambda client, run: (tmp_path, 3))
+    with pytest.raises(PipelineError, match="`detr register alone --name NAME`"):
+        compare("models:/m/1", "alone", "data")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(" , ", "expected models:/NAME/VERSION"), ("x-*", "no run has a name like")]
+)
+def test_a_side_without_a_model_is_refused(registry: Registry, text: str, message: str) -> None:
+    with pytest.raises(PipelineError, match=message):
+        compare(text, "models:/m/1")
