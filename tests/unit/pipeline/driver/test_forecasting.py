@@ -1,0 +1,94 @@
+"""The forecast of a run at its end: compared with the clock, and kept for later runs."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+from mlflow.exceptions import MlflowException
+
+from pipeline.config import RunConfig
+from pipeline.driver.forecasting import compare
+from pipeline.forecast.amounts import Amounts
+from pipeline.forecast.prices import Measured, Prices, costly_options
+from pipeline.forecast.run_forecast import RunForecast
+from pipeline.tracking.tags import TAG_DEVICE, TAG_FORECAST, TAG_TIMES
+from pipeline.tracking.tracker import WORKERS
+
+PRICES = Prices(source="s", device="Xeon", step_s=1.0, evaluation_s=5.0, other_s=10.0)
+AHEAD = RunForecast(
+    amounts=Amounts(steps=60, epochs=10.0, evaluations=2, images=6, checkpoints=6, kept=3),
+    checkpoint_bytes=1, workers=1, gpu=False, prices=PRICES,
+)  # fmt: skip
+
+
+class Run:
+    """Client of a run with curves and tags."""
+
+    def __init__(self, **curves: list[tuple[int, float]]) -> None:
+        self.curves = {"step/total_s": [(20, 2.0), (40, 1.0), (60, 1.0)], "pause/evaluation_s": [(30, 4.0), (60, 6.0)]}
+        self.curves |= {WORKERS: [(1, 1.0)], **curves}
+        self.tags = {TAG_DEVICE: "Xeon", TAG_FORECAST: AHEAD.to_json()}
+        self.metrics: dict[str, float] = {}
+
+    def get_run(self, _: str) -> Any:
+        return SimpleNamespace(data=SimpleNamespace(tags=self.tags))
+
+    def get_metric_history(self, _: str, key: str) -> list[Any]:
+        return [SimpleNamespace(step=step, value=value) for step, value in self.curves.get(key, [])]
+
+    def set_tag(self, _: str, key: str, value: str) -> None:
+        self.tags[key] = value
+
+    def log_metric(self, _: str, key: str, value: float) -> None:
+        self.metrics[key] = value
+
+    def compared(self, config: RunConfig, **changes: Any) -> list[str]:
+        lines: list[str] = []
+        options = {"gpu": False, "begin": 0, "total": 60, "wall_s": 104.0, "before_s": 0.0, **changes}
+        compare(self, "run", config, 6, say=lines.append, **options)  # type: ignore[arg-type]
+        return lines
+
+
+def test_the_forecast_is_compared_and_the_times_are_kept(tiny_config: RunConfig) -> None:
+    run = Run()
+    assert run.compared(tiny_config) == ["forecast was 1 min 20 s, it took 1 min 44 s (+30%)"]
+    assert run.metrics == {"forecast/seconds": 80.0, "forecast/measured_s": 104.0, "forecast/error": pytest.approx(0.3)}
+    times = msgspec.json.decode(run.tags[TAG_TIMES], type=Measured)
+    assert (times.steps, times.step_s, times.evaluation_s, times.other_s) == (60, 1.0, 5.0, 34.0)
+    assert (times.options, times.device, times.gpu) == (costly_options(tiny_config), "Xeon", False)
+
+
+def test_earlier_commands_of_the_run_count_in_the_comparison_only(tiny_config: RunConfig) -> None:
+    run = Run()
+    assert "it took 2 min 04 s" in run.compared(tiny_config, begin=30, wall_s=44.0, before_s=80.0)[0]
+    times = msgspec.json.decode(run.tags[TAG_TIMES], type=Measured)
+    assert (times.steps, times.evaluations, times.wall_s) == (30, 1, 44.0)
+
+
+@pytest.mark.parametrize("curves", [{"restart/seconds": [(30, 9.0)]}, {WORKERS: [(1, 1.0), (30, 2.0)]}])
+def test_a_disturbed_run_is_no_example_for_others(curves: dict[str, Any], tiny_config: RunConfig) -> None:
+    run = Run(**curves)
+    assert run.compared(tiny_config)
+    assert TAG_TIMES not in run.tags
+
+
+def test_a_run_that_was_made_longer_or_had_no_forecast_is_not_compared(tiny_config: RunConfig) -> None:
+    run = Run()
+    assert run.compared(tiny_config, total=90) == []
+    del run.tags[TAG_FORECAST]
+    assert run.compared(tiny_config) == []
+    assert run.metrics == {}
+    assert TAG_TIMES in run.tags
+
+
+def test_a_run_that_has_ended_stays_ended_while_mlflow_is_away(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run()
+
+    def away(_: str) -> None:
+        raise MlflowException("away")
+
+    monkeypatch.setattr(run, "get_run", away)
+    assert run.compared(tiny_config) == ["warning: the times of the run were not kept (MlflowException)"]

@@ -1,0 +1,121 @@
+"""The keeper of trials: real processes, and the calls that Ray Tune makes."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.config import RunConfig
+from pipeline.driver.record import Outcome, new_record, write_record
+from pipeline.sweep.keeper import Keeper, Sweep, TrialState
+from pipeline.sweep.process import ENDED, Point
+from pipeline.sweep.record import Stopped
+from pipeline.sweep.trials import Trial
+from tests.support.command import until
+
+SAVES = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\nprint('ready', flush=True)\ntime.sleep(600)"
+
+
+class Parent:
+    """The parent run, with what trials have reported."""
+
+    metric = "val/AP"
+
+    def __init__(self) -> None:
+        self.reported: dict[str, list[Point]] = {}
+        self.children: list[str] = []
+
+    def adopt(self, run_id: str, values: object) -> None:
+        self.children.append(run_id)
+
+    def points(self, run_id: str) -> list[Point]:
+        return self.reported.get(run_id, [])
+
+
+class Bench:
+    """A sweep with one trial whose process runs `code`."""
+
+    def __init__(self, folder: Path, code: str) -> None:
+        self.folder, self.parent, self.lines = folder, Parent(), list[str]()
+        self.saved: dict[str, Stopped] = {}
+        command = [sys.executable, "-c", code]
+        self.state = TrialState(Trial("it-a", (), {"seed": "1"}), command, folder / "it-a", total_steps=9)
+        parent: Any = self.parent
+        self.sweep = Sweep({"it-a": self.state}, parent, folder / "scratch", self.lines.append, 3.0, self.saved.update)
+        self.keeper = Keeper(self.sweep)
+        self.trial = SimpleNamespace(config={"trial": "it-a"}, last_result={"epoch": 1.0, "val/AP": 0.25})
+
+    def record(self, config: RunConfig, finished: bool = False) -> None:
+        """Write the record that the trial's run has."""
+        record = new_record("it-a", config, config, ("", "")).but(run_id="0123", status="running")
+        if finished:
+            outcome = Outcome("0123", self.state.folder, self.state.folder, {}, "", "m", False)
+            record = record.with_outcome(outcome, unsent=False)
+        write_record(self.state.folder, record)
+
+    def start(self) -> None:
+        self.keeper.on_trial_start(0, [], self.trial)
+
+    def complete(self) -> None:
+        self.keeper.on_trial_complete(0, [], self.trial)
+
+
+def test_a_trial_that_ray_tune_ends_saves_and_is_kept_as_ended_early(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, SAVES)
+    bench.start()
+    process = bench.state.process
+    assert process is not None
+    until(lambda: process.last_line == "ready", "the process")
+    bench.complete()
+    assert process.status == 75
+    assert bench.saved == {"it-a": Stopped(1.0, 0.25)}
+    assert bench.lines == ["it-a starts", "it-a ended early at epoch 1; its last step is saved"]
+
+
+def test_a_trial_that_ended_early_is_reported_again_and_not_started(tmp_path: Path, tiny_config: RunConfig) -> None:
+    bench = Bench(tmp_path, "raise SystemExit(1)")
+    bench.record(tiny_config)
+    bench.parent.reported["0123"] = [Point(3, 0.1), Point(9, 0.3)]
+    bench.state.stopped = Stopped(1.0, 0.1)
+    bench.start()
+    bench.complete()
+    process = bench.state.process
+    assert process is not None
+    assert process.status is None
+    assert (process.folder / ENDED).read_text() == "0"
+    assert process.points == [Point(3, 0.1), Point(9, 0.3)]
+    assert bench.parent.children == ["0123"]
+    assert bench.lines == []
+
+
+def test_a_finished_run_is_not_started_even_if_it_had_ended_early_before(
+    tmp_path: Path, tiny_config: RunConfig
+) -> None:
+    bench = Bench(tmp_path, "raise SystemExit(1)")
+    bench.record(tiny_config, finished=True)
+    bench.start()
+    assert bench.state.process is not None
+    assert bench.state.process.status is None
+
+
+@pytest.mark.parametrize(("status", "postponed"), [(1, False), (75, True)])
+def test_a_failed_process_gives_its_reason(status: int, postponed: bool, tmp_path: Path) -> None:
+    bench = Bench(tmp_path, f"print('detr: no such data'); raise SystemExit({status})")
+    bench.start()
+    assert bench.state.process is not None
+    bench.state.process.wait()
+    bench.keeper.on_trial_error(0, [], bench.trial)
+    assert (bench.state.problem, bench.state.postponed) == ("no such data", postponed)
+    assert bench.lines[-1].startswith("it-a: no such data (output: ")
+
+
+def test_all_processes_save_when_the_sweep_is_stopped(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, SAVES)
+    bench.start()
+    process = bench.state.process
+    assert process is not None
+    until(lambda: process.last_line == "ready", "the process")
+    bench.keeper.stop_all()
+    assert (process.status, bench.saved) == (75, {})  # it is to be continued, so it has not ended early
