@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.display.attention import attention_section
+from pipeline.display.attention import attention_figures, attention_section
 from pipeline.display.report import report_page
 from pipeline.distributed.ranks import default_device
 from pipeline.evaluation.evaluate_model import Evaluation
@@ -30,6 +30,7 @@ def write_report(uri: str, data: str, evaluation: Evaluation, folder: Path) -> t
     }
     model, card = read_version(uri)
     names = [category.name for category in card.categories]
+    figures = attention_figures(model.to(default_device()), card.transform, names, manifest, diagnosis)
     page = report_page(
         f"{uri} on {manifest.name}",
         facts,
@@ -37,7 +38,7 @@ def write_report(uri: str, data: str, evaluation: Evaluation, folder: Path) -> t
         evaluation.score,
         evaluation.detections,
         diagnosis,
-        after=[attention_section(model.to(default_device()), card.transform, names, manifest, diagnosis)],
+        after=[attention_section(model, figures)],
     )
     (folder / PAGE_NAME).write_text(page, encoding="utf-8")
     (folder / PROPOSALS_NAME).write_bytes(proposals_json(manifest, diagnosis.suspects))

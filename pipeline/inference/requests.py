@@ -54,7 +54,7 @@ def read_options(parameters: Mapping[str, Any]) -> Options:
     """Return the checked parameters of a request; raise `RequestError`."""
     if unknown := sorted(set(parameters) - set(Options.__dataclass_fields__)):
         raise RequestError(
-            f"unknown parameter {', '.join(unknown)}; expected of {', '.join(Options.__dataclass_fields__)}"
+            f"unknown parameter {', '.join(unknown)}; known are {', '.join(Options.__dataclass_fields__)}"
         )
     options = Options(**parameters)
     if not 0 <= options.threshold <= 1:
@@ -67,8 +67,8 @@ def read_options(parameters: Mapping[str, Any]) -> Options:
 
 def read_picture(value: object, exif: Exif) -> Image.Image:
     """Return the picture in a row, base64 or a data: URL of it, as RGB; raise `PictureError`."""
-    if not isinstance(value, str):
-        raise PictureError("is null; expected a picture as base64" if value is None else "is no string")
+    if not isinstance(value, str):  # null among strings may arrive as NaN
+        raise PictureError("null or no string; expected a picture as base64")
     head, comma, rest = value.partition(",") if value.startswith("data:") else ("", "", value)
     if head and not (comma and head.endswith(";base64")):
         raise PictureError("a data: URL without base64; expected data:image/jpeg;base64, and the picture")
@@ -79,7 +79,7 @@ def read_picture(value: object, exif: Exif) -> Image.Image:
             "not base64; expected a picture file in the standard alphabet, without line breaks"
         ) from None
     if not content:
-        raise PictureError("is empty; expected a picture as base64")
+        raise PictureError("empty; expected a picture as base64")
     with open_picture(io.BytesIO(content)) as image:
         return decode_picture(image, exif)
 

@@ -56,7 +56,8 @@ class DetrModel(PythonModel):  # type: ignore[misc]  # mlflow is not typed
             if not wrong or options.bad_rows == "report":  # otherwise the request is refused, after all its rows
                 answers.append(self._answer(picture, options.threshold))
         if wrong and options.bad_rows == "refuse":
-            raise RequestError(f"{'; '.join(wrong)} ({len(rows) - len(wrong)} of {len(rows)} rows are right)")
+            right = f" ({len(rows) - len(wrong)} of {len(rows)} rows are right)" if len(wrong) < len(rows) else ""
+            raise RequestError("; ".join(wrong) + right)
         return answers
 
     def _answer(self, picture: Image.Image, threshold: float) -> dict[str, Any]:

@@ -61,6 +61,8 @@ def write_folder(folder: Path, model: DETR, card: Card) -> None:
     weights = {name: value.detach().cpu().contiguous() for name, value in to_original_state_dict(model).items()}
     save_file(weights, folder / WEIGHTS_NAME)
     (folder / CARD_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(card), indent=2))
+    # safetensors lets only the owner read its files; a server of the store is another user.
+    (folder / WEIGHTS_NAME).chmod((folder / CARD_NAME).stat().st_mode & 0o777)
 
 
 def read_card(folder: Path) -> Card:
