@@ -26,9 +26,9 @@ from pipeline.tracking.pages.data import DataSet, dataset_input
 from pipeline.tracking.pages.experiment import complete_experiment
 from pipeline.tracking.pages.parameters import parameters
 from pipeline.tracking.pages.writer import write_description
-from pipeline.tracking.provenance import code_commit
+from pipeline.tracking.provenance import code_commit, repository
 from pipeline.tracking.server.answers import reason
-from pipeline.tracking.tags import TAG_COMMIT, TAG_FOLDER, TAG_KEY, TAG_PHASE
+from pipeline.tracking.tags import TAG_COMMIT, TAG_FOLDER, TAG_KEY, TAG_PHASE, TAG_REPOSITORY
 from shards.errors import one_line
 
 if TYPE_CHECKING:
@@ -104,12 +104,14 @@ def folder_of_other(client: MlflowClient, name: str, folder: str) -> str:
 
 
 def origin_tags(command: str) -> dict[str, str]:
-    """Return MLflow's tags for the source of a run, which its client does not set: command, user and commit."""
+    """Return MLflow's tags for the source of a run, which its client does not set: command, user, commit, repository."""
+    address = repository()
     return {
         "mlflow.source.name": command,
         "mlflow.source.type": "LOCAL",
         "mlflow.user": os.environ.get("USER") or getpass.getuser(),
         TAG_COMMIT: code_commit(),
+        **({TAG_REPOSITORY: address} if address else {}),
     }
 
 

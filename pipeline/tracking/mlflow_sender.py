@@ -14,11 +14,11 @@ from pipeline.errors import TrackingError
 from pipeline.tracking.events import Event
 from pipeline.tracking.mlflow_client import connect
 from pipeline.tracking.mlflow_reported import CHECKPOINT, Reported
-from pipeline.tracking.pages.checkpoints import TAG_URI, describe_checkpoint, drop_deleted
+from pipeline.tracking.pages.checkpoints import describe_checkpoint, drop_deleted
 from pipeline.tracking.pages.data import metric_data
 from pipeline.tracking.pages.listed import list_table, write_tags
 from pipeline.tracking.spool_folder import SpoolFolder
-from pipeline.tracking.tags import TAG_NOTE, TAG_SENDER
+from pipeline.tracking.tags import TAG_CHECKPOINT, TAG_NOTE, TAG_SENDER
 from shards.errors import ShardError, one_line
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class EventSender:
             name=f"step-{event.step:08d}",
             source_run_id=self._run_id,
             tags={
-                TAG_URI: event.name,
+                TAG_CHECKPOINT: event.name,
                 "step": str(event.step),
                 TAG_NOTE: describe_checkpoint(self._run_id, event.step),
             },

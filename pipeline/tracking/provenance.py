@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -18,18 +19,36 @@ def code_commit() -> str:
     """
     if sent := os.environ.get("DETR_COMMIT"):
         return sent
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
     try:
-        dirty = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
+        dirty = _git("status", "--porcelain", "--untracked-files=no")
+        return _git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def repository() -> str:
+    """Return the web address of this code's repository without a login; empty if its remote has none."""
+    try:
+        remotes = _git("remote").split()
+        return web_address(_git("remote", "get-url", "origin" if "origin" in remotes else remotes[0])) if remotes else ""
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def web_address(remote: str) -> str:
+    """Return the web address of the repository that a remote of Git names; empty for a path and what else has none."""
+    found = re.fullmatch(r"(\w+://)?(?:[^/]*@)?([\w-]+(?:\.[\w-]+)+)(:\d+)?[:/]([^:?#]+?)(?:\.git)?/?", remote)
+    if found is None or found[1] not in (None, "https://", "http://", "ssh://", "git://"):
+        return ""
+    port = (found[3] or "") if (found[1] or "").startswith("http") else ""  # that of SSH is none of a web server
+    return f"https://{found[2]}{port}/{found[4]}"
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.run(
+        ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
+    ).stdout.strip()
 
 
 def library_versions() -> dict[str, str]:

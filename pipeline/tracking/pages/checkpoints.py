@@ -9,16 +9,11 @@ from typing import TYPE_CHECKING
 
 from pipeline.run_folder import META
 from pipeline.tracking.mlflow_reported import CHECKPOINT
+from pipeline.tracking.tags import TAG_CHECKPOINT, TAG_FILES, TAG_MODEL_VERSIONS
 from shards.store import storage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-TAG_FILES = "detr.files"
-"""Tag of a logged model that holds weights, card and code."""
-TAG_VERSIONS = "mlflow.modelVersions"
-"""Tag by which MLflow's pages find the versions of a logged model."""
-TAG_URI = "checkpoint_uri"
 
 
 def describe_checkpoint(run_id: str, step: int) -> str:
@@ -38,10 +33,10 @@ def drop_deleted(client: MlflowClient, experiment_id: str, run_id: str) -> list[
     """
     found = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'", max_results=1000)
     checkpoints = [model for model in found if model.model_type == CHECKPOINT]
-    deleted = [model for model in checkpoints if not storage.exists(storage.join(model.tags[TAG_URI], META))]
+    deleted = [model for model in checkpoints if not storage.exists(storage.join(model.tags[TAG_CHECKPOINT], META))]
     if len(deleted) == len(checkpoints):
         return []
-    dropped = [model for model in deleted if TAG_FILES not in model.tags and TAG_VERSIONS not in model.tags]
+    dropped = [model for model in deleted if TAG_FILES not in model.tags and TAG_MODEL_VERSIONS not in model.tags]
     for model in dropped:
         client.delete_logged_model(model.model_id)
     return [str(model.name) for model in dropped]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from urllib.parse import quote
 
 from pipeline.tracking.server.address import tracking_uri, without_secret
@@ -11,6 +12,7 @@ UI_PORT = 5000
 VIEW = "detr"
 """Key of the view of an experiment's runs that `pages.experiment` saves."""
 # Without this the UI opens its pages for language models.
+_COMMITS = {"gitlab": "-/commit", "bitbucket": "commits"}  # elsewhere as on GitHub
 _TRAINING = "workflowType=machine_learning"
 
 
@@ -32,6 +34,21 @@ def run_page(experiment_id: str, run_id: str, tab: str = "") -> str:
 def artifact(run_id: str, path: str) -> str:
     """Return an artifact of a run, relative to the address of the UI."""
     return f"get-artifact?path={quote(path, safe='')}&run_uuid={run_id}"
+
+
+def version_page(name: str, version: str) -> str:
+    """Return the page of a registered version, relative to the address of the UI."""
+    return f"#/models/{quote(name, safe='')}/versions/{version}"
+
+
+def commit_text(commit: str, repository: str) -> str:
+    """Return a commit as Markdown, with a link to it if the address of its repository is known."""
+    number, _, dirty = commit.partition("-")
+    text = f"`{number[:12]}`"
+    if repository and re.fullmatch(r"[0-9a-f]{7,64}", number):
+        host = repository.partition("://")[2].partition("/")[0]
+        text = f"[{text}]({repository}/{_COMMITS.get(host.split('.')[0], 'commit')}/{number})"
+    return text + (" with uncommitted changes" if dirty else "")
 
 
 def ui_address() -> str:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from pipeline.tracking.mlflow_reported import CHECKPOINT
-from pipeline.tracking.pages.checkpoints import TAG_FILES, TAG_URI, TAG_VERSIONS, drop_deleted
+from pipeline.tracking.pages.checkpoints import drop_deleted
+from pipeline.tracking.tags import TAG_CHECKPOINT, TAG_FILES, TAG_MODEL_VERSIONS
 
 
 class Models:
@@ -21,7 +22,12 @@ class Models:
             if step in present:
                 uri.mkdir()
                 (uri / "meta.json").touch()
-            model = {"model_id": str(step), "name": uri.name, "model_type": CHECKPOINT, "tags": {TAG_URI: str(uri), **tags}}
+            model = {
+                "model_id": str(step),
+                "name": uri.name,
+                "model_type": CHECKPOINT,
+                "tags": {TAG_CHECKPOINT: str(uri), **tags},
+            }
             self._models.append(SimpleNamespace(**model))
 
     def search_logged_models(self, *_: Any, **__: Any) -> list[Any]:
@@ -39,7 +45,7 @@ class Models:
 def test_models_of_deleted_checkpoints_go_and_registered_ones_stay(
     tmp_path: Path, present: tuple[int, ...], deleted: list[str]
 ) -> None:
-    steps: dict[int, dict[str, str]] = {1: {}, 2: {TAG_FILES: "yes"}, 3: {TAG_VERSIONS: "[]"}, 4: {}, 5: {}}
+    steps: dict[int, dict[str, str]] = {1: {}, 2: {TAG_FILES: "yes"}, 3: {TAG_MODEL_VERSIONS: "[]"}, 4: {}, 5: {}}
     models: Any = Models(tmp_path, steps, present)
     names = drop_deleted(models, "1", "r")
     assert models.deleted == deleted
