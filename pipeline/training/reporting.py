@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import platform
 import time
 from collections import Counter
@@ -23,9 +24,13 @@ from pipeline.tracking.provenance import versions_line
 from pipeline.tracking.tags import TAG_HARDWARE, TAG_IMAGES, TAG_LEFT_OUT, TAG_VERSIONS
 from pipeline.tracking.tracker import SUMMARY, Tracker
 from shards.dataset.manifest import Manifest
+from shards.errors import one_line
 from shards.read.bad_samples import BadSamples
 from shards.score.detections import Detections
 from shards.score.precision_recall import UNSCORED
+from shards.store.retry import StoreError
+
+LOG = logging.getLogger(__name__)
 
 _MOST_TEXT = 5000  # characters of a tag
 _SMALL = (1200, 900)  # pixels of a picture on a page
@@ -69,9 +74,18 @@ def report_opening(config: RunConfig, tracker: Tracker, val: Manifest) -> None:
 
 
 def report_pictures(tracker: Tracker, val: Manifest, detections: Detections, count: int, step: int, title: str) -> None:
-    """Report a sheet of `count` validation images with the detections beside the ground truth."""
-    if count:
-        report_picture(tracker, DETECTIONS, titled(picture_sheet(val, detections, count), title), step)
+    """Report a sheet of `count` validation images with the detections beside the ground truth.
+
+    A store that does not answer costs the sheet and not the run: nothing that follows needs it.
+    """
+    if not count:
+        return
+    try:
+        sheet = picture_sheet(val, detections, count)
+    except StoreError as error:
+        LOG.warning("the pictures of step %d are left out (%s)", step, one_line(error))
+        return
+    report_picture(tracker, DETECTIONS, titled(sheet, title), step)
 
 
 def report_picture(tracker: Tracker, key: str, picture: Image.Image, step: int) -> None:
