@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jobs.commands import batches, cluster, compare, exchange, jobs, models, runs, shard, sweep
+from jobs.commands import batches, cluster, clusters, compare, exchange, jobs, models, runs, shard, sweep
 from jobs.nearest import nearest
 from jobs.parsing import Command, UsageError, command_table
 from pipeline.errors import USER_ERRORS, Interrupted
@@ -42,6 +42,7 @@ COMMANDS: dict[str, Command] = {
     "import": Command("Register a checkpoint of the original DETR: import FILE.pth --name NAME", exchange.import_file),
     "export": Command("Write a registered model to a file: --original FILE, --onnx FILE", exchange.export),
     "ui": Command("Open the MLflow UI", runs.ui),
+    "clusters": Command("List the clusters of your file, or check one: clusters [check NAME]", clusters.clusters),
     "submit": Command("Run a command on a cluster: submit NAME -- COMMAND ...", cluster.submit),
     "jobs": Command("List, print, stop and resume jobs: jobs list|status|logs|stop|resume", jobs.jobs),
 }

@@ -153,6 +153,12 @@ class Cluster(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """The secrets by their variables."""
         return {name: parse_secret(text, f"secrets.{name}") for name, text in self.secrets.items()}
 
+    @property
+    def where(self) -> str:
+        """Address, namespace, partition or region of the cluster, for the list."""
+        names = ("address", "context", "namespace", "partition", "infra", "region", "head_host")
+        return " ".join(value for name in names if (value := getattr(self, name, "")))
+
     def sees_alone(self, url: str) -> bool:
         """Return True if only the cluster sees this folder, file or URL."""
         return any(url == known.rstrip("/") or url.startswith(known.rstrip("/") + "/") for known in self.on_cluster)

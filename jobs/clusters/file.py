@@ -12,7 +12,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 
@@ -89,7 +89,7 @@ def _entry(table: Any, name: str, where: str) -> Cluster:
         entry = msgspec.convert(table, kind)
         return msgspec.structs.replace(entry, name=name)
     except msgspec.ValidationError as error:
-        raise ClusterFileError(f"{where}: {_plain(str(error))}") from None
+        raise ClusterFileError(f"{where}: {_plain(str(error), kind)}") from None
     except ClusterFileError as error:
         raise ClusterFileError(f"{where}: {error}") from None
 
@@ -107,11 +107,13 @@ def _check_keys(table: dict[str, Any], kind: type[msgspec.Struct], where: str, p
             _check_keys(value, _NESTED[key], where, f"{key}.")
 
 
-def _plain(message: str) -> str:
+def _plain(message: str, kind: type[msgspec.Struct]) -> str:
     """Return msgspec's message with the key in front: "nodes.gpus: expected `int`, got `str`"."""
     text, _, path = message.partition(" - at `$")
     path = path.rstrip("`").lstrip(".")
     text = text.replace("Object missing required field", "has no key")
-    if text.startswith("Expected"):
+    if text.startswith("Invalid enum value"):
+        text = f"{text}; expected {' or '.join(map(str, get_args(get_type_hints(kind).get(path))))}"
+    if text.startswith(("Expected", "Invalid")):
         text = text[0].lower() + text[1:]
     return f"{path}: {text}" if path else text
