@@ -15,6 +15,7 @@ import msgspec
 
 from pipeline.display.tables import metrics_table
 from pipeline.recipes import RECIPES
+from pipeline.tracking.pages.links import run_link
 from pipeline.train import Launch, train
 from shards.dataset.manifest import load_manifest
 
@@ -69,5 +70,5 @@ def demo(launch: Launch | None = None) -> Summary:
     )
     launch.say(f"pictures   {sheet} (detections next to the truth)")
     launch.say(f"figures    {folder / SUMMARY_NAME}")
-    launch.say("in MLflow  detr ui")
+    launch.say(f"in MLflow  {run_link(outcome.experiment_id, outcome.run_id)}")
     return summary

@@ -52,12 +52,13 @@ def _launch(start: Start) -> Any:
 
 def _print_outcome(outcome: Any) -> None:
     from pipeline.display.tables import metrics_table
+    from pipeline.tracking.pages.links import run_link
 
     print(f"\n{metrics_table(outcome.metrics)}\n")
     print(f"best        {outcome.best}")
     uri = f"models:/{outcome.model_name}/{outcome.version}{' (@best)' if outcome.is_best else ''}"
     print(f"registered  {uri if outcome.version else 'nothing, as track.register never asks'}")
-    print("in MLflow   detr ui")
+    print(f"in MLflow   {run_link(outcome.experiment_id, outcome.run_id)}")
 
 
 def show(argv: list[str]) -> None:

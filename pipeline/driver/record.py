@@ -46,6 +46,8 @@ class Outcome:
     model_name: str
     is_best: bool
     """True if `@best` points at this version; an earlier one with a higher AP on the same data keeps the alias."""
+    experiment_id: str = ""
+    """MLflow's id of the experiment; empty for a run of a release that did not keep it."""
 
 
 class _Result(msgspec.Struct, frozen=True):
@@ -72,6 +74,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     val_digest: str = ""
     run_id: str = ""
     """MLflow's id of the run; empty until it exists."""
+    experiment_id: str = ""
+    """MLflow's id of the experiment of the run."""
     status: Literal["new", "running", "finished", "failed"] = "new"
     """`new`: without initial weights or a run in MLflow. `running`: to be continued. `failed`: for good."""
     message: str = ""
@@ -112,6 +116,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
             result.version,
             result.model_name,
             result.is_best,
+            self.experiment_id,
         )
 
     def with_outcome(self, outcome: Outcome, unsent: bool) -> RunRecord:

@@ -34,6 +34,7 @@ from pipeline.tracking.mlflow_runs import (
     run_with_key,
     set_final_status,
 )
+from pipeline.tracking.pages.links import run_link
 from pipeline.tracking.pages.listed import write_tags
 from pipeline.tracking.run_spools import anything_left, send_left
 from pipeline.tracking.server.outage import outlast
@@ -95,9 +96,11 @@ class Work(RecordedRun):
                     self._client, config, ready, gpu=cluster.gpu, here=not connection.address, say=launch.say
                 )
                 run_id = create_run(self._client, config, ready.datasets, tags)
-                self.save(run_id=run_id, status="running")
+                experiment = str(self._client.get_run(run_id).info.experiment_id)
+                self.save(run_id=run_id, experiment_id=experiment, status="running")
                 keep_output(self._client, run_id)
                 launch.say(f"{self._label}: {total} steps, checkpoints in {self._root / CHECKPOINTS}")
+                launch.say(f"in MLflow: {run_link(experiment, run_id)}")
                 self._run(cluster, config, stack.close, accept_change=False)
                 outcome = self._conclude(config, total, 0)
                 self._compare(config, ready.val, 0, total)
@@ -121,6 +124,7 @@ class Work(RecordedRun):
         """Train the run from its newest checkpoint to its end, or do what is left of a trained one."""
         launch, before = self._launch, self.record.run_config
         run = self._client.get_run(self.record.run_id)
+        self.record = self.record.but(experiment_id=str(run.info.experiment_id))
         if run.info.status == "RUNNING":  # since its lease was free, nobody does
             set_final_status(self._client, self.record.run_id, "killed", "KILLED", launch.say)
         position = self._position(before, config, accept)
@@ -128,6 +132,7 @@ class Work(RecordedRun):
         if trained and self.record.status == "finished":
             return self._finished(position)
         launch.say(f"{self._label} continues at step {position.step} of {total}")
+        launch.say(f"in MLflow: {run_link(self.record.experiment_id, self.record.run_id)}")
         if position.stream.changes:
             launch.say(f"warning: {position.stream.message(position.train.images)}")
         if position.rate_change:
@@ -268,7 +273,7 @@ class Work(RecordedRun):
             say(
                 f"nothing is registered, as track.register asks: `detr register {self.record.handle} --name NAME` does it"
             )
-            return Outcome(run_id, self.folder, best, metrics, "", "", False)
+            return Outcome(run_id, self.folder, best, metrics, "", "", False, self.record.experiment_id)
         self._patiently(lambda: client.set_tag(run_id, TAG_PHASE, "registering"))
         left_out = self._patiently(lambda: client.get_run(run_id)).data.tags.get(TAG_LEFT_OUT)
         if left_out:
@@ -281,12 +286,17 @@ class Work(RecordedRun):
         )
         if registered.note:
             say(registered.note)
-        if registered.note:
-            say(registered.note)
         if not registered.alias_moved:
             say(f"models:/{config.model_name}@best stays on another version, whose AP is higher")
         return Outcome(
-            run_id, self.folder, best, metrics, registered.version, config.model_name, registered.alias_moved
+            run_id,
+            self.folder,
+            best,
+            metrics,
+            registered.version,
+            config.model_name,
+            registered.alias_moved,
+            self.record.experiment_id,
         )
 
     def _finish(self, outcome: Outcome) -> Outcome:

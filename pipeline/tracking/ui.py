@@ -9,22 +9,26 @@ import sys
 
 from pipeline.errors import TrackingError
 from pipeline.tracking.mlflow_client import connect, tracking_uri, without_secret
-
-# Without this the UI opens its view of language-model traces.
-_VIEW = "#/experiments?workflowType=machine_learning"
+from pipeline.tracking.mlflow_runs import find_runs
+from pipeline.tracking.pages.links import experiments_page, is_served, run_page, runs_page, ui_address
 
 
 def serve_ui(host: str, port: int) -> None:
     """Serve the UI until interrupted; if the store is a server already, only print its address."""
     uri = tracking_uri()
-    if uri.startswith(("http://", "https://")):
-        print(f"the tracking server has a UI: {without_secret(uri).rstrip('/')}/{_VIEW}")
+    if is_served():
+        print(f"the tracking server has a UI: {ui_address()}{experiments_page()}")
         return
-    connect(uri)
+    newest = find_runs(connect(uri), limit=1)
     with socket.socket() as probe:
         if probe.connect_ex((host, port)) == 0:
             raise TrackingError(f"{host}:{port} is in use; expected a free port: give --port N")
-    print(f"MLflow UI: http://{host}:{port}/{_VIEW}  (Ctrl-C ends it)", flush=True)
+    address = f"http://{host}:{port}/"
+    print(f"MLflow UI: {address}{experiments_page()}  (Ctrl-C ends it)")
+    for run in newest:
+        print(f"all runs:  {address}{runs_page(run.info.experiment_id)}")
+        print(f"newest:    {address}{run_page(run.info.experiment_id, run.info.run_id)}")
+    sys.stdout.flush()
     hosts = f"{host},{host}:{port},localhost,localhost:{port}"
     environment = os.environ | {
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",

@@ -66,5 +66,7 @@ def is_served() -> bool:
 
 def run_link(experiment_id: str, run_id: str) -> str:
     """Return the link to the page of a run for a person, with the command that must run first if there is one."""
+    if not experiment_id:  # of a run of an older release
+        return ui_address() + experiments_page() if is_served() else "`detr ui`"
     link = ui_address() + run_page(experiment_id, run_id)
     return link if is_served() else f"{link} (while `detr ui` runs)"
