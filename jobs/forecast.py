@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +33,7 @@ def forecast_here(config: RunConfig, run: str, say: Say, *, anywhere: bool = Fal
         from pipeline.driver.forecasting import local_device
 
         device = local_device(bool(gpu))
-    return _forecast(config, run, say, gpu=gpu, device=device, nodes=0, node_price=None)
+    return _forecast(config, run, _client(say), gpu=gpu, device=device, nodes=0, node_price=None)
 
 
 def forecast_on(cluster: Cluster, config: RunConfig, run: str, say: Say) -> str:
@@ -45,7 +46,7 @@ def forecast_on(cluster: Cluster, config: RunConfig, run: str, say: Say) -> str:
     return _forecast(
         config,
         run,
-        say,
+        _client(say, cluster.mlflow),
         gpu=gpu,
         device=(nodes.accelerator or None) if nodes and gpu else None,
         nodes=nodes.most if nodes else 0,
@@ -54,12 +55,19 @@ def forecast_on(cluster: Cluster, config: RunConfig, run: str, say: Say) -> str:
 
 
 def _forecast(
-    config: RunConfig, run: str, say: Say, *, gpu: bool | None, device: str | None, nodes: int, node_price: float | None
+    config: RunConfig,
+    run: str,
+    client: MlflowClient | None,
+    *,
+    gpu: bool | None,
+    device: str | None,
+    nodes: int,
+    node_price: float | None,
 ) -> str:
     from pipeline.forecast.look_ahead import look_ahead
 
     begin = _begin(config, run)
-    ahead = look_ahead(config, _data(config), _client(say), gpu=gpu, device=device, begin=begin)
+    ahead = look_ahead(config, _data(config), client, gpu=gpu, device=device, begin=begin)
     lines = ahead.lines(nodes=nodes, node_price=node_price)
     if begin:
         lines.insert(0, f"run {run} has a checkpoint of step {begin}; this is what is left of it")
@@ -78,16 +86,21 @@ def _data(config: RunConfig) -> DataSize:
         return DataSize(*_BUILT_IN)
 
 
-def _client(say: Say) -> MlflowClient | None:
-    """Return a client of MLflow, or None if it does not answer or holds nothing; a dry run creates no store."""
+def _client(say: Say, address: str = "") -> MlflowClient | None:
+    """Return a client of MLflow, or None if it does not answer or holds nothing; a dry run creates no store.
+
+    address: that of a cluster's entry; by default this machine's.
+    """
     from pipeline.errors import TrackingAway
     from pipeline.tracking.mlflow_client import connect, tracking_uri
 
-    uri = tracking_uri()
+    uri = address or tracking_uri()
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         return None
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "8")
     try:
-        return connect()
+        return connect(uri)
     except TrackingAway as error:
         say(f"warning: without your earlier runs, since {error}")
         return None
