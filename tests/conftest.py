@@ -166,12 +166,16 @@ def _store_in(folder: Path, empty: Path) -> Iterator[str]:
 
     shutil.copy(empty, folder / "mlflow.db")
     uri = f"sqlite:///{folder / 'mlflow.db'}"
+    stray = Path("mlruns")
+    before = stray.exists()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", uri)
         patch.delenv("MLFLOW_REGISTRY_URI", raising=False)
         yield uri
     mlflow.set_tracking_uri(None)
     mlflow.set_registry_uri(None)
+    # MLflow writes the artifacts of an experiment without a location there: make it with `mlflow_runs.experiment_id`.
+    assert before or not stray.exists(), "a test has written artifacts into the working folder"
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from pipeline.errors import TrackingError
 from pipeline.tracking.events import Event
 from pipeline.tracking.mlflow_client import connect
+from pipeline.tracking.mlflow_runs import experiment_id
 from pipeline.tracking.mlflow_sender import EventSender
 from pipeline.tracking.run_spools import send_left
 from pipeline.tracking.spool_folder import SpoolFolder
@@ -53,7 +54,7 @@ def test_each_point_is_stored_once_after_kills_on_other_nodes(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = connect()
-    run_id = client.create_run(client.create_experiment("nodes")).info.run_id
+    run_id = client.create_run(experiment_id(client, "nodes")).info.run_id
     run = tmp_path / "run"
     run.mkdir()
     for node, last in (("a", 30), ("b", 50), ("a", STEPS)):
@@ -84,7 +85,7 @@ def test_a_node_that_was_cut_off_sends_nothing_once_another_sends(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = connect()
-    run_id = client.create_run(client.create_experiment("nodes")).info.run_id
+    run_id = client.create_run(experiment_id(client, "nodes")).info.run_id
     senders = {}
     for node in ("a", "b"):
         SpoolFolder(tmp_path / node).create()
