@@ -8,6 +8,10 @@ from collections.abc import Mapping
 from jobs.clusters.secret import Secret
 
 
+LINT = "# shellcheck disable=SC1091,SC2016  # files that only the nodes have; values that hold a dollar sign"
+"""First line after the header: what shellcheck cannot know about the user's own lines."""
+
+
 def exports(environment: Mapping[str, str]) -> list[str]:
     """Return a line for each variable that is no secret."""
     return [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]

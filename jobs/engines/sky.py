@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TextIO
 from jobs.clusters.entries import Sky
 from jobs.engines import client
 from jobs.engines.engine import Job, Say, State
-from jobs.engines.shell import DRIVER
+from jobs.engines.shell import DRIVER, LINT
 from jobs.engines.yaml_text import dump
 from jobs.errors import JobError
 from jobs.plan import STATUS_LATER, Plan
@@ -153,7 +153,7 @@ def task(plan: Plan, workdir: Path) -> dict[str, Any]:
         "envs": dict(plan.environment),
         "secrets": {**dict.fromkeys(plan.secrets), _TOKEN: None},
         "file_mounts": {folder: {"source": url, "mode": "MOUNT"} for folder, url in cluster.mounts.items()},
-        "setup": "\n".join(["set -e", *setup]) + "\n" if setup else None,
+        "setup": "\n".join([LINT, "set -e", *setup]) + "\n" if setup else None,
         "run": run,
         "config": config,
     }

@@ -15,7 +15,7 @@ from typing import ClassVar, TextIO
 from jobs.clusters.entries import Slurm
 from jobs.engines import client
 from jobs.engines.engine import ENDED, Job, Say, State
-from jobs.engines.shell import DRIVER, exports, secret_lines
+from jobs.engines.shell import DRIVER, LINT, exports, secret_lines
 from jobs.errors import JobError
 from jobs.plan import STATUS_LATER, Plan
 
@@ -36,7 +36,7 @@ export RAY_ADDRESS="$address:$port" RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$fo
 (umask 077 && head -c 32 /dev/urandom | base64 >"$RAY_AUTH_TOKEN_PATH")
 export DETR_PORT="$port" DETR_ADDRESS="$address" SLURM_EXPORT_ENV=ALL
 
-# shellcheck disable=SC2016  # the variables are those of each node
+# The variables in single quotes are those of each node.
 srun --ntasks-per-node=1 --kill-on-bad-exit=0 bash -c '
   flags=(--num-cpus "${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --num-gpus "${SLURM_GPUS_ON_NODE:-0}"
     --disable-usage-stats --block)
@@ -69,7 +69,7 @@ class SlurmEngine:
         cluster = _slurm(plan)
         folder = _folder(cluster, plan.job)
         lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(cluster, plan, folder))]
-        lines += ["set -euo pipefail", f"folder={shlex.quote(str(folder))}", 'mkdir -p "$folder"']
+        lines += [LINT, "set -euo pipefail", f"folder={shlex.quote(str(folder))}", 'mkdir -p "$folder"']
         lines += [*exports(plan.environment), *secret_lines(plan.secrets), *cluster.setup]
         if cluster.code == "snapshot":
             lines.append('export PYTHONPATH="$folder/code${PYTHONPATH:+:$PYTHONPATH}"')
