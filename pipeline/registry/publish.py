@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import RegistryError, TrackingAway, TrackingError
 from pipeline.registry.card import Card, write_folder
+from pipeline.registry.logged_models import list_version, logged_model
 from pipeline.registry.mlflow_model import write_mlflow_model
 from pipeline.tracking.server.address import tracking_uri
 from pipeline.tracking.server.answers import is_away, is_refused_login, reason, refused_login
+from pipeline.tracking.tags import TAG_FILES
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
 
     from detr.model import DETR
@@ -56,9 +59,11 @@ def publish(
     with _one_line_errors(name, retry_command):
         version = _version_of(client, name, card)
         if version is None:
-            with tempfile.TemporaryDirectory() as folder:
-                write_folder(Path(folder) / "detector", model, card)
-                version = _create_version(client, name, _log_model(client, card, Path(folder)), card)
+            logged = logged_model(client, card, _tags(card))
+            if TAG_FILES not in logged.tags:
+                _upload(client, logged, model, card)
+            version = _create_version(client, name, logged.model_id, card)
+            list_version(client, logged.model_id, name, version.version)
         if only_if_better and _is_worse(client, name, alias, version):
             return Registered(str(version.version), False)
         client.set_registered_model_alias(name, alias, version.version)
@@ -96,26 +101,21 @@ def _one_line_errors(name: str, retry_command: str) -> Generator[None, None, Non
         ) from None
 
 
-def _log_model(client: MlflowClient, card: Card, folder: Path) -> str:
-    """Write the MLflow model of the detector in `folder`, upload it to the run and return its id."""
+def _upload(client: MlflowClient, logged: LoggedModel, model: DETR, card: Card) -> None:
+    """Write the MLflow model with these weights and upload it as the files of a logged model."""
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
 
-    run = client.get_run(card.run_id)
-    logged = client.create_logged_model(
-        run.info.experiment_id,
-        name="imported" if card.imported_from else f"{card.recipe or 'detr'}-step-{card.step:08d}",
-        source_run_id=card.run_id,
-        tags=_tags(card),
-        params={"recipe": card.recipe or "-", "backbone": card.model.backbone},
-        model_type="detector",
-    )
-    model = Model(run_id=card.run_id, model_id=logged.model_id)
-    write_mlflow_model(folder / "model", folder / "detector", model)
-    client.log_model_artifacts(logged.model_id, str(folder / "model"))
-    client.log_outputs(card.run_id, [LoggedModelOutput(logged.model_id, step=card.step)])
-    client.finalize_logged_model(logged.model_id, "READY")
-    return str(logged.model_id)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_folder(folder / "detector", model, card)
+        description = Model(run_id=card.run_id, model_id=logged.model_id)
+        write_mlflow_model(folder / "model", folder / "detector", description)
+        client.log_model_artifacts(logged.model_id, str(folder / "model"))
+    if logged.status != "READY":
+        client.log_outputs(card.run_id, [LoggedModelOutput(logged.model_id, step=card.step)])
+        client.finalize_logged_model(logged.model_id, "READY")
+    client.set_logged_model_tags(logged.model_id, {TAG_FILES: "weights, card, code"})
 
 
 def _version_of(client: MlflowClient, name: str, card: Card) -> ModelVersion | None:
