@@ -41,23 +41,13 @@ def run_of(client: MlflowClient, job: str, name: str = "") -> Run | None:
     return next((runs[0] for runs in found if runs), None)
 
 
-def experiment_link(cluster: Cluster, name: str) -> str:
-    """Return the link to the runs of an experiment, where the run of a job will be; empty without a server."""
-    from pipeline.tracking.mlflow_client import translated_errors
-    from pipeline.tracking.pages.links import experiments_page, is_served, runs_page, ui_address
+def experiments_link(cluster: Cluster) -> str:
+    """Return the link to the experiments of the cluster's MLflow, empty without a server; nothing is asked of it."""
+    from pipeline.tracking.pages.links import experiments_page, is_served, ui_address
 
     if cluster.mlflow:
         os.environ["MLFLOW_TRACKING_URI"] = cluster.mlflow
-    if not is_served():
-        return ""
-    page = experiments_page()
-    try:
-        with translated_errors():
-            found = client_of(cluster).get_experiment_by_name(name)
-        page = runs_page(str(found.experiment_id)) if found else page
-    except PipelineError:
-        pass  # the job is submitted; the list of experiments has it later
-    return ui_address() + page
+    return ui_address() + experiments_page() if is_served() else ""
 
 
 def run_lines(cluster: Cluster, job: Job) -> list[tuple[str, str]]:

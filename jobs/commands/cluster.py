@@ -51,7 +51,7 @@ def submit(argv: list[str]) -> None:
     from jobs.engines import engine_of
     from jobs.plan import describe
     from jobs.refusals import at_address
-    from jobs.runs_of_jobs import experiment_link
+    from jobs.runs_of_jobs import experiments_link
     from jobs.submit import prepare, send
 
     cluster = find_cluster(options.cluster)
@@ -78,7 +78,7 @@ def submit(argv: list[str]) -> None:
         print(f"run         {plan.run}")
     print(f"follow it   detr jobs logs {job}{there} --follow")
     print(f"stop it     detr jobs stop {job}{there}")
-    if plan.config is not None and (link := experiment_link(cluster, plan.config.track.experiment)):
+    if plan.config is not None and (link := experiments_link(cluster)):
         print(f"in MLflow   {link}")
     if options.follow:
         engine_of(cluster).logs(cluster, job, sys.stdout, follow=True)
