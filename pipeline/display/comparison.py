@@ -37,8 +37,12 @@ def difference_tables(found: Difference) -> str:
     classes = table(
         ("class", "objects", *_HEADER), [(change.name, f"{change.objects:,}", *_cells(change)) for change in shown]
     )
-    rest = f"... and {left_out} classes that change less" if left_out else ""
-    return "\n\n".join(text for text in (figures, _runs(found), classes, rest) if text)
+    rest = [f"... and {left_out} classes that change less"] if left_out else []
+    if len(shown) + left_out > 1:
+        rest.append(
+            f"by chance alone about {max((len(shown) + left_out) // 20, 1)} of {len(shown) + left_out} classes look better or worse"
+        )
+    return "\n\n".join(text for text in (figures, _runs(found), classes, "\n".join(rest)) if text)
 
 
 def _cells(change: Change) -> tuple[str, ...]:
@@ -83,16 +87,16 @@ def difference_picture(found: Difference, title: str) -> Image.Image:
     figure = Figure(figsize=(13, 1.9 + 0.26 * rows), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
-    _draw(left, figures[::-1], f"{found.images:,} images")
+    _draw(left, figures[::-1], rows, f"{found.images:,} images")
     of_all = f"AP by class, the {len(classes)} largest changes of {len(classes) + left_out}"
-    _draw(right, classes, of_all if left_out else "AP by class")
-    figure.suptitle(title)
+    _draw(right, classes, rows, of_all if left_out else "AP by class")
+    figure.suptitle(f"{title}\nblue better, orange worse, grey within chance", fontsize=11)
     canvas.draw()  # type: ignore[no-untyped-call]
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")  # type: ignore[no-untyped-call]
 
 
-def _draw(axes: Any, changes: Sequence[Change], name: str) -> None:
-    """Draw one line for each change, the last on top."""
+def _draw(axes: Any, changes: Sequence[Change], rows: int, name: str) -> None:
+    """Draw one line for each change, the last on top, with space for so many rows."""
     axes.axvline(0, color="black", linewidth=0.8)
     for row, change in enumerate(changes):
         colour = _COLOURS[verdict(change)]
@@ -101,10 +105,11 @@ def _draw(axes: Any, changes: Sequence[Change], name: str) -> None:
     axes.set_yticks(
         range(len(changes)), [f"{change.name}  {change.before:.3f} → {change.after:.3f}" for change in changes]
     )
-    axes.set_ylim(-0.7, max(len(changes), 1) - 0.3)
+    axes.set_ylim(len(changes) - rows - 0.7, len(changes) - 0.3)
+    axes.locator_params(axis="x", nbins=6)
     axes.grid(axis="x", color="#DDDDDD")
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.set_title(name, fontsize=10, loc="left")
-    axes.set_xlabel("change and 95% interval: blue better, orange worse, grey within chance")
+    axes.set_xlabel("change, with its 95% interval")

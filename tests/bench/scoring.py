@@ -16,11 +16,16 @@ from PIL import Image
 
 from pipeline.evaluation.evaluate_model import Evaluation
 from pipeline.training.explaining import report_explanation
+from shards.config import WriteConfig
 from shards.dataset.manifest import Manifest, load_manifest
+from shards.masks.rle import decode_masks, encode_masks
+from shards.read.segmentations import true_runs
 from shards.score.coco_eval import score_detections
 from shards.score.detections import Detections
 from shards.score.diagnosis import diagnose
+from shards.write.writer import write_coco
 from tests.bench.simulated import write_simulated
+from tests.support.real_data import COCO_TINY
 from tests.support.tracker import MemoryTracker
 
 Row = dict[str, Any]
@@ -45,6 +50,45 @@ def scoring(device: str, rounds: int) -> list[Row]:
         f"{title:45} {'all figures equal' if equal else 'FIGURES DIFFER'}, AP {expected.metrics['AP']:.4f}", flush=True
     )
     return rows
+
+
+def masks(device: str, rounds: int) -> list[Row]:
+    """Measure both scorers on masks, of 80 real images with 100 detections each: moved masks of the truth."""
+    title = f"scoring masks, 80 images x {QUERIES} detections"
+    with tempfile.TemporaryDirectory() as folder:
+        truth = COCO_TINY / "annotations" / "instances_val2017.json"
+        manifest = write_coco(COCO_TINY / "val2017", truth, Path(folder) / "real", WriteConfig())
+        found = _moved_masks(manifest)
+        reference, expected = _timed(lambda: score_detections(manifest, found, scorer="pycocotools"))
+        timed = [_timed(lambda: score_detections(manifest, found)) for _ in range(rounds)]
+        runs, _ = _timed(lambda: true_runs(manifest, np.arange(manifest.images)))
+    rows = [
+        _row(title, "hotcoco", [times for times, _ in timed]),
+        _row(title, "pycocotools", [reference]),
+        _row(title, "of both: reading the truth", [runs]),
+    ]
+    equal = all(score == expected for _, score in timed)
+    figures = f"AP {expected.metrics['AP']:.4f}, of masks {expected.metrics['mask_AP']:.4f}"
+    print(f"{title:45} {'all figures equal' if equal else 'FIGURES DIFFER'}, {figures}", flush=True)
+    return rows
+
+
+def _moved_masks(manifest: Manifest) -> Detections:
+    """Return 100 detections per image, each with the mask of one of its objects, moved by up to 8 pixels."""
+    rng = np.random.default_rng(0)
+    index, by_image = manifest.index(), []
+    for row in range(manifest.images):
+        image, objects = index.images[row], index.annotations_of(row)
+        if not len(objects):
+            continue
+        known = decode_masks(true_runs(manifest, np.array([row])), int(image["height"]), int(image["width"]))
+        chosen, steps = rng.integers(0, len(objects), QUERIES), rng.integers(-8, 9, (QUERIES, 2))
+        moved = [np.roll(known[number], step, (0, 1)) for number, step in zip(chosen, steps.tolist(), strict=True)]
+        boxes = objects["bbox"][chosen] + np.concatenate([steps[:, ::-1], np.zeros((QUERIES, 2))], axis=1)
+        ids, labels = np.full(QUERIES, image["image_id"]), objects["label"][chosen].astype(np.int64)
+        scores = rng.random(QUERIES).astype(np.float32)
+        by_image.append(Detections(ids, labels, scores, boxes, encode_masks(np.stack(moved))))
+    return Detections.concatenate(by_image)
 
 
 def explaining(device: str, rounds: int) -> list[Row]:

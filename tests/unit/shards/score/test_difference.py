@@ -8,7 +8,7 @@ import pytest
 from shards.errors import ShardError
 from shards.score.coco_eval import coco_metrics, score_detections
 from shards.score.detections import Detections
-from shards.score.difference import FIGURES, difference, spread
+from shards.score.difference import FIGURES, difference, interval_of_recipes, spread
 from tests.support.labelled import labelled, learned_by_heart
 
 GRID = [(x, y, 70.0, 50.0) for y in (20.0, 170.0) for x in (20.0, 220.0)]
@@ -113,3 +113,11 @@ def test_figures_without_truth_have_no_difference(data):
 def test_a_side_without_a_run_is_refused(data):
     with pytest.raises(ShardError, match="one of the sides"):
         difference(data, [], [Detections.empty()])
+
+
+def test_recipes_differ_by_more_than_the_deviation_of_their_runs() -> None:
+    low, high = interval_of_recipes((0.40, 0.41, 0.42), (0.50, 0.51, 0.52))
+    assert low == pytest.approx(0.1 - 2.776 * 0.01 * np.sqrt(2 / 3), abs=1e-4)
+    assert low + high == pytest.approx(0.2)
+    assert interval_of_recipes((0.4,), (0.5, 0.6)) is None
+    assert interval_of_recipes((0.4, 0.4), (0.5, 0.5)) == pytest.approx((0.1, 0.1))
