@@ -27,7 +27,8 @@ def check_workers(cluster: Cluster, request: Request) -> None:
     fit = nodes.most * needs.per_node(nodes.gpus, nodes.cpus)
     if fit < needs.fewest:
         each = f"{needs.cpus} CPUs" + (" and a GPU" if needs.gpus else "")
-        node = f"{nodes.gpus} GPUs" + (f" and {nodes.cpus} CPUs" if nodes.cpus else "")
+        sizes = [f"{count} {kind}" for count, kind in ((nodes.gpus, "GPUs"), (nodes.cpus, "CPUs")) if count]
+        node = " and ".join(sizes)
         raise JobError(
             f"{needs.fewest} workers of {each} do not fit {cluster.name}: at most {nodes.most} nodes of {node} hold {fit}; "
             "expected as many at least: lower --cluster.workers or --cluster.cpus-per-worker, or raise nodes"
