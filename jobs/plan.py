@@ -44,7 +44,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Workers:
-    """What the workers of a run need: `count` of them, or at least `fewest`, each with these resources."""
+    """Needs of a run: `count` workers, or at least `fewest`, each with these resources."""
 
     count: int
     fewest: int

@@ -46,7 +46,7 @@ class Container(_Object, frozen=True, kw_only=True):
 
 
 class PodSpec(_Object, frozen=True, kw_only=True):
-    """What runs in a pod, and where."""
+    """Containers of a pod, and nodes that may run it."""
 
     containers: list[Container]
     volumes: list[dict[str, Any]]
