@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -62,6 +63,8 @@ def evaluate(argv: list[str]) -> None:
     from pipeline.display.tables import layers_table, metrics_table
     from pipeline.exchange.export_original import check_target
     from pipeline.inference.evaluate import evaluate, evaluate_per_layer
+    from pipeline.inference.kept_figures import keep_evaluation as keep_figures
+    from pipeline.inference.kept_figures import keep_last_layer
 
     for path in (options.json, options.curves):
         if path is not None:
@@ -74,6 +77,7 @@ def evaluate(argv: list[str]) -> None:
         last = next(score for score in reversed(scores) if score.nms is None)  # the last layer, without NMS
         metrics = {**last.metrics, "layers": scores}
         print(metrics_table(last.metrics), layers_table(scores), sep="\n\n")
+        _print_link(lambda: keep_last_layer(options.model, options.data, last.metrics))
     else:
         evaluation = evaluate(options.model, options.data, progress=True)
         if warning := keep_evaluation(options.model, options.data, evaluation):
@@ -81,12 +85,24 @@ def evaluate(argv: list[str]) -> None:
         score = evaluation.score
         metrics = {**score.metrics}
         print(metrics_table(score.metrics))
+        _print_link(lambda: keep_figures(options.model, options.data, evaluation))
         if options.curves:
             curves_picture(score.curves, score.mask_curves).save(options.curves, format="PNG")
         if options.report:
             _report(options, evaluation)
     if options.json:
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(metrics), indent=2) + b"\n")
+
+
+def _print_link(keep: Callable[[], str]) -> None:
+    """Print where MLflow has the figures; if it refuses them, they are printed already, and only a warning follows."""
+    from pipeline.errors import TrackingError
+    from shards.errors import one_line
+
+    try:
+        print(f"in MLflow   {keep()}", file=sys.stderr)
+    except (TrackingError, OSError) as error:
+        print(f"warning: these figures are not in MLflow ({one_line(error)})", file=sys.stderr)
 
 
 def _report(options: Evaluate, evaluation: Evaluation) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.display.terminal import clock_time, table
 from pipeline.tracking.progress import RunProgress, read_progress
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
     from pipeline.evaluation.per_layer import LayerScore
+    from shards.score.coco_eval import ClassScore
 
 
 METRIC_MEANINGS = {
@@ -30,6 +31,21 @@ METRIC_MEANINGS = {
     "ARm": "recall, medium",
     "ARl": "recall, large",
 }
+
+
+def class_columns(classes: Sequence[ClassScore], masks: bool) -> dict[str, list[Any]]:
+    """Return AP and AP50 of each class as columns by name, with those of masks if there are any."""
+    columns: dict[str, list[Any]] = {
+        "name": [score.name for score in classes],
+        "AP": [score.ap for score in classes],
+        "AP50": [score.ap50 for score in classes],
+        "boxes": [score.boxes for score in classes],
+        "category_id": [score.category_id for score in classes],
+    }
+    if masks:
+        columns["mask_AP"] = [score.mask_ap for score in classes]
+        columns["mask_AP50"] = [score.mask_ap50 for score in classes]
+    return columns
 
 
 def metrics_table(metrics: Mapping[str, float]) -> str:

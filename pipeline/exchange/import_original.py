@@ -24,6 +24,7 @@ from pipeline.config import TrackConfig
 from pipeline.errors import ExchangeError
 from pipeline.exchange.state_file import StateFile, read_state_file
 from pipeline.registry.card import Card
+from pipeline.registry.pages import write_pages
 from pipeline.registry.publish import Registered, check_names, publish
 from pipeline.tracking.mlflow_client import connect
 from pipeline.tracking.mlflow_runs import experiment_id, origin_tags
@@ -96,6 +97,7 @@ def import_file(
         client.set_terminated(run_id, "FAILED")
         raise
     client.set_terminated(run_id, "FINISHED")
+    write_pages(client, name, registered.version)
     return Imported(registered, notes)
 
 

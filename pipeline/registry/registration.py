@@ -14,6 +14,7 @@ from pipeline.errors import RegistryError
 from pipeline.registry.against_holder import holder_if_known, note_change
 from pipeline.registry.card import Card
 from pipeline.registry.kept_detections import store_of_checkpoint
+from pipeline.registry.pages import write_pages
 from pipeline.registry.publish import Registered, check_names, publish
 from pipeline.tracking.mlflow_client import connect
 from pipeline.tracking.mlflow_runs import find_run, read_config
@@ -70,7 +71,9 @@ def register(
         client, model, card, name=name, alias=alias, retry_command=retry_command, only_if_better=only_if_better
     )
     store_of_checkpoint(client, run_id, meta.step, path)
-    return registered._replace(note=note_change(client, before, name, registered.version, alias))
+    note = note_change(client, before, name, registered.version, alias)
+    write_pages(client, name, registered.version)
+    return registered._replace(note=note)
 
 
 def register_run(name_or_id: str, *, name: str, alias: str) -> Registered:

@@ -16,6 +16,7 @@ from pipeline.checkpoint.location import Location
 from pipeline.config import RunConfig
 from pipeline.display.draw import titled
 from pipeline.display.pictures import curves_picture, curves_table, picture_sheet
+from pipeline.display.tables import class_columns
 from pipeline.distributed.devices import device_name
 from pipeline.distributed.ranks import Ranks
 from pipeline.evaluation.evaluate_model import Evaluation
@@ -48,19 +49,7 @@ def report_evaluation(
     tracker.checkpoint(str(path), step, figures)
     headline = [name for name in ("AP", "AP50", "mask_AP") if metrics.get(name, -1.0) >= 0]
     tracker.metrics({f"{SUMMARY}/{name}": metrics[name] for name in headline}, step)
-    columns: dict[str, list[Any]] = {
-        "name": [score.name for score in classes],
-        "AP": [score.ap for score in classes],
-        "AP50": [score.ap50 for score in classes],
-        "boxes": [score.boxes for score in classes],
-        "category_id": [score.category_id for score in classes],
-    }
-    if "mask_AP" in metrics:
-        columns |= {
-            "mask_AP": [score.mask_ap for score in classes],
-            "mask_AP50": [score.mask_ap50 for score in classes],
-        }
-    tracker.table("per_class_ap.json", columns, step)
+    tracker.table("per_class_ap.json", class_columns(classes, "mask_AP" in metrics), step)
     curves = (evaluation.score.curves, evaluation.score.mask_curves)
     tracker.table("precision_recall.json", curves_table(*curves), step)
     report_picture(tracker, CURVES, curves_picture(*curves), step)
