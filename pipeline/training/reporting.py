@@ -8,7 +8,6 @@ import platform
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
