@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from jobs.clusters.entries import Cluster
 from jobs.errors import JobError
 from jobs.plan import Request
 from jobs.refusals.places import is_here
 from jobs.refusals.words import is_loopback
 from pipeline.tracking.server.address import refuse_uri_with_secret, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 
 def check_tracking(cluster: Cluster) -> None:
@@ -53,12 +58,12 @@ def check_names(cluster: Cluster, request: Request) -> None:
         _find_run(client, request.known_run)
 
 
-def _find_run(client: object, name: str) -> None:
+def _find_run(client: MlflowClient, name: str) -> None:
     if name.startswith("models:/"):
         from pipeline.registry.versions import run_of
 
-        run_of(client, name)  # type: ignore[arg-type]
+        run_of(client, name)
     elif "/" not in name:
         from pipeline.tracking.mlflow_runs import find_run
 
-        find_run(client, name)  # type: ignore[arg-type]
+        find_run(client, name)
