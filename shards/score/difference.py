@@ -123,7 +123,11 @@ def difference(
     figures = tuple(_change(name, values[0][name], values[1][name], drawn[name]) for name in drawn)
     classes = tuple(
         _change(
-            category.name, *(_class_ap(side, label) for side in scores), drawn_classes[label], _boxes(scores, label)
+            category.name,
+            _class_ap(scores[0], label),
+            _class_ap(scores[1], label),
+            drawn_classes[label],
+            scores[0][0].classes[label].boxes,
         )
         for label, category in enumerate(manifest.categories)
     )
@@ -137,10 +141,6 @@ def _without_masks(found: Detections) -> Detections:
 
 def _class_ap(side: Sequence[Score], label: int) -> float:
     return fmean(score.classes[label].ap for score in side)
-
-
-def _boxes(scores: Sequence[Sequence[Score]], label: int) -> int:
-    return scores[0][0].classes[label].boxes
 
 
 def _change(name: str, before: float, after: float, drawn: Floats, objects: int = 0) -> Change:

@@ -60,9 +60,10 @@ def _class_precisions(
     Only hits raise the recall, so precision matters at them alone. Detections that are false at every threshold, nearly
     all of them, are summed between hits at once; the others have a row of weights each.
     """
-    own = np.flatnonzero(~false.all(axis=1) & (hit | false).any(axis=1))
+    always = np.asarray(false.all(axis=1), np.bool_)
+    own = np.flatnonzero(~always & (hit | false).any(axis=1))
     rows = weights[images[own]]
-    before = _falses_before(images, false.all(axis=1), own, weights)
+    before = _falses_before(images, always, own, weights)
     found = np.full((10, weights.shape[1]), np.nan)
     defined = objects > 0
     for threshold in range(10):
@@ -112,4 +113,4 @@ def _recalls_reached(true: Weights, objects: Weights) -> Weights:
     reached = np.floor(share)
     exact = share == reached
     exact[exact] = _ABOVE[reached[exact].astype(np.int64)]
-    return reached + 1 - exact
+    return np.asarray(reached + 1 - exact, np.float32)
