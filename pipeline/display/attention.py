@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
@@ -111,18 +112,32 @@ def judged_pictures(
         yield attention_picture(Image.fromarray(sample.image), attended, names, title)
 
 
-def attention_section(
+@dataclass(frozen=True)
+class AttentionFigure:
+    """Picture of the attention of detections in an image, and its caption."""
+
+    picture: Image.Image
+    caption: str
+
+
+def attention_figures(
     model: DETR, transform: TransformConfig, names: Sequence[str], manifest: Manifest, diagnosis: Diagnosis
-) -> str:
-    """Return a section of a report: the attention of detections in the best and the worst images."""
+) -> list[AttentionFigure]:
+    """Return the attention of detections in the best and the worst images of an evaluation."""
     figures = []
     for title, images in (("best", diagnosis.best), ("worst", diagnosis.worst[:_IMAGES])):
         pictures = judged_pictures(model, transform, names, manifest, images) if images else ()
         figures += [
-            html_picture(picture, "JPEG", f"one of the {title} images, {judged.shard}")
+            AttentionFigure(picture, f"one of the {title} images, {judged.shard}")
             for picture, judged in zip(pictures, images, strict=True)
         ]
+    return figures
+
+
+def attention_section(model: DETR, figures: Sequence[AttentionFigure]) -> str:
+    """Return a section of a report; empty without figures."""
     if not figures:
         return ""
     explanation = _EXPLANATIONS[model.config.variant == "deformable"]
-    return f"<h2>Attention</h2><p>{explanation}</p><div class=grid>{''.join(figures)}</div>"
+    shown = "".join(html_picture(figure.picture, "JPEG", figure.caption) for figure in figures)
+    return f"<h2>Attention</h2><p>{explanation}</p><div class=grid>{shown}</div>"

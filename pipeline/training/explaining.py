@@ -9,6 +9,8 @@ from types import TracebackType
 
 from PIL import Image
 
+from detr.variant import DETR
+from pipeline.display.attention import attention_figures, attention_section
 from pipeline.display.draw import contact_sheet
 from pipeline.display.explanation import (
     columns,
@@ -78,12 +80,12 @@ class Explainer:
         """Wait for the explanation of the last evaluation."""
         self._wait()
 
-    def start(self, evaluation: Evaluation, step: int) -> None:
-        """Explain an evaluation when the one before is explained."""
+    def start(self, evaluation: Evaluation, step: int, model: DETR | None = None) -> None:
+        """Explain an evaluation when the one before is explained; nobody else uses `model`, which was scored."""
         if self._tracker is None:
             return
         self._wait()
-        arguments = (self._tracker, self._val, evaluation, step, self._enabled, self._run)
+        arguments = (self._tracker, self._val, evaluation, step, self._enabled, self._run, model)
         self._thread = threading.Thread(target=explain, args=arguments, name="explainer", daemon=True)
         self._thread.start()
 
@@ -100,9 +102,11 @@ def explain(
     step: int,
     reasons: bool = True,
     run: ReportedRun | None = None,
+    model: DETR | None = None,
 ) -> None:
     """Report the reasons of a score, and the page of the run, or log why that is impossible: no run ends because of it."""
     diagnosis = drawn = None
+    attention = ""
     try:
         if reasons:
             diagnosis = diagnose(val, evaluation.detections, rows=evaluation.rows)
@@ -111,7 +115,12 @@ def explain(
                 list(suspect_pictures(val, diagnosis.suspects)),
             )
             report_explanation(tracker, val, diagnosis, drawn, step)
+            if run and model is not None:
+                names = [category.name for category in run.train.categories]
+                figures = attention_figures(model, run.config.transform, names, val, diagnosis)
+                _report_sheet(tracker, "errors/attention", [figure.picture for figure in figures], step)
+                attention = attention_section(model, figures)
         if run:
-            tracker.file(REPORT, run.page(evaluation, step, diagnosis, drawn).encode(), step)
+            tracker.file(REPORT, run.page(evaluation, step, diagnosis, drawn, attention).encode(), step)
     except Exception as error:
         LOG.warning("the evaluation of step %d is not explained (%s)", step, one_line(error))

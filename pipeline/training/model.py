@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 
 import torch
 from safetensors.torch import load, save
+from torch import nn
 
 from detr.compute import set_channels_last, set_recompute
 from detr.model import DETR, build_model, freeze_detector
@@ -53,6 +55,12 @@ def _load_initial(model: DETR, folder: Location) -> None:
     except FileNotFoundError:
         raise not_seen(path, platform.node()) from None
     load_original_state_dict(model, load(content))
+
+
+def host_copy(model: nn.Module) -> DETR:
+    """Return a copy of a model on the host, which training does not change; the random numbers stay as they are."""
+    copied: DETR = copy.deepcopy(model).cpu()  # type: ignore[assignment]
+    return copied.requires_grad_(False).eval()
 
 
 def build_on_device(config: RunConfig, num_classes: int, device: torch.device) -> DETR:

@@ -31,8 +31,15 @@ class ReportedRun:
     epoch: Callable[[int], float]
     """Return the epoch, with fraction, at a step."""
 
-    def page(self, evaluation: Evaluation, step: int, diagnosis: Diagnosis | None, drawn: Drawn | None) -> str:
-        """Return the report of an evaluation as HTML."""
+    def page(
+        self,
+        evaluation: Evaluation,
+        step: int,
+        diagnosis: Diagnosis | None,
+        drawn: Drawn | None,
+        attention: str = "",
+    ) -> str:
+        """Return the report of an evaluation as HTML; `attention` is a section of it."""
         config = self.config
         now = Evaluated(step, self.epoch(step), evaluation.score.metrics)  # perhaps not in the history yet
         known = {entry.step: entry for entry in [now, *read_history(self.root)] if entry.step <= step}
@@ -57,7 +64,7 @@ class ReportedRun:
             diagnosis,
             drawn=drawn,
             before=before,
-            after=[configuration_section(config)],
+            after=[attention, configuration_section(config)],
             remedy=REMEDY,
         )
 

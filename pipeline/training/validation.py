@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from torch import nn
 
 from detr.compute import uncompiled
+from detr.variant import DETR
 from pipeline.checkpoint import catalog, history
 from pipeline.checkpoint import state as checkpoint_state
 from pipeline.checkpoint.history import Evaluated
@@ -27,7 +28,7 @@ from pipeline.schedule import is_evaluated
 from pipeline.tracking.tags import TAG_PHASE
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.explaining import explain
-from pipeline.training.model import build_on_device
+from pipeline.training.model import build_on_device, host_copy
 from pipeline.training.reporting import report_evaluation, report_pictures
 from pipeline.training.run_report import ReportedRun
 from pipeline.training.state import TrainState, WorkerContext
@@ -53,13 +54,13 @@ def validate(
     state: TrainState,
     saver: Saver,
     keep_unsent: Callable[[], None] = lambda: None,
-    start_explanation: Callable[[Evaluation, int], None] = lambda _, __: None,
+    start_explanation: Callable[[Evaluation, int, DETR | None], None] = lambda *_: None,
     loss: float | None = None,
 ) -> None:
     """Score the state on the validation data, report the metrics and write them beside its checkpoint.
 
-    A collective call. See `LoopHooks.keep_unsent`. `start_explanation` gets the evaluation and its step on rank 0, and returns
-    at once. `loss` is the mean training loss before.
+    A collective call. See `LoopHooks.keep_unsent`. `start_explanation` gets the evaluation, its step and a copy of the model
+    on rank 0, and returns at once. `loss` is the mean training loss before.
     """
     config, ranks, tracker = worker.config, worker.ranks, worker.tracker
     start = time.perf_counter()
@@ -70,6 +71,7 @@ def validate(
     with uncompiled():  # evaluation batches have many canvas shapes, and each would be compiled
         model = gathered_model(state.model, build_model, state.averages)
         evaluation = _score(config, model, worker.train, worker.val, ranks, _phase_reporter(tracker))
+        scored = host_copy(model) if tracker and config.evaluate.explain else None
     saver.finish()  # the metrics are written beside the checkpoint
     path, epoch = catalog.folder_of(worker.root, state.step), worker.schedule.epoch(state.step)
     _report(config, path, worker.val, evaluation, tracker, state.step, epoch, start)
@@ -80,7 +82,7 @@ def validate(
         tracker.metrics({"pause/evaluation_s": time.perf_counter() - start}, state.step)
         tracker.tags({TAG_PHASE: "training"})
     if evaluation is not None:
-        start_explanation(evaluation, state.step)
+        start_explanation(evaluation, state.step, scored)
 
 
 def evaluate_checkpoint(
@@ -102,7 +104,7 @@ def evaluate_checkpoint(
     _report(config, path, val, evaluation, tracker, meta.step, meta.epoch, start)
     if tracker and evaluation is not None:
         run = ReportedRun(config, train, val, path.parent.parent, meta.code_commit, lambda _: meta.epoch)
-        explain(tracker, val, evaluation, meta.step, config.evaluate.explain, run)
+        explain(tracker, val, evaluation, meta.step, config.evaluate.explain, run, model)
     _record(path, Evaluated(meta.step, meta.epoch, {}), evaluation, ranks, keep_unsent)
 
 
