@@ -12,13 +12,15 @@ from torch.nn import functional as F
 from detr.config import DeformableConfig, ModelConfig
 from detr.model import build_model
 from detr.postprocess import detect, detecting_queries
+from detr.transformer import Attention
 from detr.variant import DETR, tensors_of
-from pipeline.evaluation.cross_attention import CellWeights, PointWeights, attend_with
+from pipeline.evaluation.cross_attention import CellWeights, PointWeights, _weights, attend_with
 
 PLAIN = ModelConfig(
     backbone="tiny", norm="group", frozen_stages=0, hidden_dim=32, heads=4, encoder_layers=1, decoder_layers=3,
     feedforward_dim=64, dropout=0.1, num_queries=9,
 )  # fmt: skip
+CONDITIONAL = replace(PLAIN, variant="conditional")
 DEFORMABLE = replace(PLAIN, variant="deformable", deformable=DeformableConfig(levels=3, box_refine=True))
 
 
@@ -89,7 +91,22 @@ def test_points_of_deformable_attention_give_the_output_of_the_layer(images: tup
     assert query.shape == (2, 9, 32)
 
 
-@pytest.mark.parametrize("config", [PLAIN, DEFORMABLE, replace(DEFORMABLE, deformable=DeformableConfig())])
+def test_weights_of_conditional_attention_give_the_output_of_the_layer(images: tuple[Tensor, Tensor]) -> None:
+    """Contents and positions are side by side there, already projected and split into heads."""
+    model = built(CONDITIONAL)
+    layer = model.transformer.decoder.layers[-1].cross_attn
+    calls: list[Any] = []
+    layer.register_forward_hook(lambda *call: calls.append(call))
+    _, found = attend_with(model, *images)
+    (_, (query, key, value, mask), output) = calls[0]
+    weights = _weights(layer, query, key, value, mask)
+    torch.testing.assert_close(layer.out_proj((weights @ value).transpose(1, 2).flatten(2)), output)
+    assert isinstance(found, CellWeights)
+    torch.testing.assert_close(found.weights.flatten(2), weights.mean(1))
+    assert not found.weights[1, ..., 3:].any()
+
+
+@pytest.mark.parametrize("config", [PLAIN, CONDITIONAL, DEFORMABLE, replace(DEFORMABLE, deformable=DeformableConfig())])
 def test_predictions_are_bitwise_those_of_a_pass_without_it_and_no_hook_stays(
     images: tuple[Tensor, Tensor], config: ModelConfig
 ) -> None:
@@ -133,9 +150,6 @@ def test_each_detection_has_its_query(images: tuple[Tensor, Tensor], config: Mod
 
 
 def test_weights_of_one_head_are_softmax_of_scaled_products() -> None:
-    from detr.transformer import Attention
-    from pipeline.evaluation.cross_attention import _weights
-
     attention = Attention(replace(PLAIN, hidden_dim=8, heads=1))
     query, key = torch.randn(1, 2, 8), torch.randn(1, 5, 8)
     (wq, wk, _), (bq, bk, _) = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)

@@ -28,7 +28,8 @@ from tests.support.tracker import MemoryTracker
 
 @pytest.fixture
 def short(config: RunConfig) -> RunConfig:
-    return replace(config, optim=replace(config.optim, max_steps=2))
+    evaluate = replace(config.evaluate, explain=False, pictures=0)
+    return replace(config, optim=replace(config.optim, max_steps=2), evaluate=evaluate)
 
 
 def test_a_run_reports_its_first_batch_and_the_data_once(short: RunConfig, tmp_path: Path) -> None:

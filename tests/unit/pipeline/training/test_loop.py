@@ -16,7 +16,7 @@ from pipeline.checkpoint import state as checkpoint_state
 from pipeline.checkpoint.metadata import read_meta
 from pipeline.config import RunConfig, from_json
 from pipeline.distributed.ranks import Ranks
-from pipeline.tracking.pages.pictures import CURVES, DETECTIONS, newest
+from pipeline.tracking.pages.pictures import CURVES, DETECTIONS, REPORT, newest
 from pipeline.tracking.progress import read_progress
 from pipeline.tracking.step_timer import PHASES
 from pipeline.training.loop import run
@@ -55,6 +55,8 @@ def test_a_run_saves_evaluates_and_reports_at_the_right_steps(config: RunConfig,
     assert [step for name, _, step in tracker.points if name == "Summary/loss"] == [1, 2, 3, 4, 5, 6]
     assert [step for name, _, step in tracker.points if name == "Summary/AP"] == [3, 6]
     assert [step for name, step in tracker.pictures if name == "errors/worst_images"] == [3, 6]
+    assert [step for name, step in tracker.pictures if name == "errors/attention"] == [3, 6]
+    assert b"<h2>Attention</h2>" in tracker.files[REPORT][0]
     assert tracker.tables["per_class_ap.json"]["category_id"] == [1, 2, 3, 4]
     assert len(tracker.tables["precision_recall.json"]["recall"]) == 101
     rates = {step: value for name, value, step in tracker.points if name == "optim/lr"}
