@@ -27,7 +27,7 @@ COMMANDS: dict[str, Command] = {
     "sweep": Command(
         "Train with every combination of some options: sweep NAME RECIPE --optim.lr 1e-4,2e-4", sweep.sweep
     ),
-    "show": Command("Print the configuration of a recipe: show RECIPE [--any.field value ...]", runs.show),
+    "show": Command("Print the configuration of a recipe, or a version: show RECIPE [--any.field ...] | MODEL", runs.show),
     "show-batch": Command(
         "Draw the batch of a step as the model sees it: show-batch RECIPE --step N --out FILE", batches.show_batch
     ),
@@ -37,6 +37,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command("Score a registered model on a data set", models.evaluate),
     "compare": Command("Compare two models on the same images: compare BEFORE AFTER", compare.compare),
     "promote": Command("Move an alias to a version that loses nothing: promote MODEL --alias NAME", compare.promote),
+    "lineage": Command("Follow a registered model to its data and code: lineage MODEL", models.lineage),
     "predict": Command("Detect objects in image files with a registered model", models.predict),
     "register": Command("Register the best checkpoint of a run: register RUN --name NAME", models.register),
     "import": Command("Register a checkpoint of the original DETR: import FILE.pth --name NAME", exchange.import_file),

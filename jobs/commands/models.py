@@ -14,6 +14,7 @@ from jobs.parsing import Flag, UsageError, parse
 
 if TYPE_CHECKING:
     from pipeline.evaluation.evaluate_model import Evaluation
+    from pipeline.registry.facts import VersionFacts
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,47 @@ class Evaluate:
     nms_iou: float = 0.7
     """IoU threshold of NMS, above 0, at most 1; only with --per-layer.
     Of two detections of one class that overlap more, only the one with the higher score is kept."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """Show a registered version: how good it is, what it was made of, and how it is used."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Registered version, models:/NAME@ALIAS or models:/NAME/VERSION."""
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Follow a registered version to its run, data, annotations and corrections, and to the versions that it came from."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Registered version, models:/NAME@ALIAS or models:/NAME/VERSION."""
+
+
+def show_version(argv: list[str]) -> None:
+    """Run `detr show MODEL`."""
+    options = parse(Version, argv, "detr show")
+    from pipeline.registry.lineage import version_text
+
+    print(version_text(_facts(options.model)))
+
+
+def lineage(argv: list[str]) -> None:
+    """Run `detr lineage MODEL`."""
+    options = parse(Lineage, argv, "detr lineage")
+    from pipeline.registry.lineage import lineage_text
+
+    print(lineage_text(_facts(options.model)))
+
+
+def _facts(uri: str) -> VersionFacts:
+    from pipeline.registry.facts import facts_about
+    from pipeline.tracking.mlflow_client import connect, translated_errors
+
+    client = connect()
+    with translated_errors():
+        return facts_about(client, uri)
 
 
 def evaluate(argv: list[str]) -> None:

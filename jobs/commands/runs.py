@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from jobs.commands.models import show_version
 from jobs.parsing import Flag, parse
 from jobs.training import Start, parse_train, recipe_help, recipe_named, smoke
 from pipeline.config import ClusterConfig, ComputeConfig, RunConfig, to_json
@@ -62,9 +63,12 @@ def _print_outcome(outcome: Any) -> None:
 
 
 def show(argv: list[str]) -> None:
-    """Run `detr show RECIPE [--any.field value ...]`."""
+    """Run `detr show RECIPE [--any.field value ...]`, or `detr show MODEL`."""
     if not argv or argv[0] in ("-h", "--help"):
         print(recipe_help("detr show"))
+        return
+    if argv[0].startswith("models:/"):
+        show_version(argv)
         return
     config = parse(RunConfig, argv[1:], f"detr show {argv[0]}", default=recipe_named(argv[0]))
     if note := NOTES.get(config.recipe):

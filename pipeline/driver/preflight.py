@@ -71,8 +71,8 @@ def check_data(config: RunConfig) -> None:
 def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, PreparedRun]:
     """Check the run and build its initial model.
 
-    Return the configuration with absolute paths, and with the architecture of the registered model if it starts from
-    one. Raise one of `USER_ERRORS`, each one line.
+    Return the configuration with absolute paths, and with version and architecture of the registered model if it starts
+    from one. Raise one of `USER_ERRORS`, each one line.
     """
     from pipeline.driver.initial_weights import adopt_model_config, initial_model
 
@@ -86,8 +86,9 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, P
     with tempfile.TemporaryDirectory() as fetched:
         resolved = None
         if config.initial.startswith("models:/"):
-            from pipeline.registry.versions import resolve
+            from pipeline.registry.versions import pinned, resolve
 
+            config = replace(config, initial=pinned(config.initial))
             resolved = resolve(config.initial, Path(fetched))
             config = adopt_model_config(config, resolved)
         _check_masks(config, train, val)

@@ -123,12 +123,13 @@ def corrections_text(data: DataSet) -> str:
 
 
 def _commands(facts: VersionFacts) -> str:
-    rows = dict(_command_rows(facts))
+    rows = dict(usage(facts))
     width = max(map(len, rows))
     return "```\n" + "\n".join(f"{command.ljust(width)}  # {use}" for command, use in rows.items()) + "\n```"
 
 
-def _command_rows(facts: VersionFacts) -> Iterator[tuple[str, str]]:
+def usage(facts: VersionFacts) -> Iterator[tuple[str, str]]:
+    """Yield the commands that use a version, each with what it does."""
     uri = facts.uri
     data = next((data.url for use, data in facts.data if use == "validation"), "URL")
     yield f"detr evaluate {uri} --data {data}", "score it again, or on other data"

@@ -45,6 +45,12 @@ def find_version(client: MlflowClient, uri: str) -> Any:
         raise RegistryError(f"there is no registered model {name!r}; expected one of: {listed}") from None
 
 
+def pinned(uri: str) -> str:
+    """Return the address `models:/NAME/VERSION` of a version, which stays the same when its alias moves."""
+    version = find_version(connect(), uri)
+    return f"models:/{version.name}/{version.version}"
+
+
 def run_of(client: MlflowClient, uri: str) -> str:
     """Return the id of the run that a registered version came from; raise `RegistryError` for an imported one."""
     version = find_version(client, uri)
