@@ -8,20 +8,27 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.config import RunConfig
+from pipeline.driver.preflight import prepare
+from pipeline.errors import ExchangeError, PipelineError
+from pipeline.exchange.export_original import export_original
+from pipeline.inference.evaluate import evaluate
+from pipeline.inference.predict import predict
 from pipeline.registry.registration import register_run
+from pipeline.registry.versions import resolve
 from tests.support.pictures import HEIGHT, WIDTH, Kind, encoded, kinds, png_of
-from tests.support.registry import train_in
+from tests.support.registry import Trained, train_in
 
 ROOT = Path(__file__).parents[3]
 KINDS = {kind.name: kind for kind in kinds()}
@@ -53,10 +60,16 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(shared_store: str, short_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of a version with untrained weights, on loopback, in this environment."""
+def trained(shared_store: str, short_config: RunConfig) -> Trained:
+    """A run with a registered version, `tiny`, with nearly untrained weights."""
     trained = train_in(Path(shared_store.removeprefix("sqlite:///")).parent, short_config)
     register_run(trained.run_id, name="tiny", alias="best")
+    return trained
+
+
+@pytest.fixture(scope="module")
+def server(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of the version, on loopback, in this environment."""
     folder = tmp_path_factory.mktemp("server")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -211,3 +224,65 @@ def test_the_server_is_alive_after_all_of_them(server: Server) -> None:
     assert server.ask((GOOD,))[0] == 200
     assert "Traceback" not in server.log.read_text()
     assert len(png_of(20_000, 20_000)) < 100  # the 400 megapixels are in the header only
+
+
+def test_using_a_version_leaves_the_temporary_folder_as_it_was(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    uri, data, picture = "models:/tiny@best", trained.config.data.val, tmp_path / "image.jpg"
+    picture.write_bytes(encoded(_picture()))
+    for _ in range(2):
+        evaluate(uri, data)
+        prepare(replace(trained.config, initial=uri), lambda line: None)
+        with pytest.raises(ExchangeError, match="cannot express"):  # it reads the model first
+            export_original(uri, tmp_path / "weights.pth")
+        predict(uri, [picture], tmp_path / "found")
+        with pytest.raises(PipelineError, match="Is a directory"):
+            predict(uri, [picture.parent], tmp_path / "found")
+    assert list(folder.rglob("*")) == []
+
+
+def test_only_weights_and_card_of_a_version_are_fetched_and_its_code_is_one_file(
+    trained: Trained, tmp_path: Path
+) -> None:
+    folder = resolve("models:/tiny@best", tmp_path)
+    fetched = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert fetched == [folder / "card.json", folder / "model.safetensors"]
+    (stored,) = (path.parent for path in trained.artifacts.rglob("MLmodel"))
+    files = {str(path.relative_to(stored)) for path in stored.rglob("*") if path.is_file()}
+    assert "code/detr.zip" in files
+    assert len(files - {"registered_model_meta"}) == 10  # MLflow's server adds this beside them
+    readable = {path.stat().st_mode & 0o777 for path in stored.rglob("*") if path.is_file()}
+    assert len(readable) == 1  # safetensors writes files that only their owner may read
+
+
+LOAD = """
+import base64, pathlib, sys
+import mlflow, pandas
+
+model = mlflow.pyfunc.load_model("models:/tiny@best")
+rows = pandas.DataFrame({"image": [base64.b64encode(pathlib.Path(sys.argv[1]).read_bytes()).decode()]})
+found = model.predict(rows, params={"threshold": 0.0})
+example = model.predict(model.input_example, params={"threshold": 0.0})
+print(sys.modules["pipeline"].__file__, found[0]["width"], len(found[0]["detections"]), len(example[0]["detections"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_new_environment_with_the_packages_that_a_version_lists_loads_it_and_predicts(
+    trained: Trained, tmp_path: Path
+) -> None:
+    (requirements,) = trained.artifacts.rglob("requirements.txt")
+    uv, python = [sys.executable, "-m", "uv"], tmp_path / "venv" / "bin" / "python"
+    subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, str(tmp_path / "venv")], check=True)
+    # The lock names what the listed packages need in turn; without it the newest ones would be downloaded here.
+    install = [*uv, "pip", "install", "--quiet", "--python", str(python), "--requirements", str(requirements)]
+    subprocess.run([*install, "--constraints", str(ROOT / "requirements.lock")], check=True)
+    (tmp_path / "image.jpg").write_bytes(encoded(_picture()))
+    command = [str(python), "-W", "ignore", "-c", LOAD, "image.jpg"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"code/detr\.zip/pipeline/__init__\.py 96 8 8$", done.stdout.strip()), done.stdout
