@@ -77,8 +77,8 @@ class LoadReport:
         own = dict(self._sample())
         self._number += 1
         if self._tracker is None:
-            note = msgspec.json.encode(_Sample(f"{self._key}-{self._number}", own))
-            self._notes.write(self._name, note, overwrite=True)
+            sample = _Sample(f"{self._key}-{self._number}", own)
+            self._notes.write(self._name, msgspec.json.encode(sample), overwrite=True)
             return
         others = self._others()
         for note in others:
