@@ -31,7 +31,8 @@ def forecast_tags(
     device = local_device(gpu) if here else None
     ahead = look_ahead(config, data_size(ready.train, ready.val), client, gpu=gpu, device=device)
     if ahead.seconds is not None and ahead.prices is not None:
-        say(f"forecast: {duration(ahead.seconds)}, by {ahead.prices.source}")
+        least = "" if ahead.complete else "at least "
+        say(f"forecast: {least}{duration(ahead.seconds)}, by {ahead.prices.source}")
     return {TAG_FORECAST: ahead.to_json()}
 
 
@@ -69,7 +70,7 @@ def compare(
             client.set_tag(run_id, TAG_TIMES, msgspec.json.encode(times).decode())
         text = tags.get(TAG_FORECAST)
         made = msgspec.json.decode(text, type=RunForecast) if text else None
-        ahead = made.seconds if made and made.amounts.steps == total else None
+        ahead = made.seconds if made and made.complete and made.amounts.steps == total else None
         if not ahead:
             return
         took = before_s + wall_s

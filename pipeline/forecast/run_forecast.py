@@ -27,6 +27,14 @@ class RunForecast(msgspec.Struct, frozen=True, kw_only=True):
         return sum(seconds for _, seconds in self._uses) if self.prices else None
 
     @property
+    def complete(self) -> bool:
+        """True if the time of everything was measured before, so that the sum can be compared with the clock."""
+        prices = self.prices
+        if prices is None or prices.other_s is None:
+            return False
+        return prices.evaluation_s is not None or not self.amounts.evaluations
+
+    @property
     def device_hours(self) -> float | None:
         """GPU-hours, or hours of workers on processors."""
         return None if self.seconds is None else self.seconds / 3600 * self.workers
@@ -70,7 +78,7 @@ class RunForecast(msgspec.Struct, frozen=True, kw_only=True):
         if self.prices is None or self.seconds is None:
             return "unknown"
         uses = ", ".join(f"{use} {duration(seconds)}" for use, seconds in self._uses)
-        lacking = "" if len(self._uses) == 3 else "; the rest was not measured"
+        lacking = "" if self.complete else "; the rest was not measured"
         return f"{duration(self.seconds)}: {uses}{lacking} ({self.prices.step_s:.3g} s a step)"
 
     def _source(self) -> str:

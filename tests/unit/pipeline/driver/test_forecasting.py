@@ -82,6 +82,14 @@ def test_a_run_that_was_made_longer_or_had_no_forecast_is_not_compared(tiny_conf
     assert TAG_TIMES in run.tags
 
 
+def test_a_sum_without_the_start_is_not_compared(tiny_config: RunConfig) -> None:
+    run = Run()
+    known = msgspec.structs.replace(AHEAD, prices=msgspec.structs.replace(PRICES, other_s=None))
+    run.tags[TAG_FORECAST] = known.to_json()
+    assert run.compared(tiny_config) == []
+    assert run.metrics == {}
+
+
 def test_a_run_that_has_ended_stays_ended_while_mlflow_is_away(
     tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
