@@ -186,6 +186,8 @@ CASES: dict[str, Callable[[str, int], list[Row]]] = {
     "explaining": _data("scoring", "explaining"),
     "comparing": _data("comparing", "comparing"),
     "promotion": _data("comparing", "promotion"),
+    "describing": _data("describing", "describing"),
+    "evaluating": _data("evaluating", "evaluating"),
     "orchestration": _data("orchestration", "orchestration"),
     "checkpointing": _data("checkpointing", "checkpointing"),
 }
@@ -203,6 +205,8 @@ LEFT_OUT = {
         "explaining",
         "comparing",
         "promotion",
+        "describing",
+        "evaluating",
         "orchestration",
     ),
     "cpu": ("train",),
