@@ -60,6 +60,7 @@ class Submitted:
     stopped_at: the last step that it reported before it was stopped. output: of `detr resume`.
     """
 
+    run: str
     stopped_at: int
     output: str
 
@@ -70,28 +71,34 @@ def submitted(detr: Command, cluster: Cluster) -> Submitted:
     store = ["--checkpoint.store", "s3://sets/runs"]
     words = ["train", "overfit", "--data.train", train, "--data.val", val, *store, *TINY, "--optim.epochs", str(EPOCHS)]
     output = detr("submit", "local", "--", *words, "--track.run-name", "submitted")
-    (job,) = set(re.findall(r"detr-\d{8}-\d{6}-\w{4}", output))
+    (job,) = re.findall(r"^submitted +(\S+) to local", output, re.MULTILINE)
+    (run,) = re.findall(r"^run +(submitted-\w+)$", output, re.MULTILINE)
     detr.wait_for_checkpoint("submitted", 10, cluster.store.root / "sets" / "runs")
     cluster.recording.pace(2)  # so that the job is not done before it is stopped
-    assert detr("jobs", "status", job).splitlines()[0] == "RUNNING"
+    status = detr("jobs", "status", job)
+    assert status.splitlines()[0] == "RUNNING"
+    assert f"{run} (" in status
     assert "train overfit" in detr("jobs", "list")
     follower = detr.start("jobs", "logs", job, "--follow")
     assert "stopped" in detr("jobs", "stop", job)
     followed, _ = follower.communicate(timeout=400)
     assert "detr resume" in followed
-    assert detr.runs_named("submitted") == ["KILLED"]
-    stopped_at = detr.points("submitted", "train/loss")[-1]
+    assert detr.runs_named(run) == ["KILLED"]
+    assert detr.tag(run, "detr.job") == job
+    (kept,) = detr.folder.glob(f"mlartifacts/**/logs/{job}.log")
+    assert "detr resume" in kept.read_text()
+    stopped_at = detr.points(run, "train/loss")[-1]
     cluster.recording.pace(0)
-    return Submitted(stopped_at, detr("resume", "submitted", "--address", cluster.address))
+    return Submitted(run, stopped_at, detr("resume", run, "--address", cluster.address))
 
 
 def test_submitted_job_is_stopped_and_resumed_as_one_run(detr: Command, submitted: Submitted) -> None:
     assert 10 <= submitted.stopped_at < STEPS
-    assert detr.runs_named("submitted") == ["FINISHED"]
-    steps = detr.points("submitted", "train/loss")
+    assert detr.runs_named(submitted.run) == ["FINISHED"]
+    steps = detr.points(submitted.run, "train/loss")
     assert steps == sorted(set(steps))
     assert steps[-1] == STEPS
-    assert len(detr.points("submitted", "val/AP")) == 1
+    assert len(detr.points(submitted.run, "val/AP")) == 1
 
 
 def test_cluster_fetches_each_shard_once_from_s3(cluster: Cluster, submitted: Submitted) -> None:
