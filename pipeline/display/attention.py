@@ -128,7 +128,7 @@ def attention_figures(
     for title, images in (("best", diagnosis.best), ("worst", diagnosis.worst[:_IMAGES])):
         pictures = judged_pictures(model, transform, names, manifest, images) if images else ()
         figures += [
-            AttentionFigure(picture, f"one of the {title} images, {judged.shard}")
+            AttentionFigure(picture, f"among the {title} images, {judged.shard}")
             for picture, judged in zip(pictures, images, strict=True)
         ]
     return figures
