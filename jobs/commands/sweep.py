@@ -72,7 +72,6 @@ def sweep(argv: list[str]) -> None:
     address = options.address or os.environ.get("RAY_ADDRESS")
     plan = SweepPlan(options.name, recipe, trials, configs, tuning, address, options.verbose)
     print(f"\n{run_sweep(plan, _say)}")
-    print("continue one that ended early   detr resume TRIAL")
 
 
 def divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -10,6 +10,9 @@ from pipeline.display.terminal import table
 from pipeline.sweep.sweep_file import SweepFile
 from pipeline.sweep.trials import Trial
 
+EARLY = "ended early"
+"""Status of a trial that Ray Tune ended."""
+
 
 @dataclass(frozen=True)
 class Result:

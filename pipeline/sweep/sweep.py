@@ -21,7 +21,7 @@ from pipeline.schedule import Schedule
 from pipeline.sweep.parent import ParentRun, parent_run
 from pipeline.sweep.process import Point
 from pipeline.sweep.record import SweepRecord, open_record, write_sweep
-from pipeline.sweep.results import Result, result_columns, results_table
+from pipeline.sweep.results import EARLY, Result, result_columns, results_table
 from pipeline.sweep.trials import Trial, check_distinct
 from pipeline.tracking.mlflow_client import connect, translated_errors
 from pipeline.tracking.mlflow_runs import read_config
@@ -179,6 +179,9 @@ def _conclude(plan: SweepPlan, sweep: Sweep, client: MlflowClient, say: Say) -> 
         sweep.parent.finish(best.trial.name, best.best or 0.0, result_columns(results, plan.tuning.metric))
         version = _register(client, sweep.states[best.trial.name])
         say(f"best        {best.trial.name}, {plan.tuning.metric} {best.best:.4g}, registered as {version}")
+    early = next((result.trial.name for result in results if result.status == EARLY), None)
+    if early:
+        say(f"trials that ended early have saved; `detr resume {early}` continues one")
     table = results_table(results, plan.tuning.metric)
     later = [state for state in sweep.states.values() if state.postponed]
     if later:
@@ -196,7 +199,7 @@ def _result(plan: SweepPlan, sweep: Sweep, state: TrialState) -> Result:
     points: list[Point] = sweep.points(state)
     better = max if plan.tuning.mode == "max" else min
     record = state.run()
-    status = "ended early" if state.stopped and not (record and record.status == "finished") else ""
+    status = EARLY if state.stopped and not (record and record.status == "finished") else ""
     if state.problem:
         status = "failed"
     total = state.total_steps
