@@ -35,6 +35,8 @@ from pipeline.tracking.mlflow_runs import (
     set_final_status,
 )
 from pipeline.tracking.pages.links import run_link
+from pipeline.tracking.pages.checkpoints import drop_deleted
+from pipeline.tracking.pages.data import data_set, dataset_input
 from pipeline.tracking.pages.listed import write_tags
 from pipeline.tracking.run_spools import anything_left, send_left
 from pipeline.tracking.server.outage import outlast
@@ -181,7 +183,7 @@ class Work(RecordedRun):
     def _begin(self, asked: RunConfig, config: RunConfig, position: Position, tags: dict[str, str]) -> None:
         """Record in the store and in MLflow that the run continues, and its configuration if that has changed."""
         client, run_id = self._client, self.record.run_id
-        changed = config != self.record.run_config
+        changed, known = config != self.record.run_config, self.record.train_digest
         self.record = self.record.with_configs(asked, config)
         began = self.record.began or time.time()
         self.save(
@@ -194,6 +196,8 @@ class Work(RecordedRun):
         if changed:
             # Parameters of a run cannot change in MLflow; this artifact says what is trained now.
             client.log_text(run_id, to_json(config).decode(), CONFIG_ARTIFACT)
+        if known not in ("", position.train.digest):
+            client.log_inputs(run_id, [dataset_input("training", data_set(position.train))])
         write_tags(client, run_id, position.tags(tags))
         client.update_run(run_id, status="RUNNING")
 
@@ -269,6 +273,7 @@ class Work(RecordedRun):
                 f"the run ended without an evaluated checkpoint in {self._root}; expected one at its last step"
             )
         best, metrics = found
+        drop_deleted(client, client.get_run(run_id).info.experiment_id, run_id)
         if config.track.register == "never":
             say(
                 f"nothing is registered, as track.register asks: `detr register {self.record.handle} --name NAME` does it"

@@ -19,7 +19,7 @@ from pipeline.tracking.pages.data import metric_data
 from pipeline.tracking.pages.listed import list_table, write_tags
 from pipeline.tracking.spool_folder import SpoolFolder
 from pipeline.tracking.tags import TAG_CHECKPOINT, TAG_NOTE, TAG_SENDER
-from shards.errors import ShardError, one_line
+from shards.errors import one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

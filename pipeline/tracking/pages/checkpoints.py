@@ -5,15 +5,19 @@ MLflow's page of a logged model has a button that registers it, also for a check
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from pipeline.run_folder import META
 from pipeline.tracking.mlflow_reported import CHECKPOINT
 from pipeline.tracking.tags import TAG_CHECKPOINT, TAG_FILES, TAG_MODEL_VERSIONS
+from shards.errors import ShardError, one_line
 from shards.store import storage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+LOG = logging.getLogger(__name__)
 
 
 def describe_checkpoint(run_id: str, step: int) -> str:
@@ -28,12 +32,16 @@ def describe_checkpoint(run_id: str, step: int) -> str:
 def drop_deleted(client: MlflowClient, experiment_id: str, run_id: str) -> list[str]:
     """Remove the logged models of checkpoints that are deleted, and return their names; those with versions stay.
 
-    Nothing is removed if no checkpoint is there: this machine may not see the storage of the run. Raise `OSError` if the
-    store of the checkpoints does not answer.
+    Nothing is removed if no checkpoint is there, since this machine may not see the storage of the run, or if its store
+    does not answer.
     """
     found = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'", max_results=1000)
     checkpoints = [model for model in found if model.model_type == CHECKPOINT]
-    deleted = [model for model in checkpoints if not storage.exists(storage.join(model.tags[TAG_CHECKPOINT], META))]
+    try:
+        deleted = [model for model in checkpoints if not storage.exists(storage.join(model.tags[TAG_CHECKPOINT], META))]
+    except (OSError, ShardError) as error:
+        LOG.warning("MLflow may still show checkpoints that are deleted (%s)", one_line(error))
+        return []
     if len(deleted) == len(checkpoints):
         return []
     dropped = [model for model in deleted if TAG_FILES not in model.tags and TAG_MODEL_VERSIONS not in model.tags]

@@ -21,6 +21,7 @@ from pipeline.registry.publish import Registered
 from pipeline.tracking.mlflow_runs import create_run
 from pipeline.tracking.pages.experiment import TAG_VIEW
 from pipeline.tracking.tags import TAG_FOLDER, TAG_KEY, TAG_NOTE
+from shards.dataset.manifest import load_manifest
 from tests.support.checkpoints import save_small
 
 READY: Any = SimpleNamespace(schedule=SimpleNamespace(total_steps=6))
@@ -66,8 +67,10 @@ def test_a_finished_run_registers_what_it_was_asked_to(
         return Registered("3", True)
 
     monkeypatch.setattr("pipeline.registry.registration.register", register)
-    run = SimpleNamespace(data=SimpleNamespace(tags={}))
-    client: Any = SimpleNamespace(set_tag=lambda *_: None, get_run=lambda _: run)
+    run = SimpleNamespace(data=SimpleNamespace(tags={}), info=SimpleNamespace(experiment_id="1"))
+    client: Any = SimpleNamespace(
+        set_tag=lambda *_: None, get_run=lambda _: run, search_logged_models=lambda *_, **__: []
+    )
     save_small(tmp_path / "it", 3)
     write_evaluation(tmp_path / "it" / "checkpoints" / "step-00000003", {"AP": 0.5})
     driver = work_at(tmp_path / "it", config, lines, client)
@@ -75,6 +78,24 @@ def test_a_finished_run_registers_what_it_was_asked_to(
     assert calls == ([] if only_if_better is None else [only_if_better])
     assert (outcome.metrics, outcome.version) == ({"AP": 0.5}, "" if asked == "never" else "3")
     assert any("`detr register 01234567 --name NAME`" in line for line in lines) is (asked == "never")
+
+
+@pytest.mark.parametrize(("known", "named"), [("another", 1), ("", 0), (None, 0)])
+def test_a_run_that_continues_on_other_data_names_them(
+    known: str | None, named: int, tiny_config: RunConfig, tmp_path: Path
+) -> None:
+    manifest, inputs = load_manifest(tiny_config.data.train), []
+    client: Any = SimpleNamespace(
+        log_inputs=lambda _, entries: inputs.extend(entries),
+        log_batch=lambda *_, **__: None,
+        get_run=lambda _: SimpleNamespace(data=SimpleNamespace(tags={})),
+        update_run=lambda *_, **__: None,
+    )
+    driver = work_at(tmp_path / "it", tiny_config, [], client)
+    driver.record = driver.record.but(train_digest=manifest.digest if known is None else known)
+    position: Any = SimpleNamespace(train=manifest, val=manifest, tags=lambda _: {})
+    driver._begin(tiny_config, tiny_config, position, {})
+    assert [entry.dataset.digest for entry in inputs] == [manifest.digest[:36]] * named
 
 
 class Prepared(Exception):
