@@ -34,9 +34,9 @@ from pipeline.tracking.mlflow_runs import (
     run_with_key,
     set_final_status,
 )
-from pipeline.tracking.pages.links import run_link
 from pipeline.tracking.pages.checkpoints import drop_deleted
 from pipeline.tracking.pages.data import data_set, dataset_input
+from pipeline.tracking.pages.links import run_link
 from pipeline.tracking.pages.listed import write_tags
 from pipeline.tracking.run_spools import anything_left, send_left
 from pipeline.tracking.server.outage import outlast

@@ -174,7 +174,4 @@ class EventSender:
         client.log_batch(self._run_id, metrics=linked)
         if not ready:
             client.finalize_logged_model(model.model_id, "READY")
-        try:
-            drop_deleted(client, run.info.experiment_id, self._run_id)
-        except (OSError, ShardError) as error:
-            LOG.warning("MLflow still shows checkpoints that may be deleted (%s)", one_line(error))
+        drop_deleted(client, run.info.experiment_id, self._run_id)
