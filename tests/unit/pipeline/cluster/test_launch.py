@@ -1,4 +1,4 @@
-"""Refusal of a cluster that does not answer."""
+"""Refusal of a cluster that does not answer, and of one that would be sent a password."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,9 +6,12 @@ from functools import partial
 import pytest
 import ray
 
+from pipeline.cluster.launch import connecting
 from pipeline.cluster.ray_session import join_cluster, start_local_ray
-from pipeline.errors import PipelineError
+from pipeline.config import RunConfig
+from pipeline.errors import PipelineError, RunConfigError
 from pipeline.recipes import RECIPES
+from pipeline.tracking.server.address import _Moved
 
 
 @pytest.mark.parametrize(
@@ -34,3 +37,16 @@ def test_a_ray_that_does_not_answer_is_one_line(
     with pytest.raises(PipelineError, match=message) as caught:
         connect()
     assert "\n" not in str(caught.value)
+
+
+def test_a_password_in_mlflow_s_address_is_refused_for_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Moved, "login", False)
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ada:hunter2@127.0.0.1:9")
+    with (
+        pytest.raises(RunConfigError, match=r"MLFLOW_TRACKING_USERNAME .* on the cluster's nodes") as caught,
+        connecting(RunConfig(), address="127.0.0.1:9", verbose=False),
+    ):
+        pass
+    assert "hunter2" not in str(caught.value)
