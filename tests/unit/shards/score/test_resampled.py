@@ -28,9 +28,17 @@ def problem(seed, images=30):
     annotations["iscrowd"] = rng.random(len(annotations)) < 0.1
     data = with_labels(data, Index(np.array(data.index().images), annotations))
     found = learned_by_heart(data, seed)
-    found = Detections.concatenate([found, found.take(rng.random(len(found)) < 0.3)])
+    found = Detections.concatenate([found, found.take(rng.random(len(found)) < 0.3), *[in_crowds(data)] * 3])
     boxes = found.boxes_xywh * (1 + rng.normal(0, 0.05, found.boxes_xywh.shape))
     return data, replace(found, boxes_xywh=boxes, scores=np.round(found.scores, 2).astype(np.float32))
+
+
+def in_crowds(data):
+    """Return a detection of each crowd."""
+    index = data.index()
+    crowds = index.annotations[index.annotations["iscrowd"] != 0]
+    ids, labels = index.images["image_id"][crowds["image"]].astype(np.int64), crowds["label"].astype(np.int64)
+    return Detections(ids, labels, np.full(len(crowds), 0.9, np.float32), crowds["bbox"].copy())
 
 
 def repeated(data, found, times):
