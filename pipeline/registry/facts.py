@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -106,10 +107,11 @@ def _facts(client: MlflowClient, uri: str, parents: int) -> VersionFacts:
 def model_id_of(version: Any) -> str:
     """Return the id of a version's logged model; empty if it was made of something else.
 
-    The field of this name is empty over REST.
+    The field of this name is empty over REST. The source is `models:/ID`, or the folder of the files if the version was
+    made with the button on the page of the logged model.
     """
-    source = str(version.source)
-    return source.removeprefix("models:/") if source.startswith("models:/m-") else ""
+    found = re.search(r"models:?/(m-[0-9a-f]{32})(?:/|$)", str(version.source))
+    return found[1] if found else ""
 
 
 def _aliases(client: MlflowClient, version: Any) -> list[str]:

@@ -1,0 +1,53 @@
+"""Facts about a version, from what a store returns."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.registry.facts import _figures, model_id_of
+
+RUN: Any = SimpleNamespace(info=SimpleNamespace(run_id="trained"))
+ID = f"m-{'0123456789abcdef' * 2}"
+
+
+def metric(key: str, value: float, run_id: str, time_ms: int, data: str | None = "val") -> Any:
+    digest = data and f"{data} digest"
+    return SimpleNamespace(
+        key=key, value=value, run_id=run_id, timestamp=time_ms, dataset_name=data, dataset_digest=digest
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "model_id"),
+    [
+        (f"models:/{ID}", ID),
+        (f"s3://bucket/1/models/{ID}/artifacts", ID),
+        ("runs:/0123456789abcdef/model", ""),
+        ("models:/other/3", ""),
+    ],
+)
+def test_the_logged_model_of_a_version_is_named_by_its_source(source: str, model_id: str) -> None:
+    assert model_id_of(SimpleNamespace(source=source)) == model_id
+
+
+def test_figures_are_those_of_the_run_then_the_newest_evaluation_of_each_data_set() -> None:
+    metrics = [
+        metric("evaluate/AP", 0.2, "later", 3, "test"),
+        metric("val/AP", 0.5, "trained", 1),
+        metric("evaluation/seconds", 9.0, "trained", 1, None),
+        metric("evaluate/AP", 0.1, "earlier", 2, "test"),
+        metric("val/AP50", 0.7, "trained", 1),
+        metric("evaluate/AP", 0.4, "again", 4),
+    ]
+    found = [(figures.data, figures.run_id, figures.metrics) for figures in _figures(metrics, {}, RUN)]
+    assert found == [
+        ("val", "trained", {"AP": 0.5, "AP50": 0.7}),
+        ("test", "later", {"AP": 0.2}),
+        ("val", "again", {"AP": 0.4}),
+    ]
+
+
+def test_a_version_of_an_older_release_has_the_figures_of_its_tags() -> None:
+    found = _figures([], {"AP": "0.500000", "AP50": "0.7", "val_digest": "d" * 64, "epoch": "3"}, RUN)
+    assert [(figures.digest, figures.metrics) for figures in found] == [("d" * 36, {"AP": 0.5, "AP50": 0.7})]
