@@ -17,13 +17,22 @@ from pipeline.errors import TrackingError
 from pipeline.tracking import mlflow_runs, ui
 from pipeline.tracking.events import Event
 from pipeline.tracking.mlflow_client import connect, holds_secret, without_secret
-from pipeline.tracking.mlflow_runs import CONFIG_ARTIFACT, create_run, find_run, find_runs, read_config
+from pipeline.tracking.mlflow_runs import (
+    CONFIG_ARTIFACT,
+    create_run,
+    find_run,
+    find_runs,
+    read_config,
+    set_final_status,
+)
 from pipeline.tracking.mlflow_sender import EventSender
 from pipeline.tracking.pages.data import data_of_run, data_set
+from pipeline.tracking.pages.experiment import TAG_VIEW
 from pipeline.tracking.pages.parameters import parameters
+from pipeline.tracking.pages.writer import DescriptionWriter
 from pipeline.tracking.provenance import code_commit
 from pipeline.tracking.spool import SpoolTracker
-from pipeline.tracking.tags import TAG_COMMIT, TAG_FOLDER
+from pipeline.tracking.tags import TAG_COMMIT, TAG_DATA_WAIT, TAG_FOLDER, TAG_NOTE
 from shards.dataset.manifest import load_manifest
 
 
@@ -212,6 +221,7 @@ def spooled(folder: Path) -> list[Event]:
     tracker.picture("detections/0", Image.new("RGB", (8, 6), "red"), 3)
     tracker.checkpoint("/runs/one/checkpoints/step-00000003", 3, {"val/AP": 0.25, "val/APs": -1.0})
     tracker.table("per_class_ap.json", {"name": ["cat", "dog"], "AP": [0.5, 0.0]}, 3)
+    tracker.file("images/newest.png", b"the newest", 3)
     tracker.tags({"detr.phase": "evaluating"})
     tracker.close()
     return taken
@@ -228,16 +238,20 @@ def test_all_events_are_in_the_store(client: MlflowClient, tiny_config: RunConfi
     ]
     assert run.data.metrics["val/AP"] == 0.25
     assert run.data.tags["detr.phase"] == "evaluating"
+    newest = Path(client.download_artifacts(run_id, "images/newest.png", str(tmp_path)))
+    assert newest.read_bytes() == b"the newest"
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "per_class_ap.json", "type": "table"}]
     table = json.loads(Path(client.download_artifacts(run_id, "per_class_ap.json", str(tmp_path))).read_text())
     assert table == {"columns": ["name", "AP"], "data": [["cat", 0.5], ["dog", 0.0]]}
-    (picture,) = [file.path for file in client.list_artifacts(run_id, "images") if file.path.endswith(".png")]
+    pictures = [file.path for file in client.list_artifacts(run_id, "images")]
+    (picture,) = [path for path in pictures if path.endswith(".png") and "newest" not in path]
     with Image.open(client.download_artifacts(run_id, picture, str(tmp_path))) as image:
         assert (image.size, image.getpixel((0, 0))[:3]) == ((8, 6), (255, 0, 0))
     (model,) = client.search_logged_models([run.info.experiment_id])
     assert model.tags["checkpoint_uri"] == "/runs/one/checkpoints/step-00000003"
     assert {metric.key: metric.value for metric in model.metrics} == {"val/AP": 0.25, "val/APs": -1.0}
     assert (model.source_run_id, model.status) == (run_id, "READY")
-    assert not list((tmp_path / "spool").glob("*.png"))
+    assert not [*(tmp_path / "spool").glob("*.png"), *(tmp_path / "spool").glob("*.content")]
 
 
 def test_sending_events_again_adds_nothing(
@@ -299,5 +313,61 @@ def test_a_picture_that_cannot_be_decoded_is_dropped(
     picture.write_bytes(picture.read_bytes()[:50])
     EventSender(store, run_id, tmp_path / "spool")(events)
     assert client.get_run(run_id).data.tags["detr.phase"] == "evaluating"
-    assert client.list_artifacts(run_id, "images") == []
+    assert [file.path for file in client.list_artifacts(run_id, "images")] == ["images/newest.png"]
     assert "is dropped: it cannot be decoded" in caplog.text
+
+
+def test_a_warning_that_has_passed_is_no_tag_any_more(
+    client: MlflowClient, tiny_config: RunConfig, store: str, tmp_path: Path
+) -> None:
+    run_id = created(client, tiny_config)
+    send = EventSender(store, run_id, tmp_path)
+    send([Event("tags", 1, tags={TAG_DATA_WAIT: "slow"})])
+    assert client.get_run(run_id).data.tags[TAG_DATA_WAIT] == "slow"
+    for _ in range(2):
+        send([Event("tags", 2, tags={TAG_DATA_WAIT: ""})])
+    assert TAG_DATA_WAIT not in client.get_run(run_id).data.tags
+
+
+def test_an_experiment_explains_itself_and_has_a_view_of_its_runs(client: MlflowClient, tiny_config: RunConfig) -> None:
+    experiment_id = client.get_run(created(client, tiny_config)).info.experiment_id
+    tags = client.get_experiment(experiment_id).tags
+    view = json.loads(tags[TAG_VIEW])
+    assert "metrics.`val/AP`" in json.loads(view["state"])["selectedColumns"]
+    assert f"#/experiments/{experiment_id}/runs?" in tags[TAG_NOTE]
+    client.set_experiment_tag(experiment_id, TAG_NOTE, "mine")
+    created(client, tiny_config)
+    assert client.get_experiment(experiment_id).tags == tags | {TAG_NOTE: "mine"}
+
+
+def test_the_end_of_a_run_is_in_its_description(
+    client: MlflowClient, tiny_config: RunConfig, store: str, tmp_path: Path
+) -> None:
+    run_id = created(client, tiny_config)
+    EventSender(store, run_id, tmp_path / "spool")(spooled(tmp_path / "spool"))
+    client.log_metric(run_id, "evaluation/epoch", 1.5, step=3)
+    assert set_final_status(client, run_id, "finished", "FINISHED", print)
+    note = client.get_run(run_id).data.tags[TAG_NOTE]
+    assert note.startswith("**Finished**; ended ")
+    assert "| **newest and best** | 0.250 | 1.5 | 3 |" in note
+    assert "| recipe | `tiny`" in note
+
+
+def test_a_description_is_rewritten_when_something_has_happened(client: MlflowClient, tiny_config: RunConfig) -> None:
+    run_id = created(client, tiny_config)
+    read: list[int] = []
+
+    def read_once() -> RunConfig:
+        read.append(1)
+        return tiny_config
+
+    describe = DescriptionWriter(client, read_once)
+    for _ in range(3):
+        describe(client.get_run(run_id))
+    client.set_tag(run_id, TAG_NOTE, "old")
+    describe(client.get_run(run_id))
+    assert client.get_run(run_id).data.tags[TAG_NOTE] == "old"
+    client.set_tag(run_id, TAG_DATA_WAIT, "slow")
+    describe(client.get_run(run_id))
+    assert "- slow" in client.get_run(run_id).data.tags[TAG_NOTE]
+    assert read == [1]
