@@ -12,22 +12,21 @@ MOST_TEXT = 4900
 """Characters of a description; MLflow keeps 5000."""
 _SHOWN = 12  # characters of a digest
 _CLASSES = 8  # classes that are named, the most frequent
+_EVALUATIONS = 6  # data sets whose figures are shown
+_MOST_CELL = (600, 300, 120)  # characters of a cell, as many as fit
 _COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 
 
 def describe_version(facts: VersionFacts, pictures: Mapping[str, str]) -> str:
     """Return the description of a version; `pictures` are paths of artifacts of its run by their titles."""
-    blocks = [
-        _origin(facts),
-        _figures(facts),
-        _change(facts),
-        "\n\n".join(f"![{title}]({artifact(facts.run_id, path)})" for title, path in pictures.items()),
-        _facts(facts),
-        _commands(facts),
-    ]
-    text = "\n\n".join(filter(None, blocks))
-    # A table or a block of commands that is cut in the middle would spoil the page.
-    return text if len(text) <= MOST_TEXT else text[:MOST_TEXT].rpartition("\n\n")[0]
+    shown = "\n\n".join(f"![{title}]({artifact(facts.run_id, path)})" for title, path in pictures.items())
+    text = ""
+    for most in _MOST_CELL:
+        blocks = [_origin(facts), _figures(facts), _change(facts), shown, _facts(facts, most), _commands(facts)]
+        text = "\n\n".join(filter(None, blocks))
+        if len(text) <= MOST_TEXT:
+            return text
+    return text[:MOST_TEXT].rpartition("\n\n")[0]  # not in the middle of a block, which would spoil the page
 
 
 def describe_model(facts: VersionFacts) -> str:
@@ -59,7 +58,7 @@ def _figures(facts: VersionFacts) -> str:
         return "Not evaluated yet: `detr evaluate` adds its figures here."
     masks = any("mask_AP" in figures.metrics for figures in facts.figures)
     lines = ["| data | " + " | ".join(_COLUMNS) + " |", "|---|" + "---|" * len(_COLUMNS)]
-    for figures in facts.figures:
+    for figures in facts.figures[:_EVALUATIONS]:
         for title, prefix in (("", ""), (", masks", "mask_"))[: 1 + masks]:
             cells = [_cell(figures.metrics.get(prefix + name)) for name in _COLUMNS]
             lines.append("| " + " | ".join([_data_title(facts, figures) + title, *cells]) + " |")
@@ -81,7 +80,7 @@ def _change(facts: VersionFacts) -> str:
     return "\n".join(f"- {text}" for name, text in sorted(facts.tags.items()) if name.startswith("change."))
 
 
-def _facts(facts: VersionFacts) -> str:
+def _facts(facts: VersionFacts, most: int) -> str:
     rows = [(f"{use} data", data_text(data)) for use, data in facts.data]
     if not facts.data:  # of a run of an older release
         uses = {"train_digest": "training data", "val_digest": "validation data"}
@@ -98,7 +97,7 @@ def _facts(facts: VersionFacts) -> str:
         rows.append(("weights", f"moving average, decay {facts.tags['ema']}"))
     if "checkpoint_uri" in facts.tags:
         rows.append(("checkpoint", f"`{facts.tags['checkpoint_uri']}`"))
-    return "| | |\n|---|---|\n" + "\n".join(f"| {title} | {text.replace('|', '/')[:700]} |" for title, text in rows)
+    return "| | |\n|---|---|\n" + "\n".join(f"| {title} | {text.replace('|', '/')[:most]} |" for title, text in rows)
 
 
 def data_text(data: DataSet) -> str:
