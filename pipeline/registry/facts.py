@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _MOST_PARENTS = 20
 _PREFIXES = ("val/", "evaluate/")
+_TAGGED = ("AP", "AP50", "mask_AP", "mask_AP50")  # as tags of a version, in each release
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _figures(metrics: Iterable[Metric], tags: dict[str, str], run: Run) -> list[
     trained = [key for key in found if key[2] == run.info.run_id]
     evaluated = [(*data, by) for data, (_, by) in sorted(newest.items())]
     if not trained:
-        figures = {name: float(tags[name]) for name in ("AP", "AP50", "mask_AP", "mask_AP50") if name in tags}
+        figures: dict[str, float] = {name: float(tags[name]) for name in _TAGGED if name in tags}
         first = [Figures("", tags.get("val_digest", "")[:36], run.info.run_id, figures)] if figures else []
     else:
         first = [Figures(*key, metrics=found[key]) for key in trained]
