@@ -13,7 +13,6 @@ from pipeline.display.pictures import picture_sheet
 from pipeline.display.report import Drawn, report_page
 from pipeline.display.run_report import REMEDY, configuration_section, detections_section, progress_section
 from pipeline.evaluation.evaluate_model import Evaluation
-from pipeline.tracking.pages.data import data_set
 from shards.dataset.manifest import Manifest
 from shards.score.diagnosis import Diagnosis
 
@@ -70,4 +69,5 @@ class ReportedRun:
 
 
 def _described(manifest: Manifest) -> str:
-    return f"{data_set(manifest)}, digest {manifest.digest[:12]}, {manifest.url}"
+    counts = f"{manifest.images:,} images, {manifest.annotations:,} objects, {manifest.num_classes} classes"
+    return f"{manifest.name}, {counts}, digest {manifest.digest[:12]}, {manifest.url}"
