@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.12.24
 
-.PHONY: setup demo test slow check bench lock clean
+.PHONY: setup demo test slow check bench gpu lock clean
 setup: $(VENV)/.ready
 
 # uv installs the pinned stack in under a minute; it lives in the environment it fills. Byte-compiling once
@@ -39,6 +39,11 @@ slow: setup
 # Beside the original's code where PEER_DETR names a checkout of it; BENCHMARKS.md keeps the figures.
 bench: setup
 	$(BIN)/python -m tests.bench
+
+# All that only a GPU can show, within nine minutes; the tables go into BENCHMARKS.md unless ARGS says otherwise.
+ARGS ?= --write BENCHMARKS.md
+gpu: setup
+	$(BIN)/python -m tests.gpu $(ARGS)
 
 # After changing the dependencies in pyproject.toml. The lock holds exact pins and no addresses.
 lock: setup

@@ -89,8 +89,8 @@ def test_no_file_imports_another_in_a_circle() -> None:
 
 
 def test_no_test_imports_another_test_or_a_conftest() -> None:
-    """The helpers of several test modules are in `tests/support`, the benchmarks in `tests/bench`."""
-    imports = re.compile(r"^\s*(?:from|import) tests\.(?!support|bench)", re.MULTILINE)
+    """The helpers of several test modules are in `tests/support`, the benchmarks in `tests/bench` and `tests/gpu`."""
+    imports = re.compile(r"^\s*(?:from|import) tests\.(?!support|bench|gpu)", re.MULTILINE)
     tests = list((ROOT / "tests").rglob("*.py"))
     assert len(tests) > 100
     assert not [str(path.relative_to(ROOT)) for path in tests if imports.search(path.read_text())]
