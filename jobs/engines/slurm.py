@@ -44,6 +44,7 @@ srun --ntasks-per-node=1 --kill-on-bad-exit=0 bash -c '
     exec "$0" start --head --node-ip-address "$DETR_ADDRESS" --port "$DETR_PORT" \
       --ray-client-server-port "$((DETR_PORT + 20000))" --include-dashboard false "${flags[@]}"
   fi
+  until "$0" health-check --address "$RAY_ADDRESS" >/dev/null 2>&1; do sleep 2; done
   exec "$0" start --address "$RAY_ADDRESS" "${flags[@]}"' "$ray" &
 nodes=$!
 """
