@@ -1,1 +1,1 @@
-"""The command line: the command `detr`, its subcommands, and running them as jobs of a Ray cluster."""
+"""The command line: the command `detr`, its subcommands, and running them as jobs on clusters."""
