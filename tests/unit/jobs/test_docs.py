@@ -17,7 +17,8 @@ PAGES = [ROOT / "docs" / "clusters.md", *sorted((ROOT / "docs" / "clusters").glo
 
 
 def blocks(page: Path, kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [text for name, text in found if name == kind]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
