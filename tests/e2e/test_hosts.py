@@ -6,10 +6,12 @@ The name of each host resolves to a loopback address, as on Debian.
 import json
 import os
 import re
+import socket
 import sqlite3
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -238,3 +240,58 @@ def test_an_autoscaler_that_has_no_node_yet_starts_them_for_a_run(site: Site) ->
     assert "the cluster has what the workers need" in output
     assert site.saved("scaled") == 3
     host.kill()
+
+
+def test_a_job_trains_on_a_host_that_has_never_seen_this_package(site: Site, detr: Command) -> None:
+    host = site.host("host-g")
+    for name in ("PYTHONPATH", "DETR_RECORD"):
+        del host.environment[name]
+    (host.folder / "nothing").mkdir()
+    for package in ("shards", "detr", "pipeline", "jobs"):
+        host("mount", "--bind", "/mnt/nothing", f"{ROOT}/{package}")
+    host(sys.executable, "-c", "import jobs.cli", status=1)
+    words = ["--head", "--port", "6379", "--dashboard-host", host.address, "--dashboard-port", "8265"]
+    start_ray(host, *words)
+    wait_for_ray(host)
+    until(lambda: answers(host.address, 8265), "the job server answers", 90)
+    (detr.folder / "detr.toml").write_text(f"""
+        [clusters.far]
+        launcher = "ray"
+        address = "http://{host.address}:8265"
+        token = "env:FAR_TOKEN"
+        python = "{sys.executable}"
+        storage = "s3://sets/runs"
+        mlflow = "{site.environment["MLFLOW_TRACKING_URI"]}"
+        secrets = {{AWS_SECRET_ACCESS_KEY = "env:AWS_SECRET_ACCESS_KEY"}}
+        """)
+    token = site.environment["RAY_AUTH_TOKEN"]
+    detr.env |= site.store.environment | {"FAR_TOKEN": token}
+    training = [*TRAIN, "--data.train", "s3://sets/train", "--data.val", "s3://sets/val", "--optim.max-steps", "10"]
+    checked = detr("clusters", "check", "far", "--", *training)
+    assert "every node that can hold a worker has the same code" in checked
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    output = detr("submit", "far", "--follow", "--", *training, "--run", "travelled")
+    sent = re.search(r"snapshot    \d+ files, [\d.]+ MB, commit (\S+)", output)
+    assert sent, output
+    assert sent[1].removesuffix("-dirty") == commit.strip()
+    assert site.rows("select status from runs where name = 'travelled'") == [("FINISHED",)]
+    query = "from tags join runs using (run_uuid) where name = 'travelled' and key = 'mlflow.source.git.commit'"
+    assert site.rows(f"select value {query}") == [(sent[1],)]
+    versions = "select count(*) from model_versions join runs on run_id = run_uuid where runs.name = 'travelled'"
+    assert site.rows(versions) == [(1,)]
+    listed = detr("jobs", "list", "--cluster", "far") + checked + output
+    request = urllib.request.Request(
+        f"http://{host.address}:8265/api/jobs/", headers={"Authorization": f"Bearer {token}"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as shown:
+        listed += shown.read().decode()
+    kept = [path for path in (site.store.root, detr.folder) for path in path.rglob("*") if path.is_file()]
+    for secret in (site.store.environment["AWS_SECRET_ACCESS_KEY"], token):
+        assert secret not in listed
+        assert not [path for path in kept if secret.encode() in path.read_bytes()]
+    host.kill()
+
+
+def answers(address: str, port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((address, port)) == 0
