@@ -35,6 +35,8 @@ from pipeline.tracking.mlflow_client import connect
 from pipeline.tracking.mlflow_runs import create_run
 from pipeline.tracking.tags import TAG_FOLDER
 from shards.dataset.manifest import load_manifest
+from shards.rgb import Exif
+from tests.support.pictures import kinds, png_of
 from tests.support.registry import Trained, train_in
 
 
@@ -290,11 +292,35 @@ def test_predictions_are_written_with_pictures_and_original_category_ids(
 
 def test_a_file_that_is_no_picture_is_one_line_before_anything_is_written(version: str, tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("no picture")
-    for path, message in (("text.jpg", "not a picture that can be read"), ("none.jpg", "no such file")):
+    (tmp_path / "large.png").write_bytes(png_of(20_000, 20_000))
+    for path, message in (
+        ("text.jpg", "not a picture that can be read"),
+        ("none.jpg", "no such file"),
+        ("large.png", "more than 89 megapixels"),
+    ):
         with pytest.raises(PipelineError, match=message) as caught:
             predict("models:/tiny@best", [tmp_path / path], tmp_path / "out")
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("exif", "size"), [("upright", (64, 96)), ("ignore", (96, 64))])
+def test_a_picture_of_a_turned_camera_is_drawn_upright_unless_exif_is_ignored(
+    version: str, tmp_path: Path, exif: Exif, size: tuple[int, int]
+) -> None:
+    (row,) = next(kind.rows for kind in kinds() if kind.name == "EXIF")
+    (tmp_path / "turned.jpg").write_bytes(base64.b64decode(str(row)))
+    found = predict("models:/tiny@best", [tmp_path / "turned.jpg"], tmp_path / "out", threshold=0.0, exif=exif)
+    with Image.open(tmp_path / "out" / "0001-turned.png") as drawn:
+        assert drawn.size[0] * size[1] == drawn.size[1] * size[0]  # drawn larger
+    assert max(x + width for x, _, width, _ in (result["bbox"] for result in found)) <= size[0] + 1e-3
+    assert max(y + height for _, y, _, height in (result["bbox"] for result in found)) <= size[1] + 1e-3
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1])
+def test_predicting_with_a_threshold_that_is_no_score_is_refused(tmp_path: Path, threshold: float) -> None:
+    with pytest.raises(PipelineError, match="expected a score from 0 to 1"):
+        predict("models:/tiny@best", [], tmp_path / "out", threshold=threshold)
 
 
 @pytest.mark.parametrize(

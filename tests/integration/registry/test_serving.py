@@ -1,19 +1,13 @@
 """A registered version behind MLflow's server: every kind of request is answered, or refused in one line."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +23,11 @@ from pipeline.registry.registration import register_run
 from pipeline.registry.versions import resolve
 from tests.support.pictures import HEIGHT, WIDTH, Kind, encoded, kinds, png_of
 from tests.support.registry import Trained, train_in
+from tests.support.serving import ModelServer, serving
 
 ROOT = Path(__file__).parents[3]
 KINDS = {kind.name: kind for kind in kinds()}
 GOOD = KINDS["JPEG"].rows[0]
-
-
-@dataclass(frozen=True)
-class Server:
-    """A server and its log."""
-
-    port: int
-    log: Path
-
-    def post(self, body: bytes, kind: str = "application/json") -> tuple[int, str]:
-        """Return status and text of the answer."""
-        url = f"http://127.0.0.1:{self.port}/invocations"
-        request = urllib.request.Request(url, body, {"Content-Type": kind})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    def ask(self, rows: tuple[object, ...], **parameters: object) -> tuple[int, Any]:
-        """Return status and JSON of the answer to rows."""
-        data = {"columns": ["image"], "data": [[row] for row in rows]}
-        status, text = self.post(json.dumps({"dataframe_split": data, "params": parameters}).encode())
-        return status, json.loads(text)
 
 
 @pytest.fixture(scope="module")
@@ -68,43 +39,10 @@ def trained(shared_store: str, short_config: RunConfig) -> Trained:
 
 
 @pytest.fixture(scope="module")
-def server(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
     """A server of the version, on loopback, in this environment."""
-    folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-    command = ["models", "serve", "-m", "models:/tiny@best", "--port", str(port), "--env-manager", "local"]
-    # MLflow starts `uvicorn` by name.
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    log = folder / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", *command],
-            cwd=folder,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        _wait_until_ready(process, port, log)
-        yield Server(port, log)
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    until = time.monotonic() + 180
-    while time.monotonic() < until:
-        assert process.poll() is None, log.read_text()
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError(log.read_text())
+    with serving("models:/tiny@best", tmp_path_factory.mktemp("server")) as server:
+        yield server
 
 
 def assert_refused(status: int, answer: Any, pattern: str) -> None:
@@ -118,7 +56,7 @@ def assert_refused(status: int, answer: Any, pattern: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_every_kind_of_row_is_answered_or_refused_in_one_line(server: Server, kind: Kind) -> None:
+def test_every_kind_of_row_is_answered_or_refused_in_one_line(server: ModelServer, kind: Kind) -> None:
     status, answer = server.ask(kind.rows, threshold=0.0)
     if kind.refusal:
         assert_refused(status, answer, kind.refusal)
@@ -146,21 +84,21 @@ def test_every_kind_of_row_is_answered_or_refused_in_one_line(server: Server, ki
         ({"bad_rows": ""}, r"^bad_rows is ''; expected refuse or report$"),
     ],
 )
-def test_a_wrong_parameter_is_refused(server: Server, parameters: dict[str, object], pattern: str) -> None:
+def test_a_wrong_parameter_is_refused(server: ModelServer, parameters: dict[str, object], pattern: str) -> None:
     assert_refused(*server.ask((GOOD,), **parameters), pattern)
 
 
-def test_a_whole_number_is_a_threshold(server: Server) -> None:
+def test_a_whole_number_is_a_threshold(server: ModelServer) -> None:
     status, answer = server.ask((GOOD,), threshold=1)
     assert (status, answer["predictions"][0]["detections"]) == (200, [])
 
 
-def test_the_pixels_are_taken_as_stored_if_exif_is_ignored(server: Server) -> None:
+def test_the_pixels_are_taken_as_stored_if_exif_is_ignored(server: ModelServer) -> None:
     _, answer = server.ask(KINDS["EXIF"].rows, exif="ignore")
     assert (answer["predictions"][0]["width"], answer["predictions"][0]["height"]) == (WIDTH, HEIGHT)
 
 
-def test_rows_beside_a_wrong_one_are_answered_if_asked(server: Server) -> None:
+def test_rows_beside_a_wrong_one_are_answered_if_asked(server: ModelServer) -> None:
     rows = (GOOD, *KINDS["text"].rows, GOOD)
     status, answer = server.ask(rows, bad_rows="report", threshold=0.0)
     first, wrong, last = answer["predictions"]
@@ -169,7 +107,7 @@ def test_rows_beside_a_wrong_one_are_answered_if_asked(server: Server) -> None:
     assert wrong == {"error": "not a picture that can be read; expected JPEG, PNG, WebP, BMP, GIF or TIFF"}
 
 
-def test_all_wrong_rows_are_named_at_once(server: Server) -> None:
+def test_all_wrong_rows_are_named_at_once(server: ModelServer) -> None:
     status, answer = server.ask(("*", GOOD, None, GOOD))
     assert_refused(status, answer, r"^row 0: not base64.*; row 2: null or no string.*\(2 of 4 rows are right\)$")
 
@@ -177,7 +115,7 @@ def test_all_wrong_rows_are_named_at_once(server: Server) -> None:
 @pytest.mark.parametrize(
     "form", [{"instances": [{"image": GOOD}]}, {"inputs": {"image": [GOOD]}}, {"dataframe_records": [{"image": GOOD}]}]
 )
-def test_every_form_of_mlflows_requests_is_taken(server: Server, form: dict[str, Any]) -> None:
+def test_every_form_of_mlflows_requests_is_taken(server: ModelServer, form: dict[str, Any]) -> None:
     status, text = server.post(json.dumps(form).encode())
     assert status == 200, text
     assert json.loads(text)["predictions"][0]["width"] == WIDTH
@@ -194,14 +132,14 @@ def test_every_form_of_mlflows_requests_is_taken(server: Server, form: dict[str,
         b'{"dataframe_split": {"columns": ["image"], "data": [[7]]}}',
     ],
 )
-def test_mlflow_refuses_what_is_no_request_without_a_traceback(server: Server, body: bytes) -> None:
+def test_mlflow_refuses_what_is_no_request_without_a_traceback(server: ModelServer, body: bytes) -> None:
     status, text = server.post(body)
     assert status == 400
     assert "Traceback" not in text
     assert str(ROOT) not in text
 
 
-def test_the_command_in_the_documentation_works(server: Server, tmp_path: Path) -> None:
+def test_the_command_in_the_documentation_works(server: ModelServer, tmp_path: Path) -> None:
     if not shutil.which("curl"):
         pytest.skip("curl is not installed")
     (command,) = re.findall(r"```bash\n(\(printf.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
@@ -220,7 +158,7 @@ def _picture() -> Any:
     return Image.new("RGB", (WIDTH, HEIGHT), "red")
 
 
-def test_the_server_is_alive_after_all_of_them(server: Server) -> None:
+def test_the_server_is_alive_after_all_of_them(server: ModelServer) -> None:
     assert server.ask((GOOD,))[0] == 200
     assert "Traceback" not in server.log.read_text()
     assert len(png_of(20_000, 20_000)) < 100  # the 400 megapixels are in the header only
