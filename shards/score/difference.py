@@ -7,7 +7,7 @@ drawn from it with replacement, the same ones for both, so an image that is hard
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -118,7 +118,7 @@ def difference(
     sides = [[_without_masks(found) for found in side] for side in (before, after)]
     scores = [[score_detections(manifest, found, rows=rows) for found in side] for side in sides]
     comparisons = [[compare(manifest, found, rows, masks=False) for found in side] for side in sides]
-    drawn, drawn_classes = _drawn(comparisons, draws, SIZES if sizes else ("all",), seed)
+    drawn, drawn_classes = _drawn(comparisons, draws, tuple(SIZES) if sizes else ("all",), seed)
     values = [{name: fmean(score.metrics[name] for score in side) for name in FIGURES} for side in scores]
     figures = tuple(_change(name, values[0][name], values[1][name], drawn[name]) for name in drawn)
     classes = tuple(
@@ -150,14 +150,15 @@ def _change(name: str, before: float, after: float, drawn: Floats, objects: int 
 
 
 def _drawn(
-    comparisons: Sequence[Sequence[Comparison]], draws: int, sizes: Iterable[str], seed: int
+    comparisons: Sequence[Sequence[Comparison]], draws: int, sizes: Sequence[str], seed: int
 ) -> tuple[dict[str, Floats], Floats]:
     """Return the differences of each figure in each draw, and those of AP by class and draw; NaN without truth."""
     rng = np.random.default_rng(seed)
     images = len(comparisons[0][0].rows)
     at_once = max(1, min(draws, _BYTES // (4 * max(images, 1))))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        matched = {size: [list(pool.map(partial(match, size=size), side)) for side in comparisons] for size in sizes}
+        found = [list(pool.map(partial(match, sizes=sizes), side)) for side in comparisons]
+        matched = {size: [[run[size] for run in side] for side in found] for size in sizes}
         chunks = []
         for start in range(0, draws, at_once):
             weights = draw(images, min(at_once, draws - start), rng)

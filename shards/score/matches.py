@@ -5,6 +5,7 @@ They are what AP is counted from, so AP on other images drawn from the same data
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,20 +39,33 @@ class Matches:
     objects: Ints
 
 
-def match(comparison: Comparison, size: str = "all") -> Matches:
-    """Return the matches of boxes with the objects of a size, as pycocotools makes them."""
-    order = _counted(comparison)
-    labels, images = comparison.detections.labels[order], comparison.detection_images[order]
-    boxes = comparison.detections.boxes_xywh[order]
-    low, high = SIZES[size]
+@dataclass(frozen=True, eq=False)
+class _Candidates:
+    """Detections that count, in their order, and their pairs with objects of their image and class that may match."""
+
+    labels: Ints
+    images: Ints
+    areas: Floats
+    detection: Ints
+    truth: Ints
+    overlap: Floats
+
+
+def match(comparison: Comparison, sizes: Iterable[str] = ("all",)) -> dict[str, Matches]:
+    """Return the matches of boxes with the objects of each size, as pycocotools makes them."""
+    candidates = _candidates(comparison)
+    return {size: _match(comparison, candidates, *SIZES[size]) for size in sizes}
+
+
+def _match(comparison: Comparison, candidates: _Candidates, low: float, high: float) -> Matches:
     truth, classes = comparison.truth, comparison.classes
     ignored = (truth["iscrowd"] != 0) | (truth["area"] < low) | (truth["area"] > high)
     counted = comparison.truth_images[~ignored] * classes + truth["label"][~ignored]
     objects = np.bincount(counted, minlength=len(comparison.rows) * classes).reshape(-1, classes)
-    found, of_ignored = _assign(comparison, labels, images, boxes, ignored)
-    areas = boxes[:, 2:].prod(axis=1)
-    elsewhere = (areas < low) | (areas > high)
-    return Matches(labels, images, found & ~of_ignored, ~found & ~elsewhere[:, None], objects)
+    found, of_ignored = _assign(comparison, candidates, ignored)
+    elsewhere = (candidates.areas < low) | (candidates.areas > high)
+    false = ~found & ~elsewhere[:, None]
+    return Matches(candidates.labels, candidates.images, found & ~of_ignored, false, objects)
 
 
 def _counted(comparison: Comparison) -> Ints:
@@ -69,13 +83,14 @@ def _rank_in_group(groups: Ints) -> Ints:
     return np.arange(len(groups)) - np.repeat(starts, np.diff(np.r_[starts, len(groups)]))
 
 
-def _assign(comparison: Comparison, labels: Ints, images: Ints, boxes: Floats, ignored: Bools) -> tuple[Bools, Bools]:
+def _assign(comparison: Comparison, candidates: _Candidates, ignored: Bools) -> tuple[Bools, Bools]:
     """Return which detections are matched, and which of them with an ignored object, both bool [M, 10].
 
     The detections of an image and class choose one after the other, the best score first. All images choose at once, so
     there are as many rounds as detections that touch an object of one image and class.
     """
-    detection, true, overlap = _pairs(comparison, labels, images, boxes)
+    labels, images = candidates.labels, candidates.images
+    detection, true, overlap = candidates.detection, candidates.truth, candidates.overlap
     # The first choice of a detection comes first: counted objects, the highest overlap, and of equal ones the last.
     order = np.lexsort((-true, -overlap, ignored[true], detection))
     detection, true, overlap = detection[order], true[order], overlap[order]
@@ -106,8 +121,10 @@ def _assign(comparison: Comparison, labels: Ints, images: Ints, boxes: Floats, i
     return found, of_ignored
 
 
-def _pairs(comparison: Comparison, labels: Ints, images: Ints, boxes: Floats) -> tuple[Ints, Ints, Floats]:
-    """Return the pairs of a detection and an object of its image and class whose overlap may match."""
+def _candidates(comparison: Comparison) -> _Candidates:
+    order = _counted(comparison)
+    labels, images = comparison.detections.labels[order], comparison.detection_images[order]
+    boxes = comparison.detections.boxes_xywh[order]
     truth, classes = comparison.truth, comparison.classes
     keys = comparison.truth_images * classes + truth["label"]
     by_key = np.argsort(keys, kind="stable")
@@ -118,4 +135,6 @@ def _pairs(comparison: Comparison, labels: Ints, images: Ints, boxes: Floats) ->
     true = by_key[np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))]
     overlap = iou(boxes[detection], truth["bbox"][true], truth["iscrowd"][true] != 0)
     near = overlap >= THRESHOLDS[0]
-    return detection[near], true[near], overlap[near]
+    return _Candidates(
+        labels, images, np.asarray(boxes[:, 2:].prod(axis=1)), detection[near], true[near], overlap[near]
+    )

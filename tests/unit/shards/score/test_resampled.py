@@ -65,7 +65,7 @@ def test_each_image_once_is_the_score_of_the_reference(seed):
     comparison = compare(data, found, masks=False)
     once = np.ones((data.images, 1), np.float32)
     for size in SIZES:
-        counted = average_precisions(match(comparison, size), once)
+        counted = average_precisions(match(comparison, (size,))[size], once)
         assert mean_ap(counted)[0] == pytest.approx(expected[NAMES[size]], abs=1e-6)
 
 
@@ -79,7 +79,7 @@ def test_a_drawn_set_scores_as_one_that_holds_its_images_so_many_times():
         again, copies = repeated(data, found, weights[:, column].astype(np.int64))
         expected = score_detections(again, copies, scorer="pycocotools").metrics
         for size in SIZES:
-            counted = average_precisions(match(comparison, size), weights)
+            counted = average_precisions(match(comparison, (size,))[size], weights)
             assert mean_ap(counted)[column] == pytest.approx(expected[NAMES[size]], abs=1e-6)
 
 
@@ -90,7 +90,7 @@ def test_only_the_best_hundred_detections_of_an_image_and_class_count():
     boxes[:-1] += 200
     ids, labels = np.full(count, 100), np.zeros(count, np.int64)
     found = Detections(ids, labels, np.linspace(0.9, 0.1, count).astype(np.float32), boxes)
-    matches = match(compare(data, found, masks=False))
+    matches = match(compare(data, found, masks=False))["all"]
     assert len(matches.labels) == 100
     assert not matches.hit.any()
 
@@ -99,7 +99,7 @@ def test_a_class_without_an_object_in_a_draw_is_undefined_there():
     data = labelled([[(0, 20.0, 20.0, 70.0, 50.0)], [(1, 20.0, 20.0, 70.0, 50.0)]])
     found = learned_by_heart(data)
     weights = np.array([[2, 1], [0, 1]], np.float32)
-    counted = average_precisions(match(compare(data, found, masks=False)), weights)
+    counted = average_precisions(match(compare(data, found, masks=False))["all"], weights)
     assert np.isnan(counted[:, 1, 0]).all()
     assert not np.isnan(counted[:, :2, 1]).any()
     assert np.isnan(counted[:, 2]).all()
