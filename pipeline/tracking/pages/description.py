@@ -149,7 +149,7 @@ def _facts(run: Run, config: RunConfig) -> str:
 
 
 def _recipe(config: RunConfig) -> str:
-    changed = [f"{name} {value or 'none'} (not {usual or 'none'})" for name, (value, usual) in differing(config).items()]
+    changed = [f"{name} {value or 'none'} (recipe: {usual or 'none'})" for name, (value, usual) in differing(config).items()]
     more = f" and {len(changed) - _OPTIONS} more" if len(changed) > _OPTIONS else ""
     return f"`{config.recipe or 'none'}`" + (f" with {', '.join(changed[:_OPTIONS])}{more}" if changed else ", unchanged")
 

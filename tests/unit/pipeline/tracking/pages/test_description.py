@@ -69,7 +69,7 @@ def test_it_names_data_recipe_and_code() -> None:
     assert (
         "| training data | train, 4,000 images, 12,034 objects, 4 classes, digest `0123456789ab`, /data/train |" in text
     )
-    assert "| recipe | `demo` with optim.lr 0.002 (not 0.001) |" in text
+    assert "| recipe | `demo` with optim.lr 0.002 (recipe: 0.001) |" in text
     assert "| code | commit `f28a0d6bf2de` with uncommitted changes |" in text
     assert "| hardware | 2 workers, a: 2 on CPU |" in text
     assert "| recipe | `demo`, unchanged |" in described()
