@@ -45,8 +45,8 @@ class Code:
             digest.update(hashlib.sha256((self.root / name).read_bytes()).digest())
         return digest.hexdigest()[:16]
 
-    def copy_to(self, folder: Path) -> None:
-        """Copy the files into an empty folder; raise `JobError` if there are none, or too many bytes."""
+    def check(self) -> None:
+        """Raise `JobError` if there are no files to send, or too many bytes."""
         if not self.files:
             raise JobError(
                 f'code is "snapshot" but {self.root} is no git checkout of this project; expected one: submit from a '
@@ -58,6 +58,10 @@ class Code:
                 f"the tracked files of {self.root} have {self.size / 2**20:.0f} MiB, most in {largest}; expected at most "
                 f"{LIMIT_MIB}: take large files out of git"
             )
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy the files into an empty folder."""
+        self.check()
         for name in self.files:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)

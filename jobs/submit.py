@@ -37,8 +37,20 @@ def prepare(
         from jobs.engines.ray import sizes_of_nodes
 
         check_now(spec, request, sizes_of_nodes(spec))
-    code = code_here() if spec.code == "snapshot" else Code.installed()
+    code = _snapshot(say) if spec.code == "snapshot" else Code.installed()
     return make_plan(spec, request, code, secrets.token_hex(4), tracking_uri())
+
+
+def _snapshot(say: Say) -> Code:
+    code = code_here()
+    code.check()
+    if code.untracked:
+        count = len(code.untracked)
+        say(
+            f"warning: git does not track {count} Python file{'s' if count > 1 else ''}, such as {code.untracked[0]}: the "
+            "snapshot leaves them here; `git add` takes them along"
+        )
+    return code
 
 
 def submit(spec: Cluster, argv: Sequence[str], say: Say = print) -> str:
