@@ -35,10 +35,11 @@ def test_tracked_files_are_taken_as_they_are_here(checkout: Path, tmp_path: Path
     assert code.commit == git(checkout, "rev-parse", "HEAD")
     assert set(code.files) == {"jobs/code.py", "it's data.txt", ".gitignore"}
     assert code.untracked == ("new.py",)
+    before = code.digest
     (checkout / "jobs" / "code.py").write_text("changed\n")
     changed = code_here(checkout)
     assert changed.commit == f"{code.commit}-dirty"
-    assert changed.digest != code.digest
+    assert changed.digest != before
     changed.copy_to(tmp_path / "copy")
     copied = {str(path.relative_to(tmp_path / "copy")) for path in (tmp_path / "copy").rglob("*") if path.is_file()}
     assert copied == set(code.files)
