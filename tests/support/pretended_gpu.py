@@ -14,11 +14,13 @@ the matcher, the guard and the optimizer run as they do.
 
 from __future__ import annotations
 
-import traceback
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -26,7 +28,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-_ROOT = Path(__file__).parents[2]
+_ROOT = f"{Path(__file__).parents[2]}/"
+_OURS = (f"{_ROOT}detr/", f"{_ROOT}pipeline/")
 _DEVICE = torch.device("cuda:0")
 # Operations whose result has a size that depends on values: the host waits for it.
 _SIZED_BY_VALUES = {
@@ -114,6 +117,59 @@ class _Mode(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
+class _CudaEvent:
+    """Mark in a stream, whose work is done at once."""
+
+    def __init__(self, **_: Any) -> None:
+        self._at = 0.0
+
+    def record(self, *_: Any) -> None:
+        self._at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Return at once."""
+
+    def elapsed_time(self, end: _CudaEvent) -> float:
+        return (end._at - self._at) * 1e3
+
+
+class _Stream:
+    """Stream of the device; all are in order."""
+
+    def __init__(self, *_: Any) -> None:
+        """Take any device."""
+
+    def record_event(self) -> _CudaEvent:
+        return _CudaEvent()
+
+    def wait_event(self, event: _CudaEvent) -> None:
+        """Return at once."""
+
+
+class HostStager:
+    """Stager of checkpoints that copies each tensor, in place of torch's, which copies memory that is not there."""
+
+    def __init__(self, *_: Any) -> None:
+        """Take any options."""
+
+    def stage(self, state: Any) -> Any:
+        return tree_map(lambda value: value.cpu().clone() if isinstance(value, torch.Tensor) else value, state)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+_RUNTIME: dict[str, Any] = {
+    "_lazy_init": lambda: None,
+    "current_stream": lambda *_: _Stream(),
+    "stream": lambda *_: nullcontext(),
+    "Stream": _Stream,
+    "Event": _CudaEvent,
+    "max_memory_allocated": lambda *_: 0,
+    "get_device_name": lambda *_: "pretended",
+}
+
+
 @contextmanager
 def pretended_gpu() -> Iterator[PretendedGpu]:
     """Pretend in the block that `cuda:0` exists; yield the record, which starts empty."""
@@ -125,7 +181,7 @@ def pretended_gpu() -> Iterator[PretendedGpu]:
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(..., device="cuda:0")` is built on the host, then moved
     try:
         with (
-            mock.patch("torch.cuda._lazy_init", lambda: None),
+            mock.patch.multiple("torch.cuda", **_RUNTIME),
             mock.patch.object(torch.Tensor, "pin_memory", lambda self, *_: self),
             mock.patch.object(torch.inference_mode, "__enter__", _enter_no_grad),
             mock.patch.object(torch.inference_mode, "__exit__", _exit_no_grad),
@@ -232,8 +288,10 @@ def _bare(value: Any) -> Any:
 
 def _event(operation: str) -> Event:
     """Return the operation with the innermost frame of this project's packages."""
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        if path.is_relative_to(_ROOT) and path.relative_to(_ROOT).parts[0] in ("detr", "pipeline"):
-            return Event(operation, str(path.relative_to(_ROOT)))
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if path.startswith(_OURS):
+            return Event(operation, path[len(_ROOT) :])
+        frame = frame.f_back
     return Event(operation, "")

@@ -1,0 +1,72 @@
+"""The loop of a run on a GPU that is pretended: steps, averages, evaluation, checkpoints, and a resume."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from detr import batch, position
+from pipeline.checkpoint import saver
+from pipeline.config import RunConfig
+from pipeline.distributed.ranks import Ranks
+from pipeline.training.loop import run
+from tests.support.pretended_gpu import HostStager, PretendedGpu, pretended_gpu
+from tests.support.runs import assert_same, start, weights
+from tests.support.tracker import MemoryTracker
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+STEPS, IMAGES = 6, 5
+
+
+@pytest.fixture
+def quiet(config: RunConfig) -> RunConfig:
+    """Run without dropout, whose draws differ between devices, and without pictures."""
+    return replace(
+        config,
+        model=replace(config.model, dropout=0.0),
+        optim=replace(config.optim, ema=0.9),
+        evaluate=replace(config.evaluate, every=2, explain=False, pictures=0),
+        track=replace(config.track, log_every=3),
+    )
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
+    monkeypatch.setattr(saver, "DefaultStager", HostStager)
+    with pretended_gpu() as pretended:
+        yield pretended
+    for cache in (batch._scale_and_shift, position._kept_sine_grid):
+        cache.cache_clear()
+
+
+def curves(tracker: MemoryTracker) -> dict[tuple[str, int], float]:
+    return {(name, step): value for name, value, step in tracker.points if name.startswith(("train/", "val/"))}
+
+
+def test_a_run_on_a_gpu_has_the_curves_of_the_host_and_resumes_bit_for_bit(
+    quiet: RunConfig, tmp_path: Path, gpu: PretendedGpu
+) -> None:
+    trackers = {device: MemoryTracker() for device in (CPU, GPU)}
+    for device, tracker in trackers.items():
+        gpu.waits.clear()
+        run(quiet, start(quiet, tmp_path / device.type), Ranks(device=device), tracker)
+    expected, found = curves(trackers[CPU]), curves(trackers[GPU])
+    assert found.keys() == expected.keys()
+    assert {step for _, step in found} == {2, 3, 4, 6}
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    assert all(name.device == CPU for name in weights(quiet, tmp_path / "cuda").values())
+    # The saver waits in a thread of its own; the meter at log points, for the device's clock and its sums.
+    waits = Counter(event.file for event in gpu.waits)
+    assert waits["detr/matcher.py"] == waits["pipeline/training/step.py"] == STEPS
+    assert waits["pipeline/tracking/meter.py"] == 2 * 4
+    assert waits["pipeline/evaluation/evaluate_model.py"] == 3 * IMAGES
+    others = {"detr/matcher.py", "pipeline/training/step.py", "pipeline/tracking/meter.py"}
+    assert waits.keys() - others == {"pipeline/evaluation/evaluate_model.py", "pipeline/checkpoint/saver.py"}
+    interrupted = start(quiet, tmp_path / "interrupted")
+    for steps in (4, 0):
+        changed = replace(quiet, optim=replace(quiet.optim, max_steps=steps))
+        run(changed, interrupted, Ranks(device=GPU), None)
+    assert_same(weights(quiet, tmp_path / "interrupted"), weights(quiet, tmp_path / "cuda"))
