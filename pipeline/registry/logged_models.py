@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -57,7 +57,7 @@ def _of_checkpoint(client: MlflowClient, card: Card, experiment: str) -> LoggedM
 def list_version(client: MlflowClient, model_id: str, name: str, version: str) -> None:
     """Let the page of a logged model name a version; MLflow's servers do that, its client without a server does not."""
     tags = client.get_logged_model(model_id).tags
-    listed = msgspec.json.decode(tags.get(TAG_MODEL_VERSIONS, "[]"), type=list[dict[str, str]])
+    listed = msgspec.json.decode(tags.get(TAG_MODEL_VERSIONS, "[]"), type=list[dict[str, Any]])
     entry = {"name": name, "version": str(version)}
     if entry not in [{key: str(value) for key, value in known.items()} for known in listed]:
         client.set_logged_model_tags(model_id, {TAG_MODEL_VERSIONS: msgspec.json.encode([*listed, entry]).decode()})
