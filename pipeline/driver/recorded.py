@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,17 @@ class RecordedRun:
         """Change these fields of the run's record."""
         self.record = self.record.but(**changes)
         write_record(self.folder, self.record)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the command began."""
+        return time.time() - self._launch.began
+
+    def note_time(self) -> None:
+        """Keep how long this driver has worked on the run, which has not ended."""
+        if not self._lease.lost:
+            with suppress(OSError, ShardError):  # another error is on its way
+                self.save(worked_s=self.record.worked_s + self.seconds)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -52,7 +52,6 @@ from pipeline.tracking.tags import (
     TAG_VAL_DIGEST,
 )
 from shards.dataset.manifest import Manifest
-from shards.errors import ShardError
 from shards.store import storage
 
 if TYPE_CHECKING:
@@ -211,7 +210,7 @@ class Work(RecordedRun):
             if config.track.register != "never":
                 self._patiently(lambda: self._client.search_experiments(max_results=1))
         except BaseException:
-            self._note_time()
+            self.note_time()
             raise
         finally:
             # A worker that still lives would write on into a spool that is sent and removed under it.
@@ -228,17 +227,6 @@ class Work(RecordedRun):
         patience_s = self.record.run_config.track.wait_s
         return outlast(translated, "the registration", patience_s, self._launch.say)
 
-    @property
-    def _seconds(self) -> float:
-        """Seconds since the command began."""
-        return time.time() - self._launch.began
-
-    def _note_time(self) -> None:
-        """Keep how long this driver has worked on the run, which has not ended."""
-        if not self._lease.lost:
-            with suppress(OSError, ShardError):  # another error is on its way
-                self.save(worked_s=self.record.worked_s + self._seconds)
-
     def _compare(self, config: RunConfig, val: Manifest, begin: int, total: int) -> None:
         compare(
             self._client,
@@ -248,7 +236,7 @@ class Work(RecordedRun):
             gpu=self._gpu,
             begin=begin,
             total=total,
-            wall_s=self._seconds,
+            wall_s=self.seconds,
             before_s=self.record.worked_s,
             say=self._launch.say,
         )

@@ -14,7 +14,7 @@ from pipeline.config import RunConfig, TrackConfig
 from pipeline.driver import work
 from pipeline.driver.launch import Launch
 from pipeline.driver.lease import Claims, Lease
-from pipeline.driver.record import new_record
+from pipeline.driver.record import new_record, read_record
 from pipeline.driver.work import Work
 from pipeline.errors import RunConfigError
 from pipeline.registry.publish import Registered
@@ -96,6 +96,24 @@ def test_a_run_that_continues_on_other_data_names_them(
     position: Any = SimpleNamespace(train=manifest, val=manifest, tags=lambda _: {})
     driver._begin(tiny_config, tiny_config, position, {})
     assert [entry.dataset.digest for entry in inputs] == [manifest.digest[:36]] * named
+
+
+@pytest.mark.parametrize("lost", ["", "taken over by process 7 on elsewhere"])
+def test_the_time_of_a_driver_that_is_stopped_counts_for_its_run(
+    lost: str, tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "send_left", lambda *_: True)
+    driver = work_at(tmp_path / "it", tiny_config, [])
+    driver._lease.lost = lost
+    driver.record = driver.record.but(worked_s=1000.0)
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        driver._run(SimpleNamespace(gpu=False, run=stopped), tiny_config, lambda: None, accept_change=False)
+    known = read_record(tmp_path / "it")
+    assert (known is None) if lost else (known is not None and known.worked_s > 1000.0)
 
 
 class Prepared(Exception):
