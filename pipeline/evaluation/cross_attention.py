@@ -54,7 +54,8 @@ def attend_with(
 
     The model is neither compiled nor wrapped for several workers.
     """
-    with _recorded(_last_attention(model)) as inputs, _recorded(model.input_proj) as features:
+    projection: nn.Module = model.input_proj  # type: ignore[assignment]
+    with _recorded(_last_attention(model)) as inputs, _recorded(projection) as features:
         outputs = model(images, padding)
     (module, arguments, _), (_, _, projected) = inputs[0], features[0]
     if isinstance(module, DeformableAttention):
@@ -62,7 +63,7 @@ def attend_with(
         locations, weights = module.points_of(query, reference, shapes)
         return outputs, PointWeights(locations.flatten(2, 4), weights.flatten(2) / module.heads)
     weights = _weights(module, *arguments)
-    return outputs, CellWeights(weights.mean(1).unflatten(-1, projected.shape[-2:]))
+    return outputs, CellWeights(weights.mean(1).reshape(*weights.shape[::2], *projected.shape[-2:]))
 
 
 def _last_attention(model: DETR) -> nn.Module:

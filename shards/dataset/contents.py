@@ -140,12 +140,16 @@ def _groups(of_image: Ints, group: Ints, names: tuple[str, ...], images: int) ->
     pairs, numbers = np.unique(of_image * count + group, return_counts=True)
     in_image, in_group = np.divmod(pairs, count)
     totals = np.bincount(of_image, minlength=images).astype(np.float64)
+
+    def summed(values: Floats) -> Floats:
+        return np.bincount(in_group, values, minlength=count).astype(np.float64)
+
     return Groups(
         names=names,
         counts=np.bincount(group, minlength=count).astype(np.int64),
         images=np.bincount(in_group, minlength=count).astype(np.int64),
-        squares=np.bincount(in_group, numbers.astype(np.float64) ** 2, minlength=count),
-        products=np.bincount(in_group, numbers * totals[in_image], minlength=count),
+        squares=summed(numbers.astype(np.float64) ** 2),
+        products=summed(numbers * totals[in_image]),
         total_squares=float(totals @ totals),
     )
 
