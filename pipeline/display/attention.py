@@ -27,7 +27,7 @@ _EXPLANATIONS = (
     "The points that the query of each detection has read in the last decoder layer, of all heads and levels; larger ones have "
     "more weight. The first tile of a figure has the detections, each in the colour of its own tile.",
 )
-_DIMMED = 0.3  # brightness of what is not attended to
+_DIMMED, _BEHIND_POINTS = 0.3, 0.65  # brightness of cells that are not attended to, and of the image behind points
 _CONTRAST = 0.7  # exponent of weights relative to the largest; below 1, small ones stay visible
 _LEAST_RADIUS, _RADII = 1.0, 4.0  # of points, in pixels of a tile of 320
 
@@ -50,7 +50,7 @@ def attention_picture(
     for number, detection in enumerate(attended):
         colour = COLOURS[number % len(COLOURS)]
         weights = _over(detection, small) ** _CONTRAST
-        lit = _lit(small, weights, colour)
+        lit = _lit(small, weights, colour, _DIMMED if detection.points is None else _BEHIND_POINTS)
         if detection.points is not None:
             lit = _with_points(lit, detection.points, colour)
         shown.append(draw(lit, _boxes([detection], names, factor, number)))
@@ -78,10 +78,10 @@ def _over(detection: Attended, image: Image.Image) -> Floats:
     return np.asarray(enlarged, np.float64).clip(0, 1)
 
 
-def _lit(image: Image.Image, weights: Floats, colour: str) -> Image.Image:
+def _lit(image: Image.Image, weights: Floats, colour: str, dimmed: float) -> Image.Image:
     """Return the image dimmed and grey, in its own colours and a tint where the weights are high."""
     pixels = np.asarray(image.convert("RGB"), np.float64)
-    grey = np.asarray(image.convert("L"), np.float64)[..., None] * _DIMMED
+    grey = np.asarray(image.convert("L"), np.float64)[..., None] * dimmed
     tint = np.array(ImageColor.getrgb(colour), np.float64)
     lit = 0.55 * pixels + 0.45 * tint
     share = weights[..., None]
