@@ -36,7 +36,9 @@ def prepare(
     if ask and request.config is not None and isinstance(spec, Ray) and spec.nodes is None:
         from jobs.engines.ray import sizes_of_nodes
 
-        check_now(spec, request, sizes_of_nodes(spec))
+        sizes = sizes_of_nodes(spec)
+        if sizes is not None:
+            check_now(spec, request, sizes)
     code = _snapshot(say) if spec.code == "snapshot" else Code.installed()
     return make_plan(spec, request, code, secrets.token_hex(4), tracking_uri())
 

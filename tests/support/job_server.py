@@ -16,6 +16,8 @@ class JobServer:
     def __init__(self) -> None:
         self.nodes: list[dict[str, float]] = [CPU_NODE, CPU_NODE]
         self.token = ""
+        self.missing = ""
+        """Path that it does not know."""
         self.requests: list[str] = []
         self.tokens: set[str] = set()
         self.bodies: list[bytes] = []
@@ -47,6 +49,8 @@ class JobServer:
         status, content = 200, b"OK"
         if self.token and path != "/health" and request.headers.get("authorization") != f"Bearer {self.token}":
             status, content = 401, b"Unauthorized"
+        elif path == self.missing:
+            status = 404
         elif path == "/api/version":
             content = json.dumps(
                 {"version": "4", "ray_version": "2.60.0", "ray_commit": "x", "session_name": "s"}

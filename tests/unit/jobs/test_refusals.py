@@ -166,6 +166,15 @@ def test_server_that_accepts_and_stays_silent_is_an_error(detr: Detr, monkeypatc
     assert f"no Ray job server answers at {address}" in result.line
 
 
+def test_a_server_that_does_not_say_which_nodes_it_has_gets_the_job(
+    detr: Detr, server: JobServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    server.missing = "/api/v0/nodes"
+    assert detr("submit", "local", "--", "train", "demo", "--cluster.workers", "16").status == 0
+    assert server.job
+
+
 def test_plain_http_beyond_this_machine_is_warned_of(
     detr: Detr, monkeypatch: pytest.MonkeyPatch, site: SimpleNamespace
 ) -> None:
