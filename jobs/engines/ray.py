@@ -193,6 +193,7 @@ def _ask(cluster: Ray, path: str) -> bytes:
     try:
         return _within(_ANSWER_S, cluster, ask)
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code in (401, 403):
             raise _refused(cluster) from None
         raise _NoSuchPage(str(_unanswered(cluster, f"HTTP {error.code}"))) from None
