@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,17 +23,21 @@ _BUILT_IN = (4000, 200, 4)
 
 def forecast_here(config: RunConfig, run: str, say: Say, *, anywhere: bool = False) -> str:
     """Return the forecast of a training on this machine; with `anywhere`, on a cluster that is not known here."""
+    gpu, device = _here(config, anywhere=anywhere)
+    return _forecast(config, run, _client(say), gpu=gpu, device=device, nodes=0, node_price=None)
+
+
+def _here(config: RunConfig, *, anywhere: bool) -> tuple[bool | None, str | None]:
+    """Return whether workers of this machine use GPUs and the name of their device, as far as that is known."""
+    if anywhere:
+        return {"yes": True, "no": False}.get(config.cluster.gpu), None
     import torch
 
-    gpu: bool | None = config.cluster.gpu == "yes" or (config.cluster.gpu == "auto" and torch.cuda.is_available())
-    device = None
-    if anywhere:
-        gpu = {"yes": True, "no": False}.get(config.cluster.gpu)
-    elif not gpu or torch.cuda.is_available():
-        from pipeline.driver.forecasting import local_device
+    from pipeline.driver.forecasting import local_device
 
-        device = local_device(bool(gpu))
-    return _forecast(config, run, _client(say), gpu=gpu, device=device, nodes=0, node_price=None)
+    has_gpu = torch.cuda.is_available()
+    gpu = config.cluster.gpu == "yes" or (config.cluster.gpu == "auto" and has_gpu)
+    return gpu, local_device(gpu) if has_gpu or not gpu else None
 
 
 def forecast_on(cluster: Cluster, config: RunConfig, run: str, say: Say) -> str:
@@ -52,6 +56,23 @@ def forecast_on(cluster: Cluster, config: RunConfig, run: str, say: Say) -> str:
         nodes=nodes.most if nodes else 0,
         node_price=cluster.price_per_node_hour or None if nodes else None,
     )
+
+
+def forecast_sweep(runs: Mapping[str, RunConfig], say: Say, *, anywhere: bool = False) -> str:
+    """Return the forecast of the trials of a sweep, all trained to their ends one after the other."""
+    from pipeline.display.terminal import table
+    from pipeline.forecast.look_ahead import look_ahead
+    from pipeline.forecast.run_forecast import duration
+
+    client, rows, total, known = _client(say), [], 0.0, True
+    for name, config in runs.items():
+        gpu, device = _here(config, anywhere=anywhere)
+        ahead = look_ahead(config, _data(config), client, gpu=gpu, device=device)
+        seconds = ahead.seconds if ahead.complete else None
+        total, known = total + (seconds or 0.0), known and seconds is not None
+        rows.append((name, f"{ahead.amounts.steps:,}", duration(seconds) if seconds is not None else "unknown"))
+    rows.append(("all, one after the other", "", duration(total) if known else "unknown"))
+    return table(("trial", "steps", "time"), rows)
 
 
 def _forecast(

@@ -44,6 +44,8 @@ class Sweep:
     """Factor between the epochs at which trials end early, above 1."""
     parallel: int = 0
     """Number of trials at a time. 0: as many as the cluster can run."""
+    dry_run: Flag = False
+    """Start nothing, and print the trials and the time that they would take."""
     address: str | None = None
     """Address of the Ray cluster, `auto` or HOST:6379.
     The default is RAY_ADDRESS; if that is not set, Ray is started on this machine."""
@@ -63,13 +65,20 @@ def sweep(argv: list[str]) -> None:
     _check(options, configs)
     import os
 
+    address = options.address or os.environ.get("RAY_ADDRESS")
+    if options.dry_run:
+        from jobs.forecast import forecast_sweep
+
+        runs = {trial.name: config for trial, config in zip(trials, configs, strict=True)}
+        print(forecast_sweep(runs, _say, anywhere=bool(address)))
+        return
+
     from pipeline.sweep.sweep import SweepPlan, run_sweep
     from pipeline.sweep.tuning import Tuning
 
     tuning = Tuning(
         options.metric, options.mode, options.early_stop, options.grace, options.reduction, options.parallel
     )
-    address = options.address or os.environ.get("RAY_ADDRESS")
     plan = SweepPlan(options.name, recipe, trials, configs, tuning, address, options.verbose)
     print(f"\n{run_sweep(plan, _say)}")
 
@@ -84,7 +93,7 @@ def divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     while at < len(argv):
         flag, equals, _ = argv[at].partition("=")
         flag = flag.replace("_", "-")
-        takes = 1 if equals or flag in ("--verbose", "--help", "-h") else 2
+        takes = 1 if equals or flag in ("--verbose", "--dry-run", "--help", "-h") else 2
         (own if flag in (*known, "--help", "-h") else words).extend(argv[at : at + (takes if flag in known else 1)])
         at += takes if flag in known else 1
     return own, words
