@@ -14,7 +14,7 @@ def test_a_dry_run_forecasts_and_leaves_nothing(detr: Detr, tiny_data: TinyData,
     assert (result.status, result.err) == (0, "")
     lines = dict(line.split(maxsplit=1) for line in result.out.splitlines())
     assert lines["steps"] == "9 in 12 epochs"
-    assert lines["evaluations"] == "4 of 6 images"
+    assert lines["evaluations"] == "4 of 5 images"
     assert "a figure of this package" in lines["by"]
     assert list(tmp_path.glob("*.db")) == []
     assert not (tmp_path / "runs").exists()
