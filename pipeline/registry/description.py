@@ -20,9 +20,9 @@ _COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 def describe_version(facts: VersionFacts, pictures: Mapping[str, str]) -> str:
     """Return the description of a version; `pictures` are paths of artifacts of its run by their titles."""
     shown = "\n\n".join(f"![{title}]({artifact(facts.run_id, path)})" for title, path in pictures.items())
-    text = ""
+    text, commands = "", f"```\n{usage_text(facts)}\n```"
     for most in _MOST_CELL:
-        blocks = [_origin(facts), _figures(facts), _change(facts), shown, _facts(facts, most), _commands(facts)]
+        blocks = [_origin(facts), _figures(facts), _change(facts), shown, _facts(facts, most), commands]
         text = "\n\n".join(filter(None, blocks))
         if len(text) <= MOST_TEXT:
             return text
@@ -121,14 +121,14 @@ def corrections_text(data: DataSet) -> str:
     return f"corrections: {counts}" if counts else "corrections"
 
 
-def _commands(facts: VersionFacts) -> str:
-    rows = dict(usage(facts))
+def usage_text(facts: VersionFacts) -> str:
+    """Return the commands that use a version, each with what it does."""
+    rows = dict(_usage(facts))
     width = max(map(len, rows))
-    return "```\n" + "\n".join(f"{command.ljust(width)}  # {use}" for command, use in rows.items()) + "\n```"
+    return "\n".join(f"{command.ljust(width)}  # {use}" for command, use in rows.items())
 
 
-def usage(facts: VersionFacts) -> Iterator[tuple[str, str]]:
-    """Yield the commands that use a version, each with what it does."""
+def _usage(facts: VersionFacts) -> Iterator[tuple[str, str]]:
     uri = facts.uri
     data = next((data.url for use, data in facts.data if use == "validation"), "URL")
     yield f"detr evaluate {uri} --data {data}", "score it again, or on other data"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import zip_longest
 
 from pipeline.display.terminal import table
-from pipeline.registry.description import corrections_text, usage
+from pipeline.registry.description import corrections_text, usage_text
 from pipeline.registry.facts import Figures, VersionFacts
 from pipeline.tracking.pages.data import DataSet
 from pipeline.tracking.pages.links import run_link
@@ -20,8 +20,7 @@ _Rows = Iterator[tuple[str, str]]
 
 def version_text(facts: VersionFacts) -> str:
     """Return a version as text: its figures on each data set, its run, data and code, and the commands that use it."""
-    commands = [f"{command}  # {use}" for command, use in usage(facts)]
-    return "\n\n".join([_title(facts), _figures_table(facts), _lines(_version_rows(facts)), "\n".join(commands)])
+    return "\n\n".join([_title(facts), _figures_table(facts), _lines(_version_rows(facts)), usage_text(facts)])
 
 
 def lineage_text(facts: VersionFacts) -> str:
@@ -44,12 +43,17 @@ def _data_name(figures: Figures) -> str:
     return figures.data or f"data {figures.digest[:12]}"
 
 
+def _column(facts: VersionFacts, figures: Figures, prefix: str) -> str:
+    by = "" if figures.run_id == facts.run_id else " evaluated"
+    return _data_name(figures) + by + (" masks" if prefix else "")
+
+
 def _figures_table(facts: VersionFacts) -> str:
     if not facts.figures:
         return "not evaluated yet: `detr evaluate` adds its figures"
     masks = any("mask_AP" in figures.metrics for figures in facts.figures)
     columns = [(figures, prefix) for figures in facts.figures for prefix in ("", "mask_")[: 1 + masks]]
-    header = ["metric", *(_data_name(figures) + (" masks" if prefix else "") for figures, prefix in columns)]
+    header = ["metric", *(_column(facts, figures, prefix) for figures, prefix in columns)]
     rows = [[name, *(_figure(figures.metrics.get(prefix + name)) for figures, prefix in columns)] for name in _NAMES]
     return table(header, rows)
 

@@ -88,7 +88,7 @@ def test_an_evaluation_is_a_run_below_the_version_s_and_on_its_page(
     show_version(["models:/tiny@best"])
     shown = capsys.readouterr().out
     assert shown.startswith("models:/tiny/1 @best: AP 0.")
-    assert f"metric  {load_manifest(trained.config.data.val).name}  {manifest.name}" in shown
+    assert f"metric  {load_manifest(trained.config.data.val).name}  {manifest.name} evaluated" in shown
 
 
 def test_the_lineage_goes_down_to_the_annotations_of_the_first_version(

@@ -73,7 +73,7 @@ def test_figures_of_masks_have_a_row_of_their_own() -> None:
     text = describe_version(replace(FACTS, figures=(figures,)), {})
     assert "`d` | 0.500 | -" in text
     assert "`d`, masks | 0.400 | -" in text
-    assert "cats masks" in version_text(replace(FACTS, figures=(figures,)))
+    assert "cats evaluated  cats evaluated masks" in version_text(replace(FACTS, figures=(figures,)))
 
 
 @pytest.mark.parametrize("url", ["/data/cats", "/data/" + "cats" * 200])
