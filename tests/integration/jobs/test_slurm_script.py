@@ -1,0 +1,131 @@
+"""The script for Slurm on stand-ins, with programs in the place of Python and Ray: signals, statuses, queueing again."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs.clusters import find_cluster
+from jobs.code import Code
+from jobs.engines.slurm import SlurmEngine
+from jobs.plan import make_plan
+from jobs.refusals import read_request
+from tests.support.in_process import ROOT
+from tests.support.slurm import Slurm, reason_without_slurm
+
+WORDS = ["train", "demo", "--run", "it"]
+# Saves for a second when it is stopped; ends with the status that a file names.
+PYTHON = """#!/bin/bash
+trap 'echo saving; sleep 1; exit 75' TERM
+echo "driver $*"
+while [ ! -e "$WORK/status" ]; do sleep 0.1; done
+exit "$(cat "$WORK/status")"
+"""
+RAY = """#!/bin/bash
+[ "$1" = health-check ] && exit 0
+echo "node $SLURM_NODEID: ray $*" >>"$WORK/nodes"
+exec sleep 600
+"""
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Slurm]:
+    if reason := reason_without_slurm():
+        pytest.skip(reason)
+    monkeypatch.chdir(tmp_path)
+    programs = tmp_path / "venv"
+    programs.mkdir()
+    for name, text in (("python", PYTHON), ("ray", RAY)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    (tmp_path / "detr.toml").write_text(f"""
+        [clusters.hpc]
+        launcher = "slurm"
+        nodes = {{count = 2, cpus = 3}}
+        python = "{programs}/python"
+        job_folder = "{tmp_path}/jobs"
+        setup = ["export FROM_SETUP=yes"]
+        """)
+    made = Slurm(tmp_path / "slurm", {"HOME": str(tmp_path), "WORK": str(tmp_path)})
+    monkeypatch.setenv("PATH", made.environment["PATH"])
+    monkeypatch.setenv("STUB_SLURM", made.environment["STUB_SLURM"])
+    yield made
+    made.stop()
+
+
+def submit() -> str:
+    cluster = find_cluster("hpc")
+    plan = make_plan(cluster, read_request(cluster, WORDS), Code(ROOT, "c", ("jobs/code.py",)), "12ab34cd", "")
+    return SlurmEngine().submit(plan, print)
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def log(folder: Path, job: str) -> str:
+    path = folder / "jobs" / job / "log"
+    return path.read_text() if path.exists() else ""
+
+
+def test_a_stop_saves_and_queues_again_and_the_end_ends_the_nodes(slurm: Slurm, tmp_path: Path) -> None:
+    job = submit()
+    for start in (1, 2):
+        until(lambda start=start: log(tmp_path, job).count("driver ") == start)  # type: ignore[misc]
+        slurm.warn(job)
+        until(lambda start=start: log(tmp_path, job).count("the job queues again") == start)  # type: ignore[misc]
+    until(lambda: log(tmp_path, job).count("driver ") == 3 and len(nodes(tmp_path)) == 6)
+    (tmp_path / "status").write_text("0")
+    until(lambda: slurm.jobs()[0]["state"] == "COMPLETED")
+    assert slurm.jobs()[0]["starts"] == 3
+    assert log(tmp_path, job).count("saving") == 2
+    assert "driver -P -m jobs.cli train demo --run it" in log(tmp_path, job)
+    heads = [
+        line for line in nodes(tmp_path) if line.startswith("node 0: ray start --head --node-ip-address 127.0.0.1 ")
+    ]
+    others = [
+        line for line in nodes(tmp_path) if line.startswith("node 1: ray start --address 127.0.0.1:20001 --num-cpus 3 ")
+    ]
+    assert (len(heads), len(others)) == (3, 3)
+    assert (tmp_path / "jobs" / job / "token-1").stat().st_mode & 0o077 == 0
+    until(lambda: not left(tmp_path))
+
+
+def nodes(folder: Path) -> list[str]:
+    """What was asked of Ray on the nodes."""
+    path = folder / "nodes"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def left(folder: Path) -> list[int]:
+    """The processes of jobs that still run."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("WORK") == str(folder):
+                found.append(process.pid)
+    return found
+
+
+@pytest.mark.parametrize(("status", "state"), [("0", "COMPLETED"), ("1", "FAILED"), ("143", "FAILED")])
+def test_other_statuses_do_not_queue_again(slurm: Slurm, tmp_path: Path, status: str, state: str) -> None:
+    (tmp_path / "status").write_text(status)
+    job = submit()
+    until(lambda: slurm.jobs()[0]["state"] == state)
+    assert slurm.jobs()[0]["starts"] == 1
+    assert "queues again" not in log(tmp_path, job)
+
+
+def test_jobs_stop_saves_and_does_not_queue_again(slurm: Slurm, tmp_path: Path) -> None:
+    job = submit()
+    until(lambda: "driver " in log(tmp_path, job))
+    cluster = find_cluster("hpc")
+    assert SlurmEngine().stop(cluster, job) == f"{job} stopped"  # type: ignore[arg-type]
+    assert slurm.jobs()[0]["starts"] == 1
+    assert "saving" in log(tmp_path, job)
