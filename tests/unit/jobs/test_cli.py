@@ -20,6 +20,7 @@ from pipeline.config import from_json
 from pipeline.recipes import NOTES, RECIPES
 from pipeline.signals import Signalled
 from tests.support.in_process import ROOT, Detr
+from tests.support.tiny_data import TinyData
 
 HELPS: list[list[str]] = [
     [],
@@ -246,6 +247,17 @@ def test_bad_labels_are_reported_and_left_out_on_request(detr: Detr, tmp_path: P
     assert "WARNING: left out 0 of 1 images and 1 of 2 annotations" in result.err
 
 
+def test_two_data_sets_are_put_side_by_side(detr: Detr, tiny_data: TinyData) -> None:
+    result = detr("shard", "info", tiny_data.train, "--against", tiny_data.val)
+    assert (result.status, result.err) == (0, "")
+    rows = [re.split(r"  +", line) for line in result.out.splitlines()]
+    assert ["", "group", "this data set", "the other"] in rows
+    images = [row for row in rows if len(row) > 4 and row[0] == "" or row[0] == "objects per image"]
+    assert images[0][:2] == ["objects per image", "0"]
+    assert sum(int(row[2]) for row in images[:8]) == 12
+    assert ["", "distance", "by chance"] in rows
+
+
 def test_tars_are_indexed_in_their_folder(detr: Detr, tiny_data: object, tmp_path: Path) -> None:
     shutil.copytree(tiny_data.val, tmp_path / "tars")  # type: ignore[attr-defined]
     before = detr("shard", "info", "tars")
@@ -253,7 +265,7 @@ def test_tars_are_indexed_in_their_folder(detr: Detr, tiny_data: object, tmp_pat
     result = detr("shard", "index", "tars", "--name", "val", "--workers", "0")
     assert (result.status, result.err) == (0, "")
     assert "data set    val in" in result.out
-    counts = [line for line in before.out.splitlines() if line.startswith(("images", "annotations", "classes"))]
+    counts = [line for line in before.out.splitlines() if line.startswith(("images ", "annotations ", "classes  "))]
     assert set(counts) <= set(result.out.splitlines())
     assert detr("shard", "verify", "tars").status == 0
     assert "is a data set already" in detr("shard", "index", "tars").line
