@@ -20,6 +20,7 @@ from pipeline.cluster.notes.notes import Notes
 from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import Postponed, TrainingError
+from pipeline.tracking.pages.pictures import CURVES
 from pipeline.training.loop import run
 from pipeline.training.validation import evaluate_checkpoint
 from shards.store.retry import StoreError
@@ -61,7 +62,7 @@ def test_background_evaluation_gives_the_metrics_of_the_loops_own(config: RunCon
     assert ("evaluation/images", 5.0, 6) in tracker.points
     # The loop explains its evaluations in a thread.
     assert sorted(tracker.pictures) == sorted(picture for picture in trackers[1].pictures if picture[1] > 0)
-    assert ("curves/precision_recall", 6) in tracker.pictures
+    assert (CURVES, 6) in tracker.pictures
     of_evaluations = {name: table for name, table in trackers[1].tables.items() if name not in trackers[0].tables}
     assert tracker.tables == of_evaluations
     assert tracker.tables.keys() > {"per_class_ap.json", "precision_recall.json", "worst_images.json"}
