@@ -53,10 +53,11 @@ class DescriptionWriter:
         if state == self._seen and time.monotonic() < self._next_s:
             return
         self._seen, self._next_s = state, time.monotonic() + _INTERVAL_S
+        passing: tuple[type[Exception], ...] = (*unavailable(), PipelineError)
         try:
             self._config = self._config or self._read()
             write_description(self._client, run.info.run_id, self._config)
-        except (*unavailable(), PipelineError) as error:
+        except passing as error:
             LOG.info("the description of the run is not up to date (%s)", one_line(error))
 
 
