@@ -100,7 +100,7 @@ def evaluate(argv: list[str]) -> None:
         )
     import msgspec
 
-    from pipeline.comparison.compare import keep_evaluation
+    from pipeline.comparison.compare import keep_detections
     from pipeline.display.pictures import curves_picture
     from pipeline.display.tables import layers_table, metrics_table
     from pipeline.exchange.export_original import check_target
@@ -122,7 +122,7 @@ def evaluate(argv: list[str]) -> None:
         _print_link(lambda: keep_last_layer(options.model, options.data, last.metrics))
     else:
         evaluation = evaluate(options.model, options.data, progress=True)
-        if warning := keep_evaluation(options.model, options.data, evaluation):
+        if warning := keep_detections(options.model, options.data, evaluation):
             print(warning, file=sys.stderr)
         score = evaluation.score
         metrics = {**score.metrics}

@@ -136,7 +136,7 @@ def _not_kept(model: Model, data: str) -> RegistryError:
     )
 
 
-def keep_evaluation(uri: str, data: str, evaluation: Evaluation) -> str:
+def keep_detections(uri: str, data: str, evaluation: Evaluation) -> str:
     """Keep the detections of an evaluation of a version with its run; return a warning, empty if that succeeded."""
     try:
         client = connect()
