@@ -84,6 +84,8 @@ class Cluster(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     launcher: ClassVar[str] = ""
     secret_kinds: ClassVar[tuple[str, ...]] = ("env", "file")
     """Kinds of references to secrets that the launcher can follow."""
+    has_not: ClassVar[tuple[str, ...]] = ()
+    """Keys that mean nothing to the launcher."""
 
     name: str = ""
     """Name of the entry: the last word of its header `[clusters.NAME]`, never a field."""
@@ -108,7 +110,9 @@ class Cluster(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     on_cluster: tuple[str, ...] = ()
     """Folders and URLs that only the cluster sees. What is below them is looked for there, not on this machine."""
     queue: str = ""
+    """Queue of the launcher's scheduler."""
     priority: str = ""
+    """Priority class of the launcher's scheduler."""
     time_limit: str = ""
     """Time after which a job is ended, such as 36h or 2d12h."""
     retries: int = 3
@@ -118,6 +122,9 @@ class Cluster(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         """Check what all entries have in common."""
+        for name in self.has_not:
+            if getattr(self, name):
+                raise EntryError(f"{name} means nothing to {self.launcher}; expected no such key in this entry")
         self.time_limit_s  # noqa: B018
         if self.retries < 0:
             raise EntryError(f"retries is {self.retries}; expected 0 or more")
@@ -169,6 +176,7 @@ class Ray(Cluster, frozen=True, kw_only=True, tag_field="launcher", tag="ray"):
 
     launcher: ClassVar[str] = "ray"
     secret_kinds: ClassVar[tuple[str, ...]] = ("env",)
+    has_not: ClassVar[tuple[str, ...]] = ("queue", "priority", "time_limit")
 
     address: str
     """URL of the job server, http(s)://HOST:8265."""
@@ -298,6 +306,7 @@ class Sky(Cluster, frozen=True, kw_only=True, tag_field="launcher", tag="sky"):
 
     launcher: ClassVar[str] = "sky"
     secret_kinds: ClassVar[tuple[str, ...]] = ("env",)
+    has_not: ClassVar[tuple[str, ...]] = ("queue", "time_limit")
 
     nodes: Nodes
     infra: str = ""
@@ -316,6 +325,7 @@ class RayUp(Cluster, frozen=True, kw_only=True, tag_field="launcher", tag="ray_u
 
     launcher: ClassVar[str] = "ray_up"
     secret_kinds: ClassVar[tuple[str, ...]] = ("file",)
+    has_not: ClassVar[tuple[str, ...]] = ("queue", "priority", "time_limit")
 
     nodes: Nodes
     provider: Literal["aws", "gcp", "azure", "local"]

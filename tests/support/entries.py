@@ -10,7 +10,6 @@ mlflow = "https://mlflow.example"
 cache = "/local/cache"
 environment = {NCCL_DEBUG = "WARN", NOTE = "it's a $test"}
 on_cluster = ["s3://bucket", "https://mlflow.example"]
-time_limit = "2d12h"
 """
 ENTRIES = {
     "ray": _COMMON
@@ -22,6 +21,7 @@ secrets = {AWS_SECRET_ACCESS_KEY = "env:AWS_SECRET_ACCESS_KEY"}
     "kuberay": _COMMON
     + """
 image = "registry/detr@sha256:0123"
+time_limit = "2d12h"
 volumes = {coco = "/coco"}
 secrets = {AWS_SECRET_ACCESS_KEY = "secret:aws/key", MLFLOW_TRACKING_PASSWORD = "secret:mlflow/password"}
 token_secret = "ray-token"
@@ -32,6 +32,7 @@ image_pull_secret = "registry"
     "slurm": _COMMON
     + """
 partition = "gpu"
+time_limit = "2d12h"
 account = "vision"
 qos = "high"
 setup = ["module load python/3.12", "source /shared/venv/bin/activate"]

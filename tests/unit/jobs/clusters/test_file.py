@@ -30,7 +30,8 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_an_entry_of_every_launcher_is_read(tmp_path: Path, launcher: str, nodes: str) -> None:
     (tmp_path / "detr.toml").write_text(entry(launcher, nodes))
     found = find_cluster("it")
-    assert (found.name, found.launcher, found.time_limit_s) == ("it", launcher, 60 * 3600)
+    assert (found.name, found.launcher) == ("it", launcher)
+    assert found.time_limit_s == (60 * 3600 if launcher in ("slurm", "kuberay") else 0)
     assert found.nodes is not None
     assert (found.nodes.fewest, found.nodes.most) == ((8, 8) if nodes == FIXED else (1, 8))
     assert found.environment["NOTE"] == "it's a $test"
@@ -72,7 +73,8 @@ MISTAKES = [
     (RAY + f'secrets = {{AWS_SECRET_ACCESS_KEY = "{HIDDEN}"}}\n', "secrets.AWS_SECRET_ACCESS_KEY is not a reference to a secret"),
     (RAY + f'mlflow = "http://ada:{HIDDEN}@tracking"\n', "mlflow holds a user name or password"),
     (RAY + 'secrets = {A_TOKEN = "secret:a/b"}\n', "secrets.A_TOKEN is secret:...; expected env with ray"),
-    (RAY + 'time_limit = "36 hours"\n', "time_limit is '36 hours'; expected numbers with d, h, m or s"),
+    (RAY + 'queue = "fast"\n', "queue means nothing to ray; expected no such key"),
+    (SLURM + 'time_limit = "36 hours"\n', "time_limit is '36 hours'; expected numbers with d, h, m or s"),
     (SLURM.replace("gpus", "gpu"), "there is no key nodes.gpu; did you mean nodes.gpus?"),
     (SLURM.replace("count = 2", "min = 3, max = 2"), "nodes: nodes.min is 3 and nodes.max is 2; expected min <= max"),
     (SLURM.replace("count = 2, ", ""), "nodes has neither count nor max"),

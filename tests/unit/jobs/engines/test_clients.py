@@ -40,9 +40,7 @@ def program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
 
 
 def plan(folder: Path, launcher: str) -> Plan:
-    text = entry(launcher, FIXED).replace(
-        'time_limit = "2d12h"\n', f'time_limit = "2d12h"\n{folder_line(folder, launcher)}'
-    )
+    text = entry(launcher, FIXED).replace("[clusters.it]\n", f"[clusters.it]\n{folder_line(folder, launcher)}")
     (folder / "detr.toml").write_text(text)
     cluster = find_cluster("it")
     return make_plan(cluster, read_request(cluster, WORDS), CODE, "12ab34cd", "")
