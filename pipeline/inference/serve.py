@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import torch
 from mlflow.pyfunc.model import PythonModel
 from PIL import Image
 
-from pipeline.distributed.ranks import default_device
 from pipeline.inference.detector import Detector, coco_result
 from pipeline.inference.requests import RequestError, read_options, read_picture, refuse_unknown_parameters
 from shards.errors import PictureError
@@ -29,7 +29,8 @@ class DetrModel(PythonModel):  # type: ignore[misc]  # mlflow is not typed
 
     def load_context(self, context: Any) -> None:
         """Build the detector once, when the server starts."""
-        self._detector = Detector(Path(context.artifacts[ARTIFACT]), default_device())
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._detector = Detector(Path(context.artifacts[ARTIFACT]), device)
         refuse_unknown_parameters()
 
     # Untyped, because MLflow would take type hints for a schema, and the signature is more precise.
