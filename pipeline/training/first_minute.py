@@ -11,6 +11,8 @@ import threading
 from contextlib import closing
 from types import TracebackType
 
+from PIL import Image
+
 from pipeline.data.loader import global_batch
 from pipeline.display.batches import BatchView
 from pipeline.display.contents import contents_columns, contents_picture
@@ -60,7 +62,8 @@ class FirstMinute:
         with closing(ranks):
             if not view.add_all(ranks, self._stopped.is_set):
                 return
-        tracker.picture("data/first_batch", view.picture(), 0)
+        # A palette takes a quarter of the space, and these are up to 256 images.
+        tracker.picture("data/first_batch", view.picture().quantize(256, method=Image.Quantize.FASTOCTREE), 0)
         tracker.table("first_batch.json", view.columns, 0)
 
 
