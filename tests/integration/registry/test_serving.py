@@ -121,6 +121,13 @@ def test_every_form_of_mlflows_requests_is_taken(server: ModelServer, form: dict
     assert json.loads(text)["predictions"][0]["width"] == WIDTH
 
 
+def test_the_example_that_a_version_carries_is_answered(server: ModelServer, trained: Trained) -> None:
+    (example,) = trained.artifacts.rglob("serving_input_example.json")
+    status, text = server.post(example.read_bytes())
+    assert status == 200, text
+    assert (json.loads(text)["predictions"][0]["width"], json.loads(text)["predictions"][0]["height"]) == (96, 64)
+
+
 @pytest.mark.parametrize(
     "body",
     [
