@@ -1,7 +1,9 @@
 """Reports of an evaluation and of the hardware."""
 
 import io
+import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,12 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.evaluation.evaluate_model import Evaluation
 from pipeline.tracking.pages.pictures import newest, newest_small
 from pipeline.tracking.tags import TAG_HARDWARE, TAG_VERSIONS
+from pipeline.training import reporting
 from pipeline.training.reporting import report_evaluation, report_hardware, report_picture
 from shards.dataset.manifest import load_manifest
 from shards.score.coco_eval import score_detections
+from shards.score.detections import Detections
+from shards.store.retry import StoreError
 from tests.support.labelled import learned_by_heart
 from tests.support.tiny_data import TinyData
 from tests.support.tracker import MemoryTracker
@@ -50,3 +55,17 @@ def test_the_hardware_and_versions_of_a_run_are_tags() -> None:
     report_hardware(tracker, Ranks())
     assert tracker.last_tags[TAG_HARDWARE].startswith("1 worker, ")
     assert {"Python", "torch", "numpy"} <= {entry.split()[0] for entry in tracker.last_tags[TAG_VERSIONS].split(", ")}
+
+
+def test_a_store_that_is_away_costs_the_pictures_and_not_the_run(
+    tiny_data: TinyData, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def away(*_: Any) -> None:
+        raise StoreError("s3://val/shard-0.tar: no good answer")
+
+    tracker = MemoryTracker()
+    monkeypatch.setattr(reporting, "picture_sheet", away)
+    with caplog.at_level(logging.WARNING, reporting.LOG.name):
+        reporting.report_pictures(tracker, load_manifest(tiny_data.val), Detections.empty(), 2, 6, "a title")
+    assert tracker.pictures == []
+    assert "the pictures of step 6 are left out (s3://val/shard-0.tar: no good answer)" in caplog.text
