@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.config import RunConfig
 from pipeline.tracking.pages.data import data_of_run
-from pipeline.tracking.pages.links import artifact, run_page
+from pipeline.tracking.pages.links import artifact, commit_text, run_page
 from pipeline.tracking.pages.parameters import differing
 from pipeline.tracking.pages.pictures import CURVES, DETECTIONS, REPORT, newest_small
 from pipeline.tracking.progress import read_progress
@@ -24,6 +24,7 @@ from pipeline.tracking.tags import (
     TAG_INITIAL_WEIGHTS,
     TAG_LEFT_OUT,
     TAG_PHASE,
+    TAG_REPOSITORY,
     TAG_STREAM,
     TAG_TOTAL_STEPS,
     TAG_VERSIONS,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 MOST_TEXT = 4900
 """Characters of a description; MLflow's servers refuse tags of 5000."""
-_SHOWN = 12  # characters of a digest or a commit
+_SHOWN = 12  # characters of a digest
 _OPTIONS = 10  # options in a line
 _ENDS = {
     "finished": "**Finished**",
@@ -132,8 +133,8 @@ def _facts(run: Run, config: RunConfig) -> str:
     tags = run.data.tags
     rows = [(f"{use} data", f"{data}, digest `{data.digest[:_SHOWN]}`, {data.url}") for use, data in data_of_run(run)]
     rows.append(("recipe", _recipe(config)))
-    commit, _, dirty = tags.get(TAG_COMMIT, "unknown").partition("-")
-    rows.append(("code", f"commit `{commit[:_SHOWN]}`{' with uncommitted changes' if dirty else ''}"))
+    commit = commit_text(tags.get(TAG_COMMIT, "unknown"), tags.get(TAG_REPOSITORY, ""))
+    rows.append(("code", f"commit {commit}"))
     rows += [
         (title, tags[tag])
         for title, tag in (
