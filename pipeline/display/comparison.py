@@ -14,6 +14,7 @@ from shards.score.difference import Change, Difference, interval_of_recipes, spr
 
 _CLASSES = 20  # in a table; more have their largest changes shown
 _CLASSES_DRAWN = 30
+_CHANCE = 20  # one in so many intervals of 95% misses the truth
 _COLOURS = {"better": COLOURS[4], "worse": COLOURS[5], "within chance": "#999999"}
 _HEADER = ("before", "after", "change", "95% interval", "verdict")
 
@@ -37,11 +38,11 @@ def difference_tables(found: Difference) -> str:
     classes = table(
         ("class", "objects", *_HEADER), [(change.name, f"{change.objects:,}", *_cells(change)) for change in shown]
     )
-    rest = [f"... and {left_out} classes that change less"] if left_out else []
-    if len(shown) + left_out > 1:
-        rest.append(
-            f"by chance alone about {max((len(shown) + left_out) // 20, 1)} of {len(shown) + left_out} classes look better or worse"
-        )
+    rest, count = [], len(shown) + left_out
+    if left_out:
+        rest.append(f"... and {left_out} classes that change less")
+    if count >= _CHANCE:
+        rest.append(f"by chance alone about {count // _CHANCE} of {count} classes look better or worse")
     return "\n\n".join(text for text in (figures, _runs(found), classes, "\n".join(rest)) if text)
 
 

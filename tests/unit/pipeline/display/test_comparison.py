@@ -43,6 +43,7 @@ def test_many_classes_have_their_largest_changes_shown_from_worst_to_best() -> N
     assert text.index("class 30") < text.index("class 49")
     assert "... and 30 classes that change less" in text
     assert "by chance alone about 2 of 50 classes" in text
+    assert "by chance alone" not in difference_tables(FOUND)
 
 
 def test_runs_of_a_side_have_a_mean_and_a_deviation() -> None:
