@@ -81,6 +81,10 @@ class Keeper(Callback):  # type: ignore[misc]
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
 
+    def __getstate__(self) -> dict[str, object]:
+        """Return nothing: Ray Tune writes its callbacks to a file to restore them later, which no sweep does."""
+        return {}
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Start the process of a trial, or report again what one that has ended reported."""
         sweep = self._sweep

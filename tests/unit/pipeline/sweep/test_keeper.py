@@ -9,10 +9,12 @@ import pytest
 
 from pipeline.config import RunConfig
 from pipeline.driver.record import Outcome, new_record, write_record
+from pipeline.sweep import tuning
 from pipeline.sweep.keeper import Keeper, Sweep, TrialState
 from pipeline.sweep.process import ENDED, Point
 from pipeline.sweep.record import Stopped
 from pipeline.sweep.trials import Trial
+from pipeline.sweep.tuning import Tuning, scheduler, tune_trials
 from tests.support.command import until
 
 SAVES = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\nprint('ready', flush=True)\ntime.sleep(600)"
@@ -119,3 +121,27 @@ def test_all_processes_save_when_the_sweep_is_stopped(tmp_path: Path) -> None:
     until(lambda: process.last_line == "ready", "the process")
     bench.keeper.stop_all()
     assert (process.status, bench.saved) == (75, {})  # it is to be continued, so it has not ended early
+
+
+def test_ray_tune_takes_the_keeper_and_its_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes a sweep down before it runs, for which everything must be picklable."""
+    bench = Bench(tmp_path, SAVES)
+    fitted: list[Any] = []
+    monkeypatch.setattr(tuning, "_this_node", lambda: "node:127.0.0.1")
+    monkeypatch.setattr("ray.tune.Tuner.fit", lambda tuner: fitted.append(tuner))
+    rule = Tuning("train/loss", "min", "asha", grace_epochs=1, reduction=2.0, parallel=2)
+    tune_trials(["it-a"], tmp_path, rule, epochs=3.0, total_steps=9, keeper=bench.keeper, verbose=False)
+    assert len(fitted) == 1
+
+
+def test_asha_ends_the_worse_trial_but_none_at_its_last_epoch() -> None:
+    rule = scheduler(Tuning("val/AP", "max", "asha", grace_epochs=1, reduction=2.0, parallel=1), epochs=4.0)
+    rule.set_search_properties("val/AP", "max")
+    decisions = {}
+    for name, value in (("good", 0.5), ("bad", 0.1)):
+        trial = SimpleNamespace(trial_id=name)
+        rule.on_trial_add(None, trial)
+        for epoch in (1.0, 2.0, 3.0, 4.0):
+            decisions[name, epoch] = rule.on_trial_result(None, trial, {"epoch": epoch, "val/AP": value})
+    assert decisions["bad", 1.0] == "STOP"
+    assert all(decisions["good", epoch] == "CONTINUE" for epoch in (1.0, 2.0, 3.0, 4.0))
