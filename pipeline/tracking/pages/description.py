@@ -86,7 +86,9 @@ def _position(run: Run, now: datetime) -> str:
         end = progress.ends
         if end and phase not in _ENDS:
             when = end.astimezone(UTC)
-            words.append(f"ends about {when:%Y-%m-%d %H:%M} UTC" if when > now else "the forecast of its end has passed")
+            words.append(
+                f"ends about {when:%Y-%m-%d %H:%M} UTC" if when > now else "the forecast of its end has passed"
+            )
     if phase in _ENDS and run.info.end_time:
         words.append(f"ended {datetime.fromtimestamp(run.info.end_time / 1000, UTC):%Y-%m-%d %H:%M} UTC")
     return "; ".join(words) + "."
@@ -150,9 +152,13 @@ def _facts(run: Run, config: RunConfig) -> str:
 
 
 def _recipe(config: RunConfig) -> str:
-    changed = [f"{name} {value or 'none'} (recipe: {usual or 'none'})" for name, (value, usual) in differing(config).items()]
+    changed = [
+        f"{name} {value or 'none'} (recipe: {usual or 'none'})" for name, (value, usual) in differing(config).items()
+    ]
     more = f" and {len(changed) - _OPTIONS} more" if len(changed) > _OPTIONS else ""
-    return f"`{config.recipe or 'none'}`" + (f" with {', '.join(changed[:_OPTIONS])}{more}" if changed else ", unchanged")
+    return f"`{config.recipe or 'none'}`" + (
+        f" with {', '.join(changed[:_OPTIONS])}{more}" if changed else ", unchanged"
+    )
 
 
 def _commands(run: Run, config: RunConfig, versions: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.tracking.pages.pictures import CURVES, DETECTIONS, REPORT, newest
 from pipeline.tracking.progress import read_progress
 from pipeline.tracking.step_timer import PHASES
+from pipeline.tracking.tracker import WORKERS
 from pipeline.training.loop import run
 from pipeline.training.model import build_trainable_model
 from pipeline.training.state import RunInfo
@@ -54,6 +55,9 @@ def test_a_run_saves_evaluates_and_reports_at_the_right_steps(config: RunConfig,
     assert len([name for name, _ in tracker.pictures if not name.startswith(("errors/", "data/"))]) == 4
     assert [step for name, _, step in tracker.points if name == "Summary/loss"] == [1, 2, 3, 4, 5, 6]
     assert [step for name, _, step in tracker.points if name == "Summary/AP"] == [3, 6]
+    # MLflow sorts the sections of charts by name.
+    sections = sorted({name.rpartition("/")[0] for name, _, _ in [*tracker.points, (WORKERS, 0.0, 0)]} - {""})
+    assert (sections[0], sections[-1]) == ("Summary", "workers")
     assert [step for name, step in tracker.pictures if name == "errors/worst_images"] == [3, 6]
     assert [step for name, step in tracker.pictures if name == "errors/attention"] == [3, 6]
     assert b"<h2>Attention</h2>" in tracker.files[REPORT][0]
