@@ -19,7 +19,7 @@ from pipeline.config import RunConfig
 
 STATUS_LATER = 75
 """Exit status of a command that is to be started again (docs/stopping-and-resuming.md)."""
-SUBMITTABLE = ("demo", "shard", "train", "resume", "evaluate", "predict", "register", "import", "export")
+SUBMITTABLE = ("demo", "shard", "train", "sweep", "resume", "evaluate", "predict", "register", "import", "export")
 """Commands that can be jobs."""
 GRACE_S = 60
 """Seconds that a job has to save after SIGTERM."""

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs.clusters.entries import Cluster
-from jobs.commands import exchange, models, runs, shard
+from jobs.commands import exchange, models, runs, shard, sweep
 from jobs.nearest import nearest
 from jobs.parsing import UsageError, parse
 from jobs.plan import Request
-from jobs.refusals import check_words
+from jobs.refusals import check_words, with_storage
 from jobs.refusals import read_request as read_training
 
 _OPTIONS: dict[str, type[Any]] = {
@@ -40,6 +40,8 @@ def read_request(cluster: Cluster, argv: Sequence[str]) -> Request:
     name, words = argv[0], list(argv[1:])
     if name == "train":
         return read_training(cluster, argv)
+    if name == "sweep":
+        return _sweep(with_storage(cluster, argv))
     kind = _OPTIONS.get(name)
     prog = f"detr {name}"
     if name == "shard":
@@ -58,3 +60,17 @@ def read_request(cluster: Cluster, argv: Sequence[str]) -> Request:
         reads += [str(each) for each in values]
     model = str(getattr(options, "model", ""))
     return Request(tuple(argv), model=model, known_run=str(getattr(options, "run", "") or ""), reads=tuple(reads))
+
+
+def _sweep(argv: Sequence[str]) -> Request:
+    """Return the parsed sweep; its trials are checked where it runs, and here what the first of them reads."""
+    own, words = sweep.divided(argv[1:])
+    options = parse(sweep.Sweep, own, "detr sweep")
+    recipe, trials = sweep.trials_of(options.name, options.recipe, words)
+    config = sweep.config_of(recipe, trials[0])
+    reads = [options.recipe] if options.recipe.endswith(".toml") else []
+    if not config.data.built_in:
+        reads += [config.data.train, config.data.val]
+    return Request(
+        tuple(argv), reads=tuple(reads), model=config.initial if config.initial.startswith("models:/") else ""
+    )

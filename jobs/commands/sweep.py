@@ -61,7 +61,7 @@ def sweep(argv: list[str]) -> None:
     own, words = divided(argv)
     options = parse(Sweep, own, "detr sweep")
     recipe, trials = trials_of(options.name, options.recipe, words)
-    configs = [_config(recipe, trial) for trial in trials]
+    configs = [config_of(recipe, trial) for trial in trials]
     _check(options, configs)
     import os
 
@@ -117,7 +117,7 @@ def trials_of(name: str, recipe: str, words: Sequence[str]) -> tuple[str, list[T
     ]
 
 
-def _config(recipe: str, trial: Trial) -> RunConfig:
+def config_of(recipe: str, trial: Trial) -> RunConfig:
     options = parse_train([recipe, *trial.options, "--run", trial.name], "detr train")
     if options is None or options.dry_run or options.smoke:
         raise UsageError(f"got an option that starts no training; {_USAGE}")

@@ -34,6 +34,7 @@ from jobs.plan import GRACE_S, Plan
 
 _LOOK_S = 2.0
 _HEAD_SHM_GIB = 4
+_COMMAND = "detr/command"
 _STATES: dict[str, State] = {
     "Running": "RUNNING",
     "Complete": "SUCCEEDED",
@@ -127,7 +128,12 @@ def rayjob(plan: Plan) -> RayJob:
     return RayJob(
         api_version="ray.io/v1",
         kind="RayJob",
-        metadata=Metadata(name=plan.job, namespace=cluster.namespace, labels=_labels(cluster, plan)),
+        metadata=Metadata(
+            name=plan.job,
+            namespace=cluster.namespace,
+            labels=_labels(cluster, plan),
+            annotations={_COMMAND: plan.shown},
+        ),
         spec=Spec(
             entrypoint=shlex.join(plan.command),  # the operator's shell reads it, so it holds words only
             submission_mode="K8sJobMode",
@@ -137,7 +143,7 @@ def rayjob(plan: Plan) -> RayJob:
             pre_running_deadline_seconds=cluster.start_limit_s,
             shutdown_after_job_finishes=True,
             ttl_seconds_after_finished=cluster.keep_s,
-            metadata={"command": plan.shown, "run": plan.run},
+            metadata={"run": plan.run} if plan.run else {},  # the operator's shell would expand a dollar sign
             ray_cluster_spec=RayCluster(
                 ray_version=importlib.metadata.version("ray"),
                 auth_options={
@@ -239,9 +245,8 @@ def _job(item: dict[str, Any]) -> Job:
     if not reason and state == "PENDING":
         reason = status.get("jobDeploymentStatus", "") or "the operator has not looked at it"
     started = datetime.fromisoformat(begun).timestamp() if begun else None
-    metadata = spec.get("metadata", {})
-    command = metadata.get("command", spec.get("entrypoint", ""))
-    return Job(item["metadata"]["name"], state, started, command, metadata.get("run", ""), reason)
+    command = item["metadata"].get("annotations", {}).get(_COMMAND, spec.get("entrypoint", ""))
+    return Job(item["metadata"]["name"], state, started, command, spec.get("metadata", {}).get("run", ""), reason)
 
 
 def _kuberay(plan: Plan) -> KubeRay:

@@ -12,11 +12,12 @@ class _Object(Struct, frozen=True, kw_only=True, omit_defaults=True, rename="cam
 
 
 class Metadata(_Object, frozen=True, kw_only=True):
-    """Name and labels."""
+    """Name, labels and notes."""
 
     name: str = ""
     namespace: str = ""
     labels: dict[str, str] = field(default_factory=dict)
+    annotations: dict[str, str] = field(default_factory=dict)
 
 
 class EnvVar(_Object, frozen=True, kw_only=True):

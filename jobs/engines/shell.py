@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from jobs.clusters.secret import Secret
 
-
 LINT = "# shellcheck disable=SC1091,SC2016  # files that only the nodes have; values that hold a dollar sign"
 """First line after the header: what shellcheck cannot know about the user's own lines."""
 

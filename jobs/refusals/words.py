@@ -20,7 +20,9 @@ from jobs.training import parse_train, smoke
 from pipeline.tracking.server.address import tracking_uri
 from shards.store.storage import refuse_secret
 
-_LOCAL_ONLY = ("submit", "jobs", "ui", "clusters", "runs", "show", "sweep", "compare")
+_LOCAL_ONLY = (
+    "submit", "jobs", "ui", "clusters", "runs", "show", "show-batch", "sync", "compare", "promote", "lineage",
+)  # fmt: skip
 _SHORTEST_SECRET = 8
 
 
@@ -61,14 +63,18 @@ def read_request(cluster: Cluster, argv: Sequence[str]) -> Request:
     check_words(cluster, argv)
     if argv[0] != "train":
         return Request(tuple(argv))
-    words = list(argv[1:])
-    if cluster.storage and not any(re.match("--storage(=|$)", word) for word in words):
-        words += ["--storage", cluster.storage]
+    words = with_storage(cluster, argv[1:])
     options = parse_train(words, "detr train")
     assert options is not None  # it would have asked for help
     config = smoke(options.config) if options.smoke else options.config
     model = config.initial if config.initial.startswith("models:/") else ""
     return Request(("train", *words), config, options.run or "", options.smoke, model=model)
+
+
+def with_storage(cluster: Cluster, words: Sequence[str]) -> list[str]:
+    """Return the words with the storage of the entry, unless they name another."""
+    given = any(re.match("--storage(=|$)", word) for word in words)
+    return [*words, *(["--storage", cluster.storage] if cluster.storage and not given else [])]
 
 
 def at_address(cluster: Cluster, address: str) -> Cluster:

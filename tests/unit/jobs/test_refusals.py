@@ -94,6 +94,8 @@ REFUSED = [
     ("local -- train detr-r5", "there is no recipe 'detr-r5'; did you mean detr-r50?"),
     ("local -- train demo --optim.lrr 1", "did you mean --optim.lr"),
     ("local -- shard coc --out o", "got 'coc' after `detr shard`"),
+    ("local -- sweep lr demo --optim.lrr 1,2", "--optim.lrr"),
+    ("small -- sweep lr overfit --seed 1,2 --data.train /absent", "/absent: nothing is there"),
     # secrets and tokens
     ("local -- train demo --track.experiment hush-hush-hush", "the command holds the value of AWS_SECRET_ACCESS_KEY"),
     ("lab --address http://127.0.0.1:9 -- train demo", "the token of lab belongs to http://127.0.0.1:"),
@@ -164,6 +166,12 @@ def test_server_that_accepts_and_stays_silent_is_an_error(detr: Detr, monkeypatc
         result = detr("submit", "local", "--address", address, "--", "train", "demo")
     assert result.status == 1
     assert f"no Ray job server answers at {address}" in result.line
+
+
+def test_a_sweep_is_sent_with_the_storage_of_the_entry(detr: Detr, site: SimpleNamespace, tmp_path: Path) -> None:
+    sent = detr("submit", "small", "--write", "-", "--", "sweep", "lr", "demo", "--seed", "1,2")
+    assert sent.status == 0, sent.err
+    assert f"-m jobs.cli sweep lr demo --seed 1,2 --storage {tmp_path}/runs" in sent.out
 
 
 def test_a_server_that_does_not_say_which_nodes_it_has_gets_the_job(

@@ -52,8 +52,12 @@ def folder_line(folder: Path, launcher: str) -> str:
 
 def rayjob(state: str, status: str = "", **more: Any) -> str:
     item = {
-        "metadata": {"name": "run-1", "creationTimestamp": "2026-11-30T05:00:00Z"},
-        "spec": {"entrypoint": "python", "metadata": {"command": "detr train demo", "run": "r"}},
+        "metadata": {
+            "name": "run-1",
+            "creationTimestamp": "2026-11-30T05:00:00Z",
+            "annotations": {"detr/command": "detr train demo"},
+        },
+        "spec": {"entrypoint": "python", "metadata": {"run": "r"}},
         "status": {"jobDeploymentStatus": state, "jobStatus": status, "jobId": "id-1", "rayClusterName": "c-1", **more},
     }
     return json.dumps(item)
