@@ -69,4 +69,6 @@ def versions_line() -> str:
     libraries = library_versions()
     if torch.version.cuda:
         libraries["torch"] += f" (CUDA {torch.version.cuda})"
-    return ", ".join(f"{name} {version}" for name, version in {"Python": platform.python_version(), **libraries}.items())
+    return ", ".join(
+        f"{name} {version}" for name, version in {"Python": platform.python_version(), **libraries}.items()
+    )
