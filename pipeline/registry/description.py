@@ -12,6 +12,7 @@ MOST_TEXT = 4900
 """Characters of a description; MLflow keeps 5000."""
 _SHOWN = 12  # characters of a digest
 _CLASSES = 8  # classes that are named, the most frequent
+_COMMAND = 64  # characters of a command beside which its use is shown in a column
 _EVALUATIONS = 6  # data sets whose figures are shown
 _MOST_CELL = (600, 300, 120)  # characters of a cell, as many as fit
 _COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
@@ -57,11 +58,12 @@ def _figures(facts: VersionFacts) -> str:
     if not facts.figures:
         return "Not evaluated yet: `detr evaluate` adds its figures here."
     masks = any("mask_AP" in figures.metrics for figures in facts.figures)
-    lines = ["| data | " + " | ".join(_COLUMNS) + " |", "|---|" + "---|" * len(_COLUMNS)]
+    gap = "&nbsp;&nbsp;"  # MLflow's tables have none between columns
+    lines = [f"| data | {gap}" + f" | {gap}".join(_COLUMNS) + " |", "|---|" + "---|" * len(_COLUMNS)]
     for figures in facts.figures[:_EVALUATIONS]:
         for title, prefix in (("", ""), (", masks", "mask_"))[: 1 + masks]:
             cells = [_cell(figures.metrics.get(prefix + name)) for name in _COLUMNS]
-            lines.append("| " + " | ".join([_data_title(facts, figures) + title, *cells]) + " |")
+            lines.append(f"| {_data_title(facts, figures)}{title} | {gap}" + f" | {gap}".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -124,7 +126,7 @@ def corrections_text(data: DataSet) -> str:
 def usage_text(facts: VersionFacts) -> str:
     """Return the commands that use a version, each with what it does."""
     rows = dict(_usage(facts))
-    width = max(map(len, rows))
+    width = min(max(map(len, rows)), _COMMAND)
     return "\n".join(f"{command.ljust(width)}  # {use}" for command, use in rows.items())
 
 

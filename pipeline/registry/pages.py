@@ -46,7 +46,7 @@ def _pictures(client: MlflowClient, facts: VersionFacts) -> dict[str, str]:
     found = {}
     for key, title in _TITLES.items():
         start = f"{_IMAGES}/{key.replace('/', '~')}+step+{facts.tags.get('step', '')}+"
-        path = next((name for name in sorted(names) if name.startswith(start) and name.endswith(".webp")), None)
+        path = next((name for name in sorted(names) if name.startswith(start) and name.endswith(".png")), None)
         if path is not None:
             found[title] = path
     return found

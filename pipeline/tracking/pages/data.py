@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _DIGITS = 36  # MLflow's longest digest; a tag of the run has the whole one
 _COLUMNS = "mlflow_colspec"
+_DIGESTS = ("digest", "source_digest", "corrections_digest")
 
 
 class ClassCount(msgspec.Struct, frozen=True):
@@ -77,9 +78,7 @@ def dataset_input(context: str, data: DataSet) -> Any:
         "images": data.images,
         "objects": data.objects,
         "classes": data.classes,
-        "digest": data.digest,
-        "source_digest": data.source_digest,
-        "corrections_digest": data.corrections_digest,
+        **{name: _halves(getattr(data, name)) for name in _DIGESTS},
         "corrections": data.corrections,
     }
     columns = [
@@ -104,10 +103,16 @@ def data_of_run(run: Run) -> Iterator[tuple[str, DataSet]]:
         tags = {tag.key: tag.value for tag in entry.tags}
         profile = _decoded(entry.dataset.profile)
         known = {name: value for name, value in profile.items() if name in DataSet.__struct_fields__}
+        known |= {name: str(known[name]).replace(" ", "") for name in _DIGESTS if name in known}
         facts = {"digest": entry.dataset.digest, **known, "by_class": _by_class(entry.dataset.schema)}
         url = str(_decoded(entry.dataset.source).get("uri", ""))
         found.append((tags.get("mlflow.data.context", "data"), DataSet(name=entry.dataset.name, url=url, **facts)))
     yield from sorted(found, key=lambda entry: entry[0] != "training")
+
+
+def _halves(digest: str) -> str:
+    """Return a digest with a blank in the middle, where the drawer of MLflow breaks the line instead of cutting it."""
+    return f"{digest[:32]} {digest[32:]}".strip()
 
 
 def metric_data(run: Run, use: str) -> dict[str, str]:

@@ -60,7 +60,7 @@ def test_the_page_of_a_version_has_figures_data_code_and_commands(trained: Train
         f"detr evaluate models:/tiny/1 --data {trained.config.data.val}",
         f"detr resume {trained.run_id[:8]} --epochs",
     ):
-        assert wanted in text.replace(", made", "; made"), wanted
+        assert wanted in text.replace(", made", "; made").replace("&nbsp;", ""), wanted
     assert logged_model(trained).tags[TAG_NOTE] == text
     assert "`detr lineage models:/tiny/VERSION`" in trained.client.get_registered_model("tiny").description
 
