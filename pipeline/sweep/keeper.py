@@ -133,6 +133,7 @@ class Keeper(Callback):  # type: ignore[misc]
         if process is None:
             state.problem = "it did not start"
             return
+        process.stop()  # it runs on if only the actor that stands for it has died
         state.postponed = process.status == Postponed.exit_status
         state.problem = process.last_line or f"its process ended with status {process.status}"
         self._sweep.say(f"{state.trial.name}: {state.problem} (output: {process.folder / 'log'})")

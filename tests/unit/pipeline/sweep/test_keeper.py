@@ -113,6 +113,16 @@ def test_a_failed_process_gives_its_reason(status: int, postponed: bool, tmp_pat
     assert bench.lines[-1].startswith("it-a: no such data (output: ")
 
 
+def test_a_process_whose_actor_has_died_saves_and_continues_later(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, SAVES)
+    bench.start()
+    process = bench.state.process
+    assert process is not None
+    until(lambda: process.last_line == "ready", "the process")
+    bench.keeper.on_trial_error(0, [], bench.trial)
+    assert (process.status, bench.state.postponed) == (75, True)
+
+
 def test_all_processes_save_when_the_sweep_is_stopped(tmp_path: Path) -> None:
     bench = Bench(tmp_path, SAVES)
     bench.start()
