@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score a registered version on a data set with COCO's twelve metrics."""
+    """Score a registered version on a data set with COCO's twelve metrics, and record them in MLflow."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Registered version, models:/NAME@ALIAS or models:/NAME/VERSION."""
