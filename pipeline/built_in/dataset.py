@@ -17,12 +17,26 @@ from shards.write.writer import write_coco
 _SAMPLES_PER_SHARD = 1000
 
 
+def is_made(config: RunConfig) -> bool:
+    """Return True if the built-in data set and its backbone exist, so that `make_built_in` has nothing to do."""
+    return _has_data(config) and _has_weights(config)
+
+
+def _has_data(config: RunConfig) -> bool:
+    return all(storage.exists(storage.join(url, MANIFEST_NAME)) for url in (config.data.train, config.data.val))
+
+
+def _has_weights(config: RunConfig) -> bool:
+    weights = config.model.backbone_weights
+    return weights in ("random", "imagenet") or Path(weights).exists()
+
+
 def make_built_in(config: RunConfig, say: Callable[[str], None]) -> None:
     """Generate the built-in data set and pre-train its backbone, unless they exist."""
     make_data(config, say)
-    weights = Path(config.model.backbone_weights)
-    if config.model.backbone_weights in ("random", "imagenet") or weights.exists():
+    if _has_weights(config):
         return
+    weights = Path(config.model.backbone_weights)
     with progress_bar("pre-training the backbone", "step") as progress:
         result = pretrain_backbone(
             load_manifest(config.data.train),
@@ -39,9 +53,9 @@ def make_built_in(config: RunConfig, say: Callable[[str], None]) -> None:
 
 def make_data(config: RunConfig, say: Callable[[str], None]) -> None:
     """Generate and shard the built-in data set, unless it exists."""
-    urls = (config.data.train, config.data.val)
-    if all(storage.exists(storage.join(url, MANIFEST_NAME)) for url in urls):
+    if _has_data(config):
         return
+    urls = (config.data.train, config.data.val)
     source = Path(config.data.train).parent / "source"
     with progress_bar("drawing images") as progress:
         drawn = write_synthetic(source, progress=progress)

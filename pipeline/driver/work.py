@@ -342,9 +342,9 @@ def create(
                 _warn_of_other(client, name, folder, launch)
         if made:
             config = agreed(made, config, accept, launch.say)
-        before = time.time()
+        made_now, before = config.data.built_in and not _is_made(config), time.time()
         config, ready = prepare(config, launch.say)
-        if config.data.built_in:  # made for the first run, so later ones do not take that time
+        if made_now:  # for this run alone, so the times of others do not contain it
             launch = replace(launch, began=launch.began + time.time() - before)
         digests = (ready.train.digest, ready.val.digest)
         if made and digests != (made.train_digest, made.val_digest) and not accept:
@@ -356,6 +356,12 @@ def create(
         if known is not None:
             record = record.but(key=known.key)
         return Work(folder, launch, lease, record, client).create(config, ready, connection)
+
+
+def _is_made(config: RunConfig) -> bool:
+    from pipeline.built_in.dataset import is_made  # with torch, which Ray's start does not wait for
+
+    return is_made(config)
 
 
 def _warn_of_other(client: MlflowClient, name: str, folder: Location, launch: Launch) -> None:
