@@ -57,7 +57,10 @@ def write_mlflow_model(path: Path, detector: Path, model: Model) -> None:
             mlflow_model=model,
         )
     write_code(path / CODE_ARCHIVE)
-    model.flavors["python_function"]["code"] = CODE_ARCHIVE
+    flavor = model.flavors["python_function"]
+    flavor["code"] = CODE_ARCHIVE
+    flavor["model_code_path"] = "serve.py"  # MLflow reads the name alone, and wrote this machine's path
+    flavor["artifacts"][Path(DETECTOR_FOLDER).name]["uri"] = DETECTOR_FOLDER
     model.save(path / "MLmodel")
 
 

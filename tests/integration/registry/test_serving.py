@@ -200,6 +200,7 @@ def test_only_weights_and_card_of_a_version_are_fetched_and_its_code_is_one_file
     files = {str(path.relative_to(stored)) for path in stored.rglob("*") if path.is_file()}
     assert "code/detr.zip" in files
     assert len(files - {"registered_model_meta"}) == 10  # MLflow's server adds this beside them
+    assert not re.search(f"{ROOT}|{tempfile.gettempdir()}", (stored / "MLmodel").read_text())  # of this machine
     readable = {path.stat().st_mode & 0o777 for path in stored.rglob("*") if path.is_file()}
     assert len(readable) == 1  # safetensors writes files that only their owner may read
 
