@@ -6,7 +6,17 @@ import pytest
 
 from jobs import cli
 from jobs.cli import run
+from pipeline.tracking.server import address
 from tests.support.in_process import Detr, Result
+
+
+@pytest.fixture(autouse=True)
+def _no_login(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the login that an earlier test had in MLflow's address."""
+    for name in (address.USERNAME, address.PASSWORD):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(address._Moved, "login", False)
 
 
 @pytest.fixture
