@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 STEPS = 60
 SECRET = "planted-c0ffee-planted"
 TRAIN = ["train", "overfit", *TINY, "--optim.max-steps", str(STEPS), "--evaluate.every", "10", "--cluster.workers", "2"]
+TRAIN += ["--track.log-every", "1"]  # a point is the mean since the one before, or since the start
 
 
 @pytest.fixture
