@@ -148,19 +148,16 @@ def _job(details: JobDetails) -> Job:
     )
 
 
-class _NoSuchPage(JobError):
-    """Raised if a server answers, but not this question."""
-
-
 def sizes_of_nodes(cluster: Ray) -> list[tuple[float, float]] | None:
     """Return CPUs and GPUs of each live node, None if the server does not say. Ray is not imported.
 
     Raise `JobError` if no server answers.
     """
     query = "/api/v0/nodes?detail=1&limit=10000&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
+    _ask(cluster, "/api/version")
     try:
         nodes = json.loads(_ask(cluster, query))["data"]["result"]["result"]
-    except (_NoSuchPage, KeyError, ValueError):
+    except (JobError, KeyError, ValueError):
         return None
     return [(node["resources_total"].get("CPU", 0), node["resources_total"].get("GPU", 0)) for node in nodes]
 
@@ -196,7 +193,7 @@ def _ask(cluster: Ray, path: str) -> bytes:
         error.close()
         if error.code in (401, 403):
             raise _refused(cluster) from None
-        raise _NoSuchPage(str(_unanswered(cluster, f"HTTP {error.code}"))) from None
+        raise _unanswered(cluster, f"HTTP {error.code}") from None
     except (OSError, ValueError) as error:
         raise _unanswered(cluster, one_line(getattr(error, "reason", None) or error)) from None
 
