@@ -6,7 +6,6 @@ The name of each host resolves to a loopback address, as on Debian.
 import json
 import os
 import re
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -253,18 +252,18 @@ def test_a_job_trains_on_a_host_that_has_never_seen_this_package(site: Site, det
     words = ["--head", "--port", "6379", "--dashboard-host", host.address, "--dashboard-port", "8265"]
     start_ray(host, *words)
     wait_for_ray(host)
-    until(lambda: answers(host.address, 8265), "the job server answers", 90)
+    url, token = f"http://{host.address}:8265", site.environment["RAY_AUTH_TOKEN"]
+    until(lambda: answers(url, token), "the job server answers", 120)
     (detr.folder / "detr.toml").write_text(f"""
         [clusters.far]
         launcher = "ray"
-        address = "http://{host.address}:8265"
+        address = "{url}"
         token = "env:FAR_TOKEN"
         python = "{sys.executable}"
         storage = "s3://sets/runs"
         mlflow = "{site.environment["MLFLOW_TRACKING_URI"]}"
         secrets = {{AWS_SECRET_ACCESS_KEY = "env:AWS_SECRET_ACCESS_KEY"}}
         """)
-    token = site.environment["RAY_AUTH_TOKEN"]
     detr.env |= site.store.environment | {"FAR_TOKEN": token}
     training = [*TRAIN, "--data.train", "s3://sets/train", "--data.val", "s3://sets/val", "--optim.max-steps", "10"]
     checked = detr("clusters", "check", "far", "--", *training)
@@ -280,10 +279,7 @@ def test_a_job_trains_on_a_host_that_has_never_seen_this_package(site: Site, det
     versions = "select count(*) from model_versions join runs on run_id = run_uuid where runs.name = 'travelled'"
     assert site.rows(versions) == [(1,)]
     listed = detr("jobs", "list", "--cluster", "far") + checked + output
-    request = urllib.request.Request(
-        f"http://{host.address}:8265/api/jobs/", headers={"Authorization": f"Bearer {token}"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as shown:
+    with urllib.request.urlopen(_request(f"{url}/api/jobs/", token), timeout=60) as shown:
         listed += shown.read().decode()
     kept = [path for path in (site.store.root, detr.folder) for path in path.rglob("*") if path.is_file()]
     for secret in (site.store.environment["AWS_SECRET_ACCESS_KEY"], token):
@@ -292,6 +288,14 @@ def test_a_job_trains_on_a_host_that_has_never_seen_this_package(site: Site, det
     host.kill()
 
 
-def answers(address: str, port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex((address, port)) == 0
+def answers(url: str, token: str) -> bool:
+    """Whether a job server answers; it opens its port seconds before."""
+    try:
+        urllib.request.urlopen(_request(f"{url}/api/version", token), timeout=60).close()
+    except OSError:
+        return False
+    return True
+
+
+def _request(url: str, token: str) -> urllib.request.Request:
+    return urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
