@@ -114,7 +114,8 @@ def test_the_entrypoint_of_a_rayjob_is_the_same_run_on_a_cluster_of_every_retry(
         """)
     manifest = work("submit", "k8s", "--write", "-", "--", *TRAIN, *data(detr))
     job = yaml.safe_load(manifest[manifest.index("apiVersion") :])
-    run = shlex.split(job["spec"]["entrypoint"])[-3]
+    words = shlex.split(job["spec"]["entrypoint"])
+    run = words[words.index("--run") + 1]
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
     variables = {variable["name"]: variable["value"] for variable in head["env"] if "value" in variable}
     recording = Recording(tmp_path / "steps")
@@ -132,10 +133,9 @@ def test_the_entrypoint_of_a_rayjob_is_the_same_run_on_a_cluster_of_every_retry(
         cluster.start()
         try:
             own = host_environment(folder / "driver", environment) | {"RAY_ADDRESS": cluster.address}
-            driver = subprocess.Popen(
-                job["spec"]["entrypoint"], shell=True, cwd=folder, env=own, text=True,
-                stdout=(folder / "log").open("w"), stderr=subprocess.STDOUT,
-            )  # fmt: skip
+            with (folder / "log").open("w") as log:
+                entrypoint = job["spec"]["entrypoint"]
+                driver = subprocess.Popen(entrypoint, shell=True, cwd=folder, env=own, stdout=log, stderr=log)
             if attempt == "first":
                 until(lambda driver=driver: recording.last()[0] >= killed_at or driver.poll() is not None, "it", 240)  # type: ignore[misc]
                 assert driver.poll() is None, (folder / "log").read_text()
