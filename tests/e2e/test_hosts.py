@@ -266,6 +266,7 @@ def test_a_job_trains_on_a_host_that_has_never_seen_this_package(site: Site, det
         """)
     detr.env |= site.store.environment | {"FAR_TOKEN": token}
     training = [*TRAIN, "--data.train", "s3://sets/train", "--data.val", "s3://sets/val", "--optim.max-steps", "10"]
+    training += ["--cluster.workers", "1"]
     checked = detr("clusters", "check", "far", "--", *training)
     assert "every node that can hold a worker has the same code" in checked
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
