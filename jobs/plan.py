@@ -83,10 +83,20 @@ class Plan:
         return (self.cluster.python, "-P", "-m", "jobs.cli", *self.argv)
 
     @property
+    def start(self) -> tuple[str, ...]:
+        """Lines of the shell before the command: into the folder of the cluster, with a line if it or Python is missing."""
+        cluster, lines = self.cluster, []
+        if cluster.directory:
+            problem = f"there is no folder {cluster.directory} here; expected the directory of the entry {cluster.name}"
+            lines.append(_or_say(f"cd {shlex.quote(cluster.directory)} 2>/dev/null", problem))
+        problem = f"there is no {cluster.python} here; expected the python of the entry {cluster.name}"
+        lines.append(_or_say(f"command -v {shlex.quote(cluster.python)} >/dev/null", problem))
+        return tuple(lines)
+
+    @property
     def shell(self) -> str:
-        """The command as a line of the shell, in the folder of the cluster if it has one."""
-        line = f"exec {shlex.join(self.command)}"
-        return f"cd {shlex.quote(self.cluster.directory)} && {line}" if self.cluster.directory else line
+        """The command as a line of the shell, after those of `start`."""
+        return "; ".join([*self.start, f"exec {shlex.join(self.command)}"])
 
     @property
     def shown(self) -> str:
@@ -159,6 +169,11 @@ def describe(plan: Plan) -> str:
     rows += [("secret", f"{name} from {secret}") for name, secret in plan.secrets.items()]
     width = max(len(key) for key, _ in rows)
     return "\n".join(f"{key.ljust(width)}  {value}" for key, value in rows)
+
+
+def _or_say(test: str, problem: str) -> str:
+    message = shlex.quote(f"detr: {problem}")
+    return f"{test} || {{ echo {message} >&2; exit 1; }}"
 
 
 def _has(argv: Sequence[str], flag: str) -> bool:

@@ -111,7 +111,7 @@ def request_of(plan: Plan) -> dict[str, Any]:
     if cluster.requirements == "lock" and cluster.code == "snapshot":
         runtime["pip"] = {"packages": _locked(plan.code.root), "pip_check": False}
     request: dict[str, Any] = {
-        "entrypoint": " && ".join([*secret_lines(plan.secrets), plan.shell]),
+        "entrypoint": "; ".join([*secret_lines(plan.secrets), plan.shell]),
         "submission_id": plan.job,
         "runtime_env": runtime,
         "metadata": {"command": plan.shown, "run": plan.run, "commit": plan.environment.get("DETR_COMMIT", "")},

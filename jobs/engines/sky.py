@@ -37,6 +37,7 @@ _UPLOAD_S = 1800.0
 # SkyPilot has a Ray of its own at port 6380, so nothing here stops Ray machine-wide.
 _RUN = """\
 set -euo pipefail
+{start}
 python=$(command -v {python})
 ray="$(dirname "$python")/ray"
 head=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)
@@ -50,7 +51,7 @@ if [ "$SKYPILOT_NODE_RANK" != 0 ]; then
 fi
 "$ray" start --head --node-ip-address "$head" --port 6379 --include-dashboard false "${{flags[@]}}" &
 nodes=$!
-{directory}set -- "$python" {words}
+set -- "$python" {words}
 """
 _END = """
 kill "$nodes" 2>/dev/null || true
@@ -138,10 +139,10 @@ def task(plan: Plan, workdir: Path) -> dict[str, Any]:
     setup = list(cluster.setup)
     if not setup and snapshot:
         setup = [f"{shlex.quote(cluster.python)} -m pip install --quiet --requirement requirements.lock"]
-    directory = f"cd {shlex.quote(cluster.directory)}\n" if cluster.directory else ""
+    start = "\n".join(plan.start)
     path = 'export PYTHONPATH="$HOME/sky_workdir${PYTHONPATH:+:$PYTHONPATH}"\n' if snapshot else ""
     words = shlex.join(plan.command[1:])
-    run = path + _RUN.format(python=shlex.quote(cluster.python), directory=directory, words=words) + DRIVER + _END
+    run = path + _RUN.format(python=shlex.quote(cluster.python), start=start, words=words) + DRIVER + _END
     config: dict[str, Any] = {}
     if cluster.priority and cluster.infra.startswith(("k8s", "kubernetes")):
         config = {"kubernetes": {"pod_config": {"spec": {"priorityClassName": cluster.priority}}}}

@@ -74,9 +74,8 @@ class SlurmEngine:
         lines += [*exports(plan.environment), *secret_lines(plan.secrets), *cluster.setup]
         if cluster.code == "snapshot":
             lines.append('export PYTHONPATH="$folder/code${PYTHONPATH:+:$PYTHONPATH}"')
+        lines += plan.start
         lines += [f"python=$(command -v {shlex.quote(cluster.python)})", 'ray="$(dirname "$python")/ray"']
-        if cluster.directory:
-            lines.append(f"cd {shlex.quote(cluster.directory)}")
         words = shlex.join(plan.command[1:])
         return (
             "\n".join(lines) + "\n" + _RAY + f'\nset -- "$python" {words}\n' + DRIVER + _END.format(later=STATUS_LATER)

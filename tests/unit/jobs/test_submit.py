@@ -16,9 +16,11 @@ import msgspec
 import pytest
 
 from jobs.clusters import Ray, find_cluster
+from jobs.code import Code
 from jobs.engines import ray as module
 from jobs.engines.engine import Job
 from jobs.engines.ray import RayEngine
+from jobs.plan import Request, make_plan
 from jobs.submit import submit
 from tests.support.in_process import ROOT, Detr
 from tests.support.job_server import JobServer, job_server
@@ -53,12 +55,31 @@ def test_job_runs_the_same_command_in_the_folder_of_the_entry(server: JobServer,
     job_id = submit(here, ["shard", "info", "it's mine"])
     assert server.job["submission_id"] == job_id
     words = "'/opt/py thon' -P -m jobs.cli shard info 'it'\"'\"'s mine'"
-    assert server.job["entrypoint"] == f"cd '{tmp_path}/my run' && exec {words}"
+    lines = server.job["entrypoint"].split("; ")
+    assert lines[0].startswith(f"cd '{tmp_path}/my run' 2>/dev/null || {{ echo ")
+    assert server.job["entrypoint"].endswith(f"; exec {words}")
     variables = server.job["runtime_env"]["env_vars"]
     assert variables["MLFLOW_TRACKING_URI"] == "https://tracking"
     assert variables["RAY_JOB_STOP_SIGNAL"] == "SIGTERM"
     assert (variables["NCCL_DEBUG"], variables["DETR_CACHE"], variables["DETR_JOB"]) == ("WARN", "/local", job_id)
     assert "working_dir" not in server.job["runtime_env"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"directory": "/no/su'ch"},
+            "detr: there is no folder /no/su'ch here; expected the directory of the entry lab\n",
+        ),
+        ({"python": "/no/python"}, "detr: there is no /no/python here; expected the python of the entry lab\n"),
+    ],
+)
+def test_what_is_missing_where_the_job_starts_is_a_line(changes: dict[str, Any], line: str) -> None:
+    lab = Ray(name="lab", address="http://head:8265", **changes)
+    plan = make_plan(lab, Request(("demo",)), Code.installed(), "12ab34cd", "")
+    done = subprocess.run(["sh", "-c", plan.shell], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, line)
 
 
 def test_a_snapshot_of_the_tracked_files_travels_with_its_commit(server: JobServer, tmp_path: Path) -> None:
