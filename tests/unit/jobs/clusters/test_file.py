@@ -7,6 +7,8 @@ import pytest
 
 from jobs.clusters import Ray, Slurm, find_cluster, read_clusters
 from jobs.clusters.secret import Secret
+from jobs.engines.slurm import SlurmEngine
+from jobs.plan import Plan
 from tests.support.entries import ELASTIC, ENTRIES, FIXED, entry
 from tests.support.in_process import Detr
 
@@ -120,3 +122,22 @@ def test_an_unknown_cluster_is_named_with_the_nearest(detr: Detr, tmp_path: Path
     (tmp_path / "detr.toml").write_text(RAY + SLURM)
     result = detr("submit", "labb", "--", "train", "demo")
     assert "there is no cluster 'labb'; did you mean lab?" in result.line
+
+
+def test_check_sends_the_probe_of_a_training_and_follows_it(
+    detr: Detr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Plan] = []
+    followed: list[str] = []
+    monkeypatch.setattr(SlurmEngine, "submit", lambda _, plan, say: sent.append(plan) or plan.job)
+    monkeypatch.setattr(SlurmEngine, "logs", lambda _, cluster, job, stream, *, follow: followed.append(job))
+    storage = (
+        f'storage = "{tmp_path}/runs"\nmlflow = "https://mlflow.example"\non_cluster = ["https://mlflow.example"]\n'
+    )
+    (tmp_path / "detr.toml").write_text(SLURM + storage)
+    assert detr("clusters", "check", "hpc").status == 0
+    assert detr("clusters", "check", "hpc", "--", "train", "demo", "--seed", "7").status == 0
+    assert "16 --optim.batch-size 64 --cluster.gpu yes" in sent[0].shown  # a worker for each of 2 x 8 GPUs
+    assert sent[1].shown == f"detr clusters probe demo --seed 7 --storage {tmp_path}/runs"
+    assert followed == [plan.job for plan in sent]
+    assert "expected `detr clusters check hpc -- train RECIPE ...`" in detr("clusters", "check", "hpc", "--", "ui").line
