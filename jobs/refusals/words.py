@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from jobs.clusters.entries import Cluster, Ray
+from jobs.clusters.entries import Cluster, KubeRay, Ray
 from jobs.clusters.file import LOCAL
 from jobs.clusters.secret import is_sensitive
 from jobs.errors import JobError
@@ -93,7 +93,7 @@ def at_address(cluster: Cluster, address: str) -> Cluster:
 
 
 def warnings_of(cluster: Cluster) -> Iterator[str]:
-    """Yield a line for each address that is reached without encryption beyond this machine."""
+    """Yield a line for each address beyond this machine that is not encrypted, and for an image that may change."""
     addresses = {"MLflow": cluster.mlflow or tracking_uri()}
     if isinstance(cluster, Ray):
         addresses["Ray's job server"] = cluster.address
@@ -103,6 +103,12 @@ def warnings_of(cluster: Cluster) -> Iterator[str]:
                 f"warning: {what} at {address} is not encrypted: tokens, passwords and code can be read and changed on the "
                 "way; https, a VPN or `ssh -L` protects them"
             )
+
+    if isinstance(cluster, KubeRay) and "@sha256:" not in cluster.image:
+        yield (
+            f"warning: image {cluster.image} of {cluster.name} is a tag, so a retry may get other code; a digest, "
+            "NAME@sha256:..., does not change"
+        )
 
 
 def is_loopback(address: str) -> bool:

@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
+from jobs.clusters import find_cluster
 from jobs.engines import ray as ray_engine
+from jobs.refusals import warnings_of
 from tests.support.in_process import ROOT, Detr
 from tests.support.job_server import JobServer, job_server
 
@@ -197,6 +200,14 @@ def test_plain_http_beyond_this_machine_is_warned_of(
         ["MLflow", "at", "http://mlflow.example", "is", "not"],
         ["Ray's", "job", "server", "at", "http://head.example:8265"],
     ]
+
+
+def test_an_image_by_its_tag_is_warned_of(site: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(site.folder)
+    k8s = find_cluster("k8s")
+    assert list(warnings_of(k8s)) == []
+    (warning,) = warnings_of(msgspec.structs.replace(k8s, image="registry/detr:latest"))  # type: ignore[call-arg]
+    assert "image registry/detr:latest of k8s is a tag" in warning
 
 
 def test_refusals_import_no_torch(site: SimpleNamespace) -> None:
