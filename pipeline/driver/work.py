@@ -261,7 +261,8 @@ class Work(RecordedRun):
                 f"the run ended without an evaluated checkpoint in {self._root}; expected one at its last step"
             )
         best, metrics = found
-        drop_deleted(client, client.get_run(run_id).info.experiment_id, run_id)
+        experiment = self._patiently(lambda: client.get_run(run_id)).info.experiment_id
+        drop_deleted(client, experiment, run_id)
         if config.track.register == "never":
             say(
                 f"nothing is registered, as track.register asks: `detr register {self.record.handle} --name NAME` does it"

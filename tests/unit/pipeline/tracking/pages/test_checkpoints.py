@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from pipeline.tracking.mlflow_reported import CHECKPOINT
 from pipeline.tracking.pages.checkpoints import drop_deleted
@@ -50,3 +51,17 @@ def test_models_of_deleted_checkpoints_go_and_registered_ones_stay(
     names = drop_deleted(models, "1", "r")
     assert models.deleted == deleted
     assert names == [f"step-0000000{step}" for step in deleted]
+
+
+@pytest.mark.parametrize("refused", ["search_logged_models", "delete_logged_model"])
+def test_a_user_who_may_not_delete_only_leaves_the_models(
+    tmp_path: Path, refused: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    models: Any = Models(tmp_path, {1: {}, 2: {}}, (2,))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise MlflowException("Permission denied")
+
+    monkeypatch.setattr(models, refused, refuse)
+    assert drop_deleted(models, "1", "r") == []
+    assert "may still show checkpoints that are deleted (Permission denied)" in caplog.text
