@@ -15,6 +15,8 @@ FORMS = "env:VARIABLE, file:/PATH or secret:NAME/KEY"
 _SENSITIVE = re.compile(
     r"passw|passphrase|pwd|secret|token|api_?key|access_?key|private_?key|credential", re.IGNORECASE
 )
+_PUBLIC = ("PWD", "OLDPWD")
+"""Variables that look like secrets by their names and are none."""
 
 
 @dataclass(frozen=True)
@@ -70,4 +72,4 @@ def parse_secret(text: str, field: str) -> Secret:
 
 def is_sensitive(name: str) -> bool:
     """Return True if a variable of this name is likely to hold a secret."""
-    return bool(_SENSITIVE.search(name)) and not name.endswith(("_PATH", "_FILE", "_MODE"))
+    return bool(_SENSITIVE.search(name)) and name not in _PUBLIC and not name.endswith(("_PATH", "_FILE", "_MODE"))

@@ -177,6 +177,13 @@ def test_a_sweep_is_sent_with_the_storage_of_the_entry(detr: Detr, site: SimpleN
     assert f"-m jobs.cli sweep lr demo --seed 1,2 --storage {tmp_path}/runs" in sent.out
 
 
+def test_the_working_folder_is_no_secret(detr: Detr, site: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PWD", "OLDPWD"):
+        monkeypatch.setenv(name, str(site.folder))
+    sent = detr("submit", "small", "--write", "-", "--", "train", "demo", "--storage", site.folder / "runs")
+    assert sent.status == 0, sent.err
+
+
 def test_a_server_that_does_not_say_which_nodes_it_has_gets_the_job(
     detr: Detr, server: JobServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
