@@ -73,7 +73,7 @@ def compare_models(
 
 
 def _common_data(models: Sequence[Model], known: Sequence[KeptOfModel]) -> Manifest:
-    """Return the data set that detections of all models are kept on."""
+    """Return the data set that detections of all models are kept on: of several, the one they were validated on."""
     for model, of_model in zip(models, known, strict=True):
         if not of_model.digests:
             raise _not_kept(model, "any data set")
@@ -87,7 +87,14 @@ def _common_data(models: Sequence[Model], known: Sequence[KeptOfModel]) -> Manif
             f"the models were evaluated on different data (digests: {shown}), whose figures cannot be compared; expected "
             "the same data: give --data URL, which evaluates each on it"
         )
-    kept = known[0].on(common[0])
+    validated = list(dict.fromkeys(of_model.validation for of_model in known if of_model.validation in common))
+    choices = validated or common
+    if len(choices) > 1:  # some may be training data, where a figure proves nothing
+        raise RegistryError(
+            f"the models were all evaluated on {len(choices)} data sets (digests: {', '.join(found[:8] for found in choices)}); "
+            "expected one, or one that they were validated on: give --data URL"
+        )
+    kept = known[0].on(choices[0])
     assert kept is not None  # it is one of its digests
     try:
         manifest = load_manifest(kept.data)

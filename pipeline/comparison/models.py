@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from pipeline.evaluation.kept import Kept, read_beside
 from pipeline.registry.kept_detections import fetch, short_digest, stored
 from pipeline.registry.versions import find_version
 from pipeline.tracking.mlflow_runs import find_run, find_runs, read_config
-from pipeline.tracking.tags import TAG_FOLDER
+from pipeline.tracking.tags import TAG_FOLDER, TAG_VAL_DIGEST
 from shards.errors import ShardError
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class Model:
     """Address of a version of this step, by which it can be evaluated; empty if none is registered."""
     checkpoint: Location | None = None
     """Checkpoint of a run."""
+    val_digest: str = ""
+    """Digest of the data that its run validated on; empty if that is not recorded."""
 
 
 def find_models(client: MlflowClient, text: str) -> list[Model]:
@@ -62,25 +64,26 @@ def _find(client: MlflowClient, text: str) -> Iterator[Model]:
 def model_of_version(version: Any) -> Model:
     """Return the model of a registered version."""
     uri = f"models:/{version.name}/{version.version}"
-    return Model(uri, str(version.run_id), int(version.tags.get("step", 0)), uri)
+    val_digest = version.tags.get("val_digest", "")
+    return Model(uri, str(version.run_id), int(version.tags.get("step", 0)), uri, val_digest=val_digest)
 
 
 def _of_run(client: MlflowClient, run: Any) -> Model:
     """Return the best checkpoint of a run, or its best version where its checkpoints cannot be seen from here."""
     run_id, name = str(run.info.run_id), str(run.info.run_name)
     versions = list(client.search_model_versions(f"run_id = '{run_id}'"))
-    best = _best_checkpoint(client, run)
+    best, val_digest = _best_checkpoint(client, run), run.data.tags.get(TAG_VAL_DIGEST, "")
     if best is not None:
         path, step = best
         uris = [f"models:/{version.name}/{version.version}" for version in versions if _step(version) == step]
-        return Model(name, run_id, step, uris[0] if uris else "", path)
+        return Model(name, run_id, step, uris[0] if uris else "", path, val_digest)
     if not versions:
         raise RegistryError(
             f"run {name} has no evaluated checkpoint that can be seen from here, and no registered version; expected one "
             "of them: wait for its first evaluation, or go where its storage is mounted"
         )
     version = max(versions, key=lambda found: float(found.tags.get("AP", "-1")))
-    return Model(name, run_id, _step(version), f"models:/{version.name}/{version.version}")
+    return replace(model_of_version(version), name=name)
 
 
 def _best_checkpoint(client: MlflowClient, run: Any) -> tuple[Location, int] | None:
@@ -105,10 +108,15 @@ class KeptOfModel:
         self._beside = None if model.checkpoint is None else read_beside(model.checkpoint)
 
     @property
+    def validation(self) -> str:
+        """First digits of the digest of the data that the model's run validated on; empty if that is not known."""
+        return short_digest(self._model.val_digest if self._beside is None else self._beside.digest)
+
+    @property
     def digests(self) -> list[str]:
-        """First digits of the digests of the data sets, that of the run's own validation first."""
-        own = [] if self._beside is None else [short_digest(self._beside.digest)]
-        return [*own, *(digest for digest in self._files if digest not in own)]
+        """First digits of the digests of the data sets."""
+        beside = [] if self._beside is None else [short_digest(self._beside.digest)]
+        return [*beside, *(digest for digest in self._files if digest not in beside)]
 
     def on(self, digest: str) -> Kept | None:
         """Return the detections on the data set of this digest or these first digits of it."""

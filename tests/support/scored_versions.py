@@ -58,10 +58,17 @@ class Registry:
             self.client.create_registered_model(name)
         tags = {"step": "7", "val_digest": data.digest}
         self.client.create_model_version(name, source="nowhere", run_id=run.info.run_id, tags=tags)
+        uri = f"models:/{name}/{number}"
         if detections is not None:
-            scored = Evaluation(score_detections(data, detections), detections, np.arange(data.images))
-            store(self.client, run.info.run_id, 7, keep(data, scored))
-        return f"models:/{name}/{number}"
+            self.keep(uri, detections, data)
+        return uri
+
+    def keep(self, uri: str, detections: Detections, data: Manifest) -> None:
+        """Keep the detections of a version on a data set."""
+        name, _, number = uri.removeprefix("models:/").rpartition("/")
+        run_id = self.client.get_model_version(name, number).run_id
+        scored = Evaluation(score_detections(data, detections), detections, np.arange(data.images))
+        store(self.client, run_id, 7, keep(data, scored))
 
     def tags(self, uri: str, alias: str = "production") -> dict[str, str]:
         """Return what a version says of its promotion."""

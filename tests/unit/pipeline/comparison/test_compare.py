@@ -58,6 +58,23 @@ def test_other_data_is_refused(registry: Registry) -> None:
         compare(before, after)
 
 
+def test_of_several_common_data_sets_the_validation_data_counts(registry: Registry) -> None:
+    first = next(data for data in map(grid_data, range(10, 100)) if data.digest < registry.data.digest)
+    uris = [registry.version("m", perfect(registry.data)) for _ in range(2)]
+    for uri in uris:
+        registry.keep(uri, perfect(first), first)
+    assert compare(*uris).digest == registry.data.digest
+
+
+def test_several_common_data_sets_that_none_was_validated_on_are_refused(registry: Registry) -> None:
+    uris = [registry.version("m", None) for _ in range(2)]
+    for uri in uris:
+        for data in (grid_data(30), grid_data(40)):
+            registry.keep(uri, perfect(data), data)
+    with pytest.raises(PipelineError, match=r"all evaluated on 2 data sets .*validated on: give --data URL"):
+        compare(*uris)
+
+
 def test_data_that_changed_since_is_refused(registry: Registry, monkeypatch) -> None:
     uri = registry.version("m", perfect(registry.data))
     monkeypatch.setattr(module, "load_manifest", lambda url: grid_data(50))
