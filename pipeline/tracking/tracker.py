@@ -19,8 +19,8 @@ from pipeline.tracking.tags import TAG_WARNING
 
 ATTEMPT_FAMILIES = ("workers", "restart")
 """Families whose points are events of an attempt, so that two attempts can report the same step."""
-SUMMARY = "Summary"
-"""Section of the curves and pictures that MLflow shows first: it sorts the sections, capitals before small letters.
+SUMMARY = "At_a_glance"
+"""Section of the curves and pictures that MLflow shows first: it sorts sections by name, sometimes ignoring case.
 
 Its curves repeat others and come with theirs, from training as from evaluations, so each is a family of its own.
 """

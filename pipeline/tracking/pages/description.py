@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 MOST_TEXT = 4900
 """Characters of a description; MLflow's servers refuse tags of 5000."""
 _SHOWN = 12  # characters of a digest
+_LONGEST = 60  # characters without a space
 _OPTIONS = 10  # options in a line
 _ENDS = {
     "finished": "**Finished**",
@@ -54,6 +55,11 @@ class Scored(NamedTuple):
     metrics: dict[str, float]
 
     @property
+    def name(self) -> str:
+        """Name of `deciding`."""
+        return "Mask AP" if "mask_AP" in self.metrics else "AP"
+
+    @property
     def deciding(self) -> float:
         """AP by which checkpoints are compared: that of masks if they are predicted."""
         return self.metrics.get("mask_AP", self.metrics.get("AP", -1.0))
@@ -65,7 +71,7 @@ def describe(
     """Return the description of a run with these evaluations and registered versions (`NAME/VERSION`)."""
     now, tags = now or datetime.now(UTC), run.data.tags
     blocks = [
-        _position(run, now),
+        f"{_headline(scores)} {_position(run, now)} {_origin(run)} {_call(tags)}",  # MLflow shows a few lines at first
         _scores(scores),
         _warnings(tags),
         _pictures(run, bool(scores)),
@@ -74,6 +80,28 @@ def describe(
         f"*Rewritten {now:%Y-%m-%d %H:%M} UTC.*",
     ]
     return "\n\n".join(filter(None, blocks))[:MOST_TEXT]
+
+
+def _headline(scores: Sequence[Scored]) -> str:
+    if not scores:
+        return "Not evaluated yet."
+    best = _best(scores)
+    return f"**{best.name} {best.deciding:.3f}** at best (epoch {best.epoch:g}), {scores[-1].deciding:.3f} now."
+
+
+def _best(scores: Sequence[Scored]) -> Scored:
+    return max(scores, key=lambda score: (score.deciding, score.step))
+
+
+def _origin(run: Run) -> str:
+    data = "; ".join(f"{use} data {data.name} `{data.digest[:_SHOWN]}`" for use, data in data_of_run(run))
+    commit = commit_text(run.data.tags.get(TAG_COMMIT, "unknown"), run.data.tags.get(TAG_REPOSITORY, ""))
+    return f"{data}; commit {commit}." if data else f"Commit {commit}."
+
+
+def _call(tags: dict[str, str]) -> str:
+    count = sum(name.startswith(TAG_WARNING) and bool(text) for name, text in tags.items()) + (TAG_LEFT_OUT in tags)
+    return f"**{count} warning{'s' if count > 1 else ''}**, below." if count else "No warnings."
 
 
 def _position(run: Run, now: datetime) -> str:
@@ -91,13 +119,15 @@ def _position(run: Run, now: datetime) -> str:
             )
     if phase in _ENDS and run.info.end_time:
         words.append(f"ended {datetime.fromtimestamp(run.info.end_time / 1000, UTC):%Y-%m-%d %H:%M} UTC")
+    resume = f"`detr resume {run.info.run_id[:8]}"
+    words.append(f"{resume} --epochs N` trains it longer" if phase == "finished" else f"{resume}` continues it")
     return "; ".join(words) + "."
 
 
 def _scores(scores: Sequence[Scored]) -> str:
     if not scores:
-        return "Not evaluated yet."
-    best = max(scores, key=lambda score: (score.deciding, score.step))
+        return ""
+    best = _best(scores)
     names = [name for name in ("AP", "AP50", "AP75", "mask_AP", "mask_AP50") if name in best.metrics]
     rows = [("newest", scores[-1]), ("**best**", best)] if best is not scores[-1] else [("**newest and best**", best)]
     lines = [
@@ -114,7 +144,7 @@ def _warnings(tags: dict[str, str]) -> str:
     found = [text for name, text in sorted(tags.items()) if name.startswith(TAG_WARNING) and text]
     found += [f"left out: {tags[TAG_LEFT_OUT]}"] if TAG_LEFT_OUT in tags else []
     if not found:
-        return "No warnings."
+        return ""
     return "**Warnings**\n\n" + "\n".join(f"- {_plain(text)[:400]}" for text in found)
 
 
@@ -163,9 +193,8 @@ def _recipe(config: RunConfig) -> str:
 
 def _commands(run: Run, config: RunConfig, versions: Sequence[str]) -> str:
     handle = run.info.run_id[:8]
-    rows = dict(_command_rows(handle, config, versions))
-    width = max(map(len, rows))
-    return "```\n" + "\n".join(f"{command.ljust(width)}  # {use}" for command, use in rows.items()) + "\n```"
+    rows = _command_rows(handle, config, versions)
+    return "```\n" + "\n".join(f"{command}  # {use}" for command, use in rows) + "\n```"
 
 
 def _command_rows(handle: str, config: RunConfig, versions: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -181,5 +210,6 @@ def _command_rows(handle: str, config: RunConfig, versions: Sequence[str]) -> It
 
 
 def _plain(text: str) -> str:
-    """Return a text that stays in its cell of a table."""
-    return text.replace("|", "/").replace("\n", " ")
+    """Return a text that stays in its cell of a table; a long path keeps its end, or it would widen the whole page."""
+    words = text.replace("|", "/").split()
+    return " ".join(word if len(word) <= _LONGEST else f"...{word[-_LONGEST:]}" for word in words)

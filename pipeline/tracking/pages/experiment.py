@@ -19,11 +19,8 @@ from pipeline.tracking.tags import TAG_NOTE, TAG_PHASE
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-COLUMNS = (
-    *("metrics.`val/AP`", "metrics.`val/AP50`", "metrics.`epoch`", "params.`recipe`", f"tags.`{TAG_PHASE}`"),
-    *("attributes.`Dataset`", "attributes.`Models`"),
-)
-"""Columns of the view, in MLflow's names."""
+COLUMNS = ("metrics.`val/AP`", "metrics.`val/AP50`", "metrics.`epoch`", "params.`recipe`", f"tags.`{TAG_PHASE}`")
+"""Columns of the view, in MLflow's names; with those of data and models the first would be out of sight."""
 TAG_VIEW = f"mlflow.sharedViewState.{VIEW}"
 _NAME = "AP, epoch and phase"
 

@@ -88,7 +88,7 @@ def test_pending_checkpoints_are_evaluated_during_training_despite_kills(
         5.0
     ] * EPOCHS
     images = [file.path for file in client.list_artifacts(found.info.run_id, "images") if file.path.endswith(".png")]
-    drawn = [path.split("+")[2] for path in images if path.startswith("images/Summary~precision_recall+step+")]
+    drawn = [path.split("+")[2] for path in images if path.startswith("images/At_a_glance~precision_recall+step+")]
     assert sorted(map(int, drawn)) == [0, *sorted(expected)]  # the newest is at step 0, too
     best = max(expected, key=lambda step: (expected[step]["AP"], step))
     assert read_meta(outcome.best).step == best

@@ -53,11 +53,11 @@ def test_a_run_saves_evaluates_and_reports_at_the_right_steps(config: RunConfig,
     # The newest is always at step 0, where the slider of MLflow opens.
     assert {tracker.files[newest(key)][1] for key in (DETECTIONS, CURVES)} == {6}
     assert len([name for name, _ in tracker.pictures if not name.startswith(("errors/", "data/"))]) == 4
-    assert [step for name, _, step in tracker.points if name == "Summary/loss"] == [1, 2, 3, 4, 5, 6]
-    assert [step for name, _, step in tracker.points if name == "Summary/AP"] == [3, 6]
+    assert [step for name, _, step in tracker.points if name == "At_a_glance/loss"] == [1, 2, 3, 4, 5, 6]
+    assert [step for name, _, step in tracker.points if name == "At_a_glance/AP"] == [3, 6]
     # MLflow sorts the sections of charts by name.
     sections = sorted({name.rpartition("/")[0] for name, _, _ in [*tracker.points, (WORKERS, 0.0, 0)]} - {""})
-    assert (sections[0], sections[-1]) == ("Summary", "workers")
+    assert (sections[0], sections[-1]) == ("At_a_glance", "workers")
     assert [step for name, step in tracker.pictures if name == "errors/worst_images"] == [3, 6]
     assert [step for name, step in tracker.pictures if name == "errors/attention"] == [3, 6]
     assert b"<h2>Attention</h2>" in tracker.files[REPORT][0]

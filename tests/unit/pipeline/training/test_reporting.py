@@ -33,7 +33,7 @@ def test_a_figure_that_is_not_defined_is_no_point_of_a_curve(tiny_data: TinyData
     values = {name: value for name, value, _ in tracker.points}
     assert "val/APl" not in values
     assert min(value for name, value in values.items() if name.startswith("val/")) >= 0
-    assert values["Summary/AP"] == values["val/AP"]
+    assert values["At_a_glance/AP"] == values["val/AP"]
     assert list(tracker.tables["per_class_ap.json"])[:2] == ["name", "AP"]
 
 

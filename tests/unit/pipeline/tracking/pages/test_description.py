@@ -42,8 +42,9 @@ def described(config: RunConfig = DEMO, scores: Any = SCORES, versions: Any = ()
 
 def test_it_says_how_far_the_run_is_and_when_it_ends() -> None:
     text = described()
-    assert text.startswith("**Training**; epoch 9.2 of 12, step 2,300 of 3,000; ends about 2026-03-01 13:30 UTC.")
-    assert described(**{TAG_PHASE: "finished"}).startswith("**Finished**; epoch 9.2")
+    first = text.partition("\n")[0]
+    assert "**Training**; epoch 9.2 of 12, step 2,300 of 3,000; ends about 2026-03-01 13:30 UTC; `detr resume" in first
+    assert "**Finished**; epoch 9.2" in described(**{TAG_PHASE: "finished"})
     assert "the forecast of its end has passed" in described(
         **{TAG_PROGRESS: '{"step":1,"epoch":1,"end":"2026-03-01T11:00:00+00:00"}'}
     )
@@ -52,6 +53,7 @@ def test_it_says_how_far_the_run_is_and_when_it_ends() -> None:
 
 def test_it_says_how_good_the_run_is_now_and_was_at_best() -> None:
     text = described()
+    assert text.startswith("**AP 0.250** at best (epoch 3), 0.200 now.")
     assert "| newest | 0.200 | 0.450 | 6 | 1,500 |" in text
     assert "| **best** | 0.250 | 0.500 | 3 | 750 |" in text
     assert "| **newest and best** | 0.250 |" in described(scores=SCORES[:1])
@@ -77,6 +79,7 @@ def test_it_names_data_recipe_and_code() -> None:
 
 def test_it_lists_what_warned() -> None:
     assert "No warnings." in described()
+    assert "**1 warning**, below." in described(**{TAG_DATA_WAIT: "x"})
     text = described(**{TAG_DATA_WAIT: "worker 1 waits | long", TAG_LEFT_OUT: "2 training images: a, b"})
     assert "- worker 1 waits / long" in text
     assert "- left out: 2 training images: a, b" in text
@@ -94,7 +97,7 @@ def test_pictures_and_links_are_relative_to_the_page() -> None:
     text = described()
     run_id = "3fc8760d" * 4
     assert (
-        f"](get-artifact?path=images%2FSummary~detections%2Bstep%2B0%2Btimestamp%2B0%2Bnewest%2Bcompressed.webp&run_uuid={run_id})"
+        f"](get-artifact?path=images%2FAt_a_glance~detections%2Bstep%2B0%2Btimestamp%2B0%2Bnewest%2Bcompressed.webp&run_uuid={run_id})"
         in text
     )
     assert f"(#/experiments/7/runs/{run_id}/artifacts/report.html?workflowType=machine_learning)" in text
