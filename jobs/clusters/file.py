@@ -7,12 +7,14 @@ address = "http://head:8265"
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import sys
 import tomllib
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -35,6 +37,15 @@ def local() -> Ray:
     """Return the Ray cluster of this machine: the same interpreter and folder as this process."""
     address = os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265")
     return Ray(name=LOCAL, address=address, code="installed", python=sys.executable, directory=str(Path.cwd()))
+
+
+def is_loopback(address: str) -> bool:
+    """Return True if a URL names this machine's loopback interface."""
+    host = urlsplit(address).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def read_clusters() -> dict[str, Cluster]:
@@ -78,6 +89,8 @@ def _entry(table: Any, name: str, where: str) -> Cluster:
         raise ClusterFileError(f"{where} is no table; expected [clusters.{name}]")
     if not re.fullmatch(r"[a-z0-9]([-_a-z0-9]*[a-z0-9])?", name) or len(name) > 40:
         raise ClusterFileError(f"{where}: is no name of a cluster; expected at most 40 of a-z, 0-9, - and _")
+    if name == LOCAL:  # this machine's token goes to it
+        raise ClusterFileError(f"{where}: is always this machine's own Ray cluster; expected another name")
     launcher = table.get("launcher")
     if launcher not in ENTRIES:
         meant = f": did you mean {nearest(launcher, ENTRIES)}?" if isinstance(launcher, str) else ""

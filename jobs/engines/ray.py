@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO, TypeVar
 
 from jobs.clusters.entries import Ray
-from jobs.clusters.file import LOCAL
+from jobs.clusters.file import LOCAL, is_loopback
 from jobs.clusters.secret import parse_secret
 from jobs.engines.engine import ENDED, Job, Say
 from jobs.engines.shell import secret_lines
@@ -199,14 +199,14 @@ def _ask(cluster: Ray, path: str) -> bytes:
 
 
 def _headers(cluster: Ray) -> dict[str, str]:
-    """Return the header with the token of the entry; for `local`, with this machine's.
+    """Return the header with the token of the entry; for `local` on the loopback interface, with this machine's.
 
     Without a token the header is empty, so that Ray's client does not send this machine's to another cluster.
     """
     token = ""
     if cluster.token:
         token = parse_secret(cluster.token, "token").value()
-    elif cluster.name == LOCAL and os.environ.get("RAY_AUTH_MODE", "token") == "token":
+    elif cluster.name == LOCAL and is_loopback(cluster.address) and os.environ.get("RAY_AUTH_MODE", "token") == "token":
         path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
         token = os.environ.get("RAY_AUTH_TOKEN") or (path.read_text().strip() if path.is_file() else "")
     return {"Authorization": f"Bearer {token}" if token else ""}
@@ -215,7 +215,7 @@ def _headers(cluster: Ray) -> dict[str, str]:
 def _refused(cluster: Ray) -> JobError:
     return JobError(
         f"the Ray cluster at {cluster.address} refused {'the token of the entry' if cluster.token else 'the request'}; "
-        "expected the cluster's token: give `token` in the entry, or for `local` ~/.ray/auth_token or "
+        "expected the cluster's token: give `token` in the entry, or for `local` at 127.0.0.1 ~/.ray/auth_token or "
         "RAY_AUTH_TOKEN_PATH"
     )
 

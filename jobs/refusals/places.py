@@ -7,10 +7,9 @@ import shutil
 from pathlib import Path
 
 from jobs.clusters.entries import Cluster, KubeRay, Ray
-from jobs.clusters.file import LOCAL
+from jobs.clusters.file import LOCAL, is_loopback
 from jobs.errors import JobError
 from jobs.plan import Request
-from jobs.refusals.words import is_loopback
 from pipeline.checkpoint import location
 from pipeline.config import RunConfig
 from pipeline.errors import USER_ERRORS

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from jobs.clusters.entries import Cluster
+from jobs.clusters.file import is_loopback
 from jobs.errors import JobError
 from jobs.plan import Request
 from jobs.refusals.places import is_here
-from jobs.refusals.words import is_loopback
 from pipeline.tracking.server.address import refuse_uri_with_secret, tracking_uri
 
 if TYPE_CHECKING:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from collections.abc import Iterator, Sequence
-from urllib.parse import urlsplit
 
 import msgspec
 
 from jobs.clusters.entries import Cluster, KubeRay, Ray
-from jobs.clusters.file import LOCAL
+from jobs.clusters.file import LOCAL, is_loopback
 from jobs.clusters.secret import is_sensitive
 from jobs.errors import JobError
 from jobs.nearest import nearest
@@ -109,12 +107,3 @@ def warnings_of(cluster: Cluster) -> Iterator[str]:
             f"warning: image {cluster.image} of {cluster.name} is a tag, so a retry may get other code; a digest, "
             "NAME@sha256:..., does not change"
         )
-
-
-def is_loopback(address: str) -> bool:
-    """Return True if a URL names this machine's loopback interface."""
-    host = urlsplit(address).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

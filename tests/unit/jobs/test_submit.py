@@ -143,6 +143,14 @@ def test_the_token_of_an_entry_goes_to_its_address_and_no_other_does(
     assert server.tokens == {"", "Bearer a-token-of-the-lab"}
 
 
+def test_the_token_of_this_machine_stays_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a-token-of-this-machine")
+    for address, token in (("http://127.0.0.1:8265", "Bearer a-token-of-this-machine"), ("http://head:8265", "")):
+        assert module._headers(Ray(name="local", address=address))["Authorization"] == token
+
+
 def test_planted_secrets_are_in_nothing_that_is_sent_or_printed(
     detr: Detr, server: JobServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

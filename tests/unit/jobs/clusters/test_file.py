@@ -89,6 +89,7 @@ MISTAKES = [
     (KUBERAY + 'code = "snapshot"\n', "code: invalid enum value 'snapshot'"),
     (RAY + "[clusters.lab]\n", "is not TOML"),
     (RAY.replace("clusters.lab", "cluster.lab"), "has 'cluster' at the top; expected only [clusters.NAME]"),
+    (RAY.replace("clusters.lab", "clusters.local"), "clusters.local: is always this machine's own Ray cluster"),
     (RAY.replace("clusters.lab", 'clusters."My Lab"'), "clusters.My Lab: is no name of a cluster"),
 ]  # fmt: skip
 
