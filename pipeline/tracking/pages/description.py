@@ -94,9 +94,9 @@ def _best(scores: Sequence[Scored]) -> Scored:
 
 
 def _origin(run: Run) -> str:
-    data = "; ".join(f"{use} data {data.name} `{data.digest[:_SHOWN]}`" for use, data in data_of_run(run))
+    data = ", ".join(f"{use} {data.name} `{data.digest[:_SHOWN]}`" for use, data in data_of_run(run))
     commit = commit_text(run.data.tags.get(TAG_COMMIT, "unknown"), run.data.tags.get(TAG_REPOSITORY, ""))
-    return f"{data}; commit {commit}." if data else f"Commit {commit}."
+    return f"Data: {data}. Commit {commit}." if data else f"Commit {commit}."
 
 
 def _call(tags: dict[str, str]) -> str:
