@@ -2,22 +2,25 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from pipeline.checkpoint.location import Location
+from pipeline.config import RunConfig
 from pipeline.driver import work
 
 
 def stand_in(patch: pytest.MonkeyPatch, run_workers: Callable[..., None]) -> None:
     """Let `run_workers(config, run_id, folder, accept_change=...)` stand for the workers on a cluster."""
 
+    def run(config: RunConfig, run_id: str, folder: Location, *, accept_change: bool, **_: object) -> None:
+        run_workers(config, run_id, folder, accept_change=accept_change)
+
     @contextmanager
     def connected(*_: object, **__: object) -> Iterator[Any]:
-        class Cluster:
-            run = staticmethod(run_workers)
+        yield SimpleNamespace(gpu=False, run=run)
 
-        yield Cluster
-
-    patch.setattr(work, "connecting", lambda *_, **__: nullcontext())
+    patch.setattr(work, "connecting", lambda *_, **__: nullcontext(SimpleNamespace(address=None)))
     patch.setattr(work, "connected", connected)
