@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -98,8 +98,6 @@ def evaluate(argv: list[str]) -> None:
         raise UsageError(
             f"--nms-iou {options.nms_iou:g}: expected --per-layer with it, since NMS is used for nothing else"
         )
-    import msgspec
-
     from pipeline.comparison.compare import keep_detections
     from pipeline.display.pictures import curves_picture
     from pipeline.display.tables import layers_table, metrics_table
@@ -107,53 +105,63 @@ def evaluate(argv: list[str]) -> None:
     from pipeline.inference.evaluate import evaluate, evaluate_per_layer
     from pipeline.inference.kept_figures import keep_evaluation as keep_figures
     from pipeline.inference.kept_figures import keep_last_layer
+    from pipeline.registry.versions import pinned
 
     for path in (options.json, options.curves):
         if path is not None:
             check_target(path)
     if options.report:
         options.report.mkdir(parents=True, exist_ok=True)  # before minutes of work
-    metrics: dict[str, object]
+    options = replace(options, model=pinned(options.model))  # its alias may move meanwhile
     if options.per_layer:
         scores = evaluate_per_layer(options.model, options.data, nms=options.nms_iou, progress=True)
         last = next(score for score in reversed(scores) if score.nms is None)  # the last layer, without NMS
-        metrics = {**last.metrics, "layers": scores}
         print(metrics_table(last.metrics), layers_table(scores), sep="\n\n")
+        _write_json(options.json, {**last.metrics, "layers": scores})
         _print_link(lambda: keep_last_layer(options.model, options.data, last.metrics))
-    else:
-        evaluation = evaluate(options.model, options.data, progress=True)
-        if warning := keep_detections(options.model, options.data, evaluation):
-            print(warning, file=sys.stderr)
-        score = evaluation.score
-        metrics = {**score.metrics}
-        print(metrics_table(score.metrics))
-        _print_link(lambda: keep_figures(options.model, options.data, evaluation))
-        if options.curves:
-            curves_picture(score.curves, score.mask_curves).save(options.curves, format="PNG")
-        if options.report:
-            _report(options, evaluation)
-    if options.json:
-        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(metrics), indent=2) + b"\n")
+        return
+    evaluation = evaluate(options.model, options.data, progress=True)
+    score = evaluation.score
+    print(metrics_table(score.metrics))
+    _write_json(options.json, {**score.metrics})
+    if warning := keep_detections(options.model, options.data, evaluation):
+        print(warning, file=sys.stderr)
+    _print_link(lambda: keep_figures(options.model, options.data, evaluation))
+    if options.curves:
+        curves_picture(score.curves, score.mask_curves).save(options.curves, format="PNG")
+    if options.report:
+        _report(options, evaluation)
+
+
+def _write_json(path: Path | None, metrics: dict[str, object]) -> None:
+    import msgspec
+
+    if path is not None:
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(metrics), indent=2) + b"\n")
 
 
 def _print_link(keep: Callable[[], str]) -> None:
-    """Print where MLflow has the figures; if it refuses them, they are printed already, and only a warning follows."""
-    from pipeline.errors import TrackingError
+    """Print where MLflow has the figures; they are printed already, so that any failure is only a warning."""
     from shards.errors import one_line
 
     try:
         print(f"in MLflow   {keep()}", file=sys.stderr)
-    except (TrackingError, OSError) as error:
+    except Exception as error:  # the client and the store behind it may raise anything
         print(f"warning: these figures are not in MLflow ({one_line(error)})", file=sys.stderr)
 
 
 def _report(options: Evaluate, evaluation: Evaluation) -> None:
     from pipeline.inference.report import write_report
     from pipeline.registry.reports import keep_report
+    from shards.errors import one_line
 
     assert options.report is not None
     page, digest = write_report(options.model, options.data, evaluation, options.report)
-    print(f"see {page}; in MLflow: {keep_report(options.model, page, digest)}")
+    try:
+        print(f"see {page}; in MLflow: {keep_report(options.model, page, digest)}")
+    except Exception as error:  # as above
+        print(f"see {page}")
+        print(f"warning: the page is not in MLflow ({one_line(error)})", file=sys.stderr)
 
 
 @dataclass(frozen=True)

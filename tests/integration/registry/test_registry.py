@@ -153,7 +153,7 @@ def test_a_report_is_a_page_with_proposals_and_an_artifact_of_the_run(
     folder = tmp_path / "new" / "report"
     evaluate_command(["models:/tiny@best", "--data", trained.config.data.val, "--report", str(folder)])
     page = (folder / "report.html").read_text()
-    assert f"models:/tiny@best on {load_manifest(trained.config.data.val).name}" in page
+    assert f"models:/tiny/1 on {load_manifest(trained.config.data.val).name}" in page
     assert "<h2>Attention</h2>" in page
     assert "corrections" in json.loads((folder / "corrections.json").read_text())
     path = capsys.readouterr().out.split("in MLflow: ")[1].strip()
