@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import PipelineError
 from pipeline.evaluation.kept import Kept, difference_of
 from pipeline.registry.kept_detections import fetch, short_digest, stored
 from shards.dataset.manifest import load_manifest
-from shards.errors import ShardError, one_line
+from shards.errors import one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,12 +31,10 @@ def holder(client: MlflowClient, name: str, alias: str) -> Any:
 
 def holder_if_known(client: MlflowClient, name: str, alias: str) -> Any:
     """Return the same as `holder`; None also if the registry does not answer, for what is a remark only."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
     try:
         return holder(client, name, alias)
-    except (MlflowException, SQLAlchemyError, OSError):
+    except Exception as error:  # the client and the store behind it may raise anything
+        LOG.warning("the version of %s that has @%s is not known (%s)", name, alias, one_line(error))
         return None
 
 
@@ -47,8 +44,6 @@ def note_change(client: MlflowClient, before: Any, name: str, number: str, alias
     Return an empty text without such a version, or if the detections of both on the same validation data are not kept. It
     is a remark: if it cannot be made, that is only logged.
     """
-    from mlflow.exceptions import MlflowException
-
     try:
         version = client.get_model_version(name, number)
         if before is None or str(before.version) == str(version.version):
@@ -65,7 +60,7 @@ def note_change(client: MlflowClient, before: Any, name: str, number: str, alias
         )
         client.set_model_version_tag(name, number, f"change.{alias}", text)
         return text
-    except (MlflowException, OSError, PipelineError, ShardError) as error:
+    except Exception as error:  # as above
         LOG.warning("version %s of %s is not compared with @%s (%s)", number, name, alias, one_line(error))
         return ""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from pipeline.errors import PipelineError
 from pipeline.registry.description import describe_model, describe_version
 from pipeline.registry.facts import VersionFacts, facts_about
 from pipeline.tracking.pages.pictures import CURVES, DETECTIONS
@@ -25,8 +24,6 @@ def write_pages(client: MlflowClient, name: str, version: str) -> None:
 
     The version is complete without them. A description that a person gave the registered model stays.
     """
-    from mlflow.exceptions import MlflowException
-
     uri = f"models:/{name}/{version}"
     try:
         facts = facts_about(client, uri)
@@ -36,7 +33,7 @@ def write_pages(client: MlflowClient, name: str, version: str) -> None:
             client.set_logged_model_tags(facts.model_id, {TAG_NOTE: text})
         if not client.get_registered_model(name).description:
             client.update_registered_model(name, describe_model(facts))
-    except (MlflowException, OSError, PipelineError) as error:
+    except Exception as error:  # the client and the store behind it may raise anything
         LOG.warning("%s has no description in MLflow (%s)", uri, one_line(error))
 
 
