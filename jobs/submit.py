@@ -13,7 +13,7 @@ from jobs.code import Code, code_here
 from jobs.engines import engine_of
 from jobs.errors import JobError
 from jobs.plan import Plan, Request, make_plan
-from jobs.refusals import check, check_now, read_request
+from jobs.refusals import check, check_file, check_now, read_request
 
 __all__ = ["JobError", "prepare", "submit"]
 
@@ -40,7 +40,9 @@ def prepare(
         if sizes is not None:
             check_now(spec, request, sizes)
     code = _snapshot(say) if spec.code == "snapshot" else Code.installed()
-    return make_plan(spec, request, code, secrets.token_hex(4), tracking_uri())
+    plan = make_plan(spec, request, code, secrets.token_hex(4), tracking_uri())
+    check_file(spec, engine_of(spec).render(plan))
+    return plan
 
 
 def _snapshot(say: Say) -> Code:

@@ -75,7 +75,7 @@ def _check(argv: list[str]) -> None:
     from jobs.code import Code, code_here
     from jobs.engines import engine_of
     from jobs.plan import Request, make_plan
-    from jobs.refusals import check, read_request
+    from jobs.refusals import check, check_file, read_request
     from pipeline.tracking.server.address import tracking_uri
 
     cluster = find_cluster(options.cluster)
@@ -85,6 +85,7 @@ def _check(argv: list[str]) -> None:
     probe = Request(("clusters", "probe", *request.argv[1:]))
     plan = make_plan(cluster, probe, code, secrets.token_hex(4), tracking_uri())
     engine = engine_of(cluster)
+    check_file(cluster, engine.render(plan))
     engine.logs(cluster, engine.submit(plan, print), sys.stdout, follow=True)
 
 

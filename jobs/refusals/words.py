@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from jobs.clusters.entries import Cluster, KubeRay, Ray
+from jobs.clusters.entries import Cluster, KubeRay, Ray, Sky
 from jobs.clusters.file import LOCAL, is_loopback
 from jobs.clusters.secret import is_sensitive
 from jobs.errors import JobError
@@ -26,9 +26,11 @@ _SHORTEST_SECRET = 8
 
 def check_words(cluster: Cluster, argv: Sequence[str]) -> None:
     """Raise for a command that no cluster can run, and for secrets: launchers show a job's words to everyone."""
-    for argument in argv:
-        refuse_secret(argument)
-    _refuse_values(argv, cluster)
+    for text in (*argv, cluster.storage, *(cluster.mounts.values() if isinstance(cluster, Sky) else ())):
+        refuse_secret(text)
+    places = [*(("the command", argument) for argument in argv)]
+    places += [(f"environment.{name} of {cluster.name}", value) for name, value in cluster.environment.items()]
+    _refuse_values(places, cluster)
     name = argv[0]
     if name in _LOCAL_ONLY:
         raise JobError(f"`detr {name}` runs on this machine, not as a job; expected one of: {', '.join(SUBMITTABLE)}")
@@ -41,10 +43,13 @@ def check_words(cluster: Cluster, argv: Sequence[str]) -> None:
         raise JobError(f"`{name} --help` needs no cluster; expected a command to run: ask `detr {name} --help`")
 
 
-def _refuse_values(argv: Sequence[str], cluster: Cluster) -> None:
+def check_file(cluster: Cluster, text: str) -> None:
+    """Raise for a secret of this machine in the file that describes a job, which may come from any key of the entry."""
+    _refuse_values([(f"the job's file, by the entry {cluster.name},", text)], cluster)
+
+
+def _refuse_values(places: Sequence[tuple[str, str]], cluster: Cluster) -> None:
     """Raise for the value of a secret variable of this machine, wherever it would be shown; never repeat it."""
-    places = [*(("the command", word) for word in argv)]
-    places += [(f"environment.{name} of {cluster.name}", value) for name, value in cluster.environment.items()]
     for name, value in os.environ.items():
         if len(value) < _SHORTEST_SECRET or not is_sensitive(name):
             continue

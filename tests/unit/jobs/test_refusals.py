@@ -62,6 +62,18 @@ volumes = {{data = "/data"}}
 storage = "s3://bucket/runs"
 mlflow = "https://tracking"
 on_cluster = ["https://tracking", "s3://bucket"]
+[clusters.url]
+launcher = "slurm"
+nodes = {{count = 2, cpus = 4}}
+storage = "s3://ada:hush-hush-hush@bucket/runs"
+mlflow = "{server.url}"
+on_cluster = ["{server.url}", "s3://ada:hush-hush-hush@bucket"]
+[clusters.lines]
+launcher = "slurm"
+nodes = {{count = 2, cpus = 4}}
+code = "installed"
+setup = ["export KEY=hush-hush-hush"]
+{common}
 [clusters.dead]
 launcher = "slurm"
 nodes = {{count = 2, cpus = 4}}
@@ -101,6 +113,8 @@ REFUSED = [
     ("small -- sweep lr overfit --seed 1,2 --data.train /absent", "/absent: nothing is there"),
     # secrets and tokens
     ("local -- train demo --track.experiment hush-hush-hush", "the command holds the value of AWS_SECRET_ACCESS_KEY"),
+    ("url -- train demo", "the s3:// address holds a password"),
+    ("lines -- train demo", "the job's file, by the entry lines, holds the value of AWS_SECRET_ACCESS_KEY"),
     ("lab --address http://127.0.0.1:9 -- train demo", "the token of lab belongs to http://127.0.0.1:"),
     ("small --address http://127.0.0.1:9 -- train demo", "--address is for Ray clusters, and small is slurm"),
     # numbers
