@@ -80,7 +80,7 @@ def resolve(uri: str, folder: Path) -> Path:
             return fetched
     except (MlflowException, OSError) as error:
         problem = one_line(error)
-    if _has_files(source):
+    if _is_without_card(source):
         raise RegistryError(f"{uri} holds no {CARD_NAME}; expected a model registered by `detr`")
     raise RegistryError(
         f"the files of {uri} cannot be fetched ({problem}); expected them in the artifact store: "
@@ -88,14 +88,18 @@ def resolve(uri: str, folder: Path) -> Path:
     )
 
 
-def _has_files(source: str) -> bool:
+def _is_without_card(source: str) -> bool:
+    """Return True if a version has files and no card among them; a failed download of it says something else."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
     try:
-        return bool(mlflow.artifacts.list_artifacts(artifact_uri=source))
+        if not mlflow.artifacts.list_artifacts(artifact_uri=source):
+            return False
+        entries = mlflow.artifacts.list_artifacts(artifact_uri=f"{source}/{DETECTOR_FOLDER}")
     except (MlflowException, OSError):
         return False
+    return all(Path(entry.path).name != CARD_NAME for entry in entries)
 
 
 def read_version(uri: str) -> tuple[DETR, Card]:
