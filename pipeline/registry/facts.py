@@ -71,18 +71,22 @@ class VersionFacts:
 
 def facts_about(client: MlflowClient, uri: str) -> VersionFacts:
     """Return what the store knows about a version and its parents; raise `RegistryError` if there is no such version."""
-    return _facts(client, uri, _MOST_PARENTS)
+    return _facts(client, uri, ())
 
 
-def _facts(client: MlflowClient, uri: str, parents: int) -> VersionFacts:
+def _facts(client: MlflowClient, uri: str, children: tuple[str, ...]) -> VersionFacts:
+    """Return the facts about a version and its parents; `children` are the versions that were followed to it."""
     version = find_version(client, uri)
+    line = (*children, f"models:/{version.name}/{version.version}")
     run, model_id = client.get_run(version.run_id), model_id_of(version)
     tags = {key: value for key, value in version.tags.items() if key != TAG_NOTE}
     config = _config(client, run) if "imported_from" not in tags else None
     parent, lost = None, ""
-    if config is not None and config.initial.startswith("models:/") and parents:
+    # An older run may have recorded an alias, which can have moved since, even to a version of the run itself.
+    numbered = config is not None and re.fullmatch(r"models:/.+/\d+", config.initial)
+    if config and numbered and config.initial not in line and len(line) <= _MOST_PARENTS:
         try:
-            parent = _facts(client, config.initial, parents - 1)
+            parent = _facts(client, config.initial, line)
         except RegistryError:
             lost = config.initial
     return VersionFacts(

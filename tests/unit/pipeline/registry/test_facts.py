@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.registry.facts import _figures, model_id_of
+from pipeline.registry import facts
+from pipeline.registry.facts import _figures, facts_about, model_id_of
+from pipeline.tracking.tags import TAG_INITIAL_WEIGHTS
 
 RUN: Any = SimpleNamespace(info=SimpleNamespace(run_id="trained"))
 ID = f"m-{'0123456789abcdef' * 2}"
@@ -51,3 +53,31 @@ def test_figures_are_those_of_the_run_then_the_newest_evaluation_of_each_data_se
 def test_a_version_of_an_older_release_has_the_figures_of_its_tags() -> None:
     found = _figures([], {"AP": "0.500000", "AP50": "0.7", "val_digest": "d" * 64, "epoch": "3"}, RUN)
     assert [(figures.digest, figures.metrics) for figures in found] == [("d" * 36, {"AP": 0.5, "AP50": 0.7})]
+
+
+@pytest.mark.parametrize(
+    ("initial", "line"),
+    [("models:/m@best", ["2"]), ("models:/m/2", ["2"]), ("models:/m/1", ["2", "1"])],
+    ids=["alias that has moved to the version", "itself", "parent"],
+)
+def test_parents_are_followed_by_number_and_never_in_a_circle(
+    initial: str, line: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(client: Any, uri: str) -> Any:
+        return SimpleNamespace(name="m", version="1" if uri == "models:/m/1" else "2", tags={}, run_id="r", source="")
+
+    info = SimpleNamespace(run_id="r", run_name="run", experiment_id="1")
+    tags = {TAG_INITIAL_WEIGHTS: f"starting from {initial}"}
+    run = SimpleNamespace(info=info, data=SimpleNamespace(tags=tags), inputs=SimpleNamespace(dataset_inputs=[]))
+    client: Any = SimpleNamespace(
+        get_run=lambda _: run, get_registered_model=lambda _: SimpleNamespace(aliases={"best": "2"})
+    )
+    monkeypatch.setattr(facts, "find_version", find)
+    monkeypatch.setattr(facts, "_config", lambda *_: SimpleNamespace(initial=initial))
+    found: Any = facts_about(client, "models:/m/2")
+    assert found.initial_weights == f"starting from {initial}"
+    chain = []
+    while found:
+        chain.append(found.version)
+        found = found.parent
+    assert chain == line
