@@ -18,6 +18,7 @@ _FREE = (
     *("cluster.", "compute.", "data.reader_threads", "data.cache", "data.cache_gib", "data.max_bad_samples"),
     *("checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.keep_every_epochs"),
     *("evaluate.every", "evaluate.batch_size", "evaluate.asynchronous", "evaluate.pictures"),
+    *("evaluate.explain", "evaluate.scorer"),
     *("track.log_every", "track.register", "track.system_every_s", "track.wait_s"),
 )
 _ACCEPTABLE = (

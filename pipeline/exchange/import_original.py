@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from detr.config import ConfigError, ModelConfig, TransformConfig
 from detr.conditional.original_config import infer_conditional, is_conditional
+from detr.config import ConfigError, ModelConfig, TransformConfig
 from detr.deformable.original_config import infer_deformable, is_deformable
 from detr.model import DETR, build_model
 from detr.original import load_original_state_dict

@@ -30,6 +30,7 @@ from shards.errors import one_line
 from shards.score.diagnosis import Diagnosis, diagnose
 
 LOG = logging.getLogger(__name__)
+_AFTER_ERROR_S = 10.0
 _COLUMNS, _WIDTH = 3, 1440  # of a sheet of pictures, in pairs and pixels
 
 
@@ -77,8 +78,11 @@ class Explainer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Wait for the explanation of the last evaluation."""
-        self._wait()
+        """Wait for the explanation of the last evaluation; after an error only for seconds, since a restart waits too."""
+        if self._thread is not None and kind is not None:
+            self._thread.join(_AFTER_ERROR_S)
+        else:
+            self._wait()
 
     def start(self, evaluation: Evaluation, step: int, model: DETR | None = None) -> None:
         """Explain an evaluation when the one before is explained; nobody else uses `model`, which was scored."""

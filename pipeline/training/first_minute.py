@@ -24,10 +24,11 @@ from shards.dataset.manifest import Manifest
 from shards.errors import one_line
 
 LOG = logging.getLogger(__name__)
+_WAIT_S = 20.0
 
 
 class FirstMinute:
-    """Thread that reports at step 0 on rank 0; the end of the block waits for it, but not for images left to draw."""
+    """Thread that reports at step 0 on rank 0; the end of the block waits for it, but seconds only for images left to draw."""
 
     def __init__(self, worker: WorkerContext, step: int) -> None:
         self._worker, self._stopped = worker, threading.Event()
@@ -43,9 +44,9 @@ class FirstMinute:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._stopped.set()
         if self._thread is not None:
+            self._thread.join(_WAIT_S if kind is None else 0)
+            self._stopped.set()
             self._thread.join()
 
     def _report(self, tracker: Tracker) -> None:

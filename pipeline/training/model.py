@@ -7,7 +7,7 @@ import platform
 
 import torch
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
 
 from detr.compute import set_channels_last, set_recompute
 from detr.model import DETR, build_model, freeze_detector
@@ -58,9 +58,14 @@ def _load_initial(model: DETR, folder: Location) -> None:
 
 
 def host_copy(model: nn.Module) -> DETR:
-    """Return a copy of a model on the host, which training does not change; the random numbers stay as they are."""
-    copied: DETR = copy.deepcopy(model).cpu()  # type: ignore[assignment]
-    return copied.requires_grad_(False).eval()
+    """Return a copy of a model on the host, which training does not change; the device needs no memory for it."""
+    on_host: dict[int, Tensor] = {
+        id(value): value.detach().to("cpu", copy=True) for value in (*model.parameters(), *model.buffers())
+    }
+    for parameter in model.parameters():
+        on_host[id(parameter)] = nn.Parameter(on_host[id(parameter)], requires_grad=False)
+    copied: DETR = copy.deepcopy(model, on_host)  # type: ignore[assignment]
+    return copied.eval()
 
 
 def build_on_device(config: RunConfig, num_classes: int, device: torch.device) -> DETR:

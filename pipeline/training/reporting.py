@@ -24,11 +24,10 @@ from pipeline.tracking.provenance import versions_line
 from pipeline.tracking.tags import TAG_HARDWARE, TAG_IMAGES, TAG_LEFT_OUT, TAG_VERSIONS
 from pipeline.tracking.tracker import SUMMARY, Tracker
 from shards.dataset.manifest import Manifest
-from shards.errors import one_line
+from shards.errors import ShardError, one_line
 from shards.read.bad_samples import BadSamples
 from shards.score.detections import Detections
 from shards.score.precision_recall import UNSCORED
-from shards.store.retry import StoreError
 
 LOG = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ def report_pictures(tracker: Tracker, val: Manifest, detections: Detections, cou
         return
     try:
         sheet = picture_sheet(val, detections, count)
-    except StoreError as error:
+    except (OSError, ShardError) as error:
         LOG.warning("the pictures of step %d are left out (%s)", step, one_line(error))
         return
     report_picture(tracker, DETECTIONS, titled(sheet, title), step)

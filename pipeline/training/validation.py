@@ -60,7 +60,7 @@ def validate(
     """Score the state on the validation data, report the metrics and write them beside its checkpoint.
 
     A collective call. See `LoopHooks.keep_unsent`. `start_explanation` gets the evaluation, its step and a copy of the model
-    on rank 0, and returns at once. `loss` is the mean training loss before.
+    on rank 0. `loss` is the mean training loss before.
     """
     config, ranks, tracker = worker.config, worker.ranks, worker.tracker
     start = time.perf_counter()
@@ -78,11 +78,11 @@ def validate(
     _record(path, Evaluated(state.step, epoch, {}, loss), evaluation, ranks, keep_unsent)
     if ranks.first:
         saver.prune()
+    if evaluation is not None:
+        start_explanation(evaluation, state.step, scored)  # waits for the one before, which the pause shows
     if tracker:
         tracker.metrics({"pause/evaluation_s": time.perf_counter() - start}, state.step)
         tracker.tags({TAG_PHASE: "training"})
-    if evaluation is not None:
-        start_explanation(evaluation, state.step, scored)
 
 
 def evaluate_checkpoint(

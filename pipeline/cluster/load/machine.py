@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 import time
@@ -12,9 +13,12 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from shards.errors import one_line
+
 if TYPE_CHECKING:
     from torch import device
 
+LOG = logging.getLogger(__name__)
 _MB = 1e6
 
 
@@ -71,7 +75,7 @@ def sampler(disk: Path, which: device, number: str, *, whole: bool) -> Callable[
     `disk` is a path on the disk that is measured.
     """
     node = machine_name()
-    machine = Machine(disk) if whole else None
+    machine = _readable(disk) if whole else None
 
     def sample() -> dict[str, float]:
         found = machine.sample() if machine else {}
@@ -80,6 +84,15 @@ def sampler(disk: Path, which: device, number: str, *, whole: bool) -> Callable[
         return {f"{node}/{name}": value for name, value in found.items()}
 
     return sample
+
+
+def _readable(disk: Path) -> Machine | None:
+    """Return the machine; None in a container that hides its figures, which no run ends for."""
+    try:
+        return Machine(disk)
+    except (OSError, psutil.Error, RuntimeError) as error:
+        LOG.warning("the load of this node cannot be read: %s", one_line(error))
+        return None
 
 
 def machine_name() -> str:
