@@ -132,6 +132,7 @@ class Work(RecordedRun):
         total, trained = position.schedule.total_steps, position.is_trained(self._root)
         if trained and self.record.status == "finished":
             return self._finished(position)
+        keep_output(self._client, self.record.run_id)
         launch.say(f"{self._label} continues at step {position.step} of {total}")
         launch.say(f"in MLflow: {run_link(self.record.experiment_id, self.record.run_id)}")
         if position.stream.changes:
@@ -197,7 +198,7 @@ class Work(RecordedRun):
             client.log_text(run_id, to_json(config).decode(), CONFIG_ARTIFACT)
         if known not in ("", position.train.digest):
             client.log_inputs(run_id, [dataset_input("training", data_set(position.train))])
-        write_tags(client, run_id, position.tags(tags))
+        write_tags(client, run_id, {**position.tags(tags), **job_tags()})
         client.update_run(run_id, status="RUNNING")
 
     def _run(self, cluster: Any, config: RunConfig, disconnect: Callable[[], None], accept_change: bool) -> None:

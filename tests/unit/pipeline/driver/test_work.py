@@ -20,7 +20,7 @@ from pipeline.errors import RunConfigError
 from pipeline.registry.publish import Registered
 from pipeline.tracking.mlflow_runs import create_run
 from pipeline.tracking.pages.experiment import TAG_VIEW
-from pipeline.tracking.tags import TAG_FOLDER, TAG_KEY, TAG_NOTE
+from pipeline.tracking.tags import TAG_FOLDER, TAG_JOB, TAG_KEY, TAG_NOTE
 from shards.dataset.manifest import load_manifest
 from tests.support.checkpoints import save_small
 
@@ -201,3 +201,36 @@ def test_a_trained_run_waits_for_mlflow_before_it_sends_and_registers(
     assert order == ["ran", "away", "sent"]
     assert "the registration waits for it, 10 min at most" in lines[0]
     assert lines[1].startswith("MLflow answers again after")
+
+
+def test_a_continued_run_names_its_job_and_keeps_its_output(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tags: dict[str, str] = {}
+    kept: list[str] = []
+    monkeypatch.setenv("DETR_JOB", "it-second")
+    monkeypatch.setattr(work, "write_tags", lambda _client, _run, written: tags.update(written))
+    monkeypatch.setattr(work, "keep_output", lambda _client, run_id: kept.append(run_id))
+    monkeypatch.setattr(work, "connected", lambda *_, **__: nullcontext(SimpleNamespace(gpu=False)))
+    monkeypatch.setattr(work, "run_link", lambda *_: "")
+    run = SimpleNamespace(
+        info=SimpleNamespace(experiment_id="1", status="KILLED"), data=SimpleNamespace(tags={TAG_JOB: "it-first"})
+    )
+    client = SimpleNamespace(get_run=lambda _: run, update_run=lambda *_, **__: None)
+    driver = work_at(tmp_path / "it", tiny_config, [], client)
+    position: Any = SimpleNamespace(
+        step=1,
+        schedule=SimpleNamespace(total_steps=6),
+        is_trained=lambda _: False,
+        stream=SimpleNamespace(changes=False),
+        rate_change="",
+        train=SimpleNamespace(digest=""),
+        val=SimpleNamespace(digest=""),
+        tags=dict,
+    )
+    for name, result in (("_position", position), ("_run", None), ("_conclude", None), ("_compare", None)):
+        monkeypatch.setattr(driver, name, lambda *_, _result=result, **__: _result)
+    monkeypatch.setattr(driver, "_finish", lambda outcome: outcome)
+    driver.go_on(tiny_config, tiny_config, False, SimpleNamespace(address=None))  # type: ignore[arg-type]
+    assert tags[TAG_JOB] == "it-second"
+    assert kept == ["0123456789"]
