@@ -38,11 +38,12 @@ def drop_deleted(client: MlflowClient, experiment_id: str, run_id: str) -> list[
     that does not answer, or a user who may not delete, costs only the list on MLflow's page: that is logged, not raised.
     """
     dropped: list[str] = []
+    expected: tuple[type[Exception], ...] = (*unavailable(), ShardError)
     try:
         for model in _deleted(client, experiment_id, run_id):
             client.delete_logged_model(model.model_id)
             dropped.append(str(model.name))
-    except (*unavailable(), ShardError) as error:
+    except expected as error:
         LOG.warning("MLflow may still show checkpoints that are deleted (%s)", one_line(error))
     return dropped
 
