@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from pipeline.tracking.mlflow_client import unavailable
 from pipeline.tracking.tags import TAG_CLUSTER, TAG_JOB, TAG_JOB_ID
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class JobLog:
             return
         client, run_id = self._target
         size = self.output.size
-        with suppress(*unavailable()):
+        with suppress(Exception):  # whatever it is, the run's own end counts
             if not self._name:
                 self._name = self._free_name(client, run_id)
             client.log_text(run_id, self.output.text(), f"{LOGS}/{self._name}")
@@ -139,7 +139,11 @@ def job_output() -> Iterator[None]:
     _log = JobLog(job)
     try:
         with _copied(1, _log.output), _copied(2, _log.output):
-            yield
+            try:
+                yield
+            except Exception:  # Python prints it after the block, too late for what is kept
+                _log.output.add(traceback.format_exc().encode())
+                raise
     finally:
         _log.close()
         _log = None
@@ -157,8 +161,9 @@ def _copied(descriptor: int, output: Output) -> Iterator[None]:
         while data := os.read(reading, 1 << 16):
             output.add(data)
             view = memoryview(data)
-            while view:
-                view = view[os.write(kept, view) :]
+            with suppress(OSError):  # nobody reads any more; the pipe is emptied all the same, or printing would block
+                while view:
+                    view = view[os.write(kept, view) :]
 
     thread = threading.Thread(target=copy, name=f"output {descriptor}", daemon=True)
     thread.start()

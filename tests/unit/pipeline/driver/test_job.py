@@ -68,6 +68,51 @@ def test_an_outage_delays_the_output_and_each_attempt_has_a_file(monkeypatch: py
     assert client.texts == {}  # there was nothing new
 
 
+def test_no_error_of_sending_reaches_the_run() -> None:
+    def broken(*_: str) -> None:
+        raise RuntimeError("a bug of a client")
+
+    client: Any = SimpleNamespace(log_text=broken, list_artifacts=lambda *_: [])
+    log = JobLog("it")
+    log.output.add(b"one\n")
+    log._target = client, "run"
+    log.send()
+
+
+def test_an_unexpected_error_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DETR_JOB", "it-1a2b")
+    outputs: list[Output] = []
+
+    def fail() -> None:
+        with job.job_output():
+            assert job._log is not None
+            outputs.append(job._log.output)
+            raise ZeroDivisionError("a bug of this project")
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    kept = outputs[0].text()
+    assert "Traceback" in kept
+    assert "a bug of this project" in kept
+
+
+def test_a_job_whose_reader_is_gone_does_not_block() -> None:
+    script = (
+        "import os\n"
+        "from pipeline.driver import job\n"
+        "output = job.Output()\n"
+        "with job._copied(1, output):\n"
+        "    for _ in range(64): os.write(1, b'x' * 4096)\n"
+        "assert output.size == 64 * 4096\n"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = {**os.environ, "PYTHONPATH": str(Path(job.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, stdout=writing, stderr=-1, timeout=60)
+    os.close(writing)
+    assert done.returncode == 0, done.stderr
+
+
 def test_all_that_a_job_prints_is_kept_and_printed(tmp_path: Path) -> None:
     script = (
         "import subprocess, sys\n"
