@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from detr.model import DETR
 
+_FILES = "weights, card, code"
+
 
 class Registered(NamedTuple):
     """Result of a registration."""
@@ -60,7 +62,7 @@ def publish(
         version = _version_of(client, name, card)
         if version is None:
             logged = logged_model(client, card, _tags(card))
-            if TAG_FILES not in logged.tags:
+            if logged.tags.get(TAG_FILES) != _FILES:
                 _upload(client, logged, model, card)
             version = _create_version(client, name, logged.model_id, card)
             list_version(client, logged.model_id, name, version.version)
@@ -106,6 +108,8 @@ def _upload(client: MlflowClient, logged: LoggedModel, model: DETR, card: Card) 
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
 
+    # With the tag it stays if its checkpoint is pruned meanwhile.
+    client.set_logged_model_tags(logged.model_id, {TAG_FILES: "uploading"})
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_folder(folder / "detector", model, card)
@@ -115,7 +119,7 @@ def _upload(client: MlflowClient, logged: LoggedModel, model: DETR, card: Card) 
     if logged.status != "READY":
         client.log_outputs(card.run_id, [LoggedModelOutput(logged.model_id, step=card.step)])
         client.finalize_logged_model(logged.model_id, "READY")
-    client.set_logged_model_tags(logged.model_id, {TAG_FILES: "weights, card, code"})
+    client.set_logged_model_tags(logged.model_id, {TAG_FILES: _FILES})
 
 
 def _version_of(client: MlflowClient, name: str, card: Card) -> ModelVersion | None:
