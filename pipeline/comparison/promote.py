@@ -83,6 +83,11 @@ def refuse_loss(comparison: Comparison) -> None:
             f"{images} images are too few to say whether {after} loses against {before}; expected {LEAST_IMAGES} at least: "
             "give --data with more, or --force"
         )
+    if change.before < 0:
+        raise RegistryError(
+            f"{comparison.data} has no objects that could be found, so it cannot say whether {after} loses against {before}; "
+            "expected annotated images: give --data with some, or --force"
+        )
     if change.low < 0:
         raise RegistryError(
             f"{after} may lose against {before}: AP {change.difference:+.4f}, 95% interval {change.low:+.4f} to "

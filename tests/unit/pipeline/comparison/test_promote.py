@@ -1,10 +1,15 @@
 """Promotion of a version: an alias moves only if the interval excludes a loss."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from pipeline.comparison import promote as module
-from pipeline.comparison.promote import promote
+from pipeline.comparison.compare import Comparison
+from pipeline.comparison.promote import promote, refuse_loss
 from pipeline.errors import PipelineError
+from shards.score.difference import Change
 from tests.support.scored_versions import Registry, grid_data, missing, perfect
 
 
@@ -91,6 +96,14 @@ def test_few_images_prove_nothing(registry: Registry, held: str, monkeypatch) ->
     uri = registry.version("m", perfect(registry.data))
     with pytest.raises(PipelineError, match="120 images are too few"):
         promote(uri, "production")
+
+
+def test_images_without_objects_prove_nothing() -> None:
+    nothing = Change("AP", -1.0, -1.0, 0.0, 0.0)
+    difference: Any = SimpleNamespace(ap=nothing, images=500)
+    comparison = Comparison(("models:/m/1",), ("models:/m/2",), "empty", "/data/empty", "d", difference)
+    with pytest.raises(PipelineError, match=r"empty has no objects .* models:/m/2 loses against models:/m/1"):
+        refuse_loss(comparison)
 
 
 def test_the_alias_moves_last(registry: Registry, held: str, monkeypatch) -> None:
