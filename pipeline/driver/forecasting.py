@@ -16,6 +16,7 @@ from pipeline.forecast.run_forecast import RunForecast, duration
 from pipeline.tracking.mlflow_client import unavailable
 from pipeline.tracking.tags import TAG_DEVICE, TAG_FORECAST, TAG_TIMES
 from pipeline.tracking.tracker import WORKERS
+from shards.errors import one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,8 +29,12 @@ def forecast_tags(
 
     here: whether the workers run on this machine.
     """
-    device = local_device(gpu) if here else None
-    ahead = look_ahead(config, data_size(ready.train, ready.val), client, gpu=gpu, device=device)
+    try:
+        device = local_device(gpu) if here else None
+        ahead = look_ahead(config, data_size(ready.train, ready.val), client, gpu=gpu, device=device)
+    except Exception as error:  # whatever it is, the run can be trained without
+        say(f"warning: there is no forecast of the run ({one_line(error)})")
+        return {}
     if ahead.seconds is not None and ahead.prices is not None:
         least = "" if ahead.complete else "at least "
         say(f"forecast: {least}{duration(ahead.seconds)}, by {ahead.prices.source}")
@@ -78,7 +83,7 @@ def compare(
         client.log_metric(run_id, "forecast/measured_s", took)
         client.log_metric(run_id, "forecast/error", took / ahead - 1)
         say(f"forecast was {duration(ahead)}, it took {duration(took)} ({took / ahead - 1:+.0%})")
-    except unavailable() as error:
+    except (*unavailable(), msgspec.DecodeError) as error:
         say(f"warning: the times of the run were not kept ({type(error).__name__})")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -37,7 +38,10 @@ def past_prices(
     found: list[tuple[Run, Measured]] = []
     condition = f"params.recipe = '{config.recipe or '-'}' and tags.`{TAG_TIMES}` != ''"
     for run in runs_where(client, condition, _LOOKED_AT):
-        times = msgspec.json.decode(run.data.tags[TAG_TIMES], type=Measured)
+        try:
+            times = msgspec.json.decode(run.data.tags[TAG_TIMES], type=Measured)
+        except msgspec.DecodeError:
+            continue  # of another release
         if times.options == wanted and gpu in (None, times.gpu) and _fits(device, times.device):
             found.append((run, times))
     if not found:
@@ -51,5 +55,12 @@ def past_prices(
 
 
 def _fits(wanted: str | None, name: str) -> bool:
-    """Return True if a device has the wanted name, such as `H100` and `NVIDIA H100 80GB HBM3`."""
-    return wanted is None or wanted.lower().removeprefix("nvidia-").replace("-", " ") in name.lower().replace("-", " ")
+    """Return True if a device has the wanted name, such as `H100` and `NVIDIA H100 80GB HBM3`.
+
+    The name may be the value of a node's label, `nvidia.com/gpu.product=NVIDIA-H100-80GB-HBM3`.
+    """
+    return wanted is None or _words(wanted.rpartition("=")[2]) <= _words(name)
+
+
+def _words(device: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9.]+", device.lower())) - {"nvidia", "tesla"}

@@ -8,7 +8,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from pipeline.config import RunConfig
-from pipeline.driver.forecasting import compare
+from pipeline.driver.forecasting import compare, forecast_tags
 from pipeline.forecast.amounts import Amounts
 from pipeline.forecast.prices import Measured, Prices, costly_options
 from pipeline.forecast.run_forecast import RunForecast
@@ -100,3 +100,14 @@ def test_a_run_that_has_ended_stays_ended_while_mlflow_is_away(
 
     monkeypatch.setattr(run, "get_run", away)
     assert run.compared(tiny_config) == ["warning: the times of the run were not kept (MlflowException)"]
+
+
+def test_a_forecast_that_fails_is_a_warning(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("a tag of another release")
+
+    monkeypatch.setattr("pipeline.driver.forecasting.data_size", broken)
+    lines: list[str] = []
+    ready: Any = SimpleNamespace(train=None, val=None)
+    assert forecast_tags(SimpleNamespace(), tiny_config, ready, gpu=False, here=False, say=lines.append) == {}  # type: ignore[arg-type]
+    assert lines == ["warning: there is no forecast of the run (a tag of another release)"]

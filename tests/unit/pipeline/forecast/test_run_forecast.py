@@ -61,6 +61,29 @@ def test_the_sum_is_steps_evaluations_and_the_rest(tiny_config: RunConfig) -> No
     assert msgspec.json.decode(ahead.to_json(), type=RunForecast) == ahead
 
 
+def test_times_of_another_release_are_passed_over(tiny_config: RunConfig, runs: list[Any]) -> None:
+    runs += [past_run("old", tiny_config), past_run("new", tiny_config)]
+    runs[0].data.tags[TAG_TIMES] = '{"other": "form"}'
+    found = past_prices(SimpleNamespace(), tiny_config, 50)  # type: ignore[arg-type]
+    assert found is not None
+    assert "(new)" in found.source
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name", "fits"),
+    [
+        ("H100", "NVIDIA H100 80GB HBM3", True),
+        ("nvidia.com/gpu.product=NVIDIA-H100-80GB-HBM3", "NVIDIA H100 80GB HBM3", True),
+        ("A100-80GB", "NVIDIA A100-SXM4-80GB", True),
+        ("A100-80GB", "NVIDIA A100-SXM4-40GB", False),
+        ("nvidia-tesla-t4", "Tesla T4", True),
+        ("A10", "NVIDIA A100-SXM4-80GB", False),
+    ],
+)
+def test_a_device_is_known_by_its_launchers_name(wanted: str, name: str, fits: bool) -> None:
+    assert history._fits(wanted, name) == fits
+
+
 def test_nothing_measured_is_no_forecast(tiny_config: RunConfig, runs: list[Any]) -> None:
     ahead = look_ahead(tiny_config, DataSize(24, 6, 2), SimpleNamespace(), gpu=True, device="H100")  # type: ignore[arg-type]
     assert ahead.seconds is None
