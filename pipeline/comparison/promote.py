@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ from pipeline.registry.against_holder import holder
 from pipeline.registry.publish import check_names
 from pipeline.registry.versions import find_version
 from pipeline.tracking.mlflow_client import connect, translated_errors
+from pipeline.tracking.mlflow_runs import user_name
 from shards.errors import ShardError, one_line
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ def _record(client: MlflowClient, version: Any, alias: str, facts: dict[str, str
     """Write the facts as tags of the version and move the alias last, so that it never moves without a reason."""
     facts |= {
         "at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
-        "by": os.environ.get("USER") or getpass.getuser(),
+        "by": user_name(),
     }
     prefix = f"promoted.{alias}."
     for key in version.tags:

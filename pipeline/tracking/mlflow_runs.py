@@ -109,10 +109,18 @@ def origin_tags(command: str) -> dict[str, str]:
     return {
         "mlflow.source.name": command,
         "mlflow.source.type": "LOCAL",
-        "mlflow.user": os.environ.get("USER") or getpass.getuser(),
+        "mlflow.user": user_name(),
         TAG_COMMIT: code_commit(),
         **({TAG_REPOSITORY: address} if address else {}),
     }
+
+
+def user_name() -> str:
+    """Return the name of the user, or the number of a user without a name, as containers may have."""
+    try:
+        return os.environ.get("USER") or getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def read_config(client: MlflowClient, run_id: str) -> bytes:
