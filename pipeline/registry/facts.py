@@ -132,9 +132,12 @@ def _config(client: MlflowClient, run: Run) -> RunConfig | None:
 
 
 def _figures(metrics: Iterable[Metric], tags: dict[str, str], run: Run) -> list[Figures]:
-    """Return the figures by data set and run; of a version of an older release, those in its tags."""
+    """Return the figures by data set and run; of a version of an older release, those in its tags.
+
+    Each figure of an evaluation is the newest of its name: one by layers has no figures of masks, and hides none.
+    """
     found: dict[tuple[str, str, str], dict[str, float]] = {}
-    newest: dict[tuple[str, str], tuple[int, str]] = {}
+    ended: dict[tuple[str, str], dict[str, int]] = {}
     for metric in metrics:
         prefix = next((prefix for prefix in _PREFIXES if metric.key.startswith(prefix)), "")
         if not prefix:
@@ -142,12 +145,17 @@ def _figures(metrics: Iterable[Metric], tags: dict[str, str], run: Run) -> list[
         data, by = (metric.dataset_name or "", metric.dataset_digest or ""), metric.run_id or ""
         found.setdefault((*data, by), {})[metric.key.removeprefix(prefix)] = metric.value
         if prefix == "evaluate/":
-            newest[data] = max(newest.get(data, (0, "")), (metric.timestamp, by))
+            runs = ended.setdefault(data, {})
+            runs[by] = max(runs.get(by, 0), metric.timestamp)
     trained = [key for key in found if key[2] == run.info.run_id]
-    evaluated = [(*data, by) for data, (_, by) in sorted(newest.items())]
+    evaluated = []
+    for data, runs in sorted(ended.items()):
+        in_order = sorted(runs, key=lambda by: (runs[by], by))
+        merged = {name: value for by in in_order for name, value in found[(*data, by)].items()}
+        evaluated.append(Figures(*data, in_order[-1], merged))
     if not trained:
         figures: dict[str, float] = {name: float(tags[name]) for name in _TAGGED if name in tags}
         first = [Figures("", tags.get("val_digest", "")[:36], run.info.run_id, figures)] if figures else []
     else:
         first = [Figures(*key, metrics=found[key]) for key in trained]
-    return first + [Figures(*key, metrics=found[key]) for key in evaluated]
+    return first + evaluated

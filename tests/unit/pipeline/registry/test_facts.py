@@ -50,6 +50,16 @@ def test_figures_are_those_of_the_run_then_the_newest_evaluation_of_each_data_se
     ]
 
 
+def test_an_evaluation_without_masks_hides_no_earlier_figures_of_masks() -> None:
+    metrics = [
+        metric("evaluate/AP", 0.4, "layers", 3),
+        metric("evaluate/AP", 0.3, "whole", 2),
+        metric("evaluate/mask_AP", 0.2, "whole", 2),
+    ]
+    (figures,) = _figures(metrics, {}, RUN)
+    assert (figures.run_id, figures.metrics) == ("layers", {"AP": 0.4, "mask_AP": 0.2})
+
+
 def test_a_version_of_an_older_release_has_the_figures_of_its_tags() -> None:
     found = _figures([], {"AP": "0.500000", "AP50": "0.7", "val_digest": "d" * 64, "epoch": "3"}, RUN)
     assert [(figures.digest, figures.metrics) for figures in found] == [("d" * 36, {"AP": 0.5, "AP50": 0.7})]
