@@ -30,7 +30,9 @@ def repository() -> str:
     """Return the web address of this code's repository without a login; empty if its remote has none."""
     try:
         remotes = _git("remote").split()
-        return web_address(_git("remote", "get-url", "origin" if "origin" in remotes else remotes[0])) if remotes else ""
+        return (
+            web_address(_git("remote", "get-url", "origin" if "origin" in remotes else remotes[0])) if remotes else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
 
