@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _DIGITS = 36  # MLflow's longest digest; a tag of the run has the whole one
 _COLUMNS = "mlflow_colspec"
+_MOST_BYTES = 1_048_000  # of all columns: MLflow's longest schema has 1,048,575, and refuses the run for a longer one
 _DIGESTS = ("digest", "source_digest", "corrections_digest")
 
 
@@ -81,10 +83,7 @@ def dataset_input(context: str, data: DataSet) -> Any:
         **{name: _halves(getattr(data, name)) for name in _DIGESTS},
         "corrections": data.corrections,
     }
-    columns = [
-        {"name": entry.name, "type": f"{entry.objects:,} in {entry.images:,} images", "counts": entry}
-        for entry in data.by_class
-    ]
+    columns = _columns(data.by_class)
     entity = Dataset(
         name=data.name,
         digest=data.digest[:_DIGITS],
@@ -94,6 +93,20 @@ def dataset_input(context: str, data: DataSet) -> Any:
         profile=msgspec.json.encode({name: value for name, value in profile.items() if value}).decode(),
     )
     return DatasetInput(dataset=entity, tags=[InputTag("mlflow.data.context", context)])
+
+
+def _columns(classes: Sequence[ClassCount]) -> list[dict[str, Any]]:
+    """Return the classes as columns in their order; of more than MLflow takes, the most frequent and the number of others."""
+    columns: list[dict[str, Any]] = [
+        {"name": entry.name, "type": f"{entry.objects:,} in {entry.images:,} images", "counts": entry}
+        for entry in classes
+    ]
+    by_frequency = sorted(range(len(classes)), key=lambda number: -classes[number].objects)
+    sizes = accumulate(len(msgspec.json.encode(columns[number])) + 1 for number in by_frequency)
+    taken = sum(1 for _ in takewhile(lambda size: size <= _MOST_BYTES, sizes))
+    kept = [columns[number] for number in sorted(by_frequency[:taken])]
+    left_out = len(columns) - taken
+    return [*kept, {"name": f"{left_out:,} more classes", "type": "less frequent"}] if left_out else kept
 
 
 def data_of_run(run: Run) -> Iterator[tuple[str, DataSet]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from mlflow.utils.validation import MAX_DATASET_SCHEMA_SIZE
 
 from pipeline.tracking.pages.data import ClassCount, DataSet, data_of_run, data_set, dataset_input
 from shards.dataset.manifest import load_manifest
@@ -37,6 +38,17 @@ def test_the_drawer_of_a_data_set_lists_its_classes() -> None:
     schema = msgspec.json.decode(dataset_input("training", DATA).dataset.schema)
     rows = [(column["name"], column["type"]) for column in schema["mlflow_colspec"]]
     assert rows == [("cat", "1,200 in 2 images"), ("dog", "0 in 0 images")]
+
+
+def test_of_very_many_classes_the_drawer_lists_the_most_frequent() -> None:
+    classes = tuple(ClassCount(f"class {number:05}", number, 1) for number in range(20_000))
+    entry = dataset_input("training", msgspec.structs.replace(DATA, by_class=classes))
+    assert len(entry.dataset.schema.encode()) <= MAX_DATASET_SCHEMA_SIZE
+    *kept, rest = msgspec.json.decode(entry.dataset.schema)["mlflow_colspec"]
+    assert len(kept) > 5_000
+    assert [column["name"] for column in kept] == [entry.name for entry in classes[-len(kept) :]]
+    assert rest["name"] == f"{20_000 - len(kept):,} more classes"
+    assert [data.by_class for _, data in data_of_run(run_with(entry))] == [classes[-len(kept) :]]
 
 
 @pytest.mark.parametrize("schema", [None, "", "text", "[]", '{"mlflow_colspec": [{"name": "x", "type": "long"}]}'])
