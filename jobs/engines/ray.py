@@ -181,7 +181,9 @@ def connect(cluster: Ray) -> JobSubmissionClient:
 
 def _ask(cluster: Ray, path: str) -> bytes:
     """Return the server's answer without importing Ray; raise `JobError` if it is silent or refuses."""
-    request = urllib.request.Request(cluster.address.rstrip("/") + path, headers=_headers(cluster))
+    request = urllib.request.Request(cluster.address.rstrip("/") + path)
+    for name, value in _headers(cluster).items():
+        request.add_unredirected_header(name, value)  # another server gets no token
 
     def ask() -> bytes:
         with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:

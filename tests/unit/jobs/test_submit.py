@@ -7,8 +7,10 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from secrets import token_hex
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,6 +151,26 @@ def test_the_token_of_this_machine_stays_on_it(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a-token-of-this-machine")
     for address, token in (("http://127.0.0.1:8265", "Bearer a-token-of-this-machine"), ("http://head:8265", "")):
         assert module._headers(Ray(name="local", address=address))["Authorization"] == token
+
+
+def test_a_token_does_not_follow_to_another_server(server: JobServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAB_TOKEN", "a-token-of-the-lab")
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("location", server.url + self.path)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as first:
+        Thread(target=first.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        lab = Ray(name="lab", address=f"http://127.0.0.1:{first.server_port}", token="env:LAB_TOKEN")
+        module._ask(lab, "/api/version")
+        first.shutdown()
+    assert server.tokens == {""}
 
 
 def test_planted_secrets_are_in_nothing_that_is_sent_or_printed(
