@@ -35,6 +35,7 @@ from jobs.plan import GRACE_S, Plan
 _LOOK_S = 2.0
 _HEAD_SHM_GIB = 4
 _COMMAND = "detr/command"
+_QUICKLY = "--request-timeout=10s"  # of an answer; it would cut a log that is followed
 _STATES: dict[str, State] = {
     "Running": "RUNNING",
     "Complete": "SUCCEEDED",
@@ -58,12 +59,12 @@ class KubeRayEngine:
 
     def submit(self, plan: Plan, say: Say) -> str:
         """Create the RayJob."""
-        client.run(*_kubectl(plan.cluster), "create", "-f", "-", input_text=self.render(plan))
+        client.run(*_kubectl(plan.cluster), "create", "-f", "-", _QUICKLY, input_text=self.render(plan))
         return plan.job
 
     def status(self, cluster: KubeRay, job: str) -> Job:
         """Return the RayJob."""
-        return _job(json.loads(client.run(*_kubectl(cluster), "get", "rayjob", job, "-o", "json")))
+        return _job(json.loads(client.run(*_kubectl(cluster), "get", "rayjob", job, _QUICKLY, "-o", "json")))
 
     def logs(self, cluster: KubeRay, job: str, stream: TextIO, *, follow: bool = False) -> None:
         """Copy the output of the pods that submit the job, one for each try, which show the driver's."""
@@ -72,7 +73,8 @@ class KubeRayEngine:
         while follow and state == "PENDING":
             time.sleep(_LOOK_S)
             state = self.status(cluster, job).state
-        if client.stream(stream, *_kubectl(cluster), "logs", "-l", f"job-name={job}", *flags):
+        pods = client.run(*_kubectl(cluster), "get", "pod", _QUICKLY, "-l", f"job-name={job}", "-o", "name").strip()
+        if not pods or client.stream(stream, *_kubectl(cluster), "logs", "-l", f"job-name={job}", *flags):
             raise JobError(f"job {job} has no log ({state}); expected a pod that runs: kubectl describe rayjob {job}")
         final = self.status(cluster, job).state
         if follow and final != "SUCCEEDED":
@@ -80,12 +82,12 @@ class KubeRayEngine:
 
     def stop(self, cluster: KubeRay, job: str) -> str:
         """Stop the driver through Ray, so that it saves, and wait; a job without a driver is deleted."""
-        known = json.loads(client.run(*_kubectl(cluster), "get", "rayjob", job, "-o", "json"))
+        known = json.loads(client.run(*_kubectl(cluster), "get", "rayjob", job, _QUICKLY, "-o", "json"))
         if _job(known).state in ENDED:
             return f"{job} had already ended"
         status = known.get("status", {})
         if _job(known).state == "PENDING":
-            client.run(*_kubectl(cluster), "delete", "rayjob", job)
+            client.run(*_kubectl(cluster), "delete", "rayjob", job, "--wait=false")
             return f"{job} stopped before it ran"
         labels = f"ray.io/cluster={status.get('rayClusterName')},ray.io/node-type=head"
         head = client.run(*_kubectl(cluster), "get", "pod", "-l", labels, "-o", "name").strip()
@@ -100,7 +102,7 @@ class KubeRayEngine:
 
     def list(self, cluster: KubeRay) -> list[Job]:
         """Return the RayJobs that this command has made."""
-        words = ["get", "rayjob", "-l", "app.kubernetes.io/managed-by=detr", "-o", "json"]
+        words = ["get", "rayjob", _QUICKLY, "-l", "app.kubernetes.io/managed-by=detr", "-o", "json"]
         items = json.loads(client.run(*_kubectl(cluster), *words))["items"]
         return sorted(map(_job, items), key=lambda job: job.started or 0, reverse=True)
 
@@ -138,7 +140,7 @@ def rayjob(plan: Plan) -> RayJob:
             entrypoint=shlex.join(plan.command),  # the operator's shell reads it, so it holds words only
             submission_mode="K8sJobMode",
             runtime_env_yaml=dump({"env_vars": stop}),
-            backoff_limit=cluster.retries,
+            backoff_limit=plan.retries,
             active_deadline_seconds=cluster.time_limit_s,
             pre_running_deadline_seconds=cluster.start_limit_s,
             shutdown_after_job_finishes=True,
@@ -232,7 +234,7 @@ def _pod(
 
 def _kubectl(cluster: Any) -> list[str]:
     context = [f"--context={cluster.context}"] if cluster.context else []
-    return ["kubectl", *context, f"--namespace={cluster.namespace}", "--request-timeout=10s"]
+    return ["kubectl", *context, f"--namespace={cluster.namespace}"]
 
 
 def _job(item: dict[str, Any]) -> Job:
