@@ -21,6 +21,8 @@ STATUS_LATER = 75
 """Exit status of a command that is to be started again (docs/stopping-and-resuming.md)."""
 SUBMITTABLE = ("demo", "shard", "train", "sweep", "resume", "evaluate", "predict", "register", "import", "export")
 """Commands that can be jobs."""
+_CONTINUED = ("train", "sweep", "resume")
+"""Commands that continue what they did when they are started again."""
 GRACE_S = 60
 """Seconds that a job has to save after SIGTERM."""
 
@@ -102,6 +104,16 @@ class Plan:
     def shown(self) -> str:
         """The command as a user would write it."""
         return shlex.join(["detr", *self.argv])
+
+    @property
+    def restarts(self) -> bool:
+        """True if the same command, started again, continues."""
+        return self.argv[0] in _CONTINUED
+
+    @property
+    def retries(self) -> int:
+        """Number of times that a launcher starts the command again if it fails."""
+        return self.cluster.retries if self.restarts else 0
 
     @property
     def nodes(self) -> int:

@@ -86,7 +86,13 @@ def _check(argv: list[str]) -> None:
     plan = make_plan(cluster, probe, code, secrets.token_hex(4), tracking_uri())
     engine = engine_of(cluster)
     check_file(cluster, engine.render(plan))
-    engine.logs(cluster, engine.submit(plan, print), sys.stdout, follow=True)
+    job = engine.submit(plan, print)
+    print(f"submitted   {job} to {cluster.name} ({cluster.launcher})", flush=True)
+    try:
+        engine.logs(cluster, job, sys.stdout, follow=True)
+    except KeyboardInterrupt:
+        print(engine.stop(cluster, job), file=sys.stderr)
+        raise
 
 
 def _any_training(cluster: Cluster) -> list[str]:

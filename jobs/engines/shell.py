@@ -37,7 +37,8 @@ DRIVER = r"""
 "$@" &
 driver=$!
 again=1
-trap 'again=1; kill -TERM "$driver" 2>/dev/null || true' TERM INT
+warned=0
+trap 'again=1; warned=1; kill -TERM "$driver" 2>/dev/null || true' TERM INT
 status=0
 while [ "$again" = 1 ]; do
   again=0
@@ -45,5 +46,6 @@ while [ "$again" = 1 ]; do
   wait "$driver" || status=$?
 done
 trap - TERM INT
+[ "$warned" = 0 ] || echo "the job was asked to stop; its command ended with status $status"
 """
-"""Runs the words of the positional parameters as the driver; `status` is how it ended."""
+"""Runs the words of the positional parameters as the driver; `status` is how it ended, `warned` 1 if it was asked to."""

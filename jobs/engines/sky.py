@@ -134,7 +134,10 @@ def task(plan: Plan, workdir: Path) -> dict[str, Any]:
         "disk_size": cluster.disk_gib,
         "network_tier": "best" if nodes.most > 1 else None,
         "image_id": cluster.image,
-        "job_recovery": {"max_restarts_on_errors": cluster.retries, "recover_on_exit_codes": [STATUS_LATER]},
+        "job_recovery": {
+            "max_restarts_on_errors": plan.retries,
+            **({"recover_on_exit_codes": [STATUS_LATER]} if plan.restarts else {}),
+        },
     }
     setup = list(cluster.setup)
     if not setup and snapshot:

@@ -37,7 +37,8 @@ export RAY_ADDRESS="$address:$port" RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$fo
 export DETR_PORT="$port" DETR_ADDRESS="$address" SLURM_EXPORT_ENV=ALL
 
 # The variables in single quotes are those of each node.
-srun --ntasks-per-node=1 --kill-on-bad-exit=0 bash -c '
+srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --cpu-bind=none \
+  --kill-on-bad-exit=0 bash -c '
   flags=(--num-cpus "${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --num-gpus "${SLURM_GPUS_ON_NODE:-0}"
     --disable-usage-stats --block)
   if [ "$SLURM_NODEID" = 0 ]; then
@@ -52,11 +53,14 @@ nodes=$!
 _END = """
 kill "$nodes" 2>/dev/null || true
 wait "$nodes" || true
-if [ "$status" = {later} ] && [ ! -e "$folder/stopped" ]; then
+"""
+_AGAIN = """\
+# A stop comes from Slurm, at the time limit; without, the job is started again as often as its entry allows.
+if [ "$status" = {later} ] && [ ! -e "$folder/stopped" ] &&
+  {{ [ "$warned" = 1 ] || [ "${{SLURM_RESTART_COUNT:-0}}" -lt {retries} ]; }}; then
   echo "not done: the job queues again, and the same command continues the run"
   scontrol requeue "$SLURM_JOB_ID"
 fi
-exit "$status"
 """
 
 
@@ -77,9 +81,9 @@ class SlurmEngine:
         lines += plan.start
         lines += [f"python=$(command -v {shlex.quote(cluster.python)})", 'ray="$(dirname "$python")/ray"']
         words = shlex.join(plan.command[1:])
-        return (
-            "\n".join(lines) + "\n" + _RAY + f'\nset -- "$python" {words}\n' + DRIVER + _END.format(later=STATUS_LATER)
-        )
+        again = _AGAIN.format(later=STATUS_LATER, retries=plan.retries) if plan.restarts else ""
+        end = DRIVER + _END + again + 'exit "$status"\n'
+        return "\n".join(lines) + "\n" + _RAY + f'\nset -- "$python" {words}\n' + end
 
     def submit(self, plan: Plan, say: Say) -> str:
         """Write script and snapshot into a folder of the job, which every node sees, and queue the script."""
@@ -188,7 +192,8 @@ def _options(cluster: Slurm, plan: Plan, folder: Path) -> list[str]:
         "output": str(folder / "log"),
         "export": "NONE",
     }
-    flags = ["--requeue", *(["--no-kill"] if nodes.elastic else []), *([] if nodes.cpus else ["--exclusive"])]
+    flags = ["--requeue" if plan.restarts else "--no-requeue", *(["--no-kill"] if nodes.elastic else [])]
+    flags += [] if nodes.cpus else ["--exclusive"]
     return [*(f"--{name}={value}" for name, value in options.items() if value), *flags, *cluster.options]
 
 

@@ -107,6 +107,7 @@ def _run(number: int) -> None:
         environment = json.loads((folder / "login.json").read_text())
         environment |= {"SLURM_JOB_ID": str(number), "SLURM_NNODES": nodes, "SLURM_EXPORT_ENV": "NONE"}
         environment |= {"SLURM_JOB_NUM_NODES": nodes, "SLURM_RESTART_COUNT": str(job["starts"])}
+        environment["SLURM_CPUS_ON_NODE"] = environment["STUB_CPUS"]
         if cpus := job["options"].get("cpus-per-task"):
             environment["SLURM_CPUS_PER_TASK"] = cpus
         with Path(job["options"]["output"]).open("ab") as log:

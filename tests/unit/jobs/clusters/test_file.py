@@ -142,3 +142,20 @@ def test_check_sends_the_probe_of_a_training_and_follows_it(
     assert sent[1].shown == f"detr clusters probe demo --seed 7 --storage {tmp_path}/runs"
     assert followed == [plan.job for plan in sent]
     assert "expected `detr clusters check hpc -- train RECIPE ...`" in detr("clusters", "check", "hpc", "--", "ui").line
+
+
+def test_a_check_that_is_interrupted_stops_its_job(detr: Detr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped: list[str] = []
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SlurmEngine, "submit", lambda _, plan, say: plan.job)
+    monkeypatch.setattr(SlurmEngine, "logs", interrupted)
+    monkeypatch.setattr(SlurmEngine, "stop", lambda _, cluster, job: stopped.append(job) or "")
+    common = 'mlflow = "https://mlflow.example"\non_cluster = ["https://mlflow.example"]\n'
+    (tmp_path / "detr.toml").write_text(SLURM + f'storage = "{tmp_path}/runs"\n{common}')
+    result = detr("clusters", "check", "hpc")
+    assert result.status == 130
+    assert [f"submitted   {job} to hpc (slurm)" for job in stopped] == result.out.splitlines()
+    assert len(stopped) == 1

@@ -19,7 +19,7 @@ from jobs.code import Code
 from jobs.engines import engine_of
 from jobs.engines.rayjob_rules import broken_rules
 from jobs.errors import JobError
-from jobs.plan import Plan, make_plan
+from jobs.plan import Plan, Request, make_plan
 from jobs.refusals import read_request
 from tests.support.entries import ELASTIC, FIXED, entry
 from tests.support.in_process import ROOT
@@ -202,6 +202,26 @@ def test_script_for_slurm_passes_shellcheck(folder: Path, recipe: str, nodes: st
     assert {"--signal=B:TERM@300", "--partition=gpu", "--account=vision", "--qos=high", "--constraint=ib"} <= options
     assert ("--nodes=1-8" if nodes == ELASTIC else "--nodes=8") in options
     assert "ray stop" not in script
+    assert (
+        'srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --cpu-bind=none'
+        in script
+    )
+
+
+def test_a_command_that_does_not_continue_is_not_started_again(folder: Path) -> None:
+    for launcher in ("slurm", "sky", "kuberay"):
+        (folder / "detr.toml").write_text(entry(launcher))
+        cluster = find_cluster("it")
+        for words in (["demo"], ["clusters", "probe", "detr-r50"]):
+            text = render(make_plan(cluster, Request(tuple(words)), CODE, "12ab34cd", "http://unused"))
+            if launcher == "slurm":
+                shellcheck(text)
+                assert "#SBATCH --no-requeue\n" in text
+                assert "scontrol requeue" not in text
+            elif launcher == "sky":
+                assert yaml.safe_load(text)["resources"]["job_recovery"] == {"max_restarts_on_errors": 0}
+            else:
+                assert yaml.safe_load(text)["spec"]["backoffLimit"] == 0
 
 
 @pytest.mark.parametrize("nodes", SIZES)
