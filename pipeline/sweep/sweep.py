@@ -109,7 +109,7 @@ def _run(
     epochs = schedule.epoch(schedule.total_steps)
 
     def save(stopped: Any) -> None:
-        write_sweep(folder, record.but(stopped=dict(stopped)))
+        write_sweep(folder, record.but(stopped={**record.stopped, **stopped}))
 
     status = "FAILED"
     try:
