@@ -61,18 +61,23 @@ class Sweep:
     lock: Lock = field(default_factory=Lock)
 
     def points(self, state: TrialState) -> list[Point]:
+        """Return what the run of a trial has reported, nothing while MLflow is away; later looks bring it."""
+        from pipeline.tracking.mlflow_client import unavailable
+
+        with suppress(*unavailable()):
+            return self.all_points(state)
+        return []
+
+    def all_points(self, state: TrialState) -> list[Point]:
         """Return what the run of a trial has reported, and make it a child of the sweep's run."""
         record = state.run()
         if record is None or not record.run_id:
             return []
-        from pipeline.tracking.mlflow_client import unavailable
-
-        with self.lock, suppress(*unavailable()):  # the next look, or at the end of the sweep
+        with self.lock:
             if not state.adopted:
                 self.parent.adopt(record.run_id, state.trial.values)
                 state.adopted = True
             return self.parent.points(record.run_id)
-        return []
 
 
 class Keeper(Callback):  # type: ignore[misc]

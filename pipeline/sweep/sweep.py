@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from pipeline.config import RunConfig, from_json
 from pipeline.driver import preflight
 from pipeline.driver.record import check_name
 from pipeline.driver.sole_driver import sole_driver
-from pipeline.errors import Interrupted, Postponed, RunConfigError, TrainingError
+from pipeline.errors import Interrupted, Postponed, RunConfigError, TrackingAway, TrainingError
 from pipeline.run_folder import scratch
 from pipeline.schedule import Schedule
 from pipeline.sweep.parent import ParentRun, parent_run
@@ -23,7 +24,7 @@ from pipeline.sweep.process import Point
 from pipeline.sweep.record import SweepRecord, open_record, write_sweep
 from pipeline.sweep.results import EARLY, Result, result_columns, results_table
 from pipeline.sweep.trials import Trial, check_distinct
-from pipeline.tracking.mlflow_client import connect, translated_errors
+from pipeline.tracking.mlflow_client import connect, translated_errors, unavailable
 from pipeline.tracking.mlflow_runs import read_config
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def run_sweep(plan: SweepPlan, say: Say) -> str:
         tuning = plan.tuning
         record = open_record(folder, plan.name, plan.recipe, tuning.metric, tuning.mode, plan.trials)
         client = connect()
-        with translated_errors():
+        with _postponed(), translated_errors():
             parent = parent_run(client, config, record)
             record = record.but(run_id=parent.run_id)
             write_sweep(folder, record)
@@ -142,7 +143,8 @@ def _run(
                 )
             finally:
                 keeper.stop_all()
-        table = _conclude(plan, sweep, client, say)
+        with translated_errors("the trials have saved"):
+            table = _conclude(plan, sweep, client, say)
         status = "FINISHED"
         return table
     except (KeyboardInterrupt, SystemExit):
@@ -151,8 +153,21 @@ def _run(
     except Postponed:
         status = "KILLED"
         raise
+    except TrackingAway:
+        status = "KILLED"
+        raise
     finally:
-        parent.set_status(status)
+        with suppress(*unavailable()):  # another error may be on its way
+            parent.set_status(status)
+
+
+@contextmanager
+def _postponed() -> Iterator[None]:
+    """Raise `Postponed` if MLflow is away: the same command continues the sweep."""
+    try:
+        yield
+    except TrackingAway as error:
+        raise Postponed(f"{error}; the same command continues the sweep") from None
 
 
 def _schedule(config: RunConfig) -> Schedule:
@@ -196,7 +211,7 @@ def _conclude(plan: SweepPlan, sweep: Sweep, client: MlflowClient, say: Say) -> 
 
 
 def _result(plan: SweepPlan, sweep: Sweep, state: TrialState) -> Result:
-    points: list[Point] = sweep.points(state)
+    points: list[Point] = sweep.all_points(state)
     better = max if plan.tuning.mode == "max" else min
     record = state.run()
     status = EARLY if state.stopped and not (record and record.status == "finished") else ""

@@ -6,13 +6,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from pipeline.config import RunConfig
 from pipeline.driver.record import Outcome, new_record, write_record
+from pipeline.errors import Postponed, TrackingAway
 from pipeline.sweep import tuning
 from pipeline.sweep.keeper import Keeper, Sweep, TrialState
 from pipeline.sweep.process import ENDED, Point
 from pipeline.sweep.record import Stopped
+from pipeline.sweep.sweep import _conclude, _postponed
 from pipeline.sweep.trials import Trial
 from pipeline.sweep.tuning import Tuning, scheduler, tune_trials
 from tests.support.command import until
@@ -121,6 +124,27 @@ def test_a_process_whose_actor_has_died_saves_and_continues_later(tmp_path: Path
     until(lambda: process.last_line == "ready", "the process")
     bench.keeper.on_trial_error(0, [], bench.trial)
     assert (process.status, bench.state.postponed) == (75, True)
+
+
+def test_an_outage_is_no_figure_at_the_end_of_the_sweep(
+    tmp_path: Path, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(_: str) -> list[Point]:
+        raise MlflowException("away")
+
+    bench = Bench(tmp_path, SAVES)
+    bench.record(tiny_config, finished=True)
+    monkeypatch.setattr(bench.parent, "points", away)
+    assert bench.sweep.points(bench.state) == []
+    plan: Any = SimpleNamespace(tuning=SimpleNamespace(mode="max", metric="val/AP"))
+    client: Any = None
+    with pytest.raises(MlflowException):
+        _conclude(plan, bench.sweep, client, bench.lines.append)
+
+
+def test_a_sweep_without_mlflow_is_to_continue() -> None:
+    with pytest.raises(Postponed, match="away; the same command continues the sweep"), _postponed():
+        raise TrackingAway("away")
 
 
 def test_all_processes_save_when_the_sweep_is_stopped(tmp_path: Path) -> None:
