@@ -32,6 +32,7 @@ class TrialState:
     folder: Location
     """Location of its run."""
     total_steps: int
+    epochs: float
     process: TrialProcess | None = None
     adopted: bool = False
     stopped: Stopped | None = None
@@ -55,7 +56,6 @@ class Sweep:
     parent: ParentRun
     scratch: Path
     say: Say
-    epochs: float
     save: Callable[[Mapping[str, Stopped]], None]
     """Keep the trials that were ended early."""
     lock: Lock = field(default_factory=Lock)

@@ -106,8 +106,6 @@ def _run(
 
     files = scratch(f"sweep-{parent.run_id}")
     shutil.rmtree(files / "tune", ignore_errors=True)  # of an earlier command; the trials' runs are the state
-    schedule = _schedule(plan.configs[0])
-    epochs = schedule.epoch(schedule.total_steps)
 
     def save(stopped: Any) -> None:
         write_sweep(folder, record.but(stopped={**record.stopped, **stopped}))
@@ -115,29 +113,29 @@ def _run(
     status = "FAILED"
     try:
         with ray_for_trials(plan.configs[0], plan.address, verbose=plan.verbose) as address:
-            states = {
-                trial.name: TrialState(
+            states = {}
+            for trial, config in zip(plan.trials, plan.configs, strict=True):
+                steps = (schedule := _schedule(config)).total_steps
+                states[trial.name] = TrialState(
                     trial,
                     _command(plan, trial, address),
                     storage / trial.name,
-                    _schedule(config).total_steps,
+                    steps,
+                    schedule.epoch(steps),
                     stopped=record.stopped.get(trial.name),
                 )
-                for trial, config in zip(plan.trials, plan.configs, strict=True)
-            }
             tuning = plan.tuning
             if not tuning.parallel:
                 tuning = replace(tuning, parallel=min(fitting_trials(plan.configs[0]), len(states)))
-            sweep = Sweep(states, parent, files, say, epochs, save)
+            sweep = Sweep(states, parent, files, say, save)
             keeper = Keeper(sweep)
             say(f"sweep {plan.name}: {len(states)} trials, {tuning.parallel} at a time; output of each in {files}")
             try:
                 tune_trials(
-                    list(states),
+                    {name: state.epochs / state.total_steps for name, state in states.items()},
                     files,
                     tuning,
-                    epochs=epochs,
-                    total_steps=schedule.total_steps,
+                    epochs=max(state.epochs for state in states.values()),
                     keeper=keeper,
                     verbose=plan.verbose,
                 )
@@ -221,7 +219,7 @@ def _result(plan: SweepPlan, sweep: Sweep, state: TrialState) -> Result:
     return Result(
         trial=state.trial,
         status=status or (record.status if record else "not started"),
-        epoch=sweep.epochs * points[-1].step / total if points else 0.0,
+        epoch=state.epochs * points[-1].step / total if points else 0.0,
         best=better(point.value for point in points) if points else None,
     )
 

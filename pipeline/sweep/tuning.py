@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -66,19 +66,22 @@ def fitting_trials(config: RunConfig) -> int:
 
 
 def tune_trials(
-    names: Sequence[str], scratch: Path, tuning: Tuning, *, epochs: float, total_steps: int, keeper: Any, verbose: bool
+    epochs_per_step: Mapping[str, float], scratch: Path, tuning: Tuning, *, epochs: float, keeper: Any, verbose: bool
 ) -> None:
-    """Let Ray Tune schedule the trials; `keeper`, a `ray.tune.Callback`, starts and stops their processes."""
+    """Let Ray Tune schedule the trials; `keeper`, a `ray.tune.Callback`, starts and stops their processes.
+
+    epochs_per_step: of each trial, by its name. epochs: those of the longest trial.
+    """
     from ray import tune
 
     from pipeline.sweep.watch import watch
 
     if not verbose:
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    trainable = partial(watch, folder=str(scratch), metric=tuning.metric, epochs_per_step=epochs / total_steps)
+    trainable = partial(watch, folder=str(scratch), metric=tuning.metric, epochs_per_step=dict(epochs_per_step))
     tuner = tune.Tuner(
         tune.with_resources(_named(trainable), {_this_node(): 0.001}),
-        param_space={"trial": tune.grid_search(list(names))},
+        param_space={"trial": tune.grid_search(list(epochs_per_step))},
         tune_config=tune.TuneConfig(
             metric=tuning.metric,
             mode=tuning.mode,

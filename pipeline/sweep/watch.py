@@ -35,9 +35,10 @@ def reports(folder: Path, sleep: Callable[[float], None] = time.sleep) -> Iterat
         sleep(_LOOK_S)
 
 
-def watch(config: Mapping[str, str], *, folder: str, metric: str, epochs_per_step: float) -> None:
+def watch(config: Mapping[str, str], *, folder: str, metric: str, epochs_per_step: Mapping[str, float]) -> None:
     """Report a trial to Ray Tune, which ends this function at a report if the trial is to stop."""
     from ray import tune
 
+    of_step = epochs_per_step[config["trial"]]
     for point in reports(Path(folder) / config["trial"]):
-        tune.report({metric: point.value, "step": point.step, "epoch": round(point.step * epochs_per_step, 4)})
+        tune.report({metric: point.value, "step": point.step, "epoch": round(point.step * of_step, 4)})

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from mlflow.exceptions import MlflowException
 
@@ -13,11 +14,12 @@ from pipeline.driver.record import Outcome, new_record, write_record
 from pipeline.errors import Postponed, TrackingAway
 from pipeline.sweep import tuning
 from pipeline.sweep.keeper import Keeper, Sweep, TrialState
-from pipeline.sweep.process import ENDED, Point
+from pipeline.sweep.process import ENDED, POINTS, Point
 from pipeline.sweep.record import Stopped
 from pipeline.sweep.sweep import _conclude, _postponed
 from pipeline.sweep.trials import Trial
 from pipeline.sweep.tuning import Tuning, scheduler, tune_trials
+from pipeline.sweep.watch import watch
 from tests.support.command import until
 
 SAVES = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\nprint('ready', flush=True)\ntime.sleep(600)"
@@ -46,9 +48,9 @@ class Bench:
         self.folder, self.parent, self.lines = folder, Parent(), list[str]()
         self.saved: dict[str, Stopped] = {}
         command = [sys.executable, "-c", code]
-        self.state = TrialState(Trial("it-a", (), {"seed": "1"}), command, folder / "it-a", total_steps=9)
+        self.state = TrialState(Trial("it-a", (), {"seed": "1"}), command, folder / "it-a", 9, 3.0)
         parent: Any = self.parent
-        self.sweep = Sweep({"it-a": self.state}, parent, folder / "scratch", self.lines.append, 3.0, self.saved.update)
+        self.sweep = Sweep({"it-a": self.state}, parent, folder / "scratch", self.lines.append, self.saved.update)
         self.keeper = Keeper(self.sweep)
         self.trial = SimpleNamespace(config={"trial": "it-a"}, last_result={"epoch": 1.0, "val/AP": 0.25})
 
@@ -164,8 +166,19 @@ def test_ray_tune_takes_the_keeper_and_its_rule(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(tuning, "_this_node", lambda: "node:127.0.0.1")
     monkeypatch.setattr("ray.tune.Tuner.fit", lambda tuner: fitted.append(tuner))
     rule = Tuning("train/loss", "min", "asha", grace_epochs=1, reduction=2.0, parallel=2)
-    tune_trials(["it-a"], tmp_path, rule, epochs=3.0, total_steps=9, keeper=bench.keeper, verbose=False)
+    tune_trials({"it-a": 1 / 3}, tmp_path, rule, epochs=3.0, keeper=bench.keeper, verbose=False)
     assert len(fitted) == 1
+
+
+def test_a_trial_reports_the_epochs_of_its_own_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[float] = []
+    monkeypatch.setattr("ray.tune.report", lambda result: reported.append(result["epoch"]))
+    for name in ("small", "large"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / POINTS).write_bytes(msgspec.json.encode(Point(6, 0.1)) + b"\n")
+        (tmp_path / name / ENDED).write_text("0")
+        watch({"trial": name}, folder=str(tmp_path), metric="val/AP", epochs_per_step={"small": 0.5, "large": 1.0})
+    assert reported == [3.0, 6.0]
 
 
 def test_asha_ends_the_worse_trial_but_none_at_its_last_epoch() -> None:
