@@ -15,7 +15,7 @@ FORMS = "env:VARIABLE, file:/PATH or secret:NAME/KEY"
 _SENSITIVE = re.compile(
     r"passw|passphrase|pwd|secret|token|api_?key|access_?key|private_?key|credential", re.IGNORECASE
 )
-_PUBLIC = ("PWD", "OLDPWD")
+_PUBLIC = ("PWD", "OLDPWD", "GOOGLE_APPLICATION_CREDENTIALS", "TOKENIZERS_PARALLELISM")  # folders, a file, a switch
 """Variables that look like secrets by their names and are none."""
 
 

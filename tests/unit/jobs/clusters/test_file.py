@@ -58,6 +58,11 @@ def test_what_only_the_cluster_sees_is_known_by_its_folder() -> None:
     ]  # fmt: skip
 
 
+def test_a_path_and_a_switch_are_no_secrets() -> None:
+    shown = {"GOOGLE_APPLICATION_CREDENTIALS": "/shared/key.json", "TOKENIZERS_PARALLELISM": "false"}
+    assert Ray(address="http://head:8265", environment=shown).environment == shown
+
+
 def test_secrets_are_references() -> None:
     k8s = Ray(address="http://head:8265", secrets={"A_TOKEN": "env:A_TOKEN"})
     assert k8s.references == {"A_TOKEN": Secret("env", "A_TOKEN")}
