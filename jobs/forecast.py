@@ -41,7 +41,10 @@ def _here(config: RunConfig, *, anywhere: bool) -> tuple[bool | None, str | None
 
 
 def forecast_on(cluster: Cluster, config: RunConfig, run: str, say: Say) -> str:
-    """Return the forecast of a training on a cluster, by its nodes, their accelerator and their price."""
+    """Return the forecast of a training on a cluster, by its nodes, their accelerator and their price.
+
+    run: that of `--run`, which may have checkpoints; empty for a new one.
+    """
     nodes = cluster.nodes
     has_gpus = bool(nodes and nodes.gpus)
     gpu: bool | None = {"yes": True, "no": False}.get(config.cluster.gpu, has_gpus if nodes else None)
@@ -49,7 +52,7 @@ def forecast_on(cluster: Cluster, config: RunConfig, run: str, say: Say) -> str:
         return "forecast     none: only the cluster sees the data, and their size is not known here"
     return _forecast(
         config,
-        run,
+        "" if cluster.sees_alone(config.storage) else run,
         _client(say, cluster.mlflow),
         gpu=gpu,
         device=(nodes.accelerator or None) if nodes and gpu else None,

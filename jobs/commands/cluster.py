@@ -68,7 +68,8 @@ def submit(argv: list[str]) -> None:
         if plan.config is not None:
             from jobs.forecast import forecast_on
 
-            print(f"\n{forecast_on(cluster, plan.config, plan.run, _warn)}", file=out)
+            given = any(word == "--run" or word.startswith("--run=") for word in command)
+            print(f"\n{forecast_on(cluster, plan.config, plan.run if given else '', _warn)}", file=out)
     if not sends:
         return
     job = send(plan)

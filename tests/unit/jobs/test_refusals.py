@@ -198,6 +198,16 @@ def test_the_working_folder_is_no_secret(detr: Detr, site: SimpleNamespace, monk
     assert sent.status == 0, sent.err
 
 
+@pytest.mark.parametrize(("words", "asked"), [("", []), ("--run mine", ["mine"])])
+def test_a_dry_run_looks_for_checkpoints_of_a_known_run_only(
+    detr: Detr, site: SimpleNamespace, store: str, monkeypatch: pytest.MonkeyPatch, words: str, asked: list[str]
+) -> None:
+    runs: list[str] = []
+    monkeypatch.setattr("jobs.forecast._begin", lambda config, run: runs.append(run) or 0 if run else 0)
+    result = detr("submit", "small", "--dry-run", "--", "train", "demo", *words.split())
+    assert (result.status, runs) == (0, asked), result.err
+
+
 def test_a_server_that_does_not_say_which_nodes_it_has_gets_the_job(
     detr: Detr, server: JobServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
