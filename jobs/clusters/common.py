@@ -127,6 +127,9 @@ class Cluster(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise EntryError(f"retries is {self.retries}; expected 0 or more")
         if self.price_per_node_hour < 0:
             raise EntryError(f"price_per_node_hour is {self.price_per_node_hour}; expected 0 or more")
+        for name in ("python", "directory"):
+            if getattr(self, name).startswith("~"):
+                raise EntryError(f"{name} is {getattr(self, name)!r}; expected it without ~, as the cluster sees it")
         for name, value in self.environment.items():
             _check_variable("environment", name)
             if is_sensitive(name) or holds_secret(value):

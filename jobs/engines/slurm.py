@@ -203,7 +203,7 @@ def _clock(seconds: int) -> str:
 
 
 def _folder(cluster: Slurm, job: str) -> Path:
-    return (Path(cluster.job_folder) / job).absolute()
+    return (Path(cluster.job_folder).expanduser() / job).absolute()
 
 
 def _job(line: str) -> Job:

@@ -74,6 +74,7 @@ MISTAKES = [
     (RAY.replace('launcher = "ray"\n', ""), "clusters.lab: has no launcher; expected one of ray,"),
     (RAY.replace('address = "http://head:8265"', ""), "clusters.lab: has no key `address`"),
     (RAY.replace("http://head:8265", "head:8265"), "address is 'head:8265'; expected the URL of the job server"),
+    (RAY + 'python = "~/venv/bin/python"\n', "python is '~/venv/bin/python'; expected it without ~"),
     (RAY + 'retries = "3"\n', "clusters.lab: retries: expected `int`, got `str`"),
     (RAY + 'code = "snapshots"\n', "code: invalid enum value 'snapshots'; expected snapshot or installed"),
     (RAY + f'environment = {{AWS_SECRET_ACCESS_KEY = "{HIDDEN}"}}\n', "environment.AWS_SECRET_ACCESS_KEY would show a secret"),
