@@ -29,7 +29,10 @@ GRACE_S = 60
 
 @dataclass(frozen=True)
 class Request:
-    """A `detr` command to run on a cluster. `config` is that of a training, with the cluster's defaults; else None."""
+    """A `detr` command to run on a cluster.
+
+    config: that of a training, or of the first trial of a sweep, with the cluster's defaults; else None.
+    """
 
     argv: tuple[str, ...]
     config: RunConfig | None = None
@@ -127,8 +130,9 @@ def make_plan(cluster: Cluster, request: Request, code: Code, suffix: str, mlflo
     suffix: four to eight hexadecimal digits that no other job has. mlflow: this machine's MLflow, for an entry without.
     """
     argv, run = request.argv, ""
-    if request.config is not None:
-        run = request.run or f"{request.config.run_name}-{suffix}"
+    config = request.config if argv[0] == "train" else None
+    if config is not None:
+        run = request.run or f"{config.run_name}-{suffix}"
         if not request.run:
             argv = (*_without(argv, "--track.run-name"), "--run", run)
         if cluster.storage and not _has(argv, "--storage"):
@@ -145,7 +149,7 @@ def make_plan(cluster: Cluster, request: Request, code: Code, suffix: str, mlflo
         **cluster.environment,
     }
     workers = workers_of(request.config, cluster) if request.config else None
-    return Plan(cluster, job, run, argv, code, environment, cluster.references, workers, request.config)
+    return Plan(cluster, job, run, argv, code, environment, cluster.references, workers, config)
 
 
 def workers_of(config: RunConfig, cluster: Cluster) -> Workers:

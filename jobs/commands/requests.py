@@ -63,14 +63,11 @@ def read_request(cluster: Cluster, argv: Sequence[str]) -> Request:
 
 
 def _sweep(argv: Sequence[str]) -> Request:
-    """Return the parsed sweep; its trials are checked where it runs, and here what the first of them reads."""
+    """Return the parsed sweep; its trials are checked where it runs, and here the first of them."""
     own, words = sweep.divided(argv[1:])
     options = parse(sweep.Sweep, own, "detr sweep")
     recipe, trials = sweep.trials_of(options.name, options.recipe, words)
     config = sweep.config_of(recipe, trials[0])
     reads = [options.recipe] if options.recipe.endswith(".toml") else []
-    if not config.data.built_in:
-        reads += [config.data.train, config.data.val]
-    return Request(
-        tuple(argv), reads=tuple(reads), model=config.initial if config.initial.startswith("models:/") else ""
-    )
+    model = config.initial if config.initial.startswith("models:/") else ""
+    return Request(tuple(argv), config, reads=tuple(reads), model=model)

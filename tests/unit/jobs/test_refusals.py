@@ -110,7 +110,7 @@ REFUSED = [
     ("local -- train demo --optim.lrr 1", "did you mean --optim.lr"),
     ("local -- shard coc --out o", "got 'coc' after `detr shard`"),
     ("local -- sweep lr demo --optim.lrr 1,2", "--optim.lrr"),
-    ("small -- sweep lr overfit --seed 1,2 --data.train /absent", "/absent: nothing is there"),
+    ("small -- sweep lr overfit --seed 1,2 --data.train /absent --data.val /absent", "if only small sees it, name its folder"),
     # secrets and tokens
     ("local -- train demo --track.experiment hush-hush-hush", "the command holds the value of AWS_SECRET_ACCESS_KEY"),
     ("url -- train demo", "the s3:// address holds a password"),
@@ -123,6 +123,7 @@ REFUSED = [
     ("small -- train demo --cluster.workers 8 --cluster.cpus-per-worker 2", "8 workers of 2 CPUs do not fit small: at most 2 nodes of 4 CPUs hold 4"),
     ("small -- train demo --cluster.gpu yes", "the workers need a GPU each, and the nodes of small have none"),
     ("gpus -- train detr-r50-16gpu " + DATA, "16 workers of 4 CPUs and a GPU do not fit gpus: at most 2 nodes of 4 GPUs and 16 CPUs hold 8"),
+    ("small -- sweep lr demo --seed 1,2 --cluster.workers 8 --cluster.cpus-per-worker 2", "8 workers of 2 CPUs do not fit small"),
     # places
     ("local -- train overfit --data.train absent --data.val absent", "no manifest.json here"),
     ("small -- train overfit --data.train data/train --data.val data/val", "--data.train data/train is a relative folder"),
