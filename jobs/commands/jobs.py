@@ -117,7 +117,8 @@ def _status(argv: list[str]) -> None:
     lines = [("command", job.command)] if job.command else []
     if job.reason and job.state != "RUNNING":
         lines.append(("waits" if job.state == "PENDING" else "reason", job.reason))
-    if job.run or "train" in job.command or "resume" in job.command:
+    words = shlex.split(job.command) if job.command.startswith("detr ") else []
+    if job.run or not words or words[1] in ("train", "sweep", "resume", "demo"):
         lines += run_lines(cluster, job)
     width = max((len(name) for name, _ in lines), default=0)
     for name, text in lines:

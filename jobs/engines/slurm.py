@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import ClassVar, TextIO
@@ -27,6 +28,8 @@ _STATES: dict[str, State] = {
     **dict.fromkeys(("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING"), "PENDING"),
 }  # all others are failures
 _LOOK_S = 2.0
+_COMMAND, _ENDED, _STOPPED = "command", "ended", "stopped"
+"""Files in a job's folder: its command and run, the status that it ended with, and a note that it was stopped."""
 
 _RAY = r"""
 # Ray of this job alone: its port comes from the job's number, its token stays in a file that only its owner reads.
@@ -74,7 +77,13 @@ class SlurmEngine:
         cluster = _slurm(plan)
         folder = _folder(cluster, plan.job)
         lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(cluster, plan, folder))]
-        lines += [LINT, "set -euo pipefail", f"folder={shlex.quote(str(folder))}", 'mkdir -p "$folder"']
+        lines += [
+            LINT,
+            "set -euo pipefail",
+            f"folder={shlex.quote(str(folder))}",
+            'mkdir -p "$folder"',
+            f'rm -f "$folder/{_ENDED}"',
+        ]
         lines += [*exports(plan.environment), *secret_lines(plan.secrets), *cluster.setup]
         if cluster.code == "snapshot":
             lines.append('export PYTHONPATH="$folder/code${PYTHONPATH:+:$PYTHONPATH}"')
@@ -82,7 +91,7 @@ class SlurmEngine:
         lines += [f"python=$(command -v {shlex.quote(cluster.python)})", 'ray="$(dirname "$python")/ray"']
         words = shlex.join(plan.command[1:])
         again = _AGAIN.format(later=STATUS_LATER, retries=plan.retries) if plan.restarts else ""
-        end = DRIVER + _END + again + 'exit "$status"\n'
+        end = DRIVER + _END + again + f'echo "$status" >"$folder/{_ENDED}"\nexit "$status"\n'
         return "\n".join(lines) + "\n" + _RAY + f'\nset -- "$python" {words}\n' + end
 
     def submit(self, plan: Plan, say: Say) -> str:
@@ -98,6 +107,7 @@ class SlurmEngine:
                 )
             script = folder / f"job{self.suffix}"
             script.write_text(self.render(plan))
+            (folder / _COMMAND).write_text(f"{plan.shown}\n{plan.run}\n")
         except OSError as error:
             raise JobError(
                 f"job_folder {cluster.job_folder} cannot be written ({error.strerror}); expected a folder that every node "
@@ -110,6 +120,8 @@ class SlurmEngine:
     def status(self, cluster: Slurm, job: str) -> Job:
         """Return the job from the queue, else from Slurm's records."""
         found = [known for known in self.list(cluster) if known.id == job]
+        if not found and (_folder(cluster, job) / _ENDED).exists():
+            return _known(cluster, Job(job, _end(_folder(cluster, job))))
         if not found:
             raise JobError(f"there is no job {job!r} on {cluster.name}; see `detr jobs list --cluster {cluster.name}`")
         return found[0]
@@ -139,7 +151,7 @@ class SlurmEngine:
         """Send SIGTERM to the batch shell, whose driver saves; without the note the script would queue the job again."""
         if self.status(cluster, job).state in ENDED:
             return f"{job} had already ended"
-        (_folder(cluster, job) / "stopped").touch()
+        (_folder(cluster, job) / _STOPPED).touch()
         if self.status(cluster, job).state == "PENDING":
             client.run("scancel", f"--name={job}")
             return f"{job} stopped before it ran"
@@ -169,7 +181,7 @@ class SlurmEngine:
             ended = ""  # not every Slurm keeps records
         for job in map(_job, ended.splitlines()):
             found.setdefault(job.id, job)
-        mine = [job for job in found.values() if _folder(cluster, job.id).is_dir()]
+        mine = [_known(cluster, job) for job in found.values() if _folder(cluster, job.id).is_dir()]
         return sorted(mine, key=lambda job: job.started or 0, reverse=True)
 
 
@@ -204,6 +216,22 @@ def _clock(seconds: int) -> str:
 
 def _folder(cluster: Slurm, job: str) -> Path:
     return (Path(cluster.job_folder).expanduser() / job).absolute()
+
+
+def _known(cluster: Slurm, job: Job) -> Job:
+    """Return the job with the command and the run that its folder keeps."""
+    try:
+        command, run = [*(_folder(cluster, job.id) / _COMMAND).read_text().split("\n"), ""][:2]
+    except OSError:  # of an earlier release
+        return job
+    return replace(job, command=command, run=run)
+
+
+def _end(folder: Path) -> State:
+    """Return how a job ended that Slurm has forgotten, by its script."""
+    if (folder / _STOPPED).exists():
+        return "STOPPED"
+    return "SUCCEEDED" if (folder / _ENDED).read_text().strip() == "0" else "FAILED"
 
 
 def _job(line: str) -> Job:

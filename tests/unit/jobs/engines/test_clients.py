@@ -161,6 +161,26 @@ def test_state_and_log_of_a_slurm_job(tmp_path: Path, program: Program) -> None:
         engine.status(cluster, "nosuch")
 
 
+@pytest.mark.parametrize(
+    ("status", "stopped", "state"), [("0", False, "SUCCEEDED"), ("1", False, "FAILED"), ("75", True, "STOPPED")]
+)
+def test_a_slurm_job_without_records_ended_as_its_script_says(
+    tmp_path: Path, program: Program, status: str, stopped: bool, state: str
+) -> None:
+    program("sbatch", "echo 41")
+    program("squeue", "")
+    program("sacct", "exit 1")
+    made = plan(tmp_path, "slurm")
+    engine = engine_of(made.cluster)
+    engine.submit(made, lambda _: None)
+    folder = tmp_path / "jobs" / made.job
+    (folder / "ended").write_text(f"{status}\n")
+    if stopped:
+        (folder / "stopped").touch()
+    job = engine.status(made.cluster, made.job)
+    assert (job.state, job.command, job.run) == (state, made.shown, made.run)
+
+
 def test_a_stopped_slurm_job_does_not_queue_again(tmp_path: Path, program: Program) -> None:
     cluster = plan(tmp_path, "slurm").cluster
     (tmp_path / "jobs" / "a-1").mkdir(parents=True)
