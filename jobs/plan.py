@@ -129,15 +129,17 @@ def make_plan(cluster: Cluster, request: Request, code: Code, suffix: str, mlflo
 
     suffix: four to eight hexadecimal digits that no other job has. mlflow: this machine's MLflow, for an entry without.
     """
-    argv, run = request.argv, ""
+    argv, run, given = request.argv, "", ""
     config = request.config if argv[0] == "train" else None
     if config is not None:
-        run = request.run or f"{config.run_name}-{suffix}"
+        ending = "-smoke" if request.smoke else ""  # which the command adds
+        given = request.run or f"{config.run_name.removesuffix(ending)}-{suffix}"
+        run = f"{given}{ending}"
         if not request.run:
-            argv = (*_without(argv, "--track.run-name"), "--run", run)
+            argv = (*_without(argv, "--track.run-name"), "--run", given)
         if cluster.storage and not _has(argv, "--storage"):
             argv = (*argv, "--storage", cluster.storage)
-    base = re.sub(r"[^a-z0-9]+", "-", (run.removesuffix(f"-{suffix}") or argv[0]).lower()).strip("-")
+    base = re.sub(r"[^a-z0-9]+", "-", (given.removesuffix(f"-{suffix}") or argv[0]).lower()).strip("-")
     job = f"{base if base[:1].isalpha() else f'run-{base}'}"[: 47 - len(suffix) - 1].rstrip("-") + f"-{suffix}"
     environment = {
         "MLFLOW_TRACKING_URI": cluster.mlflow or mlflow,

@@ -275,6 +275,15 @@ def test_dockerfile_is_clean_pinned_and_not_run_by_root() -> None:
     assert "detr --help" in text
 
 
+def test_a_smoke_run_is_named_as_its_command_names_it(folder: Path) -> None:
+    (folder / "detr.toml").write_text(entry("slurm"))
+    cluster = find_cluster("it")
+    made = make_plan(cluster, read_request(cluster, ["train", "detr-r50-16gpu", "--smoke"]), CODE, "12ab34cd", "")
+    assert made.run == "detr-r50-16gpu-12ab34cd-smoke"
+    assert "--run detr-r50-16gpu-12ab34cd" in made.shown
+    assert "--run detr-r50-16gpu-12ab34cd-smoke" not in made.shown
+
+
 def test_a_name_that_no_launcher_takes_becomes_one(folder: Path) -> None:
     (folder / "detr.toml").write_text(entry("kuberay"))
     cluster = find_cluster("it")
