@@ -68,6 +68,7 @@ def compare(
     images: those of an evaluation. begin: step at which this command began, and total: its last. wall_s: its seconds so
     far. before_s: those of earlier commands of the run. A run that was made longer since is not compared.
     """
+    passing: tuple[type[Exception], ...] = (*unavailable(), msgspec.DecodeError)
     try:
         tags = client.get_run(run_id).data.tags
         times = _times(client, run_id, config, images, begin, wall_s, gpu, tags.get(TAG_DEVICE, ""))
@@ -83,7 +84,7 @@ def compare(
         client.log_metric(run_id, "forecast/measured_s", took)
         client.log_metric(run_id, "forecast/error", took / ahead - 1)
         say(f"forecast was {duration(ahead)}, it took {duration(took)} ({took / ahead - 1:+.0%})")
-    except (*unavailable(), msgspec.DecodeError) as error:
+    except passing as error:
         say(f"warning: the times of the run were not kept ({type(error).__name__})")
 
 
