@@ -20,6 +20,8 @@ class RunForecast(msgspec.Struct, frozen=True, kw_only=True):
     workers: int
     gpu: bool
     prices: Prices | None = None
+    waited_for: int | None = None
+    """Number of evaluations that training waits for; None: all."""
 
     @property
     def seconds(self) -> float | None:
@@ -45,9 +47,10 @@ class RunForecast(msgspec.Struct, frozen=True, kw_only=True):
         prices, amounts = self.prices, self.amounts
         if prices is None:
             return []
+        waits = amounts.evaluations if self.waited_for is None else self.waited_for
         uses = [("steps", amounts.steps * prices.step_s)]
         if prices.evaluation_s is not None:
-            uses.append(("evaluations", amounts.evaluations * prices.evaluation_s))
+            uses.append(("evaluations", waits * prices.evaluation_s))
         if prices.other_s is not None:
             uses.append(("start and end", prices.other_s))
         return uses
@@ -95,14 +98,13 @@ def forecast(
     config: RunConfig, amounts: Amounts, checkpoint_bytes: int, prices: Prices | None, *, gpu: bool
 ) -> RunForecast:
     """Return the forecast of a run; evaluations in the background take no time of training, except for the last."""
-    if config.evaluate.asynchronous:
-        amounts = msgspec.structs.replace(amounts, evaluations=min(amounts.evaluations, 1))
     return RunForecast(
         amounts=amounts,
         checkpoint_bytes=checkpoint_bytes,
         workers=config.cluster.workers,
         gpu=gpu,
         prices=prices,
+        waited_for=min(amounts.evaluations, 1) if config.evaluate.asynchronous else None,
     )
 
 

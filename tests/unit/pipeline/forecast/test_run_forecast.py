@@ -95,7 +95,9 @@ def test_nothing_measured_is_no_forecast(tiny_config: RunConfig, runs: list[Any]
 
 def test_background_evaluations_take_no_time_but_the_last(tiny_config: RunConfig) -> None:
     config = replace(tiny_config, evaluate=replace(tiny_config.evaluate, asynchronous=True))
-    assert forecast(config, WORK, 0, PRICES, gpu=True).seconds == 1000 * 3.0 + 100.0 + 200.0
+    ahead = forecast(config, WORK, 0, PRICES, gpu=True)
+    assert ahead.seconds == 1000 * 3.0 + 100.0 + 200.0
+    assert "4 of 50 images" in "\n".join(ahead.lines())
 
 
 def test_only_runs_of_the_same_work_on_the_same_device_count(tiny_config: RunConfig, runs: list[Any]) -> None:
