@@ -114,7 +114,7 @@ def coco(tmp_path: Path) -> Path:
         ("shard verify absent", "no manifest.json here"),
         ("train detr-r50 --data.train absent --data.val absent", "no manifest.json here"),
         ("train overfit", "no manifest.json here"),
-        ("evaluate models:/none@best --data absent", "no manifest.json here"),
+        ("evaluate models:/none@best --data absent", "there is no registered model 'none'"),
         ("predict models:/none@best absent.jpg --out o", "no such file"),
         ("predict models:/none@best text.json --out o", "not a picture"),
         ("import absent.pth --name a", "absent.pth: no such file"),
