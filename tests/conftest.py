@@ -130,7 +130,7 @@ def tiny_config(tiny_data: TinyData) -> RunConfig:
         optim=OptimConfig(batch_size=4, epochs=2, lr=1e-3, lr_backbone=1e-4, decay_epoch=1),
         evaluate=EvaluateConfig(batch_size=2, pictures=1),
         checkpoint=CheckpointConfig(every_steps=0),
-        track=TrackConfig(log_every=1),
+        track=TrackConfig(log_every=1, wait_s=0.0),
     )
 
 

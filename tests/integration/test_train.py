@@ -123,9 +123,10 @@ def test_another_batch_size_must_be_accepted_and_is_then_recorded(
     assert lines == []
     resume("tiny", ResumeOptions(epochs=2, batch_size=5, accept=True), launch)
     change = "from step 2 (8 samples) on: optim.batch_size 4 -> 5"
-    assert lines[1] == (
+    warning = (
         f"warning: another stream of samples {change}; it is entered at epoch 0.67 and shows the rest of that epoch"
     )
+    assert warning in lines
     tags = find_run(connect(), "tiny").data.tags
     assert tags[TAG_STREAM] == change
     assert tags[TAG_TOTAL_STEPS] == "6"  # 16 samples are left: four steps, the last of them filled up
@@ -192,7 +193,7 @@ def test_unsent_events_are_sent_by_the_next_resume(
     with monkeypatch.context() as away:
         away.setattr(run_spools, "EventSender", Away)
         train(replace(short_config, storage=str(tmp_path / "runs")), Launch(say=lines.append))
-    assert any("unsent-training.zip and sent by the next command" in line for line in lines)
+    assert any("unsent-training.zip" in line and "the next command of the run" in line for line in lines)
     client = connect()
     found = find_run(client, "tiny")
     assert found.info.status == "FINISHED"
@@ -243,14 +244,14 @@ def test_a_loss_of_mlflow_is_one_line_that_says_what_is_kept(
     workers(None)
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.registry.registration.register", away)
-        with pytest.raises(Postponed, match=r"failed .*saved is kept; `detr resume \w+` continues$") as caught:
+        with pytest.raises(Postponed, match=r"failed.*everything is kept; `detr resume \w+` continues$") as caught:
             train(short_config, launch)
     assert "\n" not in str(caught.value)
     assert find_run(connect(), "tiny").info.status == "KILLED"
     assert resume("tiny", launch=launch).version == "1"
     with monkeypatch.context() as patch:
         patch.setattr(work, "create_run", away)
-        with pytest.raises(TrackingError, match=r"the MLflow store .* failed"):
+        with pytest.raises(TrackingError, match=r"MLflow at .* does not answer"):
             train(short_config, launch)
 
 
