@@ -27,7 +27,9 @@ COMMANDS: dict[str, Command] = {
     "sweep": Command(
         "Train with every combination of some options: sweep NAME RECIPE --optim.lr 1e-4,2e-4", sweep.sweep
     ),
-    "show": Command("Print the configuration of a recipe, or a version: show RECIPE [--any.field ...] | MODEL", runs.show),
+    "show": Command(
+        "Print the configuration of a recipe, or a version: show RECIPE [--any.field ...] | MODEL", runs.show
+    ),
     "show-batch": Command(
         "Draw the batch of a step as the model sees it: show-batch RECIPE --step N --out FILE", batches.show_batch
     ),

@@ -252,7 +252,7 @@ def test_two_data_sets_are_put_side_by_side(detr: Detr, tiny_data: TinyData) -> 
     assert (result.status, result.err) == (0, "")
     rows = [re.split(r"  +", line) for line in result.out.splitlines()]
     assert ["", "group", "this data set", "the other"] in rows
-    images = [row for row in rows if len(row) > 4 and row[0] == "" or row[0] == "objects per image"]
+    images = [row for row in rows if (len(row) > 4 and row[0] == "") or row[0] == "objects per image"]
     assert images[0][:2] == ["objects per image", "0"]
     assert sum(int(row[2]) for row in images[:8]) == 12
     assert ["", "distance", "by chance"] in rows
