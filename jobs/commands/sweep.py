@@ -135,7 +135,7 @@ def _check(options: Sweep, configs: Sequence[RunConfig]) -> None:
         raise UsageError("expected --reduction above 1, --grace of 1 or more, --parallel of 0 or more")
     if len({(config.storage, config.track.experiment) for config in configs}) > 1:
         raise UsageError("the trials differ in storage or experiment; expected the same for all")
-    if options.early_stop != "none" and configs[0].evaluate.every > options.grace:
+    if options.early_stop != "none" and family == "val" and configs[0].evaluate.every > options.grace:
         print(f"evaluations are {configs[0].evaluate.every} epochs apart, so no trial ends before the first")
 
 

@@ -40,6 +40,7 @@ def ray_for_trials(config: RunConfig, address: str | None, *, verbose: bool) -> 
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other output is silent where it is asked to be
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     authenticate() if address else lock_local_ray()
     import ray

@@ -38,13 +38,13 @@ def test_trials_end_early_and_a_revived_one_is_as_if_it_had_never_ended(
     record = json.loads((detr.folder / "runs" / "it" / "sweep.json").read_text())
     stopped = record["stopped"]
     assert sorted(record["trials"]) == [f"it-{trial}" for trial in sorted(TRIALS)]
-    assert stopped
-    assert all(name.startswith("it-lr=1e-9") for name in stopped), output  # the learning rate that learns nothing
+    assert 1 <= len(stopped) < len(TRIALS), output
     assert detr.runs_named("it") == ["FINISHED"]
     parents = {detr.tag(f"it-{trial}", "mlflow.parentRunId") for trial in TRIALS}
     assert parents == {record["run_id"]}
     best = detr.tag("it", "detr.sweep.best")
-    assert best.startswith("it-lr=1e-3")
+    assert best.startswith("it-lr=1e-3")  # the other learning rate learns nothing
+    assert best not in stopped
     assert f"best        {best}" in output
     assert "registered as models:/detr-overfit/1 (@best)" in output
 
