@@ -20,7 +20,7 @@ from pipeline.exchange import export_original as original_exporter
 from pipeline.exchange import import_original as original_importer
 from pipeline.exchange.export_original import export_original, original_options
 from pipeline.exchange.import_original import coco_names, import_file, read_original
-from pipeline.registry.card import write_folder
+from pipeline.registry.card import read_model, write_folder
 from shards.dataset.categories import Category
 from shards.dataset.manifest import load_manifest
 from tests.support.cards import make_card
@@ -245,7 +245,7 @@ def registered(folder: Path, model: DETR, categories: tuple[Category, ...]) -> N
 
 @pytest.fixture
 def _registered_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(original_exporter, "resolve", lambda uri: tmp_path / "registered")
+    monkeypatch.setattr(original_exporter, "read_version", lambda uri: read_model(tmp_path / "registered"))
 
 
 @pytest.mark.usefixtures("_registered_here")
