@@ -79,7 +79,18 @@ def describe(
         _commands(run, config, list(versions)),
         f"*Rewritten {now:%Y-%m-%d %H:%M} UTC.*",
     ]
-    return "\n\n".join(filter(None, blocks))[:MOST_TEXT]
+    return _fitted([block for block in blocks if block])
+
+
+def _fitted(blocks: list[str]) -> str:
+    """Return the blocks as a text that MLflow shows whole: lines of the longest one go first, the commands stay."""
+    text = "\n\n".join(blocks)
+    while len(text) > MOST_TEXT:
+        longest = max(range(len(blocks) - 2), key=lambda number: len(blocks[number]))
+        shorter, _, last = blocks[longest].rpartition("\n")
+        blocks[longest] = shorter or last[: -(len(text) - MOST_TEXT)]
+        text = "\n\n".join(blocks)
+    return text
 
 
 def _headline(scores: Sequence[Scored]) -> str:

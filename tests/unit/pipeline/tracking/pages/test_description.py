@@ -105,8 +105,9 @@ def test_pictures_and_links_are_relative_to_the_page() -> None:
 
 
 @pytest.mark.parametrize("length", [10, 10_000])
-def test_it_is_never_longer_than_a_tag_may_be(length: int) -> None:
-    assert (
-        len(described(**{TAG_DATA_WAIT: "w" * length, TAG_HARDWARE: "h" * length, TAG_LEFT_OUT: "x" * length}))
-        <= MOST_TEXT
-    )
+def test_it_is_never_longer_than_a_tag_may_be_and_keeps_its_commands(length: int) -> None:
+    text = described(**{TAG_DATA_WAIT: "w" * length, TAG_HARDWARE: "h" * length, TAG_LEFT_OUT: "x" * length})
+    assert len(text) <= MOST_TEXT
+    commands = described().split("```")[1]
+    assert text.split("```")[1] == commands
+    assert text.endswith("UTC.*")
