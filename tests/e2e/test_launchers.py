@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from secrets import token_hex
 
 import pytest
 import yaml
@@ -19,7 +20,7 @@ from tests.support.undisturbed import differences
 
 pytestmark = pytest.mark.slow
 STEPS = 60
-SECRET = "planted-c0ffee-planted"
+SECRET = token_hex(16)  # the snapshot of a job holds this file
 TRAIN = ["train", "overfit", *TINY, "--optim.max-steps", str(STEPS), "--evaluate.every", "10", "--cluster.workers", "2"]
 TRAIN += ["--track.log-every", "1"]  # a point is the mean since the one before, or since the start
 
@@ -49,8 +50,8 @@ def test_a_slurm_job_that_meets_its_time_limit_queues_again_until_the_run_is_don
         pytest.skip(reason)
     recording = Recording(tmp_path / "steps")
     recording.pace(0.2)
-    secrets = tmp_path_factory.mktemp("secrets")
-    (secrets / "aws").write_text(f"{SECRET}\n")
+    files = tmp_path_factory.mktemp("secrets")
+    (files / "aws").write_text(f"{SECRET}\n")
     login = work.env | {"PYTHONPATH": RECORDER, "DETR_RECORD": str(recording.folder), "LOGIN": SECRET}
     login.pop("MLFLOW_TRACKING_URI")
     slurm = Slurm(tmp_path_factory.mktemp("slurm"), login)
@@ -64,7 +65,7 @@ def test_a_slurm_job_that_meets_its_time_limit_queues_again_until_the_run_is_don
         mlflow = "sqlite:///{tmp_path}/mlflow.db"
         on_cluster = ["sqlite:///{tmp_path}"]
         time_limit = "10m"
-        secrets = {{AWS_SECRET_ACCESS_KEY = "file:{secrets}/aws", MLFLOW_TRACKING_PASSWORD = "env:LOGIN"}}
+        secrets = {{AWS_SECRET_ACCESS_KEY = "file:{files}/aws", MLFLOW_TRACKING_PASSWORD = "env:LOGIN"}}
         """)
     chance = random.Random()
     limits = sorted(chance.sample(range(4, STEPS - 12), 2))
