@@ -32,7 +32,7 @@ from shards.score.precision_recall import UNSCORED
 LOG = logging.getLogger(__name__)
 
 _MOST_TEXT = 5000  # characters of a tag
-_SMALL = (760, 760)  # pixels of a picture on a page, which a wider one would stretch beyond the window
+_SMALL = (620, 620)  # pixels of a picture on a page, which a wider one would stretch beyond the window
 
 
 def report_evaluation(

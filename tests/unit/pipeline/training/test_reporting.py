@@ -47,7 +47,7 @@ def test_the_newest_picture_of_a_series_is_an_artifact_too(step: int, series: li
         content, at = tracker.files[name]
         with Image.open(io.BytesIO(content)) as picture:
             sizes.append((picture.format, picture.size, at))
-    assert sizes == [("PNG", (2000, 1000), step), ("WEBP", (760, 380), step)]
+    assert sizes == [("PNG", (2000, 1000), step), ("WEBP", (620, 310), step)]
 
 
 def test_the_hardware_and_versions_of_a_run_are_tags() -> None:
