@@ -205,7 +205,8 @@ def _recipe(config: RunConfig) -> str:
 def _commands(run: Run, config: RunConfig, versions: Sequence[str]) -> str:
     handle = run.info.run_id[:8]
     rows = _command_rows(handle, config, versions)
-    return "```\n" + "\n".join(f"{command}  # {use}" for command, use in rows) + "\n```"
+    # The use above its command: a longer line would widen the page.
+    return "```\n" + "\n".join(f"# {use}\n{command}" for command, use in rows) + "\n```"
 
 
 def _command_rows(handle: str, config: RunConfig, versions: Sequence[str]) -> Iterator[tuple[str, str]]:
