@@ -67,16 +67,18 @@ _RAY = {
 }
 
 
+_OF_OTHERS = (
+    *("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"),
+    "COLUMNS",  # for which tables are cut
+)
+
+
 class Command:
     """`detr` run in one folder, with its own MLflow store there. What it started is killed at the end of a `with` block."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.env = _RAY | {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
-        }
+        self.env = _RAY | {name: value for name, value in os.environ.items() if name not in _OF_OTHERS}
         self.started: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> Self:

@@ -195,9 +195,10 @@ def test_a_trained_run_waits_for_mlflow_before_it_sends_and_registers(
             raise MlflowException("no answer")  # which MLflow gives a code of errors that may pass
 
     monkeypatch.setattr(work, "send_left", lambda *_: order.append("sent") or True)
-    driver = work_at(tmp_path / "it", tiny_config, lines, SimpleNamespace(search_experiments=search))
+    patient = replace(tiny_config, track=replace(tiny_config.track, wait_s=600.0))
+    driver = work_at(tmp_path / "it", patient, lines, SimpleNamespace(search_experiments=search))
     cluster = SimpleNamespace(gpu=False, run=lambda *_, **__: order.append("ran"))
-    driver._run(cluster, tiny_config, lambda: None, accept_change=False)
+    driver._run(cluster, patient, lambda: None, accept_change=False)
     assert order == ["ran", "away", "sent"]
     assert "the registration waits for it, 10 min at most" in lines[0]
     assert lines[1].startswith("MLflow answers again after")
