@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 _ANSWER_S = 8.0
 _UPLOAD_S = 120.0
+_NO_AGENT = "No available agent"
+_TRIES, _AGAIN_S = 30, 2.0
 # A stopped job has a minute to save a checkpoint; Ray's default kills it after three seconds.
 _STOP = {"RAY_JOB_STOP_SIGNAL": "SIGTERM", "RAY_JOB_STOP_WAIT_TIME_S": str(GRACE_S)}
 
@@ -53,7 +55,7 @@ class RayEngine:
                 say(
                     f"snapshot    {len(plan.code.files)} files, {plan.code.size / 1e6:.1f} MB, commit {plan.code.commit}"
                 )
-            return str(_within(_UPLOAD_S, cluster, lambda: client.submit_job(**request)))
+            return str(_accepted(cluster, lambda: client.submit_job(**request), say))
 
     def status(self, cluster: Ray, job: str) -> Job:
         """Return the job as the server knows it."""
@@ -227,6 +229,20 @@ def _unanswered(cluster: Ray, reason: str) -> JobError:
         f"no Ray job server answers at {cluster.address} ({reason}); expected a running cluster: start one with "
         "`ray start --head`, or correct the address"
     )
+
+
+def _accepted(cluster: Ray, call: Callable[[], Answer], say: Say) -> Answer:
+    """Return what `call` returns; a head that has just started answers before the agent that starts its jobs does."""
+    for tried in range(_TRIES):
+        try:
+            return _within(_UPLOAD_S, cluster, call)
+        except RuntimeError as error:
+            if _NO_AGENT not in str(error):
+                raise JobError(f"{cluster.address} refused the job ({one_line(error)})") from None
+        if tried == 0:
+            say(f"waiting for {cluster.address}, which cannot start jobs yet")
+        time.sleep(_AGAIN_S)
+    raise JobError(f"{cluster.address} cannot start jobs yet ({_NO_AGENT}); try again in a minute")
 
 
 def _within(seconds: float, cluster: Ray, call: Callable[[], Answer]) -> Answer:

@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from jobs.clusters import find_cluster
 from jobs.code import Code
 from jobs.engines import engine_of
+from jobs.engines import ray as ray_engine
 from jobs.errors import JobError
 from jobs.plan import Plan, make_plan
 from jobs.refusals import read_request
@@ -216,3 +218,25 @@ def test_ray_up_starts_the_machines_and_submits_on_the_head(tmp_path: Path, prog
     assert started.startswith("up --yes --no-restart ")
     assert f"ray job submit --address http://127.0.0.1:8265 --no-wait --submission-id {made.job}" in submitted
     assert '"working_dir": "/tmp/detr-code"' in submitted
+
+
+def test_a_head_that_cannot_start_jobs_yet_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_engine, "_AGAIN_S", 0.0)
+    answers = iter([RuntimeError("status 500: No available agent to submit job"), "job-1"])
+    lines: list[str] = []
+
+    def submit() -> str:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    cluster: Any = SimpleNamespace(address="http://127.0.0.1:8265")
+    assert ray_engine._accepted(cluster, submit, lines.append) == "job-1"
+    assert lines == ["waiting for http://127.0.0.1:8265, which cannot start jobs yet"]
+
+    def refuse() -> str:
+        raise RuntimeError("status 400: no such field")
+
+    with pytest.raises(JobError, match="refused the job .*no such field"):
+        ray_engine._accepted(cluster, refuse, lines.append)
