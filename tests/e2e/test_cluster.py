@@ -111,7 +111,8 @@ def test_cluster_fetches_each_shard_once_from_s3(cluster: Cluster, submitted: Su
 def test_checkpoints_are_on_s3_alone_and_secrets_nowhere(detr: Command, cluster: Cluster, submitted: Submitted) -> None:
     stored = [path for path in (cluster.store.root / "sets" / "runs").rglob("*") if path.is_file()]
     names = {path.name for path in stored}
-    assert names - {"__1_0.distcp"} == {"meta.json", "evaluation.json", ".metadata", "__0_0.distcp"}
+    of_checkpoint = {"meta.json", "evaluation.json", "detections.safetensors", ".metadata", "__0_0.distcp"}
+    assert names - {"__1_0.distcp"} == of_checkpoint | {"evaluations.json"}
     assert not list(detr.folder.glob("runs/submitted-*/checkpoints"))
     assert "best        s3://sets/runs/submitted-" in submitted.output
     assert not [path for path in stored if SECRET.encode() in path.read_bytes()]

@@ -238,5 +238,5 @@ def test_a_head_that_cannot_start_jobs_yet_is_asked_again(monkeypatch: pytest.Mo
     def refuse() -> str:
         raise RuntimeError("status 400: no such field")
 
-    with pytest.raises(JobError, match="refused the job .*no such field"):
+    with pytest.raises(JobError, match=r"refused the job .*no such field"):
         ray_engine._accepted(cluster, refuse, lines.append)
