@@ -148,7 +148,7 @@ def test_a_cluster_that_cannot_train_is_refused_in_a_line_before_a_run_exists(si
     missing = re.compile(
         r"waiting for the cluster.* 2 workers need 1 CPU each .* 1 of them fits the cluster: \S+ has 1 CPU"
     )
-    until(lambda: missing.search(first.log("driver.log")) or waiting.poll() is not None, "the wait is reported")
+    until(lambda: missing.search(first.log("driver.log")) or waiting.poll() is not None, "the wait is reported", 400)
     start_ray(second, "--address", address)
     assert waiting.wait(400) == 1, first.log("driver.log")
     output = first.log("driver.log")

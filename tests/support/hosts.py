@@ -33,6 +33,8 @@ def reason_without_hosts() -> str:
     """Return the reason why this machine cannot have such hosts, or ""."""
     if os.geteuid() != 0:
         return "network namespaces need root"
+    if Path(__file__).is_relative_to("/tmp"):
+        return "the project lies below /tmp, of which each host has its own"
     for command in ("ip", "unshare", "nsenter"):
         if shutil.which(command) is None:
             return f"the command `{command}` is missing"
