@@ -122,7 +122,8 @@ def test_a_lease_survives_a_store_that_is_away(
         away.clear()
         for _ in range(5):
             assert beats.acquire(timeout=10)
-    assert [record.message for record in caplog.records] == [
+    # Leases of earlier tests may still be looking for stores that have gone.
+    assert [record.message for record in caplog.records if ": away;" in record.message] == [
         "the lease of run it could not be renewed: away; tried again"
     ]
     assert lease.lost == ""
