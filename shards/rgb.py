@@ -68,7 +68,7 @@ def decode_picture(image: Image.Image, exif: Exif = "upright") -> Image.Image:
     """Return an opened picture as RGB; raise `PictureError` if its pixels are damaged or cannot be RGB."""
     try:
         image.load()
-    except Exception:
+    except Exception:  # Pillow's decoders raise errors of many kinds for damaged bytes, and each means the same here
         raise PictureError("not a picture that can be read: it is truncated or damaged") from None
     if exif == "upright":
         with contextlib.suppress(Exception):  # damaged EXIF data; the pixels were decoded

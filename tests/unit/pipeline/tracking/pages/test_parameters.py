@@ -26,7 +26,7 @@ def test_names_and_places_are_no_parameters() -> None:
         storage="/elsewhere",
         data=replace(DEMO.data, train="/x/train", cache="/c"),
         track=replace(DEMO.track, run_name="mine"),
-        model=replace(DEMO.model, backbone_weights=f"/work/{DEMO.model.backbone_weights}"),
+        model=replace(DEMO.model, backbone_weights=f"/elsewhere/{DEMO.model.backbone_weights}"),
     )
     assert differing(moved) == {}
 
