@@ -115,7 +115,7 @@ def training_batches(
     `bad` collects the samples that are skipped because they are damaged. The reader threads run until the generator is
     closed: across epochs, and while the caller saves or evaluates.
     """
-    passes = _passes(config, ranks.world_size)
+    passes = passes_per_step(config, ranks.world_size)
     slices = rank_slices(manifest, config, schedule, ranks, step, until)
     micro_batches = (micro_batch for rank_slice in slices for micro_batch in _split(rank_slice, passes))
     batches = _open(manifest, config, micro_batches, ranks.device.type == "cuda", config.data.reader_threads, bad)
@@ -131,7 +131,7 @@ def global_batch(
 
     The default reads the images in the calling thread.
     """
-    passes = _passes(config, workers)
+    passes = passes_per_step(config, workers)
     with closing(_step_plans(manifest, config, schedule, step, step + 1)) as plans:
         _, plan = next(plans)
     slices = (plan.step(step, rank, workers) for rank in range(workers))
@@ -160,7 +160,7 @@ def _open(
     )
 
 
-def _passes(config: RunConfig, workers: int) -> int:
+def passes_per_step(config: RunConfig, workers: int) -> int:
     """Return the number of forward passes per step, equal on every rank, because under FSDP they are collectives."""
     largest = math.ceil(config.optim.batch_size / workers)  # images of one rank
     return math.ceil(largest / (config.compute.max_microbatch or largest))
@@ -169,8 +169,12 @@ def _passes(config: RunConfig, workers: int) -> int:
 def _split(rank_slice: tuple[Ints, Ints], passes: int) -> list[tuple[Ints, Ints]]:
     """Split a rank's slice of a step into consecutive micro-batches, so that after sorting each has similar shapes."""
     rows, epochs = rank_slice
-    bounds = [number * len(rows) // passes for number in range(passes + 1)]
-    return [(rows[start:stop], epochs[start:stop]) for start, stop in pairwise(bounds)]
+    return [(rows[start:stop], epochs[start:stop]) for start, stop in pass_bounds(len(rows), passes)]
+
+
+def pass_bounds(images: int, passes: int) -> list[tuple[int, int]]:
+    """Return start and stop of each micro-batch in a rank's slice of a step."""
+    return list(pairwise(number * images // passes for number in range(passes + 1)))
 
 
 def rank_slices(
@@ -182,24 +186,27 @@ def rank_slices(
             yield current.step(number, ranks.rank, ranks.world_size)
 
 
+def epoch_plan(manifest: Manifest, config: RunConfig, schedule: Schedule, epoch: int) -> EpochPlan:
+    """Return the plan of one epoch of a run."""
+    return plan_epoch(
+        manifest,
+        seed=config.seed,
+        epoch=epoch,
+        batch_size=config.optim.batch_size,
+        # No last epoch: the last step is filled from the epoch after it, so that a run can be extended later and
+        # continues at exactly the next sample.
+        sizes=augmented_sizes(manifest.index(), config.seed, config.transform),
+        config=plan_config(config.data),
+        origin=schedule.origin,
+    )
+
+
 def _step_plans(
     manifest: Manifest, config: RunConfig, schedule: Schedule, step: int, until: int
 ) -> Generator[tuple[int, EpochPlan], None, None]:
     """Yield each step with the plan that it is in."""
 
-    def plan(epoch: int) -> EpochPlan:
-        return plan_epoch(
-            manifest,
-            seed=config.seed,
-            epoch=epoch,
-            batch_size=config.optim.batch_size,
-            # No last epoch: the last step is filled from the epoch after it, so that a run can be extended later and
-            # continues at exactly the next sample.
-            sizes=augmented_sizes(manifest.index(), config.seed, config.transform),
-            config=plan_config(config.data),
-            origin=schedule.origin,
-        )
-
+    plan = partial(epoch_plan, manifest, config, schedule)
     # Two threads: a run that is resumed near the end of an epoch needs two plans before its first batch.
     with ThreadPoolExecutor(2, thread_name_prefix="plan") as planner:
         epoch = schedule.epoch_of(step)
