@@ -14,7 +14,7 @@ from typing import Self
 import msgspec
 
 from pipeline.checkpoint.location import META, PARTIAL, Location
-from pipeline.checkpoint.metadata import Meta, deciding_ap, parse_meta, read_meta
+from pipeline.checkpoint.metadata import Meta, deciding_figure, parse_meta, read_meta
 from pipeline.errors import CheckpointError
 from pipeline.run_folder import CHECKPOINTS, SAVED
 from shards.errors import one_line
@@ -97,10 +97,10 @@ class Shelf:
         return self._metas.get(path)
 
     def best(self) -> tuple[Location, dict[str, float]] | None:
-        """Return the newest checkpoint with the highest AP (of masks, if predicted) and its metrics, or None."""
+        """Return the newest checkpoint with the highest PQ or AP (of masks, if predicted) and its metrics, or None."""
         evaluated = [entry.path for entry in self.entries if entry.complete and entry.evaluated]
         scored = [(path, metrics) for path in evaluated if (metrics := self._metrics_of(path)) is not None]
-        return max(scored, key=lambda pair: (deciding_ap(pair[1]), pair[0].name), default=None)
+        return max(scored, key=lambda pair: (deciding_figure(pair[1]), pair[0].name), default=None)
 
     def pending(self) -> list[Location]:
         """Return the complete checkpoints that still have to be evaluated in the background, oldest first."""
@@ -147,7 +147,7 @@ def newest(root: Location) -> Location | None:
 
 
 def best(root: Location) -> tuple[Location, dict[str, float]] | None:
-    """Return the newest checkpoint with the highest AP (of masks, if predicted) and its metrics, or None."""
+    """Return the newest checkpoint with the highest PQ or AP (of masks, if predicted) and its metrics, or None."""
     return Shelf(root).look().best()
 
 

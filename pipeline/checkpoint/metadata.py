@@ -14,6 +14,7 @@ import msgspec
 
 from pipeline.checkpoint.location import META, Location
 from pipeline.errors import CheckpointError
+from pipeline.figures import deciding_name
 from shards.store import storage
 from shards.store.retry import may_pass
 
@@ -31,7 +32,7 @@ _FIRST_DEFAULTS: dict[str, Any] = {"sort_window": 1, "shuffle_shards": 0, "epoch
 
 
 class Best(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Highest AP of a run at the time of a checkpoint (of masks, if the run predicts them), and its step."""
+    """Highest deciding figure of a run at the time of a checkpoint (PQ, AP of masks or AP), and its step."""
 
     step: int
     ap: float
@@ -130,6 +131,6 @@ def read_meta(path: Location) -> Meta:
         raise CheckpointError(f"{path / META} cannot be read ({error}); expected a complete checkpoint") from None
 
 
-def deciding_ap(metrics: Mapping[str, float]) -> float:
-    """Return the AP that the best checkpoint has the most of: that of masks, if the run predicts them."""
-    return metrics.get("mask_AP", metrics["AP"])
+def deciding_figure(metrics: Mapping[str, float]) -> float:
+    """Return the figure that the best checkpoint has the most of: PQ or AP (`pipeline.figures`)."""
+    return metrics[deciding_name(metrics)]

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from pipeline.checkpoint import torch_files
 from pipeline.checkpoint.catalog import Shelf, folder_of
 from pipeline.checkpoint.location import META, PARTIAL, Location, Url
-from pipeline.checkpoint.metadata import Best, Meta, deciding_ap, read_meta
+from pipeline.checkpoint.metadata import Best, Meta, deciding_figure, read_meta
 from pipeline.checkpoint.plans import Plans
 from pipeline.checkpoint.safe_reader import RestrictedPlanner, RestrictedReader
 from pipeline.distributed.parallel import unwrap
@@ -100,7 +100,7 @@ def _finish(shelf: Shelf, target: Location, partial: Path | None, meta: Meta) ->
     shelf.look()
     best_so_far = shelf.best()
     if best_so_far and (best_meta := shelf.meta(best_so_far[0])):
-        meta = msgspec.structs.replace(meta, best=Best(best_meta.step, deciding_ap(best_so_far[1])))
+        meta = msgspec.structs.replace(meta, best=Best(best_meta.step, deciding_figure(best_so_far[1])))
     content = msgspec.json.format(msgspec.json.encode(meta), indent=2)
     storage.write(str((partial or target) / META), content)
     if partial and not isinstance(target, Url):

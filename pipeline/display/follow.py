@@ -71,6 +71,8 @@ class RunView:
             scores += f"  AP75 {metrics.get('val/AP75', -1):.3f}"
             if "val/mask_AP" in metrics:
                 scores += f"  mask AP {metrics['val/mask_AP']:.3f}"
+            if "val/PQ" in metrics:
+                scores += f"  PQ {metrics['val/PQ']:.3f}"
             self._line(f"          evaluated at epoch {evaluated:g}:  {scores}")
 
     def _print_epochs(self, progress: RunProgress, total: int, epochs: float, metrics: dict[str, float]) -> None:
@@ -142,6 +144,7 @@ def _figures(progress: RunProgress, metrics: dict[str, float]) -> list[str]:
         "train/loss": "loss {:8.3f}",
         "val/AP": "AP {:.3f}",
         "val/mask_AP": "mask AP {:.3f}",
+        "val/PQ": "PQ {:.3f}",
         "speed/images_per_s": "{:6.1f} images/s",
         "speed/memory_gib": "{:.2f} GiB",
     }

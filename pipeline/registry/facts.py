@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import RunConfig, from_json
 from pipeline.errors import RegistryError, RunConfigError, TrackingError
+from pipeline.figures import TAGGED
 from pipeline.registry.versions import find_version
 from pipeline.tracking.mlflow_runs import read_config
 from pipeline.tracking.pages.data import DataSet, data_of_run
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 _MOST_PARENTS = 20
 _PREFIXES = ("val/", "evaluate/")
-_TAGGED = ("AP", "AP50", "mask_AP", "mask_AP50")  # as tags of a version, in each release
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _figures(metrics: Iterable[Metric], tags: dict[str, str], run: Run) -> list[
         merged = {name: value for by in in_order for name, value in found[(*data, by)].items()}
         evaluated.append(Figures(*data, in_order[-1], merged))
     if not trained:
-        figures: dict[str, float] = {name: float(tags[name]) for name in _TAGGED if name in tags}
+        figures: dict[str, float] = {name: float(tags[name]) for name in TAGGED if name in tags}
         first = [Figures("", tags.get("val_digest", "")[:36], run.info.run_id, figures)] if figures else []
     else:
         first = [Figures(*key, metrics=found[key]) for key in trained]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import RegistryError, TrackingAway, TrackingError
+from pipeline.figures import TAGGED, deciding_name
 from pipeline.registry.card import Card, write_folder
 from pipeline.registry.logged_models import list_version, logged_model
 from pipeline.registry.mlflow_model import write_mlflow_model
@@ -133,7 +134,7 @@ def _version_of(client: MlflowClient, name: str, card: Card) -> ModelVersion | N
 def _is_worse(client: MlflowClient, name: str, alias: str, version: ModelVersion) -> bool:
     """Return True if `alias` points at a version with a higher AP than `version` on the same validation data.
 
-    The AP of masks is compared if both versions have it.
+    PQ, or the AP of masks, is compared if both versions have it.
     """
     number = client.get_registered_model(name).aliases.get(alias)
     if number is None:
@@ -141,7 +142,7 @@ def _is_worse(client: MlflowClient, name: str, alias: str, version: ModelVersion
     current = client.get_model_version(name, number).tags
     if "AP" not in current or current.get("val_digest") != version.tags.get("val_digest"):
         return False
-    name = "mask_AP" if "mask_AP" in current and "mask_AP" in version.tags else "AP"
+    name = deciding_name(current, version.tags)
     return float(current[name]) > float(version.tags.get(name, "-1"))
 
 
@@ -162,8 +163,7 @@ def _tags(card: Card) -> dict[str, str]:
     """Return the tags of a version; an imported one has its file and nothing about training."""
     if card.imported_from:
         return {"imported_from": card.imported_from, "code_commit": card.code_commit}
-    names = ("AP", "AP50", "mask_AP", "mask_AP50")
-    metrics = {name: f"{card.metrics[name]:.6f}" for name in names if name in card.metrics}
+    metrics = {name: f"{card.metrics[name]:.6f}" for name in TAGGED if name in card.metrics}
     ema = {"ema": f"{card.ema:g}"} if card.ema else {}
     return {
         "checkpoint_uri": card.checkpoint,

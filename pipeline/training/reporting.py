@@ -45,7 +45,7 @@ def report_evaluation(
     figures |= {"evaluation/seconds": time.perf_counter() - started, "evaluation/epoch": epoch}
     figures["evaluation/images"] = float(evaluation.images)
     tracker.checkpoint(str(path), step, figures)
-    headline = [name for name in ("AP", "AP50", "mask_AP") if metrics.get(name, -1.0) >= 0]
+    headline = [name for name in ("PQ", "AP", "AP50", "mask_AP") if metrics.get(name, -1.0) >= 0]
     tracker.metrics({f"{SUMMARY}/{name}": metrics[name] for name in headline}, step)
     tracker.table("per_class_ap.json", class_columns(classes, "mask_AP" in metrics), step)
     curves = (evaluation.score.curves, evaluation.score.mask_curves)

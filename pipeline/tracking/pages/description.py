@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.config import RunConfig
+from pipeline.figures import DECIDING, deciding_name
 from pipeline.tracking.pages.data import data_of_run
 from pipeline.tracking.pages.links import artifact, commit_text, run_page
 from pipeline.tracking.pages.parameters import differing
@@ -57,12 +58,13 @@ class Scored(NamedTuple):
     @property
     def name(self) -> str:
         """Name of `deciding`."""
-        return "Mask AP" if "mask_AP" in self.metrics else "AP"
+        name = DECIDING[deciding_name(self.metrics)]
+        return name[0].upper() + name[1:]
 
     @property
     def deciding(self) -> float:
-        """AP by which checkpoints are compared: that of masks if they are predicted."""
-        return self.metrics.get("mask_AP", self.metrics.get("AP", -1.0))
+        """Figure by which checkpoints are compared: PQ of panoptic data, AP of masks if they are predicted, or AP."""
+        return self.metrics.get(deciding_name(self.metrics), -1.0)
 
 
 def describe(
@@ -139,7 +141,7 @@ def _scores(scores: Sequence[Scored]) -> str:
     if not scores:
         return ""
     best = _best(scores)
-    names = [name for name in ("AP", "AP50", "AP75", "mask_AP", "mask_AP50") if name in best.metrics]
+    names = [name for name in ("PQ", "AP", "AP50", "AP75", "mask_AP", "mask_AP50") if name in best.metrics]
     rows = [("newest", scores[-1]), ("**best**", best)] if best is not scores[-1] else [("**newest and best**", best)]
     lines = [
         "| | " + " | ".join([*(name.replace("_", " ") for name in names), "epoch", "step"]) + " |",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 LOG = logging.getLogger(__name__)
-_METRICS = ("AP", "AP50", "AP75", "mask_AP", "mask_AP50")
+_METRICS = ("PQ", "AP", "AP50", "AP75", "mask_AP", "mask_AP50")
 _EPOCH = "evaluation/epoch"
 _INTERVAL_S = 60.0
 
