@@ -13,7 +13,12 @@ from detr.geometry import Geometry, Size
 
 @overload
 def apply(
-    image: NDArray[np.uint8], boxes_xyxy: NDArray[Any], labels: NDArray[Any], geometry: Geometry, masks: None = None
+    image: NDArray[np.uint8],
+    boxes_xyxy: NDArray[Any],
+    labels: NDArray[Any],
+    geometry: Geometry,
+    masks: None = None,
+    flat_boxes: bool = ...,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 @overload
 def apply(
@@ -22,6 +27,7 @@ def apply(
     labels: NDArray[Any],
     geometry: Geometry,
     masks: NDArray[np.bool_],
+    flat_boxes: bool = ...,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 def apply(
     image: NDArray[np.uint8],
@@ -29,6 +35,7 @@ def apply(
     labels: NDArray[Any],
     geometry: Geometry,
     masks: NDArray[np.bool_] | None = None,
+    flat_boxes: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return an image, its boxes, its labels and, if they are given, its masks after the steps of a geometry.
 
@@ -36,10 +43,11 @@ def apply(
     masks: bool [N, H, W].
     The results are an image uint8 [3, h, w], boxes float32 [M, 4] (cxcywh, fractions of the new image), labels int64 [M]
     and masks bool [M, h, w]. Boxes without area, in the image or in its crop, are dropped with their labels and masks,
-    so M <= N; a remaining mask may be empty. The caller drops crowd regions.
+    so M <= N; a remaining mask may be empty. The caller drops crowd regions. `flat_boxes`: boxes without area in the
+    image stay, unless it is cropped.
     """
     height, width, _ = image.shape
-    boxes, kept = _inside(np.asarray(boxes_xyxy, np.float32).reshape(-1, 4), (height, width))
+    boxes, kept = _inside(np.asarray(boxes_xyxy, np.float32).reshape(-1, 4), (height, width), flat_boxes)
     which = kept.nonzero()[0]
     # With a batch dimension, torch recognises the channels-last layout: its resize of [1, 3, H, W] is twice as fast as
     # of the same bytes as [3, H, W].
@@ -93,10 +101,15 @@ def _resize(pixels: Tensor, size: Size) -> Tensor:
     return F.interpolate(pixels, size, mode="bilinear", antialias=True)
 
 
-def _inside(boxes: NDArray[np.float32], size: Size) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return the xyxy boxes clamped to (height, width) that have an area, and a bool per given box, true if kept."""
+def _inside(
+    boxes: NDArray[np.float32], size: Size, flat: bool = False
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return the xyxy boxes clamped to (height, width) that have an area, and a bool per given box, true if kept.
+
+    `flat`: keep those without area too.
+    """
     boxes = boxes.clip(0, np.array([size[1], size[0]] * 2, np.float32))
-    kept: NDArray[np.bool_] = np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
+    kept: NDArray[np.bool_] = np.all(boxes[:, 2:] > boxes[:, :2], axis=1) | flat
     return boxes[kept], kept
 
 

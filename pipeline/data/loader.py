@@ -1,7 +1,8 @@
 """Loader: connect the reader of `shards` to the transforms and batches of `detr`.
 
 The reader calls the transforms in its threads. Boxes arrive as in the COCO JSON; `detr.transforms.apply` clamps them to
-the image and drops those without area, as the original does. The reader has left out crowds.
+the image and drops those without area, as the original does. The reader has left out crowds. Panoptic data differ, as in
+the original: segments without area stay, and so do crowds.
 """
 
 from __future__ import annotations
@@ -95,9 +96,13 @@ def augmented_sizes(index: Index, seed: int, config: TransformConfig) -> Sizes:
 def _apply(sample: Sample, geometry: Geometry) -> tuple[Tensor, Target]:
     size = (sample.height, sample.width)
     if sample.masks is None:
-        image, boxes, labels = apply(sample.image, sample.boxes_xyxy, sample.labels, geometry)
+        image, boxes, labels = apply(
+            sample.image, sample.boxes_xyxy, sample.labels, geometry, flat_boxes=sample.panoptic
+        )
         return image, Target(boxes, labels, sample.image_id, size)
-    image, boxes, labels, masks = apply(sample.image, sample.boxes_xyxy, sample.labels, geometry, sample.masks)
+    image, boxes, labels, masks = apply(
+        sample.image, sample.boxes_xyxy, sample.labels, geometry, sample.masks, flat_boxes=sample.panoptic
+    )
     return image, Target(boxes, labels, sample.image_id, size, masks)
 
 

@@ -75,11 +75,15 @@ def _checked(name: str, names: list[str]) -> list[str]:
     raise ShardError(f"{name}: has {problem}; expected distinct names of categories")
 
 
-class Category(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A category: original id and name. Its position in `Manifest.categories` is its label."""
+class Category(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A category: original id and name. Its position in `Manifest.categories` is its label.
+
+    `isthing` is None except in panoptic data sets: there it is true for things, which are counted, and false for stuff.
+    """
 
     id: int
     name: str
+    isthing: bool | None = None
 
 
 UNNAMED = "N/A"

@@ -15,7 +15,8 @@ from shards.arrays import Ints, Records
 from shards.errors import ShardError
 
 # `shard`, `offset`, `length`, `crc32`: location and checksum of the encoded image; `text_*`: the same of the sample's
-# segmentation.json (length 0 if it has none). `first`, `count`: its annotations. Sizes in pixels.
+# segmentation.json (length 0 if it has none) or, in a panoptic data set, of its segments.png. `first`, `count`: its
+# annotations. Sizes in pixels.
 IMAGE_DTYPE = np.dtype(
     [
         ("image_id", "<i8"),
@@ -33,7 +34,8 @@ IMAGE_DTYPE = np.dtype(
     ]
 )
 
-# `image`: row in images.npy. `bbox`: x, y, width, height in pixels as in the COCO JSON (not clamped to the image).
+# `image`: row in images.npy. `bbox`: x, y, width, height in pixels as in the COCO JSON (not clamped to the image). In a
+# panoptic data set, `annotation_id` is the segment's id, distinct within its image, and `bbox` is that of its pixels.
 ANNOTATION_DTYPE = np.dtype(
     [
         ("annotation_id", "<i8"),
@@ -52,20 +54,24 @@ class Index:
 
     images: IMAGE_DTYPE [images].
     annotations: ANNOTATION_DTYPE [annotations], those of row r at `first[r] : first[r] + count[r]`.
+    learns_crowds: crowds are objects like others, as in the original's panoptic training; its detection drops them.
     """
 
     images: Records
     annotations: Records
+    learns_crowds: bool = False
 
     @functools.cached_property
     def boxes_per_image(self) -> Ints:
-        """Number of non-crowd annotations of each image, int64 [images]."""
-        rows = self.annotations["image"][self.annotations["iscrowd"] == 0]
+        """Number of objects to learn in each image, int64 [images]."""
+        rows = self.annotations["image"]
+        if not self.learns_crowds:
+            rows = rows[self.annotations["iscrowd"] == 0]
         return np.bincount(rows, minlength=len(self.images)).astype(np.int64)
 
     @property
     def max_boxes(self) -> int:
-        """Maximum number of non-crowd boxes in one image; a model needs at least as many queries."""
+        """Maximum number of objects to learn in one image; a model needs at least as many queries."""
         return int(self.boxes_per_image.max(initial=0))
 
     def annotations_of(self, row: int) -> Records:

@@ -81,6 +81,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return self.uncorrected_digest or self.source_digest
 
     @property
+    def panoptic(self) -> bool:
+        """True if the annotations are segments of a PNG, and every category is a thing or stuff."""
+        return self.categories[0].isthing is not None
+
+    @property
     def num_classes(self) -> int:
         """Number of categories, K; labels are 0..K-1."""
         return len(self.categories)
@@ -127,7 +132,7 @@ def load_index(manifest: Manifest) -> Index:
     """
     images = _load_records(manifest, IMAGES_NAME, IMAGE_DTYPE, manifest.images)
     annotations = _load_records(manifest, ANNOTATIONS_NAME, ANNOTATION_DTYPE, manifest.annotations)
-    index = Index(images=images, annotations=annotations)
+    index = Index(images=images, annotations=annotations, learns_crowds=manifest.panoptic)
     shards = manifest.shards
     problem = find_inconsistency(
         index, [shard.samples for shard in shards], [shard.bytes for shard in shards], manifest.num_classes
@@ -205,6 +210,8 @@ def _inconsistency(manifest: Manifest) -> str | None:
         return "the file must not contain its own url or cache"
     if ids != sorted(set(ids)) or not ids:
         return f"category ids are not ascending and distinct: {ids[:8]}"
+    if len({category.isthing is None for category in manifest.categories}) > 1:
+        return "only some categories are things or stuff"
     if manifest.images < 1 or manifest.annotations < 0 or manifest.samples_per_shard < 1:
         return f"impossible counts: {manifest.images} images, {manifest.annotations} annotations"
     if sum(shard.samples for shard in manifest.shards) != manifest.images:

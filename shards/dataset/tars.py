@@ -16,6 +16,7 @@ from shards.errors import ShardError
 
 IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff"})  # of image files
 SEGMENTATIONS = ".segmentation.json"  # ending of the member with a sample's segmentations
+SEGMENTS = ".segments.png"  # the same of a panoptic data set; the image itself may be a .png
 BLOCK = 512  # bytes; a header is one block, and contents are padded to whole blocks
 _MAX_NAME, _MAX_BYTES = 100, 8**11 - 1
 
@@ -136,7 +137,7 @@ def image_members(members: list[TarMember]) -> tuple[TarMember, ...]:
 
 def text_members(members: list[TarMember]) -> dict[str, TarMember]:
     """Return the members that hold segmentations, by the key of their sample; a sample may have none."""
-    return {member.key: member for member in members if member.name.endswith(SEGMENTATIONS)}
+    return {member.key: member for member in members if member.name.endswith((SEGMENTATIONS, SEGMENTS))}
 
 
 def sample_key(image_id: int) -> str:

@@ -11,18 +11,20 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-from shards.arrays import Ints
+from shards.arrays import Floats, Ints
 from shards.dataset.manifest import Manifest
 from shards.errors import BadSampleError, ShardError
 from shards.masks.rle import Masks
+from shards.panoptic.segments import TrueSegments
 from shards.read.member_reader import MemberReader
-from shards.read.segmentations import SegmentationReader
+from shards.read.segmentations import open_segmentations
+from shards.read.segments import SegmentReader, corner_boxes
 from shards.rgb import to_rgb
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One decoded image with its non-crowd annotations.
+    """One decoded image with its non-crowd annotations or, of a panoptic data set, all its segments.
 
     image: uint8 [height, width, 3], RGB, writable; EXIF rotation ignored.
     row: row of the image in the index.
@@ -33,6 +35,7 @@ class Sample:
     labels: int64 [N], labels of the manifest.
     annotations: int64 [N], rows of the annotations in the index.
     masks: bool [N, height, width], in the order of the boxes; None unless `ReadConfig.masks`.
+    panoptic: boxes are those of pixels, the far side being the last one; a segment that is one pixel wide has no area.
     """
 
     image: npt.NDArray[np.uint8]
@@ -45,6 +48,7 @@ class Sample:
     labels: Ints
     annotations: Ints
     masks: Masks | None = None
+    panoptic: bool = False
 
 
 class SampleReader:
@@ -56,7 +60,8 @@ class SampleReader:
     def __init__(self, manifest: Manifest, *, masks: bool = False, lenient: bool = False) -> None:
         self._index = manifest.index()
         self._members = MemberReader(manifest, lenient=lenient)
-        self._segmentations = SegmentationReader(manifest, self._members) if masks else None
+        self._segmentations = open_segmentations(manifest, self._members) if masks else None
+        self._segments = SegmentReader(manifest, self._members) if manifest.panoptic else None
 
     def read(self, row: int, epoch: int = 0) -> Sample:
         """Return the sample of one row; raise `BadSampleError` if its bytes changed or are not an image.
@@ -65,8 +70,8 @@ class SampleReader:
         """
         record = self._index.images[row]
         annotations = self._index.annotations_of(row)
-        kept = np.flatnonzero(annotations["iscrowd"] == 0)
-        boxes = annotations["bbox"][kept]
+        panoptic = self._segments is not None
+        kept = np.arange(len(annotations)) if panoptic else np.flatnonzero(annotations["iscrowd"] == 0)
         width, height = int(record["width"]), int(record["height"])
         content, text = self._read_bytes(row)
         image = self._decode(row, content)
@@ -79,11 +84,20 @@ class SampleReader:
             epoch=int(epoch),
             width=width,
             height=height,
-            boxes_xyxy=np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).astype(np.float32),
+            boxes_xyxy=corner_boxes(annotations) if panoptic else _boxes(annotations["bbox"][kept]),
             labels=annotations["label"][kept].astype(np.int64),
             annotations=int(record["first"]) + kept,
             masks=None if self._segmentations is None else self._segmentations.masks(row, text),
+            panoptic=panoptic,
         )
+
+    def segments(self, row: int) -> TrueSegments:
+        """Return the true segments of one row of a panoptic data set, crowds included; raise as `read`."""
+        if self._segments is None:
+            raise ShardError(
+                "got a data set of boxes, expected a panoptic one, as written by `detr shard coco-panoptic`"
+            )
+        return self._segments.segments(row, self._members.segmentations(row))
 
     def name(self, row: int) -> str:
         """Return the name of a sample in messages: image id and shard."""
@@ -102,6 +116,11 @@ class SampleReader:
     def _decode(self, row: int, content: bytes) -> npt.NDArray[np.uint8]:
         with error_context(self, row, BadSampleError):
             return decode(content)
+
+
+def _boxes(boxes: Floats) -> npt.NDArray[np.float32]:
+    """Return x, y, width, height as xyxy."""
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).astype(np.float32)
 
 
 def decode(content: bytes) -> npt.NDArray[np.uint8]:

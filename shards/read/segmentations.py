@@ -19,6 +19,7 @@ from shards.errors import BadSampleError
 from shards.masks.parse import FormError
 from shards.masks.rle import Masks, Runs, decode_masks, to_runs
 from shards.read.member_reader import MemberReader
+from shards.read.segments import SegmentReader
 
 CHECKED_IMAGES = 32  # checked in each data set before a run
 _segmentations = msgspec.json.Decoder(list[msgspec.Raw])
@@ -77,13 +78,18 @@ class SegmentationReader:
         return segmentations
 
 
+def open_segmentations(manifest: Manifest, members: MemberReader) -> SegmentationReader | SegmentReader:
+    """Return the decoder of the segmentations of a data set's kind."""
+    return SegmentReader(manifest, members) if manifest.panoptic else SegmentationReader(manifest, members)
+
+
 def true_runs(manifest: Manifest, rows: Ints, *, cached: bool = True) -> list[Runs]:
     """Return the runs of all annotations of `rows`, crowds included, in the order of the rows and of the index.
 
     cached: read through the data set's cache, which fetches complete shards.
     """
     with closing(MemberReader(manifest, cached=cached)) as members:
-        reader = SegmentationReader(manifest, members)
+        reader = open_segmentations(manifest, members)
         return [runs for row in rows.tolist() for runs in reader.runs(row, members.segmentations(row), crowds=True)]
 
 
@@ -98,7 +104,7 @@ def check_segmentations(manifest: Manifest, most: int = 0) -> None:
     checked = rows[::stride].tolist()
     errors: list[BadSampleError] = []
     with closing(MemberReader(manifest, cached=False)) as members:
-        reader = SegmentationReader(manifest, members)
+        reader = open_segmentations(manifest, members)
         for row in checked:
             try:
                 reader.runs(row, members.segmentations(row), crowds=True)
