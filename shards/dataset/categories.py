@@ -79,11 +79,13 @@ class Category(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     """A category: original id and name. Its position in `Manifest.categories` is its label.
 
     `isthing` is None except in panoptic data sets: there it is true for things, which are counted, and false for stuff.
+    `color` is that of the panoptic JSON in RGB, if it gives one.
     """
 
     id: int
     name: str
     isthing: bool | None = None
+    color: tuple[int, int, int] | None = None
 
 
 UNNAMED = "N/A"

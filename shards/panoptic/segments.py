@@ -29,7 +29,7 @@ class TrueSegments:
 
 @dataclass(frozen=True, eq=False)
 class Regions:
-    """What an array of segment ids holds, VOID included.
+    """Contents of an array of segment ids, VOID included.
 
     ids: uint32 [N], ascending. areas: int64 [N], pixels.
     corners: int64 [N, 4], first column and row, last column and row, both inside.
