@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -102,7 +103,7 @@ def test_a_killed_driver_leaves_neither_claims_nor_requests(address: str) -> Non
     assert reserved("train-dead")
     driver.kill()
     driver.communicate()
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while not cancel_dead_claims(RayNotes(), jobs_alive, cancel_resource_request):
         assert time.monotonic() < until
         time.sleep(0.2)
@@ -137,18 +138,35 @@ def test_workers_and_driver_share_notes_of_which_the_first_writer_wins(address: 
 def test_a_driver_at_a_distance_has_notes_too(address: str, client_address: str) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     driver = [sys.executable, "-c", CLIENT, client_address]
-    answer = subprocess.run(driver, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    for _ in range(3):
+        answer = subprocess.run(driver, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        if "Starting Ray client server failed" not in answer.stderr:  # Ray's proxy forks among gRPC's threads
+            break
     assert answer.stdout.split()[-1:] == ["done"], answer.stderr[-2000:]
 
 
-def test_dead_workers_are_found_by_asking(address: str) -> None:
-    @ray.remote(num_cpus=0)
-    class Worker:
-        def pid(self) -> int:
-            return os.getpid()
+class Worker:
+    def pid(self) -> int:
+        return os.getpid()
 
-    workers = {rank: Worker.remote() for rank in range(2)}  # type: ignore[attr-defined]
-    pids = ray.get([worker.pid.remote() for worker in workers.values()])
+
+def started_workers(count: int) -> tuple[dict[int, Any], list[int]]:
+    """Return actors by rank and their process ids.
+
+    On a busy machine Ray may cancel an actor before it has run ("all references to the actor were removed") although
+    its handle is held, so that a group is created anew until all of it answers.
+    """
+    for _ in range(5):
+        workers = {rank: ray.remote(num_cpus=0)(Worker).remote() for rank in range(count)}
+        try:
+            return workers, ray.get([worker.pid.remote() for worker in workers.values()], timeout=120)
+        except ray.exceptions.RayActorError as error:
+            print(f"created anew: {error}")
+    raise AssertionError("no group of actors has started in five tries")
+
+
+def test_dead_workers_are_found_by_asking(address: str) -> None:
+    workers, pids = started_workers(2)
     assert find_dead(workers) == {}
     os.kill(pids[1], signal.SIGKILL)
     dead = find_dead(workers)
@@ -168,7 +186,7 @@ def test_a_head_that_does_not_answer_is_no_news_for_a_while(address: str) -> Non
         assert time.monotonic() - before < 20
     finally:
         head.resume()
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while not notes.stop_requested():
         assert time.monotonic() < until
 
