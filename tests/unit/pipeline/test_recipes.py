@@ -103,3 +103,24 @@ def test_the_mask_head_is_trained_on_the_paper_s_detector() -> None:
 def test_a_recipe_is_found_under_its_own_name() -> None:
     assert all(config.recipe == name for name, config in RECIPES.items())
     assert {"demo", "overfit", "finetune", *PAPER} <= RECIPES.keys()
+
+
+PANOPTIC = {
+    "detr-r50": ("resnet50", False, "PQ 43.4"),
+    "detr-r50-dc5": ("resnet50", True, "PQ 44.6"),
+    "detr-r101": ("resnet101", False, "PQ 45.1"),
+    "detr-r101-dc5": ("resnet101", True, "no figure"),
+}
+
+
+@pytest.mark.parametrize("name", PANOPTIC)
+def test_panoptic_recipes_train_boxes_as_the_detector_and_then_the_mask_head_alone(name: str) -> None:
+    detector, boxes, masks = RECIPES[name], RECIPES[f"{name}-panoptic-boxes"], RECIPES[f"{name}-panoptic"]
+    backbone, dilation, figure = PANOPTIC[name]
+    assert (boxes.model.backbone, boxes.model.dilation) == (backbone, dilation)
+    assert boxes.optim == replace(detector.optim, batch_size=16)  # 8 GPUs with 2 images each
+    assert boxes.model == detector.model
+    assert masks.model == replace(detector.model, masks=True)
+    assert masks.optim == replace(boxes.optim, epochs=25, decay_epoch=15, train="mask_head")
+    assert (masks.optim.lr, masks.optim.decay_factor) == (1e-4, 0.1)
+    assert figure in NOTES[f"{name}-panoptic"]
