@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,14 @@ from pipeline.config import RunConfig
 from pipeline.distributed.devices import processor_name
 from pipeline.driver.preflight import PreparedRun
 from pipeline.forecast.look_ahead import data_size, look_ahead
-from pipeline.forecast.prices import Measured, costly_options, measured
+from pipeline.forecast.prices import Measured, Point, costly_options, measured
 from pipeline.forecast.run_forecast import RunForecast, duration
 from pipeline.tracking.mlflow_client import unavailable
 from pipeline.tracking.tags import TAG_DEVICE, TAG_FORECAST, TAG_TIMES
 from pipeline.tracking.tracker import WORKERS
 from shards.errors import one_line
+
+_SHOWN_S = 0.5  # what took less explains no difference
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -37,7 +40,7 @@ def forecast_tags(
         return {}
     if ahead.seconds is not None and ahead.prices is not None:
         least = "" if ahead.complete else "at least "
-        say(f"forecast: {least}{duration(ahead.seconds)}, by {ahead.prices.source}")
+        say(f"forecast: {least}{ahead.text()}, by {ahead.prices.source}")
     return {TAG_FORECAST: ahead.to_json()}
 
 
@@ -77,15 +80,45 @@ def compare(
         text = tags.get(TAG_FORECAST)
         made = msgspec.json.decode(text, type=RunForecast) if text else None
         ahead = made.seconds if made and made.complete and made.amounts.steps == total else None
-        if not ahead:
+        if not made or not ahead:
             return
         took = before_s + wall_s
         client.log_metric(run_id, "forecast/seconds", ahead)
         client.log_metric(run_id, "forecast/measured_s", took)
         client.log_metric(run_id, "forecast/error", took / ahead - 1)
-        say(f"forecast was {duration(ahead)}, it took {duration(took)} ({took / ahead - 1:+.0%})")
+        more = _more_cpu(made, times)
+        if more is not None:
+            client.log_metric(run_id, "forecast/cpu_error", more)
+        say(f"forecast was {made.text()}, it took {duration(took)} ({took / ahead - 1:+.0%}){_compared(made, times)}")
     except passing as error:
         say(f"warning: the times of the run were not kept ({type(error).__name__})")
+
+
+def _compared(made: RunForecast, times: Measured | None) -> str:
+    """Return the forecast and the measured seconds by use, of a run that one command has trained."""
+    if times is None or times.steps != made.amounts.steps or made.prices is None:
+        return ""
+    took = {
+        "start": times.start_s,
+        "steps": times.steps * times.step_s,
+        "evaluations": times.evaluations * times.evaluation_s,
+        "saves": times.saves_s,
+        "end": times.end_s,
+    }
+    uses = made.uses
+    text = ", ".join(
+        f"{use} {duration(uses.get(use, 0.0))} -> {duration(seconds)}"
+        for use, seconds in took.items()
+        if max(seconds, uses.get(use, 0.0)) > _SHOWN_S
+    )
+    more = _more_cpu(made, times)
+    return f": {text}" + ("" if more is None else f"; processor time of the steps {more:+.0%}")
+
+
+def _more_cpu(made: RunForecast, times: Measured | None) -> float | None:
+    """Return how much more processor time a step took than in earlier runs: it is the work, whatever else runs there."""
+    known = made.prices.cpu_s if made.prices else None
+    return times.cpu_s / known - 1 if times and times.cpu_s and known and not times.gpu else None
 
 
 def _times(
@@ -93,17 +126,20 @@ def _times(
 ) -> Measured | None:
     """Return the times of the command that ends now; None if workers were restarted or their number changed."""
 
-    def points(key: str) -> list[tuple[int, float]]:
-        return [(int(point.step), float(point.value)) for point in client.get_metric_history(run_id, key)]
+    def points(key: str) -> list[Point]:
+        history = client.get_metric_history(run_id, key)
+        return [Point(int(point.step), float(point.value), point.timestamp / 1000) for point in history]
 
-    restarts = [step for step, _ in points("restart/seconds") if step > begin]
-    groups = {int(count) for step, count in points(WORKERS) if step > begin}
+    restarts = [point for point in points("restart/seconds") if point.step > begin]
+    groups = {int(point.value) for point in points(WORKERS) if point.step > begin}
     if restarts or groups - {config.cluster.workers}:
         return None
     return measured(
         points("step/total_s"),
-        [seconds for step, seconds in points("pause/evaluation_s") if step > begin],
+        points("pause/evaluation_s"),
+        points("step/cpu_s"),
         begin=begin,
+        began=time.time() - wall_s,
         wall_s=wall_s,
         images=images,
         options=costly_options(config),

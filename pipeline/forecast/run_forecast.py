@@ -26,13 +26,21 @@ class RunForecast(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def seconds(self) -> float | None:
         """Seconds from the command to its end; None if they are unknown."""
-        return sum(seconds for _, seconds in self._uses) if self.prices else None
+        return sum(self.uses.values()) if self.prices else None
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """Least and most seconds by each of the earlier runs alone; None if there are less than two."""
+        if self.prices is None or not self.prices.each:
+            return None
+        sums = [sum(self._uses(price).values()) for price in self.prices.each]
+        return min(sums), max(sums)
 
     @property
     def complete(self) -> bool:
         """True if the time of everything was measured before, so that the sum can be compared with the clock."""
         prices = self.prices
-        if prices is None or prices.other_s is None:
+        if prices is None or prices.start_s is None:
             return False
         return prices.evaluation_s is not None or not self.amounts.evaluations
 
@@ -42,18 +50,25 @@ class RunForecast(msgspec.Struct, frozen=True, kw_only=True):
         return None if self.seconds is None else self.seconds / 3600 * self.workers
 
     @property
-    def _uses(self) -> list[tuple[str, float]]:
+    def uses(self) -> dict[str, float]:
         """Seconds by use, as far as they are known."""
-        prices, amounts = self.prices, self.amounts
-        if prices is None:
-            return []
+        return self._uses(self.prices) if self.prices else {}
+
+    def _uses(self, prices: Prices) -> dict[str, float]:
+        """Return the seconds by use; of evaluations that a run did not have, those of the others."""
+        amounts = self.amounts
         waits = amounts.evaluations if self.waited_for is None else self.waited_for
-        uses = [("steps", amounts.steps * prices.step_s)]
-        if prices.evaluation_s is not None:
-            uses.append(("evaluations", waits * prices.evaluation_s))
-        if prices.other_s is not None:
-            uses.append(("start and end", prices.other_s))
-        return uses
+        evaluation_s = prices.evaluation_s
+        if evaluation_s is None and self.prices is not None:
+            evaluation_s = self.prices.evaluation_s
+        uses = {
+            "start": prices.start_s,
+            "steps": amounts.steps * prices.step_s,
+            "evaluations": None if evaluation_s is None else waits * evaluation_s,
+            "saves": amounts.steps * prices.saves_s,
+            "end": prices.end_s,
+        }
+        return {use: seconds for use, seconds in uses.items() if seconds is not None}
 
     def to_json(self) -> str:
         """Return the text of the tag."""
@@ -80,9 +95,15 @@ class RunForecast(msgspec.Struct, frozen=True, kw_only=True):
     def _time(self) -> str:
         if self.prices is None or self.seconds is None:
             return "unknown"
-        uses = ", ".join(f"{use} {duration(seconds)}" for use, seconds in self._uses)
+        uses = ", ".join(f"{use} {duration(seconds)}" for use, seconds in self.uses.items() if seconds > 0.1)
         lacking = "" if self.complete else "; the rest was not measured"
-        return f"{duration(self.seconds)}: {uses}{lacking} ({self.prices.step_s:.3g} s a step)"
+        return f"{self.text()}: {uses}{lacking} ({self.prices.step_s:.3g} s a step)"
+
+    def text(self) -> str:
+        """Return the time for a person, with the span of the runs that it comes from: `9 min 20 s (8 min 02 s to ...)`."""
+        span = self.span
+        spread = f" ({duration(span[0])} to {duration(span[1])} by each)" if span else ""
+        return f"{duration(self.seconds or 0.0)}{spread}"
 
     def _source(self) -> str:
         if self.prices:

@@ -16,7 +16,7 @@ from detr.criterion import Losses
 from pipeline.distributed.ranks import Ranks
 from pipeline.schedule import Schedule
 from pipeline.tracking.progress import Forecast, RunProgress
-from pipeline.tracking.step_timer import PHASES, StepClock, memory_gib
+from pipeline.tracking.step_timer import PHASES, CpuClock, StepClock, memory_gib
 from pipeline.tracking.tags import TAG_DATA_WAIT, TAG_PROGRESS
 from pipeline.tracking.tracker import SUMMARY, Tracker
 
@@ -34,6 +34,8 @@ class Interval(NamedTuple):
     """Seconds per step that each rank waits for data."""
     memory_gib: float
     """Maximum over ranks."""
+    cpu_s: float = 0.0
+    """Processor time of a rank per step; under other work on its processors a step takes longer, and this hardly."""
 
     @property
     def step_s(self) -> float:
@@ -62,7 +64,7 @@ class Meter:
         self._watch = WaitWatch()
         self.loss = math.nan
         """Mean loss before the last log point."""
-        self.clock = StepClock(ranks.device)
+        self.clock, self.cpu = StepClock(ranks.device), CpuClock()
         self._reset()
 
     def _reset(self) -> None:
@@ -75,10 +77,12 @@ class Meter:
     def paused(self) -> Iterator[None]:
         """Stop the clock while the block saves or evaluates; only waits for a checkpoint count as step time."""
         self.clock.lap("other")
+        self.cpu.stop()
         stalled = self._stalled_s()
         yield
         self._stalled_paused += self._stalled_s() - stalled
         self.clock.start()
+        self.cpu.start()
 
     def add(self, losses: Losses, grad_norm: Tensor, images: int) -> None:
         """Add a step: this rank's share of the losses, the gradient norm and the number of images over all ranks."""
@@ -132,18 +136,20 @@ class Meter:
         # One reduction for everything: losses and phases are summed; waits and memory have a column for each rank.
         by_rank = torch.zeros(2, self._ranks.world_size, dtype=torch.float64)
         by_rank[:, self._ranks.rank] = torch.tensor([phases["data_wait"], memory_gib(self._ranks.device)])
-        seconds = torch.tensor([phases[name] for name in PHASES], dtype=torch.float64)
+        seconds = torch.tensor([*(phases[name] for name in PHASES), self.cpu.read()], dtype=torch.float64)
         host = torch.cat([seconds, by_rank.flatten()])
         sums = self._ranks.sum(torch.cat([losses.double(), host.to(losses.device)])).cpu()
-        losses, seconds, by_rank = torch.split(sums, [len(losses), len(PHASES), by_rank.numel()])
+        losses, seconds, by_rank = torch.split(sums, [len(losses), len(seconds), by_rank.numel()])
         waits, memory = by_rank.view(2, -1)
         # Each rank's loss is its share times the world size, so the mean over ranks is the global batch's loss.
         per_step = self._steps * self._ranks.world_size
+        *of_phases, cpu_s = (seconds / per_step).tolist()
         return Interval(
             (losses / per_step).tolist(),
-            dict(zip(PHASES, (seconds / per_step).tolist(), strict=True)),
+            dict(zip(PHASES, of_phases, strict=True)),
             (waits / self._steps).tolist(),
             float(memory.max()),
+            cpu_s,
         )
 
     def _tags(self, step: int, epoch: float, interval: Interval) -> dict[str, str]:
@@ -193,6 +199,7 @@ def _breakdown(interval: Interval) -> dict[str, float]:
     """Return two groups of charts: seconds per step, and shares of it."""
     seconds = {f"step/{name}_s": value for name, value in interval.phases.items()}
     seconds |= {"step/slowest_data_wait_s": max(interval.waits), "step/total_s": interval.step_s}
+    seconds["step/cpu_s"] = interval.cpu_s
     total = max(interval.step_s, 1e-9)
     return seconds | {f"step_share/{name}": value / total for name, value in interval.phases.items()}
 

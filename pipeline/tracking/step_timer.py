@@ -90,6 +90,28 @@ class _DeviceMarks:
         self._free += marks
 
 
+class CpuClock:
+    """Seconds of processor time that all threads of this process have taken while the clock ran."""
+
+    def __init__(self) -> None:
+        self._sum, self._since = 0.0, time.process_time()
+
+    def start(self) -> None:
+        """Discard the time since the clock was stopped or read."""
+        self._since = time.process_time()
+
+    def stop(self) -> None:
+        """Count the time so far; without `start` it would continue."""
+        now = time.process_time()
+        self._sum, self._since = self._sum + now - self._since, now
+
+    def read(self) -> float:
+        """Return the seconds since the last call."""
+        self.stop()
+        seconds, self._sum = self._sum, 0.0
+        return seconds
+
+
 def memory_gib(device: torch.device) -> float:
     """Return the peak memory allocated on a GPU, or the current resident size of the process on a CPU, in GiB."""
     if device.type == "cuda":

@@ -6,15 +6,19 @@ import msgspec
 import pytest
 
 from pipeline.config import OptimConfig, RunConfig
-from pipeline.forecast.prices import Measured, costly_options, measured, prices
+from pipeline.forecast.prices import Measured, Point, costly_options, measured, prices
 from pipeline.forecast.shipped import shipped_prices
 from pipeline.recipes import RECIPES
 
-POINTS = [(50, 3.0), (100, 1.0), (150, 1.0), (160, 2.0)]
+POINTS = [Point(50, 3.0, 1180.0), Point(100, 1.0, 1230.0), Point(150, 1.0, 1292.0), Point(160, 2.0, 1312.0)]
+PAUSES = [Point(100, 10.0), Point(160, 12.0)]
+CPU = [Point(50, 9.0), Point(100, 0.5), Point(150, 0.5), Point(160, 1.6)]
 
 
 def times(**changes: object) -> Measured:
-    run = measured(POINTS, [10.0, 12.0], begin=0, wall_s=300.0, images=20, options="o", gpu=False, device="X")
+    run = measured(
+        POINTS, PAUSES, CPU, begin=0, began=1000.0, wall_s=335.0, images=20, options="o", gpu=False, device="X"
+    )
     assert run is not None
     return msgspec.structs.replace(run, **changes)
 
@@ -22,22 +26,29 @@ def times(**changes: object) -> Measured:
 def test_the_slow_first_steps_and_the_start_are_not_charged_to_later_steps() -> None:
     run = times()
     assert run.steps == 160
-    assert run.step_s == pytest.approx((100 * 1.0 + 10 * 2.0) / 110)
+    assert (run.step_s, run.cpu_s) == (pytest.approx((100 * 1.0 + 10 * 2.0) / 110), pytest.approx(0.6))
     assert (run.evaluations, run.evaluation_s) == (2, 11.0)
-    assert run.other_s + run.steps * run.step_s + 22.0 == pytest.approx(300.0)
+    assert (run.start_s, run.end_s) == (pytest.approx(180.0 - 50 * run.step_s), 11.0)
+    assert run.saves_s == pytest.approx(132.0 - 110 * run.step_s - 10.0)
+    assert run.start_s + run.steps * run.step_s + 22.0 + run.saves_s + run.end_s == pytest.approx(335.0)
 
 
 def test_a_continued_run_counts_its_own_steps_only() -> None:
-    run = measured(POINTS, [], begin=150, wall_s=30.0, images=20, options="o", gpu=False, device="X")
+    named = {"images": 20, "options": "o", "gpu": False, "device": "X"}
+    run = measured(POINTS, PAUSES[:1], begin=150, began=1282.0, wall_s=40.0, **named)  # type: ignore[arg-type]
     assert run is not None
-    assert (run.steps, run.step_s, run.other_s) == (10, 2.0, 10.0)
-    assert measured(POINTS, [], begin=160, wall_s=30.0, images=20, options="o", gpu=False, device="X") is None
+    assert (run.steps, run.step_s, run.evaluations, run.start_s, run.end_s) == (10, 2.0, 0, 10.0, 10.0)
+    assert measured(POINTS, [], begin=160, began=0.0, wall_s=30.0, **named) is None  # type: ignore[arg-type]
 
 
-def test_prices_are_medians_and_evaluations_follow_the_number_of_images() -> None:
-    runs = [times(step_s=step_s, other_s=other_s) for step_s, other_s in ((1.0, 50.0), (9.0, 40.0), (2.0, 90.0))]
-    price = prices(runs, 40, "three runs")
-    assert (price.step_s, price.other_s, price.evaluation_s) == (2.0, 50.0, pytest.approx(22.0))
+def test_prices_are_medians_of_the_newest_and_evaluations_follow_the_number_of_images() -> None:
+    runs = [
+        times(step_s=step_s, start_s=start) for step_s, start in ((1.0, 50.0), (9.0, 40.0), (2.0, 90.0), (80.0, 1.0))
+    ]
+    price = prices(runs, 40, "four runs")
+    assert (price.step_s, price.start_s, price.end_s) == (2.0, 50.0, 11.0)
+    assert price.evaluation_s == pytest.approx(22.0)
+    assert [each.step_s for each in price.each] == [1.0, 9.0, 2.0, 80.0]
     assert prices([times(evaluations=0, evaluation_s=0.0)], 40, "it").evaluation_s is None
 
 
@@ -56,6 +67,6 @@ def test_figures_of_the_package_are_for_processors_and_known_models() -> None:
     assert price.step_s == pytest.approx(64 * 1.4955 * 1.39, rel=0.05)
     assert price.evaluation_s == pytest.approx(5000 * 1.149, rel=0.01)
     assert "BENCHMARKS.md" in price.source
-    assert price.other_s is None
+    assert (price.start_s, price.end_s) == (None, None)
     unknown = replace(config, model=replace(config.model, encoder_layers=3))
     assert shipped_prices(unknown, 5000) is None

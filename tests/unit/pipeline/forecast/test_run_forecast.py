@@ -20,12 +20,14 @@ from pipeline.forecast.run_forecast import RunForecast, duration, forecast
 from pipeline.tracking.tags import TAG_TIMES, TAG_TRAIN_DIGEST
 
 WORK = Amounts(steps=1000, epochs=4.0, evaluations=4, images=50, checkpoints=6, kept=3)
-PRICES = Prices(source="your run", device="NVIDIA H100 80GB HBM3", step_s=3.0, evaluation_s=100.0, other_s=200.0)
+PRICES = Prices(
+    source="your run", device="NVIDIA H100 80GB HBM3", step_s=3.0, evaluation_s=100.0, start_s=150.0, end_s=50.0
+)
 
 
 def past_run(name: str, config: RunConfig, digest: str = "d", **changes: object) -> Any:
     times = Measured(
-        wall_s=100.0, steps=10, step_s=2.0, evaluations=1, evaluation_s=5.0, images=50, other_s=30.0,
+        wall_s=100.0, steps=10, step_s=2.0, evaluations=1, evaluation_s=5.0, images=50, start_s=20.0, end_s=10.0, saves_s=0.0,
         options=costly_options(config), gpu=False, device="Xeon",
     )  # fmt: skip
     tag = msgspec.json.encode(msgspec.structs.replace(times, **changes)).decode()
@@ -54,11 +56,21 @@ def test_the_sum_is_steps_evaluations_and_the_rest(tiny_config: RunConfig) -> No
     ahead = forecast(config, WORK, 10 << 20, PRICES, gpu=True)
     assert ahead.seconds == 1000 * 3.0 + 4 * 100.0 + 200.0
     lines = "\n".join(ahead.lines(nodes=2, node_price=30.0))
-    assert "1 h 00 min: steps 50 min 00 s, evaluations 6 min 40 s, start and end 3 min 20 s (3 s a step)" in lines
+    assert "1 h 00 min: start 2 min 30 s, steps 50 min 00 s, evaluations 6 min 40 s, end 50 s (3 s a step)" in lines
     assert "GPU-hours    8.00" in lines
     assert "cost         60.00: 2 nodes at 30 per hour" in lines
     assert "6 of 10.0 MiB, at most 3 kept: 30.0 MiB" in lines
     assert msgspec.json.decode(ahead.to_json(), type=RunForecast) == ahead
+
+
+def test_the_span_is_what_each_earlier_run_would_have_taken(tiny_config: RunConfig) -> None:
+    fast = msgspec.structs.replace(PRICES, step_s=2.0, evaluation_s=None)
+    known = msgspec.structs.replace(PRICES, each=(PRICES, fast))
+    ahead = forecast(tiny_config, WORK, 0, known, gpu=True)
+    assert ahead.span == (1000 * 2.0 + 4 * 100.0 + 200.0, 1000 * 3.0 + 4 * 100.0 + 200.0)
+    assert ahead.text() == "1 h 00 min (43 min 20 s to 1 h 00 min by each)"
+    assert msgspec.json.decode(ahead.to_json(), type=RunForecast) == ahead
+    assert forecast(tiny_config, WORK, 0, PRICES, gpu=True).span is None
 
 
 def test_times_of_another_release_are_passed_over(tiny_config: RunConfig, runs: list[Any]) -> None:

@@ -70,6 +70,22 @@ def test_times_are_logged_per_step_and_as_shares() -> None:
     assert (progress.step, progress.epoch, progress.ends) == (100, 1.0, None)
 
 
+def test_processor_time_is_that_of_steps_and_not_of_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, tracker = [0.0], MemoryTracker()
+    monkeypatch.setattr("pipeline.tracking.step_timer.time.process_time", lambda: now[0])
+    meter = Meter(SCHEDULE, Ranks(), tracker)
+    for _ in range(2):
+        add(meter, 1.0)
+        now[0] += 3.0
+    with meter.paused():
+        now[0] += 100.0
+    now[0] += 2.0
+    assert logged(meter, FakeClock(forward=1.0), tracker, 2)["step/cpu_s"] == 4.0
+    add(meter, 1.0)
+    now[0] += 7.0
+    assert logged(meter, FakeClock(forward=1.0), tracker, 3)["step/cpu_s"] == 7.0
+
+
 def test_the_predicted_end_is_logged_once_there_is_one() -> None:
     tracker = MemoryTracker()
     meter = Meter(SCHEDULE, Ranks(), tracker, forecast=Forecast(CONFIG, SCHEDULE, 50))
