@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import tyro
 
 from jobs.parsing import Flag, UsageError, parse
 from pipeline.config import RunConfig
-from pipeline.recipes import RECIPES
+from pipeline.recipes import RECIPES, SMALL
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,23 @@ def recipe_named(name: str) -> RunConfig:
         close = difflib.get_close_matches(name, RECIPES, 1, 0.0)
         raise UsageError(f"there is no recipe {name!r}; did you mean {close[0]}? Expected one of: {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+def fitted(config: RunConfig, argv: Sequence[str], say: Callable[[str], None]) -> RunConfig:
+    """Return the configuration that `argv`, a recipe and its flags, means with its data, and `say` what the data chose.
+
+    Only the recipe `small` chooses anything. Raise `ShardError` if its training data cannot be read.
+    """
+    if argv[0] != SMALL.recipe:
+        return config
+    from pipeline.data.small import fit_small
+    from shards.dataset.manifest import load_manifest
+
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in argv[1:] if word.startswith("--")}
+    fit = fit_small(config, load_manifest(config.data.train), given)
+    for reason in fit.reasons:
+        say(reason)
+    return fit.config
 
 
 def smoke(config: RunConfig) -> RunConfig:

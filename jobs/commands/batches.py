@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from jobs.parsing import UsageError, parse
-from jobs.training import recipe_help, recipe_named
+from jobs.training import fitted, recipe_help, recipe_named
 from pipeline.config import RunConfig
 
 
@@ -43,7 +43,7 @@ def show_batch(argv: list[str]) -> None:
     from pipeline.display.terminal import table
     from pipeline.schedule import Schedule
 
-    config = options.config
+    config = fitted(options.config, argv, print)
     train, _ = open_data(config.data)
     schedule = Schedule(config.optim, train.images, config.data.epoch_tail)
     if not 0 <= options.step < schedule.total_steps:

@@ -10,7 +10,7 @@ import tyro
 
 from jobs.commands.models import show_version
 from jobs.parsing import Flag, parse
-from jobs.training import Start, parse_train, recipe_help, recipe_named, smoke
+from jobs.training import Start, fitted, parse_train, recipe_help, recipe_named, smoke
 from pipeline.config import ClusterConfig, ComputeConfig, RunConfig, to_json
 from pipeline.recipes import NOTES
 
@@ -25,7 +25,7 @@ def train(argv: list[str]) -> None:
     options = parse_train(argv, "detr train")
     if options is None:
         return
-    config, run = options.config, options.run or ""
+    config, run = fitted(options.config, argv, print), options.run or ""
     if options.smoke:
         print("smoke: two steps of two images on one worker, random backbone weights, evaluation on two images")
         config, run = smoke(config), f"{run}-smoke" if run else ""
@@ -72,7 +72,9 @@ def show(argv: list[str]) -> None:
         return
     config = parse(RunConfig, argv[1:], f"detr show {argv[0]}", default=recipe_named(argv[0]))
     if note := NOTES.get(config.recipe):
-        print(note, file=sys.stderr)
+        _warn(note)
+    if any(word.startswith("--data.train") for word in argv):
+        config = fitted(config, argv, _warn)
     print(to_json(config).decode())
 
 

@@ -10,7 +10,7 @@ import tyro
 
 from jobs.nearest import nearest
 from jobs.parsing import Flag, UsageError, parse
-from jobs.training import parse_train, recipe_named
+from jobs.training import fitted, parse_train, recipe_named
 from pipeline.config import RunConfig
 from pipeline.recipes import RECIPES
 from pipeline.sweep.trials import Trial, combinations
@@ -61,7 +61,7 @@ def sweep(argv: list[str]) -> None:
     own, words = divided(argv)
     options = parse(Sweep, own, "detr sweep")
     recipe, trials = trials_of(options.name, options.recipe, words)
-    configs = [config_of(recipe, trial) for trial in trials]
+    configs = [fitted(config_of(recipe, trial), (recipe, *trial.options), lambda reason: None) for trial in trials]
     _check(options, configs)
     import os
 

@@ -13,6 +13,7 @@ from jobs.plan import Request
 from pipeline.checkpoint import location
 from pipeline.config import RunConfig
 from pipeline.errors import USER_ERRORS
+from pipeline.recipes import uses_built_in
 from shards.store import storage
 
 
@@ -50,7 +51,7 @@ def _check_training(cluster: Cluster, config: RunConfig) -> None:
     if config.checkpoint.store:
         places["checkpoint.store"] = config.checkpoint.store
     files = {} if config.initial.startswith("models:/") or not config.initial else {"initial": config.initial}
-    if config.model.backbone_weights not in ("imagenet", "random") and not config.data.built_in:
+    if config.model.backbone_weights not in ("imagenet", "random") and not uses_built_in(config):
         files["model.backbone_weights"] = config.model.backbone_weights
     data = {} if config.data.built_in else {"data.train": config.data.train, "data.val": config.data.val}
     for option, url in {**places, **data, **files}.items():

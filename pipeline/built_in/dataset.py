@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.built_in.pretrain import pretrain_backbone
 from pipeline.config import RunConfig
 from pipeline.display.terminal import progress_bar
+from pipeline.recipes import RECIPES
 from shards.config import WriteConfig
 from shards.dataset.manifest import MANIFEST_NAME, load_manifest
 from shards.store import storage
@@ -18,8 +19,8 @@ _SAMPLES_PER_SHARD = 1000
 
 
 def is_made(config: RunConfig) -> bool:
-    """Return True if the built-in data set and its backbone exist, so that `make_built_in` has nothing to do."""
-    return _has_data(config) and _has_weights(config)
+    """Return True if what the run uses of the demo exists, so that `make_built_in` has nothing to do."""
+    return _has_weights(config) and (_has_data(config) or not config.data.built_in)
 
 
 def _has_data(config: RunConfig) -> bool:
@@ -32,7 +33,15 @@ def _has_weights(config: RunConfig) -> bool:
 
 
 def make_built_in(config: RunConfig, say: Callable[[str], None]) -> None:
-    """Generate the built-in data set and pre-train its backbone, unless they exist."""
+    """Generate the built-in data set and pre-train its backbone, unless they exist.
+
+    For a run on other data, this is done only if the demo's backbone, from which it starts, is absent.
+    """
+    if not config.data.built_in:
+        if _has_weights(config):
+            return
+        say("the demo's backbone, from which this run starts, is made once: on built-in images, in minutes")
+        config = RECIPES["demo"]
     make_data(config, say)
     if _has_weights(config):
         return

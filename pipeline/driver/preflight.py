@@ -18,6 +18,7 @@ from pipeline.config import RunConfig
 from pipeline.data.datasets import check_cache_limit, open_data
 from pipeline.driver.changes import absolute_cache
 from pipeline.errors import RunConfigError
+from pipeline.recipes import uses_built_in
 from pipeline.schedule import Schedule
 from pipeline.tracking.pages.data import DataSet, data_set
 from shards.dataset.manifest import Manifest
@@ -77,7 +78,7 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, P
     from pipeline.driver.initial_weights import adopt_model_config, initial_model
 
     _check_initial(config)
-    if config.data.built_in:
+    if uses_built_in(config):
         from pipeline.built_in.dataset import make_built_in
 
         make_built_in(config, say)

@@ -24,6 +24,7 @@ from pipeline.driver.preflight import PreparedRun, check_data, prepare
 from pipeline.driver.record import Outcome, RunRecord, new_record
 from pipeline.driver.recorded import RecordedRun
 from pipeline.errors import CheckpointError, Postponed, RunConfigError, TrainingError
+from pipeline.recipes import uses_built_in
 from pipeline.run_folder import CHECKPOINTS, INITIAL_NAME
 from pipeline.signals import raise_unheard
 from pipeline.tracking.mlflow_client import connect, tracking_uri, translated_errors
@@ -344,7 +345,7 @@ def create(
                 _warn_of_other(client, name, folder, launch)
         if made:
             config = agreed(made, config, accept, launch.say)
-        made_now, before = config.data.built_in and not _is_made(config), time.time()
+        made_now, before = uses_built_in(config) and not _is_made(config), time.time()
         config, ready = prepare(config, launch.say)
         if made_now:  # for this run alone, so the times of others do not contain it
             launch = replace(launch, began=launch.began + time.time() - before)

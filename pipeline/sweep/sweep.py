@@ -17,6 +17,7 @@ from pipeline.driver import preflight
 from pipeline.driver.record import check_name
 from pipeline.driver.sole_driver import sole_driver
 from pipeline.errors import Interrupted, Postponed, RunConfigError, TrackingAway, TrainingError
+from pipeline.recipes import uses_built_in
 from pipeline.run_folder import scratch
 from pipeline.schedule import Schedule
 from pipeline.sweep.parent import ParentRun, parent_run
@@ -84,7 +85,7 @@ def _check_data(plan: SweepPlan, say: Say) -> None:
         if used in seen:
             continue
         seen.add(used)
-        if config.data.built_in:
+        if uses_built_in(config):
             from pipeline.built_in.dataset import make_built_in
 
             make_built_in(config, say)

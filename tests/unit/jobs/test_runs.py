@@ -6,8 +6,12 @@ import pytest
 
 from jobs.commands import runs
 from jobs.parsing import UsageError
+from pipeline.config import from_json
 from pipeline.driver.changes import ResumeOptions
 from pipeline.errors import RunConfigError
+from pipeline.recipes import RECIPES
+from shards.errors import ShardError
+from tests.support.tiny_data import TinyData
 
 
 @pytest.fixture
@@ -47,3 +51,22 @@ def test_two_names_for_a_run_are_refused() -> None:
         runs.train(["overfit", "--run", "it", "--track.run-name", "other"])
     with pytest.raises(RunConfigError, match=r"the run's name is '\.\./it'"):
         runs.train(["overfit", "--run", "../it"])
+
+
+def test_the_recipe_for_few_images_is_fitted_to_the_data_and_says_so(
+    called: dict[str, Any], tiny_data: TinyData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["small", "--data.train", tiny_data.train, "--data.val", tiny_data.val, "--optim.epochs=7"]
+    runs.train(words)
+    config = called["train"][0]
+    assert (config.transform.eval_size, config.model.num_queries) == (64, 20)
+    assert (config.optim.epochs, config.optim.decay_epoch) == (7, 2)
+    assert "--model.num-queries 20: an image has up to" in capsys.readouterr().out
+    runs.show(words)
+    shown = capsys.readouterr()
+    assert from_json(shown.out) == config
+    assert "--model.num-queries 20: an image has up to" in shown.err
+    runs.show(["small"])
+    assert from_json(capsys.readouterr().out) == RECIPES["small"]
+    with pytest.raises(ShardError, match=r"no manifest\.json here"):
+        runs.train(["small", "--data.train", f"{tiny_data.train}/absent"])

@@ -1,0 +1,35 @@
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.built_in import dataset
+from pipeline.built_in.dataset import is_made, make_built_in
+from pipeline.config import DataConfig
+from pipeline.recipes import RECIPES
+
+
+def test_a_run_on_other_data_gets_the_demo_s_backbone_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made: list[str] = []
+
+    def pretrain(manifest: Any, model: Any, transform: Any, path: Path, **_: Any) -> Any:
+        assert (model, transform) == (RECIPES["demo"].model, RECIPES["demo"].transform)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"weights")
+        return SimpleNamespace(steps=1, accuracy=1.0)
+
+    monkeypatch.setattr(dataset, "make_data", lambda config, say: made.append(config.data.train))
+    monkeypatch.setattr(dataset, "load_manifest", lambda url: None)
+    monkeypatch.setattr(dataset, "pretrain_backbone", pretrain)
+    config = replace(RECIPES["small"], data=DataConfig(train="mine/train", val="mine/val"))
+    said: list[str] = []
+    assert not is_made(config)
+    for _ in range(2):
+        make_built_in(config, said.append)
+        assert is_made(config)
+    assert made == ["runs/demo/data/train"]
+    assert len(said) == 2
+    assert "is made once" in said[0]
