@@ -67,10 +67,7 @@ def write_synthetic(
 
     Raise `ShardError` when `size` or a number of images is too small, or the folder cannot be written.
     """
-    if size < 64 or train < 1 or val < 1:
-        raise ShardError(
-            f"got size {size}, train {train}, val {val}, expected a size from 64 and at least 1 image each"
-        )
+    check_numbers(size, train, val)
     folder = Path(out_dir)
     splits = []
     try:
@@ -89,7 +86,15 @@ def write_synthetic(
     return Synthetic(*splits)
 
 
-class _Draws:
+def check_numbers(size: int, train: int, val: int) -> None:
+    """Raise `ShardError` when `size` or a number of images is too small."""
+    if size < 64 or train < 1 or val < 1:
+        raise ShardError(
+            f"got size {size}, train {train}, val {val}, expected a size from 64 and at least 1 image each"
+        )
+
+
+class Draws:
     """A sequence of random numbers from a hash; unlike NumPy's generators, the same in every version."""
 
     def __init__(self, *key: int) -> None:
@@ -121,7 +126,7 @@ def _write_split(
     images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
     for number in range(count):
         image_id = first_id + number
-        pixels, objects = _picture(_Draws(*key, number), size)
+        pixels, objects = _picture(Draws(*key, number), size)
         name = f"{image_id:012d}.jpg"
         Image.fromarray(pixels).save(split.images / name, quality=JPEG_QUALITY)
         images.append({"id": image_id, "file_name": name, "width": size, "height": size})
@@ -135,9 +140,16 @@ def _write_split(
     storage.write_atomic(split.annotations, msgspec.json.encode(content))
 
 
-def _picture(draws: _Draws, size: int) -> tuple[npt.NDArray[np.uint8], list[tuple[int, Mask]]]:
+def _picture(draws: Draws, size: int) -> tuple[npt.NDArray[np.uint8], list[tuple[int, Mask]]]:
     """Return uint8 [size, size, 3], and each object's label and visible pixels, bool [size, size]."""
     canvas = _background(draws, size)
+    objects = draw_shapes(draws, canvas)
+    return np.clip(np.rint(canvas), 0, 255).astype(np.uint8), objects
+
+
+def draw_shapes(draws: Draws, canvas: Floats) -> list[tuple[int, Mask]]:
+    """Draw shapes on a square canvas, float32 [size, size, 3]; return the label and visible pixels of each."""
+    size = len(canvas)
     objects = list[tuple[int, Mask, int]]()  # label, visible pixels, number of pixels with nothing above
     wanted = draws.integer(1, MAX_OBJECTS)
     for _ in range(4 * wanted):  # some attempts hide too much of an earlier object and are dropped
@@ -156,11 +168,10 @@ def _picture(draws: _Draws, size: int) -> tuple[npt.NDArray[np.uint8], list[tupl
         colour = _colour(draws, canvas[patch].mean(axis=(0, 1)))
         grain = (draws.array(*coverage.shape, 1) - 0.5) * 24
         canvas[patch] += coverage[:, :, None] * (colour + grain - canvas[patch])
-    pixels = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
-    return pixels, [(label, visible) for label, visible, _ in objects]
+    return [(label, visible) for label, visible, _ in objects]
 
 
-def _background(draws: _Draws, size: int) -> Floats:
+def _background(draws: Draws, size: int) -> Floats:
     """Return float32 [size, size, 3] in 0..255: noise, waves, or a crop of a photograph."""
     kind = draws.integer(0, 2)
     if kind == 0:
@@ -190,7 +201,7 @@ def _photographs() -> tuple[Image.Image, Image.Image]:
     return (Image.fromarray(load_sample_image("china.jpg")), Image.fromarray(load_sample_image("flower.jpg")))
 
 
-def _place(draws: _Draws, label: int, size: int) -> tuple[int, int, Floats]:
+def _place(draws: Draws, label: int, size: int) -> tuple[int, int, Floats]:
     """Return top and left in pixels, and the covered fraction of each pixel, float32 [height, width] in 0..1."""
     longer = draws.integer(MIN_SIDE, MAX_SIDE)
     shorter = max(MIN_SIDE, round(longer * draws.uniform(0.75, 1.0)))
@@ -215,7 +226,7 @@ def _coverage(label: int, height: int, width: int) -> Floats:
     return np.asarray(inside.reshape(height, points, width, points).mean(axis=(1, 3)), np.float32)
 
 
-def _colour(draws: _Draws, behind: Floats) -> Floats:
+def _colour(draws: Draws, behind: Floats) -> Floats:
     """Return a strong colour, float32 [3] in 0..255, that differs from the mean colour behind it."""
     for _ in range(16):
         hue, saturation, value = draws.uniform(), draws.uniform(0.5, 1.0), draws.uniform(0.35, 1.0)

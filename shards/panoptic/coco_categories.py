@@ -1,7 +1,6 @@
 """The 133 categories of COCO's panoptic task, with the colours in which they are drawn."""
 
 import functools
-from typing import NamedTuple
 
 from shards.dataset.categories import Category
 
@@ -143,18 +142,15 @@ _LISTED = """
 """
 
 
-class CocoCategory(NamedTuple):
-    """Category of COCO's panoptic task, and its colour as `#rrggbb`."""
-
-    category: Category
-    colour: str
-
-
 @functools.cache
-def coco_categories() -> dict[int, CocoCategory]:
+def coco_categories() -> dict[int, Category]:
     """Return the categories by id, ascending: 80 things, then 53 kinds of stuff."""
     rows = (line.split(" ", 3) for line in _LISTED.strip().splitlines())
     return {
-        int(number): CocoCategory(Category(int(number), name, kind == "thing"), colour)
-        for number, kind, colour, name in rows
+        int(number): Category(int(number), name, kind == "thing", _rgb(colour)) for number, kind, colour, name in rows
     }
+
+
+def _rgb(colour: str) -> tuple[int, int, int]:
+    red, green, blue = bytes.fromhex(colour.removeprefix("#"))
+    return red, green, blue
