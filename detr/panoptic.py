@@ -191,4 +191,5 @@ def _nearest(size: int, original: int) -> npt.NDArray[np.int32]:
     It differs from exact arithmetic, and so from torch's, at some sizes.
     """
     places = Image.fromarray(np.arange(size, dtype=np.int32)[None])
-    return np.asarray(places.resize((original, 1), Image.Resampling.NEAREST))[0]
+    row: npt.NDArray[np.int32] = np.asarray(places.resize((original, 1), Image.Resampling.NEAREST))[0]
+    return row
