@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -85,13 +85,16 @@ class ErrorGains:
 
 @dataclass(frozen=True)
 class PanopticQuality:
-    """Quality of all classes, of things and of stuff, None if no class of a group occurs, and of each class by label."""
+    """Quality of all classes, of things and of stuff, None if no class of a group occurs, and of each class by label.
+
+    gains: None if the kinds of errors were not told apart.
+    """
 
     all: GroupQuality | None
     things: GroupQuality | None
     stuff: GroupQuality | None
     classes: tuple[ClassQuality, ...]
-    gains: ErrorGains
+    gains: ErrorGains | None = None
 
 
 def quality(counts: Iterable[ImageCounts], things: Sequence[bool]) -> PanopticQuality:
@@ -100,11 +103,9 @@ def quality(counts: Iterable[ImageCounts], things: Sequence[bool]) -> PanopticQu
     Raise `ShardError` for a label beyond `things`.
     """
     of_images = list(counts)
-    if not of_images:
-        return _of_classes([ClassQuality(label, 0.0, 0, 0, 0) for label in range(len(things))], things)
-    labels = np.concatenate([counted.labels for counted in of_images])
-    outcomes = np.concatenate([counted.outcomes for counted in of_images])
-    overlaps = np.concatenate([counted.overlaps for counted in of_images])
+    labels = np.concatenate([np.zeros(0, np.int64), *(counted.labels for counted in of_images)])
+    outcomes = np.concatenate([np.zeros(0, np.int8), *(counted.outcomes for counted in of_images)])
+    overlaps = np.concatenate([np.zeros(0), *(counted.overlaps for counted in of_images)])
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(things):
         raise ShardError(
             f"got segments of label {labels.max()}, expected labels below {len(things)}, those of the data set"
@@ -123,16 +124,16 @@ def quality(counts: Iterable[ImageCounts], things: Sequence[bool]) -> PanopticQu
         ClassQuality(label, math.fsum(overlap.tolist()), *numbers)
         for label, (overlap, *numbers) in enumerate(zip(by_class, *columns, strict=True))
     ]
-    return _of_classes(classes, things)
+    return replace(of_classes(classes, things), gains=_gains(classes))
 
 
-def _of_classes(classes: Sequence[ClassQuality], things: Sequence[bool]) -> PanopticQuality:
+def of_classes(classes: Sequence[ClassQuality], things: Sequence[bool]) -> PanopticQuality:
+    """Return the quality of classes in the order of their labels, without gains."""
     return PanopticQuality(
         all=_mean(classes),
         things=_mean([found for found in classes if things[found.label]]),
         stuff=_mean([found for found in classes if not things[found.label]]),
         classes=tuple(classes),
-        gains=_gains(classes),
     )
 
 
