@@ -25,8 +25,8 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Two processes: the first one has all tests that start Ray, one after the other, the second one takes the other modules.
-PYTEST := $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
+# Two processes take one module after the other, in the order of tests/conftest.py.
+PYTEST := $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder --durations 40
 
 # At its end it lists what it leaves out.
 test: check

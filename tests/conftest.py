@@ -25,12 +25,18 @@ if TYPE_CHECKING:  # the tests of `detr` also run where only torch, torchvision 
 _SLOW = pytest.StashKey[set[str]]()
 
 
-_STARTS_RAY = (
-    "tests/e2e/",
-    "tests/integration/cluster/test_background_evaluation.py",
-    "tests/integration/cluster/test_ray_notes.py",
+_STARTS_RAY = "tests/e2e/"
+"""Modules of `make test` that run one after the other: beside unit tests, which leave no core idle, two clusters are slow.
+
+Those of `make slow` wait more than they compute, for starts, kills and leases. There two clusters run at a time.
+"""
+_LONGEST_FIRST = (
+    *("e2e/test_hosts", "e2e/test_lost_nodes", "e2e/test_kills", "e2e/test_launchers", "e2e/test_production_store"),
+    *("e2e/test_outages", "e2e/test_sweep", "e2e/test_poor_mounts", "e2e/test_full_disk", "e2e/test_repeated_errors"),
+    *("e2e/test_stopped_groups", "e2e/", "integration/evaluation/test_coco", "integration/checkpoint/test_killed"),
+    *("integration/cluster/test_background_evaluation", "integration/cluster/test_ray_notes", "integration/"),
 )
-"""Modules that run one after the other, since two clusters on two cores miss each other's deadlines."""
+"""Beginnings of modules in the order in which they start, so that no process ends long before the other."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -41,12 +47,29 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """
     from xdist.scheduler import LoadScopeScheduling
 
+    one_cluster = config.option.markexpr != "slow"
+
     class Modules(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             module = nodeid.partition("::")[0]
-            return "ray" if module.startswith(_STARTS_RAY) else module
+            return "ray" if one_cluster and module.startswith(_STARTS_RAY) else module
+
+        def _reschedule(self, node: Any) -> None:
+            """Give a process its next module with its last test, and not three tests before: some tests take minutes."""
+            if self._pending_of(self.assigned_work[node]) < 2:
+                super()._reschedule(node)
 
     return Modules(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the modules that take longest first."""
+
+    def place(item: pytest.Item) -> int:
+        module = item.nodeid.removeprefix("tests/")
+        return next((n for n, start in enumerate(_LONGEST_FIRST) if module.startswith(start)), len(_LONGEST_FIRST))
+
+    items.sort(key=place)
 
 
 def pytest_configure(config: pytest.Config) -> None:
