@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.command import TINY, Command
-from tests.support.ray_nodes import free_port, node, wait_for_nodes, wait_until_open
+from tests.support.ray_nodes import free_port, node, wait_until_open
 from tests.support.recording import Recording
 from tests.support.s3_server import SECRET, S3Server
 
@@ -49,7 +49,6 @@ def cluster(detr: Command, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         stack.enter_context(node(detr.folder, nodes, *head))
         wait_until_open(dashboard)
         stack.enter_context(node(detr.folder, nodes, "--address", address))
-        wait_for_nodes(nodes | {"RAY_ADDRESS": address}, 2)
         yield Cluster(address, recording, store)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.run_folder import INITIAL_NAME
 from tests.support.command import TINY, Command, config_of, until
-from tests.support.ray_nodes import Node, free_port, node, wait_for_nodes
+from tests.support.ray_nodes import Node, free_port, node
 from tests.support.recording import Kept, Recording, seen_per_epoch
 
 pytestmark = pytest.mark.slow
@@ -35,11 +35,9 @@ class Cluster:
     environment: dict[str, str]
     stack: ExitStack
 
-    def add(self, alive: int) -> Node:
-        """Another node; returns when there are so many. One by one: two that start at a time choose the same ports."""
-        added = self.stack.enter_context(node(self.folder, self.environment, "--address", self.address))
-        wait_for_nodes(self.environment | {"RAY_ADDRESS": self.address}, alive)
-        return added
+    def add(self) -> Node:
+        """Another node, once it has joined. One by one: two that start at a time choose the same ports."""
+        return self.stack.enter_context(node(self.folder, self.environment, "--address", self.address))
 
     def drain(self, deadline_s: int) -> None:
         """Tell Ray that the one node beside the head is about to be taken away, as a cloud tells of a spot machine."""
@@ -67,15 +65,14 @@ def cluster(detr: Command, recording: Recording) -> Iterator[Cluster]:
     with ExitStack() as stack:
         head = ["--head", "--port", str(port), "--include-dashboard", "false"]
         stack.enter_context(node(detr.folder, environment, *head))
-        wait_for_nodes(environment | {"RAY_ADDRESS": address}, 1)
         yield Cluster(address, detr.folder, environment, stack)
 
 
 def test_a_run_continues_with_the_nodes_that_are_left(
     detr: Command, cluster: Cluster, recording: Recording, tmp_path: Path
 ) -> None:
-    lost = cluster.add(2)
-    cluster.add(3)
+    lost = cluster.add()
+    cluster.add()
     recording.pace(0.3)
     driver = detr.start(
         *TRAIN,
@@ -86,7 +83,7 @@ def test_a_run_continues_with_the_nodes_that_are_left(
     lost.kill()
     recording.pace(0.7)
     until(lambda: recording.last()[1] == 2 or driver.poll() is not None, "a step with 2 workers")
-    cluster.add(3)
+    cluster.add()
     until(lambda: recording.last()[1] == 3 or driver.poll() is not None, "a step with 3 workers again")
     recording.pace(0)
     output, _ = driver.communicate(timeout=400)
@@ -135,7 +132,7 @@ def alone(folder: Path, run: str, empty: Path) -> list[Kept]:
 def test_a_node_that_is_taken_away_with_notice_costs_no_failure(
     detr: Command, cluster: Cluster, recording: Recording
 ) -> None:
-    leaving = cluster.add(2)
+    leaving = cluster.add()
     recording.pace(0.5)
     driver = detr.start(
         *TRAIN,

@@ -107,11 +107,11 @@ class Command:
     def __call__(self, *words: str, status: int = 0) -> str:
         """Run it to the end; its output. Fails unless it exits with `status`."""
         process = self.start(*words)
-        output, _ = process.communicate(timeout=500)
+        output, _ = process.communicate(timeout=900)
         assert process.returncode == status, output
         return output
 
-    def wait_for_checkpoint(self, run: str, step: int, home: Path | None = None, timeout_s: float = 300) -> None:
+    def wait_for_checkpoint(self, run: str, step: int, home: Path | None = None, timeout_s: float = 600) -> None:
         """Wait until a run of this name has a checkpoint of this step or a later one, in `runs` or another folder."""
         folder, end = home or self.folder / "runs", time.monotonic() + timeout_s
         while time.monotonic() < end:
@@ -195,9 +195,9 @@ def _train(ranks: "Ranks", config: "RunConfig", folder: Path) -> list[tuple[str,
     return tracker.points if tracker else []
 
 
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 400) -> None:
-    """Wait for it. Looks often: a kill at a step should not come many steps later."""
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 600) -> None:
+    """Wait for it. Looks often, since a kill at a step should not come many steps later, yet leaves the cores to the run."""
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, f"not within {timeout_s} s: {what}"
-        time.sleep(0.01)
+        time.sleep(0.05)

@@ -18,18 +18,21 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+START_S = 240.0  # a busy machine needs ten times what an idle one does
+
+
 class Node:
     """A Ray node of one CPU, or as many as given; `folder` gets its log."""
 
     def __init__(self, folder: Path, environment: dict[str, str], *flags: str, cpus: int = 1) -> None:
         ray = Path(sys.executable).with_name("ray")
         command = [str(ray), "start", *flags, "--num-cpus", str(cpus), "--disable-usage-stats", "--block"]
-        self._log = folder / "ray.log"
-        with self._log.open("a") as log:
+        self._log = folder / f"ray-{len(list(folder.glob('ray-*.log')))}.log"
+        with self._log.open("x") as log:
             self._process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
 
-    def wait(self, timeout_s: float = 90) -> None:
-        """Wait until it has joined the cluster. Only for a node that is the first to write into its folder."""
+    def wait(self, timeout_s: float = START_S) -> None:
+        """Wait until it has joined the cluster."""
         until = time.monotonic() + timeout_s
         while "Ray runtime started" not in self._log.read_text():
             assert self._process.poll() is None, self._log.read_text()
@@ -55,15 +58,16 @@ class Node:
 
 @contextmanager
 def node(folder: Path, environment: dict[str, str], *flags: str) -> Iterator[Node]:
-    """A node that ends with the block."""
+    """A node that has joined its cluster, and ends with the block."""
     started = Node(folder, environment, *flags)
     try:
+        started.wait()
         yield started
     finally:
         started.kill()
 
 
-def wait_until_open(port: int, timeout_s: float = 90) -> None:
+def wait_until_open(port: int, timeout_s: float = START_S) -> None:
     """Until something listens at the port."""
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
@@ -72,15 +76,3 @@ def wait_until_open(port: int, timeout_s: float = 90) -> None:
                 return
         time.sleep(0.3)
     raise AssertionError(f"nothing listens at port {port} after {timeout_s} s")
-
-
-def wait_for_nodes(environment: dict[str, str], count: int, timeout_s: float = 90) -> None:
-    """Until the cluster that the environment names has so many nodes."""
-    code = "import ray; ray.init(logging_level='ERROR'); print(sum(node['Alive'] for node in ray.nodes()))"
-    until = time.monotonic() + timeout_s
-    while time.monotonic() < until:
-        answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        if answer.stdout.split()[-1:] == [str(count)]:
-            return
-        time.sleep(1)
-    raise AssertionError(f"the cluster did not reach {count} nodes: {answer.stderr[-500:]}")

@@ -17,7 +17,7 @@ from pipeline.cluster.deaths import find_dead, reason_of_death
 from pipeline.cluster.notes.claims import cancel_dead_claims
 from pipeline.cluster.notes.notes import Notes
 from pipeline.cluster.ray_internals import RayNotes, cancel_resource_request, jobs_alive
-from tests.support.ray_nodes import free_port, node, wait_until_open
+from tests.support.ray_nodes import free_port, node
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own warnings, in this process
 
@@ -79,7 +79,6 @@ def address(tmp_path_factory: pytest.TempPathFactory, client_address: str) -> It
         head = ["--head", "--port", str(port), "--include-dashboard", "false"]
         head += ["--ray-client-server-port", client_address.rpartition(":")[2]]
         with node(tmp_path_factory.mktemp("ray"), environment, *head):
-            wait_until_open(port)
             ray.init(address=f"127.0.0.1:{port}", logging_level="ERROR", log_to_driver=False)
             yield f"127.0.0.1:{port}"
             ray.shutdown()
