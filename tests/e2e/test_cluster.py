@@ -80,7 +80,7 @@ def submitted(detr: Command, cluster: Cluster) -> Submitted:
     assert "train overfit" in detr("jobs", "list")
     follower = detr.start("jobs", "logs", job, "--follow")
     assert "stopped" in detr("jobs", "stop", job)
-    followed, _ = follower.communicate(timeout=400)
+    followed, _ = follower.communicate(timeout=600)
     assert "detr resume" in followed
     assert detr.runs_named(run) == ["KILLED"]
     assert detr.tag(run, "detr.job") == job

@@ -19,7 +19,7 @@ from tests.support.ray_nodes import Node, free_port, node
 from tests.support.recording import Kept, Recording, seen_per_epoch
 
 pytestmark = pytest.mark.slow
-IMAGES, BATCH_SIZE, STEPS = 24, 6, 160
+IMAGES, BATCH_SIZE, STEPS = 24, 6, 72
 TRAIN = ["train", "overfit", "--data.train", "data/train", "--data.val", "data/val", *TINY]
 TRAIN += ["--optim.batch-size", str(BATCH_SIZE), "--optim.max-steps", str(STEPS), "--evaluate.every", "100"]
 # So that rounding, which differs between numbers of workers, changes no assignment of queries to objects.
@@ -79,14 +79,14 @@ def test_a_run_continues_with_the_nodes_that_are_left(
         *("--cluster.workers", "3", "--cluster.min-workers", "1", "--address", cluster.address),
         *("--track.run-name", "elastic"),
     )
-    until(lambda: recording.last() >= (25, 3) or driver.poll() is not None, "25 steps with 3 workers")
+    until(lambda: recording.last() >= (12, 3) or driver.poll() is not None, "12 steps with 3 workers")
     lost.kill()
-    recording.pace(0.7)
+    recording.pace(2)  # so that the run does not end before the node comes
     until(lambda: recording.last()[1] == 2 or driver.poll() is not None, "a step with 2 workers")
     cluster.add()
     until(lambda: recording.last()[1] == 3 or driver.poll() is not None, "a step with 3 workers again")
     recording.pace(0)
-    output, _ = driver.communicate(timeout=400)
+    output, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, output
     lost = r"warning: worker \d died: .+; restart 1, 3 -> 2 workers, resumed after \d+ s at step \d+"
     assert re.search(lost, output), output
@@ -133,20 +133,21 @@ def test_a_node_that_is_taken_away_with_notice_costs_no_failure(
     detr: Command, cluster: Cluster, recording: Recording
 ) -> None:
     leaving = cluster.add()
-    recording.pace(0.5)
+    recording.pace(1)
     driver = detr.start(
         *TRAIN,
         *("--cluster.workers", "2", "--cluster.min-workers", "1", "--cluster.max-failures", "0"),
         *("--checkpoint.every-steps", "0", "--address", cluster.address, "--track.run-name", "drained"),
     )
-    until(lambda: recording.last() >= (10, 2) or driver.poll() is not None, "10 steps with 2 workers")
-    cluster.drain(deadline_s=60)  # of which a busy machine takes ten to tell the workers
+    until(lambda: recording.last() >= (6, 2) or driver.poll() is not None, "6 steps with 2 workers")
+    cluster.drain(deadline_s=90)  # of which a busy machine takes ten to tell the workers
     told_at = recording.last()[0]
-    detr.wait_for_checkpoint("drained", told_at, timeout_s=40)
+    detr.wait_for_checkpoint("drained", told_at, timeout_s=75)
+    recording.pace(2)  # so that the run does not end before its node has gone
     until(lambda: recording.last()[1] == 1 or driver.poll() is not None, "a step with 1 worker")
     leaving.kill()
     recording.pace(0)
-    output, _ = driver.communicate(timeout=400)
+    output, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, output
     assert re.search(r"the node of worker \d was taken away; restart 1, 2 -> 1 workers, resumed after", output)
     kept = recording.kept()
@@ -154,4 +155,4 @@ def test_a_node_that_is_taken_away_with_notice_costs_no_failure(
     assert all(set(count.values()) == {1} and len(count) == IMAGES for count in seen_per_epoch(kept, IMAGES))
     # The last checkpoint before the node went is of its last seconds, so that few steps were taken twice.
     twice = Counter(line.step for line in recording.lines() if line.rank == 0)
-    assert sum(count > 1 for count in twice.values()) * 0.5 < 30
+    assert sum(count > 1 for count in twice.values()) * 1 < 30

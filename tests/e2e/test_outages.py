@@ -35,7 +35,7 @@ class Output:
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
         """Wait for it; fail with what was printed if the process ends before."""
-        until(lambda: condition() or self._process.poll() is not None, f"{what}, after {self.lines}", 250)
+        until(lambda: condition() or self._process.poll() is not None, f"{what}, after {self.lines}")
         assert condition(), self.text
 
     @property
@@ -45,8 +45,8 @@ class Output:
 
     def at_end(self, status: int) -> str:
         """Everything, after the process has ended with `status`."""
-        self._process.wait(200)
-        self._thread.join(20)
+        self._process.wait(600)
+        self._thread.join(60)
         assert self._process.returncode == status, self.text
         return self.text
 

@@ -17,7 +17,7 @@ def test_an_error_after_progress_is_left_to_a_later_try_and_twice_the_same_ends_
     driver = detr.start(*TRAIN, "--cluster.max-failures", "0", "--track.run-name", "repeats")
     until(lambda: recording.last()[0] >= 12 or driver.poll() is not None, "a checkpoint and two steps")
     recording.fail(0, "no such key")
-    output, _ = driver.communicate(timeout=400)
+    output, _ = driver.communicate(timeout=600)
     assert driver.returncode == 75, output
     assert "worker 0 failed: no such key; the newest saved step is 1" in output.splitlines()[-1], output
 

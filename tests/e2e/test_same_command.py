@@ -36,7 +36,7 @@ def interrupted(detr: Command, number: int, after_s: float) -> tuple[int, float]
     time.sleep(after_s)
     start = time.monotonic()
     process.send_signal(number)
-    output, _ = process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=600)
     print(f"signal {number} after {after_s} s: status {process.returncode}, {output.splitlines()[-1:]}")
     return process.returncode, time.monotonic() - start
 
@@ -66,12 +66,12 @@ def test_the_same_command_creates_continues_and_finds_one_run(detr: Command, rec
     output = detr(*TRAIN)
     assert "continues at step" in output, output
     times = []
-    for _ in range(9):
+    for _ in range(4):
         start = time.monotonic()
         assert "is finished and registered as models:/detr-overfit/1" in detr(*TRAIN)
         times.append(time.monotonic() - start)
-    print("seconds of the nine other commands:", ", ".join(f"{seconds:.1f}" for seconds in times))
-    assert max(times) < 60  # 2 s on an idle machine
+    print("seconds of the four other commands:", ", ".join(f"{seconds:.1f}" for seconds in times))
+    assert max(times) < 120  # 2 s on an idle machine
     assert detr.runs_named("same") == ["FINISHED"]
     points = detr.points("same", "train/loss")
     assert points == sorted(set(points))

@@ -4,13 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 
 import psutil
 import pytest
 
-from pipeline.cluster.supervisor import GRACE_S
 from tests.support.command import TINY, Command
 
 pytestmark = pytest.mark.slow
@@ -34,12 +32,11 @@ def start(detr: Command, *words: str) -> "subprocess.Popen[str]":
 
 
 def stopped(driver: "subprocess.Popen[str]", below: list[psutil.Process]) -> str:
-    """Its output, if it ends soon, as a run that was stopped does, and leaves no process behind."""
-    began = time.monotonic()
-    output, _ = driver.communicate(timeout=400)
+    """Its output, if it ends as a run that was stopped does, and leaves no process behind."""
+    output, _ = driver.communicate(timeout=600)
     assert driver.returncode == 75, output
     assert "detr resume" in output.splitlines()[-1], output
-    assert time.monotonic() - began < GRACE_S, output  # else it gave the workers up
+    assert "did not answer" not in output, output  # else it gave the workers up
     _, alive = psutil.wait_procs(below, timeout=200)
     assert not alive
     return output

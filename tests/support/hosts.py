@@ -84,7 +84,7 @@ class Host:
         """Return what a command has written into this log so far."""
         return (self.folder / name).read_text()
 
-    def __call__(self, *command: str, status: int = 0, timeout_s: float = 240) -> str:
+    def __call__(self, *command: str, status: int = 0, timeout_s: float = 600) -> str:
         """Run a command to its end and return its output; fail unless it exits with `status`."""
         process = self.start("command.log", *command)
         try:
@@ -150,7 +150,7 @@ def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
-def _until(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> None:
+def _until(condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, what

@@ -38,7 +38,7 @@ class MlflowServer:
         """Address of the server, without a login."""
         return f"http://127.0.0.1:{self.port}"
 
-    def start(self, timeout_s: float = 120) -> None:
+    def start(self, timeout_s: float = 240) -> None:
         """Serve; returns when it answers."""
         hosts = f"127.0.0.1,127.0.0.1:{self.port}"
         words = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]

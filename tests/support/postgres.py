@@ -50,7 +50,7 @@ class Postgres:
                 stderr=log,
                 start_new_session=True,
             )
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
         while "ready to accept connections" not in self._log.read_text():
             assert self._process.poll() is None, self._log.read_text()
             assert time.monotonic() < until, self._log.read_text()

@@ -35,7 +35,7 @@ def run_on(words: list[str], function: str, *arguments: str) -> str:
     module, _, name = function.partition(":")
     code = f"import sys; from {module} import {name}; {name}(*sys.argv[1:])"
     done = subprocess.run(
-        [*words, sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300, check=False
+        [*words, sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

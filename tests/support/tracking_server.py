@@ -52,8 +52,8 @@ class FullDisk:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until the condition holds, for 10 s at most."""
-    until = time.monotonic() + 10
+    """Wait until the condition holds, for 60 s at most."""
+    until = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.005)
