@@ -17,6 +17,7 @@ from torch import Tensor
 from detr.config import ModelConfig
 from detr.original import to_original_state_dict, with_class_rows
 from pipeline.errors import ExchangeError
+from pipeline.exchange.panoptic_labels import ORIGINAL_CLASSES, is_panoptic
 from pipeline.registry.versions import read_version
 from shards.dataset.categories import Category
 from shards.store.storage import atomic_path
@@ -117,14 +118,14 @@ def check_target(path: Path) -> None:
 
 
 def _classes(uri: str, categories: Sequence[Category]) -> int:
-    """Return the original's number of classes: the largest category id plus 1."""
+    """Return the original's number of classes: the largest category id plus 1, of things and stuff at least 250."""
     ids = [category.id for category in categories]
     if min(ids) < 0 or max(ids) >= _MOST_CLASSES:
         wrong = min(ids) if min(ids) < 0 else max(ids)
         raise ExchangeError(
             f"{uri} has category id {wrong}, and the original takes ids as labels; expected 0 to {_MOST_CLASSES - 1}"
         )
-    return max(ids) + 1
+    return max(max(ids) + 1, ORIGINAL_CLASSES if is_panoptic(categories) else 0)
 
 
 def _at_ids(rows: Tensor, ids: Sequence[int], classes: int, empty: float, *, no_object: bool) -> Tensor:

@@ -22,6 +22,7 @@ from detr.original import load_original_state_dict
 from detr.original_config import heads_of_mask_head, infer_config
 from pipeline.config import TrackConfig
 from pipeline.errors import ExchangeError
+from pipeline.exchange.panoptic_labels import ORIGINAL_CLASSES, is_panoptic, with_contiguous_labels
 from pipeline.exchange.state_file import StateFile, read_state_file
 from pipeline.registry.card import Card
 from pipeline.registry.pages import write_pages
@@ -32,9 +33,9 @@ from pipeline.tracking.provenance import code_commit
 from pipeline.tracking.tags import TAG_IMPORT_NOTES, TAG_IMPORTED_FROM
 from shards.dataset.categories import UNNAMED, Category
 from shards.errors import one_line
+from shards.panoptic.coco_categories import coco_categories
 
 _COCO_CLASSES = 91  # the largest category id of COCO's things plus 1
-_PANOPTIC_CLASSES = 250  # the original's number for things and stuff; things have the same ids as above
 _Value = TypeVar("_Value", bool, int, float)
 
 
@@ -78,6 +79,10 @@ def import_file(
         raise ExchangeError(f"{path}: {error}") from None
     named, names_source = _categories(model.num_classes, categories)
     notes = (*notes, names_source)
+    if is_panoptic(named):
+        classes = model.num_classes
+        model, named = with_contiguous_labels(model, named)
+        notes = (*notes, f"the rows of {len(named)} things and stuff are kept of a head of {classes} classes")
     with path.open("rb") as file:
         source = f"{path.name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
     card = _card(model, named, epochs, source)
@@ -211,6 +216,8 @@ def _description(config: ModelConfig, classes: int, file: StateFile) -> str:
 class _Named(msgspec.Struct):
     id: int
     name: str
+    isthing: int | None = None
+    color: tuple[int, int, int] | None = None
 
 
 class _Annotations(msgspec.Struct):
@@ -219,18 +226,20 @@ class _Annotations(msgspec.Struct):
 
 def _categories(classes: int, path: Path | None) -> tuple[tuple[Category, ...], str]:
     """Return one category per label, with the label as its id, and a line that names the source of the names."""
+    known: dict[int, Category] = {}
+    names: dict[int, str] = {}
     if path is not None:
-        names, source = _names_from(path, classes), f"category names from {path.name}"
+        known, source = _categories_from(path, classes), f"category names from {path.name}"
     elif classes == _COCO_CLASSES:
         names, source = coco_names(), "category ids and names are COCO's"
-    elif classes == _PANOPTIC_CLASSES:
-        stuff = {label: str(label) for label in range(_COCO_CLASSES, classes)}
-        names = coco_names() | stuff
-        source = "category ids are COCO's, and the names of things; stuff is named by number"
+    elif classes == ORIGINAL_CLASSES:
+        source = "category ids and names of things and stuff are COCO's"
+        known = dict(coco_categories())
     else:
         names = {label: str(label) for label in range(classes)}
         source = "categories are named by number; give --categories FILE (COCO's `categories`) to name them"
-    return tuple(Category(label, names.get(label, UNNAMED)) for label in range(classes)), source
+    known |= {label: Category(label, name) for label, name in names.items()}
+    return tuple(known.get(label, Category(label, UNNAMED)) for label in range(classes)), source
 
 
 def coco_names() -> dict[int, str]:
@@ -241,7 +250,7 @@ def coco_names() -> dict[int, str]:
     return {number: name for number, name in enumerate(listed) if number and name != UNNAMED}
 
 
-def _names_from(path: Path, classes: int) -> dict[int, str]:
+def _categories_from(path: Path, classes: int) -> dict[int, Category]:
     try:
         content = path.read_bytes()
         if content.lstrip().startswith(b"["):
@@ -259,4 +268,5 @@ def _names_from(path: Path, classes: int) -> dict[int, str]:
         raise ExchangeError(
             f"--categories {path}: {wrong}; expected ids from 0 to {classes - 1}, which are the model's labels"
         )
-    return {category.id: category.name for category in named}
+    kinds = {category.id: None if category.isthing is None else bool(category.isthing) for category in named}
+    return {category.id: Category(category.id, category.name, kinds[category.id], category.color) for category in named}

@@ -187,10 +187,12 @@ def test_coco_s_labels_are_its_category_ids() -> None:
     assert "COCO" in source
 
 
-def test_panoptic_labels_have_the_names_of_things() -> None:
-    labels, _ = original_importer._categories(250, None)
+def test_panoptic_labels_are_coco_s_things_and_stuff() -> None:
+    labels, source = original_importer._categories(250, None)
     assert [category.id for category in labels] == list(range(250))
-    assert (labels[0].name, labels[18].name, labels[92].name, labels[249].name) == ("N/A", "dog", "92", "249")
+    assert (labels[0].name, labels[18].name, labels[92].name, labels[249].name) == ("N/A", "dog", "banner", "N/A")
+    assert (labels[18].isthing, labels[92].isthing, labels[200].color) == (True, False, (250, 141, 255))
+    assert "things and stuff are COCO's" in source
 
 
 @pytest.mark.parametrize("form", ["annotations", "list"])
