@@ -11,7 +11,7 @@ from detr.conditional.model import ConditionalDETR
 from detr.config import ConfigError, ModelConfig
 from detr.deformable.model import DeformableDETR
 from detr.mask_head import MASK_MODULES, AttentionMap, MaskHead
-from detr.position import LearnedPosition, SinePosition, sine_vectors
+from detr.position import build_position, sine_vectors
 from detr.transformer import BoxHead, Transformer
 from detr.variant import DETR as DETR
 from detr.variant import Outputs as Outputs
@@ -23,10 +23,8 @@ class PlainDETR(DETR):
     no_object = True
 
     def __init__(self, config: ModelConfig, num_classes: int) -> None:
-        super().__init__()
+        super().__init__(config, num_classes)
         channels = config.hidden_dim
-        self.config = config
-        self.num_classes = num_classes
         # The names and the order of modules are the original's, so that its state dicts load unchanged.
         self.transformer = Transformer(config)
         self.class_embed = nn.Linear(channels, num_classes + 1)
@@ -34,9 +32,7 @@ class PlainDETR(DETR):
         self.query_embed = nn.Embedding(config.num_queries, channels)
         backbone = Backbone(config)
         self.input_proj = nn.Conv2d(backbone.body.channels, channels, 1)
-        sine = config.position == "sine"
-        position = SinePosition(channels, config.position_temperature) if sine else LearnedPosition(channels)
-        self.backbone = nn.ModuleList([backbone, position])
+        self.backbone = nn.ModuleList([backbone, build_position(config)])
         if config.query_init == "grid":
             self.query_embed.weight.detach().copy_(_grid(config))
         if config.masks:

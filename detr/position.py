@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from detr.config import ModelConfig
+
 _LEARNED_CELLS = 50  # rows and columns of the original's learned positions
 _SMALLEST = 1e-5  # the distance of a fraction from 0 and 1 whose inverse sigmoid is the largest, as in the originals
 
@@ -56,6 +58,13 @@ class LearnedPosition(nn.Module):
         columns = _learned(self.col_embed.weight, width).expand(height, -1, -1)
         rows = _learned(self.row_embed.weight, height)[:, None].expand(-1, width, -1)
         return torch.cat([columns, rows], dim=-1).flatten(0, 1)[None]
+
+
+def build_position(config: ModelConfig, back: float = 0.0) -> nn.Module:
+    """Return the configured positions; `back` is for sines, see `SinePosition`."""
+    if config.position == "learned":
+        return LearnedPosition(config.hidden_dim)
+    return SinePosition(config.hidden_dim, config.position_temperature, back)
 
 
 def _learned(vectors: Tensor, cells: int) -> Tensor:

@@ -58,14 +58,17 @@ class DETR(nn.Module):
     `layers`; its parameters have the names of the variant's original.
     """
 
-    config: ModelConfig
-    num_classes: int
     backbone: nn.ModuleList
     transformer: Any
     no_object: bool
     """True if the class heads have a last row for "no object"."""
     proposal_head: str = ""
     """Prefix of the names of a class head whose class 0 means "an object", that of a second stage; empty without one."""
+
+    def __init__(self, config: ModelConfig, num_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
 
     def forward(self, images: Tensor, padding: Tensor | None = None) -> Any:
         """Return `Outputs` or `SigmoidOutputs` for normalised float images [B, 3, H, W]; B may be 0.

@@ -1,18 +1,15 @@
 """Conditional DETR: DETR with focal loss, reference points, and a decoder that compares positions by themselves."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from detr.backbone import Backbone
 from detr.conditional.transformer import Transformer
 from detr.config import ModelConfig
-from detr.position import LearnedPosition, SinePosition, at_least_fp32, inverse_sigmoid
+from detr.losses.focal import FIRST_LOGIT
+from detr.position import at_least_fp32, build_position, inverse_sigmoid
 from detr.transformer import BoxHead
 from detr.variant import DETR, SigmoidOutputs
-
-_FIRST_PROBABILITY = 0.01  # of each class at the start, as for every focal loss
 
 
 class ConditionalDETR(DETR):
@@ -21,13 +18,11 @@ class ConditionalDETR(DETR):
     no_object = False
 
     def __init__(self, config: ModelConfig, num_classes: int) -> None:
-        super().__init__()
+        super().__init__(config, num_classes)
         channels = config.hidden_dim
-        self.config = config
-        self.num_classes = num_classes
         self.transformer = Transformer(config)
         self.class_embed = nn.Linear(channels, num_classes)
-        nn.init.constant_(self.class_embed.bias, -math.log((1 - _FIRST_PROBABILITY) / _FIRST_PROBABILITY))
+        nn.init.constant_(self.class_embed.bias, FIRST_LOGIT)
         self.bbox_embed = BoxHead(channels)
         last: nn.Linear = self.bbox_embed.layers[-1]  # type: ignore[assignment]
         nn.init.zeros_(last.weight)
@@ -35,9 +30,7 @@ class ConditionalDETR(DETR):
         self.query_embed = nn.Embedding(config.num_queries, channels)
         backbone = Backbone(config)
         self.input_proj = nn.Conv2d(backbone.body.channels, channels, 1)
-        sine = config.position == "sine"
-        position = SinePosition(channels, config.position_temperature) if sine else LearnedPosition(channels)
-        self.backbone = nn.ModuleList([backbone, position])
+        self.backbone = nn.ModuleList([backbone, build_position(config)])
 
     def forward(self, images: Tensor, padding: Tensor | None = None) -> SigmoidOutputs:
         """Return predictions for normalised float images [B, 3, H, W]; B may be 0.

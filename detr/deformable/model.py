@@ -4,7 +4,6 @@ Options: iterative refinement and the second stage of its paper; hybrid matching
 third is dropout 0). Parameters have the original's names. The original holds some under several names, `aliases` here.
 """
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -14,11 +13,11 @@ from detr.backbone import Backbone
 from detr.config import ModelConfig
 from detr.deformable.levels import LevelProjections, geometry, level_padding
 from detr.deformable.transformer import DecodedLayer, Transformer
-from detr.position import LearnedPosition, SinePosition
+from detr.losses.focal import FIRST_LOGIT
+from detr.position import build_position
 from detr.transformer import BoxHead
 from detr.variant import DETR, SigmoidOutputs
 
-_FIRST_PROBABILITY = 0.01  # of each class at the start, as for every focal loss
 _SIDE_BEFORE_SIGMOID = -2.0  # of the first layer's boxes: width and height of 0.12
 
 
@@ -28,10 +27,8 @@ class DeformableDETR(DETR):
     no_object = False
 
     def __init__(self, config: ModelConfig, num_classes: int) -> None:
-        super().__init__()
+        super().__init__(config, num_classes)
         channels, options = config.hidden_dim, config.deformable
-        self.config = config
-        self.num_classes = num_classes
         self.transformer = Transformer(config)
         # One pair of heads per layer with refinement, another for the second stage, else a single pair.
         heads = (config.decoder_layers if options.box_refine else 1) + options.two_stage
@@ -44,9 +41,7 @@ class DeformableDETR(DETR):
             self.query_embed = nn.Embedding(queries, channels if options.two_stage else 2 * channels)
         backbone = Backbone(config)
         self.input_proj = LevelProjections(config, backbone.body)
-        sine = config.position == "sine"
-        position = SinePosition(channels, config.position_temperature, 0.5) if sine else LearnedPosition(channels)
-        self.backbone = nn.ModuleList([backbone, position])
+        self.backbone = nn.ModuleList([backbone, build_position(config, back=0.5)])
 
     def forward(self, images: Tensor, padding: Tensor | None = None) -> SigmoidOutputs:
         """Return predictions for normalised float images [B, 3, H, W]; B may be 0.
@@ -116,7 +111,7 @@ class DeformableDETR(DETR):
         """Set the original's first weights: heads start equal, and every class is unlikely."""
         for linear in self.class_embed:
             linear.load_state_dict(self.class_embed[0].state_dict())
-            nn.init.constant_(linear.bias, -math.log((1 - _FIRST_PROBABILITY) / _FIRST_PROBABILITY))  # type: ignore[arg-type]
+            nn.init.constant_(linear.bias, FIRST_LOGIT)  # type: ignore[arg-type]
         for number, head in enumerate(self.bbox_embed):
             head.load_state_dict(self.bbox_embed[0].state_dict())
             last: nn.Linear = head.layers[-1]  # type: ignore[index, assignment]

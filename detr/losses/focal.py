@@ -1,10 +1,14 @@
 """Focal loss (Lin et al., 2017) of sigmoid classes, gamma 2, for all decoder layers at once."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+FIRST_LOGIT = -math.log((1 - 0.01) / 0.01)
+"""Logit of every class at the start: a probability of 0.01, so that the many queries without an object cost little."""
 
 
 def focal_loss(logits: Tensor, slots: Tensor, labels: Tensor, alpha: float) -> Tensor:
