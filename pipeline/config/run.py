@@ -78,6 +78,21 @@ class RunConfig:
                 "count every image twice; expected the same model as without it: recompute the encoder only, or use "
                 "frozen_batch or group"
             )
+        if self.compute.graphs:
+            self._check_graphs()
+
+    def _check_graphs(self) -> None:
+        """Raise `RunConfigError` if an option does not go with CUDA graphs."""
+        compute, cluster, norm = self.compute, self.cluster, self.model.norm
+        refused = [
+            (cluster.gpu == "no", "cluster.gpu", "no", "GPUs"),
+            (cluster.workers > 1 and cluster.strategy != "ddp", "cluster.strategy", cluster.strategy, "ddp"),
+            (compute.compile, "compute.compile", True, "one of the two"),
+            (compute.recompute != "none", "compute.recompute", compute.recompute, "none"),
+            (norm == "batch", "model.norm", norm, "frozen_batch or group"),
+        ]
+        for wrong, name, got, expected in refused:
+            require(not wrong, name, got, f"{expected} with compute.graphs, which replays captured passes")
 
     @property
     def run_name(self) -> str:

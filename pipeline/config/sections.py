@@ -151,9 +151,16 @@ class ComputeConfig:
     recompute: Literal["none", "encoder", "backbone", "both"] = "none"
     """Modules whose activations are recomputed in the backward pass instead of stored.
     Set it if a GPU runs out of memory; a step then takes longer."""
+    graphs: bool = False
+    """Replay the network's forward and backward pass as CUDA graphs, one launch each instead of thousands.
+    The most frequent canvases are captured; set `canvas_multiple` to 64, so that there are few. Needs GPUs and memory
+    for a second pass. With ddp, gradients are averaged after the backward pass, not beside it."""
+    max_graphs: int = 64
+    """Maximum number of canvases that are captured with `graphs`; passes over others run as without it."""
 
     def __post_init__(self) -> None:
         check_literals(self, require, "compute.")
+        require(self.max_graphs >= 1, "compute.max_graphs", self.max_graphs, "at least 1, or no graphs")
         require(self.max_microbatch >= 0, "compute.max_microbatch", self.max_microbatch, "0 (no bound) or more")
         require(self.canvas_multiple >= 1, "compute.canvas_multiple", self.canvas_multiple, "at least 1 pixel")
 

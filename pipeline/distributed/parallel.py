@@ -30,15 +30,21 @@ LOG = logging.getLogger(__name__)
 Strategy = Literal["single", "ddp", "fsdp", "hsdp"]
 
 
-def distribute(model: nn.Module, ranks: Ranks, strategy: Strategy = "ddp", *, uneven: bool = False) -> nn.Module:
+def distribute(
+    model: nn.Module, ranks: Ranks, strategy: Strategy = "ddp", *, uneven: bool = False, graphs: bool = False
+) -> nn.Module:
     """Return the model wrapped for training on several ranks; a collective call.
 
     ddp: every rank holds the whole model, with rank 0's weights. fsdp: parameters, gradients and optimizer state are
     sharded over the ranks, under the same names; build the optimizer afterwards. hsdp: the same over the ranks of each
     node, and gradients are averaged between the nodes; if these have unequal numbers of ranks, raise `RunConfigError` or,
-    with `uneven`, shard over all ranks instead. In a world of one the model is returned as it is.
+    with `uneven`, shard over all ranks instead. In a world of one the model is returned as it is, and so, with rank 0's
+    weights, if `graphs` run its passes: they average gradients themselves.
     """
     if ranks.world_size == 1:
+        return model
+    if graphs:
+        ranks.send_tensors(model.state_dict().values())
         return model
     if strategy in ("fsdp", "hsdp"):
         return _shard(model, _mesh(ranks, strategy, uneven))

@@ -16,6 +16,7 @@ from pipeline.distributed.parallel import distribute, unwrap
 from pipeline.schedule import is_evaluated, is_milestone
 from pipeline.tracking.provenance import library_versions
 from pipeline.training.ema import Ema
+from pipeline.training.graphs.planned import planned_graphs
 from pipeline.training.model import build_on_device, read_initial
 from pipeline.training.optim import build_optimizer
 from pipeline.training.state import TrainState, WorkerContext
@@ -37,7 +38,7 @@ def restore(worker: WorkerContext, newest: Location | None, step: int) -> TrainS
         compile_shapes(model)
     # Which nodes hold the workers is the user's choice at the start alone: a run that continues takes what is left.
     uneven = newest is not None or config.cluster.fewest < config.cluster.workers
-    wrapped = distribute(model, ranks, config.cluster.strategy, uneven=uneven)
+    wrapped = distribute(model, ranks, config.cluster.strategy, uneven=uneven, graphs=config.compute.graphs)
     optimizer = build_optimizer(unwrap(wrapped), config.optim)
     ema = Ema(wrapped, config.optim.ema) if config.optim.ema else None
     if newest is not None:
@@ -45,7 +46,8 @@ def restore(worker: WorkerContext, newest: Location | None, step: int) -> TrainS
         averages = ema.averages if ema else None
         patiently(ranks, lambda: checkpoint_state.load(newest, wrapped, optimizer, ranks, averages))
     wrapped.train()
-    return TrainState(wrapped, optimizer, step, ema)
+    graphs = planned_graphs(model, worker, step) if config.compute.graphs else None
+    return TrainState(wrapped, optimizer, step, ema, graphs)
 
 
 def checkpoint_metadata(worker: WorkerContext, step: int) -> Meta:

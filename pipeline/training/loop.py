@@ -35,6 +35,7 @@ from pipeline.training.continuation import continuation
 from pipeline.training.divergence import Diverged
 from pipeline.training.explaining import Explainer
 from pipeline.training.first_minute import FirstMinute
+from pipeline.training.graphs.planned import HIT_RATE
 from pipeline.training.guard import Guard
 from pipeline.training.optim import learning_rates, set_learning_rates
 from pipeline.training.out_of_memory import explaining
@@ -161,6 +162,7 @@ def _train(worker: WorkerContext, state: TrainState, parts: LoopParts, until: in
                     state.step,
                     parts.request(),
                     lap,
+                    state.graphs,
                 )
             images = schedule.samples(state.step + 1) - schedule.samples(state.step)
             meter.add(result.losses, result.grad_norm, images)
@@ -175,6 +177,8 @@ def _train(worker: WorkerContext, state: TrainState, parts: LoopParts, until: in
         parts.stepped(state.step)
         if state.step % worker.config.track.log_every == 0 or state.step == until or request.stop:
             meter.log(state.step, learning_rates(state.model, state.optimizer))
+            if state.graphs and worker.tracker:
+                worker.tracker.metrics({HIT_RATE: state.graphs.read_hit_rate()}, state.step)
         if request.save and state.step < until and not request.stop:
             _save(worker, state, parts)
     return request

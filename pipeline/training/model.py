@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import platform
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from detr.compute import set_channels_last, set_recompute
+from detr.batch import Batch, normalise
+from detr.compute import autocast, set_channels_last, set_recompute
 from detr.model import DETR, build_model, freeze_detector
 from detr.original import load_original_state_dict, to_original_state_dict
 from pipeline.checkpoint.location import Location
@@ -55,6 +58,13 @@ def _load_initial(model: DETR, folder: Location) -> None:
     except FileNotFoundError:
         raise not_seen(path, platform.node()) from None
     load_original_state_dict(model, load(content))
+
+
+def predict(model: Callable[..., Any], batch: Batch, config: RunConfig) -> Any:
+    """Return a model's predictions for a batch on its device, in the precision of the run."""
+    images = normalise(batch, config.transform)
+    with autocast(images.device, config.compute.precision):
+        return model(images, batch.padding)
 
 
 def host_copy(model: nn.Module) -> DETR:

@@ -74,13 +74,15 @@ def _remedies(config: RunConfig, ranks: Ranks, images: int) -> list[str]:
     """Return the flags that save memory, the cheapest first; none changes the result by more than rounding."""
     compute = config.compute
     flags = []
+    if compute.graphs:
+        flags.append("--compute.no-graphs")
     if images > 1:
         flags.append(f"--compute.max-microbatch {images // 2}")
-    if compute.recompute != "both" and config.model.norm != "batch":
+    if compute.recompute != "both" and config.model.norm != "batch" and not compute.graphs:
         flags.append("--compute.recompute both")
     if compute.precision == "fp32":
         flags.append("--compute.precision bf16")
-    if ranks.world_size > 1 and config.cluster.strategy != "fsdp":
+    if ranks.world_size > 1 and config.cluster.strategy != "fsdp" and not compute.graphs:
         flags.append("--cluster.strategy fsdp")
     return flags or ["smaller images (--transform.max-size)"]
 

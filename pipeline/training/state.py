@@ -13,6 +13,7 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.schedule import Schedule
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.ema import Ema
+from pipeline.training.graphs.passes import Graphs
 from shards.dataset.manifest import Manifest
 
 
@@ -38,6 +39,8 @@ class TrainState:
     """Number of optimizer steps taken."""
     ema: Ema | None = None
     """Moving averages of the weights; None if `optim.ema` is 0."""
+    graphs: Graphs | None = None
+    """CUDA graphs of the passes; None if `compute.graphs` is off."""
 
     @property
     def averages(self) -> dict[str, Tensor] | None:

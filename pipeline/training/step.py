@@ -21,14 +21,13 @@ original's GPUs: the result is the original's on as many GPUs as there are micro
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from detr.batch import Batch, normalise
-from detr.compute import autocast
+from detr.batch import Batch
 from detr.criterion import Losses, ce_weight_sum, compute_losses
 from detr.matcher import NonFiniteError
 from detr.variant import Outputs, SigmoidOutputs, tensors_of
@@ -37,6 +36,8 @@ from pipeline.distributed.parallel import clip_gradients, gradient_sync
 from pipeline.distributed.ranks import Ranks
 from pipeline.tracking.step_timer import Lap, no_lap
 from pipeline.training.divergence import ForwardPass, divergence
+from pipeline.training.graphs.passes import Graphs
+from pipeline.training.model import predict
 from pipeline.training.requests import NO_REQUEST, Request
 
 RANDOMNESS = "1: dropout from torch.manual_seed((seed * 1000003 + step) * 4099 + rank + (micro-batch << 48))"
@@ -102,12 +103,13 @@ def train_step(
     step: int,
     request: Request = NO_REQUEST,
     lap: Lap = no_lap,
+    graphs: Graphs | None = None,
 ) -> StepResult:
     """Run forward, losses and backward of each micro-batch, then clip the gradient and update the weights.
 
     `batches` are this rank's micro-batches: equally many on every rank, some perhaps without images. `request` holds
-    this rank's requests after the step. `lap` is called at the end of each phase of the step. The caller sets learning
-    rates.
+    this rank's requests after the step. `lap` is called at the end of each phase of the step. `graphs` run the passes of a
+    model that is not wrapped. The caller sets learning rates.
 
     Raise `Diverged` before the update, naming step, images and losses, if anything is not finite on any rank or the
     norm of the gradient exceeds `guard.max_grad_norm`. Gradients are averaged by then, so the norm is the same on every
@@ -116,13 +118,23 @@ def train_step(
     dividers, asking = normalisers(batches, config, ranks, request)
     # Before the forward pass, to free the memory of the last gradients for the activations.
     optimizer.zero_grad(set_to_none=True)
+    if graphs:
+        graphs.begin()
     passes = []
     lap("other")
     for number, (batch, divider) in enumerate(zip(batches, dividers, strict=True)):
         # Seed by step, so that dropout does not depend on earlier steps and a resumed run repeats it bit for bit.
-        torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + ranks.rank + (number << 48))
+        seed = (config.seed * 1_000_003 + step) * 4099 + ranks.rank + (number << 48)
+        if graphs:
+            passes.append(_pass(graphs.forward(batch, seed), graphs.backward, batch, divider, config, lap))
+            continue
+        torch.manual_seed(seed)
         with gradient_sync(model, now=number == len(batches) - 1):
-            passes.append(_pass(model, batch.to(ranks.device), divider, config, lap))
+            passes.append(
+                _pass(predict(model, batch.to(ranks.device), config), Tensor.backward, batch, divider, config, lap)
+            )
+    if graphs:
+        graphs.finish()
     grad_norm = clip_gradients(optimizer, config.optim.clip_norm)
     norm, *counts = torch.cat([grad_norm.double()[None], asking]).tolist()  # one device sync for both
     any_request = Request(*(count > 0 for count in counts))
@@ -134,10 +146,9 @@ def train_step(
     return StepResult(losses, grad_norm.detach(), any_request)
 
 
-def _pass(model: nn.Module, batch: Batch, dividers: Dividers, config: RunConfig, lap: Lap) -> ForwardPass:
-    images = normalise(batch, config.transform)
-    with autocast(images.device, config.compute.precision):
-        outputs = model(images, batch.padding)
+def _pass(
+    outputs: Any, backward: Callable[[Tensor], object], batch: Batch, dividers: Dividers, config: RunConfig, lap: Lap
+) -> ForwardPass:
     layers = [(layer.logits.detach(), layer.boxes.detach()) for layer in (outputs, *outputs.auxiliary)]
     lap("forward")
     canvas = (batch.images.shape[2], batch.images.shape[3])
@@ -151,7 +162,7 @@ def _pass(model: nn.Module, batch: Batch, dividers: Dividers, config: RunConfig,
         # there.
         error, losses = str(found), _not_finite(outputs)
     lap("loss")
-    losses.total.backward()  # type: ignore[no-untyped-call]
+    backward(losses.total)
     lap("backward")
     return ForwardPass(batch, losses, layers, error)
 
