@@ -21,7 +21,7 @@ import pytest
 
 from tests.support.command import TINY, Command
 from tests.support.hosts import Host, Network, network, reason_without_hosts
-from tests.support.ray_nodes import free_port
+from tests.support.ray_nodes import free_port, start_command
 from tests.support.recording import RECORDER
 from tests.support.s3_server import S3Server
 
@@ -104,8 +104,7 @@ def _end(server: subprocess.Popen[bytes]) -> None:
 
 def start_ray(host: Host, *flags: str, cpus: int = 1) -> None:
     """Start a Ray node on the host."""
-    words = ["--node-ip-address", host.address, "--num-cpus", str(cpus), "--disable-usage-stats", "--block", *flags]
-    host.start("ray.log", str(Path(sys.executable).with_name("ray")), "start", *words)
+    host.start("ray.log", *start_command("ray.log", "--node-ip-address", host.address, *flags, cpus=cpus))
 
 
 def start_head(host: Host, *flags: str, cpus: int = 1) -> str:

@@ -19,15 +19,32 @@ def free_port() -> int:
 
 
 START_S = 240.0  # a busy machine needs ten times what an idle one does
+_AGAIN = """
+for attempt in 1 2 3; do
+    "$@"
+    status=$?
+    tail -n 5 "$0" | grep -q "timed out during startup" || exit $status
+done
+exit $status
+"""
+
+
+def start_command(log: str, *flags: str, cpus: int = 1) -> list[str]:
+    """Return the command of a Ray node whose output goes to the file `log`.
+
+    Ray gives a node 30 s to start, which no setting changes. On a busy machine it needs more, and the command starts anew.
+    """
+    ray = str(Path(sys.executable).with_name("ray"))
+    words = [ray, "start", *flags, "--num-cpus", str(cpus), "--disable-usage-stats", "--block"]
+    return ["sh", "-c", _AGAIN, log, *words]
 
 
 class Node:
     """A Ray node of one CPU, or as many as given; `folder` gets its log."""
 
     def __init__(self, folder: Path, environment: dict[str, str], *flags: str, cpus: int = 1) -> None:
-        ray = Path(sys.executable).with_name("ray")
-        command = [str(ray), "start", *flags, "--num-cpus", str(cpus), "--disable-usage-stats", "--block"]
         self._log = folder / f"ray-{len(list(folder.glob('ray-*.log')))}.log"
+        command = start_command(str(self._log), *flags, cpus=cpus)
         with self._log.open("x") as log:
             self._process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
 
