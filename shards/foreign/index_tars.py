@@ -31,8 +31,8 @@ from shards.dataset.manifest import (
 from shards.errors import ShardError
 from shards.foreign.index_records import gather, image_ids, records, samples_of
 from shards.foreign.tar_samples import ForeignTar, read_tar
-from shards.source.coco import without_entries
 from shards.source.defects import SourceError, printable
+from shards.source.json_file import without_entries
 from shards.source.report import REPORT_NAME, DefectReport, make_report, parse_report
 from shards.store import storage
 from shards.workers import Progress, thread_map

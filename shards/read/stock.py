@@ -18,7 +18,7 @@ import numpy as np
 from shards.config import CacheConfig
 from shards.dataset.index import Index
 from shards.dataset.manifest import Manifest, load_index, load_manifest
-from shards.dataset.tars import IMAGE_ENDINGS, SEGMENTATIONS
+from shards.dataset.tars import IMAGE_ENDINGS, SEGMENTATIONS, SEGMENTS
 from shards.dataset.verify import Report
 from shards.errors import ShardError
 from shards.read.member_reader import shard_items
@@ -28,7 +28,7 @@ from shards.store.download import PIECE, Item
 from shards.store.retry import StoreError
 from shards.workers import Progress
 
-_SEGMENTATIONS = SEGMENTATIONS.removeprefix(".")
+_SEGMENTATIONS, _SEGMENTS = SEGMENTATIONS.removeprefix("."), SEGMENTS.removeprefix(".")
 
 
 def open_webdataset(
@@ -150,7 +150,7 @@ def _check_shard(manifest: Manifest, index: Index, number: int, url: str) -> lis
             if row is None:
                 continue  # left out of the index, or changed: then its row stays in `rows`
             record = index.images[row]
-            text = sample.get(_SEGMENTATIONS, b"")
+            text = sample.get(_SEGMENTS if manifest.panoptic else _SEGMENTATIONS, b"")
             if (len(text), zlib.crc32(text)) != (int(record["text_length"]), int(record["text_crc32"])):
                 wrong["segmentations"].append(row)
             expected = index.annotations_of(row)["annotation_id"].tolist()

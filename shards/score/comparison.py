@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 import numpy.typing as npt
@@ -73,7 +74,8 @@ def compare(
 ) -> Comparison:
     """Return truth and detections of `rows` (default: all), checked.
 
-    masks: read the masks of the truth from the shards; by default if the detections have masks.
+    masks: read the masks of the truth from the shards; by default if the detections have masks. Of panoptic data, only
+    things are compared, as published figures are: stuff has no objects.
 
     Raise `ShardError` as `coco_metrics` does.
     """
@@ -85,6 +87,11 @@ def compare(
     # Rows are ascending here, as the annotations of the index are.
     records = index.annotations[np.isin(index.annotations["image"], rows)]
     runs = true_runs(manifest, rows) if masks else None
+    if manifest.panoptic:
+        things = np.array([category.isthing for category in manifest.categories])
+        compared = things[records["label"]]
+        runs = list(compress(runs, compared)) if runs is not None else None
+        records, detections = records[compared], detections.take(things[detections.labels])
     rows = rows[np.argsort(index.images["image_id"][rows], kind="stable")]
     images = index.images[rows]
     positions = np.zeros(manifest.images, np.int64)

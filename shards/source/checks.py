@@ -42,7 +42,7 @@ def check_images(columns: ImageColumns, has_file: Callable[[str], bool]) -> tupl
     suspects = [row for row, name in enumerate(columns.names) if "/" in name or name in _NO_NAMES or not has_file(name)]
     for row in suspects:
         name = columns.names[row]
-        if _leaves_folder(name):
+        if leaves_folder(name):
             reject(row, "malformed", "its file name leaves the folder of images")
         elif not has_file(name):
             reject(row, "missing-file", "no such file in the folder of images")
@@ -115,7 +115,7 @@ def _duplicates(columns: ImageColumns) -> list[tuple[int, bool]]:
     return duplicates
 
 
-def _leaves_folder(name: str) -> bool:
+def leaves_folder(name: str) -> bool:
     path = PurePosixPath(name)
     return path.is_absolute() or ".." in path.parts or not path.parts
 

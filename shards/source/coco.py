@@ -1,14 +1,12 @@
 """Read a COCO JSON and the list of its image folder into columns, and collect every defect."""
 
-import errno
 import hashlib
-import json
 import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -20,16 +18,25 @@ from shards.source.checks import check_annotations, check_images
 from shards.source.columns import AnnotationColumns, ImageColumns, Texts, annotation_columns, image_columns
 from shards.source.corrections import Corrections, corrected
 from shards.source.defects import Defect, SourceError
+from shards.source.folder import file_finder, require
 from shards.source.images import ImageSource
+from shards.source.json_file import INSTANCES, open_json, read_top, refuse_deep_nesting, without_entries
 from shards.store import storage
 
-# The entries of lists stay undecoded text, so that one pass over the file finds all of them.
-_Top = dict[str, list[msgspec.Raw] | dict[str, msgspec.Raw] | str | int | float | bool | None]
 
+class CategoryFields(msgspec.Struct):
+    """A category in the JSON; the fields are those of `Category`."""
 
-class _CategoryFields(msgspec.Struct):
     id: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
     name: str
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentFolder:
+    """PNGs of a panoptic source: their folder or URL, and the file name of each sound image's."""
+
+    folder: str
+    names: list[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +73,8 @@ class Source:
     """True if there are more images than the limit."""
     corrections: Corrections | None = None
     """Corrections that are already in the columns."""
+    segments: SegmentFolder | None = None
+    """PNGs of segments in a panoptic source; its annotations are the segments."""
 
     def image(self, row: int) -> ImageSource:
         """Return the entry of an image."""
@@ -90,17 +99,10 @@ def read_source(
     folder, path = storage.absolute(os.fspath(images)), Path(annotations)
     local = storage.local_path(folder)
     if local is not None:
-        _require(local, "folder of images")
-    _require(path, "COCO JSON file")
-    with path.open("rb") as file:
-        if not path.stat().st_size:
-            raise ShardError(f"{path}: is empty; expected COCO's instances format")
-        # Mapped and not read: this saves a copy of half a gigabyte, and the system can reclaim the memory.
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    try:
-        return parse_source(path, content, folder, _file_finder(folder), limit, corrections)
-    except RecursionError:
-        raise ShardError(f"{path}: brackets are nested too deeply; expected COCO's instances format") from None
+        require(local, "folder of images")
+    content = open_json(path, INSTANCES)
+    with refuse_deep_nesting(path, INSTANCES):
+        return parse_source(path, content, folder, file_finder(folder), limit, corrections)
 
 
 def parse_source(
@@ -112,9 +114,10 @@ def parse_source(
     corrections: Corrections | None = None,
 ) -> Source:
     """Parse a JSON's content as `read_source` does; `has_file` tells if the folder has a file of that name."""
-    top = _top_level(path, content)
-    lists = {key: _list(path, key, top[key]) for key in ("images", "annotations", "categories")}
-    categories = _categories(path, lists["categories"])
+    top, lists = read_top(path, content, INSTANCES)
+    if b'"segments_info"' in b"".join(lists["annotations"][:1]):
+        raise ShardError(f"{path}: is in COCO's panoptic format; expected {INSTANCES}: use `detr shard coco-panoptic`")
+    categories = read_categories(path, lists["categories"], CategoryFields)
     if not lists["images"]:
         raise SourceError(path, [Defect("it lists no images; expected some")])
     category_ids = np.array([category.id for category in categories], np.int64)
@@ -162,105 +165,19 @@ def parse_source(
     )
 
 
-def without_entries(top: Mapping[str, Any]) -> bytes:
-    """Return the compact JSON of a COCO file's top level without images and annotations."""
-    rest = {key: value for key, value in top.items() if key not in ("images", "annotations")}
-    return msgspec.json.format(msgspec.json.encode(rest), indent=-1)
-
-
-def file_sizes(folder: str, names: Iterable[str]) -> dict[str, int]:
-    """Return the size in bytes of each of `names` in a folder or below a URL; names that are not files are left out."""
-    local = storage.local_path(folder)
-    if local is None:
-        sizes = storage.listing(folder)
-        return {name: sizes[name] for name in names if name in sizes}
-    found = {}
-    for name in names:
-        try:
-            found[name] = (local / name).stat().st_size
-        except OSError:
-            continue
-    return found
-
-
-def _file_finder(folder: str) -> Callable[[str], bool]:
-    """Return a function that tells if the folder has a file, from one listing instead of a request per image."""
-    local = storage.local_path(folder)
-    if local is None:
-        remote = storage.listing(folder)
-        if not remote:
-            raise ShardError(f"{folder}: holds no files; expected a folder of images: check it for a typo")
-        return remote.__contains__
-    present = set(os.listdir(local))
-    return lambda name: name in present or _is_file(local / name)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:  # no file can have such a name
-            return False
-        raise
-
-
-def _require(path: Path, kind: str) -> None:
-    if not path.exists():
-        raise ShardError(f"{path}: no such {kind}; expected the path of an existing one: check it for a typo")
-    if path.is_dir() != kind.startswith("folder"):
-        found = "folder" if path.is_dir() else "file"
-        raise ShardError(f"{path}: is a {found}, expected a {kind}: check that --images and --annotations are right")
-
-
-def _top_level(path: Path, content: bytes | mmap.mmap) -> dict[str, Any]:
-    try:
-        top = _decode_top(content)
-    except msgspec.ValidationError:
-        raise ShardError(f"{path}: not a JSON object; expected COCO's instances format") from None
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        top = _lenient(path, content)
-    missing = [key for key in ("images", "annotations", "categories") if key not in top]
-    if missing:
-        raise ShardError(
-            f"{path}: not COCO's instances format: has no {' and no '.join(map(repr, missing))}; expected 'images', "
-            "'annotations' and 'categories'"
-        )
-    return top
-
-
-def _decode_top(content: bytes | mmap.mmap) -> dict[str, Any]:
-    return msgspec.json.decode(content, type=_Top)
-
-
-def _lenient(path: Path, content: bytes | mmap.mmap) -> dict[str, Any]:
-    """Decode Python's NaN and Infinity, which JSON does not allow, as text, so that a defect names the entry."""
-    try:
-        return _decode_top(msgspec.json.encode(json.loads(bytes(content), parse_constant=str)))
-    except msgspec.ValidationError:
-        raise ShardError(f"{path}: not a JSON object; expected COCO's instances format") from None
-    except ValueError as error:
-        raise ShardError(f"{path}: not JSON ({error}); expected COCO's instances format") from None
-
-
-def _list(path: Path, key: str, value: Any) -> Texts:
-    if not isinstance(value, list):
-        raise ShardError(f"{path}: its {key!r} are no list; expected COCO's instances format")
-    return value
-
-
-def _categories(path: Path, raws: Texts) -> tuple[Category, ...]:
+def read_categories(path: Path, raws: Texts, fields: type[CategoryFields]) -> tuple[Category, ...]:
     """Return the categories; raise `SourceError` for any defect, since labels would have no meaning."""
     defects: list[Defect] = []
     found: dict[int, Category] = {}
     for number, raw in enumerate(raws):
         try:
-            fields = msgspec.json.decode(raw, type=_CategoryFields)
+            entry = msgspec.json.decode(raw, type=fields)
         except msgspec.ValidationError as error:
             defects.append(Defect(f"categories[{number}]: {str(error).replace('`', '')}"))
             continue
-        if fields.id in found:
-            defects.append(Defect(f"category id {fields.id} is given twice"))
-        found[fields.id] = Category(fields.id, fields.name)
+        if entry.id in found:
+            defects.append(Defect(f"category id {entry.id} is given twice"))
+        found[entry.id] = Category(**msgspec.structs.asdict(entry))
     if not defects and not found:
         defects.append(Defect("it lists no categories; expected some"))
     if defects:

@@ -203,11 +203,11 @@ def _one_by_one(
 
 
 def _malformed(raw: msgspec.Raw, position: str, problem: str) -> Defect:
-    number = _id_in(raw, "id")
+    number = id_in(raw, "id")
     if position.startswith("images"):
         name = "" if number is None else f" (image {number})"
         return Defect(f"{position}{name}: {problem}", image_id=number)
-    image_id = _id_in(raw, "image_id")
+    image_id = id_in(raw, "image_id")
     if number is None and image_id is None:
         return Defect(f"{position}: {problem}")
     annotation = "?" if number is None else number
@@ -216,7 +216,7 @@ def _malformed(raw: msgspec.Raw, position: str, problem: str) -> Defect:
     return Defect(text, image_id=image_id, annotation_id=number)
 
 
-def _id_in(raw: msgspec.Raw, field: str) -> int | None:
+def id_in(raw: msgspec.Raw, field: str) -> int | None:
     """Return the integer id in a field of a malformed entry, if it has one; "5" and 5.0 count."""
     try:
         value = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])[field]

@@ -2,12 +2,15 @@
 
 import numpy as np
 
+from shards.arrays import Records
 from shards.config import Policy
 from shards.dataset.manifest import MANIFEST_NAME, Manifest, load_manifest
 from shards.errors import ShardError
-from shards.source.coco import Source, file_sizes
+from shards.source.coco import Source
+from shards.source.folder import file_sizes
 from shards.source.images import read_image
 from shards.source.report import REPORT_NAME, load_report
+from shards.source.segments import read_segment_file
 from shards.store import storage
 
 
@@ -71,15 +74,32 @@ def _other_images(manifest: Manifest, source: Source) -> str:
     sizes = file_sizes(source.folder, source.images.names)
     written = zip(index["image_id"].tolist(), index["length"].tolist(), strict=True)
     changed = [image_id for image_id, length in written if sizes.get(names.get(image_id, "")) != length]
+    changed = changed or _other_pngs(index, source)
     if not changed:
         left_out = np.flatnonzero(~np.isin(source.images.ids, index["image_id"])).tolist()
-        changed = [
-            int(source.images.ids[row]) for row in left_out if read_image(source.folder, source.image(row)).sound
-        ]
+        changed = [int(source.images.ids[row]) for row in left_out if _is_sound(source, row)]
     if not changed:
         return ""
     number = "an image is" if len(changed) == 1 else f"{len(changed)} images are"
     return (
         f"{number} not as in {source.folder} now, such as image {changed[0]}: choose another folder, or delete "
         "the data set and run again"
+    )
+
+
+def _other_pngs(index: Records, source: Source) -> list[int]:
+    """Return the ids of images with a PNG of another length than the written one, in a panoptic source."""
+    if source.segments is None:
+        return []
+    names = dict(zip(source.images.ids.tolist(), source.segments.names, strict=True))
+    sizes = file_sizes(source.segments.folder, source.segments.names)
+    written = zip(index["image_id"].tolist(), index["text_length"].tolist(), strict=True)
+    return [image_id for image_id, length in written if sizes.get(names.get(image_id, "")) != length]
+
+
+def _is_sound(source: Source, row: int) -> bool:
+    """Return True if an image, and its PNG in a panoptic source, can be used."""
+    image, png = source.image(row), source.segments
+    return read_image(source.folder, image).sound and (
+        png is None or read_segment_file(png.folder, png.names[row], image, ()).sound
     )

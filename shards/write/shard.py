@@ -12,22 +12,24 @@ from dataclasses import dataclass
 import msgspec
 
 from shards.dataset.manifest import Shard
-from shards.dataset.tars import SEGMENTATIONS, TarMember, TarWriter, file_digest, sample_key
+from shards.dataset.tars import SEGMENTATIONS, SEGMENTS, TarMember, TarWriter, file_digest, sample_key
 from shards.errors import ShardError
 from shards.source.checks import outline_defects
 from shards.source.defects import Defect
 from shards.source.images import ImageFile, ImageSource, checksum, read_content, read_image
+from shards.source.segments import MeasuredSegment, SegmentFile, read_segment_file, source_checksum
 from shards.store import storage
 from shards.write.staging import Stage
 
 
 @dataclass(frozen=True)
 class SourceSample:
-    """An image, and its entry and annotations as JSON text of the source."""
+    """An image, its entry and annotations as JSON text of the source, and the name of its PNG in a panoptic source."""
 
     image: ImageSource
     text: bytes
     annotations: list[bytes]
+    png: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class ShardJob:
     """A shard to be written: its samples in their order, and the folder or URL of their images. Picklable.
 
     Without `write` the shard is only checked for defects, as the data set cannot be written anyway. `masks`: the source
-    has segmentations, so check them too.
+    has segmentations, so check them too. `segments`: folder or URL of the PNGs of a panoptic source, else empty.
     """
 
     name: str
@@ -44,10 +46,11 @@ class ShardJob:
     write: bool
     quarantine: bool
     masks: bool
+    segments: str = ""
 
 
 class MemberOffsets(msgspec.Struct, frozen=True, gc=False, array_like=True):
-    """Offsets of a sample's members: encoded image, and segmentations (length 0 when there are none)."""
+    """Offsets of a sample's members: encoded image, and segmentations or PNG (length 0 when there are none)."""
 
     image_id: int
     offset: int
@@ -61,15 +64,16 @@ class MemberOffsets(msgspec.Struct, frozen=True, gc=False, array_like=True):
 class ShardResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Result of writing a shard.
 
-    `shard` is the tar, or None when it has no samples or was not to be written; `read` the crc32 of each image file, -1
-    when it is missing; `members` the samples in the tar, in their order; `defects` those of image files and
-    segmentations.
+    `shard` is the tar, or None when it has no samples or was not to be written; `read` a checksum of each image file,
+    with its PNG if it has one, -1 when it is missing; `members` the samples in the tar, in their order; `defects` those
+    of image files, segmentations and PNGs; `segments` those of each member, in panoptic data.
     """
 
     shard: Shard | None
     read: tuple[int, ...]
     members: tuple[MemberOffsets, ...]
     defects: tuple[Defect, ...]
+    segments: tuple[tuple[MeasuredSegment, ...], ...] = ()
 
 
 def write_shard(job: ShardJob, stage: Stage, done: Callable[[int], None]) -> ShardResult:
@@ -92,25 +96,32 @@ def write_shard(job: ShardJob, stage: Stage, done: Callable[[int], None]) -> Sha
     read: list[int] = []
     members: list[MemberOffsets] = []
     defects: list[Defect] = []
+    segments: list[tuple[MeasuredSegment, ...]] = []
     failed = False
     with stage.draft(job.name) as draft:
         tar = TarWriter(draft.file)
         for sample in job.samples:
             image = read_image(job.folder, sample.image)
-            read.append(image.crc32)
             defects += image.defects
-            failed = failed or not (image.sound or job.quarantine)
             with _refuse_deep_nesting(sample):
-                if job.masks and image.sound:
+                png = None
+                if job.segments:
+                    png = read_segment_file(job.segments, sample.png, sample.image, sample.annotations)
+                    defects += png.defects
+                read.append(image.crc32 if png is None else source_checksum(image.crc32, png.crc32))
+                sound = image.sound and (png is None or png.sound)
+                failed = failed or not (job.quarantine or (sound and _complete(png)))
+                if job.masks and sound:
                     _, _, width, height = sample.image
                     defects += outline_defects(sample.image.image_id, sample.annotations, height, width)
-                if image.sound and job.write and not failed:
-                    members.append(_add(tar, sample, image))
+                if sound and job.write and not failed:
+                    members.append(_add(tar, sample, image) if png is None else _add_panoptic(tar, sample, image, png))
+                    segments += [] if png is None else [png.segments]
             done(1)
         draft.finished = bool(members) and not failed
         digest = tar.finish()
     shard = Shard(job.name, len(members), tar.bytes, digest) if draft.finished else None
-    written = ShardResult(shard, tuple(read), tuple(members), tuple(defects))
+    written = ShardResult(shard, tuple(read), tuple(members), tuple(defects), tuple(segments))
     if job.write and not failed:
         stage.write_note(job.name, msgspec.json.encode(written))
     return written
@@ -165,6 +176,23 @@ def _add(tar: TarWriter, sample: SourceSample, image: ImageFile) -> MemberOffset
     )
 
 
+def _add_panoptic(tar: TarWriter, sample: SourceSample, image: ImageFile, png: SegmentFile) -> MemberOffsets:
+    """Append image, PNG and JSON; the JSON lists the segments that have pixels, with all fields of the source."""
+    key = sample_key(sample.image.image_id)
+    kept = [msgspec.Raw(sample.annotations[segment.position]) for segment in png.segments]
+    entry = msgspec.json.encode({"image": msgspec.Raw(sample.text), "segments": sample.png, "annotations": kept})
+    encoded = tar.add(f"{key}.{image.extension}", image.content, image.crc32)
+    ids = tar.add(key + SEGMENTS, png.content, png.crc32)
+    tar.add(f"{key}.json", msgspec.json.format(entry, indent=-1))
+    places = encoded.offset, encoded.length, encoded.crc32, ids.offset, ids.length, ids.crc32
+    return MemberOffsets(sample.image.image_id, *places)
+
+
+def _complete(png: SegmentFile | None) -> bool:
+    """Return True if nothing of a PNG was rejected."""
+    return png is None or not any(defect.rejected for defect in png.defects)
+
+
 def _finished(job: ShardJob, stage: Stage) -> ShardResult | None:
     """Return the shard of an earlier run if it is complete and of the same images."""
     note = stage.read_note(job.name)
@@ -176,11 +204,15 @@ def _finished(job: ShardJob, stage: Stage) -> ShardResult | None:
         return None
     if written.shard is not None and not _is_complete(storage.join(stage.url, job.name), written.shard):
         return None
-    same = all(
-        checksum(read_content(job.folder, sample.image.name)) == expected
-        for sample, expected in zip(job.samples, written.read, strict=False)
-    )
+    same = all(_checksum(job, sample) == expected for sample, expected in zip(job.samples, written.read, strict=False))
     return written if same and len(written.read) == len(job.samples) else None
+
+
+def _checksum(job: ShardJob, sample: SourceSample) -> int:
+    image = checksum(read_content(job.folder, sample.image.name))
+    if not job.segments:
+        return image
+    return source_checksum(image, checksum(read_content(job.segments, sample.png)))
 
 
 def _is_complete(url: str, shard: Shard) -> bool:

@@ -37,6 +37,7 @@ from shards.source.checks import MAX_IMAGE_ID
 from shards.source.coco import Source, read_source
 from shards.source.corrections import read_corrections
 from shards.source.defects import Defect, SourceError, Unconvertible, printable
+from shards.source.panoptic import read_panoptic_source
 from shards.source.report import REPORT_NAME, drop_mismeasured, make_report
 from shards.store import storage
 from shards.workers import Progress, process_map
@@ -71,11 +72,32 @@ def write_coco(
     `OUT.report.json` is written.
     """
     config = config or WriteConfig()
-    out = storage.absolute(os.fspath(out))
     reviewed = None if corrections is None else read_corrections(Path(corrections))
     source = read_source(images, annotations, config.limit, reviewed)
     if lost is not None:
         source = _with_lost(source, lost)
+    return _write(source, out, config, progress, map)
+
+
+def write_panoptic(
+    images: str | os.PathLike[str],
+    annotations: str | os.PathLike[str],
+    segments: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    config: WriteConfig | None = None,
+    progress: Progress | None = None,
+    map: Map | None = None,
+) -> Manifest:
+    """Write a data set in COCO's panoptic format, with its folder or URL `segments` of PNGs, as `write_coco` does."""
+    config = config or WriteConfig()
+    source = read_panoptic_source(images, annotations, segments, config.limit)
+    return _write(source, out, config, progress, map)
+
+
+def _write(
+    source: Source, out: str | os.PathLike[str], config: WriteConfig, progress: Progress | None, map: Map | None
+) -> Manifest:
+    out = storage.absolute(os.fspath(out))
     name = printable(config.name or source.path.stem)
     if source.limited:
         name = f"{name}-first-{config.limit}"
@@ -129,14 +151,16 @@ def _jobs(source: Source, config: WriteConfig) -> Iterator[ShardJob]:
     quarantine = config.on_defect == "quarantine"
     write = quarantine or not any(defect.rejected for defect in source.defects)
     texts = source.annotations.texts
-    masks = has_segmentations(texts)
+    masks = source.segments is None and has_segmentations(texts)
+    png_folder = "" if source.segments is None else source.segments.folder
     for number, start in enumerate(range(0, len(order), config.samples_per_shard)):
         samples = []
         for row in order[start : start + config.samples_per_shard]:
             first, count = int(source.first[row]), int(source.count[row])
             annotations = [bytes(texts[position]) for position in source.rows[first : first + count].tolist()]
-            samples.append(SourceSample(source.image(row), bytes(source.images.texts[row]), annotations))
-        yield ShardJob(f"shard-{number:06d}.tar", source.folder, samples, write, quarantine, masks)
+            png = "" if source.segments is None else source.segments.names[row]
+            samples.append(SourceSample(source.image(row), bytes(source.images.texts[row]), annotations, png))
+        yield ShardJob(f"shard-{number:06d}.tar", source.folder, samples, write, quarantine, masks, png_folder)
 
 
 def _write_shards(
@@ -175,7 +199,7 @@ def _write_rest(
 ) -> None:
     """Write the index, the report and, last, the manifest."""
     images, rows = image_records(source, written)
-    annotations = annotation_records(source, rows)
+    annotations = annotation_records(source, rows, written)
     report = make_report(config.on_defect, defects, source.listed, (len(images), len(annotations)))
     contents = {
         SOURCE_NAME: source.rest,
