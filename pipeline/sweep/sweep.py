@@ -68,13 +68,21 @@ def run_sweep(plan: SweepPlan, say: Say) -> str:
     with sole_driver(folder, plan.name, say):
         tuning = plan.tuning
         record = open_record(folder, plan.name, plan.recipe, tuning.metric, tuning.mode, plan.trials)
-        client = connect()
+        client = _connected(known=bool(record.run_id))
         with _postponed(), translated_errors():
             parent = parent_run(client, config, record)
             record = record.but(run_id=parent.run_id)
             write_sweep(folder, record)
             parent.set_status("RUNNING")
             return _run(plan, record, folder, storage, client, parent, say)
+
+
+def _connected(*, known: bool) -> MlflowClient:
+    """Return a client of MLflow; only a sweep that it has answered before may take its silence for an outage."""
+    if not known:
+        return connect()
+    with _postponed():
+        return connect()
 
 
 def _check_data(plan: SweepPlan, say: Say) -> None:
