@@ -2,59 +2,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from detr.batch import Target
-from detr.compute import fsdp_units, set_channels_last, set_recompute
 from detr.conditional.original_config import infer_conditional, is_conditional
-from detr.config import ConfigError, LossConfig, ModelConfig
-from detr.criterion import compute_losses
-from detr.model import DETR, build_model
+from detr.config import ConfigError
+from detr.model import build_model
 from detr.original import to_original_state_dict
-from detr.variant import tensors_of
+from tests.support.variants import VARIANTS, built, images
 
-CONFIG = ModelConfig(
-    variant="conditional",
-    backbone="tiny",
-    norm="group",
-    frozen_stages=0,
-    hidden_dim=32,
-    heads=2,
-    encoder_layers=1,
-    decoder_layers=2,
-    feedforward_dim=16,
-    num_queries=5,
-    dropout=0.0,
-)
-
-
-def built(**changes: object) -> DETR:
-    torch.manual_seed(0)
-    return build_model(replace(CONFIG, **changes), 3)
-
-
-def images(batch: int = 2) -> tuple[Tensor, Tensor]:
-    padding = torch.zeros(batch, 64, 80, dtype=torch.bool)
-    padding[1:, :, 48:] = True
-    drawn = torch.randn(batch, 3, 64, 80, generator=torch.Generator().manual_seed(1))
-    return drawn.masked_fill(padding[:, None], 0.0), padding
-
-
-@pytest.mark.parametrize("auxiliary", [True, False])
-@pytest.mark.parametrize("boxes", [(2, 0), (0, 0), ()], ids=["boxes", "no boxes", "no images"])
-def test_every_parameter_gets_a_gradient_for_which_ddp_waits(auxiliary: bool, boxes: tuple[int, ...]) -> None:
-    model = built(auxiliary=auxiliary)
-    targets = [
-        Target(torch.full((n, 4), 0.4), torch.ones(n, dtype=torch.int64), i, (9, 9)) for i, n in enumerate(boxes)
-    ]
-    drawn, padding = images()
-    outputs = model(drawn[: len(boxes)], padding[: len(boxes)])
-    compute_losses(outputs, targets, 2.0, LossConfig(auxiliary=auxiliary)).total.backward()
-    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+CONFIG = VARIANTS["conditional"]
 
 
 def test_the_first_boxes_are_at_the_reference_points_and_every_class_is_unlikely() -> None:
-    model = built().eval()
+    model = built(CONFIG).eval()
     outputs = model(*images())
     reference = model.transformer.decoder.ref_point_head(model.query_embed.weight).sigmoid()
     for layer in (outputs, *outputs.auxiliary):
@@ -64,32 +23,13 @@ def test_the_first_boxes_are_at_the_reference_points_and_every_class_is_unlikely
 
 
 def test_padding_is_ignored() -> None:
-    model = built(norm="frozen_batch").eval()  # group norm would see the padding
+    model = built(CONFIG, norm="frozen_batch").eval()  # group norm would see the padding
     drawn, padding = torch.randn(1, 3, 64, 256), torch.zeros(1, 64, 256, dtype=torch.bool)
     padding[:, :, 48:] = True
     changed = drawn.clone()
     changed[..., 192:] = 5.0  # beyond what the convolutions of the image read
     torch.testing.assert_close(model(changed, padding).logits, model(drawn, padding).logits, atol=0, rtol=0)
     assert not torch.equal(model(changed).logits, model(drawn).logits)
-
-
-def test_recomputing_and_channels_last_change_no_gradient() -> None:
-    gradients = []
-    for changed in (False, True):
-        model = built()
-        if changed:
-            set_recompute(model, "both")
-            set_channels_last(model)
-        sum(tensor.sum() for tensor in tensors_of(model(*images()))).backward()
-        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-3, rtol=1e-3)
-
-
-def test_fsdp_shards_each_layer() -> None:
-    model = built()
-    units = fsdp_units(model)
-    layers = [*model.transformer.encoder.layers, *model.transformer.decoder.layers]
-    assert [unit for unit in units if unit[0] in layers] == [[layer] for layer in layers]
 
 
 def test_the_configuration_is_read_from_the_tensors() -> None:
