@@ -15,6 +15,7 @@
         * Interrupted
           * Killed
         * BusyError
+        * SlowStart: this machine was too busy to start Ray (`pipeline.cluster.ray_session`)
     * JobError, ClusterFileError: a job or a file of clusters (`jobs.errors`)
   * ShardError: raised in `shards` (`shards.errors`)
     * SourceError, DigestError, OtherFormatError, BadSampleError

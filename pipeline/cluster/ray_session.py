@@ -23,10 +23,15 @@ from shards.errors import one_line
 _CLOSE_S = 3.0
 _LOOK_S = 0.2
 _HEAD_AGAIN_S, _HEAD_ANSWER_S = 2.0, 5.0
+_STARTS = 3  # of Ray on this machine
 WORKER = {"DETR_PROCESS": "worker"}
 """Environment of a process that trains. Ray Train has half a dozen others, which import nothing of ours."""
 BARE = {"DETR_PROCESS": "bare"}
 """Environment of a process that does not prepare itself."""
+
+
+class SlowStart(Postponed):
+    """Raised when Ray's servers have not started within the 30 s that Ray gives them, as on a busy machine."""
 
 
 class LocalRay:
@@ -45,6 +50,7 @@ class LocalRay:
         """
         from pipeline.cluster.ray_internals import servers_in_own_groups
 
+        self._servers.clear()  # those of a failed start
         try:
             with servers_in_own_groups(self._servers):
                 yield
@@ -84,18 +90,27 @@ class Connection:
         try:
             if self.address:
                 wait_for_head(self.address, self._config.cluster.wait_s, self._waits.append, self._over)
-            with self.local.outside_the_group():
-                if self.address:
+            if self.address:
+                with self.local.outside_the_group():
                     join_cluster(self.address, self._verbose, setup_hook())
-                else:
-                    start_local_ray(self._config, self._verbose, setup_hook())
-            if not self.address:
+            else:
+                self._start()
                 cluster = self._config.cluster
                 start_workers_early({"CPU": cluster.cpus_per_worker}, cluster.workers)
         except BaseException as error:
             self._error = error
         self._made.set()
         self._over.wait()
+
+    def _start(self) -> None:
+        """Start Ray on this machine, anew if it was too busy for that."""
+        for left in reversed(range(_STARTS)):
+            try:
+                with self.local.outside_the_group():
+                    return start_local_ray(self._config, self._verbose, setup_hook())
+            except SlowStart:
+                if not left or self._over.is_set():
+                    raise
 
     def wait(self, say: Callable[[str], None] = lambda _: None) -> None:
         """Wait until the connection is made; `say` gets a line if its cluster does not answer yet.
@@ -216,7 +231,7 @@ def join_cluster(address: str, verbose: bool, setup: Callable[[], None] | None =
 def start_local_ray(config: RunConfig, verbose: bool, setup: Callable[[], None] | None = None) -> None:
     """Start Ray on this machine for the workers of a run; each new process calls `setup`.
 
-    Raise `TrainingError` if it does not start.
+    Raise `TrainingError` if it does not start, and `SlowStart` if that may pass.
     """
     # A laptop with fewer cores than workers still runs them, more slowly.
     needed = (config.cluster.workers + config.evaluate.asynchronous) * config.cluster.cpus_per_worker
@@ -236,6 +251,13 @@ def start_local_ray(config: RunConfig, verbose: bool, setup: Callable[[], None] 
         raise TrainingError(
             f"Ray does not start on this machine ({one_line(error)}); expected its servers to: --verbose shows their "
             "output, --address joins a running cluster"
+        ) from None
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        raise SlowStart(
+            "Ray does not start on this machine within 30 s; expected a less busy one: try again later, or join a "
+            "running cluster with --address"
         ) from None
 
 

@@ -138,6 +138,33 @@ def test_the_thread_that_starts_ray_lives_until_the_connection_ends(monkeypatch:
     assert not threads[0].is_alive()
 
 
+@pytest.mark.parametrize("slow", [2, 3])
+def test_a_ray_that_a_busy_machine_did_not_start_is_started_anew(monkeypatch: pytest.MonkeyPatch, slow: int) -> None:
+    servers: list[Popen[bytes]] = []
+
+    def init(**_: object) -> None:
+        servers.append(start_server())
+        if len(servers) <= slow:
+            raise Exception("The current node timed out during startup. This could happen because")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray_session, "start_workers_early", lambda *_: None)
+    connection = Connection(RECIPES["demo"], None, verbose=False)
+    try:
+        if slow == 2:
+            connection.wait()
+            assert not connection.local.gone()
+        else:
+            with pytest.raises(Postponed, match="within 30 s; expected a less busy one"):
+                connection.wait()
+        assert [server.poll() for server in servers[:slow]] == [-signal.SIGKILL] * slow
+        assert len(servers) == 3
+    finally:
+        connection.local.kill()
+        connection.close()
+
+
 def test_processes_are_asked_for_where_workers_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int, bool]] = []
 
