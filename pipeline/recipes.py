@@ -305,6 +305,26 @@ OVERFIT = RunConfig(
     track=TrackConfig(log_every=10),
 )
 
+# The same check with Deformable DETR, in half the steps.
+OVERFIT_DEFORMABLE = replace(
+    OVERFIT,
+    recipe="overfit-deformable",
+    model=replace(
+        DEMO_DEFORMABLE.model,
+        backbone="resnet18",
+        norm="group",
+        backbone_weights="random",
+        frozen_stages=0,
+        hidden_dim=128,
+        heads=8,
+        feedforward_dim=512,
+        num_queries=50,
+    ),
+    loss=DEMO_DEFORMABLE.loss,
+    optim=replace(OVERFIT.optim, epochs=130, decay_epoch=65),
+    evaluate=replace(OVERFIT.evaluate, every=10),
+)
+
 RECIPES: dict[str, RunConfig] = {
     config.recipe: config
     for config in (
@@ -331,6 +351,7 @@ RECIPES: dict[str, RunConfig] = {
         FINETUNE,
         SMALL,
         OVERFIT,
+        OVERFIT_DEFORMABLE,
         DEMO,
         DEMO_DEFORMABLE,
     )
