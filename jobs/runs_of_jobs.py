@@ -12,6 +12,8 @@ from jobs.engines.engine import Job
 from pipeline.errors import PipelineError
 from shards.errors import one_line
 
+_PARENT = "mlflow.parentRunId"
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
@@ -73,6 +75,19 @@ def run_lines(cluster: Cluster, job: Job) -> list[tuple[str, str]]:
     lines += [("warning", text) for name, text in sorted(tags.items()) if name.startswith(TAG_WARNING) and text]
     lines.append(("in MLflow", run_link(str(run.info.experiment_id), str(run.info.run_id))))
     return lines
+
+
+def command_of_run(cluster: Cluster, job: Job) -> list[str]:
+    """Return the words of the command that continues the run of a job; empty if it has none."""
+    from pipeline.tracking.mlflow_client import translated_errors
+    from pipeline.tracking.tags import TAG_FOLDER
+
+    with translated_errors():
+        run = run_of(client_of(cluster), job.id, job.run)
+    tags = {} if run is None else run.data.tags
+    if TAG_FOLDER not in tags or _PARENT in tags:  # a trial: its job is a sweep, whose command the trial does not know
+        return []
+    return ["detr", "resume", str(tags[TAG_FOLDER])]
 
 
 def kept_log(cluster: Cluster, job: str) -> str:

@@ -157,12 +157,19 @@ def _resume(argv: list[str]) -> None:
     job = engine.status(cluster, options.id)
     if job.state not in ENDED:
         raise JobError(f"job {job.id} is {job.state}; expected one that has ended: `detr jobs stop {job.id}` first")
-    words = shlex.split(job.command)
+    words = shlex.split(job.command) if job.command else _of_run(cluster, job)
     if words[:1] != ["detr"]:
         raise JobError(
             f"the launcher does not know the command of job {job.id}; expected a job of `detr submit`: submit it again"
         )
     print(f"submitted   {submit(cluster, words[1:], print)} to {cluster.name} ({cluster.launcher})")
+
+
+def _of_run(cluster: Cluster, job: Job) -> list[str]:
+    """Return the command that continues the run of a job whose launcher keeps no command; empty if there is no run."""
+    from jobs.runs_of_jobs import command_of_run
+
+    return command_of_run(cluster, job)
 
 
 def _engine(options: JobsOf) -> tuple[Engine, Cluster]:

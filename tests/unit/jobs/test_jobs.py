@@ -14,7 +14,7 @@ from jobs.engines import Job
 from jobs.errors import JobError
 from pipeline.errors import TrackingAway
 from pipeline.tracking.progress import RunProgress
-from pipeline.tracking.tags import TAG_EPOCHS, TAG_JOB, TAG_PENDING_WORKERS, TAG_PHASE, TAG_PROGRESS
+from pipeline.tracking.tags import TAG_EPOCHS, TAG_FOLDER, TAG_JOB, TAG_PENDING_WORKERS, TAG_PHASE, TAG_PROGRESS
 from tests.support.in_process import Detr
 
 COMMAND = "detr train demo --run it-1a2b --storage /shared/runs --optim.epochs 12"
@@ -137,4 +137,22 @@ def test_an_ended_job_is_submitted_again_with_its_own_command(
     assert sent == [COMMAND.split()[1:]]
     assert "is RUNNING; expected one that has ended" in detr("jobs", "resume", "it-1a2b").line
     assert "expected a job of `detr submit`" in detr("jobs", "resume", "mine").line
+    assert len(sent) == 1
+
+
+def test_a_job_whose_launcher_keeps_no_command_continues_its_run(
+    launcher: Launcher, runs: dict[str, Any], monkeypatch: pytest.MonkeyPatch, detr: Detr
+) -> None:
+    """SkyPilot's queue has names and states only."""
+    sent: list[Sequence[str]] = []
+    monkeypatch.setattr(jobs.submit, "submit", lambda cluster, argv, say: sent.append(argv) or "new-7a8b")
+    launcher.jobs = tuple(Job(name, "FAILED") for name in ("it-1a2b", "trial-9c0d", "evaluation-1"))
+    tags = {TAG_FOLDER: "s3://bucket/runs/it-1a2b"}
+    runs[f"tags.`{TAG_JOB}` = 'it-1a2b'"] = SimpleNamespace(data=SimpleNamespace(tags=tags))
+    trial = SimpleNamespace(data=SimpleNamespace(tags=tags | {"mlflow.parentRunId": "0123"}))
+    runs[f"tags.`{TAG_JOB}` = 'trial-9c0d'"] = trial
+    assert "submitted   new-7a8b" in detr("jobs", "resume", "it-1a2b").out
+    assert sent == [["resume", "s3://bucket/runs/it-1a2b"]]
+    for job in ("trial-9c0d", "evaluation-1"):
+        assert f"does not know the command of job {job}" in detr("jobs", "resume", job).line
     assert len(sent) == 1
