@@ -22,7 +22,9 @@ from shards.errors import one_line
 
 COMMANDS: dict[str, Command] = {
     "demo": Command("Train, register and evaluate a small model on built-in data, in minutes", runs.demo),
-    "shard": Command("Make, verify and describe data sets: shard coco|voc|yolo|index|verify|info", shard.shard),
+    "shard": Command(
+        "Make, verify and describe data sets: shard coco|coco-panoptic|voc|yolo|index|verify|info", shard.shard
+    ),
     "train": Command("Train a recipe: train RECIPE [--any.field value ...]", runs.train),
     "sweep": Command(
         "Train with every combination of some options: sweep NAME RECIPE --optim.lr 1e-4,2e-4", sweep.sweep

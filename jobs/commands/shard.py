@@ -1,4 +1,4 @@
-"""Subcommand `shard` and its own: coco, voc, yolo and index make data sets, verify and info read them."""
+"""Subcommand `shard` and its own: coco, coco-panoptic, voc, yolo and index make data sets, verify and info read them."""
 
 from __future__ import annotations
 
@@ -59,6 +59,18 @@ class ShardCoco(Target):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShardCocoPanoptic(Target):
+    """Convert COCO's panoptic segmentations, things and stuff, to a data set of WebDataset shards."""
+
+    images: str
+    """Folder or URL of the image files."""
+    annotations: Path
+    """COCO panoptic JSON file."""
+    segments: str
+    """Folder or URL of the PNGs of segment ids that the JSON names."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShardVoc(Target):
     """Convert a Pascal VOC folder to a data set of WebDataset shards."""
 
@@ -77,11 +89,12 @@ class ShardYolo(Target):
 
 
 def shard(argv: list[str]) -> None:
-    """Run `detr shard coco|voc|yolo|index|verify|info`."""
+    """Run `detr shard coco|coco-panoptic|voc|yolo|index|verify|info`."""
     choose(
         argv,
         {
             "coco": Command("Convert a COCO folder to a data set", _shard_coco),
+            "coco-panoptic": Command("Convert COCO's panoptic segmentations to a data set", _shard_coco_panoptic),
             "voc": Command("Convert a Pascal VOC folder to a data set", _shard_voc),
             "yolo": Command("Convert a folder of YOLO labels to a data set", _shard_yolo),
             "index": Command("Make a data set of WebDataset tars without copying them", _shard_index),
@@ -133,6 +146,15 @@ def _shard_coco(argv: list[str]) -> None:
 
     write = functools.partial(write_coco, options.images, options.annotations, options.out)
     _write(options, functools.partial(write, corrections=options.corrections))
+
+
+def _shard_coco_panoptic(argv: list[str]) -> None:
+    options = parse(ShardCocoPanoptic, argv, "detr shard coco-panoptic")
+    from shards.write.writer import write_panoptic
+
+    _write(
+        options, functools.partial(write_panoptic, options.images, options.annotations, options.segments, options.out)
+    )
 
 
 def _shard_voc(argv: list[str]) -> None:
@@ -232,13 +254,25 @@ def _describe(manifest: Any) -> str:
         f"data set    {manifest.name} in {manifest.url}",
         f"images      {manifest.images} in {len(manifest.shards)} shards, {size / 1e6:.1f} MB",
         f"annotations {manifest.annotations} ({crowds} crowd regions), at most {manifest.index().max_boxes} boxes in an image",
-        f"classes     {manifest.num_classes}",
+        f"classes     {manifest.num_classes}{_things_and_stuff(manifest)}",
         f"digest      {manifest.digest}",
         f"source      {manifest.source_digest} (sha256 of what it was made from)",
     ]
     if manifest.corrections_digest:
         lines.append(f"corrections {manifest.corrections_digest} (sha256 of corrections.json)")
     return "\n".join(lines)
+
+
+def _things_and_stuff(manifest: Any) -> str:
+    """Return the numbers of both in a panoptic data set, or ""."""
+    if not manifest.panoptic:
+        return ""
+    things = [bool(category.isthing) for category in manifest.categories]
+    of_things = sum(things[label] for label in manifest.index().annotations["label"].tolist())
+    return (
+        f": {sum(things)} of things, {len(things) - sum(things)} of stuff; {of_things} segments of things, "
+        f"{manifest.annotations - of_things} of stuff"
+    )
 
 
 @dataclass(frozen=True)

@@ -32,21 +32,27 @@ _COMMAND, _ENDED, _STOPPED = "command", "ended", "stopped"
 """Files in a job's folder: its command and run, the status that it ended with, and a note that it was stopped."""
 
 _RAY = r"""
-# Ray of this job alone: its port comes from the job's number, its token stays in a file that only its owner reads.
-port=$((20000 + SLURM_JOB_ID % 20000))
+# Ray of this job alone, also where another job has processes on the same node: its port and the folder of each node come
+# from the job's number, all other ports are free ones, and its token stays in a file that only its owner reads.
+port=$((20000 + SLURM_JOB_ID % 10000))
 read -r address _ < <(hostname -I)
 export RAY_ADDRESS="$address:$port" RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$folder/token-$SLURM_JOB_ID"
 (umask 077 && head -c 32 /dev/urandom | base64 >"$RAY_AUTH_TOKEN_PATH")
-export DETR_PORT="$port" DETR_ADDRESS="$address" SLURM_EXPORT_ENV=ALL
+export DETR_PORT="$port" DETR_ADDRESS="$address" DETR_NODE_FOLDER="/tmp/detr-$UID-$SLURM_JOB_ID" SLURM_EXPORT_ENV=ALL
 
 # The variables in single quotes are those of each node.
 srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --cpu-bind=none \
   --kill-on-bad-exit=0 bash -c '
+  if ! (umask 077 && mkdir -p "$DETR_NODE_FOLDER") || [ ! -O "$DETR_NODE_FOLDER" ]; then
+    echo "detr: $DETR_NODE_FOLDER on $(hostname) belongs to another user; expected a folder of this job: remove it" >&2
+    exit 1
+  fi
   flags=(--num-cpus "${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --num-gpus "${SLURM_GPUS_ON_NODE:-0}"
+    --temp-dir "$DETR_NODE_FOLDER/ray" --min-worker-port 0 --max-worker-port 0 --dashboard-agent-listen-port 0
     --disable-usage-stats --block)
   if [ "$SLURM_NODEID" = 0 ]; then
     exec "$0" start --head --node-ip-address "$DETR_ADDRESS" --port "$DETR_PORT" \
-      --ray-client-server-port "$((DETR_PORT + 20000))" --include-dashboard false "${flags[@]}"
+      --ray-client-server-port 0 --include-dashboard false "${flags[@]}"
   fi
   until "$0" health-check --address "$RAY_ADDRESS" >/dev/null 2>&1; do sleep 2; done
   exec "$0" start --address "$RAY_ADDRESS" "${flags[@]}"' "$ray" &
@@ -56,6 +62,12 @@ nodes=$!
 _END = """
 kill "$nodes" 2>/dev/null || true
 wait "$nodes" || true
+# After an error Ray's own logs stay on the nodes.
+if [ "$status" = 0 ] || [ "$status" = {later} ]; then
+  timeout 30 srun --ntasks-per-node=1 rm -rf "$DETR_NODE_FOLDER" || true
+else
+  echo "Ray's logs are in $DETR_NODE_FOLDER on each node" >&2
+fi
 """
 _AGAIN = """\
 # A stop comes from Slurm, at the time limit; without, the job is started again as often as its entry allows.
@@ -91,7 +103,7 @@ class SlurmEngine:
         lines += [f"python=$(command -v {shlex.quote(cluster.python)})", 'ray="$(dirname "$python")/ray"']
         words = shlex.join(plan.command[1:])
         again = _AGAIN.format(later=STATUS_LATER, retries=plan.retries) if plan.restarts else ""
-        end = DRIVER + _END + again + f'echo "$status" >"$folder/{_ENDED}"\nexit "$status"\n'
+        end = DRIVER + _END.format(later=STATUS_LATER) + again + f'echo "$status" >"$folder/{_ENDED}"\nexit "$status"\n'
         return "\n".join(lines) + "\n" + _RAY + f'\nset -- "$python" {words}\n' + end
 
     def submit(self, plan: Plan, say: Say) -> str:

@@ -30,7 +30,7 @@ HELPS: list[list[str]] = [
     ["show", "--help"],
     ["shard", "--help"],
     *([command, name, "--help"] for command, names in {
-        "shard": ("coco", "voc", "yolo", "index", "verify", "info"), "jobs": ("list", "status", "logs", "stop"), "clusters": ("check", "probe")
+        "shard": ("coco", "coco-panoptic", "voc", "yolo", "index", "verify", "info"), "jobs": ("list", "status", "logs", "stop"), "clusters": ("check", "probe")
     }.items() for name in names),
     ["jobs", "--help"],
     *([name, "--help"] for name in COMMANDS if name not in ("train", "show", "shard", "jobs")),
