@@ -84,6 +84,9 @@ class KubeRay(Cluster, frozen=True, kw_only=True, tag_field="launcher", tag="kub
     head: Head = Head()
     volumes: dict[str, str] = field(default_factory=dict)
     """Persistent volume claims by name, each with the folder where pods see it."""
+    fs_group: int = 1000
+    """Group that may write to `volumes`, since the image's user (1000 in this project's Dockerfile) is not root.
+    0: leave the volumes as they are."""
     scratch_gib: int = 0
     """Size of the folder of each node for downloaded shards; 0: no limit. Needs `cache`."""
     shm_gib: int = 16
@@ -112,6 +115,8 @@ class KubeRay(Cluster, frozen=True, kw_only=True, tag_field="launcher", tag="kub
             raise EntryError("nodes needs cpus and memory_gib with kuberay; expected what each pod of a worker may use")
         if self.grace_s < 120:
             raise EntryError(f"grace_s is {self.grace_s}; expected at least 120, in which a run saves")
+        if self.fs_group < 0:
+            raise EntryError(f"fs_group is {self.fs_group}; expected the number of a group, or 0")
         if self.queue and not self.scheduler:
             raise EntryError("queue without scheduler; expected scheduler kueue, volcano or yunikorn")
         if self.scheduler and not self.queue:

@@ -228,8 +228,17 @@ def _pod(
         tolerations=[{"key": key, "operator": "Exists"} for key in cluster.tolerations] if worker else [],
         service_account_name=cluster.service_account,
         image_pull_secrets=[{"name": cluster.image_pull_secret}] if cluster.image_pull_secret else [],
+        security_context=_group_of_volumes(cluster),
     )
     return PodTemplate(spec=spec)
+
+
+def _group_of_volumes(cluster: KubeRay) -> dict[str, Any]:
+    """Return the security context in which the image's user, who is not root, can write to the volumes."""
+    if not cluster.volumes or not cluster.fs_group:
+        return {}
+    # Without the policy every start of a pod would go through all files of a volume.
+    return {"fsGroup": cluster.fs_group, "fsGroupChangePolicy": "OnRootMismatch"}
 
 
 def _kubectl(cluster: Any) -> list[str]:

@@ -57,6 +57,7 @@ class PodSpec(_Object, frozen=True, kw_only=True):
     tolerations: list[dict[str, str]] = field(default_factory=list)
     service_account_name: str = ""
     image_pull_secrets: list[dict[str, str]] = field(default_factory=list)
+    security_context: dict[str, Any] = field(default_factory=dict)
 
 
 class PodTemplate(_Object, frozen=True, kw_only=True):

@@ -12,7 +12,9 @@ import jsonschema
 import msgspec
 import pytest
 import ray
+import ray.runtime_env
 import yaml
+from packaging.requirements import Requirement
 
 from jobs.clusters import Cluster, find_cluster
 from jobs.code import Code
@@ -169,12 +171,36 @@ def test_pods_of_a_rayjob_have_what_training_needs(folder: Path) -> None:
         } in pod["volumes"]
         assert {"name": "coco", "mountPath": "/coco"} in container["volumeMounts"]
         assert pod["terminationGracePeriodSeconds"] >= 120
+        assert pod["securityContext"] == {"fsGroup": 1000, "fsGroupChangePolicy": "OnRootMismatch"}
         variables = {variable["name"]: variable for variable in container["env"]}
         assert variables["MLFLOW_TRACKING_URI"]["value"] == "https://mlflow.example"
         reference = {"secretKeyRef": {"name": "aws", "key": "key"}}
         assert variables["AWS_SECRET_ACCESS_KEY"] == {"name": "AWS_SECRET_ACCESS_KEY", "valueFrom": reference}
     assert worker["template"]["spec"]["nodeSelector"] == {"nvidia.com/gpu.product": "H100"}
     assert job["spec"]["entrypoint"].endswith("--run detr-r50-16gpu-12ab34cd")
+
+
+def test_volumes_keep_their_group_where_that_is_asked_or_there_are_none(folder: Path) -> None:
+    for changes in ({"fs_group": 0}, {"volumes": {}}):
+        job = yaml.safe_load(render(plan(folder, "kuberay", **changes)))
+        head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+        assert "securityContext" not in head
+
+
+def test_libraries_of_a_snapshot_are_those_of_the_lock(folder: Path) -> None:
+    """Ray's own check of a runtime environment takes them, and so does the job server."""
+    (folder / "detr.toml").write_text(entry("ray").replace("[clusters.it]\n", '[clusters.it]\nrequirements = "lock"\n'))
+    cluster = find_cluster("it")
+    made = make_plan(cluster, read_request(cluster, ["train", "detr-r50-16gpu", *WORDS]), CODE, "12ab34cd", "")
+    runtime = json.loads(render(made))["runtime_env"]
+    packages = runtime["pip"]["packages"]
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    assert packages == [line for line in lines if line and not line.startswith("#")]
+    assert all("==" in str(Requirement(package).specifier) for package in packages)
+    assert {"ray", "torch", "mlflow"} <= {Requirement(package).name for package in packages}
+    checked = ray.runtime_env.RuntimeEnv(**runtime)
+    assert checked.pip_config()["packages"] == packages
+    assert checked.pip_config()["pip_check"] is False
 
 
 def test_queue_and_priority_are_the_schedulers_labels(folder: Path) -> None:
