@@ -97,7 +97,12 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, P
         model, notes = initial_model(config, train.categories, resolved)
     for line in notes:
         say(line)
-    return config, PreparedRun(train, val, Schedule(config.optim, train.images, config.data.epoch_tail), model, notes)
+    schedule = Schedule(config.optim, train.images, config.data.epoch_tail)
+    if config.compute.graphs:
+        from pipeline.data.canvases import choose_canvases
+
+        say(str(choose_canvases(train, config, schedule, config.cluster.workers)))
+    return config, PreparedRun(train, val, schedule, model, notes)
 
 
 def check_storage(config: RunConfig) -> None:

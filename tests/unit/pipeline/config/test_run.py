@@ -207,3 +207,28 @@ def test_recomputing_trainable_batch_norm_is_refused(parts: str) -> None:
         RunConfigError, match=r"compute\.recompute is .* every image twice; expected .*use frozen_batch"
     ):
         RunConfig(model=trained, compute=ComputeConfig(recompute=parts))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cluster": ClusterConfig(gpu="no")}, r"cluster\.gpu is 'no'; expected GPUs with compute\.graphs"),
+        ({"cluster": ClusterConfig(workers=2, strategy="fsdp")}, r"cluster\.strategy is 'fsdp'; expected ddp"),
+        ({"compute": ComputeConfig(graphs=True, compile=True)}, r"compute\.compile is True; expected one of the two"),
+        (
+            {"compute": ComputeConfig(graphs=True, recompute="encoder")},
+            r"compute\.recompute is 'encoder'; expected none",
+        ),
+        ({"model": ModelConfig(norm="batch")}, r"model\.norm is 'batch'; expected frozen_batch or group"),
+    ],
+    ids=["CPU", "sharded", "compiled", "recomputed", "trained batch norm"],
+)
+def test_options_that_cannot_be_captured_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RunConfigError, match=message):
+        RunConfig(**{"compute": ComputeConfig(graphs=True), **changes})
+
+
+def test_a_record_from_before_an_option_existed_takes_its_default() -> None:
+    raw = msgspec.json.decode(to_json(RECIPES["detr-r50"]))
+    del raw["compute"]["graphs"], raw["compute"]["max_graphs"]
+    assert from_json(msgspec.json.encode(raw)) == RECIPES["detr-r50"]

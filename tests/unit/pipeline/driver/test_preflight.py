@@ -142,3 +142,10 @@ def test_the_initial_weights_are_written_into_the_run_folder(tiny_config: RunCon
     _, ready = prepare(tiny_config, lambda line: None)
     ready.write_initial_weights(tmp_path / "runs" / "one")
     assert [path.name for path in (tmp_path / "runs" / "one").iterdir()] == ["initial.safetensors"]
+
+
+def test_the_share_of_passes_with_a_graph_is_known_before_training(tiny_config: RunConfig) -> None:
+    config = replace(tiny_config, compute=replace(tiny_config.compute, graphs=True, canvas_multiple=64))
+    lines: list[str] = []
+    prepare(config, lines.append)
+    assert lines[-1].startswith("CUDA graphs for 1 of 1 canvases, expected for 100.0% of the passes")

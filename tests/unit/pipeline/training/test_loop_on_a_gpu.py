@@ -12,13 +12,17 @@ from detr import batch, position
 from pipeline.checkpoint import saver
 from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
+from pipeline.errors import RunConfigError
+from pipeline.training.graphs import planned
 from pipeline.training.loop import run
 from tests.support.pretended_gpu import HostStager, PretendedGpu, pretended_gpu
+from tests.support.repeated import RepeatedWork
 from tests.support.runs import assert_same, start, weights
 from tests.support.tracker import MemoryTracker
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 STEPS, IMAGES = 6, 5
+RATES = (planned.EXPECTED, planned.HIT_RATE)
 
 
 @pytest.fixture
@@ -70,3 +74,37 @@ def test_a_run_on_a_gpu_has_the_curves_of_the_host_and_resumes_bit_for_bit(
         changed = replace(quiet, optim=replace(quiet.optim, max_steps=steps))
         run(changed, interrupted, Ranks(device=GPU), None)
     assert_same(weights(quiet, tmp_path / "interrupted"), weights(quiet, tmp_path / "cuda"))
+
+
+def test_a_run_with_graphs_has_the_curves_of_one_without_and_reports_its_hits(
+    quiet: RunConfig, tmp_path: Path, gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recorder repeats the work; one of the canvases is captured, the most frequent."""
+    monkeypatch.setattr(planned, "CudaCapture", RepeatedWork)
+    quiet = replace(
+        quiet,
+        compute=replace(quiet.compute, canvas_multiple=16),
+        optim=replace(quiet.optim, ema=0.0, max_steps=3),
+        evaluate=replace(quiet.evaluate, limit=1),
+    )
+    graphed = replace(quiet, compute=replace(quiet.compute, graphs=True, max_graphs=1))
+    trackers = [MemoryTracker(), MemoryTracker()]
+    waits = []
+    for config, tracker, name in zip((quiet, graphed), trackers, ("plain", "graphed"), strict=True):
+        gpu.waits.clear()
+        run(config, start(config, tmp_path / name), Ranks(device=GPU), tracker)
+        waits.append(Counter(event.file for event in gpu.waits))
+    assert waits[0] == waits[1]
+    assert curves(trackers[1]) == pytest.approx(curves(trackers[0]), rel=1e-4, abs=1e-4)
+    points = {name: [(value, step) for found, value, step in trackers[1].points if found == name] for name in RATES}
+    (expected, _), rates = points[planned.EXPECTED][0], points[planned.HIT_RATE]
+    assert 0 < expected < 1
+    steps = [step for _, step in rates]
+    hits = sum(rate * (step - before) for (rate, step), before in zip(rates, [0, *steps[:-1]], strict=True))
+    assert hits / steps[-1] == pytest.approx(expected)
+
+
+def test_graphs_without_a_gpu_are_refused_in_one_line(quiet: RunConfig, tmp_path: Path) -> None:
+    config = replace(quiet, compute=replace(quiet.compute, graphs=True))
+    with pytest.raises(RunConfigError, match=r"compute\.graphs is True on a worker that trains on cpu"):
+        run(config, start(config, tmp_path / "run"), Ranks(), None)
