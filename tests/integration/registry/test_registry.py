@@ -176,16 +176,19 @@ def test_a_registered_version_evaluates_as_the_model_in_memory(trained: Trained,
     np.testing.assert_allclose(found.detections.boxes_xywh, expected.detections.boxes_xywh, atol=1e-4)
 
 
-def test_a_registered_deformable_version_evaluates_as_its_run_did(
-    store: str, short_config: RunConfig, tmp_path: Path
+HYBRID = DeformableConfig(levels=3, box_refine=True, two_stage=True, mixed_selection=True, one_to_many_queries=6)
+
+
+@pytest.mark.parametrize(("variant", "options"), [("deformable", HYBRID), ("conditional", DeformableConfig())])
+def test_a_registered_version_of_a_variant_evaluates_as_its_run_did(
+    store: str, short_config: RunConfig, tmp_path: Path, variant: Any, options: DeformableConfig
 ) -> None:
-    options = DeformableConfig(levels=3, box_refine=True, two_stage=True, mixed_selection=True, one_to_many_queries=6)
-    model = replace(short_config.model, variant="deformable", hidden_dim=32, deformable=options)
+    model = replace(short_config.model, variant=variant, hidden_dim=32, deformable=options)
     own = train_in(tmp_path, replace(short_config, model=model))
-    register_run(own.run_id, name="deformable", alias="best")
+    register_run(own.run_id, name=variant, alias="best")
     best = catalog.best(own.folder)
     assert best is not None
-    found = evaluate("models:/deformable@best", own.config.data.val)
+    found = evaluate(f"models:/{variant}@best", own.config.data.val)
     assert found.score.metrics == pytest.approx(best[1], abs=1e-6)
     assert len(found.detections.scores) == 5 * 8 * 4  # every pair of a query and a class, not one class per query
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from detr.batch import collate
-from detr.compute import set_channels_last, set_recompute
+from detr.compute import compile_shapes, set_channels_last, set_recompute
 from detr.config import DeformableConfig, LossConfig
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint import state as checkpoint_state
@@ -74,6 +74,25 @@ def test_twenty_steps_have_the_losses_of_a_single_process(variant: str) -> None:
     for strategy in ("ddp", "fsdp"):
         for found in run_ranks(2, losses, strategy, variant):
             assert found == pytest.approx(expected, rel=1e-5)
+
+
+def compiled_losses(ranks: Ranks, variant: str) -> list[float]:
+    config = run_config(variant)
+    torch.manual_seed(0)
+    model = build_trainable_model(config, 4)
+    compile_shapes(model)
+    wrapped = distribute(model, ranks, "fsdp")
+    optimizer = build_optimizer(unwrap(wrapped), config.optim)
+    found = [step(wrapped, optimizer, config, ranks, number) for number in range(3)]
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["hybrid", "two stages", "conditional"])
+def test_compiled_fsdp_has_the_losses_of_a_single_process(variant: str) -> None:
+    expected = run_ranks(1, losses, "single", variant)[0][:3]
+    assert run_ranks(2, compiled_losses, variant, timeout_s=300)[0] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -110,25 +110,37 @@ def test_no_canvas_is_larger_than_the_file_takes() -> None:
     assert onnx_exporter._canvases(TransformConfig(), Sides())[0] == (800, 1066)
 
 
+TWO_STAGE = DeformableConfig(levels=3, box_refine=True, two_stage=True, mixed_selection=True)
+
+
 @pytest.mark.slow
-def test_a_deformable_model_is_exported_for_multiples_of_its_coarsest_cell(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variant", "options", "layers", "queries", "free"),
+    [
+        # A deformable model takes canvases of whole cells of its coarsest level, as many as it has queries.
+        ("deformable", TWO_STAGE, 1, 70, "multiples of 32, 96 px or more"),
+        ("conditional", DeformableConfig(), 2, 9, "64 px or more"),
+    ],
+)
+def test_a_variant_is_exported(
+    tmp_path: Path, variant: Any, options: DeformableConfig, layers: int, queries: int, free: str
+) -> None:
     torch.manual_seed(0)
-    options = DeformableConfig(levels=3, box_refine=True, two_stage=True, mixed_selection=True)
-    deformable = replace(
+    config = replace(
         CONFIG,
-        variant="deformable",
+        variant=variant,
         encoder_layers=1,
-        decoder_layers=1,
+        decoder_layers=layers,
         position_at_input=False,
         decoder_input="zeros",
-        num_queries=70,
+        num_queries=queries,
         auxiliary=False,
         deformable=options,
     )
-    built = build_model(deformable, 2).eval()
+    built = build_model(config, 2).eval()
     model, path, sides = onnx_exporter._Flat(built), tmp_path / "m.onnx", onnx_exporter.sides_of(built)
-    assert str(sides) == "multiples of 32, 96 px or more"
-    card = Card(**{field: getattr(CARD, field) for field in CARD.__struct_fields__} | {"model": deformable})
+    assert str(sides) == free
+    card = Card(**{field: getattr(CARD, field) for field in CARD.__struct_fields__} | {"model": config})
     onnx_exporter._write(model, path, card, sides)
     assert difference_in_onnxruntime(model, path, TransformConfig(eval_size=160, max_size=224), sides) < 1e-3
 

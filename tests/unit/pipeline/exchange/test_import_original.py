@@ -251,9 +251,10 @@ def _registered_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_registered_here")
-@pytest.mark.parametrize("masks", [False, True], ids=["boxes", "masks"])
-def test_an_imported_file_is_exported_byte_for_byte(tmp_path: Path, masks: bool) -> None:
-    config = replace(SMALL, hidden_dim=128, masks=True) if masks else SMALL
+@pytest.mark.parametrize("kind", ["boxes", "masks", "conditional", "deformable"])
+def test_an_imported_file_is_exported_byte_for_byte(tmp_path: Path, kind: Any) -> None:
+    variant = {} if kind in ("boxes", "masks") else {"variant": kind, "num_queries": 9}
+    config = replace(SMALL, hidden_dim=128, masks=True) if kind == "masks" else replace(SMALL, **variant)
     written(tmp_path / "in.pth", config)
     model = read_original(tmp_path / "in.pth").model
     registered(tmp_path / "registered", model, original_importer._categories(91, None)[0])
@@ -268,6 +269,7 @@ def test_an_imported_file_is_exported_byte_for_byte(tmp_path: Path, masks: bool)
     )
     assert "num_classes=91" in notes[0]
     assert "--backbone resnet18" in notes[0]
+    assert read_original(tmp_path / "out.pth").model.config == config
     assert not list(tmp_path.glob(".*"))
 
 
