@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from jobs.parsing import Flag, UsageError, parse
 from jobs.plan import SUBMITTABLE
+
+if TYPE_CHECKING:
+    from jobs.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class Submit:
     dry_run: Flag = False
     """Print the plan and, for a training, a forecast of its time and cost; send nothing."""
     write: str | None = None
-    """Write the file that describes the job to the launcher, such as a manifest or a script, and send nothing.
-    `-` prints it."""
+    """Write the file that describes the job to the launcher, such as a manifest or a script, print the commands that
+    submit it, and send nothing. `-` prints only the file."""
     address: str | None = None
     """URL of another job server than the entry's, http(s)://HOST:8265; only for Ray clusters without a token."""
     follow: Flag = False
@@ -61,7 +64,7 @@ def submit(argv: list[str]) -> None:
     plan = prepare(cluster, command, _warn, read_request, ask=sends)
     if options.write:
         text = engine_of(cluster).render(plan)
-        print(text, end="") if options.write == "-" else Path(options.write).write_text(text)
+        print(text, end="") if options.write == "-" else _write(plan, options.write, text)
     if options.dry_run:
         out = sys.stderr if options.write == "-" else sys.stdout
         print(describe(plan), file=out)
@@ -83,6 +86,16 @@ def submit(argv: list[str]) -> None:
         print(f"in MLflow   {link}")
     if options.follow:
         engine_of(cluster).logs(cluster, job, sys.stdout, follow=True)
+
+
+def _write(plan: Plan, file: str, text: str) -> None:
+    """Write the launcher's file, and print the commands that submit it."""
+    from jobs.engines import engine_of
+
+    Path(file).write_text(text)
+    lines = engine_of(plan.cluster).by_hand(plan, file)
+    for line in lines:
+        print(f"submit it   {line}")
 
 
 def _warn(text: str) -> None:

@@ -41,6 +41,9 @@ class Engine(Protocol):
     def render(self, plan: Plan) -> str:
         """Return the file that describes the job to the launcher, without secrets."""
 
+    def by_hand(self, plan: Plan, file: str) -> list[str]:
+        """Return the commands that submit the written file, after writing what it needs beside it."""
+
     def submit(self, plan: Plan, say: Say) -> str:
         """Hand the job over and return its id; `say` gets lines for the user."""
 

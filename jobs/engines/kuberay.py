@@ -57,6 +57,10 @@ class KubeRayEngine:
             raise JobError(f"the operator would refuse this RayJob: {broken[0]}")
         return dump(manifest)
 
+    def by_hand(self, plan: Plan, file: str) -> list[str]:
+        """Return the command that creates the RayJob."""
+        return [shlex.join([*_kubectl(plan.cluster), "create", "-f", file])]
+
     def submit(self, plan: Plan, say: Say) -> str:
         """Create the RayJob."""
         client.run(*_kubectl(plan.cluster), "create", "-f", "-", _QUICKLY, input_text=self.render(plan))

@@ -44,6 +44,10 @@ class RayEngine:
         """Return the request of the job as JSON; `working_dir` is added when the snapshot is uploaded."""
         return json.dumps(request_of(plan), indent=2) + "\n"
 
+    def by_hand(self, plan: Plan, file: str) -> list[str]:
+        """Return nothing: a program has to upload the snapshot and send the request."""
+        return []
+
     def submit(self, plan: Plan, say: Say) -> str:
         """Upload the snapshot, if there is one, and start the job."""
         cluster, request = _ray(plan), request_of(plan)

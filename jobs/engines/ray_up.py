@@ -45,6 +45,13 @@ class RayUpEngine:
         """Return the file of the cluster for `ray up`."""
         return dump(cluster_file(_ray_up(plan), plan.code.root))
 
+    def by_hand(self, plan: Plan, file: str) -> list[str]:
+        """Return the commands that start the machines, with the checkout as it is then, and submit the job on the head."""
+        return [
+            shlex.join(["ray", "up", "--yes", "--no-restart", file]),
+            shlex.join(["ray", "exec", file, submission(plan)]),
+        ]
+
     def submit(self, plan: Plan, say: Say) -> str:
         """Start the machines, if they do not run, and submit the job on the head."""
         cluster = _ray_up(plan)

@@ -69,6 +69,13 @@ class SkyEngine:
         """Return the task; its working folder is the checkout, of which `submit` sends the tracked files only."""
         return dump(task(plan, plan.code.root))
 
+    def by_hand(self, plan: Plan, file: str) -> list[str]:
+        """Return the commands that make the token and launch the job; the secrets are taken from the environment."""
+        words = [word for name in (*plan.secrets, _TOKEN) for word in ("--secret", name)]
+        renamed = [f'export {name}="${secret.where}"' for name, secret in plan.secrets.items() if name != secret.where]
+        token = f"export {_TOKEN}=$(openssl rand -hex 32)"
+        return [*renamed, token, shlex.join(["sky", "jobs", "launch", "--yes", "--detach-run", *words, file])]
+
     def submit(self, plan: Plan, say: Say) -> str:
         """Launch a managed job, with the secrets taken from this machine's environment."""
         cluster = _sky(plan)

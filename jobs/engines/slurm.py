@@ -106,25 +106,18 @@ class SlurmEngine:
         end = DRIVER + _END.format(later=STATUS_LATER) + again + f'echo "$status" >"$folder/{_ENDED}"\nexit "$status"\n'
         return "\n".join(lines) + "\n" + _RAY + f'\nset -- "$python" {words}\n' + end
 
+    def by_hand(self, plan: Plan, file: str) -> list[str]:
+        """Write the folder of the job, without which Slurm has nowhere to put its log, and return the command."""
+        _write_folder(plan)
+        return [shlex.join(["sbatch", file])]
+
     def submit(self, plan: Plan, say: Say) -> str:
         """Write script and snapshot into a folder of the job, which every node sees, and queue the script."""
-        cluster = _slurm(plan)
-        folder = _folder(cluster, plan.job)
-        try:
-            folder.mkdir(parents=True)
-            if cluster.code == "snapshot":
-                plan.code.copy_to(folder / "code")
-                say(
-                    f"snapshot    {len(plan.code.files)} files, {plan.code.size / 1e6:.1f} MB, commit {plan.code.commit}"
-                )
-            script = folder / f"job{self.suffix}"
-            script.write_text(self.render(plan))
-            (folder / _COMMAND).write_text(f"{plan.shown}\n{plan.run}\n")
-        except OSError as error:
-            raise JobError(
-                f"job_folder {cluster.job_folder} cannot be written ({error.strerror}); expected a folder that every node "
-                "sees"
-            ) from None
+        folder = _write_folder(plan)
+        if plan.cluster.code == "snapshot":
+            say(f"snapshot    {len(plan.code.files)} files, {plan.code.size / 1e6:.1f} MB, commit {plan.code.commit}")
+        script = folder / f"job{self.suffix}"
+        script.write_text(self.render(plan))
         number = client.run("sbatch", "--parsable", str(script)).strip().partition(";")[0]
         say(f"queued      as Slurm's job {number}; its folder is {folder}")
         return plan.job
@@ -195,6 +188,22 @@ class SlurmEngine:
             found.setdefault(job.id, job)
         mine = [_known(cluster, job) for job in found.values() if _folder(cluster, job.id).is_dir()]
         return sorted(mine, key=lambda job: job.started or 0, reverse=True)
+
+
+def _write_folder(plan: Plan) -> Path:
+    """Write the folder of a job, with its command and its snapshot, and return it."""
+    cluster = _slurm(plan)
+    folder = _folder(cluster, plan.job)
+    try:
+        folder.mkdir(parents=True)
+        if cluster.code == "snapshot":
+            plan.code.copy_to(folder / "code")
+        (folder / _COMMAND).write_text(f"{plan.shown}\n{plan.run}\n")
+    except OSError as error:
+        raise JobError(
+            f"job_folder {cluster.job_folder} cannot be written ({error.strerror}); expected a folder that every node sees"
+        ) from None
+    return folder
 
 
 def _options(cluster: Slurm, plan: Plan, folder: Path) -> list[str]:

@@ -1,5 +1,7 @@
 """The script for Slurm on stand-ins, with programs in the place of Python and Ray: signals, statuses, queueing again."""
 
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -11,7 +13,7 @@ import pytest
 from jobs.clusters import find_cluster
 from jobs.code import Code
 from jobs.engines.slurm import SlurmEngine
-from jobs.plan import make_plan
+from jobs.plan import Plan, make_plan
 from jobs.refusals import read_request
 from tests.support.in_process import ROOT
 from tests.support.slurm import Slurm, reason_without_slurm
@@ -27,6 +29,7 @@ exit "$(cat "$WORK/status")"
 RAY = """#!/bin/bash
 [ "$1" = health-check ] && exit 0
 echo "node $SLURM_NODEID: ray $*" >>"$WORK/nodes"
+mkdir -p "$DETR_NODE_FOLDER/ray" && touch "$DETR_NODE_FOLDER/ray/log"
 exec sleep 600
 """
 
@@ -56,10 +59,13 @@ def slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Slurm]:
     made.stop()
 
 
-def submit() -> str:
+def planned(suffix: str = "12ab34cd") -> Plan:
     cluster = find_cluster("hpc")
-    plan = make_plan(cluster, read_request(cluster, WORDS), Code(ROOT, "c", ("jobs/code.py",)), "12ab34cd", "")
-    return SlurmEngine().submit(plan, print)
+    return make_plan(cluster, read_request(cluster, WORDS), Code(ROOT, "c", ("jobs/code.py",)), suffix, "")
+
+
+def submit(suffix: str = "12ab34cd") -> str:
+    return SlurmEngine().submit(planned(suffix), print)
 
 
 def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
@@ -97,6 +103,36 @@ def test_a_stop_saves_and_queues_again_and_the_end_ends_the_nodes(slurm: Slurm, 
     until(lambda: not left(tmp_path))
 
 
+def test_a_written_script_runs_when_it_is_submitted_by_hand(slurm: Slurm, tmp_path: Path) -> None:
+    plan = planned()
+    (tmp_path / "mine.sh").write_text(SlurmEngine().render(plan))
+    (tmp_path / "status").write_text("0")
+    (command,) = SlurmEngine().by_hand(plan, str(tmp_path / "mine.sh"))
+    subprocess.run(command, shell=True, check=True)
+    until(lambda: slurm.jobs()[0]["state"] == "COMPLETED")
+    assert "driver -P -m jobs.cli train demo --run it" in log(tmp_path, plan.job)
+    job = SlurmEngine().status(find_cluster("hpc"), plan.job)  # type: ignore[arg-type]
+    assert (job.state, job.run) == ("SUCCEEDED", "it")
+
+
+def test_jobs_on_the_same_nodes_have_ports_and_folders_of_their_own(slurm: Slurm, tmp_path: Path) -> None:
+    """Ray's own default ports and /tmp/ray are those of the machine."""
+    submit("12ab34cd")
+    submit("56ef78ab")
+    folders = [Path(f"/tmp/detr-0-{number}") for number in (1, 2)]
+    until(lambda: len(nodes(tmp_path)) == 4 and all((folder / "ray/log").exists() for folder in folders))
+    assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o700}
+    for number, folder in enumerate(folders, 1):
+        own = [line for line in nodes(tmp_path) if f"--temp-dir {folder}/ray " in line]
+        assert sorted(line[:6] for line in own) == ["node 0", "node 1"]
+        assert all(f"--port {20000 + number} " in line or f":{20000 + number} " in line for line in own)
+    free = ("--min-worker-port 0 --max-worker-port 0", "--dashboard-agent-listen-port 0")
+    assert all(flags in line for line in nodes(tmp_path) for flags in free)
+    (tmp_path / "status").write_text("0")
+    until(lambda: [job["state"] for job in slurm.jobs()] == ["COMPLETED", "COMPLETED"])
+    assert not any(folder.exists() for folder in folders)
+
+
 def nodes(folder: Path) -> list[str]:
     """What was asked of Ray on the nodes."""
     path = folder / "nodes"
@@ -120,6 +156,9 @@ def test_other_statuses_do_not_queue_again(slurm: Slurm, tmp_path: Path, status:
     until(lambda: slurm.jobs()[0]["state"] == state)
     assert slurm.jobs()[0]["starts"] == 1
     assert "queues again" not in log(tmp_path, job)
+    kept = Path("/tmp/detr-0-1")
+    assert kept.exists() is (state == "FAILED")  # with Ray's logs
+    shutil.rmtree(kept, ignore_errors=True)
 
 
 def test_jobs_stop_saves_and_does_not_queue_again(slurm: Slurm, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,6 +141,25 @@ def test_slurm_gets_the_script_and_a_snapshot_in_the_folder_of_the_job(tmp_path:
     assert asked() == f"--parsable {folder}/job.sh\n"
     assert (folder / "code" / "jobs" / "code.py").exists()
     assert any("Slurm's job 41" in line for line in lines)
+
+
+def test_a_written_file_is_complete_and_its_commands_are_those_of_submit(tmp_path: Path, program: Program) -> None:
+    """Slurm fails without a word where the folder of the log is missing."""
+    made = plan(tmp_path, "slurm")
+    assert engine_of(made.cluster).by_hand(made, "my job.sh") == ["sbatch 'my job.sh'"]
+    folder = tmp_path / "jobs" / made.job
+    assert (folder / "code" / "jobs" / "code.py").exists()
+    assert (folder / "command").read_text() == f"{made.shown}\n{made.run}\n"
+    assert f"#SBATCH --output={folder}/log\n" in engine_of(made.cluster).render(made)
+    made = plan(tmp_path, "ray_up")
+    start, job = engine_of(made.cluster).by_hand(made, "it.yaml")
+    assert start == "ray up --yes --no-restart it.yaml"
+    assert shlex.split(job)[:3] == ["ray", "exec", "it.yaml"]
+    assert f"--submission-id {made.job}" in shlex.split(job)[3]
+    made = plan(tmp_path, "kuberay")
+    assert engine_of(made.cluster).by_hand(made, "it.yaml") == ["kubectl --namespace=default create -f it.yaml"]
+    made = plan(tmp_path, "sky")
+    assert engine_of(made.cluster).by_hand(made, "it.yaml")[-1].endswith("--secret RAY_AUTH_TOKEN it.yaml")
 
 
 def test_state_and_log_of_a_slurm_job(tmp_path: Path, program: Program) -> None:
