@@ -27,7 +27,7 @@ from tests.support.recording import Recording
 
 pytestmark = pytest.mark.slow
 TRAIN = ["train", "overfit", "--data.train", "data/train", "--data.val", "data/val", *TINY, "--cluster.workers", "1"]
-_PATIENCE_S = 900  # every request to the server costs the hash of a password, and a busy machine takes seconds for one
+_PATIENCE_S = 900
 TOKEN = "a-token-of-this-test-alone-0123456789abcdef"
 SERVED = [
     *("nodes?view=summary", "nodes?view=details", "logical/actors", "events", "api/cluster_status"),

@@ -32,7 +32,7 @@ class Turns:
 
     def take(self, driver: int, act: Callable[[], Any]) -> Any:
         with self._changed:
-            assert self._changed.wait_for(lambda: self._mine(driver), timeout=20)
+            assert self._changed.wait_for(lambda: self._mine(driver), timeout=60)
             self._count += 1
             result = act()
             self._changed.notify_all()
@@ -101,7 +101,7 @@ def contend(order: Sequence[int], looks: int = PATIENT, fatal: Sequence[int] = (
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     return ends
 
 

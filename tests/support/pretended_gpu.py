@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -37,6 +38,14 @@ _SIZED_BY_VALUES = {
     for name in (
         "nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive", "repeat_interleave", "bincount",
         "equal", "is_nonzero", "histc",
+    )
+}  # fmt: skip
+# Operations that make or change no element: they allocate, or read the shape.
+_WITHOUT_KERNEL = {
+    f"aten.{name}"
+    for name in (
+        "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_", "lift_fresh",
+        "_unsafe_view",
     )
 }  # fmt: skip
 _INDEXING = {"aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_"}
@@ -62,8 +71,16 @@ class PretendedGpu:
     """Moments at which the host waits for the device."""
     blocking_copies: list[Event] = field(default_factory=list)
     """Copies to the device that are not `non_blocking`."""
+    copies_from_host: list[Event] = field(default_factory=list)
+    """All copies to the device."""
     operations: int = 0
     """Number of operations, on either device."""
+    launches: Counter[Event] = field(default_factory=Counter)
+    """Operations of the device that launch at least one kernel: all but views and allocations."""
+
+    def record(self, operation: str) -> None:
+        """Count an operation as a launch."""
+        self.launches[_event(operation)] += 1
 
 
 _recorded = PretendedGpu()
@@ -183,6 +200,7 @@ def pretended_gpu() -> Iterator[PretendedGpu]:
         with (
             mock.patch.multiple("torch.cuda", **_RUNTIME),
             mock.patch.object(torch.Tensor, "pin_memory", lambda self, *_: self),
+            mock.patch("torch.nn.utils.clip_grad._device_has_foreach_support", lambda _: True),
             mock.patch.object(torch.inference_mode, "__enter__", _enter_no_grad),
             mock.patch.object(torch.inference_mode, "__exit__", _exit_no_grad),
             _Mode(),
@@ -223,6 +241,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if name in _SIZED_BY_VALUES or (name in _INDEXING and _has_mask(args[1])):
             _recorded.waits.append(_event(name))
     made_on_gpu = bool(on_gpu) if device is None else _is_gpu(device)
+    if made_on_gpu and not func.is_view and name not in _WITHOUT_KERNEL:
+        _recorded.record(name)
     given = dict(kwargs)
     if device is not None and (made_on_gpu or on_gpu):
         given["device"] = torch.device("cpu")
@@ -246,6 +266,10 @@ def _moved(name: str, source: torch.Tensor, kwargs: dict[str, Any]) -> torch.Ten
         _recorded.waits.append(_event(name))
     if not isinstance(source, _OnGpu) and to_gpu and not kwargs.get("non_blocking"):
         _recorded.blocking_copies.append(_event(name))
+    if to_gpu or isinstance(source, _OnGpu):
+        _recorded.record(name)
+    if not isinstance(source, _OnGpu) and to_gpu:
+        _recorded.copies_from_host.append(_event(name))
     others = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory")}
     moved: torch.Tensor = torch.ops.aten._to_copy.default(_bare(source), **others)
     return _OnGpu(moved) if to_gpu else moved
@@ -258,6 +282,10 @@ def _copied(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> torch.Te
         _recorded.waits.append(_event(name))
     elif isinstance(target, _OnGpu) and not isinstance(source, _OnGpu) and source.dim() and not any(rest):
         _recorded.blocking_copies.append(_event(name))
+    if isinstance(source, _OnGpu) or isinstance(target, _OnGpu):
+        _recorded.record(name)
+    if isinstance(target, _OnGpu) and not isinstance(source, _OnGpu):
+        _recorded.copies_from_host.append(_event(name))
     func(*tree_map(_bare, args), **kwargs)
     return target
 

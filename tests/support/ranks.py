@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.distributed.ranks import Ranks
 
-_TIMEOUT_S = 60
+_TIMEOUT_S = 180
 
 
 def run_ranks(

@@ -1,21 +1,28 @@
 """Ray nodes on this machine, each a real `ray start` with its own raylet, that a test can take away."""
 
+import random
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
 
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+# Below those that the kernel hands out, which a connection could take before a server starts, and above Ray's own.
+_PORTS = range(24_100, 32_000)
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port of an address of this machine that nobody listens at, and that stays free until a test uses it."""
+    while True:
+        port = random.SystemRandom().choice(_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((host, port))
+            return port
 
 
 START_S = 240.0  # a busy machine needs ten times what an idle one does

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.support.ray_nodes import free_port
+
 KEY, SECRET = "test-key", "test-secret-0123456789"
 _STORE_VARIABLES = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_CONFIG_FILE", "AWS_REGION")
 
@@ -28,9 +30,7 @@ class S3Server:
         self.root = folder / "buckets"
         (self.root / "sets").mkdir(parents=True)
         self.log = folder / "s3.log"
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = free_port(host)
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -57,7 +57,7 @@ class S3Server:
             self._process = subprocess.Popen(
                 [str(rclone), *words, "--config", os.devnull, *self._flags], stderr=log, stdout=log
             )
-        until = time.monotonic() + 20
+        until = time.monotonic() + 120
         while time.monotonic() < until:
             with socket.socket() as probe:
                 if probe.connect_ex((self._host, self.port)) == 0:

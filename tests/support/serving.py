@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.support.ray_nodes import free_port
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,7 @@ class ModelServer:
 @contextmanager
 def serving(model: str, folder: Path) -> Iterator[ModelServer]:
     """Serve a model, by URI or folder, on a free port of loopback in this environment; `folder` gets the log."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
+    port = free_port()
     command = ["models", "serve", "-m", model, "--port", str(port), "--env-manager", "local"]
     # MLflow starts `uvicorn` by name.
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -96,7 +96,7 @@ def kill_at_random(root: Location, side: int, chance: random.Random, *, aimed: b
     """
     begun = newest_step(root)
     with started_ranks(2, train, root, side, environment) as (processes, receivers):
-        until = time.monotonic() + 60
+        until = time.monotonic() + 240
         while newest_step(root) == begun:
             assert not receivers[0].poll(), receivers[0].recv_bytes().decode(errors="replace")
             assert time.monotonic() < until

@@ -154,7 +154,7 @@ def test_the_command_in_the_documentation_works(server: ModelServer, tmp_path: P
     (tmp_path / "image.jpg").write_bytes(encoded(_picture()))
     script = command.replace(":5000/", f":{server.port}/")
     done = subprocess.run(
-        ["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
+        ["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True
     )
     assert json.loads(done.stdout)["predictions"][0]["width"] == WIDTH
 

@@ -110,7 +110,7 @@ def test_two_processes_on_an_empty_cache_fetch_every_shard_once(s3: S3Server, lo
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    sums = {int(process.communicate(timeout=60)[0]) for process in processes}
+    sums = {int(process.communicate(timeout=180)[0]) for process in processes}
     assert sums == {sum(int(sample.image.sum()) for sample in read_samples(local, range(IMAGES)))}
     assert Counter(s3.gets(".tar")) == {f"coco/{shard.name}": 1 for shard in local.shards}
 

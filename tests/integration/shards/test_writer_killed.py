@@ -49,7 +49,7 @@ def writing(made: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
     )
     below: list[psutil.Process] = []
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 180
         while len(notes(out)) < 4:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < until
@@ -61,7 +61,7 @@ def writing(made: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
         for child in below:  # they should have ended with it; otherwise they hold its pipes open
             with suppress(psutil.NoSuchProcess):
                 child.kill()
-        process.communicate(timeout=20)
+        process.communicate(timeout=120)
 
 
 def notes(out: Path) -> list[Path]:
@@ -97,18 +97,18 @@ def test_restarted_writer_gives_the_same_data_set(stop, made, tmp_path):
     with writing(made, out) as process:
         below = psutil.Process(process.pid).children(recursive=True)
         status, message = stop(process)
-        errors = process.communicate(timeout=20)[1]
+        errors = process.communicate(timeout=120)[1]
         assert process.returncode == status
         assert errors.startswith(message)
         assert len(errors.splitlines()) == bool(message)
-        left = psutil.wait_procs(below, timeout=10)[1]
+        left = psutil.wait_procs(below, timeout=60)[1]
     assert left == []
     assert not out.exists()
     kept = {path.name.removesuffix(".json"): path for path in notes(out)}
     assert 4 <= len(kept) < IMAGES // SAMPLES
     before = {name: (out.with_name("out.partial") / name).stat().st_mtime_ns for name in kept}
 
-    done = subprocess.run(command(made, out), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command(made, out), capture_output=True, text=True, timeout=180, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert content(out) == content(made / "expected")
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == before

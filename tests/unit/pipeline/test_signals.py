@@ -37,5 +37,5 @@ def test_a_stop_is_heard_even_where_it_was_ignored(number: signal.Signals) -> No
     process.send_signal(number)
     time.sleep(0.1)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=120)
     assert (output, process.returncode) == (f"{number.name} {number.value}\nunheard\n", 0)

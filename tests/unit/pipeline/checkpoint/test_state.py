@@ -82,7 +82,7 @@ def test_a_kill_during_writing_leaves_the_newest_complete(tmp_path: Path) -> Non
             done = int(process.stdout.readline())
         # The fourth is being written: kill it as soon as its folder exists.
         partial = catalog.folder_of(tmp_path, done + 1).with_suffix(".partial")
-        until = time.monotonic() + 20
+        until = time.monotonic() + 120
         while not partial.exists() and time.monotonic() < until:
             done = max([done, *(int(path.name.split("-")[1]) for path in catalog.list_checkpoints(tmp_path))])
             partial = catalog.folder_of(tmp_path, done + 1).with_suffix(".partial")

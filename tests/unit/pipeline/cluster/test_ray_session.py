@@ -134,7 +134,7 @@ def test_the_thread_that_starts_ray_lives_until_the_connection_ends(monkeypatch:
     threads[0].join(0.2)
     assert threads[0].is_alive()
     connection.close()
-    threads[0].join(10)
+    threads[0].join(60)
     assert not threads[0].is_alive()
 
 

@@ -34,7 +34,7 @@ def tag(client: MlflowClient, run_id: str) -> Callable[[], str | None]:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)

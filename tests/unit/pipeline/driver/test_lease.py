@@ -65,7 +65,7 @@ def test_a_driver_elsewhere_that_renews_no_more_is_dead(place: Location) -> None
     assert second.dead == [ELSEWHERE]
     lost = threading.Event()
     with first.kept(lost.set, heartbeat_s=0.01):  # it was only paused
-        assert lost.wait(10)
+        assert lost.wait(60)
     assert str(this_process()) in first.lost or first.lost == "removed by another driver"
     assert second.beat()
 
@@ -118,10 +118,10 @@ def test_a_lease_survives_a_store_that_is_away(
     away.set()
     with lease.kept(lambda: pytest.fail("lost"), heartbeat_s=0.01):
         for _ in range(5):
-            assert beats.acquire(timeout=10)
+            assert beats.acquire(timeout=60)
         away.clear()
         for _ in range(5):
-            assert beats.acquire(timeout=10)
+            assert beats.acquire(timeout=60)
     # Leases of earlier tests may still be looking for stores that have gone.
     assert [record.message for record in caplog.records if ": away;" in record.message] == [
         "the lease of run it could not be renewed: away; tried again"
@@ -142,7 +142,7 @@ def test_a_holder_without_its_store_gives_up_when_the_workers_do(
     monkeypatch.setattr(Claims, "read", away)
     start = time.monotonic()
     with lease.kept(lost.set, heartbeat_s=0.01):
-        assert lost.wait(10)
+        assert lost.wait(60)
     assert time.monotonic() - start >= 0.05
     assert lease.lost.startswith("without its store for")
 

@@ -50,7 +50,7 @@ def test_an_outage_delays_and_loses_nothing(open_spool: Open, caplog: pytest.Log
         for step in range(20):
             tracker.metrics({"train/loss": float(step)}, step)
         for _ in range(3):
-            assert server.calls.acquire(timeout=10)
+            assert server.calls.acquire(timeout=60)
     assert [record.message for record in caplog.records if "behind" in record.message] == [
         f"tracking is behind (down); events are kept in {tracker._spool.events} and sent later"
     ]

@@ -164,13 +164,13 @@ def test_reports_do_not_wait_for_the_store(a_run: Run, monkeypatch: pytest.Monke
 
     def slow(url: str, content: bytes) -> None:
         entered.set()
-        assert answer.wait(10)
+        assert answer.wait(60)
         write(url, content)
 
     monkeypatch.setattr(storage, "write", slow)
     saver = threading.Thread(target=tracker.keep_unsent)
     saver.start()
-    assert entered.wait(10)
+    assert entered.wait(60)
     report(tracker, range(2, 5))  # would never return if it waited
     answer.set()
     saver.join()

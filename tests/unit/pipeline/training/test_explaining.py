@@ -57,7 +57,7 @@ class SlowTracker(MemoryTracker):
         self.go = threading.Event()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        assert self.go.wait(20)
+        assert self.go.wait(60)
         super().metrics(values, step)
 
 

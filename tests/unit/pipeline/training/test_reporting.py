@@ -3,7 +3,6 @@
 import io
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from pipeline.training import reporting
 from pipeline.training.reporting import report_evaluation, report_hardware, report_picture
 from shards.dataset.manifest import load_manifest
 from shards.score.coco_eval import score_detections
-from shards.score.detections import Detections
 from shards.store.retry import StoreError
 from tests.support.labelled import learned_by_heart
 from tests.support.tiny_data import TinyData
@@ -29,7 +27,7 @@ def test_a_figure_that_is_not_defined_is_no_point_of_a_curve(tiny_data: TinyData
     found = learned_by_heart(val)
     evaluation = Evaluation(score_detections(val, found), found, np.arange(val.images))
     assert evaluation.score.metrics["APl"] < 0  # the images are small
-    report_evaluation(tracker, Path("/c"), 3, 1.0, evaluation, 0.0)
+    report_evaluation(tracker, Path("/c"), val, 3, 1.0, evaluation, 0.0)
     values = {name: value for name, value, _ in tracker.points}
     assert "val/APl" not in values
     assert min(value for name, value in values.items() if name.startswith("val/")) >= 0
@@ -58,14 +56,13 @@ def test_the_hardware_and_versions_of_a_run_are_tags() -> None:
 
 
 def test_a_store_that_is_away_costs_the_pictures_and_not_the_run(
-    tiny_data: TinyData, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def away(*_: Any) -> None:
+    def away(_: int) -> Image.Image:
         raise StoreError("s3://val/shard-0.tar: no good answer")
 
     tracker = MemoryTracker()
-    monkeypatch.setattr(reporting, "picture_sheet", away)
     with caplog.at_level(logging.WARNING, reporting.LOG.name):
-        reporting.report_pictures(tracker, load_manifest(tiny_data.val), Detections.empty(), 2, 6, "a title")
+        reporting.report_pictures(tracker, away, 2, 6, "a title")
     assert tracker.pictures == []
     assert "the pictures of step 6 are left out (s3://val/shard-0.tar: no good answer)" in caplog.text

@@ -71,7 +71,7 @@ def test_a_waiting_process_fetches_the_file_if_the_first_is_killed(store, tmp_pa
     time.sleep(0.2)
     assert not asked  # it waits
     fetcher.kill()
-    second.join(10)
+    second.join(60)
     fetcher.communicate()
     assert [len(data) for data in found] == [1000]
     assert names(tmp_path / "kept") == [item.sha256]
