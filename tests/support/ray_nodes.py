@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 
-
 # Below those that the kernel hands out, which a connection could take before a server starts, and above Ray's own.
 _PORTS = range(24_100, 32_000)
 
