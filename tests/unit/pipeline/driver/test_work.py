@@ -11,7 +11,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.checkpoint.catalog import write_evaluation
 from pipeline.config import RunConfig, TrackConfig
-from pipeline.driver import work
+from pipeline.driver import conclusion, work
 from pipeline.driver.launch import Launch
 from pipeline.driver.lease import Claims, Lease
 from pipeline.driver.record import new_record, read_record
@@ -45,7 +45,7 @@ def test_what_is_left_is_sent_after_ray_by_the_lease_s_driver(
     lost: str, tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    monkeypatch.setattr(work, "send_left", lambda *_: order.append("sent"))
+    monkeypatch.setattr(conclusion, "send_left", lambda *_: order.append("sent"))
     client = SimpleNamespace(search_experiments=lambda **_: None)
     driver = work_at(tmp_path / "it", tiny_config, [], client)
     driver._lease.lost = lost
@@ -102,7 +102,7 @@ def test_a_run_that_continues_on_other_data_names_them(
 def test_the_time_of_a_driver_that_is_stopped_counts_for_its_run(
     lost: str, tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "send_left", lambda *_: True)
+    monkeypatch.setattr(conclusion, "send_left", lambda *_: True)
     driver = work_at(tmp_path / "it", tiny_config, [])
     driver._lease.lost = lost
     driver.record = driver.record.but(worked_s=1000.0)
@@ -194,7 +194,7 @@ def test_a_trained_run_waits_for_mlflow_before_it_sends_and_registers(
             order.append("away")
             raise MlflowException("no answer")  # which MLflow gives a code of errors that may pass
 
-    monkeypatch.setattr(work, "send_left", lambda *_: order.append("sent") or True)
+    monkeypatch.setattr(conclusion, "send_left", lambda *_: order.append("sent") or True)
     patient = replace(tiny_config, track=replace(tiny_config.track, wait_s=600.0))
     driver = work_at(tmp_path / "it", patient, lines, SimpleNamespace(search_experiments=search))
     cluster = SimpleNamespace(gpu=False, run=lambda *_, **__: order.append("ran"))
