@@ -20,7 +20,7 @@ from shards.source.corrections import Corrections, corrected
 from shards.source.defects import Defect, SourceError
 from shards.source.folder import file_finder, require
 from shards.source.images import ImageSource
-from shards.source.json_file import INSTANCES, open_json, read_top, refuse_deep_nesting, without_entries
+from shards.source.json_file import INSTANCES, PANOPTIC, open_json, read_top, refuse_deep_nesting, without_entries
 from shards.store import storage
 
 
@@ -116,7 +116,7 @@ def parse_source(
     """Parse a JSON's content as `read_source` does; `has_file` tells if the folder has a file of that name."""
     top, lists = read_top(path, content, INSTANCES)
     if b'"segments_info"' in b"".join(lists["annotations"][:1]):
-        raise ShardError(f"{path}: is in COCO's panoptic format; expected {INSTANCES}: use `detr shard coco-panoptic`")
+        raise ShardError(f"{path}: is in {PANOPTIC}; expected {INSTANCES}: use `detr shard coco-panoptic`")
     categories = read_categories(path, lists["categories"], CategoryFields)
     if not lists["images"]:
         raise SourceError(path, [Defect("it lists no images; expected some")])

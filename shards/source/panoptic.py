@@ -15,12 +15,13 @@ import msgspec
 import numpy as np
 
 from shards.arrays import Ints
+from shards.errors import ShardError
 from shards.source.checks import check_images
 from shards.source.coco import CategoryFields, SegmentFolder, Source, read_categories
 from shards.source.columns import AnnotationColumns, Int64, Texts, id_in, image_columns
 from shards.source.defects import Defect
 from shards.source.folder import file_finder, require
-from shards.source.json_file import PANOPTIC, open_json, read_top, refuse_deep_nesting, without_entries
+from shards.source.json_file import INSTANCES, PANOPTIC, open_json, read_top, refuse_deep_nesting, without_entries
 from shards.source.panoptic_checks import check_segments, pair_images
 from shards.store import storage
 
@@ -95,6 +96,9 @@ def _parse(
     limit: int,
 ) -> Source:
     top, lists = read_top(path, content, PANOPTIC)
+    first = b"".join(lists["annotations"][:1])
+    if b'"bbox"' in first and b'"segments_info"' not in first:
+        raise ShardError(f"{path}: is in {INSTANCES}; expected {PANOPTIC}: use `detr shard coco`")
     categories = read_categories(path, lists["categories"], _PanopticCategory)
     defects: list[Defect] = []
     images = image_columns(lists["images"], defects)

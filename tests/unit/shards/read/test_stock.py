@@ -13,6 +13,7 @@ from shards.errors import ShardError
 from shards.foreign.index_tars import index_tars
 from shards.read.stock import open_webdataset, verify_stock
 from tests.support.foreign_tars import picture, tar, thing
+from tests.support.panoptic_data import make_panoptic
 
 
 @pytest.fixture
@@ -159,3 +160,17 @@ def test_foreign_tars_are_read_without_their_pickles(tars, names):
     samples = {sample["__key__"]: sample for sample in open_webdataset(tars).decode("rgb8")}
     assert len(samples) == load_manifest(tars).images == 4
     assert {key for key in samples["four"] if not key.startswith("__")} == {"jpg", "json"}
+
+
+def test_pngs_of_segments_are_delivered_and_verified(tmp_path):
+    source = make_panoptic(tmp_path)
+    manifest = source.write()
+    samples = list(open_webdataset(manifest.url))
+    assert {sample["segments.png"] for sample in samples} == {path.read_bytes() for path in source.segments.iterdir()}
+    assert verify_stock(manifest.url).ok
+    path = tmp_path / "out" / "shard-000000.tar"
+    content = bytearray(path.read_bytes())
+    content[int(manifest.index().images["text_offset"][0]) + 60] ^= 1
+    path.write_bytes(content)
+    (problem,) = verify_stock(manifest.url).problems
+    assert "segmentations of 1 of its 3 samples" in problem
