@@ -7,6 +7,7 @@ move in steps of up to half a cell.
 """
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -88,8 +89,23 @@ def _locations(reference: Tensor, offsets: Tensor, shapes: Shapes) -> Tensor:
     centre = reference[:, :, None, :, None, :2]
     if reference.shape[-1] == 4:
         return centre + offsets * (reference[:, :, None, :, None, 2:] * (0.5 / offsets.shape[-2]))
-    sizes = torch.tensor(shapes, dtype=offsets.dtype, device=offsets.device).flip(-1)
-    return centre + offsets / sizes[:, None]
+    return centre + offsets / sizes_of(shapes, offsets)[:, None]
+
+
+def sizes_of(shapes: Shapes, like: Tensor) -> Tensor:
+    """Return width and height of each level in cells, [L, 2], with type and device of `like`, copied there once."""
+    kept = _sizes if torch.compiler.is_compiling() else _kept_sizes
+    return kept(shapes, like.dtype, like.device)
+
+
+def _sizes(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(shapes, dtype=dtype, device=device).flip(-1)
+
+
+@cache  # without a bound, because a CUDA graph keeps reading what it was captured with
+def _kept_sizes(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # an inference tensor could not be used in training
+        return _sizes(shapes, dtype, device)
 
 
 def sample(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from detr.backbone import ResNet
 from detr.config import GROUPS, ModelConfig
-from detr.deformable.attention import Shapes
+from detr.deformable.attention import Shapes, sizes_of
 
 _STAGES = {"tiny": 2}  # last stages of the backbone, those of stride 8 and more; three of a ResNet
 
@@ -71,17 +71,17 @@ def level_padding(padding: Tensor | None, shape: Sequence[int]) -> Tensor | None
 def geometry(shapes: Shapes, paddings: Sequence[Tensor | None], like: Tensor) -> Geometry:
     """Return the geometry of levels with these paddings, on the device and with the type of `like`."""
     centres, ratios = [], []
-    for (height, width), padding in zip(shapes, paddings, strict=True):
+    for (height, width), size, padding in zip(shapes, sizes_of(shapes, like), paddings, strict=True):
         # As in the original, valid columns are counted in the first row, and valid rows in the first column.
         if padding is None:
-            valid = torch.tensor([[width, height]], dtype=like.dtype, device=like.device)
+            valid = size[None]
         else:
             valid = torch.stack([(~padding[:, 0]).sum(1), (~padding[:, :, 0]).sum(1)], -1).to(like.dtype)
         columns = torch.arange(width, dtype=like.dtype, device=like.device) + 0.5
         rows = torch.arange(height, dtype=like.dtype, device=like.device) + 0.5
         grid = torch.stack([columns.expand(height, -1), rows[:, None].expand(-1, width)], -1).flatten(0, 1)
         centres.append(grid / valid[:, None])
-        ratios.append(valid / torch.tensor([width, height], dtype=like.dtype, device=like.device))
+        ratios.append(valid / size)
     flat = [padding.flatten(1) for padding in paddings if padding is not None]
     levels = [torch.full((h * w,), number, device=like.device) for number, (h, w) in enumerate(shapes)]
     return Geometry(

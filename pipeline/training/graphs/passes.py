@@ -47,8 +47,9 @@ class Graph:
         self._given: list[Tensor] = []
 
         # Aliases, because a parameter's own end in autograd can belong to another stream, which breaks a capture.
-        aliases = {name: value.detach().requires_grad_(value.requires_grad) for name, value in model.named_parameters()}
-        trained_aliases = [value for value in aliases.values() if value.requires_grad]
+        aliases = {
+            name: value.detach().requires_grad_() for name, value in model.named_parameters() if value.requires_grad
+        }
 
         def aliased(*inputs: Any) -> Any:
             return functional_call(model, aliases, inputs)
@@ -61,7 +62,7 @@ class Graph:
 
         def backward() -> list[Tensor]:
             trained = [tensor for tensor in recorded if tensor.requires_grad]
-            found = torch.autograd.grad(trained, trained_aliases, self._given, allow_unused=True)
+            found = torch.autograd.grad(trained, [*aliases.values()], self._given, allow_unused=True)
             self._reached = gradients.add(found)
             recorded.clear()  # and with it all activations, whose memory the next graph takes
             return []
