@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 
 from PIL import Image
@@ -31,6 +32,7 @@ from shards.score.diagnosis import Diagnosis, diagnose
 
 LOG = logging.getLogger(__name__)
 _AFTER_ERROR_S = 10.0
+_Scored = tuple[Evaluation, int, DETR | None]
 _COLUMNS, _WIDTH = 3, 1440  # of a sheet of pictures, in pairs and pixels
 
 
@@ -58,19 +60,32 @@ def report_explanation(tracker: Tracker, val: Manifest, diagnosis: Diagnosis, dr
 
 
 def _report_sheet(tracker: Tracker, key: str, pictures: Sequence[Image.Image], step: int) -> None:
-    if pictures:
-        report_picture(tracker, key, contact_sheet(pictures, _COLUMNS, _WIDTH), step)
+    with _left_out(key, step):
+        if pictures:
+            report_picture(tracker, key, contact_sheet(pictures, _COLUMNS, _WIDTH), step)
+
+
+@contextmanager
+def _left_out(what: str, step: int) -> Iterator[None]:
+    """Log why the block has failed: what is beside it is reported all the same."""
+    try:
+        yield
+    except Exception as error:
+        LOG.warning("%s of the evaluation of step %d is left out (%s)", what, step, one_line(error))
 
 
 class Explainer:
-    """Thread that explains evaluations on rank 0, one after the other, while all ranks train on.
+    """Thread that explains evaluations on rank 0 while all ranks train on; no evaluation waits for it.
 
-    What a kill interrupts is not explained: the next evaluation is, or `detr evaluate --report` on the version.
+    Of those that end during an explanation the newest is explained next. What a kill interrupts is not explained: the next
+    evaluation is, or `detr evaluate --report` on the version.
     """
 
     def __init__(self, tracker: Tracker | None, val: Manifest, enabled: bool, run: ReportedRun | None = None) -> None:
         self._tracker, self._val, self._enabled, self._run = tracker, val, enabled, run
         self._thread: threading.Thread | None = None
+        self._next: _Scored | None = None
+        self._lock = threading.Lock()  # of both
 
     def __enter__(self) -> Explainer:
         return self
@@ -79,24 +94,32 @@ class Explainer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Wait for the explanation of the last evaluation; after an error only for seconds, since a restart waits too."""
-        if self._thread is not None and kind is not None:
-            self._thread.join(_AFTER_ERROR_S)
-        else:
-            self._wait()
+        thread = self._thread
+        if thread is not None:
+            thread.join(None if kind is None else _AFTER_ERROR_S)
 
     def start(self, evaluation: Evaluation, step: int, model: DETR | None = None) -> None:
-        """Explain an evaluation when the one before is explained; nobody else uses `model`, which was scored."""
+        """Explain an evaluation, after the one that is being explained; nobody else uses `model`, which was scored."""
         if self._tracker is None:
             return
-        self._wait()
-        arguments = (self._tracker, self._val, evaluation, step, self._enabled, self._run, model)
-        self._thread = threading.Thread(target=explain, args=arguments, name="explainer", daemon=True)
-        self._thread.start()
+        with self._lock:
+            if self._thread is None:
+                arguments = (self._tracker, (evaluation, step, model))
+                self._thread = threading.Thread(target=self._explain, args=arguments, name="explainer", daemon=True)
+                self._thread.start()
+                return
+            if self._next is not None:
+                LOG.info("the evaluation of step %d is not explained: that of step %d is newer", self._next[1], step)
+            self._next = (evaluation, step, model)
 
-    def _wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-        self._thread = None
+    def _explain(self, tracker: Tracker, found: _Scored | None) -> None:
+        while found is not None:
+            evaluation, step, model = found
+            explain(tracker, self._val, evaluation, step, self._enabled, self._run, model)
+            with self._lock:
+                found, self._next = self._next, None
+                if found is None:
+                    self._thread = None
 
 
 def explain(
@@ -111,20 +134,31 @@ def explain(
     """Report the reasons of a score, and the page of the run, or log why that is impossible: no run ends because of it."""
     diagnosis = drawn = None
     attention = ""
-    try:
-        if reasons:
+    if reasons:
+        with _left_out("the diagnosis", step):
             diagnosis = diagnose(val, evaluation.detections, rows=evaluation.rows)
-            drawn = Drawn(
-                list(worst_pictures(val, evaluation.detections, diagnosis)),
-                list(suspect_pictures(val, diagnosis.suspects)),
-            )
+    if diagnosis is not None:
+        drawn = Drawn(
+            _drawn("a picture of the worst images", step, worst_pictures(val, evaluation.detections, diagnosis)),
+            _drawn("a picture of suspect labels", step, suspect_pictures(val, diagnosis.suspects)),
+        )
+        with _left_out("the explanation", step):
             report_explanation(tracker, val, diagnosis, drawn, step)
-            if run and model is not None:
+        if run and model is not None:
+            with _left_out("the attention", step):
                 names = [category.name for category in run.train.categories]
                 figures = attention_figures(model, run.config.transform, names, val, diagnosis)
                 _report_sheet(tracker, "errors/attention", [figure.picture for figure in figures], step)
                 attention = attention_section(model, figures)
-        if run:
+    if run:
+        with _left_out("the page", step):
             tracker.file(REPORT, run.page(evaluation, step, diagnosis, drawn, attention).encode(), step)
-    except Exception as error:
-        LOG.warning("the evaluation of step %d is not explained (%s)", step, one_line(error))
+
+
+def _drawn(what: str, step: int, pictures: Iterator[Image.Image]) -> list[Image.Image]:
+    """Return the pictures up to the first that fails."""
+    found = []
+    with _left_out(what, step):
+        for picture in pictures:
+            found.append(picture)
+    return found

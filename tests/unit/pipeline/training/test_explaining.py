@@ -2,13 +2,14 @@
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pipeline.evaluation.evaluate_model import Evaluation
+from pipeline.training import explaining
 from pipeline.training.explaining import Explainer, explain
 from shards.dataset.manifest import Manifest, load_manifest
 from shards.score.coco_eval import score_detections
@@ -54,9 +55,10 @@ class SlowTracker(MemoryTracker):
 
     def __init__(self) -> None:
         super().__init__()
-        self.go = threading.Event()
+        self.begun, self.go = threading.Event(), threading.Event()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self.begun.set()
         assert self.go.wait(60)
         super().metrics(values, step)
 
@@ -72,6 +74,19 @@ def test_training_does_not_wait_for_an_explanation_but_the_end_of_the_run_does(
     assert ("errors/worst_images", 3) in tracker.pictures
 
 
+def test_no_evaluation_waits_for_an_explanation_and_the_newest_is_explained_next(
+    val: Manifest, evaluation: Evaluation
+) -> None:
+    tracker = SlowTracker()
+    with Explainer(tracker, val, enabled=True) as explainer:
+        explainer.start(evaluation, 3)
+        assert tracker.begun.wait(60)
+        for step in (6, 9, 12):  # while that of step 3 is being explained
+            explainer.start(evaluation, step)
+        tracker.go.set()
+    assert [step for name, _, step in tracker.points if name == "errors/missed"] == [3, 12]
+
+
 class BrokenTracker(MemoryTracker):
     """Tracker that takes no pictures."""
 
@@ -84,9 +99,26 @@ def test_an_explanation_that_fails_is_a_warning(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         explain(BrokenTracker(), val, evaluation, 3)
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message.partition(" ")[0] for message in messages] == ["errors/worst_images", "errors/suspect_labels"]
+    assert all("of the evaluation of step 3 is left out (no)" in message for message in messages)
+
+
+def test_what_fails_costs_itself_only(
+    val: Manifest, evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> Iterator[Image.Image]:
+        yield Image.new("RGB", (8, 8))
+        raise OSError("image 4 cannot be decoded")
+
+    monkeypatch.setattr(explaining, "worst_pictures", broken)
+    tracker = MemoryTracker()
+    with caplog.at_level(logging.WARNING):
+        explain(tracker, val, evaluation, 3)
+    assert sorted(tracker.pictures) == [("errors/suspect_labels", 3), ("errors/worst_images", 3)]
+    assert "confusion.json" in tracker.tables
     (record,) = caplog.records
-    assert "the evaluation of step 3 is not explained" in record.getMessage()
-    assert "\n" not in record.getMessage()
+    assert "a picture of the worst images" in record.getMessage()
 
 
 @pytest.mark.parametrize("tracker", [None, MemoryTracker()], ids=["other rank", "off"])
