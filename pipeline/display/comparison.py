@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from pipeline.display.draw import COLOURS
+from pipeline.display.draw import COLOURS, figure_picture
 from pipeline.display.terminal import table
-from shards.score.difference import Change, Difference, interval_of_recipes, spread
+from shards.score.difference import LEAST_IMAGES, Change, Difference, interval_of_recipes, spread
 
 _CLASSES = 20  # in a table; more have their largest changes shown
 _CLASSES_DRAWN = 30
 _CHANCE = 20  # one in so many intervals of 95% misses the truth
-_COLOURS = {"better": COLOURS[4], "worse": COLOURS[5], "within chance": "#999999"}
+_RARE = "few images"
+_COLOURS = {"better": COLOURS[4], "worse": COLOURS[5], "within chance": "#999999", _RARE: "#CCCCCC"}
 _HEADER = ("before", "after", "change", "95% interval", "verdict")
 
 
 def verdict(change: Change) -> str:
-    """Return whether the second side is better, worse, or within chance of the first."""
+    """Return whether the second side is better, worse, or within chance of the first, as far as there are images."""
+    if change.is_rare:
+        return _RARE
     if change.is_chance:
         return "within chance"
     return "better" if change.low > 0 else "worse"
@@ -41,6 +43,8 @@ def difference_tables(found: Difference) -> str:
     rest, count = [], len(shown) + left_out
     if left_out:
         rest.append(f"... and {left_out} classes that change less")
+    if any(change.is_rare for change in shown):
+        rest.append(f"few images: a class in fewer than {LEAST_IMAGES} images, whose interval says nothing")
     if count >= _CHANCE:
         rest.append(f"by chance alone about {count // _CHANCE} of {count} classes look better or worse")
     return "\n\n".join(text for text in (figures, _runs(found), classes, "\n".join(rest)) if text)
@@ -79,21 +83,18 @@ def _runs(found: Difference) -> str:
 
 def difference_picture(found: Difference, title: str) -> Image.Image:
     """Return a picture of the changes with their intervals: figures on the left, classes on the right."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figures = [change for change in found.figures if change.before >= 0]
     classes, left_out = _largest(found.classes, _CLASSES_DRAWN)
     rows = max(len(figures), len(classes), 1)
     figure = Figure(figsize=(13, 1.9 + 0.26 * rows), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
     _draw(left, figures[::-1], rows, f"{found.images:,} images")
     of_all = f"AP by class, the {len(classes)} largest changes of {len(classes) + left_out}"
     _draw(right, classes, rows, of_all if left_out else "AP by class")
     figure.suptitle(f"{title}\nblue better, orange worse, grey within chance", fontsize=11)
-    canvas.draw()  # type: ignore[no-untyped-call]
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")  # type: ignore[no-untyped-call]
+    return figure_picture(figure)
 
 
 def _draw(axes: Any, changes: Sequence[Change], rows: int, name: str) -> None:

@@ -132,9 +132,12 @@ def chart(
 
 
 def figure_picture(figure: Figure) -> Image.Image:
-    """Return a figure of matplotlib as a picture."""
+    """Return a figure of matplotlib as a picture; dollar signs in its texts are dollar signs, and begin no formula."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
 
+    for text in figure.findobj(Text):  # type: ignore[no-untyped-call]
+        text.set_parse_math(False)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
     pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]

@@ -26,6 +26,8 @@ from shards.score.resampled import average_precisions, draw, mean_ap
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 DRAWS = 1000
+LEAST_IMAGES = 20
+"""Images with a class's objects below which its interval says nothing: one image drawn again and again never differs."""
 _OF_SIZE = {"small": "APs", "medium": "APm", "large": "APl"}
 _INTERVAL = (0.025, 0.975)
 _BYTES = 2**26  # of the weights of the draws that are counted at once
@@ -46,6 +48,13 @@ class Change:
     high: float
     objects: int = 0
     """Number of true objects, for a class."""
+    images: int | None = None
+    """Number of images that these objects are in, for a class."""
+
+    @property
+    def is_rare(self) -> bool:
+        """True for a class in so few images that its interval says nothing."""
+        return self.images is not None and self.images < LEAST_IMAGES
 
     @property
     def difference(self) -> float:
@@ -121,6 +130,7 @@ def difference(
     drawn, drawn_classes = _drawn(comparisons, draws, tuple(SIZES) if sizes else ("all",), seed)
     values = [{name: fmean(score.metrics[name] for score in side) for name in FIGURES} for side in scores]
     figures = tuple(_change(name, values[0][name], values[1][name], drawn[name]) for name in drawn)
+    images = _images_by_class(comparisons[0][0])
     classes = tuple(
         _change(
             category.name,
@@ -128,6 +138,7 @@ def difference(
             _class_ap(scores[1], label),
             drawn_classes[label],
             scores[0][0].classes[label].boxes,
+            images[label],
         )
         for label, category in enumerate(manifest.categories)
     )
@@ -143,10 +154,19 @@ def _class_ap(side: Sequence[Score], label: int) -> float:
     return fmean(score.classes[label].ap for score in side)
 
 
-def _change(name: str, before: float, after: float, drawn: Floats, objects: int = 0) -> Change:
+def _images_by_class(comparison: Comparison) -> list[int]:
+    """Return the number of images with an object of each class."""
+    counted = comparison.truth["iscrowd"] == 0
+    pairs = np.unique(np.stack([comparison.truth["label"][counted], comparison.truth_images[counted]]), axis=1)
+    return [int(count) for count in np.bincount(pairs[0], minlength=comparison.classes)]
+
+
+def _change(
+    name: str, before: float, after: float, drawn: Floats, objects: int = 0, images: int | None = None
+) -> Change:
     defined = drawn[~np.isnan(drawn)]
     low, high = np.quantile(defined, _INTERVAL).tolist() if len(defined) else (0.0, 0.0)
-    return Change(name, before, after, low, high, objects)
+    return Change(name, before, after, low, high, objects, images)
 
 
 def _drawn(

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from pipeline.display.comparison import difference_picture, difference_tables, verdict
+from pipeline.display.draw import Line, chart
 from shards.score.difference import Change, Difference
 
 
@@ -29,6 +30,15 @@ FOUND = Difference(
 
 def test_an_interval_without_zero_is_better_or_worse() -> None:
     assert [verdict(change) for change in FOUND.figures[:3]] == ["better", "worse", "within chance"]
+
+
+def test_a_class_in_few_images_has_no_verdict() -> None:
+    change = Change("rare", 0.1, 0.9, 0.8, 0.8, 3, images=1)
+    assert verdict(change) == "few images"
+    assert verdict(replace(change, images=20)) == "better"
+    text = difference_tables(replace(FOUND, classes=(change,)))
+    assert "few images: a class in fewer than 20 images" in text
+    assert "few images" not in difference_tables(FOUND)
 
 
 def test_figures_are_a_line_each_and_those_without_truth_are_dashes() -> None:
@@ -59,3 +69,10 @@ def test_the_picture_has_a_row_for_each_class() -> None:
     assert many.height > few.height + 400
     colours = {tuple(pixel) for pixel in np.asarray(few).reshape(-1, 3).tolist()}
     assert {(0, 0x72, 0xB2), (0xD5, 0x5E, 0), (0x99, 0x99, 0x99)} <= colours
+
+
+def test_dollar_signs_in_names_begin_no_formula() -> None:
+    named = (replace(FOUND.classes[0], name=r"$\pay$ in a_b^c$"),)
+    assert difference_picture(replace(FOUND, classes=named), r"$\a$ to $\b$").width == 1300
+    lines = [Line(r"$\frac$", "#BBBBBB", [0.0, 1.0])]
+    assert chart(lines, [0.0, 1.0], r"$\x$", r"$\y$").width == 640

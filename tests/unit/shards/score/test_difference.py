@@ -44,6 +44,16 @@ def test_the_values_are_those_of_the_score(data):
     assert (result.images, result.draws) == (60, 20)
 
 
+def test_a_class_knows_in_how_many_images_it_is():
+    data = labelled(
+        [[(0, *box) for box in GRID] + ([(1, *GRID[0]), (1, *GRID[1])] if image < 3 else []) for image in range(30)]
+    )
+    found = learned_by_heart(data)
+    often, rare = difference(data, [found], [found], draws=5).classes[:2]
+    assert (often.images, often.objects, often.is_rare) == (30, 120, False)
+    assert (rare.images, rare.objects, rare.is_rare) == (3, 6, True)
+
+
 def test_a_model_against_itself_differs_by_nothing(data):
     found = learned_by_heart(data)
     result = difference(data, [found], [found], draws=50)
