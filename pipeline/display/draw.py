@@ -136,7 +136,7 @@ def figure_picture(figure: Figure) -> Image.Image:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
-    for text in figure.findobj(Text):  # type: ignore[no-untyped-call]
+    for text in figure.findobj(Text):
         text.set_parse_math(False)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
