@@ -18,6 +18,7 @@ from pipeline.tracking.tags import (
     TAG_STREAM,
     TAG_TOTAL_STEPS,
     TAG_TRAIN_DIGEST,
+    TAG_VAL_DIGEST,
 )
 from pipeline.training.continuation import Continuation, continuation
 from shards.dataset.manifest import Manifest
@@ -59,6 +60,8 @@ class Position:
         if self.stream.changes:
             tags[TAG_STREAM] = self.stream.appended_to(before.get(TAG_STREAM, ""))
             tags[TAG_TRAIN_DIGEST] = self.train.digest
+        if before.get(TAG_VAL_DIGEST, self.val.digest) != self.val.digest:
+            tags[TAG_VAL_DIGEST] = self.val.digest
         tags[TAG_TOTAL_STEPS] = str(self.schedule.total_steps)
         tags[TAG_EPOCHS] = str(self.schedule.epoch(self.schedule.total_steps))
         tags[TAG_PHASE] = "starting"

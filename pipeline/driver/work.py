@@ -167,7 +167,7 @@ class Work(ConcludedRun):
     def _begin(self, asked: RunConfig, config: RunConfig, position: Position, tags: dict[str, str]) -> None:
         """Record in the store and in MLflow that the run continues, and its configuration if that has changed."""
         client, run_id = self._client, self.record.run_id
-        changed, known = config != self.record.run_config, self.record.train_digest
+        changed, known = config != self.record.run_config, self.record
         self.record = self.record.with_configs(asked, config)
         began = self.record.began or time.time()
         self.save(
@@ -180,8 +180,13 @@ class Work(ConcludedRun):
         if changed:
             # Parameters of a run cannot change in MLflow; this artifact says what is trained now.
             client.log_text(run_id, to_json(config).decode(), CONFIG_ARTIFACT)
-        if known not in ("", position.train.digest):
-            client.log_inputs(run_id, [dataset_input("training", data_set(position.train))])
+        uses = (
+            ("training", known.train_digest, position.train),
+            ("validation", known.val_digest, position.val),
+        )
+        other = [dataset_input(use, data_set(data)) for use, was, data in uses if was not in ("", data.digest)]
+        if other:
+            client.log_inputs(run_id, other)
         write_tags(client, run_id, {**position.tags(tags), **job_tags()})
         client.update_run(run_id, status="RUNNING")
 

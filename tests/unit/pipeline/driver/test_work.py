@@ -14,13 +14,14 @@ from pipeline.config import RunConfig, TrackConfig
 from pipeline.driver import conclusion, work
 from pipeline.driver.launch import Launch
 from pipeline.driver.lease import Claims, Lease
+from pipeline.driver.position import Position
 from pipeline.driver.record import new_record, read_record
 from pipeline.driver.work import Work
 from pipeline.errors import RunConfigError
 from pipeline.registry.publish import Registered
 from pipeline.tracking.mlflow_runs import create_run
 from pipeline.tracking.pages.experiment import TAG_VIEW
-from pipeline.tracking.tags import TAG_FOLDER, TAG_JOB, TAG_KEY, TAG_NOTE
+from pipeline.tracking.tags import TAG_FOLDER, TAG_JOB, TAG_KEY, TAG_NOTE, TAG_VAL_DIGEST
 from shards.dataset.manifest import load_manifest
 from tests.support.checkpoints import save_small
 
@@ -80,9 +81,12 @@ def test_a_finished_run_registers_what_it_was_asked_to(
     assert any("`detr register 01234567 --name NAME`" in line for line in lines) is (asked == "never")
 
 
-@pytest.mark.parametrize(("known", "named"), [("another", 1), ("", 0), (None, 0)])
+@pytest.mark.parametrize(
+    ("known", "val", "named"),
+    [("another", None, ["training"]), (None, "another", ["validation"]), ("", "", []), (None, None, [])],
+)
 def test_a_run_that_continues_on_other_data_names_them(
-    known: str | None, named: int, tiny_config: RunConfig, tmp_path: Path
+    known: str | None, val: str | None, named: list[str], tiny_config: RunConfig, tmp_path: Path
 ) -> None:
     manifest, inputs = load_manifest(tiny_config.data.train), []
     client: Any = SimpleNamespace(
@@ -92,10 +96,12 @@ def test_a_run_that_continues_on_other_data_names_them(
         update_run=lambda *_, **__: None,
     )
     driver = work_at(tmp_path / "it", tiny_config, [], client)
-    driver.record = driver.record.but(train_digest=manifest.digest if known is None else known)
+    digests = [manifest.digest if digest is None else digest for digest in (known, val)]
+    driver.record = driver.record.but(train_digest=digests[0], val_digest=digests[1])
     position: Any = SimpleNamespace(train=manifest, val=manifest, tags=lambda _: {})
     driver._begin(tiny_config, tiny_config, position, {})
-    assert [entry.dataset.digest for entry in inputs] == [manifest.digest[:36]] * named
+    assert [entry.dataset.digest for entry in inputs] == [manifest.digest[:36]] * len(named)
+    assert [tag.value for entry in inputs for tag in entry.tags] == named
 
 
 @pytest.mark.parametrize("lost", ["", "taken over by process 7 on elsewhere"])
@@ -235,3 +241,13 @@ def test_a_continued_run_names_its_job_and_keeps_its_output(
     driver.go_on(tiny_config, tiny_config, False, SimpleNamespace(address=None))  # type: ignore[arg-type]
     assert tags[TAG_JOB] == "it-second"
     assert kept == ["0123456789"]
+
+
+def test_a_run_that_continues_on_other_validation_data_is_tagged_with_them() -> None:
+    position: Any = SimpleNamespace(
+        stream=SimpleNamespace(changes=[]),
+        val=SimpleNamespace(digest="new"),
+        schedule=SimpleNamespace(total_steps=6, epoch=lambda _: 2.0),
+    )
+    assert Position.tags(position, {TAG_VAL_DIGEST: "old"})[TAG_VAL_DIGEST] == "new"
+    assert TAG_VAL_DIGEST not in Position.tags(position, {TAG_VAL_DIGEST: "new"})
