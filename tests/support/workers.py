@@ -1,4 +1,4 @@
-"""A stand-in for the workers of a run, in the test's process and without Ray."""
+"""A stand-in for the workers of a run, in the test's process and without Ray, and what MLflow says of its runs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,6 +10,7 @@ import pytest
 from pipeline.checkpoint.location import Location
 from pipeline.config import RunConfig
 from pipeline.driver import work
+from pipeline.tracking.mlflow_client import connect
 
 
 def stand_in(patch: pytest.MonkeyPatch, run_workers: Callable[..., None]) -> None:
@@ -24,3 +25,10 @@ def stand_in(patch: pytest.MonkeyPatch, run_workers: Callable[..., None]) -> Non
 
     patch.setattr(work, "connecting", lambda *_, **__: nullcontext(SimpleNamespace(address=None)))
     patch.setattr(work, "connected", connected)
+
+
+def runs_in_mlflow() -> list[str]:
+    """Return the status of every run, whatever its tags."""
+    client = connect()
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return [run.info.status for run in client.search_runs(experiments)]
