@@ -7,6 +7,7 @@
     saved                  rank 0, after each checkpoint: its step             workers; `detr resume`
     unsent-training.zip    rank 0: what MLflow has not taken yet               next attempt; at the end the driver
     unsent-evaluation.zip  background evaluation: the same                     next evaluation; at the end the driver
+    unsent-files/          both: pictures and artifacts of what is unsent      those of the two objects
     run.json               driver: configuration, state and result             the same command; `detr resume`
     lease/                 drivers: a file each, its holder's changes          another driver, which is refused
     events/                rank 0: one file per step that the guard handled    guard, which counts them; users
@@ -31,6 +32,7 @@ CHECKPOINTS = "checkpoints"
 SAVED = "saved"
 UNSENT_TRAINING = "unsent-training.zip"
 UNSENT_EVALUATION = "unsent-evaluation.zip"
+UNSENT_FILES = "unsent-files"
 EVENTS = "events"
 RECORD = "run.json"
 LEASE = "lease"

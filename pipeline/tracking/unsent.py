@@ -3,10 +3,11 @@
 It is written before anything that will not be computed again is recorded (a checkpoint, its metrics), so that a spool
 on another node can start from it: the events after it are computed again. It is a zip file, whole or absent:
 
-    spool.json      id of the spool, and the position in its events up to which the object is complete
+    spool.json      id of the spool, the position in its events up to which the object is complete, and its files
     events.jsonl    events that were not sent
-    *.png           their pictures
-    *.content       their artifacts
+
+The files of events, pictures and artifacts, lie in a folder beside it. Each is written once, before the first object that
+names it, so that a long outage does not write all of them again with every checkpoint.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import io
 import logging
 import threading
 import zipfile
-from pathlib import PurePath
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path, PurePath
 
 import msgspec
 
+from pipeline.run_folder import UNSENT_FILES
 from pipeline.tracking.events import decode
 from pipeline.tracking.spool_folder import CONTENT, SpoolFolder
 from shards.errors import one_line
@@ -39,10 +43,14 @@ class Unsent(msgspec.Struct):
 
 
 class UnsentObject:
-    """Object in the run's location; `url` is its address or path."""
+    """Object in the run's location; `url` is its address or path, and only one thread calls it at a time."""
 
     def __init__(self, url: str) -> None:
         self.url = url
+        folder, _, name = url.rpartition("/")
+        self._files = storage.join(folder, UNSENT_FILES, name.removesuffix(".zip"))
+        self._stored: set[str] = set()
+        """Names of files that are in the folder, as far as this process knows."""
 
     def read(self) -> Unsent | None:
         """Return what was kept, or None; a damaged object is reported and removed."""
@@ -53,35 +61,69 @@ class UnsentObject:
         try:
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
                 spool = msgspec.json.decode(archive.read(_SPOOL), type=_Position)
+                # Earlier releases have the files in the object.
                 pictures = {name: archive.read(name) for name in archive.namelist() if _is_picture(name)}
+                pictures |= self._read_files(spool.files)
                 return Unsent(spool.id, spool.end, archive.read(_EVENTS), pictures)
         except (zipfile.BadZipFile, KeyError, msgspec.DecodeError) as error:
             LOG.warning("%s is damaged and removed; the events in it are lost (%s)", self.url, one_line(error))
             self.remove()
             return None
 
-    def write(self, unsent: Unsent) -> None:
-        """Replace the object."""
+    def _read_files(self, names: Mapping[str, str]) -> dict[str, bytes]:
+        """Return the contents of files by their names in the spool; one that is not there is left out."""
+        found = {}
+        for name, stored in names.items():
+            if _is_picture(name) and _is_picture(stored):
+                with suppress(FileNotFoundError):
+                    found[name] = storage.read(storage.join(self._files, stored))
+                    self._stored.add(stored)
+        return found
+
+    def write(self, spool: str, end: int, lines: bytes, files: Mapping[str, Path]) -> None:
+        """Replace the object. `files`: those of the events by their names in the spool; one that is gone was sent."""
+        listed = {}
+        for name, path in files.items():
+            stored = f"{spool}-{name}"  # the spools of two nodes may have files of the same name
+            if stored not in self._stored:
+                try:
+                    content = path.read_bytes()
+                except FileNotFoundError:
+                    continue
+                storage.write(storage.join(self._files, stored), content)
+                self._stored.add(stored)
+            listed[name] = stored
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:
-            archive.writestr(_SPOOL, msgspec.json.encode(_Position(unsent.spool, unsent.end)))
-            archive.writestr(_EVENTS, unsent.lines, zipfile.ZIP_DEFLATED, compresslevel=1)
-            for name, picture in unsent.pictures.items():
-                archive.writestr(name, picture)
+            archive.writestr(_SPOOL, msgspec.json.encode(_Position(spool, end, listed)))
+            archive.writestr(_EVENTS, lines, zipfile.ZIP_DEFLATED, compresslevel=1)
         storage.write(self.url, buffer.getvalue())
+        for stored in self._stored - set(listed.values()):
+            storage.remove(storage.join(self._files, stored))
+            self._stored.remove(stored)
 
     def exists(self) -> bool:
         """Return whether anything is kept."""
         return storage.exists(self.url)
 
     def remove(self) -> None:
-        """Delete the object if there is one."""
+        """Delete the object if there is one, and its files."""
         storage.remove(self.url)
+        for stored in storage.listing(self._files):
+            storage.remove(storage.join(self._files, stored))
+        self._stored.clear()
+        local = storage.local_path(self._files)
+        if local is not None:
+            with suppress(OSError):  # not empty, or not there
+                local.rmdir()
+                local.parent.rmdir()
 
 
 class _Position(msgspec.Struct):
     id: str
     end: int
+    files: dict[str, str] = {}
+    """Names in the folder of files, by their names in the spool."""
 
 
 def _is_picture(name: str) -> bool:
@@ -109,7 +151,8 @@ class Keeper:
                 self._kept, self._last = False, None
             elif (start, position) != self._last:
                 self._kept, self._last = True, None  # also if the store has written it and then raises
-                self._target.write(self._unsent(start, end, in_memory))
+                lines = self._spool.read(start, end) + in_memory
+                self._target.write(self._spool.id, position, lines, self._files(lines))
                 self._last = (start, position)
 
     def superseded(self) -> bool:
@@ -117,17 +160,12 @@ class Keeper:
         unsent = self._target.read()
         return unsent is not None and unsent.spool != self._spool.id
 
-    def _unsent(self, start: int, end: int, in_memory: bytes) -> Unsent:
-        lines = self._spool.read(start, end) + in_memory
-        pictures = {}
-        with_pictures = [line for line in lines.splitlines() if b'"file"' in line]  # decoding all takes seconds
-        for event in decode(with_pictures, self._spool.events):
-            if event.kind in ("picture", "file"):
-                try:
-                    pictures[event.tags["file"]] = (self._spool.path / event.tags["file"]).read_bytes()
-                except FileNotFoundError:
-                    continue  # sent meanwhile
-        return Unsent(self._spool.id, end + len(in_memory), lines, pictures)
+    def _files(self, lines: bytes) -> dict[str, Path]:
+        """Return the paths of the files of events by their names."""
+        with_files = [line for line in lines.splitlines() if b'"file"' in line]  # decoding all takes seconds
+        events = decode(with_files, self._spool.events)
+        names = [event.tags["file"] for event in events if event.kind in ("picture", "file")]
+        return {name: self._spool.path / name for name in names}
 
 
 def open_spool(spool: SpoolFolder, target: UnsentObject) -> Keeper:

@@ -4,7 +4,7 @@ import logging
 import threading
 import zipfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 from PIL import Image
@@ -227,3 +227,38 @@ def test_a_picture_is_never_written_outside_the_spool(a_run: Run) -> None:
     kept = a_run.object.read()
     assert kept is not None
     assert not kept.pictures
+
+
+def test_a_long_outage_writes_each_picture_once_and_leaves_nothing(a_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    write = storage.write
+
+    def counted(url: str, content: bytes) -> None:
+        written.append(PurePath(url).name)
+        write(url, content)
+
+    monkeypatch.setattr(storage, "write", counted)
+    server = Server(up=False)
+    tracker = a_run.start("a", server)
+    for step in range(3):
+        tracker.picture("detections/0", Image.new("RGB", (4, 4), "red"), step)
+        tracker.keep_unsent()
+    spool_id = SpoolFolder(a_run.folder / "a").id
+    pictures = [f"{spool_id}-detections-0-{step:08d}.png" for step in range(3)]
+    assert [name for name in written if name.endswith(".png")] == pictures
+    assert written.count("unsent.zip") == 3
+    tracker = a_run.start("a", server)  # a restart on the node knows what is there
+    report(tracker, range(1))
+    tracker.keep_unsent()
+    assert [name for name in written if name.endswith(".png")] == pictures
+    kept = a_run.object.read()
+    assert kept is not None
+    assert len(kept.pictures) == 3
+    a_run.start("b", Server(up=False))
+    other_id = SpoolFolder(a_run.folder / "b").id
+    files = a_run.folder / "store" / "unsent-files" / "unsent"
+    assert {path.name.split("-")[0] for path in files.iterdir()} == {
+        other_id
+    }  # those of the node that was left are gone
+    a_run.start("b", Server()).close()
+    assert list((a_run.folder / "store").iterdir()) == []
