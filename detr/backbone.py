@@ -1,5 +1,6 @@
 """ResNet (He et al., 2016) with the original's parameter names, and its frozen batch norm folded into convolutions."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import chain
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detr.config import ModelConfig
+from detr.kept import Kept, autocast_type
 from detr.recompute import run_layer
 
 _BLOCKS = {
@@ -33,11 +35,33 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("bias", torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
+        self.keep_weights = True
+        """Keep the folded weights of a convolution that does not train; under FSDP each rank would hold all of them."""
+        self._kept: defaultdict[torch.dtype, Kept] = defaultdict(Kept)
+        self._kept_weights: defaultdict[torch.dtype, Kept] = defaultdict(Kept)
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """Return the two vectors [channels] with `norm(x) = x * scale + shift`."""
         scale = self.weight * (self.running_var + 1e-5).rsqrt()
         return scale, self.bias - self.running_mean * scale
+
+    def fold(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weight and bias of a convolution that does what one of `weight` and this norm do.
+
+        Scale and shift are computed once, and so is all of it if the weight does not train: the values are bit for bit
+        those of a new computation. It saves six kernels of each convolution and forward pass, under bf16 seven.
+        """
+        dtype, buffers = autocast_type(weight), tuple(self._buffers.values())
+
+        def vectors() -> tuple[Tensor, Tensor]:
+            scale, shift = self.scale_and_shift()
+            return scale[:, None, None, None], shift.to(dtype)
+
+        scale, shift = self._kept[dtype].of(buffers, vectors)
+        if weight.requires_grad or not self.keep_weights:
+            return weight * scale, shift
+        (folded,) = self._kept_weights[dtype].of((*buffers, weight), lambda: ((weight * scale).to(dtype),))
+        return folded, shift
 
 
 def _convolve(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
@@ -48,9 +72,7 @@ def _convolve(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """
     if not isinstance(norm, FrozenBatchNorm):
         return norm(conv(x))  # type: ignore[no-any-return]
-    scale, shift = norm.scale_and_shift()
-    weight = conv.weight * scale[:, None, None, None]
-    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation)
+    return F.conv2d(x, *norm.fold(conv.weight), conv.stride, conv.padding, conv.dilation)
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:

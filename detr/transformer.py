@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from detr.config import ModelConfig
+from detr.kept import autocast_type
 from detr.recompute import run_layer
 
 _MANY_SCORES = 1 << 20  # 4 MiB; fewer are not worth computing twice
@@ -36,14 +37,26 @@ class Attention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return [B, Q, C] for a query [B, Q, C], key and value [B, N, C]; the mask [B, 1, 1, N] is true to attend."""
-        width = query.shape[-1] // self.heads
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        q, k, v = (
-            F.linear(x, weight, bias).view(x.shape[0], x.shape[1], self.heads, width).transpose(1, 2)
-            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
-        )
+        # Cast once for all projections: autocast keeps casts of parameters, not of slices of them.
+        weight, bias = (each.to(autocast_type(each)) for each in (self.in_proj_weight, self.in_proj_bias))
+        channels = query.shape[-1]
+        if query is key:  # self-attention: one product for both
+            (qk, value_rows), (qk_bias, value_bias) = (each.split((2 * channels, channels)) for each in (weight, bias))
+            q, k = self._heads(F.linear(query, qk, qk_bias)).split(self.heads, 2)
+            v = self._heads(F.linear(value, value_rows, value_bias))
+        else:
+            q, k, v = (
+                self._heads(F.linear(*each))
+                for each in zip((query, key, value), weight.chunk(3), bias.chunk(3), strict=True)
+            )
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
         attended = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.out_proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """Divide the channels of [B, N, channels] among heads of the width of this module's: [B, N, heads, width]."""
+        width = self.out_proj.in_features // self.heads
+        return x.view(*x.shape[:2], x.shape[2] // width, width)
 
     def tie(self) -> None:
         """Set the key projection to the query projection, so that equal positions attend to each other at first."""
@@ -197,8 +210,8 @@ class Decoder(nn.Module):
         outputs = []
         for layer in self.layers:
             x = layer(x, queries, memory, positioned_memory, mask)
-            outputs.append(self.norm(x))
-        return torch.stack(outputs)
+            outputs.append(x)
+        return self.norm(torch.stack(outputs))  # type: ignore[no-any-return]
 
 
 class Transformer(nn.Module):

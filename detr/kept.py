@@ -1,0 +1,62 @@
+"""Work done once instead of in every forward pass or layer: results of constant tensors, and casts under autocast."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def autocast_type(tensor: Tensor) -> torch.dtype:
+    """Return the type that autocast computes products of this tensor in; without autocast, its own."""
+    kind = tensor.device.type
+    casts = tensor.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if casts else tensor.dtype
+
+
+class Kept:
+    """Result of a computation on tensors that are not trained.
+
+    A change is seen by the tensors themselves (another device, another type) and by torch's count of changes in place.
+    Tensors that are replaced through `.data` are not seen. The result is renewed in its own memory, which a CUDA graph may
+    read. Copies of the owner start empty.
+    """
+
+    def __init__(self) -> None:
+        self._sources: tuple[Tensor | None, ...] = ()
+        self._versions: list[int] = []
+        self._result: tuple[Tensor, ...] = ()
+
+    def of(self, sources: tuple[Tensor | None, ...], compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Return `compute()`, without gradients, or the last result if the sources are the same and unchanged."""
+        if torch.compiler.is_compiling() or any(source.is_inference() for source in sources if source is not None):
+            return compute()  # the compiler folds it itself; tensors of inference mode count no changes
+        versions = [source._version for source in sources if source is not None]
+        same = len(sources) == len(self._sources) and all(map(_is, sources, self._sources))
+        if not same or versions != self._versions:
+            # A result of inference mode could not be used in training.
+            with torch.inference_mode(False), torch.no_grad():
+                self._renew(compute())
+            self._sources, self._versions = sources, versions
+        return self._result
+
+    def _renew(self, result: tuple[Tensor, ...]) -> None:
+        if len(result) == len(self._result) and all(map(_alike, result, self._result)):
+            for kept, new in zip(self._result, result, strict=True):
+                kept.copy_(new)
+        else:
+            self._result = result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Kept":
+        return Kept()
+
+    def __reduce__(self) -> tuple[type["Kept"], tuple[()]]:
+        return Kept, ()
+
+
+def _is(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.device, one.dtype, one.stride()) == (other.shape, other.device, other.dtype, other.stride())
