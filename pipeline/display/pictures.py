@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.display.draw import COLOURS, Boxes, Line, chart, contact_sheet, draw, side_by_side
+from pipeline.display.segments import segments_sheet
+from pipeline.evaluation.evaluate_model import Evaluation
 from shards.config import ReadConfig
 from shards.dataset.manifest import Manifest
 from shards.masks.rle import Masks, decode_masks
@@ -54,6 +56,13 @@ def detection_pictures(manifest: Manifest, detections: Detections, count: int) -
 def picture_sheet(manifest: Manifest, detections: Detections, count: int = 6) -> Image.Image:
     """Draw `count` validation images on one sheet, detections next to the ground truth."""
     return contact_sheet(list(detection_pictures(manifest, detections, count)))
+
+
+def evaluation_sheet(manifest: Manifest, evaluation: Evaluation, count: int = 6) -> Image.Image:
+    """Draw `count` validation images on one sheet, what an evaluation found next to the truth: segments or detections."""
+    if evaluation.panoptic:
+        return segments_sheet(manifest, evaluation.panoptic.drawn, count)
+    return picture_sheet(manifest, evaluation.detections, count)
 
 
 def _masks(found: Detections, height: int, width: int) -> Masks | None:

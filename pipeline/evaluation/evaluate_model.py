@@ -10,7 +10,7 @@ metrics of the run.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from pipeline.config import Batching, Scorer
 from pipeline.data.loader import evaluation_collate, evaluation_plan, evaluation_transform
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import RunConfigError, TrainingError
+from pipeline.evaluation.panoptic import PanopticCounter, PanopticScore
 from shards.arrays import Ints
 from shards.config import ReadConfig
 from shards.dataset.categories import UNNAMED, Category
@@ -61,6 +62,8 @@ class EvaluateOptions:
     """Maximum number of images, for a smoke test; 0: all."""
     scorer: Scorer = "hotcoco"
     """Library that computes the metrics; see `EvaluateConfig`."""
+    pictures: int = 0
+    """Number of images, of the lowest ids, whose segments are kept to be drawn, for panoptic data."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,12 @@ class Evaluation:
     """Metrics of one evaluation, and the detections that were scored."""
 
     score: Score
+    """Its metrics hold those of `panoptic` as well."""
     detections: Detections
     rows: Ints
     """Rows of the images that were scored, each once."""
+    panoptic: PanopticScore | None = None
+    """Quality of the segments, for a model with masks on panoptic data."""
 
     @property
     def images(self) -> int:
@@ -87,15 +93,26 @@ def evaluate_model(
     ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> Evaluation | None:
-    """Score `model` on all images of `manifest`, and its masks if it predicts any.
+    """Score `model` on all images of `manifest`, and its masks if it predicts any; of panoptic data by their PQ.
 
     A collective call: return the evaluation on rank 0 and None on the other ranks. `model` returns `Outputs`; its
     labels are positions in `categories`, which are matched to the categories of the data set by id.
     """
-    evaluations = evaluate_readings(
-        model, manifest, categories, (read_last_layer,), options, ranks=ranks, progress=progress
-    )
-    return evaluations[0] if evaluations else None
+    ranks = ranks or Ranks()
+
+    def evaluated(reader: OutputReader) -> Evaluation | None:
+        found = evaluate_readings(model, manifest, categories, (reader,), options, ranks=ranks, progress=progress)
+        return found[0] if found else None
+
+    if not manifest.panoptic:
+        return evaluated(read_last_layer)
+    labels = match_categories(categories, manifest)
+    with PanopticCounter(manifest, labels, options.threads, options.pictures) as counter:
+        evaluation, segments = evaluated(counter), counter.gather(ranks)
+    if evaluation is None or segments is None:
+        return evaluation
+    score = replace(evaluation.score, metrics=evaluation.score.metrics | segments.metrics)
+    return replace(evaluation, score=score, panoptic=segments)
 
 
 def evaluate_readings(

@@ -7,6 +7,8 @@ import logging
 import platform
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -15,10 +17,12 @@ from pipeline.checkpoint.location import Location
 from pipeline.config import RunConfig
 from pipeline.display.draw import titled
 from pipeline.display.pictures import curves_picture, curves_table, picture_sheet
+from pipeline.display.segments import gains_columns, gains_picture, quality_columns, segments_sheet
 from pipeline.display.tables import class_columns
 from pipeline.distributed.devices import device_name
 from pipeline.distributed.ranks import Ranks
 from pipeline.evaluation.evaluate_model import Evaluation
+from pipeline.evaluation.panoptic import PanopticScore
 from pipeline.tracking.pages.pictures import CURVES, DETECTIONS, newest, newest_small
 from pipeline.tracking.provenance import versions_line
 from pipeline.tracking.tags import TAG_HARDWARE, TAG_IMAGES, TAG_LEFT_OUT, TAG_VERSIONS
@@ -36,7 +40,7 @@ _SMALL = (620, 620)  # pixels of a picture on a page, which a wider one would st
 
 
 def report_evaluation(
-    tracker: Tracker, path: Location, step: int, epoch: float, evaluation: Evaluation, started: float
+    tracker: Tracker, path: Location, val: Manifest, step: int, epoch: float, evaluation: Evaluation, started: float
 ) -> None:
     """Report the metrics of a checkpoint; `started` is the `time.perf_counter` at the start of the evaluation."""
     metrics, classes = evaluation.score.metrics, evaluation.score.classes
@@ -51,24 +55,39 @@ def report_evaluation(
     curves = (evaluation.score.curves, evaluation.score.mask_curves)
     tracker.table("precision_recall.json", curves_table(*curves), step)
     report_picture(tracker, CURVES, curves_picture(*curves), step)
+    if evaluation.panoptic:
+        _report_segments(tracker, val, evaluation.panoptic, step)
+
+
+def _report_segments(tracker: Tracker, val: Manifest, score: PanopticScore, step: int) -> None:
+    """Report what PQ is made of: quality per class, and what it loses to each kind of error."""
+    tracker.table("per_class_pq.json", quality_columns(score.quality, val.categories), step)
+    if gains := score.quality.gains:
+        tracker.metrics({f"errors/PQ_{name}": value for name, value in vars(gains).items()}, step)
+        tracker.table("panoptic_errors.json", gains_columns(gains), step)
+        report_picture(tracker, "errors/PQ", gains_picture(score.quality), step)
 
 
 def report_opening(config: RunConfig, tracker: Tracker, val: Manifest) -> None:
     """Report ground-truth images and empty curves before the first evaluation."""
-    report_pictures(tracker, val, Detections.empty(config.model.masks), config.evaluate.pictures, 0, "before training")
-    report_picture(tracker, CURVES, curves_picture(UNSCORED, UNSCORED if config.model.masks else None), 0)
+    masks = config.model.masks and not val.panoptic  # of panoptic data, only boxes are scored as detections
+    draw = partial(picture_sheet, val, Detections.empty(masks))
+    if config.model.masks and val.panoptic:
+        draw = partial(segments_sheet, val, {})
+    report_pictures(tracker, draw, config.evaluate.pictures, 0, "before training")
+    report_picture(tracker, CURVES, curves_picture(UNSCORED, UNSCORED if masks else None), 0)
     tracker.tags({TAG_IMAGES: "True"})
 
 
-def report_pictures(tracker: Tracker, val: Manifest, detections: Detections, count: int, step: int, title: str) -> None:
-    """Report a sheet of `count` validation images with the detections beside the ground truth.
+def report_pictures(tracker: Tracker, draw: Callable[[int], Image.Image], count: int, step: int, title: str) -> None:
+    """Report the sheet that `draw` makes of `count` validation images, with what was found beside the truth.
 
     A store that does not answer costs the sheet and not the run: nothing that follows needs it.
     """
     if not count:
         return
     try:
-        sheet = picture_sheet(val, detections, count)
+        sheet = draw(count)
     except (OSError, ShardError) as error:
         LOG.warning("the pictures of step %d are left out (%s)", step, one_line(error))
         return

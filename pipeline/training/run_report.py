@@ -9,10 +9,11 @@ from datetime import UTC, datetime
 from pipeline.checkpoint.history import Evaluated, read_history
 from pipeline.checkpoint.location import Location
 from pipeline.config import RunConfig
-from pipeline.display.pictures import picture_sheet
+from pipeline.display.pictures import evaluation_sheet
 from pipeline.display.report import Drawn, report_page
 from pipeline.display.run_report import REMEDY, configuration_section, detections_section, progress_section
 from pipeline.evaluation.evaluate_model import Evaluation
+from pipeline.figures import deciding_text
 from shards.dataset.manifest import Manifest
 from shards.score.diagnosis import Diagnosis
 
@@ -53,9 +54,9 @@ class ReportedRun:
         }
         before = [progress_section(history, config.optim.epochs)]
         if config.evaluate.pictures:
-            before.append(detections_section(picture_sheet(self.val, evaluation.detections, config.evaluate.pictures)))
+            before.append(detections_section(evaluation_sheet(self.val, evaluation, config.evaluate.pictures)))
         return report_page(
-            f"{config.run_name}: AP {evaluation.score.metrics['AP']:.3f} at epoch {epoch}",
+            f"{config.run_name}: {deciding_text(evaluation.score.metrics)} at epoch {epoch}",
             facts,
             self.val,
             evaluation.score,

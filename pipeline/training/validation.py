@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from msgspec.structs import replace
@@ -20,10 +21,12 @@ from pipeline.checkpoint.patience import patiently
 from pipeline.checkpoint.saver import Saver
 from pipeline.config import RunConfig
 from pipeline.data.datasets import open_data
+from pipeline.display.pictures import evaluation_sheet
 from pipeline.distributed.parallel import gathered_model
 from pipeline.distributed.ranks import Ranks, on_first
 from pipeline.evaluation.evaluate_model import EvaluateOptions, Evaluation, evaluate_model
 from pipeline.evaluation.kept import keep_beside
+from pipeline.figures import deciding_text
 from pipeline.schedule import is_evaluated
 from pipeline.tracking.tags import TAG_PHASE
 from pipeline.tracking.tracker import Tracker
@@ -79,7 +82,7 @@ def validate(
     if ranks.first:
         saver.prune()
     if evaluation is not None:
-        start_explanation(evaluation, state.step, scored)  # waits for the one before, which the pause shows
+        start_explanation(evaluation, state.step, scored)
     if tracker:
         tracker.metrics({"pause/evaluation_s": time.perf_counter() - start}, state.step)
         tracker.tags({TAG_PHASE: "training"})
@@ -128,6 +131,7 @@ def _score(
         config.data.reader_threads,
         config.evaluate.limit,
         config.evaluate.scorer,
+        config.evaluate.pictures,
     )
     return evaluate_model(model, val, train.categories, options, ranks=ranks, progress=progress)
 
@@ -144,9 +148,9 @@ def _report(
 ) -> None:
     """Report and keep an evaluation on rank 0, the only one that has it."""
     if tracker and evaluation:
-        report_evaluation(tracker, path, step, epoch, evaluation, start)
-        title = f"{config.run_name}, epoch {epoch:g}, step {step:,}: AP {evaluation.score.metrics['AP']:.3f}"
-        report_pictures(tracker, val, evaluation.detections, config.evaluate.pictures, step, title)
+        report_evaluation(tracker, path, val, step, epoch, evaluation, start)
+        title = f"{config.run_name}, epoch {epoch:g}, step {step:,}: {deciding_text(evaluation.score.metrics)}"
+        report_pictures(tracker, partial(evaluation_sheet, val, evaluation), config.evaluate.pictures, step, title)
     if evaluation:
         keep_beside(path, val, evaluation)
 
