@@ -110,7 +110,7 @@ def write_shard(job: ShardJob, stage: Stage, done: Callable[[int], None]) -> Sha
                     defects += png.defects
                 read.append(image.crc32 if png is None else source_checksum(image.crc32, png.crc32))
                 sound = image.sound and (png is None or png.sound)
-                failed = failed or not (job.quarantine or (sound and _complete(png)))
+                failed = failed or not (sound or job.quarantine)
                 if job.masks and sound:
                     _, _, width, height = sample.image
                     defects += outline_defects(sample.image.image_id, sample.annotations, height, width)
@@ -186,11 +186,6 @@ def _add_panoptic(tar: TarWriter, sample: SourceSample, image: ImageFile, png: S
     tar.add(f"{key}.json", msgspec.json.format(entry, indent=-1))
     places = encoded.offset, encoded.length, encoded.crc32, ids.offset, ids.length, ids.crc32
     return MemberOffsets(sample.image.image_id, *places)
-
-
-def _complete(png: SegmentFile | None) -> bool:
-    """Return True if nothing of a PNG was rejected."""
-    return png is None or not any(defect.rejected for defect in png.defects)
 
 
 def _finished(job: ShardJob, stage: Stage) -> ShardResult | None:

@@ -92,7 +92,9 @@ def test_other_pngs_make_another_data_set(source: Panoptic) -> None:
 def test_a_png_that_was_left_out_and_is_sound_now_is_noticed(source: Panoptic) -> None:
     sound = source.png(12).read_bytes()
     source.png(12).write_bytes(sound[:-40])
-    assert source.write(on_defect="quarantine").images == 2
+    first = source.write(on_defect="quarantine")
+    assert first.images == 2
+    assert source.write(on_defect="quarantine") == first
     source.png(12).write_bytes(sound)
     with pytest.raises(ShardError, match="such as image 12"):
         source.write(on_defect="quarantine")
@@ -112,6 +114,26 @@ def test_leftover_shards_of_other_pngs_are_written_again(source: Panoptic, monke
     manifest = source.write(samples_per_shard=1)
     assert written == [12]
     assert verify(manifest.url).ok
+
+
+def test_a_segment_without_pixels_is_in_neither_the_index_nor_the_json(source: Panoptic) -> None:
+    ids = maps()[7]
+    ids[ids == 70000] = 0
+    source.png(7).write_bytes(write_png(ids))
+    manifest = source.write(on_defect="quarantine")
+    (row,) = manifest.index().rows_of([7])
+    assert manifest.index().annotations_of(row)["annotation_id"].tolist() == [5, 2**24 - 1]
+    assert manifest.index().annotations_of(row)["label"].tolist() == [3, 1]
+    entry = json.loads(members(manifest)["000000000007.json"])
+    assert [segment["id"] for segment in entry["annotations"]] == [5, 2**24 - 1]
+
+
+@pytest.mark.parametrize("box", [None, [2, 10, 22, 6]])
+def test_boxes_are_those_of_the_pixels(source: Panoptic, box: list[int] | None) -> None:
+    source.segment(7, 70000)["bbox"] = box
+    manifest = source.write()
+    (row,) = manifest.index().rows_of([7])
+    assert manifest.index().annotations_of(row)["bbox"][1].tolist() == [2, 10, 23, 6]
 
 
 def test_a_changed_png_is_found_in_the_shard(source: Panoptic) -> None:
