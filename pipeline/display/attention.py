@@ -139,5 +139,5 @@ def attention_section(model: DETR, figures: Sequence[AttentionFigure]) -> str:
     if not figures:
         return ""
     explanation = _EXPLANATIONS[model.config.variant == "deformable"]
-    shown = "".join(html_picture(figure.picture, "JPEG", figure.caption) for figure in figures)
+    shown = "".join(html_picture(figure.picture, "WEBP", figure.caption) for figure in figures)
     return f"<h2>Attention</h2><p>{explanation}</p><div class=grid>{shown}</div>"

@@ -171,7 +171,7 @@ def _classes(manifest: Manifest, score: Score, diagnosis: Diagnosis | None) -> s
 
 def _worst(pictures: Sequence[Image.Image], diagnosis: Diagnosis) -> str:
     figures = [
-        html_picture(picture, "JPEG", f"{worst.shard}, cost {worst.cost:.2f}")
+        html_picture(picture, "WEBP", f"{worst.shard}, cost {worst.cost:.2f}")
         for picture, worst in zip(pictures, diagnosis.worst, strict=True)
     ]
     explanation = (
@@ -187,7 +187,7 @@ def _suspects(pictures: Sequence[Image.Image], manifest: Manifest, diagnosis: Di
     for picture, suspect in zip(pictures, diagnosis.suspects, strict=True):
         annotation = "" if suspect.annotation_id is None else f", annotation {suspect.annotation_id}"
         text = f"{suspect_text(suspect, names)}{annotation}, {suspect.shard}, suspicion {suspect.suspicion:.2f}"
-        figures.append(html_picture(picture, "JPEG", text))
+        figures.append(html_picture(picture, "WEBP", text))
     explanation = (
         "Labels that the model contradicts with confidence. A model that has not learned the data well is often the one "
         "that errs. "
@@ -221,9 +221,9 @@ def _figure(value: float) -> str:
 
 
 def html_picture(picture: Image.Image, kind: str, caption: str) -> str:
-    """Return a figure with the picture in it, as `PNG` or `JPEG`."""
+    """Return a figure with the picture in it, as `PNG` or, in half the bytes of JPEG, `WEBP`."""
     content = io.BytesIO()
-    picture.save(content, kind, **({"quality": 85} if kind == "JPEG" else {}))
+    picture.save(content, kind, **({"quality": 75, "method": 2} if kind == "WEBP" else {}))
     encoded = base64.b64encode(content.getvalue()).decode()
     return (
         f'<figure><img width={picture.width} height={picture.height} alt="" '

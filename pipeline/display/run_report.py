@@ -43,7 +43,7 @@ def progress_section(history: Sequence[Evaluated], epochs: int) -> str:
 def detections_section(sheet: Image.Image) -> str:
     """Return the section with a sheet of detections beside the truth."""
     caption = "The same images at each evaluation; detections with scores from 0.5."
-    return f"<h2>Detections</h2>{html_picture(sheet, 'JPEG', caption)}"
+    return f"<h2>Detections</h2>{html_picture(sheet, 'WEBP', caption)}"
 
 
 def configuration_section(config: RunConfig) -> str:
