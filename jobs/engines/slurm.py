@@ -34,7 +34,7 @@ _COMMAND, _ENDED, _STOPPED = "command", "ended", "stopped"
 _RAY = r"""
 # Ray of this job alone, also where another job has processes on the same node: its port and the folder of each node come
 # from the job's number, all other ports are free ones, and its token stays in a file that only its owner reads.
-port=$((20000 + SLURM_JOB_ID % 10000))
+port=$((20000 + SLURM_JOB_ID % 5000))
 read -r address _ < <(hostname -I)
 export RAY_ADDRESS="$address:$port" RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$folder/token-$SLURM_JOB_ID"
 (umask 077 && head -c 32 /dev/urandom | base64 >"$RAY_AUTH_TOKEN_PATH")
@@ -52,7 +52,7 @@ srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_
     --disable-usage-stats --block)
   if [ "$SLURM_NODEID" = 0 ]; then
     exec "$0" start --head --node-ip-address "$DETR_ADDRESS" --port "$DETR_PORT" \
-      --ray-client-server-port 0 --include-dashboard false "${flags[@]}"
+      --ray-client-server-port "$((DETR_PORT + 5000))" --include-dashboard false "${flags[@]}"
   fi
   until "$0" health-check --address "$RAY_ADDRESS" >/dev/null 2>&1; do sleep 2; done
   exec "$0" start --address "$RAY_ADDRESS" "${flags[@]}"' "$ray" &
