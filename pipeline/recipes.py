@@ -277,6 +277,21 @@ NOTES["small"] = (
     "a download, or torchvision's with --model.backbone resnet18 --model.backbone-weights imagenet"
 )
 
+# The demonstration of panoptic segmentation: the same shapes as things, on three kinds of stuff. Boxes and masks are
+# trained together, in one run; a mask head needs 128 channels and 8 heads.
+DEMO_PANOPTIC = replace(
+    DEMO,
+    recipe="demo-panoptic",
+    model=replace(
+        DEMO.model, backbone_weights="runs/demo-panoptic/backbone.safetensors", hidden_dim=128, heads=8, masks=True
+    ),
+    data=replace(
+        DEMO.data, train="runs/demo-panoptic/data/train", val="runs/demo-panoptic/data/val", built_in_stuff=True
+    ),
+    optim=replace(DEMO.optim, epochs=6),
+    evaluate=replace(DEMO.evaluate, every=1),
+)
+
 # A sanity check of data and pipeline: overfit a few real images. ResNet-18 from random weights, all of it trainable,
 # with GroupNorm (frozen BatchNorm over random weights cannot work), at most 288 px, no augmentation. It is evaluated on
 # the training images: point `--data.train` and `--data.val` at the same shards. The options of the demo let it converge
@@ -354,6 +369,7 @@ RECIPES: dict[str, RunConfig] = {
         OVERFIT_DEFORMABLE,
         DEMO,
         DEMO_DEFORMABLE,
+        DEMO_PANOPTIC,
     )
 }
 

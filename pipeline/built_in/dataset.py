@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from pipeline.built_in.pretrain import pretrain_backbone
@@ -10,10 +11,12 @@ from pipeline.config import RunConfig
 from pipeline.display.terminal import progress_bar
 from pipeline.recipes import RECIPES
 from shards.config import WriteConfig
-from shards.dataset.manifest import MANIFEST_NAME, load_manifest
+from shards.dataset.manifest import MANIFEST_NAME, Manifest, load_manifest
+from shards.panoptic.built_in import write_synthetic_panoptic
 from shards.store import storage
 from shards.synthetic import write_synthetic
-from shards.write.writer import write_coco
+from shards.workers import Progress
+from shards.write.writer import write_coco, write_panoptic
 
 _SAMPLES_PER_SHARD = 1000
 
@@ -66,13 +69,20 @@ def make_data(config: RunConfig, say: Callable[[str], None]) -> None:
         return
     urls = (config.data.train, config.data.val)
     source = Path(config.data.train).parent / "source"
+    write = WriteConfig(samples_per_shard=_SAMPLES_PER_SHARD)
     with progress_bar("drawing images") as progress:
-        drawn = write_synthetic(source, progress=progress)
+        sharders = _draw(source, config.data.built_in_stuff, progress)
     images = 0
-    for split, url in zip((drawn.train, drawn.val), urls, strict=True):
+    for shard, url in zip(sharders, urls, strict=True):
         with progress_bar(f"sharding {Path(url).name}") as progress:
-            manifest = write_coco(
-                split.images, split.annotations, url, WriteConfig(samples_per_shard=_SAMPLES_PER_SHARD), progress
-            )
-        images += manifest.images
+            images += shard(out=url, config=write, progress=progress).images
     say(f"drew and sharded {images} images in {source.parent}")
+
+
+def _draw(source: Path, stuff: bool, progress: Progress) -> tuple[Callable[..., Manifest], ...]:
+    """Draw the images, with or without stuff, and return the function that shards each split."""
+    if stuff:
+        drawn = write_synthetic_panoptic(source, progress=progress)
+        return tuple(partial(write_panoptic, *vars(split).values()) for split in (drawn.train, drawn.val))
+    shapes = write_synthetic(source, progress=progress)
+    return tuple(partial(write_coco, *vars(split).values()) for split in (shapes.train, shapes.val))

@@ -100,11 +100,20 @@ def pretrain_backbone(
 
 
 def point_labels(targets: Sequence[Target], height: int, width: int, *, background: int) -> Tensor:
-    """Return the label of the smallest box over each point of a grid, or `background`: int64 [B, height, width]."""
+    """Return the label at each point of a grid, or `background`: int64 [B, height, width].
+
+    It is that of the mask over the point, or of the smallest box if the targets have no masks.
+    """
     labels = torch.full((len(targets), height, width), background)
     rows = ((torch.arange(height) + 0.5) / height)[:, None]
     columns = (torch.arange(width) + 0.5) / width
     for points, target in zip(labels, targets, strict=True):
+        if target.masks is not None:
+            _, h, w = target.masks.shape
+            masks = target.masks[:, (rows * h).long(), (columns * w).long()]
+            for mask, label in zip(masks, target.labels, strict=True):
+                points[mask] = label
+            continue
         # From large to small, so that the smallest box over a point is written last.
         for index in target.boxes[:, 2:].prod(1).argsort(descending=True, stable=True).tolist():
             x, y, w, h = target.boxes[index].tolist()
@@ -132,7 +141,8 @@ def _batches(manifest: Manifest, transform_config: TransformConfig, seed: int, e
     for epoch in range(epochs):
         transform = small if epoch < _SMALL * epochs else full_size
         plan = plan_epoch(manifest, seed=seed, epoch=epoch, batch_size=_BATCH_SIZE, epochs=epochs)
-        yield from open_loader(manifest, plan, transform=transform, collate=collate, config=ReadConfig(threads=1))
+        read = ReadConfig(threads=1, masks=manifest.panoptic)
+        yield from open_loader(manifest, plan, transform=transform, collate=collate, config=read)
 
 
 def _smaller(config: TransformConfig) -> TransformConfig:

@@ -38,6 +38,8 @@ class DataConfig:
     built_in: bool = False
     """Generate the built-in data set and pre-train the small backbone on it if `train` and `val` are missing.
     For the demo only."""
+    built_in_stuff: bool = False
+    """Generate the built-in data set in its panoptic form, with stuff behind the shapes. For the demo only."""
     reader_threads: int = 2
     """Threads per worker that read, decode and augment images.
     Raise it if MLflow's `step_share/data_wait` is not close to 0 and cores are idle."""

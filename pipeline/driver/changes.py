@@ -13,7 +13,7 @@ from pipeline.errors import RunConfigError
 from shards.store import storage
 
 _NOT_COMPARED = ("storage", "track.run_name")  # the run was found by them
-_LOCATIONS = ("data.train", "data.val", "data.built_in")  # their digests are compared instead
+_LOCATIONS = ("data.train", "data.val", "data.built_in", "data.built_in_stuff")  # their digests are compared instead
 _FREE = (
     *("cluster.", "compute.", "data.reader_threads", "data.cache", "data.cache_gib", "data.max_bad_samples"),
     *("checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.keep_every_epochs"),
