@@ -17,6 +17,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 import pytest
 
 from detr.config import ModelConfig, TransformConfig
+from tests.support.made_once import made_once
 from tests.support.tiny_data import TinyData
 
 if TYPE_CHECKING:  # the tests of `detr` also run where only torch, torchvision and scipy are
@@ -178,9 +179,9 @@ def _empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an MLflow store with its schema, made once and copied, because migrations take seconds."""
     from pipeline.tracking.mlflow_client import connect
 
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    connect(f"sqlite:///{path}")
-    return path
+    return (
+        made_once(tmp_path_factory, "store", lambda folder: connect(f"sqlite:///{folder / 'mlflow.db'}")) / "mlflow.db"
+    )
 
 
 @contextmanager
@@ -192,6 +193,8 @@ def _store_in(folder: Path, empty: Path) -> Iterator[str]:
     stray = Path("mlruns")
     before = stray.exists()
     with pytest.MonkeyPatch.context() as patch:
+        # For each new store MLflow imports its 70 migrations again, to compare with their last one.
+        patch.setattr("mlflow.store.db.utils._verify_schema", lambda engine: None)
         patch.setenv("MLFLOW_TRACKING_URI", uri)
         patch.delenv("MLFLOW_REGISTRY_URI", raising=False)
         yield uri

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.command import Command
+from tests.support.made_once import made_once
 from tests.support.recording import Recording
 
 
@@ -15,14 +16,15 @@ def _work(tmp_path_factory: pytest.TempPathFactory, _empty_store: Path) -> Path:
     """`data/train` (24 images in 5 shards) and `data/val` (6), sharded from the COCO files beside them, and an empty store."""
     from shards.synthetic import write_synthetic
 
-    folder = tmp_path_factory.mktemp("work")
-    write_synthetic(folder / "coco", train=24, val=6, size=64)
-    command = Command(folder)
-    for split in ("train", "val"):
-        source = ["--images", f"coco/{split}", "--annotations", f"coco/annotations/instances_{split}.json"]
-        command("shard", "coco", *source, "--out", f"data/{split}", "--samples-per-shard", "5", "--workers", "0")
-    shutil.copy(_empty_store, folder / "mlflow.db")
-    return folder
+    def make(folder: Path) -> None:
+        write_synthetic(folder / "coco", train=24, val=6, size=64)
+        command = Command(folder)
+        for split in ("train", "val"):
+            source = ["--images", f"coco/{split}", "--annotations", f"coco/annotations/instances_{split}.json"]
+            command("shard", "coco", *source, "--out", f"data/{split}", "--samples-per-shard", "5", "--workers", "0")
+        shutil.copy(_empty_store, folder / "mlflow.db")
+
+    return made_once(tmp_path_factory, "work", make)
 
 
 @pytest.fixture(scope="module")
