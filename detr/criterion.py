@@ -103,10 +103,12 @@ def ce_weight_sum(targets: Sequence[Target], num_queries: int, config: LossConfi
 
 def _log_probabilities(logits: Sequence[Tensor]) -> Tensor:
     """Return fp32 [L, B, Q, K + 1], without gradients, of each layer's logits [B, Q, K + 1]."""
-    result = torch.empty(len(logits), *logits[0].shape, device=logits[0].device)
-    for row, layer in zip(result, logits, strict=True):
-        torch.log_softmax(layer.detach().float(), -1, out=row)
-    return result
+    if logits[0].device.type == "cpu":  # without a copy of all logits; on a GPU the launches cost more
+        result = torch.empty(len(logits), *logits[0].shape)
+        for row, layer in zip(result, logits, strict=True):
+            torch.log_softmax(layer.detach().float(), -1, out=row)
+        return result
+    return torch.stack([layer.detach() for layer in logits]).log_softmax(-1, torch.float32)
 
 
 def _cross_entropy(

@@ -23,6 +23,8 @@ from detr.variant import Outputs, SigmoidOutputs
 Ints = NDArray[np.int64]
 _Extents = tuple[Tensor, Tensor, Tensor]
 _TINY_PROBABILITY = 1e-8  # keeps logarithms finite, as in the original
+TINY_AREA = 1e-12
+"""Smallest divisor of areas: a millionth of a pixel in a 1000 x 1000 image, so real areas are never changed."""
 
 
 class NonFiniteError(ValueError):
@@ -160,22 +162,19 @@ def _costs(
 
     The queries are the innermost dimension because rows of coordinates or of objects would be short.
     """
-    # [4, B, L, Q] of the queries and [4, T, 1, 1] of the objects; each object is compared with its image's queries.
-    predicted = boxes.float().permute(3, 1, 0, 2).contiguous()
+    # [4, T, L, Q] of the queries and [4, T, 1, 1] of the objects; each object is compared with its image's queries.
+    predicted = boxes.float().permute(3, 1, 0, 2).contiguous().index_select(1, targets.image)
     true = targets.boxes.T[:, :, None, None]
-    costs = predicted.new_zeros(true.shape[1], *predicted.shape[2:])
+    # Broadcast differences, since cdist(p=1) is several times slower on a GPU.
     if config.cost_bbox:
-        # Broadcast differences, since cdist(p=1) is several times slower on a GPU.
-        for of_queries, of_objects in zip(predicted, true, strict=True):
-            difference = of_queries.index_select(0, targets.image).sub_(of_objects).abs_()
-            costs.add_(difference, alpha=config.cost_bbox)
+        costs = (predicted - true).abs_().sum(0).mul_(config.cost_bbox)
+    else:
+        costs = predicted.new_zeros(predicted.shape[1:])
     if config.cost_class:
         own_class = scores.permute(1, 3, 0, 2)[targets.image, targets.labels]
         costs.add_(class_cost(own_class, config), alpha=config.cost_class)
     if config.cost_giou:
-        low, high, area = _extents(predicted)
-        own = low.index_select(1, targets.image), high.index_select(1, targets.image), area[targets.image]
-        costs.sub_(_giou(own, _extents(true)), alpha=config.cost_giou)
+        costs.sub_(_giou(_extents(predicted), _extents(true)), alpha=config.cost_giou)
     return costs
 
 
@@ -191,20 +190,20 @@ def _extents(boxes: Tensor) -> _Extents:
     """Return low corners [2, ...], high corners [2, ...] and areas [...] of cxcywh coordinates [4, ...]."""
     centres, extents = boxes.chunk(2)
     halves = extents / 2
-    return centres - halves, centres + halves, _area(extents)
+    return centres - halves, centres + halves, area(extents)
 
 
 def _giou(a: _Extents, b: _Extents) -> Tensor:
     """Return the generalised IoU of boxes given by their `_extents`."""
     (a_low, a_high, a_area), (b_low, b_high, b_area) = a, b
-    overlap = _area((torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0))
-    hull = _area(torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low))
+    overlap = area((torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0))
+    hull = area(torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low))
     union = a_area + b_area - overlap
-    tiny = 1e-12  # a millionth of a pixel in a 1000 x 1000 image: real areas are never changed
-    return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+    return overlap / union.clamp(min=TINY_AREA) - (hull - union) / hull.clamp(min=TINY_AREA)
 
 
-def _area(extents: Tensor) -> Tensor:
+def area(extents: Tensor) -> Tensor:
+    """Return the product [...] of widths and heights [2, ...]."""
     # Not prod(0), whose gradient waits for the device to find out whether there are zeros.
     width, height = extents.unbind()
     return width * height

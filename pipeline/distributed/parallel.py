@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from detr.backbone import FrozenBatchNorm
 from detr.compute import fsdp_units
 from detr.model import DETR
 from pipeline.distributed.ranks import Ranks
@@ -96,6 +97,9 @@ def _shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     for parameter in model.parameters():
         # FSDP shards contiguous memory only; the backbone's activations keep the layout of the input.
         parameter.data = parameter.data.contiguous()
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm):
+            module.keep_weights = False
     for block in fsdp_units(model) if isinstance(model, DETR) else []:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -139,7 +143,8 @@ def gradient_sync(model: nn.Module, *, now: bool) -> Iterator[None]:
 def clip_gradients(optimizer: torch.optim.Optimizer, norm: float) -> Tensor:
     """Scale the gradients down to a total norm of at most `norm`; return the norm before, over all ranks' shards."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    total = nn.utils.clip_grad_norm_(parameters, norm)
+    # By itself torch takes them one by one if FSDP shards them: two kernels for each of some 160.
+    total = nn.utils.clip_grad_norm_(parameters, norm, foreach=True)
     return total.full_tensor() if isinstance(total, DTensor) else total
 
 
