@@ -14,8 +14,10 @@ from torch import Tensor
 
 from detr.batch import Target, collate, normalise
 from detr.geometry import eval_geometry
+from detr.panoptic import panoptic
 from detr.postprocess import Detection, detect
 from detr.transforms import apply
+from pipeline.inference.segments import Segmented, segmented
 from pipeline.registry.card import read_model
 from shards.masks.rle import encode_masks
 from shards.rgb import to_rgb
@@ -44,22 +46,28 @@ class Detector:
         self._device = torch.device(device)
         self.model = model.to(self._device)
 
-    @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image], threshold: float = 0.5) -> list[list[Prediction]]:
         """Return the detections of each image with a score of at least `threshold`, in descending order of score.
 
-        Each image is processed alone, without padding.
+        Each image is processed alone, without padding. Of a panoptic model, only things are detections.
         """
-        return [self._detect(image, threshold) for image in images]
+        return [self.read(image, threshold)[0] for image in images]
 
-    def _detect(self, image: Image.Image, threshold: float) -> list[Prediction]:
+    @torch.inference_mode()
+    def read(self, image: Image.Image, threshold: float = 0.5) -> tuple[list[Prediction], Segmented | None]:
+        """Return the detections of an image, and its segments if the model is panoptic."""
         pixels = np.asarray(to_rgb(image))
         height, width = pixels.shape[:2]
         geometry = eval_geometry(width, height, self.card.transform)
         tensor, boxes, labels = apply(pixels, np.zeros((0, 4)), np.zeros(0, dtype=np.int64), geometry)
         batch = collate([(tensor, Target(boxes, labels, 0, (height, width)))]).to(self._device)
         outputs = self.model(normalise(batch, self.card.transform), batch.padding)
-        return self._predictions(detect(outputs, [(height, width)], sizes=batch.sizes)[0], threshold)
+        found = self._predictions(detect(outputs, [(height, width)], sizes=batch.sizes)[0], threshold)
+        if not self.card.panoptic:
+            return found, None
+        stuff = [category.isthing is False for category in self.card.categories]
+        result = panoptic(outputs, [(height, width)], batch.sizes, None, stuff)[0]
+        return found, segmented(result, self.card.categories)
 
     def _predictions(self, detection: Detection, threshold: float) -> list[Prediction]:
         order = torch.argsort(detection.scores, descending=True, stable=True).tolist()
@@ -69,6 +77,8 @@ class Detector:
             if score >= threshold:
                 label = int(detection.labels[number])
                 category = self.card.categories[label]
+                if category.isthing is False:
+                    continue
                 x0, y0, x1, y1 = (float(value) for value in detection.boxes_xyxy[number])
                 mask = None if detection.masks is None else _run_lengths(detection.masks[number])
                 found.append(Prediction(category.id, category.name, label, score, (x0, y0, x1, y1), mask))

@@ -12,10 +12,12 @@ import numpy as np
 from PIL import Image
 
 from pipeline.display.draw import Boxes, draw
+from pipeline.display.segments import overlay
 from pipeline.display.terminal import progress_bar
 from pipeline.distributed.ranks import default_device
 from pipeline.errors import PipelineError
 from pipeline.inference.detector import Detector, Prediction, coco_results
+from pipeline.inference.segments import Segmented, panoptic_document
 from pipeline.registry.versions import resolve
 from shards.errors import PictureError
 from shards.masks.rle import decode_masks
@@ -35,6 +37,9 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Detect on picture files: write annotated copies and `detections.json` (COCO's result format) into `out`.
 
+    A panoptic version also writes COCO's panoptic format, `panoptic.json` and a PNG for each picture in `panoptic/`; the copies
+    show its segments instead of boxes.
+
     Images are numbered from 1 in the order given; each result also names its file. Boxes are of the picture as drawn:
     turned upright, unless `exif` is `ignore`. attention: also write pictures of what the query of each detection has read.
     """
@@ -46,17 +51,44 @@ def predict(
         detector = Detector(resolve(uri, Path(folder)), default_device())
     out.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
+    pictures: list[dict[str, Any]] = []
     with progress_bar("detecting") as advance:
         for number, path in enumerate(images, start=1):
             image = _decode(path, exif)
-            found = detector([image], threshold)[0]
-            draw(image, _boxes(found, image.height, image.width)).save(out / f"{number:04d}-{path.stem}.png")
+            found, segments = detector.read(image, threshold)
+            name = f"{number:04d}-{path.stem}.png"
+            if segments is None:
+                draw(image, _boxes(found, image.height, image.width)).save(out / name)
+            else:
+                overlay(image, segments.indices, segments.labels, detector.card.categories).save(out / name)
+                pictures.append(_write_segments(out / "panoptic" / name, number, path, segments))
             if attention:
                 _draw_attention(detector, image, threshold).save(out / f"{number:04d}-{path.stem}-attention.png")
             results += [{"file_name": str(path), **result} for result in coco_results(number, found)]
             advance(number, len(images))
-    (out / "detections.json").write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
+    _write_json(out / "detections.json", results)
+    if detector.card.panoptic:
+        _write_json(out / "panoptic.json", panoptic_document(pictures, detector.card.categories))
     return results
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1))
+
+
+def _write_segments(target: Path, number: int, picture: Path, segments: Segmented) -> dict[str, Any]:
+    """Write COCO's panoptic PNG of a picture; return its annotation, with the picture's name and size."""
+    target.parent.mkdir(exist_ok=True)
+    target.write_bytes(segments.png())
+    height, width = segments.indices.shape
+    return {
+        "image_id": number,
+        "file_name": target.name,
+        "segments_info": segments.infos,
+        "picture": str(picture),
+        "height": height,
+        "width": width,
+    }
 
 
 def _draw_attention(detector: Detector, image: Image.Image, threshold: float) -> Image.Image:

@@ -3,11 +3,12 @@
 MLflow stores the file as code ("models from code") and executes it when the model is loaded, so nothing is pickled.
 Input: a column `image` of base64 strings, each an encoded picture; a string column works with every form of request.
 Output: for each picture its size in pixels and its detections with category id, name, score, box and, if the model predicts
-it, mask. `docs/serving.md` is the user's description.
+it, mask. A panoptic model also gives segments, as run lengths and as COCO's PNG in base64. `docs/serving.md` is the user's description.
 """
 
 from __future__ import annotations
 
+import base64
 import logging
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,16 @@ class DetrModel(PythonModel):  # type: ignore[misc]  # mlflow is not typed
         return answers
 
     def _answer(self, picture: Image.Image, threshold: float) -> dict[str, Any]:
-        found = self._detector([picture], threshold)[0]
-        return {
+        found, segments = self._detector.read(picture, threshold)
+        answer: dict[str, Any] = {
             "width": picture.width,
             "height": picture.height,
             "detections": [coco_result(detection) for detection in found],
         }
+        if segments is not None:
+            answer["segments"] = segments.with_run_lengths(self._detector.card.categories)
+            answer["panoptic_png"] = base64.b64encode(segments.png()).decode()
+        return answer
 
 
 # Importing this file has an effect: MLflow requires a model's code to set the model. Nothing else imports it.

@@ -54,6 +54,11 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     imported_from: str = ""
     """Name and SHA-256 of the file that the weights were imported from; empty if they were trained here."""
 
+    @property
+    def panoptic(self) -> bool:
+        """True if the model divides pictures into segments of things and stuff."""
+        return self.model.masks and any(category.isthing is not None for category in self.categories)
+
 
 def write_folder(folder: Path, model: DETR, card: Card) -> None:
     """Write the weights, under the original's parameter names, and the card."""

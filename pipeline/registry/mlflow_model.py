@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.registry.card import DETECTOR_FOLDER
+from pipeline.registry.card import DETECTOR_FOLDER, read_card
 
 if TYPE_CHECKING:
     from mlflow.models import Model
@@ -28,7 +28,8 @@ CODE_ARCHIVE = "code/detr.zip"
 _DESCRIPTION = {
     "request": "column `image`: a picture file (JPEG, PNG, WebP, BMP, GIF, TIFF) as base64, or a data: URL of it",
     "answer": "for each row: width and height in pixels, and detections, the highest score first, each with category_id, "
-    "category, bbox (x, y, width, height in pixels), score and, if the model predicts it, segmentation (COCO's run lengths)",
+    "category, bbox (x, y, width, height in pixels), score and, if the model predicts it, segmentation (COCO's run lengths); of a "
+    "panoptic model also segments and panoptic_png, COCO's panoptic PNG as base64, whose ids are those of the segments",
     "threshold": "lowest score, 0 to 1",
     "exif": "`upright` turns a picture as its camera was held; `ignore` takes the pixels as stored",
     "bad_rows": "`refuse` refuses a request with a wrong row; `report` answers such a row with `error`",
@@ -50,7 +51,7 @@ def write_mlflow_model(path: Path, detector: Path, model: Model) -> None:
             path=path,
             python_model=str(ROOT / "pipeline" / "inference" / "serve.py"),
             artifacts={Path(DETECTOR_FOLDER).name: str(detector)},
-            signature=signature(),
+            signature=signature(panoptic=read_card(detector).panoptic),
             input_example=example(),
             pip_requirements=requirements(),
             metadata=_DESCRIPTION,
@@ -80,8 +81,8 @@ def write_code(path: Path) -> None:
             archive.writestr(zipfile.ZipInfo(str(file.relative_to(ROOT))), file.read_bytes(), zipfile.ZIP_DEFLATED)
 
 
-def signature() -> ModelSignature:
-    """Return the columns of requests and answers, and the parameters with their defaults."""
+def signature(*, panoptic: bool = False) -> ModelSignature:
+    """Return the columns of requests and answers, which a panoptic model has more of, and the parameters with defaults."""
     from mlflow.models.signature import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import Array, Object, Property
@@ -101,6 +102,12 @@ def signature() -> ModelSignature:
         ColSpec(DataType.long, "height"),
         ColSpec(Array(detection), "detections"),
     ]
+    if panoptic:
+        whole = {name: DataType.long for name in ("id", "category_id", "isthing", "iscrowd", "area")}
+        fields = whole | {"category": DataType.string, "score": DataType.double}
+        segment = [Property(name, kind) for name, kind in fields.items()]
+        segment += [Property("bbox", Array(DataType.long)), Property("segmentation", segmentation)]
+        answer += [ColSpec(Array(Object(segment)), "segments"), ColSpec(DataType.string, "panoptic_png")]
     parameters = [
         ParamSpec("threshold", DataType.double, 0.5),
         ParamSpec("exif", DataType.string, "upright"),

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +21,12 @@ def model() -> Any:
     with warnings.catch_warnings(record=True):  # MLflow advises type hints when the class is made
         from pipeline.inference.serve import DetrModel
     made = DetrModel()
-    made._detector = lambda pictures, threshold: [
-        [Prediction(7, "cat", 0, threshold, (1.0, 2.0, picture.width, picture.height))] for picture in pictures
-    ]
+    made._detector = SimpleNamespace(
+        read=lambda picture, threshold: (
+            [Prediction(7, "cat", 0, threshold, (1.0, 2.0, picture.width, picture.height))],
+            None,
+        )
+    )
     return made
 
 
@@ -41,7 +45,7 @@ def test_a_wrong_row_refuses_the_request_or_is_reported_in_its_answer(model: Any
 
 def test_no_picture_is_detected_in_after_a_wrong_row_of_a_request_that_is_refused(model: Any) -> None:
     seen: list[Image.Image] = []
-    model._detector = lambda pictures, threshold: [seen.extend(pictures) or []]
+    model._detector.read = lambda picture, threshold: (seen.append(picture) or [], None)
     with pytest.raises(RequestError):
         model.predict(None, {"image": [WRONG, GOOD, GOOD]})
     assert seen == []
@@ -53,7 +57,7 @@ def test_an_error_of_the_detector_is_a_line_for_the_client_and_a_traceback_in_th
     def fail(*_: object) -> None:
         raise RuntimeError("/opt/model: out of memory")
 
-    model._detector = fail
+    model._detector.read = fail
     with caplog.at_level(logging.ERROR), pytest.raises(RequestError) as caught:
         model.predict(None, {"image": [GOOD]})
     assert (caught.value.message, caught.value.get_http_status_code()) == (
