@@ -1,6 +1,5 @@
 """Panoptic post-processing equals the original's steps, and panoptic quality COCO's, for any segments."""
 
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,11 +10,10 @@ from hypothesis import strategies as st
 
 from detr.panoptic import panoptic
 from detr.variant import Outputs
-from shards.panoptic.segment_png import write_png
 from shards.panoptic.segments import TrueSegments
 from shards.score.panoptic_folders import score_folders
 from shards.score.panoptic_quality import ImageCounts, count, quality
-from tests.support.panoptic_figures import plain_panoptic
+from tests.support.panoptic_figures import plain_panoptic, write_panoptic_files
 
 CATEGORIES = 5
 THINGS = [True, False, True, False, True]
@@ -68,36 +66,11 @@ def counted(problem: Problem) -> list[ImageCounts]:
 @given(problems())
 def test_quality_is_cocos(problem: Problem) -> None:
     with TemporaryDirectory() as folder:
-        expected = score_folders(*write_files(Path(folder), problem))
+        expected = score_folders(*write_panoptic_files(Path(folder), problem, THINGS))
     found = quality(counted(problem), THINGS)
     for mine, its in zip(found.classes, expected.classes, strict=True):
         assert (mine.matched, mine.missed, mine.false) == (its.matched, its.missed, its.false)
         assert abs(mine.overlap - its.overlap) < 1e-9
-
-
-def write_files(folder: Path, problem: Problem) -> tuple[Path, Path, Path, Path]:
-    """Write truth and prediction in COCO's format."""
-    categories = [{"id": label, "name": str(label), "isthing": int(thing)} for label, thing in enumerate(THINGS)]
-    documents = {"true": [], "found": []}
-    for image, (truth, (indices, labels)) in enumerate(problem):
-        columns = (truth.segment_ids, truth.labels, truth.crowds, truth.areas)
-        true = [
-            {"id": int(i), "category_id": int(label), "iscrowd": int(crowd), "area": int(area), "bbox": [0, 0, 1, 1]}
-            for i, label, crowd, area in zip(*columns, strict=True)
-        ]
-        found = [{"id": index + 1, "category_id": label} for index, label in enumerate(labels)]
-        for name, ids, segments in (("true", truth.ids, true), ("found", indices + 1, found)):
-            (folder / name).mkdir(exist_ok=True)
-            (folder / name / f"{image}.png").write_bytes(write_png(ids))
-            documents[name].append({"image_id": image, "file_name": f"{image}.png", "segments_info": segments})
-    images = [
-        {"id": image, "file_name": f"{image}.jpg", "height": truth.ids.shape[0], "width": truth.ids.shape[1]}
-        for image, (truth, _) in enumerate(problem)
-    ]
-    for name, annotations in documents.items():
-        document = {"images": images, "categories": categories, "annotations": annotations}
-        (folder / f"{name}.json").write_text(json.dumps(document))
-    return folder / "true.json", folder / "true", folder / "found.json", folder / "found"
 
 
 @settings(max_examples=30, deadline=None)

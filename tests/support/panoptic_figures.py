@@ -1,5 +1,6 @@
 """Cases of panoptic post-processing, made from their description, and the original's steps in plain form."""
 
+import json
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 
 from detr.geometry import Size
 from detr.variant import Outputs
+from shards.panoptic.segment_png import write_png
+from shards.panoptic.segments import TrueSegments
 
 FIGURES = Path(__file__).parents[1] / "parity" / "figures" / "panoptic"
 
@@ -76,18 +79,45 @@ def plain_panoptic(
 
     def divide(merge: bool) -> tuple[Tensor, Tensor]:
         shares = wide.transpose(0, 1).softmax(-1)
-        found = shares.argmax(-1).view(size) if len(wide) else torch.zeros(size, dtype=torch.int64)
+        found = shares.argmax(-1).view(size) if len(wide) else labels.new_zeros(size)
         for queries in of_class.values() if merge else ():
             for query in queries:
                 found.masked_fill_(found == query, queries[0])
         # Pillow resizes ids as colours in the original, which is the same for the nearest neighbour.
-        colours = Image.fromarray(np.repeat(found.numpy().astype(np.uint8)[..., None], 3, axis=2))
+        colours = Image.fromarray(np.repeat(found.cpu().numpy().astype(np.uint8)[..., None], 3, axis=2))
         found = torch.from_numpy(np.array(colours.resize(original[::-1], Image.Resampling.NEAREST)))[..., 0].long()
         return found, torch.tensor([int((found == query).sum()) for query in range(len(labels))])
 
     found, areas = divide(merge=True)
     while (areas <= 4).any():
-        large = areas > 4
+        large = (areas > 4).to(labels.device)
         wide, labels = wide[large], labels[large]
         found, areas = divide(merge=False)
     return found, list(zip(labels.tolist(), areas.tolist(), strict=True))
+
+
+def write_panoptic_files(
+    folder: Path, images: list[tuple[TrueSegments, tuple[np.ndarray, list[int]]]], things: list[bool]
+) -> tuple[Path, Path, Path, Path]:
+    """Write truth and predictions in COCO's format; return what `score_folders` takes."""
+    categories = [{"id": label, "name": str(label), "isthing": int(thing)} for label, thing in enumerate(things)]
+    documents: dict[str, list[dict[str, Any]]] = {"true": [], "found": []}
+    for image, (truth, (indices, labels)) in enumerate(images):
+        columns = (truth.segment_ids, truth.labels, truth.crowds, truth.areas)
+        true = [
+            {"id": int(i), "category_id": int(label), "iscrowd": int(crowd), "area": int(area), "bbox": [0, 0, 1, 1]}
+            for i, label, crowd, area in zip(*columns, strict=True)
+        ]
+        found = [{"id": index + 1, "category_id": label} for index, label in enumerate(labels)]
+        for name, ids, segments in (("true", truth.ids, true), ("found", indices + 1, found)):
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name / f"{image}.png").write_bytes(write_png(ids))
+            documents[name].append({"image_id": image, "file_name": f"{image}.png", "segments_info": segments})
+    pictures = [
+        {"id": image, "file_name": f"{image}.jpg", "height": truth.ids.shape[0], "width": truth.ids.shape[1]}
+        for image, (truth, _) in enumerate(images)
+    ]
+    for name, annotations in documents.items():
+        document = {"images": pictures, "categories": categories, "annotations": annotations}
+        (folder / f"{name}.json").write_text(json.dumps(document))
+    return folder / "true.json", folder / "true", folder / "found.json", folder / "found"
