@@ -18,6 +18,8 @@ from detr.position import at_least_fp32
 
 Shapes = tuple[tuple[int, int], ...]
 """Height and width of each feature level in cells."""
+_CACHE = 512 * 2**10
+"""Bytes of samples that a thread of a CPU computes at a time: one row of N at true size, many of a small model."""
 
 
 class DeformableAttention(nn.Module):
@@ -149,8 +151,8 @@ def _sum_of_levels(maps: Tensor, grid: Tensor, shares: Tensor, shapes: Shapes) -
 class _Sample(torch.autograd.Function):
     """Weighted sum of samples [N, D, Q] that keeps its inputs only, and samples again in the backward pass.
 
-    maps: [N, D, S]. grid: [L, N, Q, P, 2]. shares: [L, N, Q, P]. On a CPU, a few rows of N are computed at a time, one per
-    thread, so that their samples stay in its cache.
+    maps: [N, D, S]. grid: [L, N, Q, P, 2]. shares: [L, N, Q, P]. On a CPU, a few rows of N are computed at a time, so
+    that their samples stay in its cache.
     """
 
     @staticmethod
@@ -158,7 +160,7 @@ class _Sample(torch.autograd.Function):
         ctx.save_for_backward(maps, grid, shares)
         ctx.shapes = shapes
         summed = maps.new_zeros(*maps.shape[:2], grid.shape[2])
-        for rows in _rows(maps):
+        for rows in _rows(maps, grid):
             levels = _level_maps(maps[rows], shapes)
             for level, points, share in zip(levels, grid[:, rows], shares[:, rows], strict=True):
                 summed[rows] += _read(level, points).mul_(share[:, None]).sum(-1)
@@ -169,7 +171,7 @@ class _Sample(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         maps, grid, shares = ctx.saved_tensors
         of_maps, of_grid, of_shares = torch.empty_like(maps), torch.empty_like(grid), torch.empty_like(shares)
-        for rows in _rows(maps):
+        for rows in _rows(maps, grid):
             outer, target = gradient[rows, ..., None], _level_maps(of_maps[rows], ctx.shapes)
             for number, level in enumerate(_level_maps(maps[rows], ctx.shapes)):
                 points = grid[number, rows]
@@ -181,6 +183,10 @@ class _Sample(torch.autograd.Function):
         return of_maps, of_grid, of_shares, None
 
 
-def _rows(maps: Tensor) -> list[slice]:
-    size = len(maps) if maps.device.type != "cpu" else max(1, torch.get_num_threads())
+def _rows(maps: Tensor, grid: Tensor) -> list[slice]:
+    """Return the rows of N that are computed together."""
+    size = len(maps)
+    if maps.device.type == "cpu":
+        samples = maps.shape[1] * grid.shape[2] * grid.shape[3] * maps.element_size()
+        size = max(1, torch.get_num_threads()) * max(1, _CACHE // samples)
     return [slice(start, start + size) for start in range(0, len(maps), size)]
