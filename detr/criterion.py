@@ -14,6 +14,7 @@ from detr.batch import Target
 from detr.config import LossConfig
 from detr.deformable.criterion import sigmoid_losses
 from detr.geometry import Size
+from detr.kept import constant
 from detr.losses.masks import mask_losses
 from detr.losses.matched import box_losses, class_error, zero_with_gradient
 from detr.matcher import Assignment, PackedTargets, match_layers, pack
@@ -73,7 +74,11 @@ def compute_losses(
     }
     weights = {"loss_ce": config.weight_ce, "loss_bbox": config.weight_bbox, "loss_giou": config.weight_giou}
     # Losses of weight 0 are left out, since 0 times NaN is NaN.
-    weighted = [weight * per_layer[name].sum() for name, weight in weights.items() if weight]
+    used = [name for name, weight in weights.items() if weight]
+    weighted = []
+    if used:
+        factors = constant(tuple(weights[name] for name in used), boxes.device)
+        weighted.append((torch.stack([per_layer[name] for name in used]) * factors[:, None]).sum())
     terms = {"class_error": class_error(log_probabilities, labels, found)}
     if outputs.masks is not None:
         weights |= {"loss_mask": config.weight_mask, "loss_dice": config.weight_dice}
@@ -84,7 +89,7 @@ def compute_losses(
     if not all(weights.values()):
         predictions = [*logits, boxes] if outputs.masks is None else [*logits, boxes, outputs.masks]
         weighted.append(zero_with_gradient(predictions))
-    total = torch.stack(weighted).sum()
+    total = torch.stack(weighted).sum() if len(weighted) > 1 else weighted[0]
     for name, values in per_layer.items():
         for index, value in enumerate(values.detach().unbind()):
             terms[name if index == 0 else f"{name}_{index - 1}"] = value

@@ -1,10 +1,18 @@
 """Work done once instead of in every forward pass or layer: results of constant tensors, and casts under autocast."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@lru_cache(maxsize=64)
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return fp32 numbers on a device, copied there once."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def autocast_type(tensor: Tensor) -> torch.dtype:

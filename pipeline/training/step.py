@@ -44,6 +44,9 @@ RANDOMNESS = "1: dropout from torch.manual_seed((seed * 1000003 + step) * 4099 +
 """Version and rule of the seeds in `train_step`, stored in checkpoints: change the number with the rule."""
 
 
+_LEAST_WEIGHT = 1e-6  # far below the mean of any images
+
+
 class StepResult(NamedTuple):
     """Results of a step, on the device."""
 
@@ -77,20 +80,22 @@ def normalisers(
     weights = [ce_weight_sum(targets, config.model.num_queries, config.loss) for targets in per_batch]
     mine = torch.tensor([float(boxes), sum(weights), *map(float, request)], dtype=torch.float64)
     sums = ranks.sum(mine.to(ranks.device, non_blocking=True))
-    total_boxes, total_weight, asking = sums[0], sums[1], sums[2:]
-    total_copies = total_boxes * config.loss.one_to_many_copies
+    asking = sums[2:]
+    copies = config.loss.one_to_many_copies if config.model.deformable.one_to_many_queries else 1
     if config.optim.normalise == "per_rank":
         passes = len(batches)
         # Gradients of passes add up, so each is also divided by the number of passes: a mean, like DDP's over ranks.
         mean_boxes, mean_copies = (
-            (total / (ranks.world_size * passes)).clamp(min=1).float() * passes for total in (total_boxes, total_copies)
+            (sums[0] * each / (ranks.world_size * passes)).clamp(min=1).float() * passes for each in (1, copies)
         )
         # Without images both sum and weight are 0; the original would divide 0 by 0.
         return [Dividers(mean_boxes, (weight or 1.0) * passes, mean_copies) for weight in weights], asking
-    # With eos_coef 0 and no box the sum of the weights is 0, and so is the loss: divide it by 1.
-    total_weight = torch.where(total_weight > 0, total_weight, 1.0)
-    mean_boxes, mean_copies = ((total.clamp(min=1) / ranks.world_size).float() for total in (total_boxes, total_copies))
-    mean_weight = (total_weight / ranks.world_size).float()
+    means = (sums[:2] / ranks.world_size).float()
+    least = 1 / ranks.world_size  # of one box in the global batch
+    mean_boxes = means[0].clamp(min=least)
+    mean_copies = mean_boxes if copies == 1 else (means[0] * copies).clamp(min=least)
+    # With eos_coef 0 and no box the sum of the weights is 0, and so is the loss: divide it by anything else.
+    mean_weight = means[1].clamp(min=_LEAST_WEIGHT)
     return [Dividers(mean_boxes, mean_weight, mean_copies)] * len(batches), asking
 
 

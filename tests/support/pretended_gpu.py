@@ -266,7 +266,10 @@ def _moved(name: str, source: torch.Tensor, kwargs: dict[str, Any]) -> torch.Ten
         _recorded.waits.append(_event(name))
     if not isinstance(source, _OnGpu) and to_gpu and not kwargs.get("non_blocking"):
         _recorded.blocking_copies.append(_event(name))
-    if to_gpu or isinstance(source, _OnGpu):
+    same = isinstance(source, _OnGpu) and to_gpu and kwargs.get("dtype") in (None, source.dtype)
+    if (
+        to_gpu or isinstance(source, _OnGpu)
+    ) and not same:  # C++ asks for what is there already, because it sees `meta`
         _recorded.record(name)
     if not isinstance(source, _OnGpu) and to_gpu:
         _recorded.copies_from_host.append(_event(name))

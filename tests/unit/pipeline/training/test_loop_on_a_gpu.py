@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detr import batch, position
+from detr import batch, kept, position
 from pipeline.checkpoint import saver
 from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
@@ -42,7 +42,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
     monkeypatch.setattr(saver, "DefaultStager", HostStager)
     with pretended_gpu() as pretended:
         yield pretended
-    for cache in (batch._scale_and_shift, position._kept_sine_grid):
+    for cache in (batch._scale_and_shift, position._kept_sine_grid, kept.constant):
         cache.cache_clear()
 
 

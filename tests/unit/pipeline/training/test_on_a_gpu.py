@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from detr import batch as batches_module
-from detr import position
+from detr import kept, position
 from detr.batch import Batch, collate
 from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
@@ -44,7 +44,7 @@ GPU = torch.device("cuda:0")
 @contextmanager
 def gpu() -> Iterator[PretendedGpu]:
     """A pretended GPU whose tensors no cache keeps afterwards."""
-    caches = (batches_module._scale_and_shift, position._kept_sine_grid)
+    caches = (batches_module._scale_and_shift, position._kept_sine_grid, kept.constant)
     try:
         with pretended_gpu() as pretended:
             yield pretended
