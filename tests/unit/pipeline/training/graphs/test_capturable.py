@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from detr import batch as batches_module
-from detr import position
+from detr import kept, position
 from detr.batch import collate
 from detr.config import DeformableConfig
 from detr.deformable import attention
@@ -61,7 +61,7 @@ class Watching(RepeatedWork):
 def gpu() -> Iterator[PretendedGpu]:
     with pretended_gpu() as pretended:
         yield pretended
-    for cache in (batches_module._scale_and_shift, position._kept_sine_grid, attention._kept_sizes):
+    for cache in (batches_module._scale_and_shift, position._kept_sine_grid, attention._kept_sizes, kept.constant):
         cache.cache_clear()
 
 
