@@ -68,5 +68,9 @@ def test_figures_of_the_package_are_for_processors_and_known_models() -> None:
     assert price.evaluation_s == pytest.approx(5000 * 1.149, rel=0.01)
     assert "BENCHMARKS.md" in price.source
     assert (price.start_s, price.end_s) == (None, None)
+    demo = shipped_prices(RECIPES["demo"], 100)
+    assert demo is not None
+    assert (demo.step_s, demo.evaluation_s) == (pytest.approx(0.06), pytest.approx(0.7))
+    assert (demo.start_s, demo.end_s) == (26.0, 8.0)
     unknown = replace(config, model=replace(config.model, encoder_layers=3))
     assert shipped_prices(unknown, 5000) is None
