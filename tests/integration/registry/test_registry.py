@@ -13,27 +13,21 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from detr.config import DeformableConfig
 from detr.model import build_model
 from jobs.commands.models import evaluate as evaluate_command
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint import state as checkpoint_state
 from pipeline.config import RunConfig
-from pipeline.errors import PipelineError, RegistryError, TrackingError
+from pipeline.errors import PipelineError, RegistryError
 from pipeline.evaluation.evaluate_model import EvaluateOptions, evaluate_model
 from pipeline.inference.evaluate import evaluate
 from pipeline.inference.predict import predict
 from pipeline.registry.card import read_card
-from pipeline.registry.publish import Registered
-from pipeline.registry.registration import register, register_run
+from pipeline.registry.registration import register_run
 from pipeline.registry.versions import find_version, read_version, resolve, run_of
 from pipeline.tracking.mlflow_client import connect
-from pipeline.tracking.mlflow_runs import create_run
-from pipeline.tracking.tags import TAG_FOLDER
 from shards.dataset.manifest import load_manifest
 from shards.rgb import Exif
 from tests.support.pictures import kinds, png_of
@@ -49,12 +43,6 @@ def trained(shared_store: str, short_config: RunConfig) -> Trained:
 @pytest.fixture(scope="module")
 def version(trained: Trained) -> str:
     return register_run(trained.run_id, name="tiny", alias="best").version
-
-
-@pytest.fixture
-def own(store: str, short_config: RunConfig, tmp_path: Path) -> Trained:
-    """For tests that change it."""
-    return train_in(tmp_path, short_config)
 
 
 @pytest.fixture
@@ -85,46 +73,6 @@ def test_a_version_names_its_origin(trained: Trained, version: str) -> None:
     card = read_version("models:/tiny@best")[1]
     assert (card.run_id, card.step, card.recipe, card.metrics) == (trained.run_id, 1, "tiny", best[1])
     assert [category.id for category in card.categories] == [1, 2, 3, 4]
-
-
-def test_a_step_of_a_run_is_registered_once(own: Trained) -> None:
-    assert register_run(own.run_id, name="tiny", alias="best") == Registered("1", True)
-    assert register_run(own.run_id[:8], name="tiny", alias="good") == Registered("1", True)
-    assert register_run(own.run_id, name="other", alias="best") == Registered("1", True)
-    assert [find_version(own.client, f"models:/tiny@{alias}").run_id for alias in ("best", "good")] == [own.run_id] * 2
-
-
-@pytest.mark.parametrize(
-    ("ap", "digest", "only_if_better", "moved"),
-    [("0.9", None, True, False), ("0.9", None, False, True), ("0.9", "other", True, True), ("0.0", None, True, True)],
-)
-def test_the_alias_stays_on_a_better_version_of_the_same_data(
-    own: Trained, ap: str, digest: str | None, only_if_better: bool, moved: bool
-) -> None:
-    val_digest = digest or load_manifest(own.config.data.val).digest
-    own.client.create_registered_model("tiny")
-    own.client.create_model_version("tiny", source=str(own.folder), tags={"AP": ap, "val_digest": val_digest})
-    own.client.set_registered_model_alias("tiny", "best", "1")
-    best = catalog.best(own.folder)
-    assert best is not None
-    done = register(own.client, own.run_id, own.config, *best, name="tiny", alias="best", only_if_better=only_if_better)
-    assert done == Registered("2", moved)
-    assert str(find_version(own.client, "models:/tiny@best").version) == ("2" if moved else "1")
-
-
-@pytest.mark.parametrize("error", [MlflowException("no room\nat all"), ConnectionError("no room")])
-def test_a_refusal_of_the_registry_is_one_line_with_the_command_to_repeat(
-    own: Trained, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    def refuses(*_: object, **__: object) -> None:
-        raise error
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, "create_model_version", refuses)
-        with pytest.raises(TrackingError, match=rf"no room\).*`detr register {own.run_id} --name tiny`") as caught:
-            register_run(own.run_id, name="tiny", alias="best")
-    assert "\n" not in str(caught.value)
-    assert register_run(own.run_id, name="tiny", alias="best").version == "1"
 
 
 def test_every_layer_is_scored_and_the_last_as_without_per_layer(
@@ -174,41 +122,6 @@ def test_a_registered_version_evaluates_as_the_model_in_memory(trained: Trained,
     assert found.score.metrics == pytest.approx(best[1], abs=1e-6)
     np.testing.assert_allclose(found.detections.scores, expected.detections.scores, atol=1e-6)
     np.testing.assert_allclose(found.detections.boxes_xywh, expected.detections.boxes_xywh, atol=1e-4)
-
-
-HYBRID = DeformableConfig(levels=3, box_refine=True, two_stage=True, mixed_selection=True, one_to_many_queries=6)
-
-
-@pytest.mark.parametrize(("variant", "options"), [("deformable", HYBRID), ("conditional", DeformableConfig())])
-def test_a_registered_version_of_a_variant_evaluates_as_its_run_did(
-    store: str, short_config: RunConfig, tmp_path: Path, variant: Any, options: DeformableConfig
-) -> None:
-    model = replace(short_config.model, variant=variant, hidden_dim=32, deformable=options)
-    own = train_in(tmp_path, replace(short_config, model=model))
-    register_run(own.run_id, name=variant, alias="best")
-    best = catalog.best(own.folder)
-    assert best is not None
-    found = evaluate(f"models:/{variant}@best", own.config.data.val)
-    assert found.score.metrics == pytest.approx(best[1], abs=1e-6)
-    assert len(found.detections.scores) == 5 * 8 * 4  # every pair of a query and a class, not one class per query
-
-
-def test_a_version_of_a_run_with_averages_has_them_and_names_the_decay(
-    store: str, short_config: RunConfig, tmp_path: Path
-) -> None:
-    trained = train_in(tmp_path, replace(short_config, optim=replace(short_config.optim, ema=0.9)))
-    register_run(trained.run_id, name="tiny", alias="best")
-    best = catalog.best(trained.folder)
-    assert best is not None
-    weights = read_version("models:/tiny@best")[0].state_dict()
-    for averaged in (True, False):
-        model = build_model(trained.config.model, 4)
-        checkpoint_state.load_weights(best[0], model, averaged=averaged)
-        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items()) is averaged
-    assert read_version("models:/tiny@best")[1].ema == 0.9
-    assert find_version(trained.client, "models:/tiny@best").tags["ema"] == "0.9"
-    found = evaluate("models:/tiny@best", trained.config.data.val)
-    assert found.score.metrics == pytest.approx(best[1], abs=1e-6)
 
 
 def test_a_card_without_batching_is_evaluated_in_padded_batches(trained: Trained, version: str, tmp_path: Path) -> None:
@@ -347,45 +260,6 @@ def test_an_unknown_version_is_one_line_that_names_the_known_ones(
     with pytest.raises(RegistryError, match=message) as caught:
         resolve(uri, tmp_path)
     assert "\n" not in str(caught.value)
-
-
-def test_an_empty_registry_is_reported_as_empty(store: str, tmp_path: Path) -> None:
-    with pytest.raises(RegistryError, match="expected one of: none yet"):
-        resolve("models:/tiny@best", tmp_path)
-
-
-def test_a_version_whose_files_are_gone_is_one_line(own: Trained, tmp_path: Path) -> None:
-    register_run("tiny", name="tiny", alias="best")
-    shutil.rmtree(own.artifacts)
-    with pytest.raises(RegistryError, match=r"models:/tiny@best") as caught:
-        resolve("models:/tiny@best", tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_version_that_others_registered_is_one_line(store: str, tmp_path: Path) -> None:
-    client = connect()
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "weights").write_text("theirs")
-    client.create_registered_model("foreign")
-    client.create_model_version("foreign", source=str(tmp_path / "foreign"))
-    with pytest.raises(RegistryError, match=r"holds no card\.json; expected a model registered by `detr`"):
-        resolve("models:/foreign/1", tmp_path)
-
-
-def test_a_run_without_an_evaluated_checkpoint_cannot_be_registered(
-    store: str, short_config: RunConfig, tmp_path: Path
-) -> None:
-    run_id = create_run(connect(), short_config, {}, {TAG_FOLDER: str(tmp_path / "empty")})
-    with pytest.raises(RegistryError, match="has no evaluated checkpoint yet"):
-        register_run(run_id, name="tiny", alias="best")
-
-
-@pytest.mark.parametrize(("name", "alias"), [("team/tiny", "best"), ("", "best"), ("tiny", "latest"), ("tiny", "v 1")])
-def test_a_name_or_alias_that_the_registry_refuses_is_one_line(own: Trained, name: str, alias: str) -> None:
-    with pytest.raises(RegistryError) as caught:
-        register_run(own.run_id, name=name, alias=alias)
-    assert "\n" not in str(caught.value)
-    assert list(own.client.search_registered_models()) == []
 
 
 def test_evaluating_on_data_of_other_categories_is_refused(trained: Trained, version: str, tmp_path: Path) -> None:
