@@ -10,10 +10,10 @@ from pipeline.config import RunConfig, flatten
 from pipeline.recipes import RECIPES
 
 COMPARED = (
-    *("recipe", "seed", "model.variant", "model.backbone", "model.num_queries", "transform.eval_size"),
-    *("optim.batch_size", "optim.epochs", "optim.lr", "optim.lr_backbone", "compute.precision", "cluster.workers"),
+    *("recipe", "seed", "model.backbone"),
+    *("optim.batch_size", "optim.epochs", "optim.lr", "compute.precision", "cluster.workers"),
 )
-"""Options that every run has as parameters."""
+"""Options that every run has as parameters; what else the recipe says, its name says."""
 _PLACES = ("storage", "track.", "data.train", "data.val", "data.built_in", "data.cache", "checkpoint.store")
 
 
