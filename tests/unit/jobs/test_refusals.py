@@ -192,6 +192,11 @@ def test_a_sweep_is_sent_with_the_storage_of_the_entry(detr: Detr, site: SimpleN
     assert f"-m jobs.cli sweep lr demo --seed 1,2 --storage {tmp_path}/runs" in sent.out
 
 
+def test_a_written_file_comes_with_the_command_that_submits_it(detr: Detr, site: SimpleNamespace) -> None:
+    written = detr("submit", "k8s", "--write", "it.yaml", "--", "demo")
+    assert (written.status, written.out) == (0, "submit it   kubectl --namespace=default create -f it.yaml\n")
+
+
 def test_the_working_folder_is_no_secret(detr: Detr, site: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PWD", "OLDPWD"):
         monkeypatch.setenv(name, str(site.folder))
