@@ -16,7 +16,7 @@ from shards.dataset.manifest import Manifest
 from shards.panoptic.segment_png import read_ids
 from shards.panoptic.segments import TrueSegments
 from shards.read.sample import SampleReader
-from shards.score.panoptic_quality import ErrorGains, PanopticQuality
+from shards.score.panoptic_quality import PanopticQuality
 
 _Indices = npt.NDArray[np.integer]
 _OPACITY = 0.6
@@ -125,9 +125,13 @@ def quality_columns(quality: PanopticQuality, categories: Sequence[Category]) ->
     }
 
 
-def gains_columns(gains: ErrorGains) -> dict[str, list[Any]]:
-    """Return what PQ would gain without each kind of error as columns by name."""
-    return {"error": list(ERROR_NAMES.values()), "PQ_gained_without": [getattr(gains, name) for name in ERROR_NAMES]}
+def quality_tables(quality: PanopticQuality, categories: Sequence[Category]) -> dict[str, dict[str, list[Any]]]:
+    """Return the tables of an evaluation by file name: quality per class, and what PQ would gain without each error."""
+    tables = {"per_class_pq.json": quality_columns(quality, categories)}
+    if quality.gains:
+        gained = [getattr(quality.gains, name) for name in ERROR_NAMES]
+        tables["panoptic_errors.json"] = {"error": list(ERROR_NAMES.values()), "PQ_gained_without": gained}
+    return tables
 
 
 def gains_picture(quality: PanopticQuality) -> Image.Image:

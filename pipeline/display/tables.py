@@ -33,6 +33,9 @@ METRIC_MEANINGS = {
 }
 
 
+_PANOPTIC = {"PQ": "panoptic quality, SQ x RQ per class", "SQ": "IoU of matches", "RQ": "F1 of segments"}
+
+
 def class_columns(classes: Sequence[ClassScore], masks: bool) -> dict[str, list[Any]]:
     """Return AP and AP50 of each class as columns by name, with those of masks if there are any."""
     columns: dict[str, list[Any]] = {
@@ -49,15 +52,23 @@ def class_columns(classes: Sequence[ClassScore], masks: bool) -> dict[str, list[
 
 
 def metrics_table(metrics: Mapping[str, float]) -> str:
-    """Return a table of the twelve COCO metrics, of masks too if there are any; `-` without ground truth."""
+    """Return a table of the twelve COCO metrics, of masks too if there are any; `-` without ground truth.
+
+    Those of segments, if there are any, come before.
+    """
     prefixes = {"boxes": "", "masks": "mask_"} if "mask_AP" in metrics else {"value": ""}
-    return table(
+    boxes = table(
         ("metric", *prefixes, "of"),
         [
             (name, *(_score(metrics[prefix + name]) for prefix in prefixes.values()), meaning)
             for name, meaning in METRIC_MEANINGS.items()
         ],
     )
+    if "PQ" not in metrics:
+        return boxes
+    groups = ("", "_things", "_stuff")
+    rows = [(name, *(_score(metrics[name + group]) for group in groups), text) for name, text in _PANOPTIC.items()]
+    return table(("metric", "all", "things", "stuff", "of"), rows) + "\n\n" + boxes
 
 
 def layers_table(scores: Sequence[LayerScore]) -> str:

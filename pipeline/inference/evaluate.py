@@ -18,6 +18,7 @@ from shards.dataset.verify import check_sizes
 from shards.read.segmentations import check_segmentations
 
 _Scored = TypeVar("_Scored")
+_PICTURES = 6  # images whose segments are drawn
 
 
 def evaluate(uri: str, data: str, *, progress: bool = False) -> Evaluation:
@@ -38,7 +39,7 @@ def _score(evaluator: Callable[..., _Scored | None], uri: str, data: str, progre
     if card.model.masks and evaluator is evaluate_model:  # layers are scored by their boxes only
         check_segmentations(manifest)
     device = default_device()
-    options = EvaluateOptions(card.transform, card.evaluate_batch_size, card.evaluate_batching)
+    options = EvaluateOptions(card.transform, card.evaluate_batch_size, card.evaluate_batching, pictures=_PICTURES)
     with progress_bar("evaluating") if progress else nullcontext() as advance:
         scored = evaluator(
             model.to(device), manifest, card.categories, options, ranks=Ranks(device=device), progress=advance

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.display.pictures import curves_picture, curves_table, picture_sheet
+from pipeline.display.pictures import curves_picture, curves_table, evaluation_sheet
+from pipeline.display.segments import gains_picture, quality_tables
 from pipeline.display.tables import class_columns
 from pipeline.evaluation.evaluate_model import Evaluation
 from pipeline.registry.evaluations import keep_figures
@@ -15,6 +16,7 @@ def keep_evaluation(uri: str, data: str, evaluation: Evaluation) -> str:
     """Record an evaluation of a version in MLflow and return a link to it; raise `TrackingError` if MLflow refuses."""
     manifest, score = load_manifest(data), evaluation.score
     curves = (score.curves, score.mask_curves)
+    segments = evaluation.panoptic
     return keep_figures(
         uri,
         manifest,
@@ -23,10 +25,12 @@ def keep_evaluation(uri: str, data: str, evaluation: Evaluation) -> str:
         tables={
             "per_class_ap.json": class_columns(score.classes, "mask_AP" in score.metrics),
             "precision_recall.json": curves_table(*curves),
+            **(quality_tables(segments.quality, manifest.categories) if segments else {}),
         },
         pictures={
             "precision_recall.png": curves_picture(*curves),
-            "detections.png": picture_sheet(manifest, evaluation.detections),
+            "detections.png": evaluation_sheet(manifest, evaluation),
+            **({"panoptic_errors.png": gains_picture(segments.quality)} if segments else {}),
         },
     )
 

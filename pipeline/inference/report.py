@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.display.attention import attention_figures, attention_section
 from pipeline.display.report import report_page
+from pipeline.display.run_report import segments_section
 from pipeline.distributed.ranks import default_device
 from pipeline.evaluation.evaluate_model import Evaluation
 from pipeline.registry.versions import read_version
@@ -38,8 +39,10 @@ def write_report(uri: str, data: str, evaluation: Evaluation, folder: Path) -> t
         evaluation.score,
         evaluation.detections,
         diagnosis,
+        before=[segments_section(manifest, evaluation.panoptic)] if evaluation.panoptic else [],
         after=[attention_section(model, figures)],
     )
     (folder / PAGE_NAME).write_text(page, encoding="utf-8")
-    (folder / PROPOSALS_NAME).write_bytes(proposals_json(manifest, diagnosis.suspects))
+    if not manifest.panoptic:  # corrections are of COCO's boxes
+        (folder / PROPOSALS_NAME).write_bytes(proposals_json(manifest, diagnosis.suspects))
     return folder / PAGE_NAME, manifest.digest

@@ -59,10 +59,12 @@ def _figures(facts: VersionFacts) -> str:
         return "Not evaluated yet: `detr evaluate` adds its figures here."
     masks = any("mask_AP" in figures.metrics for figures in facts.figures)
     gap = "&nbsp;&nbsp;"  # MLflow's tables have none between columns
-    lines = [f"| data | {gap}" + f" | {gap}".join(_COLUMNS) + " |", "|---|" + "---|" * len(_COLUMNS)]
+    panoptic = any("PQ" in figures.metrics for figures in facts.figures)
+    columns = ("PQ", *_COLUMNS) if panoptic else _COLUMNS
+    lines = [f"| data | {gap}" + f" | {gap}".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for figures in facts.figures[:_EVALUATIONS]:
         for title, prefix in (("", ""), (", masks", "mask_"))[: 1 + masks]:
-            cells = [_cell(figures.metrics.get(prefix + name)) for name in _COLUMNS]
+            cells = [_cell(figures.metrics.get(prefix + name)) for name in columns]
             lines.append(f"| {_data_title(facts, figures)}{title} | {gap}" + f" | {gap}".join(cells) + " |")
     return "\n".join(lines)
 

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from itertools import zip_longest
 
 from pipeline.display.terminal import table
+from pipeline.figures import deciding_name, deciding_text
 from pipeline.registry.description import corrections_text, usage_text
 from pipeline.registry.facts import Figures, VersionFacts
 from pipeline.tracking.pages.data import DataSet
 from pipeline.tracking.pages.links import run_link
 from pipeline.tracking.pages.parameters import differing
 
+_PANOPTIC = ("PQ", "PQ_things", "PQ_stuff")
 _NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 _WIDTH = 116
 _Rows = Iterator[tuple[str, str]]
@@ -35,7 +37,8 @@ def lineage_text(facts: VersionFacts) -> str:
 def _title(facts: VersionFacts) -> str:
     aliases = "".join(f" @{alias}" for alias in facts.aliases)
     figures = facts.figures[0] if facts.figures else None
-    score = f": AP {figures.metrics['AP']:.3f} on {_data_name(figures)}" if figures and "AP" in figures.metrics else ""
+    known = figures is not None and deciding_name(figures.metrics) in figures.metrics
+    score = f": {deciding_text(figures.metrics)} on {_data_name(figures)}" if figures and known else ""
     return f"{facts.uri}{aliases}{score}"
 
 
@@ -55,6 +58,11 @@ def _figures_table(facts: VersionFacts) -> str:
     columns = [(figures, prefix) for figures in facts.figures for prefix in ("", "mask_")[: 1 + masks]]
     header = ["metric", *(_column(facts, figures, prefix) for figures, prefix in columns)]
     rows = [[name, *(_figure(figures.metrics.get(prefix + name)) for figures, prefix in columns)] for name in _NAMES]
+    panoptic = [name for name in _PANOPTIC if any(name in figures.metrics for figures in facts.figures)]
+    rows = [
+        [name, *("" if prefix else _figure(figures.metrics.get(name)) for figures, prefix in columns)]
+        for name in panoptic
+    ] + rows
     return table(header, rows)
 
 

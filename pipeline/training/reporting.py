@@ -17,7 +17,7 @@ from pipeline.checkpoint.location import Location
 from pipeline.config import RunConfig
 from pipeline.display.draw import titled
 from pipeline.display.pictures import curves_picture, curves_table, picture_sheet
-from pipeline.display.segments import gains_columns, gains_picture, quality_columns, segments_sheet
+from pipeline.display.segments import gains_picture, quality_tables, segments_sheet
 from pipeline.display.tables import class_columns
 from pipeline.distributed.devices import device_name
 from pipeline.distributed.ranks import Ranks
@@ -61,10 +61,10 @@ def report_evaluation(
 
 def _report_segments(tracker: Tracker, val: Manifest, score: PanopticScore, step: int) -> None:
     """Report what PQ is made of: quality per class, and what it loses to each kind of error."""
-    tracker.table("per_class_pq.json", quality_columns(score.quality, val.categories), step)
+    for name, table in quality_tables(score.quality, val.categories).items():
+        tracker.table(name, table, step)
     if gains := score.quality.gains:
         tracker.metrics({f"errors/PQ_{name}": value for name, value in vars(gains).items()}, step)
-        tracker.table("panoptic_errors.json", gains_columns(gains), step)
         report_picture(tracker, "errors/PQ", gains_picture(score.quality), step)
 
 

@@ -11,7 +11,13 @@ from pipeline.checkpoint.location import Location
 from pipeline.config import RunConfig
 from pipeline.display.pictures import evaluation_sheet
 from pipeline.display.report import Drawn, report_page
-from pipeline.display.run_report import REMEDY, configuration_section, detections_section, progress_section
+from pipeline.display.run_report import (
+    REMEDY,
+    configuration_section,
+    detections_section,
+    progress_section,
+    segments_section,
+)
 from pipeline.evaluation.evaluate_model import Evaluation
 from pipeline.figures import deciding_text
 from shards.dataset.manifest import Manifest
@@ -53,6 +59,8 @@ class ReportedRun:
             "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         }
         before = [progress_section(history, config.optim.epochs)]
+        if evaluation.panoptic:
+            before.append(segments_section(self.val, evaluation.panoptic))
         if config.evaluate.pictures:
             before.append(detections_section(evaluation_sheet(self.val, evaluation, config.evaluate.pictures)))
         return report_page(
