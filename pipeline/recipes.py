@@ -268,8 +268,8 @@ SMALL = replace(
     model=replace(DEMO_DEFORMABLE.model, num_queries=30),
     transform=TransformConfig(train_scales=(160, 176, 192, 208), max_size=320, eval_size=192, crop=False),
     data=DataConfig(reader_threads=1),
-    optim=replace(DEMO.optim, batch_size=8, epochs=106, lr=7e-4, lr_backbone=3.5e-4, decay_epoch=35, warmup_epochs=4.0),
-    evaluate=EvaluateConfig(every=11, batch_size=25),
+    optim=replace(DEMO.optim, batch_size=8, epochs=35, lr=7.1e-4, lr_backbone=3.55e-4, decay_epoch=11, warmup_epochs=3.5),
+    evaluate=EvaluateConfig(every=4, batch_size=25),
 )
 NOTES["small"] = (
     "small: for a few hundred images of your own, on a laptop. With --data.train it chooses sizes, queries, batch, rates and "

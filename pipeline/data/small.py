@@ -142,8 +142,8 @@ def _rates(config: RunConfig, facts: _Facts) -> _Choice:
 
 
 def _epochs(config: RunConfig, facts: _Facts) -> _Choice:
-    epochs = min(300, max(12, round(1500 / math.sqrt(max(facts.images, 1)))))
-    reason = f"{facts.images:,} images; 1,500 divided by their root, so that four times as many take twice as long"
+    epochs = min(300, max(12, round(500 / math.sqrt(max(facts.images, 1)))))
+    reason = f"{facts.images:,} images; 500 divided by their root, so that four times as many take twice as long"
     return _Choice({"optim.epochs": epochs}, reason)
 
 

@@ -63,7 +63,7 @@ def test_sizes_suit_images_and_objects(size: tuple[int, int], side: float, expec
 
 def test_more_images_mean_fewer_epochs_of_more_steps() -> None:
     few, some, many = (fit(data(images, 3)) for images in (50, 200, 4000))
-    assert [config.optim.epochs for config in (few, some, many)] == [212, 106, 24]
+    assert [config.optim.epochs for config in (few, some, many)] == [71, 35, 12]
     assert [config.optim.batch_size for config in (few, some, many)] == [8, 8, 16]
     assert [config.optim.lr for config in (few, some, many)] == [7.1e-4, 7.1e-4, 1e-3]
     assert all(config.evaluate.every * 10 >= config.optim.epochs for config in (few, some, many))
