@@ -31,8 +31,18 @@ class Timing:
         return statistics.median(mine / its for mine, its in zip(self.rounds_s, other.rounds_s, strict=True))
 
 
-def side_by_side(works: Mapping[str, Work], *, rounds: int, calls: int = 1, device: str) -> dict[str, Timing]:
-    """Time each of `works` `rounds` times in turn, `calls` calls at a time, after one call each to warm up."""
+def side_by_side(
+    works: Mapping[str, Work],
+    *,
+    rounds: int,
+    calls: int = 1,
+    device: str,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Time each of `works` `rounds` times in turn, `calls` calls at a time, after one call each to warm up.
+
+    On a busy machine `time.process_time` is the clock that other load affects less; it does not see a device.
+    """
     # glibc keeps large blocks only after one was freed, which happens early in any training process. A small bench
     # would otherwise return its memory after each call and measure page faults.
     torch.empty(30 << 20, dtype=torch.uint8)
@@ -44,19 +54,19 @@ def side_by_side(works: Mapping[str, Work], *, rounds: int, calls: int = 1, devi
     try:
         for _ in range(rounds):
             for name, work in works.items():
-                seconds[name].append(_seconds(work, calls, device))
+                seconds[name].append(_seconds(work, calls, device, clock))
     finally:
         gc.enable()
     return {name: Timing(tuple(found)) for name, found in seconds.items()}
 
 
-def _seconds(work: Work, calls: int, device: str) -> float:
+def _seconds(work: Work, calls: int, device: str, clock: Callable[[], float]) -> float:
     _wait(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         work()
     _wait(device)
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 def _wait(device: str) -> None:
