@@ -8,6 +8,7 @@ As a program, `python slurm.py sbatch ...` is one of Slurm's commands; its state
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -42,7 +43,10 @@ class Slurm:
         for program in programs.iterdir():
             program.chmod(0o755)
         path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        # Numbers of its own, since a job's folder and ports on this machine come from its number.
+        self.first = random.randrange(10**6, 9 * 10**6)
         own = {"PATH": path, "STUB_SLURM": str(folder), "STUB_CPUS": str(cpus)}
+        (folder / "first").write_text(str(self.first))
         self.environment = own
         (folder / "login.json").write_text(json.dumps({**login, **own}))
 
@@ -68,7 +72,7 @@ class _State:
     """The files of one job."""
 
     def __init__(self, number: int) -> None:
-        self.path = Path(os.environ["STUB_SLURM"]) / f"job-{number:03}.json"
+        self.path = Path(os.environ["STUB_SLURM"]) / f"job-{number}.json"
 
     def read(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.path.read_text())
@@ -86,7 +90,8 @@ def _sbatch(words: list[str]) -> None:
     script = Path(words[-1])
     lines = [line.split(" ", 1)[1] for line in script.read_text().splitlines() if line.startswith("#SBATCH ")]
     options = dict(line.lstrip("-").partition("=")[::2] for line in lines)
-    number = len(list(Path(os.environ["STUB_SLURM"]).glob("job-*.json"))) + 1
+    folder = Path(os.environ["STUB_SLURM"])
+    number = int((folder / "first").read_text()) + len(list(folder.glob("job-*.json")))
     state = _State(number)
     state.write(number=number, name=options["job-name"], state="PENDING", script=str(script), options=options, starts=0)
     words = [sys.executable, "-S", __file__, "run", str(number)]

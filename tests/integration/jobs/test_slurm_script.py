@@ -96,10 +96,12 @@ def test_a_stop_saves_and_queues_again_and_the_end_ends_the_nodes(slurm: Slurm, 
         line for line in nodes(tmp_path) if line.startswith("node 0: ray start --head --node-ip-address 127.0.0.1 ")
     ]
     others = [
-        line for line in nodes(tmp_path) if line.startswith("node 1: ray start --address 127.0.0.1:20001 --num-cpus 3 ")
+        line
+        for line in nodes(tmp_path)
+        if line.startswith(f"node 1: ray start --address 127.0.0.1:{port(slurm.first)} --num-cpus 3 ")
     ]
     assert (len(heads), len(others)) == (3, 3)
-    assert (tmp_path / "jobs" / job / "token-1").stat().st_mode & 0o077 == 0
+    assert (tmp_path / "jobs" / job / f"token-{slurm.first}").stat().st_mode & 0o077 == 0
     until(lambda: not left(tmp_path))
 
 
@@ -119,18 +121,29 @@ def test_jobs_on_the_same_nodes_have_ports_and_folders_of_their_own(slurm: Slurm
     """Ray's own default ports and /tmp/ray are those of the machine."""
     submit("12ab34cd")
     submit("56ef78ab")
-    folders = [Path(f"/tmp/detr-0-{number}") for number in (1, 2)]
+    numbers = (slurm.first, slurm.first + 1)
+    folders = [node_folder(number) for number in numbers]
     until(lambda: len(nodes(tmp_path)) == 4 and all((folder / "ray/log").exists() for folder in folders))
     assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o700}
-    for number, folder in enumerate(folders, 1):
+    for number, folder in zip(numbers, folders, strict=True):
         own = [line for line in nodes(tmp_path) if f"--temp-dir {folder}/ray " in line]
         assert sorted(line[:6] for line in own) == ["node 0", "node 1"]
-        assert all(f"--port {20000 + number} " in line or f":{20000 + number} " in line for line in own)
+        assert all(f"--port {port(number)} " in line or f":{port(number)} " in line for line in own)
     free = ("--min-worker-port 0 --max-worker-port 0", "--dashboard-agent-listen-port 0")
     assert all(flags in line for line in nodes(tmp_path) for flags in free)
     (tmp_path / "status").write_text("0")
     until(lambda: [job["state"] for job in slurm.jobs()] == ["COMPLETED", "COMPLETED"])
     assert not any(folder.exists() for folder in folders)
+
+
+def node_folder(number: int) -> Path:
+    """The folder of a job on each node."""
+    return Path(f"/tmp/detr-0-{number}")
+
+
+def port(number: int) -> int:
+    """The port of a job's Ray."""
+    return 20000 + number % 5000
 
 
 def nodes(folder: Path) -> list[str]:
@@ -151,12 +164,12 @@ def left(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize(("status", "state"), [("0", "COMPLETED"), ("1", "FAILED"), ("143", "FAILED")])
 def test_other_statuses_do_not_queue_again(slurm: Slurm, tmp_path: Path, status: str, state: str) -> None:
+    job, kept = submit(), node_folder(slurm.first)
+    until(lambda: len(nodes(tmp_path)) == 2 and (kept / "ray/log").exists())
     (tmp_path / "status").write_text(status)
-    job = submit()
     until(lambda: slurm.jobs()[0]["state"] == state)
     assert slurm.jobs()[0]["starts"] == 1
     assert "queues again" not in log(tmp_path, job)
-    kept = Path("/tmp/detr-0-1")
     assert kept.exists() is (state == "FAILED")  # with Ray's logs
     shutil.rmtree(kept, ignore_errors=True)
 
