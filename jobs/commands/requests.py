@@ -24,13 +24,14 @@ _OPTIONS: dict[str, type[Any]] = {
 }
 _SHARD: dict[str, type[Any]] = {
     "coco": shard.ShardCoco,
+    "coco-panoptic": shard.ShardCocoPanoptic,
     "voc": shard.ShardVoc,
     "yolo": shard.ShardYolo,
     "index": shard.ShardIndex,
     "verify": shard.Verification,
     "info": shard.Information,
 }
-_READ = ("images", "annotations", "corrections", "root", "data", "file", "categories", "folder", "url")
+_READ = ("images", "annotations", "segments", "corrections", "root", "data", "file", "categories", "folder", "url")
 """Options that name folders, files or URLs to read."""
 
 
