@@ -136,6 +136,7 @@ REFUSED = [
     ("python -- train demo", "python /no/such/python of python is no program"),
     ("local -- train finetune", "finetune needs --initial"),
     ("local -- shard coco --images absent --annotations a.json --out o", "absent: nothing is there"),
+    ("local -- shard coco-panoptic --images . --annotations . --segments absent --out o", "absent: nothing is there"),
     ("local -- evaluate models:/detr@best --data absent", "absent: nothing is there"),
     # MLflow
     ("dead -- train demo", "MLflow at http://127.0.0.1:9 is this machine's own server, which dead does not reach"),
