@@ -93,20 +93,20 @@ class Options:
 Step = Callable[[Tensor, Tensor | None, Sequence[Target]], Tensor]
 
 
-def training_ours(options: Options, device: str) -> Step:
-    """Return one training step of R50: forward, losses, backward, clip, the check of the gradient, AdamW."""
-    model = build_model(ModelConfig(), CLASSES).to(device).train()
+def training_ours(options: Options, device: str, config: ModelConfig | None = None) -> Step:
+    """Return one training step, of R50 by default: forward, losses, backward, clip, the check of the gradient, AdamW."""
+    model = build_model(config or ModelConfig(), CLASSES).to(device).train()
     configure(model, options)
     optimizer = torch.optim.AdamW(groups(model), lr=1e-4, weight_decay=1e-4, fused=True)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    config = LossConfig()
+    loss = LossConfig()
 
     def step(images: Tensor, padding: Tensor | None, truth: Sequence[Target]) -> Tensor:
         optimizer.zero_grad()  # as in a run: the last gradients are freed before the activations are allocated
         with autocast(images.device, options.precision):
             outputs = model(images, padding)
         boxes = sum(len(target.labels) for target in truth)
-        losses = compute_losses(outputs, truth, float(max(boxes, 1)), config)
+        losses = compute_losses(outputs, truth, float(max(boxes, 1)), loss)
         losses.total.backward()
         if not torch.isfinite(nn.utils.clip_grad_norm_(parameters, 0.1)):
             raise RuntimeError("the gradient is not finite")

@@ -67,17 +67,19 @@ def sampling(device: str, rounds: int) -> list[Row]:
     return rows
 
 
-def sampling_work(core: Core, device: str) -> Work:
+def sampling_work(
+    core: Core, device: str, shapes: tuple[tuple[int, int], ...] = SHAPES, images: int = 1
+) -> Callable[[], Tensor]:
     """Return a forward and backward pass of a core, whose result is the gradient of the offsets."""
     generator = torch.Generator().manual_seed(0)
-    cells = sum(height * width for height, width in SHAPES)
-    value = torch.randn(1, cells, HEADS, WIDTH, generator=generator)
-    locations = torch.rand(1, cells, HEADS, len(SHAPES), POINTS, 2, generator=generator)
-    weights = torch.rand(1, cells, HEADS, len(SHAPES), POINTS, generator=generator)
+    cells = sum(height * width for height, width in shapes)
+    value = torch.randn(images, cells, HEADS, WIDTH, generator=generator)
+    locations = torch.rand(images, cells, HEADS, len(shapes), POINTS, 2, generator=generator)
+    weights = torch.rand(images, cells, HEADS, len(shapes), POINTS, generator=generator)
     leaves = [tensor.to(device).requires_grad_() for tensor in (value, locations, weights)]
 
     def work() -> Tensor:
-        return torch.autograd.grad(core(*leaves, SHAPES).square().sum(), leaves)[1]
+        return torch.autograd.grad(core(*leaves, shapes).square().sum(), leaves)[1]
 
     return work
 

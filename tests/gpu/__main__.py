@@ -43,11 +43,15 @@ SECTIONS = (
     Section("precision", 90),
     Section("steps", 90, _DATA),
     Section("throughput", 120),
+    Section("graphs", 100, _DATA),
     Section("attention", 60),
+    Section("deformable", 40),
     Section("saving", 60, _DATA),
     Section("whole_run", 90, (*_DATA, "simplejpeg", "hotcoco", "PIL")),
+    Section("contexts", 60, (*_DATA, "simplejpeg", "PIL")),
     Section("ranks", 90, _DATA),
     Section("loader", 40, (*_DATA, "simplejpeg", "PIL")),
+    Section("convergence", 180, (*_DATA, "simplejpeg", "hotcoco", "PIL")),
 )
 
 

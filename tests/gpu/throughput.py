@@ -1,6 +1,7 @@
 """Images per second, memory per image and model FLOPs utilisation of R50, on batches that do not repeat."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from detr.batch import Batch, Target, collate, normalise
 from detr.compute import Precision
-from detr.config import ModelConfig, TransformConfig
+from detr.config import TransformConfig
 from detr.geometry import draw_geometry
 from detr.model import build_model
 from tests.bench import cases, peer
@@ -80,7 +81,7 @@ def _compare(results: Results, setting: Setting, images: int) -> None:
 
 def _runs(side: Side, setting: Setting, images: int) -> bool:
     if side.options is None:
-        return not peer.missing()
+        return not peer.missing() and not setting.tiny
     # Compiling each shape takes most of the limit, so it is done once.
     return not side.options.compile or (images == 8 and setting.cuda)
 
@@ -92,7 +93,7 @@ def _allocated(setting: Setting) -> int:
 def _work(side: Side, setting: Setting, images: int) -> Work:
     batches = _batches(setting, images, side.multiple)
     if side.options:
-        step = cases.training_ours(side.options, setting.device)
+        step = cases.training_ours(side.options, setting.device, setting.model)
     else:
         step = cases.training_peer(side.precision, setting.device)
     number = 0
@@ -107,12 +108,20 @@ def _work(side: Side, setting: Setting, images: int) -> Work:
 
 
 def _batches(setting: Setting, images: int, multiple: int = 1) -> list[tuple[Tensor, Batch]]:
-    """Return normalised images on the device with their batch: COCO's sizes with the paper's augmentation."""
+    """Return normalised images on the device with their batch."""
+    batches = []
+    for samples in drawn_samples(setting, images, 2 if setting.tiny else _BATCHES):
+        batch = collate(samples, multiple).to(torch.device(setting.device))
+        batches.append((normalise(batch, TransformConfig()), batch))
+    return batches
+
+
+def drawn_samples(setting: Setting, images: int, batches: int) -> Iterator[list[tuple[Tensor, Target]]]:
+    """Yield batches of random pixels of COCO's sizes after the paper's augmentation, with as many boxes as COCO's."""
     draw, config = np.random.default_rng(0), TransformConfig()
     if setting.tiny:
         config = TransformConfig(train_scales=(64,), max_size=96, crop=False)
-    batches = []
-    for number in range(2 if setting.tiny else _BATCHES):
+    for number in range(batches):
         samples = []
         for row in range(images):
             image_id = number * images + row
@@ -122,14 +131,12 @@ def _batches(setting: Setting, images: int, multiple: int = 1) -> list[tuple[Ten
             image = torch.randint(0, 256, (3, h, w), dtype=torch.uint8)
             samples.append((image, Target(target.boxes, target.labels, image_id, (height, width))))
         samples.sort(key=lambda sample: sample[0].shape[2] / sample[0].shape[1])
-        batch = collate(samples, multiple).to(torch.device(setting.device))
-        batches.append((normalise(batch, config), batch))
-    return batches
+        yield samples
 
 
 def _flops(setting: Setting, images: int) -> float:
     """Return the operations of the forward and backward pass of a mean step, on canvases without rounding."""
-    model = build_model(ModelConfig(dropout=0.0), cases.CLASSES).to(setting.device).train()
+    model = build_model(replace(setting.model, dropout=0.0), cases.CLASSES).to(setting.device).train()
     total, batches = 0, _batches(setting, images)[:2]
     for drawn, batch in batches:
         with FlopCounterMode(display=False) as counter:

@@ -42,7 +42,7 @@ class Setting:
         if not self.tiny:
             return ModelConfig()
         return ModelConfig(
-            backbone="resnet18", encoder_layers=1, decoder_layers=2, hidden_dim=64, feedforward_dim=64, num_queries=10
+            backbone="tiny", encoder_layers=1, decoder_layers=2, hidden_dim=64, feedforward_dim=64, num_queries=10
         )
 
     def sizes(self, *sizes: Size) -> list[Size]:
