@@ -32,6 +32,8 @@ def read_ids(content: bytes) -> SegmentIds:
     width, height = png_size(content)
     try:
         with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+            if (image.mode, *image.size) != ("RGB", width, height):  # two headers, of which Pillow takes the second
+                raise ValueError(f"a second header says {image.width}x{image.height} pixels of {image.mode}")
             image.load()
             pixels = np.asarray(image)
     except Exception as error:  # Pillow raises errors of many kinds for damaged bytes, and each means the same here

@@ -56,3 +56,11 @@ def test_a_huge_size_in_the_header_is_refused_before_decoding(monkeypatch: pytes
     monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(SegmentPngError, match="100000x100000 pixels"):
         read_ids(content[:16] + struct.pack(">II", 100_000, 100_000) + content[24:])
+
+
+def test_a_second_header_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    content, other = saved("RGB"), io.BytesIO()
+    Image.new("RGB", (400, 300)).save(other, "PNG")
+    monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("decoded"))
+    with pytest.raises(SegmentPngError, match="a second header says 400x300 pixels"):
+        read_ids(content[:33] + other.getvalue()[8:])
