@@ -137,3 +137,11 @@ def test_a_damaged_png_ends_the_evaluation_with_the_image_s_name(manifest: Manif
         counter._reader.segments = lambda row: (_ for _ in ()).throw(BadSampleError("image 7: its PNG is damaged"))  # type: ignore[method-assign]
         with pytest.raises(BadSampleError, match="image 7"):
             evaluate_into(counter, manifest)
+
+
+def test_stuff_is_merged_by_the_kinds_that_the_data_gives(manifest: Manifest) -> None:
+    kinds = [category.isthing for category in manifest.categories]
+    labels = np.array([-1, 3, 2, 1, 0])
+    with PanopticCounter(manifest, labels, 1) as counter:
+        assert counter._stuff == [False, *(not kind for kind in reversed(kinds))]
+        assert any(counter._stuff)
