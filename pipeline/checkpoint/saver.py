@@ -29,6 +29,7 @@ from pipeline.checkpoint.metadata import Meta
 from pipeline.checkpoint.patience import Patience
 from pipeline.checkpoint.plans import Plans
 from pipeline.checkpoint.pruning import prune
+from pipeline.distributed.devices import use_device
 from pipeline.distributed.parallel import unwrap
 from pipeline.distributed.ranks import Ranks, on_first
 from pipeline.errors import CheckpointError
@@ -72,7 +73,9 @@ class Saver:
         self._ranks = ranks.with_new_group()
         self._patience, self._plans = Patience(self._ranks), Plans()
         self._shelf = Shelf(root)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="saver", initializer=use_device, initargs=(ranks.device,)
+        )
         cuda = ranks.device.type == "cuda"
         self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
         self._copy: Future[State] | None = None

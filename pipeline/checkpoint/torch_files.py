@@ -29,6 +29,8 @@ from shards.store import storage
 
 _GAP = 1 << 20
 """Bytes that arrive while a store answers a request: 30 ms at 35 MB/s."""
+_ON_HOST = 0
+"""Bytes that torch's writer copies ahead: none, since the state is on the host. Else it uses a stream of the current GPU."""
 
 
 def save(state: dict[str, Any], writer: FileSystemWriter, planner: SavePlanner, ranks: Ranks) -> None:
@@ -53,7 +55,7 @@ class FolderWriter(FileSystemWriter):
     """torch's writer, with the system's error for a file that cannot be written."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+        super().__init__(folder, per_thread_copy_ahead=_ON_HOST)
         self.fs = _Folder()
 
 
@@ -188,5 +190,5 @@ class _Pieces(io.RawIOBase):
 
 class _Writer(FileSystemWriter):
     def __init__(self, url: str) -> None:
-        super().__init__(url, sync_files=False)
+        super().__init__(url, sync_files=False, per_thread_copy_ahead=_ON_HOST)
         self.fs, self.path = _Files(), url

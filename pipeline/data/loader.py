@@ -14,6 +14,7 @@ from contextlib import closing
 from functools import partial
 from itertools import islice, pairwise
 
+import torch
 from torch import Tensor
 
 from detr.batch import Batch, Target, collate
@@ -21,6 +22,7 @@ from detr.config import TransformConfig
 from detr.geometry import Geometry, crop_before_resize, draw_geometry, eval_geometry, evaluated_sizes, output_sizes
 from detr.transforms import apply
 from pipeline.config import Batching, DataConfig, RunConfig
+from pipeline.distributed.devices import use_device
 from pipeline.distributed.ranks import Ranks
 from pipeline.schedule import Schedule
 from shards.arrays import Ints
@@ -123,7 +125,7 @@ def training_batches(
     passes = passes_per_step(config, ranks.world_size)
     slices = rank_slices(manifest, config, schedule, ranks, step, until)
     micro_batches = (micro_batch for rank_slice in slices for micro_batch in _split(rank_slice, passes))
-    batches = _open(manifest, config, micro_batches, ranks.device.type == "cuda", config.data.reader_threads, bad)
+    batches = _open(manifest, config, micro_batches, ranks.device, config.data.reader_threads, bad)
     with closing(slices), closing(batches):
         while len(step_batches := tuple(islice(batches, passes))) == passes:
             yield step_batches
@@ -141,7 +143,7 @@ def global_batch(
         _, plan = next(plans)
     slices = (plan.step(step, rank, workers) for rank in range(workers))
     micro_batches = (micro_batch for rank_slice in slices for micro_batch in _split(rank_slice, passes))
-    with closing(_open(manifest, config, micro_batches, False, threads, None)) as batches:
+    with closing(_open(manifest, config, micro_batches, torch.device("cpu"), threads, None)) as batches:
         while len(rank_batches := tuple(islice(batches, passes))) == passes:
             yield rank_batches
 
@@ -150,7 +152,7 @@ def _open(
     manifest: Manifest,
     config: RunConfig,
     micro_batches: Iterable[tuple[Ints, Ints]],
-    pinned: bool,
+    device: torch.device,
     threads: int,
     bad: BadSamples | None,
 ) -> Generator[Batch, None, None]:
@@ -159,7 +161,7 @@ def _open(
         manifest,
         micro_batches,
         transform=training_transform(config.seed, config.transform),
-        collate=partial(_collate, multiple=config.compute.canvas_multiple, pinned=pinned),
+        collate=partial(collate_for, collate=partial(collate, multiple=config.compute.canvas_multiple), device=device),
         config=ReadConfig(threads, max(2 * threads, 1), config.model.masks, config.data.max_bad_samples),
         bad=bad,
     )
@@ -227,6 +229,12 @@ def _step_plans(
             step = end
 
 
-def _collate(samples: list[tuple[Tensor, Target]], multiple: int, pinned: bool) -> Batch:
-    padded = collate(samples, multiple)
-    return padded.pin_memory() if pinned else padded
+def collate_for(
+    samples: list[tuple[Tensor, Target]], collate: Callable[[list[tuple[Tensor, Target]]], Batch], device: torch.device
+) -> Batch:
+    """Return the samples as a batch, in page-locked memory if it goes to a GPU, from which copies do not block."""
+    batch = collate(samples)
+    if device.type != "cuda":
+        return batch
+    use_device(device)  # in a thread of the reader
+    return batch.pin_memory()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ from detr.config import TransformConfig
 from detr.model import Outputs
 from detr.postprocess import Detection, detect
 from pipeline.config import Batching, Scorer
-from pipeline.data.loader import evaluation_collate, evaluation_plan, evaluation_transform
+from pipeline.data.loader import collate_for, evaluation_collate, evaluation_plan, evaluation_transform
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import RunConfigError, TrainingError
 from pipeline.evaluation.panoptic import PanopticCounter, PanopticScore
@@ -170,7 +171,7 @@ def _detect(
         manifest,
         batches,
         transform=evaluation_transform(options.transform),
-        collate=evaluation_collate(options.transform, options.batching),
+        collate=partial(collate_for, collate=evaluation_collate(options.transform, options.batching), device=device),
         config=ReadConfig(threads=options.threads),
     )
     for batch in loader:
@@ -227,22 +228,33 @@ def detect_batch(
 
 def _columns(found: Sequence[Detection], batch: Batch, labels: Ints) -> Detections:
     """Return the detections of a batch as columns, with the labels of the data set."""
+    # One copy to the host for all images: each is a wait for the device. Doubles hold all of it exactly.
+    rows = torch.cat(
+        [torch.cat([_column(each.scores), _column(each.labels), each.boxes_xyxy.double()], 1) for each in found]
+    )
+    starts = np.cumsum([0, *(len(each.scores) for each in found)])
+    on_host = rows.cpu().numpy()
     images = []
-    for target, detection in zip(batch.targets, found, strict=True):
-        mapped = labels[detection.labels.cpu().numpy()]
+    for number, (target, detection) in enumerate(zip(batch.targets, found, strict=True)):
+        scores, classes, *corners = on_host[starts[number] : starts[number + 1]].T
+        mapped = labels[classes.astype(np.int64)]
         known = mapped >= 0
-        boxes = detection.boxes_xyxy.double().cpu().numpy()
+        boxes = np.stack(corners, 1)
         boxes_xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
         images.append(
             Detections(
                 np.full(int(known.sum()), target.image_id, dtype=np.int64),
                 mapped[known],
-                detection.scores.float().cpu().numpy()[known],
+                scores.astype(np.float32)[known],
                 boxes_xywh[known],
                 None if detection.masks is None else _encoded(detection.masks, known),
             )
         )
     return Detections.concatenate(images)
+
+
+def _column(values: Tensor) -> Tensor:
+    return values[:, None].double()
 
 
 def _encoded(masks: Tensor, known: npt.NDArray[np.bool_]) -> npt.NDArray[np.object_]:
@@ -251,7 +263,8 @@ def _encoded(masks: Tensor, known: npt.NDArray[np.bool_]) -> npt.NDArray[np.obje
     They are encoded after each batch, because the masks of a whole data set would not fit in memory.
     """
     # Make columns contiguous on the device, which is faster than on the host.
-    columns = masks[torch.from_numpy(known).to(masks.device)].transpose(1, 2).contiguous()
+    chosen = torch.from_numpy(np.flatnonzero(known)).to(masks.device, non_blocking=True)
+    columns = masks.index_select(0, chosen).transpose(1, 2).contiguous()
     return encode_masks(columns.cpu().numpy().transpose(0, 2, 1))
 
 

@@ -15,6 +15,7 @@ the matcher, the guard and the optimizer run as they do.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -77,6 +78,15 @@ class PretendedGpu:
     """Number of operations, on either device."""
     launches: Counter[Event] = field(default_factory=Counter)
     """Operations of the device that launch at least one kernel: all but views and allocations."""
+
+    strays: list[str] = field(default_factory=list)
+    """Uses of CUDA's runtime in threads that have not chosen a device, which make a context on GPU 0: "THREAD: CALL"."""
+    chosen: threading.local = field(default_factory=threading.local)
+
+    def touch(self, call: str) -> None:
+        """Record a use of the runtime; the thread that began to pretend has chosen its device, as Ray does it."""
+        if not getattr(self.chosen, "device", None):
+            self.strays.append(f"{threading.current_thread().name}: {call}")
 
     def record(self, operation: str) -> None:
         """Count an operation as a launch."""
@@ -154,7 +164,7 @@ class _Stream:
     """Stream of the device; all are in order."""
 
     def __init__(self, *_: Any) -> None:
-        """Take any device."""
+        _recorded.touch("Stream")
 
     def record_event(self) -> _CudaEvent:
         return _CudaEvent()
@@ -176,8 +186,18 @@ class HostStager:
         """Do nothing."""
 
 
+def _set_device(device: Any) -> None:
+    _recorded.chosen.device = torch.device(device)
+
+
+def _pin(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
+    _recorded.touch("pin_memory")
+    return tensor
+
+
 _RUNTIME: dict[str, Any] = {
     "_lazy_init": lambda: None,
+    "set_device": _set_device,
     "current_stream": lambda *_: _Stream(),
     "stream": lambda *_: nullcontext(),
     "Stream": _Stream,
@@ -192,6 +212,7 @@ def pretended_gpu() -> Iterator[PretendedGpu]:
     """Pretend in the block that `cuda:0` exists; yield the record, which starts empty."""
     global _recorded
     _recorded = PretendedGpu()
+    _set_device(_DEVICE)
     lifted = torch._C._only_lift_cpu_tensors()
     overwritten = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # `model.to` makes new parameters
@@ -199,8 +220,8 @@ def pretended_gpu() -> Iterator[PretendedGpu]:
     try:
         with (
             mock.patch.multiple("torch.cuda", **_RUNTIME),
-            mock.patch.object(torch.Tensor, "pin_memory", lambda self, *_: self),
-            mock.patch("torch.nn.utils.clip_grad._device_has_foreach_support", lambda _: True),
+            mock.patch.object(torch.Tensor, "pin_memory", _pin),
+            mock.patch("torch.nn.utils.clip_grad._device_has_foreach_support", return_value=True),
             mock.patch.object(torch.inference_mode, "__enter__", _enter_no_grad),
             mock.patch.object(torch.inference_mode, "__exit__", _exit_no_grad),
             _Mode(),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from pipeline.distributed.devices import use_device
 from shards.errors import one_line
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def gpu_load(which: device, number: str) -> dict[str, float]:
     """
     import torch
 
+    use_device(which)  # in the thread of the load
     free, total = torch.cuda.mem_get_info(which)
     used = total - free
     found = {"memory_usage_megabytes": used / _MB, "memory_usage_percentage": 100 * used / total}

@@ -11,6 +11,7 @@ import torch
 from detr import batch, kept, position
 from pipeline.checkpoint import saver
 from pipeline.config import RunConfig
+from pipeline.data import loader
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import RunConfigError
 from pipeline.training.graphs import planned
@@ -21,7 +22,7 @@ from tests.support.runs import assert_same, start, weights
 from tests.support.tracker import MemoryTracker
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
-STEPS, IMAGES = 6, 5
+STEPS, BATCHES = 6, 3
 RATES = (planned.EXPECTED, planned.HIT_RATE)
 
 
@@ -66,14 +67,25 @@ def test_a_run_on_a_gpu_has_the_curves_of_the_host_and_resumes_bit_for_bit(
     waits = Counter(event.file for event in gpu.waits)
     assert waits["detr/matcher.py"] == waits["pipeline/training/step.py"] == STEPS
     assert waits["pipeline/tracking/meter.py"] == 2 * 4
-    assert waits["pipeline/evaluation/evaluate_model.py"] == 3 * IMAGES
+    assert waits["pipeline/evaluation/evaluate_model.py"] == BATCHES
     others = {"detr/matcher.py", "pipeline/training/step.py", "pipeline/tracking/meter.py"}
     assert waits.keys() - others == {"pipeline/evaluation/evaluate_model.py", "pipeline/checkpoint/saver.py"}
+    assert not gpu.strays
     interrupted = start(quiet, tmp_path / "interrupted")
     for steps in (4, 0):
         changed = replace(quiet, optim=replace(quiet.optim, max_steps=steps))
         run(changed, interrupted, Ranks(device=GPU), None)
     assert_same(weights(quiet, tmp_path / "interrupted"), weights(quiet, tmp_path / "cuda"))
+
+
+def test_a_thread_that_uses_the_gpu_of_another_worker_is_found(
+    quiet: RunConfig, tmp_path: Path, gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (loader, saver):
+        monkeypatch.setattr(module, "use_device", lambda _: None)
+    once = replace(quiet, optim=replace(quiet.optim, ema=0.0, max_steps=1), evaluate=replace(quiet.evaluate, limit=1))
+    run(once, start(once, tmp_path), Ranks(device=GPU), None)
+    assert {stray.partition("_")[0] for stray in gpu.strays} == {"shards", "saver"}
 
 
 def test_a_run_with_graphs_has_the_curves_of_one_without_and_reports_its_hits(
