@@ -36,6 +36,7 @@ _LONGEST_FIRST = (
     *("e2e/test_outages", "e2e/test_sweep", "e2e/test_poor_mounts", "e2e/test_full_disk", "e2e/test_repeated_errors"),
     *("e2e/test_stopped_groups", "e2e/", "integration/evaluation/test_coco", "integration/checkpoint/test_killed"),
     *("integration/cluster/test_background_evaluation", "integration/cluster/test_ray_notes", "integration/"),
+    *("unit/detr/test_compute", "unit/pipeline/exchange/test_export_onnx", "parity/"),
 )
 """Beginnings of modules in the order in which they start, so that no process ends long before the other."""
 
