@@ -66,6 +66,8 @@ def main() -> None:
     end = time.monotonic() + 60 * options.minutes
     paths = [str(_ROOT), *([_installed(options.wheels)] if options.wheels else [])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
+    if options.tiny and options.device == "cpu":
+        environment["OMP_NUM_THREADS"] = "1"  # tiny operations on busy cores wait for threads rather than compute
     for section in SECTIONS:
         if options.section and section.module not in options.section:
             continue

@@ -40,7 +40,7 @@ class GraphedStep(Step):
 
 
 def run(results: Results, setting: Setting) -> None:
-    for precision in ("bf16",) if setting.tiny else ("fp32", "bf16"):
+    for precision in ("fp32",) if setting.tiny else ("fp32", "bf16"):
         results.attempt(precision, lambda precision=precision: _same(results, setting, precision))
     for images in (1,) if setting.tiny else (1, 2, 8, 16):
         results.attempt(f"batches of {images}", lambda images=images: _fast(results, setting, images))
@@ -56,7 +56,7 @@ def _same(results: Results, setting: Setting, precision: str) -> None:
     found = {}
     for name in ("without", "without again", "with"):
         step = GraphedStep(config, batches, setting, graphed=name == "with")
-        losses = [float(step().losses.total.detach()) for _ in range(3 * len(batches))]
+        losses = [float(step().losses.total.detach()) for _ in range((1 if setting.tiny else 3) * len(batches))]
         weights = torch.cat([value.detach().flatten().double() for value in step.model.parameters()])
         found[name] = losses, weights.cpu(), step
     expected, of_weights, _ = found["without"]
@@ -72,7 +72,8 @@ def _same(results: Results, setting: Setting, precision: str) -> None:
 
 
 def _fast(results: Results, setting: Setting, images: int) -> None:
-    config = run_config(setting, compute={"precision": "bf16", "canvas_multiple": _MULTIPLE})
+    precision = "fp32" if setting.tiny else "bf16"
+    config = run_config(setting, compute={"precision": precision, "canvas_multiple": _MULTIPLE})
     batches = []
     for samples in drawn_samples(setting, images, 2 if setting.tiny else _BATCHES):
         batch = collate(samples, _MULTIPLE)
@@ -94,7 +95,7 @@ def _fast(results: Results, setting: Setting, images: int) -> None:
         seconds = timings[name].median_s
         waits = setting.waits(step)
         results.put(
-            f"bf16, {name}, batches of {images}",
+            f"{precision}, {name}, batches of {images}",
             images_per_s=images / seconds,
             ratio=timings["without graphs"].ratio_to(timings[name]),
             waits=len(waits),
