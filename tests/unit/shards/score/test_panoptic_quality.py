@@ -1,4 +1,5 @@
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from shards.errors import ShardError
 from shards.panoptic.segments import TrueSegments
 from shards.score.panoptic_counts import Outcome
+from shards.score.panoptic_folders import score_folders
 from shards.score.panoptic_quality import ErrorGains, ImageCounts, count, quality
 
 THINGS = [True, False]
@@ -88,3 +90,20 @@ def test_predictions_that_cannot_be_counted(indices: list[list[int]], labels: li
 def test_label_that_the_data_set_lacks() -> None:
     with pytest.raises(ShardError, match="got segments of label 5, expected labels below 2"):
         quality([count(truth([[0, 7]], {7: 0}), np.array([[-1, 0]]), [5])], THINGS)
+
+
+@pytest.mark.parametrize(
+    ("truth", "problem"),
+    [
+        (None, "No such file"),
+        ("{", "malformed|truncated"),
+        ('{"categories": [{"id": 1}], "annotations": [], "images": []}', "missing required field `isthing`"),
+        ('{"categories": [{"id": 1, "isthing": 1}], "annotations": [], "images": []}', "found.json"),
+    ],
+)
+def test_files_that_cannot_be_scored(tmp_path: Path, truth: str | None, problem: str) -> None:
+    if truth is not None:
+        (tmp_path / "true.json").write_text(truth)
+    with pytest.raises(ShardError, match=problem) as caught:
+        score_folders(tmp_path / "true.json", tmp_path, tmp_path / "found.json", tmp_path)
+    assert "\n" not in str(caught.value)
