@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from shards.errors import ShardError as ShardError
     from shards.masks.rle import decode_masks as decode_masks
     from shards.masks.rle import encode_masks as encode_masks
+    from shards.panoptic.segments import TrueSegments as TrueSegments
     from shards.plan.epoch import EpochPlan as EpochPlan
     from shards.plan.epoch import epoch_order as epoch_order
     from shards.plan.epoch import plan_epoch as plan_epoch
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from shards.source.defects import SourceError as SourceError
     from shards.synthetic import write_synthetic as write_synthetic
     from shards.write.writer import write_coco as write_coco
+    from shards.write.writer import write_panoptic as write_panoptic
 
 _HOMES = {
     "config": ("PlanConfig", "ReadConfig", "WriteConfig"),
@@ -48,6 +50,7 @@ _HOMES = {
     "dataset.verify": ("verify",),
     "errors": ("ShardError",),
     "masks.rle": ("decode_masks", "encode_masks"),
+    "panoptic.segments": ("TrueSegments",),
     "plan.epoch": ("EpochPlan", "epoch_order", "plan_epoch", "plan_evaluation"),
     "plan.steps": ("Origin", "Steps"),
     "read.loader": ("open_batches", "open_loader", "read_samples"),
@@ -58,7 +61,7 @@ _HOMES = {
     "score.detections": ("Detections",),
     "source.defects": ("SourceError",),
     "synthetic": ("write_synthetic",),
-    "write.writer": ("write_coco",),
+    "write.writer": ("write_coco", "write_panoptic"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
