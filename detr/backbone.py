@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detr.config import ModelConfig
-from detr.kept import Kept, autocast_type
-from detr.recompute import run_layer
+from detr.kept import Kept, autocast_type, run_layer
 
 _BLOCKS = {
     "resnet18": (2, 2, 2, 2),

@@ -1,11 +1,12 @@
-"""Work done once instead of in every forward pass or layer: results of constant tensors, and casts under autocast."""
+"""Results kept or computed again: what depends on constant tensors, casts under autocast, activations of layers."""
 
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @lru_cache(maxsize=64)
@@ -68,3 +69,18 @@ def _is(one: Tensor | None, other: Tensor | None) -> bool:
 
 def _alike(one: Tensor, other: Tensor) -> bool:
     return (one.shape, one.device, one.dtype, one.stride()) == (other.shape, other.device, other.dtype, other.stride())
+
+
+def run_layer(module: nn.Module, *inputs: object, recompute: bool) -> Tensor:
+    """Return `module(*inputs)`; with `recompute`, its activations are recomputed in the backward pass instead of kept.
+
+    Dropout draws the same numbers both times. A module without trainable parameters or inputs is called directly, since
+    autograd keeps nothing of it.
+    """
+    if recompute and is_grad_enabled() and _needs_gradients(module, *inputs):
+        return checkpoint(module, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
+    return module(*inputs)  # type: ignore[no-any-return]
+
+
+def _needs_gradients(module: nn.Module, *inputs: object) -> bool:
+    return any(isinstance(value, Tensor) and value.requires_grad for value in (*inputs, *module.parameters()))

@@ -15,8 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from detr.config import ModelConfig
-from detr.kept import autocast_type
-from detr.recompute import run_layer
+from detr.kept import autocast_type, run_layer
 
 _MANY_SCORES = 1 << 20  # 4 MiB; fewer are not worth computing twice
 _LEVELS = 1 << 16

@@ -10,8 +10,8 @@ from detr.config import ModelConfig
 from detr.deformable.attention import DeformableAttention, Shapes
 from detr.deformable.levels import Geometry
 from detr.deformable.proposals import best_cells, box_vectors, cell_boxes
+from detr.kept import run_layer
 from detr.position import at_least_fp32, inverse_sigmoid
-from detr.recompute import run_layer
 from detr.transformer import Layer
 from detr.variant import SigmoidOutputs
 
