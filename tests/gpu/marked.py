@@ -10,6 +10,7 @@ from tests.gpu.work import Setting
 _TESTS = (
     "tests/unit/detr",
     "tests/unit/pipeline/training/test_step.py",
+    "tests/unit/pipeline/training/graphs",
     "tests/unit/pipeline/tracking/test_step_timer.py",
 )
 

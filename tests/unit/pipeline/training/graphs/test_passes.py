@@ -15,6 +15,7 @@ from pipeline.config import ComputeConfig, RunConfig
 from pipeline.data.canvases import Canvas, ChosenCanvases
 from pipeline.distributed.ranks import Ranks
 from pipeline.training.divergence import Diverged
+from pipeline.training.graphs.capture import CudaCapture
 from pipeline.training.graphs.passes import Graphs
 from pipeline.training.model import build_on_device
 from pipeline.training.optim import build_optimizer
@@ -39,6 +40,7 @@ CONFIGS = {
     "conditional": replace(DROPPING, model=replace(DROPPING.model, variant="conditional", hidden_dim=32)),
     "a loss off": replace(DROPPING, loss=replace(CONFIG.loss, weight_bbox=0.0, weight_giou=0.0)),
 }
+CPU = torch.device("cpu")
 SMALL, WIDE, RARE = Canvas(2, 64, 64), Canvas(2, 64, 96), Canvas(2, 96, 64)
 
 
@@ -60,18 +62,28 @@ def chosen(*canvases: Canvas, left: int = 0) -> ChosenCanvases:
 class Trained:
     """A model that takes steps, through `graphs` or without."""
 
-    def __init__(self, config: RunConfig, *canvases: Canvas, left: int = 0, recorder: RepeatedWork | None = None):
+    def __init__(
+        self,
+        config: RunConfig,
+        *canvases: Canvas,
+        left: int = 0,
+        recorder: RepeatedWork | None = None,
+        device: torch.device = CPU,
+    ) -> None:
         torch.manual_seed(0)
-        self.config, self.recorder = config, recorder or RepeatedWork()
-        self.model: nn.Module = build_on_device(config, 4, torch.device("cpu")).train()
+        self.config, self.recorder, self.ranks = config, recorder or RepeatedWork(), Ranks(device=device)
+        self.model: nn.Module = build_on_device(config, 4, device).train()
         self.optimizer = build_optimizer(self.model, config.optim)
         self.graphs: Graphs | None = None
         if canvases:
-            self.graphs = Graphs(self.model, chosen(*canvases, left=left), config, Ranks(), self.recorder)
+            capture = self.recorder if device == CPU else CudaCapture(device)
+            self.graphs = Graphs(self.model, chosen(*canvases, left=left), config, self.ranks, capture)
         self.steps = 0
 
     def step(self, *batches: Batch) -> dict[str, Tensor]:
-        result = train_step(self.model, batches, self.optimizer, self.config, Ranks(), self.steps, graphs=self.graphs)
+        result = train_step(
+            self.model, batches, self.optimizer, self.config, self.ranks, self.steps, graphs=self.graphs
+        )
         self.steps += 1
         return {"total": result.losses.total.detach(), "norm": result.grad_norm, **result.losses.parts}
 
@@ -180,3 +192,33 @@ def test_memory_is_kept_for_the_largest_pass_without_a_graph(free: float, captur
     for canvas in (SMALL, WIDE):
         graphed.step(batch_on(canvas))
     assert len(graphed.replayed()) == 2 * captured
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "head alone"])
+def test_graphs_of_a_gpu_give_the_losses_without_them(name: str) -> None:
+    """With the same dropout, drawn from the seed of each step; bf16 and TF32 round."""
+    device, config = torch.device("cuda", torch.cuda.current_device()), CONFIGS[name]
+    plain, graphed = Trained(config, device=device), Trained(config, SMALL, WIDE, device=device)
+    for canvas, first in [(WIDE, 0), (SMALL, 4), (WIDE, 2), (RARE, 0), (SMALL, 0), (WIDE, 6), (WIDE, 0)]:
+        batch = batch_on(canvas, first, config.model.masks).pin_memory()
+        found, expected = graphed.step(batch), plain.step(batch)
+        assert found["total"].item() == pytest.approx(expected["total"].item(), rel=2e-2)
+    assert graphed.graphs is not None
+    assert graphed.graphs.read_hit_rate() == pytest.approx(6 / 7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_dropout_of_a_replay_is_that_of_the_seed() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    graphs = Trained(DROPPING, SMALL, device=device).graphs
+    assert graphs is not None
+    batch = batch_on(SMALL)
+    found = []
+    for seed in (1, 2, 1):
+        found.append(graphs.forward(batch, seed).logits)
+        graphs.backward(found[-1].sum())
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
