@@ -35,8 +35,10 @@ def test_a_worker_that_hangs_is_named_and_the_run_continues(detr: Command, recor
     recording.pace(0.05)
     driver = detr.start(*TRAIN, "--track.run-name", "hung", "--cluster.collective-timeout-s", "15")
     until(lambda: recording.last()[0] >= 12 or driver.poll() is not None, "step 12")
+    recording.pace(2)  # so that the run does not end before its worker hangs
     pid = next(int(path.name) for path in recording.folder.glob("[0-9]*") if path.read_text().split()[1] == "1")
     os.kill(pid, signal.SIGSTOP)
+    recording.pace(0)
     output, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, output
     named = (

@@ -77,9 +77,11 @@ def test_a_slurm_job_that_meets_its_time_limit_queues_again_until_the_run_is_don
         for number, step in enumerate(limits, 1):
             until(lambda step=step: recording.last()[0] >= step or ended(slurm), f"step {step}")  # type: ignore[misc]
             assert not ended(slurm), log.read_text()
+            recording.pace(2)  # so that the run does not end before the warning comes
             slurm.warn(job)
             until(lambda number=number: slurm.jobs()[0]["starts"] > number or ended(slurm), "another start")  # type: ignore[misc]
             assert not ended(slurm), log.read_text()
+            recording.pace(0.2)
         recording.pace(0)
         until(lambda: ended(slurm), "the end")
     finally:
@@ -125,7 +127,7 @@ def test_the_entrypoint_of_a_rayjob_is_the_same_run_on_a_cluster_of_every_retry(
     environment = work.env | recording.environment | variables
     environment |= {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"), "RAY_AUTH_MODE": "token"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    killed_at = random.Random().randrange(5, STEPS - 10)
+    killed_at = random.Random().randrange(5, STEPS - 20)
     print(f"killed at step {killed_at}")
     for attempt in ("first", "retry"):
         folder = tmp_path / attempt

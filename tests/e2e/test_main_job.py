@@ -31,21 +31,25 @@ class Killed:
 @pytest.fixture(scope="module")
 def killed(detr: Command, tmp_path_factory: pytest.TempPathFactory) -> Killed:
     recording = Recording(tmp_path_factory.mktemp("killed") / "steps")
-    recording.pace(0.1)  # so that the run does not end before the kills
+    recording.pace(0.1)  # and more before the kills, so that the run does not end
     detr.env |= recording.environment
     driver = detr.start(
         *TRAIN, "--optim.epochs", str(EPOCHS), "--evaluate.every", "5", "--track.run-name", "killed-once"
     )
     detr.wait_for_checkpoint("killed-once", 10)
+    recording.pace(2)
     workers, servers = ray_workers(driver.pid), psutil.Process(driver.pid).children(recursive=True)
     assert len(workers) == 2
     kill(psutil.Process(driver.pid))
     driver.wait()
     _, orphans = psutil.wait_procs(workers, timeout=200)
 
+    recording.pace(0.1)
     driver = detr.start("resume", "killed-once")
     detr.wait_for_checkpoint("killed-once", 30)
+    recording.pace(2)
     kill(ray_workers(driver.pid)[0])
+    recording.pace(0)
     output, _ = driver.communicate(timeout=500)
     assert driver.returncode == 0, output
     return Killed(detr, orphans, servers)

@@ -95,6 +95,7 @@ def trained(detr: Command, store: Production, ray_files: Path, tmp_path_factory:
         recording.pace(0.5)
         driver = detr.start(*TRAIN, "--optim.epochs", "2", "--run", "production", "--address", address)
         until(lambda: recording.last()[0] >= 3 or driver.poll() is not None, "3 steps", 600)
+        recording.pace(5)  # so that the run does not end while its pages are read
         served = {page: _page(dashboard, page) for page in SERVED}
         recording.pace(0)
         output, _ = driver.communicate(timeout=_PATIENCE_S)
@@ -114,7 +115,7 @@ def trained(detr: Command, store: Production, ray_files: Path, tmp_path_factory:
 def _page(port: int, page: str) -> str:
     request = urllib.request.Request(f"http://127.0.0.1:{port}/{page}", headers={"Authorization": f"Bearer {TOKEN}"})
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return str(answer.read().decode(errors="replace"))
     except urllib.error.HTTPError as error:
         return f"{error.code} {error.read().decode(errors='replace')}"

@@ -50,6 +50,7 @@ def test_the_same_command_creates_continues_and_finds_one_run(detr: Command, rec
     driver = detr.start(*TRAIN)
     checkpoints = detr.folder / "runs" / "same" / "checkpoints"
     until(lambda: driver.poll() is not None or any(checkpoints.glob("step-*/meta.json")), "a checkpoint")
+    recording.pace(3)  # so that the run does not end before the second command comes
     second = detr(*TRAIN, status=75)
     assert f"is being trained by process {driver.pid} on" in second, second
 
