@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,8 @@ from pipeline.built_in import dataset
 from pipeline.built_in.dataset import is_made, make_built_in
 from pipeline.config import DataConfig
 from pipeline.recipes import RECIPES
+from shards.dataset.manifest import load_manifest
+from shards.panoptic.built_in import write_synthetic_panoptic
 
 
 def test_a_run_on_other_data_gets_the_demo_s_backbone_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,3 +36,16 @@ def test_a_run_on_other_data_gets_the_demo_s_backbone_once(tmp_path: Path, monke
     assert made == ["runs/demo/data/train"]
     assert len(said) == 2
     assert "is made once" in said[0]
+
+
+def test_the_panoptic_demo_has_things_on_stuff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw = partial(write_synthetic_panoptic, train=3, val=2, size=64)
+    monkeypatch.setattr(dataset, "write_synthetic_panoptic", draw)
+    said: list[str] = []
+    config = RECIPES["demo-panoptic"]
+    dataset.make_data(config, said.append)
+    train, val = load_manifest(config.data.train), load_manifest(config.data.val)
+    assert (train.images, val.images, train.panoptic) == (3, 2, True)
+    assert {category.isthing for category in val.categories} == {True, False}
+    assert "drew and sharded 5 images" in said[0]

@@ -75,3 +75,11 @@ def test_a_point_is_named_after_the_smallest_box_over_it() -> None:
     labels = point_labels([target, empty], 4, 4, background=9)
     assert labels[0].tolist() == [[9] * 4, [0, 2, 0, 0], [0] * 4, [9] * 4]
     assert (labels[1] == 9).all()
+
+
+def test_a_point_has_the_label_of_the_mask_over_it_rather_than_of_a_box() -> None:
+    whole = torch.tensor([[0.5, 0.5, 1.0, 1.0]] * 2)
+    masks = torch.zeros(2, 8, 16, dtype=torch.bool)
+    masks[0, :, :8], masks[1, 4:, 8:] = True, True
+    target = Target(whole, torch.tensor([2, 0]), 1, (8, 16), masks)
+    assert point_labels([target], 2, 4, background=9)[0].tolist() == [[2, 2, 9, 9], [2, 2, 0, 0]]
