@@ -70,6 +70,7 @@ class Graph:
         capture.warm(forward)
         self._trained = [tensor.requires_grad for tensor in recorded]
         self._given += [torch.zeros_like(tensor) for tensor in recorded if tensor.requires_grad]
+        recorded.clear()
         for _ in range(_WARM_UPS):
             capture.warm(lambda: (forward(), backward()))
         self._outputs, self._forward = capture.record(forward)
