@@ -125,7 +125,7 @@ def _fewest_cells(config: RunConfig, sides: Ints) -> int:
     scale = np.minimum(smallest / sides[:, 0], transform.max_size / sides[:, 1])[:, None]
     pixels = np.maximum(np.floor(sides * scale), 1)
     strides = [_CELL * 2**level for level in range(config.model.deformable.levels)]
-    return int(sum(np.ceil(pixels / stride).prod(1) for stride in strides).min())  # type: ignore[union-attr]
+    return int(sum(np.ceil(pixels / stride).prod(1) for stride in strides).min())
 
 
 def _batch(config: RunConfig, facts: _Facts) -> _Choice:

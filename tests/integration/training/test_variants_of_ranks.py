@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from detr.batch import collate
-from detr.compute import compile_shapes, set_channels_last, set_recompute
+from detr.compute import set_channels_last, set_recompute
 from detr.config import DeformableConfig, LossConfig
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint import state as checkpoint_state
@@ -80,7 +80,7 @@ def compiled_losses(ranks: Ranks, variant: str) -> list[float]:
     config = run_config(variant)
     torch.manual_seed(0)
     model = build_trainable_model(config, 4)
-    compile_shapes(model)
+    model.compile(dynamic=False, backend="aot_eager")  # what depends on the model; kernels would take minutes
     wrapped = distribute(model, ranks, "fsdp")
     optimizer = build_optimizer(unwrap(wrapped), config.optim)
     found = [step(wrapped, optimizer, config, ranks, number) for number in range(3)]
