@@ -8,6 +8,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from shards.config import WriteConfig
+from shards.dataset.verify import verify
+from shards.write.writer import write_panoptic
+from tests.support.panoptic_data import make_panoptic
 from tests.support.s3_server import S3Server
 from tests.support.tiny_data import TinyData
 
@@ -43,3 +47,14 @@ def test_data_set_on_s3_has_the_bytes_of_a_local_one(s3: S3Server, tiny_data: Ti
     again = shard(tiny_data, images, "s3://sets/coco")
     assert (again.returncode, again.stdout) == (0, done.stdout)
     assert {path: path.stat().st_mtime_ns for path in (s3.root / "sets" / "coco").rglob("*")} == before
+
+
+def test_panoptic_data_are_read_from_s3_and_written_there(s3: S3Server, tmp_path: Path) -> None:
+    source = make_panoptic(tmp_path / "panoptic")
+    local = source.write()
+    folders = s3.put(source.images, "pictures"), source.annotations, s3.put(source.segments, "pngs")
+    remote = write_panoptic(*folders, "s3://sets/panoptic", WriteConfig())
+    assert remote.digest == local.digest
+    assert content(s3.root / "sets" / "panoptic") == content(Path(local.url))
+    assert verify("s3://sets/panoptic").ok
+    assert write_panoptic(*folders, "s3://sets/panoptic", WriteConfig()) == remote
