@@ -94,6 +94,19 @@ def test_boxes_are_clamped_and_those_without_area_dropped() -> None:
     np.testing.assert_allclose(got.numpy(), [[0.25, 0.5, 0.5, 1.0], [0.5, 0.5, 1.0, 1.0]])
 
 
+def test_flat_boxes_stay_unless_the_image_is_cropped() -> None:
+    image, labels = np.zeros((20, 30, 3), np.uint8), np.array([3, 4])
+    boxes = np.array([[29, 18, 29, 18], [2, 3, 9, 8]], np.float32)  # of a segment of one pixel, and of a large one
+    crop = Crop((20, 30), 0, 0, (20, 30))
+    for cropped, given, kept in ((None, True, [3, 4]), (crop, True, [4]), (None, False, [4])):
+        *_, found = apply(image, boxes, labels, Geometry(False, cropped, (20, 30)), flat_boxes=given)
+        assert found.tolist() == kept
+    _, cxcywh, _ = apply(image, boxes, labels, Geometry(True, None, (20, 30)), flat_boxes=True)
+    assert cxcywh[0].tolist() == pytest.approx(
+        [1 / 30, 18 / 20, 0, 0], abs=1e-6
+    )  # where 30 - 29 is, as in the original
+
+
 def test_read_only_image_is_not_written_to() -> None:
     image = photo(20, 30)
     image.setflags(write=False)
