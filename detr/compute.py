@@ -1,10 +1,12 @@
-"""Compute options: precision, memory layout, activation checkpointing and compilation.
+"""Compute options: precision, order of sums, memory layout, activation checkpointing and compilation.
 
 They change neither the model nor the names of its parameters. With fp32 the results are equal up to the order of sums;
 bf16 rounds activations to 8 bits and keeps weights, boxes, costs and losses in fp32.
 """
 
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 from detr.model import DETR
 
 Precision = Literal["fp32", "bf16"]
+Tf32 = Literal["auto", "yes", "no"]
 Recompute = Literal["none", "encoder", "backbone", "both"]
 _CANVAS_SHAPES = 256  # maximum number of compiled canvas shapes; others run uncompiled
 
@@ -20,6 +23,33 @@ _CANVAS_SHAPES = 256  # maximum number of compiled canvas shapes; others run unc
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
     """Return the context manager for the forward pass; losses are computed outside it."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextmanager
+def arithmetic(tf32: Tf32, *, deterministic: bool) -> Iterator[None]:
+    """Set for the block what fp32 means on a GPU, and whether its sums have the same order in each run.
+
+    tf32: round the factors of fp32 products to 10 bits: `yes` all, `no` none, `auto` as torch is set, which is for
+    convolutions alone. deterministic: an operation that has no such kernel raises `RuntimeError`.
+    """
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    ordered, filling = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        if tf32 != "auto":
+            cuda.allow_tf32 = cudnn.allow_tf32 = tf32 == "yes"
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product on the GPU
+            cudnn.benchmark = False
+            torch.utils.deterministic.fill_uninitialized_memory = (
+                False  # only shows what reads memory that nothing wrote
+            )
+            torch.use_deterministic_algorithms(True)
+        yield
+    finally:
+        cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+        torch.utils.deterministic.fill_uninitialized_memory = filling
+        torch.use_deterministic_algorithms(ordered)
 
 
 def set_channels_last(model: DETR) -> None:

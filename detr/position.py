@@ -36,7 +36,8 @@ class SinePosition(nn.Module):
             grid = _sine_grid if torch.compiler.is_compiling() else _kept_sine_grid
             return grid(height, width, self.channels, self.temperature, self.back, features.device)
         inside = ~padding
-        rows, columns = inside.cumsum(1, dtype=torch.float32), inside.cumsum(2, dtype=torch.float32)
+        # Of integers, which have one sum in any order: for fp32, CUDA has no kernel that promises it.
+        rows, columns = inside.cumsum(1, dtype=torch.int32), inside.cumsum(2, dtype=torch.int32)
         rows = (rows - self.back) / (rows[:, -1:, :] + 1e-6)
         columns = (columns - self.back) / (columns[:, :, -1:] + 1e-6)
         return sine_vectors(rows, columns, self.channels, self.temperature).flatten(1, 2)

@@ -138,7 +138,15 @@ class ComputeConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the network.
     fp32: as in the paper.
-    bf16: autocast, faster on recent GPUs; costs, losses, weights and optimizer stay in fp32."""
+    bf16: autocast, faster on recent GPUs; boxes, costs, losses, weights and optimizer stay in fp32."""
+    tf32: Literal["auto", "yes", "no"] = "auto"
+    """Rounding of the factors of fp32 products to TF32, 10 bits, on GPUs that have it (from A100 on).
+    auto: convolutions only, as torch does by itself.
+    yes: matrix products as well, which is several times as fast.
+    no: neither, so that fp32 means fp32."""
+    deterministic: bool = False
+    """Add up in the same order in each run, so that a resumed run repeats bit for bit on the same kind of GPU.
+    Slower, and with more memory; an operation without such a kernel ends the run. CPUs do so in any case."""
     channels_last: bool = True
     """Store images and convolution weights in channels-last layout: usually faster, the same results up to rounding."""
     compile: bool = False

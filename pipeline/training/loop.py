@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from detr.batch import Batch
+from detr.compute import arithmetic
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint.location import Location, checkpoint_root
 from pipeline.checkpoint.metadata import Meta
@@ -74,6 +75,11 @@ def run(
     config: RunConfig, run_info: RunInfo, ranks: Ranks, tracker: Tracker | None, hooks: LoopHooks = NO_HOOKS
 ) -> None:
     """Train until the last step or a request to stop, from the newest checkpoint; a collective call."""
+    with arithmetic(config.compute.tf32, deterministic=config.compute.deterministic):
+        _run(config, run_info, ranks, tracker, hooks)
+
+
+def _run(config: RunConfig, run_info: RunInfo, ranks: Ranks, tracker: Tracker | None, hooks: LoopHooks) -> None:
     train, val = open_data(config.data)
     check_cache(config.data, train, val)
     root = checkpoint_root(config.checkpoint.store, run_info.folder)

@@ -1,3 +1,6 @@
+import copy
+import operator
+
 import pytest
 import torch
 import torchvision
@@ -54,6 +57,49 @@ def test_folding_the_norm_keeps_the_gradients(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(backbone, "_convolve", unfolded)
     for got, expected in zip(folded, gradients(), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+
+
+def test_a_frozen_norm_is_folded_once_until_it_changes() -> None:
+    body = with_drawn_statistics(ResNet(ModelConfig(backbone="tiny")))
+    body.freeze(1)
+    norm, images = body.bn1, torch.randn(1, 3, 32, 32)
+
+    def folded(changed: ResNet = body) -> tuple[torch.Tensor, ...]:
+        norm = changed.bn1
+        weight, bias = norm.fold(changed.conv1.weight)
+        scale, shift = norm.scale_and_shift()
+        assert torch.equal(weight, changed.conv1.weight * scale[:, None, None, None])
+        assert torch.equal(bias, shift)
+        return weight, bias
+
+    first = folded()
+    assert all(map(operator.is_, folded(), first))
+    before = body(images)
+    norm.load_state_dict({name: value * 2 for name, value in norm.state_dict().items()})
+    assert all(map(operator.is_, folded(), first))  # renewed in the same memory, which a CUDA graph may read
+    assert not torch.equal(body(images), before)
+    body.conv1.load_state_dict({"weight": body.conv1.weight * 3})
+    folded()
+    copied = copy.deepcopy(body)
+    copied.bn1.bias.add_(1)
+    assert not torch.equal(folded(copied)[1], folded()[1])
+    assert folded(body.double())[0].dtype == torch.float64
+    body.float()
+    with torch.inference_mode():  # keeps nothing that training could not use
+        body(images)
+    body(images).sum().backward()
+
+
+def test_weights_that_train_are_scaled_in_each_pass_and_only_they() -> None:
+    body = with_drawn_statistics(ResNet(ModelConfig(backbone="tiny")))
+    body.freeze(1)
+    first, second = (
+        norm.fold(conv.weight)[0] for conv, norm in ((body.conv1, body.bn1), (body.layer1[0].conv1, body.layer1[0].bn1))
+    )
+    assert not first.requires_grad
+    assert second.requires_grad
+    body.bn1.keep_weights = False
+    assert body.bn1.fold(body.conv1.weight)[0] is not first
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,21 @@
 """Compute options change speed and memory but not results."""
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from detr import criterion, matcher
 from detr.batch import Target
-from detr.compute import autocast, compile_shapes, set_channels_last, set_recompute, uncompiled
+from detr.compute import arithmetic, autocast, compile_shapes, set_channels_last, set_recompute, uncompiled
 from detr.config import LossConfig, ModelConfig
 from detr.criterion import compute_losses
+from detr.losses import matched
 from detr.model import DETR, build_model
 
 SMALL = ModelConfig(
@@ -116,6 +120,48 @@ def test_bf16_rounds_the_network_but_not_boxes_or_losses() -> None:
     loss, gradients = step(model(), "bf16")
     assert loss == pytest.approx(expected, rel=0.02)
     assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_bf16_matches_and_scores_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, torch.dtype] = {}
+
+    def match(scores: Tensor, boxes: Tensor, *more: Any) -> Any:
+        given.update(scores=scores.dtype, boxes=boxes.dtype)
+        return matcher.match_layers(scores, boxes, *more)
+
+    def box_losses(boxes: Tensor, *more: Any) -> Any:
+        found = matched.box_losses(boxes, *more)
+        given.update({name: value.dtype for name, value in found.items()})
+        return found
+
+    monkeypatch.setattr(criterion, "match_layers", match)
+    monkeypatch.setattr(criterion, "box_losses", box_losses)
+    with autocast(torch.device("cpu"), "bf16"):
+        assert model()(images(), padding()).logits.dtype == torch.bfloat16
+    step(model(), "bf16")
+    assert given == dict.fromkeys(("scores", "boxes", "loss_bbox", "loss_giou"), torch.float32)
+
+
+def test_fp32_means_what_the_options_say_and_only_in_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+
+    def now() -> tuple[bool, bool, bool, bool]:
+        ordered = torch.are_deterministic_algorithms_enabled()
+        return matmul.allow_tf32, cudnn.allow_tf32, ordered, torch.utils.deterministic.fill_uninitialized_memory
+
+    before = now()
+    assert before == (False, True, False, True)  # torch's own
+    with arithmetic("yes", deterministic=False):
+        assert now() == (True, True, False, True)
+    with arithmetic("no", deterministic=True):
+        assert now() == (False, False, True, False)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        loss, _ = step(model())
+    assert now() == before
+    assert loss == step(model())[0]
+    with arithmetic("auto", deterministic=False):
+        assert now() == before
 
 
 def test_frozen_stages_keep_no_activations() -> None:
