@@ -50,6 +50,9 @@ class FrozenBatchNorm(nn.Module):
         Scale and shift are computed once, and so is all of it if the weight does not train: the values are bit for bit
         those of a new computation. It saves six kernels of each convolution and forward pass, under bf16 seven.
         """
+        if torch.compiler.is_compiling():  # the compiler keeps no results
+            scale, shift = self.scale_and_shift()
+            return weight * scale[:, None, None, None], shift
         dtype, buffers = autocast_type(weight), tuple(self._buffers.values())
 
         def vectors() -> tuple[Tensor, Tensor]:

@@ -38,8 +38,8 @@ class Kept:
 
     def of(self, sources: tuple[Tensor | None, ...], compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Return `compute()`, without gradients, or the last result if the sources are the same and unchanged."""
-        if torch.compiler.is_compiling() or any(source.is_inference() for source in sources if source is not None):
-            return compute()  # the compiler folds it itself; tensors of inference mode count no changes
+        if any(source.is_inference() for source in sources if source is not None):
+            return compute()  # such tensors count no changes
         versions = [source._version for source in sources if source is not None]
         same = len(sources) == len(self._sources) and all(map(_is, sources, self._sources))
         if not same or versions != self._versions:
