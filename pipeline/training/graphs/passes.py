@@ -69,6 +69,7 @@ class Graph:
 
         capture.warm(forward)
         self._trained = [tensor.requires_grad for tensor in recorded]
+        # Zeros, so that the passes before the first replay add nothing to the gradients.
         self._given += [torch.zeros_like(tensor) for tensor in recorded if tensor.requires_grad]
         recorded.clear()
         for _ in range(_WARM_UPS):
@@ -166,14 +167,12 @@ class Graphs:
         return self._graphs.get(canvas)
 
     def _capture(self, canvas: Canvas, batch: Batch) -> None:
-        before, sums = self._recorder.free_bytes(), self.gradients.buffer.clone()
+        before = self._recorder.free_bytes()
         try:
             self._graphs[canvas] = Graph(self._model, self._fill(batch), self._config, self.gradients, self._recorder)
         except torch.OutOfMemoryError:
             LOG.warning("no memory for a CUDA graph of %d images of %dx%d: it and later canvases run without", *canvas)
             self._left.clear()
-        finally:
-            self.gradients.buffer.copy_(sums)  # the first passes have added to it
         if not self._bytes_per_pixel:
             self._bytes_per_pixel = max(before - self._recorder.free_bytes(), 0.0) / canvas.pixels
 
