@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -42,11 +43,15 @@ def test_an_interrupted_run_ends_with_the_same_weights(
 HYBRID = DeformableConfig(levels=3, box_refine=True, two_stage=True, mixed_selection=True, one_to_many_queries=6)
 
 
-@pytest.mark.parametrize("options", [DeformableConfig(levels=3), HYBRID], ids=["one stage", "hybrid"])
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [("deformable", DeformableConfig(levels=3)), ("deformable", HYBRID), ("conditional", DeformableConfig())],
+    ids=["one stage", "hybrid", "conditional"],
+)
 def test_an_interrupted_run_of_a_variant_ends_with_the_same_weights(
-    config: RunConfig, tmp_path: Path, options: DeformableConfig
+    config: RunConfig, tmp_path: Path, variant: Any, options: DeformableConfig
 ) -> None:
-    model = replace(config.model, variant="deformable", hidden_dim=32, deformable=options)
+    model = replace(config.model, variant=variant, hidden_dim=32, deformable=options)
     config = replace(config, model=model, optim=replace(config.optim, max_steps=3))
     whole, parts = start(config, tmp_path / "whole"), start(config, tmp_path / "parts")
     run(config, whole, Ranks(), None)
