@@ -268,7 +268,9 @@ SMALL = replace(
     model=replace(DEMO_DEFORMABLE.model, num_queries=30),
     transform=TransformConfig(train_scales=(160, 176, 192, 208), max_size=320, eval_size=192, crop=False),
     data=DataConfig(reader_threads=1),
-    optim=replace(DEMO.optim, batch_size=8, epochs=35, lr=7.1e-4, lr_backbone=3.55e-4, decay_epoch=11, warmup_epochs=3.5),
+    optim=replace(
+        DEMO.optim, batch_size=8, epochs=35, lr=7.1e-4, lr_backbone=3.55e-4, decay_epoch=11, warmup_epochs=3.5
+    ),
     evaluate=EvaluateConfig(every=4, batch_size=25),
 )
 NOTES["small"] = (
