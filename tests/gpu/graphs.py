@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from detr.batch import Batch, collate
+from pipeline.config import RunConfig
 from pipeline.data.canvases import Canvas, ChosenCanvases
+from pipeline.distributed.ranks import Ranks
 from pipeline.training.graphs.capture import CudaCapture
 from pipeline.training.graphs.passes import Graphs
 from pipeline.training.step import train_step
@@ -21,15 +24,20 @@ _MULTIPLE = 64
 _BATCHES = 8
 
 
+def graphs_of(batches: Sequence[Batch], model: nn.Module, config: RunConfig, ranks: Ranks) -> Graphs:
+    """Return graphs for the canvases of all batches; on a CPU, the work is repeated instead."""
+    canvases = {Canvas(len(batch.images), *batch.images.shape[2:]) for batch in batches}
+    chosen = ChosenCanvases(tuple(sorted(canvases)), len(canvases), len(batches), 1.0, 0)
+    recorder = CudaCapture(ranks.device) if ranks.device.type == "cuda" else RepeatedWork()
+    return Graphs(model, chosen, config, ranks, recorder)
+
+
 class GraphedStep(Step):
     """Training steps over batches in turn, through graphs of all their canvases or without."""
 
-    def __init__(self, config: Any, batches: Sequence[Batch], setting: Setting, *, graphed: bool) -> None:
+    def __init__(self, config: RunConfig, batches: Sequence[Batch], setting: Setting, *, graphed: bool) -> None:
         super().__init__(Kind(config, [*batches]), setting)
-        canvases = {Canvas(len(batch.images), *batch.images.shape[2:]) for batch in batches}
-        chosen = ChosenCanvases(tuple(sorted(canvases)), len(canvases), len(batches), 1.0, 0)
-        recorder = CudaCapture(self.ranks.device) if setting.cuda else RepeatedWork()
-        self.graphs = Graphs(self.model, chosen, config, self.ranks, recorder) if graphed else None
+        self.graphs = graphs_of(batches, self.model, config, self.ranks) if graphed else None
 
     def __call__(self) -> Any:
         batch = self.kind.batches[self.number % len(self.kind.batches)]

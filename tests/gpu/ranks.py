@@ -14,6 +14,7 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.training.model import build_trainable_model
 from pipeline.training.optim import build_optimizer
 from pipeline.training.step import train_step
+from tests.gpu.graphs import graphs_of
 from tests.gpu.results import Results
 from tests.gpu.steps import run_config
 from tests.gpu.work import CLASSES, Setting, batch_of, calm
@@ -27,7 +28,7 @@ def run(results: Results, setting: Setting) -> None:
     expected = _losses("single", Ranks(device=device), setting, _batch(setting))
     results.put("single", losses=expected)
     results.attempt("one rank", lambda: _one_rank(results, setting, device, expected))
-    for strategy in ("ddp", "fsdp"):
+    for strategy in ("ddp", "fsdp", "graphs"):
         results.attempt(
             f"{strategy}, two ranks", lambda strategy=strategy: _two_ranks(results, setting, strategy, expected)
         )
@@ -44,11 +45,13 @@ def _losses(strategy: str, ranks: Ranks, setting: Setting, batch: Batch) -> list
     calm(model)
     model.to(ranks.device)
     set_channels_last(model)
-    wrapped = parallel.distribute(model, ranks, strategy).train()  # type: ignore[arg-type]
+    graphed = strategy == "graphs"
+    wrapped = parallel.distribute(model, ranks, "ddp" if graphed else strategy, graphs=graphed).train()  # type: ignore[arg-type]
     optimizer = build_optimizer(parallel.unwrap(wrapped), config.optim)
+    graphs = graphs_of([batch], wrapped, config, ranks) if graphed else None
     losses = []
     for number in range(_STEPS):
-        result = train_step(wrapped, [batch], optimizer, config, ranks, number)
+        result = train_step(wrapped, [batch], optimizer, config, ranks, number, graphs=graphs)
         losses.append(float(ranks.sum(result.losses.total.detach().clone())) / ranks.world_size)
     return losses
 
