@@ -90,6 +90,25 @@ def test_a_step_waits_for_the_matcher_of_each_pass_and_once_more(name: str) -> N
     assert waited == {"detr/matcher.py": of_matcher, "pipeline/training/step.py": 1}
 
 
+def test_a_step_launches_no_kernel_for_what_is_constant_and_one_for_all_gradients() -> None:
+    config = replace(CONFIG, model=replace(CONFIG.model, norm="frozen_batch", frozen_stages=1))
+    with gpu() as pretended:
+        model, optimizer = build(config, GPU)
+        ranks = Ranks(device=GPU)
+        launches = []
+        for number in range(2):
+            pretended.launches.clear()
+            train_step(model, micro_batches(config, [(0, 8)]), optimizer, config, ranks, number)
+            counted = Counter(event.operation for event in pretended.launches.elements())
+            launches.append(
+                {name: counted[f"aten.{name}"] for name in ("rsqrt", "_foreach_norm", "_foreach_mul_", "mul_")}
+            )
+    norms = sum(name.endswith("running_var") for name, _ in model.named_buffers())
+    once = {"_foreach_norm": 1, "_foreach_mul_": 1, "mul_": launches[0]["mul_"]}
+    assert launches == [{"rsqrt": norms} | once, {"rsqrt": 0} | once]
+    assert once["mul_"] < 10
+
+
 def test_averages_of_the_weights_follow_without_a_wait() -> None:
     with gpu() as pretended:
         model, optimizer = build(CONFIG, GPU)
