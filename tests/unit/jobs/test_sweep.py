@@ -20,6 +20,12 @@ def test_a_dry_run_forecasts_and_leaves_nothing(detr: Detr, tiny_data: TinyData,
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_tells_the_share_of_passes_with_a_graph(detr: Detr, tiny_data: TinyData) -> None:
+    words = ["train", "demo", "--data.train", tiny_data.train, "--data.val", tiny_data.val, "--compute.graphs"]
+    result = detr(*words, "--cluster.gpu", "auto", "--compute.canvas-multiple", "256", "--dry-run")
+    assert "CUDA graphs for 1 of 1 canvases, expected for 100.0% of the passes" in result.out
+
+
 def test_a_dry_run_of_a_sweep_forecasts_each_trial(detr: Detr, tiny_data: TinyData, tmp_path: Path) -> None:
     data = ["--data.train", tiny_data.train, "--data.val", tiny_data.val]
     result = detr("sweep", "it", "demo", "--optim.epochs", "4,12", *data, "--optim.decay-epoch", "2", "--dry-run")
