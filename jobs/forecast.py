@@ -94,7 +94,7 @@ def _forecast(
     ahead = look_ahead(config, _data(config), client, gpu=gpu, device=device, begin=begin)
     lines = ahead.lines(nodes=nodes, node_price=node_price)
     if config.compute.graphs:
-        lines += _graphs(config, begin)
+        lines += _graphs(config)
     if begin:
         lines.insert(0, f"run {run} has a checkpoint of step {begin}; this is what is left of it")
     return "\n".join(lines)
@@ -112,7 +112,7 @@ def _data(config: RunConfig) -> DataSize:
         return DataSize(*_BUILT_IN)
 
 
-def _graphs(config: RunConfig, begin: int) -> list[str]:
+def _graphs(config: RunConfig) -> list[str]:
     """Return a line with the share of passes that will replay a CUDA graph; none for data that do not exist yet."""
     from pipeline.data.canvases import choose_canvases
     from pipeline.data.datasets import open_data
@@ -123,7 +123,7 @@ def _graphs(config: RunConfig, begin: int) -> list[str]:
     except (ShardError, OSError):
         return []
     schedule = Schedule(config.optim, train.images, config.data.epoch_tail)
-    return [str(choose_canvases(train, config, schedule, config.cluster.workers, begin))]
+    return [str(choose_canvases(train, config, schedule, config.cluster.workers))]
 
 
 def _client(say: Say, address: str = "") -> MlflowClient | None:

@@ -61,14 +61,13 @@ class ChosenCanvases:
         return f"{text}; --compute.canvas-multiple {self.better_multiple} has more" if self.better_multiple else text
 
 
-def choose_canvases(
-    manifest: Manifest, config: RunConfig, schedule: Schedule, workers: int, step: int = 0
-) -> ChosenCanvases:
-    """Return the at most `compute.max_graphs` most frequent canvases of a run with so many workers, from `step` on.
+def choose_canvases(manifest: Manifest, config: RunConfig, schedule: Schedule, workers: int) -> ChosenCanvases:
+    """Return the at most `compute.max_graphs` most frequent canvases of a run with so many workers.
 
-    The first 20,000 passes of all ranks are counted, in whole epochs, so that every rank could choose the same.
+    At least 20,000 passes of all ranks are counted, in whole epochs from the first on, so that a resumed run chooses the
+    same.
     """
-    extents = _extents(manifest, config, schedule, workers, step)
+    extents = _extents(manifest, config, schedule, workers)
     chosen = _chosen(extents, config.compute.canvas_multiple, config.compute.max_graphs)
     larger = (multiple for multiple in _MULTIPLES if multiple > config.compute.canvas_multiple)
     better = 0
@@ -95,9 +94,10 @@ def _unique(rows: Ints) -> tuple[Ints, Ints]:
     return values, counts
 
 
-def _extents(manifest: Manifest, config: RunConfig, schedule: Schedule, workers: int, step: int) -> Ints:
+def _extents(manifest: Manifest, config: RunConfig, schedule: Schedule, workers: int) -> Ints:
     """Return images, largest height and largest width of the counted passes, int64 [passes, 3]."""
     found, passes = [np.zeros((0, 3), np.int64)], 0
+    step = schedule.origin.step
     epoch = schedule.epoch_of(step)
     while step < schedule.total_steps and passes < _ENOUGH:
         plan = epoch_plan(manifest, config, schedule, epoch)

@@ -27,7 +27,7 @@ def planned_graphs(model: nn.Module, worker: WorkerContext, step: int) -> Graphs
         raise RunConfigError(
             f"compute.graphs is True on a worker that trains on {ranks.device.type}; expected a GPU: --compute.no-graphs"
         )
-    chosen = on_first(ranks, lambda: choose_canvases(worker.train, config, worker.schedule, ranks.world_size, step))
+    chosen = on_first(ranks, lambda: choose_canvases(worker.train, config, worker.schedule, ranks.world_size))
     if worker.tracker:
         LOG.info("%s", chosen)
         worker.tracker.metrics({EXPECTED: chosen.hit_rate}, step)

@@ -12,6 +12,7 @@ from pipeline.data.loader import training_batches
 from pipeline.distributed.ranks import Ranks
 from pipeline.schedule import Schedule
 from shards.dataset.manifest import Manifest, load_manifest
+from shards.plan.steps import START, Origin
 
 
 @pytest.fixture
@@ -19,13 +20,13 @@ def manifest(tiny_config: RunConfig) -> Manifest:
     return load_manifest(tiny_config.data.train)
 
 
-def schedule_of(config: RunConfig, manifest: Manifest) -> Schedule:
-    return Schedule(config.optim, manifest.images, config.data.epoch_tail)
+def schedule_of(config: RunConfig, manifest: Manifest, origin: Origin = START) -> Schedule:
+    return Schedule(config.optim, manifest.images, config.data.epoch_tail, origin)
 
 
-def made(config: RunConfig, manifest: Manifest, workers: int, step: int) -> Counter[Canvas]:
+def made(config: RunConfig, manifest: Manifest, workers: int, origin: Origin) -> Counter[Canvas]:
     """Return how often the loaders of all ranks make each canvas."""
-    schedule = schedule_of(config, manifest)
+    schedule, step = schedule_of(config, manifest, origin), origin.step
     found: Counter[Canvas] = Counter()
     for rank in range(workers):
         for batches in training_batches(manifest, config, schedule, Ranks(rank, workers), step, schedule.total_steps):
@@ -40,11 +41,17 @@ def varied(config: RunConfig, **compute: int) -> RunConfig:
 
 
 @pytest.mark.parametrize(
-    ("workers", "microbatch", "tail", "step"),
-    [(1, 0, "straddle", 0), (2, 0, "straddle", 0), (3, 1, "straddle", 2), (2, 1, "short", 0), (4, 0, "short", 4)],
+    ("workers", "microbatch", "tail", "origin"),
+    [
+        (1, 0, "straddle", START),
+        (2, 0, "straddle", START),
+        (3, 1, "straddle", Origin(2, 9)),
+        (2, 1, "short", START),
+        (4, 0, "short", Origin(4, 14)),
+    ],
 )
 def test_the_plan_counts_the_canvases_that_the_loaders_make(
-    tiny_config: RunConfig, manifest: Manifest, workers: int, microbatch: int, tail: str, step: int
+    tiny_config: RunConfig, manifest: Manifest, workers: int, microbatch: int, tail: str, origin: Origin
 ) -> None:
     config = varied(tiny_config, canvas_multiple=16, max_microbatch=microbatch, max_graphs=2)
     config = replace(
@@ -52,8 +59,8 @@ def test_the_plan_counts_the_canvases_that_the_loaders_make(
         data=replace(config.data, epoch_tail=tail),  # type: ignore[arg-type]
         optim=replace(config.optim, batch_size=5, epochs=3),
     )
-    expected = made(config, manifest, workers, step)
-    chosen = choose_canvases(manifest, config, schedule_of(config, manifest), workers, step)
+    expected = made(config, manifest, workers, origin)
+    chosen = choose_canvases(manifest, config, schedule_of(config, manifest, origin), workers)
     assert (chosen.passes, chosen.distinct) == (expected.total(), len(expected))
     most = sorted(expected.values(), reverse=True)[:2]
     assert [expected[canvas] for canvas in chosen.canvases] == most
@@ -84,6 +91,5 @@ def test_counting_ends_with_the_epoch_that_holds_enough(
 
 def test_a_finished_run_has_no_canvas(tiny_config: RunConfig, manifest: Manifest) -> None:
     config = varied(tiny_config)
-    schedule = schedule_of(config, manifest)
-    chosen = choose_canvases(manifest, config, schedule, 1, schedule.total_steps)
+    chosen = choose_canvases(manifest, config, schedule_of(config, manifest, Origin(99, 999)), 1)
     assert (chosen.canvases, chosen.hit_rate, chosen.passes) == ((), 0.0, 0)
