@@ -34,7 +34,8 @@ def arithmetic(tf32: Tf32, *, deterministic: bool) -> Iterator[None]:
     """
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    ordered, filling = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    ordered, filling = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     try:
         if tf32 != "auto":
             cuda.allow_tf32 = cudnn.allow_tf32 = tf32 == "yes"
@@ -48,7 +49,7 @@ def arithmetic(tf32: Tf32, *, deterministic: bool) -> Iterator[None]:
         yield
     finally:
         cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
-        torch.utils.deterministic.fill_uninitialized_memory = filling
+        memory.fill_uninitialized_memory = filling
         torch.use_deterministic_algorithms(ordered)
 
 
