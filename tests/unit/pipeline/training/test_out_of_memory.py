@@ -51,6 +51,13 @@ def test_settings_already_in_use_are_not_advised(tiny_config: RunConfig) -> None
     assert message.endswith("expected a step that fits: smaller images (--transform.max-size)")
 
 
+def test_graphs_are_given_up_first_and_what_they_refuse_is_not_advised(tiny_config: RunConfig) -> None:
+    graphed = replace(tiny_config, compute=replace(tiny_config.compute, graphs=True))
+    message = shortage(graphed, Ranks(0, 2), lambda: torch.empty(TOO_MUCH, dtype=torch.uint8))
+    flags = "--compute.no-graphs or --compute.max-microbatch 2 or --compute.precision bf16"
+    assert message.endswith(f"expected a step that fits: {flags}")
+
+
 def test_a_memory_error_of_python_is_explained_as_well(tiny_config: RunConfig) -> None:
     assert "ran out of host memory" in shortage(tiny_config, Ranks(), lambda: bytearray(TOO_MUCH))
 
