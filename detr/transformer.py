@@ -40,7 +40,9 @@ class Attention(nn.Module):
         weight, bias = (each.to(autocast_type(each)) for each in (self.in_proj_weight, self.in_proj_bias))
         channels = query.shape[-1]
         if query is key:  # self-attention: one product for both
-            (qk, value_rows), (qk_bias, value_bias) = (each.tensor_split([2 * channels]) for each in (weight, bias))
+            rows = [2 * channels, channels]
+            qk, value_rows = weight.split(rows)  # type: ignore[no-untyped-call]
+            qk_bias, value_bias = bias.split(rows)  # type: ignore[no-untyped-call]
             q, k = self._heads(F.linear(query, qk, qk_bias)).chunk(2, 2)
             v = self._heads(F.linear(value, value_rows, value_bias))
         else:
