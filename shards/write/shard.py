@@ -79,14 +79,12 @@ class ShardResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def write_shard(job: ShardJob, stage: Stage, done: Callable[[int], None]) -> ShardResult:
     """Write one shard, or reuse the finished one of a stopped run; call `done` with the number of images processed.
 
-    Raise `ShardError` when this process does not see the images or the stage, and `OSError` when it cannot write.
+    Raise `ShardError` when this process does not see the images, the PNGs or the stage, and `OSError` when it cannot
+    write.
     """
-    folder = storage.local_path(job.folder)
-    if folder is not None and not folder.is_dir():
-        raise ShardError(
-            f"{job.folder}: no such folder of images on {socket.gethostname()}; expected images and --out to be "
-            "visible from every process and node: give a shared folder or a URL"
-        )
+    _check_visible(job.folder, "images")
+    if job.segments:
+        _check_visible(job.segments, "segments")
     if job.write:
         stage.check_visible()
         finished = _finished(job, stage)
@@ -140,6 +138,15 @@ def sample_texts(sample: SourceSample) -> tuple[bytes, bytes]:
     if any(bytes(segmentation) != b"null" for segmentation in segmentations):
         text = msgspec.json.format(msgspec.json.encode(segmentations), indent=-1)
     return msgspec.json.format(entry, indent=-1), text
+
+
+def _check_visible(url: str, files: str) -> None:
+    folder = storage.local_path(url)
+    if folder is not None and not folder.is_dir():
+        raise ShardError(
+            f"{url}: no such folder of {files} on {socket.gethostname()}; expected {files} and --out to be visible "
+            "from every process and node: give a shared folder or a URL"
+        )
 
 
 @contextmanager

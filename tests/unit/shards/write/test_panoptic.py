@@ -160,3 +160,17 @@ def test_an_image_without_segments_is_all_void(source: Panoptic) -> None:
     source.png(12).write_bytes(write_png(np.zeros((20, 30), int)))
     manifest = source.write()
     assert (manifest.images, manifest.annotations) == (3, 6)
+
+
+@pytest.mark.parametrize("folder", ["images", "segments"])
+@pytest.mark.parametrize("policy", ["fail", "quarantine"])
+def test_a_node_that_does_not_see_a_folder_loses_no_images(source: Panoptic, folder: str, policy: Any) -> None:
+    def unmounted(function: Any, jobs: Iterable[Any]) -> Iterator[Any]:
+        listed = list(jobs)
+        (source.root / folder).rename(source.root / "elsewhere")
+        yield from map(function, listed)
+
+    source.annotations.write_text(json.dumps(source.data))
+    paths = source.images, source.annotations, source.segments
+    with pytest.raises(ShardError, match=f"no such folder of {folder} on "):
+        write_panoptic(*paths, source.root / "out", WriteConfig(on_defect=policy), map=unmounted)
