@@ -42,9 +42,7 @@ def arithmetic(tf32: Tf32, *, deterministic: bool) -> Iterator[None]:
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product on the GPU
             cudnn.benchmark = False
-            torch.utils.deterministic.fill_uninitialized_memory = (
-                False  # only shows what reads memory that nothing wrote
-            )
+            memory.fill_uninitialized_memory = False  # it only shows what reads memory that nothing wrote
             torch.use_deterministic_algorithms(True)
         yield
     finally:
