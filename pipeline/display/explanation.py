@@ -10,15 +10,15 @@ import numpy as np
 from PIL import Image
 
 from pipeline.display.draw import COLOURS, Boxes, Line, chart, draw, side_by_side
-from shards.arrays import Floats
+from shards.arrays import Floats, Mask
 from shards.config import ReadConfig
 from shards.dataset.manifest import Manifest
 from shards.read.loader import read_samples
 from shards.read.sample import Sample
-from shards.score.comparison import compare
+from shards.score.comparison import Comparison, compare
 from shards.score.detections import Detections
 from shards.score.diagnosis import THRESHOLD, Bin, Diagnosis
-from shards.score.overlaps import found_objects, overlaps
+from shards.score.overlaps import Overlaps, found_objects, overlaps
 from shards.score.suspects import Suspect
 
 _SIZE = (320, 240)  # pixels of one picture of a pair
@@ -31,16 +31,27 @@ _READ = ReadConfig(threads=0)
 def worst_pictures(manifest: Manifest, detections: Detections, diagnosis: Diagnosis) -> Iterator[Image.Image]:
     """Yield the worst images in turn, detections of score 0.5 or more beside the truth; only errors have names."""
     ids = [worst.image_id for worst in diagnosis.worst]
+    # The scores compare things only.
+    things = np.array([category.isthing is not False for category in manifest.categories])
     shown = detections.take(np.isin(detections.image_ids, ids) & (detections.scores >= THRESHOLD))
+    shown = shown.take(things[shown.labels])
     for sample, worst in zip(_samples(manifest, ids), diagnosis.worst, strict=True):
         chosen = shown.take(shown.image_ids == sample.image_id)
         comparison = compare(manifest, chosen, np.array([sample.row]), masks=False)
         found = found_objects(comparison, overlaps(comparison))
         caption = f"image {worst.image_id}: {worst.missed} of {worst.objects} missed, {worst.false} false"
-        # Crowds are not drawn; without them the labels of a sample are those of the comparison.
-        objects = np.cumsum(comparison.truth["iscrowd"] == 0) - 1
-        known = (set(found.detection.tolist()), set(objects[found.truth].tolist()))
+        known = (set(found.detection.tolist()), _faultless(comparison, found, sample, things))
         yield _pair(manifest, sample, _whole(sample), chosen, (caption, "truth; names only of errors"), known)
+
+
+def _faultless(comparison: Comparison, found: Overlaps, sample: Sample, things: Mask) -> set[int]:
+    """Return the positions in a sample of all but its missed objects; `comparison` is of its image alone."""
+    crowds = comparison.truth["iscrowd"] != 0
+    # A sample has no crowds, and is that of the comparison otherwise; one of panoptic data has crowds and stuff.
+    objects = np.flatnonzero(things[sample.labels]) if sample.panoptic else np.cumsum(~crowds) - 1
+    missed = ~crowds
+    missed[found.truth] = False
+    return set(range(len(sample.labels))) - set(objects[missed].tolist())
 
 
 def suspect_pictures(manifest: Manifest, suspects: Sequence[Suspect]) -> Iterator[Image.Image]:

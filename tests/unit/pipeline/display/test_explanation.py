@@ -1,16 +1,21 @@
+from pathlib import Path
+
 import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.display import explanation
 from pipeline.display.explanation import confused_pairs, suspect_pictures, suspects_table, worst_pictures
 from pipeline.display.report import report_page
 from shards.dataset.categories import Category
 from shards.dataset.index import Index
 from shards.dataset.manifest import Manifest, load_manifest
 from shards.score.coco_eval import score_detections
+from shards.score.detections import Detections
 from shards.score.diagnosis import diagnose
 from tests.support.labelled import learned_by_heart, with_labels
+from tests.support.panoptic_data import make_panoptic
 from tests.support.tiny_data import TinyData
 
 
@@ -44,6 +49,19 @@ def test_only_errors_have_names_in_the_worst_images(right: Manifest, wrong: Mani
     assert diagnosis.worst[0].image_id == first
     (wrongly,) = worst_pictures(wrong, sure, diagnosis)
     assert text_pixels(wrongly) > 2 * text_pixels(agreed)
+
+
+def test_only_errors_of_things_have_names_in_the_worst_images_of_panoptic_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sky, person and car of image 7 are not found; of image 3 grass is, and its crowd is no error, but its car is."""
+    manifest = make_panoptic(tmp_path).write()
+    boxes = np.array([[0, 0, 30, 20], [5, 12, 8, 6]], np.float64)
+    found = Detections(np.array([3, 3]), np.array([2, 0]), np.full(2, 0.9, np.float32), boxes)
+    drawn = []
+    monkeypatch.setattr(explanation, "draw", lambda frame, boxes: drawn.append(boxes) or frame)
+    list(worst_pictures(manifest, found, diagnose(manifest, found, worst=2)))
+    assert [boxes.names for boxes in drawn] == [[], ["", "person", "car"], ["person"], ["", "", "car"]]
 
 
 def text_pixels(picture: Image.Image) -> int:
