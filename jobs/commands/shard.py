@@ -227,6 +227,7 @@ class Information(DataSet):
 def _shard_info(argv: list[str]) -> None:
     options = parse(Information, argv, "detr shard info")
     from pipeline.display.contents import contents_text
+    from shards.dataset.categories import identities
     from shards.dataset.contents import contents, warning_lines
     from shards.dataset.manifest import load_manifest
     from shards.errors import ShardError
@@ -239,7 +240,7 @@ def _shard_info(argv: list[str]) -> None:
         print(f"\n{contents_text(found)}")
         return
     other = load_manifest(options.against)
-    if other.categories != manifest.categories:
+    if identities(other.categories, kinds=True) != identities(manifest.categories, kinds=True):
         raise ShardError(f"{options.against} has other categories than {options.url}; expected the same in both")
     of_other = contents(other)
     print(f"\n{contents_text(found, of_other)}")

@@ -32,7 +32,7 @@ from pipeline.errors import RunConfigError
 from pipeline.exchange.state_file import read_state_file
 from pipeline.recipes import RECIPES
 from pipeline.registry.card import WEIGHTS_NAME, read_card
-from shards.dataset.categories import UNNAMED, Category
+from shards.dataset.categories import UNNAMED, Category, identities
 from shards.errors import one_line
 
 
@@ -79,16 +79,17 @@ def _load_initial(
     model: DETR, config: RunConfig, categories: Sequence[Category], resolved: Path | None
 ) -> tuple[str, ...]:
     state = dict(_read_state(resolved / WEIGHTS_NAME if resolved else Path(config.initial), "initial"))
-    known = read_card(resolved).categories if resolved else None
+    known = identities(read_card(resolved).categories) if resolved else None
+    classes = identities(categories)
     heads = class_heads(state)
     rows = next((len(state[name]) for name in heads), None)
     # Imported models have labels without a category, which are no classes: keep only the rows of the others.
-    named = [label for label, category in enumerate(known or ()) if category.name != UNNAMED]
-    if known and len(named) < len(known) and tuple(known[label] for label in named) == tuple(categories):
-        known = tuple(categories)
+    named = [label for label, category in enumerate(known or ()) if category[1] != UNNAMED]
+    if known and len(named) < len(known) and tuple(known[label] for label in named) == classes:
+        known = classes
         kept = [*named, -1] if model.no_object else named
         state = with_class_rows(model, state, lambda _, values: values[kept])
-    same = known == tuple(categories) if known else rows == len(categories) + model.no_object
+    same = known == classes if known else rows == len(categories) + model.no_object
     if not same and rows is not None:  # a state without a class head is no DETR: loading it below raises
         if config.optim.train == "mask_head":
             raise RunConfigError(

@@ -21,6 +21,7 @@ from pipeline.errors import RunConfigError
 from pipeline.recipes import uses_built_in
 from pipeline.schedule import Schedule
 from pipeline.tracking.pages.data import DataSet, data_set
+from shards.dataset.categories import identities
 from shards.dataset.manifest import Manifest
 from shards.dataset.verify import check_sizes
 from shards.errors import ShardError
@@ -187,11 +188,12 @@ def _checked_data(config: RunConfig) -> tuple[Manifest, Manifest]:
 
 
 def _check_categories(train: Manifest, val: Manifest) -> None:
-    if train.categories != val.categories:
-        differing = set(train.categories) ^ set(val.categories)
-        first = min(differing, key=lambda category: category.id) if differing else train.categories[0]
+    of_train, of_val = (identities(manifest.categories, kinds=True) for manifest in (train, val))
+    if of_train != of_val:
+        differing = set(of_train) ^ set(of_val)
+        first = min(differing, key=lambda identity: identity[:2]) if differing else of_train[0]
         raise RunConfigError(
-            f"{train.url} and {val.url} differ in {len(differing)} categories, such as {first.id} {first.name!r}; "
+            f"{train.url} and {val.url} differ in {len(differing)} categories, such as {first[0]} {first[1]!r}; "
             "expected the same categories in both: shard both from one list"
         )
 

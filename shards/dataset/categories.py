@@ -88,5 +88,10 @@ class Category(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     color: tuple[int, int, int] | None = None
 
 
+def identities(categories: Iterable[Category], *, kinds: bool = False) -> tuple[tuple[int, str, bool | None], ...]:
+    """Return what makes categories the same: id and name, and with `kinds` also `isthing`, but never the colour."""
+    return tuple((category.id, category.name, category.isthing if kinds else None) for category in categories)
+
+
 UNNAMED = "N/A"
 """Name of a label without a category: the original's labels are category ids, which have gaps."""

@@ -20,6 +20,7 @@ from pipeline.config import from_json
 from pipeline.recipes import NOTES, RECIPES
 from pipeline.signals import Signalled
 from tests.support.in_process import ROOT, Detr
+from tests.support.panoptic_data import make_panoptic
 from tests.support.tiny_data import TinyData
 
 HELPS: list[list[str]] = [
@@ -256,6 +257,14 @@ def test_two_data_sets_are_put_side_by_side(detr: Detr, tiny_data: TinyData) -> 
     assert images[0][:2] == ["objects per image", "0"]
     assert sum(int(row[2]) for row in images[:8]) == 12
     assert ["", "distance", "by chance"] in rows
+
+
+@pytest.mark.parametrize(("field", "status"), [("color", 0), ("isthing", 1)])
+def test_data_sets_side_by_side_may_differ_in_colours_only(detr: Detr, tmp_path: Path, field: str, status: int) -> None:
+    source = make_panoptic(tmp_path)
+    train = source.write("train").url
+    source.data["categories"][1][field] = {"color": [1, 2, 3], "isthing": 0}[field]
+    assert detr("shard", "info", train, "--against", source.write("val").url).status == status
 
 
 def test_tars_are_indexed_in_their_folder(detr: Detr, tiny_data: object, tmp_path: Path) -> None:

@@ -193,6 +193,14 @@ def test_a_registered_model_of_the_same_classes_gives_everything(tiny_config: Ru
     assert notes == ("starting from models:/tiny@best",)
 
 
+@pytest.mark.parametrize("unnamed", [0, 1], ids=["contiguous", "with a label of no category"])
+def test_colours_and_kinds_are_no_difference_of_classes(tiny_config: RunConfig, tmp_path: Path, unnamed: int) -> None:
+    registered(tmp_path, tiny_config, (*[Category(0, "N/A")] * unnamed, *CLASSES))
+    coloured = tuple(Category(known.id, known.name, known.id < 3, (known.id, 0, 0)) for known in CLASSES)
+    _, notes = initial_model(replace(tiny_config, initial="models:/tiny@best"), coloured, tmp_path)
+    assert notes == ("starting from models:/tiny@best",)
+
+
 def test_labels_without_a_category_leave_the_class_head(tiny_config: RunConfig, tmp_path: Path) -> None:
     """An imported model's labels are category ids: the data's classes have the rows of theirs, and "no object" its own."""
     labels = (Category(0, "N/A"), *CLASSES[:2], Category(3, "N/A"), Category(4, "d"))

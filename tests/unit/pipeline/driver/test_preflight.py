@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from shards.config import WriteConfig
 from shards.dataset.manifest import load_manifest
 from shards.errors import ShardError
 from shards.write.writer import write_coco
+from tests.support.panoptic_data import make_panoptic
 
 
 def relabelled(tiny_data: Any, tmp_path: Path, categories: list[dict[str, object]]) -> str:
@@ -70,6 +72,17 @@ def test_data_sets_with_different_categories_are_refused(
     with pytest.raises(RunConfigError, match=r"differ in 2 categories, such as 3 '(hexagon|triangle)'") as caught:
         prepare(config, lambda line: None)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["color", "isthing"])
+def test_data_sets_may_differ_in_colours_but_not_in_things(tiny_config: RunConfig, tmp_path: Path, field: str) -> None:
+    source = make_panoptic(tmp_path)
+    train = source.write("train").url
+    source.data["categories"][1][field] = {"color": [1, 2, 3], "isthing": 0}[field]
+    config = replace(tiny_config, data=replace(tiny_config.data, train=train, val=source.write("val").url))
+    refused = pytest.raises(RunConfigError, match="differ in 2 categories, such as 1 'person'")
+    with refused if field == "isthing" else nullcontext():
+        check(config)
 
 
 def test_fewer_queries_than_boxes_give_a_warning(tiny_config: RunConfig) -> None:
