@@ -18,11 +18,12 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from shards.dataset.manifest import Shard
-from shards.dataset.tars import BLOCK, SEGMENTATIONS, TarMember, file_digest, image_members, scan_tar
+from shards.dataset.tars import BLOCK, SEGMENTATIONS, SEGMENTS, TarMember, file_digest, image_members, scan_tar
 from shards.errors import ShardError
 from shards.source.columns import Int64
 from shards.source.defects import Defect
@@ -66,6 +67,7 @@ class _Entry(msgspec.Struct):
     id: int | str | None = None
     width: int | None = None
     height: int | None = None
+    segments: Any = None
 
 
 _entry = msgspec.json.Decoder(list[Object] | _Entry)
@@ -97,7 +99,7 @@ def read_tar(path: Path, name: str, annotated: bool) -> ForeignTar:
 
     annotated: a sample without annotations is a defect; otherwise it is an image without objects.
 
-    Raise `ShardError` if the tar is damaged or empty.
+    Raise `ShardError` if the tar is damaged, empty or one of a panoptic data set.
     """
     members = scan_tar(path)
     if not members:
@@ -154,6 +156,11 @@ def _sample(key: str, files: dict[str, TarMember], content: mmap.mmap, annotated
     json_files = [file for file in files.values() if file.name.endswith(".json") and file is not text]
     json = _only("JSON files", json_files)
     entry = _decoded(_bytes(content, json)) if json else _Entry()
+    if SEGMENTS[1:] in files and isinstance(entry.segments, str):
+        raise ShardError(
+            f"{files[SEGMENTS[1:]].name}: is of a panoptic data set, whose tars alone do not name its things; expected "
+            "tars of boxes: copy its manifest.json and index/ beside the tars, or write it with `detr shard coco-panoptic`"
+        )
     objects = entry.objects if entry.annotations is None else entry.annotations
     if objects is None and annotated:
         lacks = "its JSON has neither 'annotations' nor 'objects'" if json else "has no JSON"

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from shards.read.loader import read_samples
 from shards.source.defects import SourceError
 from shards.source.report import load_report
 from tests.support.foreign_tars import index, picture, tar, thing
+from tests.support.panoptic_data import make_panoptic
 
 
 def test_samples_without_annotations_are_accepted_only_on_request(tmp_path, names):
@@ -22,6 +24,15 @@ def test_samples_without_annotations_are_accepted_only_on_request(tmp_path, name
     ):
         index(tmp_path / "tars", categories=names)
     assert index(tmp_path / "tars", categories=names, without_annotations=True).annotations == 0
+
+
+@pytest.mark.parametrize("policy", ["fail", "quarantine"])
+def test_tars_of_a_panoptic_data_set_are_refused(tmp_path, policy):
+    folder = Path(make_panoptic(tmp_path).write().url)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ShardError, match=r"000003.segments.png: is of a panoptic data set, .* copy its manifest.json"):
+        index(folder, on_defect=policy)
+    assert not (folder / "manifest.json").exists()
 
 
 def test_every_defect_is_named_with_its_sample(tmp_path, names):
