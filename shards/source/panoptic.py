@@ -53,12 +53,16 @@ class _Segment(msgspec.Struct, gc=False):
 
 @dataclass(frozen=True, eq=False)
 class _Annotations:
-    """The JSON's well-formed annotations, each of an image, the segments of all, and images of malformed ones."""
+    """The JSON's well-formed annotations, each of an image, and the segments of all.
+
+    `malformed` are the ids of images with a malformed annotation, `lost` the image's id of each malformed segment.
+    """
 
     image_ids: Ints
     names: list[str]
     segments: AnnotationColumns
     malformed: set[int]
+    lost: Ints
 
 
 def read_panoptic_source(
@@ -132,7 +136,7 @@ def _parse(
         first=np.cumsum(count) - count,
         count=count,
         rest=without_entries(top),
-        listed=(listed_images, int(selected.sum())),
+        listed=(listed_images, int(selected.sum() + (annotations.lost <= last).sum())),
         defects=(*defects, *found, *more, *most),
         limited=limited,
         segments=SegmentFolder(png_folder, names),
@@ -143,7 +147,7 @@ def _annotations(raws: Texts, defects: list[Defect]) -> _Annotations:
     """Return the annotations and their segments; append a defect for each malformed entry, which is left out."""
     decode, decode_segment = msgspec.json.Decoder(_Annotation).decode, msgspec.json.Decoder(_Segment).decode
     image_ids, names = list[int](), list[str]()
-    malformed = set[int]()
+    malformed, lost = set[int](), list[int]()
     texts, segments, owners = Texts(), list[_Segment](), list[int]()
     for number, raw in enumerate(raws):
         try:
@@ -164,11 +168,13 @@ def _annotations(raws: Texts, defects: list[Defect]) -> _Annotations:
                 name = f"segments_info[{position}]" if segment_id is None else f"segment {segment_id}"
                 message = f"{name} of image {annotation.image_id}: {_plain(error)}"
                 defects.append(Defect(message, "malformed", annotation.image_id, segment_id))
+                lost.append(annotation.image_id)
                 continue
             texts.append(text)
             segments.append(segment)
             owners.append(annotation.image_id)
-    return _Annotations(np.array(image_ids, np.int64), names, _columns(segments, owners, texts), malformed)
+    columns = _columns(segments, owners, texts)
+    return _Annotations(np.array(image_ids, np.int64), names, columns, malformed, np.array(lost, np.int64))
 
 
 def _columns(segments: list[_Segment], owners: list[int], texts: Texts) -> AnnotationColumns:

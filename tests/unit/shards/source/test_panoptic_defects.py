@@ -187,6 +187,14 @@ def test_defects_beyond_the_limit_are_ignored(source: Panoptic) -> None:
     assert (report.defects, report.images_listed, report.annotations_listed) == ((), 2, 6)
 
 
+@pytest.mark.parametrize(("limit", "listed"), [(0, 7), (2, 6)])
+def test_malformed_segments_are_counted_as_listed(source: Panoptic, limit: int, listed: int) -> None:
+    source.segment(7, 5).pop("area")
+    source.segment(12, 5).pop("area")
+    report = load_report(source.write(on_defect="quarantine", limit=limit))
+    assert (report.annotations, report.annotations_listed) == (5, listed)
+
+
 @pytest.mark.parametrize("isthing", [None, 2])
 def test_a_category_must_be_a_thing_or_stuff(source: Panoptic, isthing: int | None) -> None:
     source.data["categories"][1]["isthing"] = isthing
