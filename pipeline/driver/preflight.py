@@ -66,7 +66,7 @@ def check(config: RunConfig, *, data: bool = True) -> None:
 
 
 def check_data(config: RunConfig) -> None:
-    """Check that both data sets are complete, have the same categories, and have masks if the model needs them."""
+    """Check that both data sets are complete, of the recipe's kind and of the same categories, with masks if needed."""
     _check_masks(config, *_checked_data(config))
 
 
@@ -183,6 +183,7 @@ def _checked_data(config: RunConfig) -> tuple[Manifest, Manifest]:
     check_sizes(train)
     check_sizes(val)
     _check_categories(train, val)
+    _check_panoptic(config, train)
     check_cache_limit(config.data, train, val)
     return train, val
 
@@ -195,6 +196,15 @@ def _check_categories(train: Manifest, val: Manifest) -> None:
         raise RunConfigError(
             f"{train.url} and {val.url} differ in {len(differing)} categories, such as {first[0]} {first[1]!r}; "
             "expected the same categories in both: shard both from one list"
+        )
+
+
+def _check_panoptic(config: RunConfig, train: Manifest) -> None:
+    """Raise `RunConfigError` for a recipe of things and stuff on data of boxes, whose model would have no PQ."""
+    if "panoptic" in config.recipe and not train.panoptic:
+        raise RunConfigError(
+            f"{train.url} is data of boxes; {config.recipe} expects panoptic data: write it with `detr shard "
+            "coco-panoptic`, or train detr-r50, and detr-r50-masks for masks"
         )
 
 

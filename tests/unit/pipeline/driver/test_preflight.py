@@ -85,6 +85,16 @@ def test_data_sets_may_differ_in_colours_but_not_in_things(tiny_config: RunConfi
         check(config)
 
 
+@pytest.mark.parametrize("recipe", ["demo-panoptic", "detr-r50-panoptic-boxes"])
+def test_a_panoptic_recipe_refuses_data_of_boxes(tiny_config: RunConfig, tmp_path: Path, recipe: str) -> None:
+    config = replace(tiny_config, recipe=recipe)
+    with pytest.raises(RunConfigError, match=f"is data of boxes; {recipe} expects panoptic data") as caught:
+        check(config)
+    assert "\n" not in str(caught.value)
+    url = make_panoptic(tmp_path).write().url
+    check(replace(config, data=replace(config.data, train=url, val=url)))
+
+
 def test_fewer_queries_than_boxes_give_a_warning(tiny_config: RunConfig) -> None:
     boxes = load_manifest(tiny_config.data.train).index().boxes_per_image
     queries = int(boxes.max()) - 1
