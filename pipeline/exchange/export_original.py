@@ -17,13 +17,12 @@ from torch import Tensor
 from detr.config import ModelConfig
 from detr.original import to_original_state_dict, with_class_rows
 from pipeline.errors import ExchangeError
-from pipeline.exchange.panoptic_labels import ORIGINAL_CLASSES, is_panoptic
+from pipeline.exchange.panoptic_labels import NEVER, ORIGINAL_CLASSES, is_panoptic
 from pipeline.registry.versions import read_version
 from shards.dataset.categories import Category
 from shards.store.storage import atomic_path
 
 _MOST_CLASSES = 10_000  # a class head with more rows is a mistake
-_NEVER = -100.0  # the logit of an id without a category; its probability is below 1e-40
 # Options that the original lacks and that change the results. How weights were initialised does not matter any more.
 _DEPARTURES = ("position_temperature", "position_at_input", "decoder_input")
 
@@ -72,7 +71,7 @@ def export_original(uri: str, path: Path) -> tuple[str, ...]:
     if moved:
 
         def move(name: str, rows: Tensor) -> Tensor:
-            empty = _NEVER if name.endswith("bias") else 0.0
+            empty = NEVER if name.endswith("bias") else 0.0
             return _at_ids(rows, labels, classes, empty, no_object=model.no_object)
 
         state = with_class_rows(model, state, move)

@@ -22,7 +22,7 @@ from detr.original import load_original_state_dict
 from detr.original_config import heads_of_mask_head, infer_config
 from pipeline.config import TrackConfig
 from pipeline.errors import ExchangeError
-from pipeline.exchange.panoptic_labels import ORIGINAL_CLASSES, is_panoptic, with_contiguous_labels
+from pipeline.exchange.panoptic_labels import ORIGINAL_CLASSES, is_export_of_others, is_panoptic, with_contiguous_labels
 from pipeline.exchange.state_file import StateFile, read_state_file
 from pipeline.registry.card import Card
 from pipeline.registry.pages import write_pages
@@ -78,6 +78,10 @@ def import_file(
     except ValueError as error:
         raise ExchangeError(f"{path}: {error}") from None
     named, names_source = _categories(model.num_classes, categories)
+    if categories is None and model.num_classes == ORIGINAL_CLASSES and is_export_of_others(model, named):
+        raise ExchangeError(
+            f"{path}: was exported with other things and stuff than COCO's; expected their names: give --categories FILE"
+        )
     notes = (*notes, names_source)
     if is_panoptic(named):
         classes = model.num_classes
@@ -233,7 +237,10 @@ def _categories(classes: int, path: Path | None) -> tuple[tuple[Category, ...], 
     elif classes == _COCO_CLASSES:
         names, source = coco_names(), "category ids and names are COCO's"
     elif classes == ORIGINAL_CLASSES:
-        source = "category ids and names of things and stuff are COCO's"
+        source = (
+            f"assumed, for the file has {classes} classes: category ids and names of things and stuff are COCO's; give "
+            "--categories FILE for others"
+        )
         known = dict(coco_categories())
     else:
         names = {label: str(label) for label in range(classes)}
