@@ -19,7 +19,7 @@ from shards.errors import ShardError
 from shards.source.checks import check_images
 from shards.source.coco import CategoryFields, SegmentFolder, Source, read_categories
 from shards.source.columns import AnnotationColumns, Int64, Texts, id_in, image_columns
-from shards.source.defects import Defect
+from shards.source.defects import Defect, SourceError
 from shards.source.folder import file_finder, require
 from shards.source.json_file import INSTANCES, PANOPTIC, open_json, read_top, refuse_deep_nesting, without_entries
 from shards.source.panoptic_checks import check_segments, pair_images
@@ -104,6 +104,8 @@ def _parse(
     if b'"bbox"' in first and b'"segments_info"' not in first:
         raise ShardError(f"{path}: is in {INSTANCES}; expected {PANOPTIC}: use `detr shard coco`")
     categories = read_categories(path, lists["categories"], _PanopticCategory)
+    if not lists["images"]:
+        raise SourceError(path, [Defect("it lists no images; expected some")])
     defects: list[Defect] = []
     images = image_columns(lists["images"], defects)
     malformed = {defect.image_id for defect in defects if defect.image_id is not None}

@@ -195,6 +195,13 @@ def test_malformed_segments_are_counted_as_listed(source: Panoptic, limit: int, 
     assert (report.annotations, report.annotations_listed) == (5, listed)
 
 
+@pytest.mark.parametrize("policy", ["fail", "quarantine"])
+def test_a_source_without_images_is_refused(source: Panoptic, policy: str) -> None:
+    source.data["images"] = []
+    with pytest.raises(SourceError, match="1 defect: it lists no images; expected some"):
+        source.write(on_defect=policy)
+
+
 @pytest.mark.parametrize("isthing", [None, 2])
 def test_a_category_must_be_a_thing_or_stuff(source: Panoptic, isthing: int | None) -> None:
     source.data["categories"][1]["isthing"] = isthing
