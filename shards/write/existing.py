@@ -6,7 +6,7 @@ from shards.arrays import Records
 from shards.config import Policy
 from shards.dataset.manifest import MANIFEST_NAME, Manifest, load_manifest
 from shards.errors import ShardError
-from shards.source.coco import Source
+from shards.source.coco import SegmentFolder, Source
 from shards.source.folder import file_sizes
 from shards.source.images import read_image
 from shards.source.report import REPORT_NAME, load_report
@@ -74,25 +74,26 @@ def _other_images(manifest: Manifest, source: Source) -> str:
     sizes = file_sizes(source.folder, source.images.names)
     written = zip(index["image_id"].tolist(), index["length"].tolist(), strict=True)
     changed = [image_id for image_id, length in written if sizes.get(names.get(image_id, "")) != length]
-    changed = changed or _other_pngs(index, source)
+    folder = source.folder
+    if source.segments is not None and not changed:
+        changed, folder = _other_pngs(index, source, source.segments), source.segments.folder
     if not changed:
+        folder = source.folder
         left_out = np.flatnonzero(~np.isin(source.images.ids, index["image_id"])).tolist()
         changed = [int(source.images.ids[row]) for row in left_out if _is_sound(source, row)]
     if not changed:
         return ""
     number = "an image is" if len(changed) == 1 else f"{len(changed)} images are"
     return (
-        f"{number} not as in {source.folder} now, such as image {changed[0]}: choose another folder, or delete "
+        f"{number} not as in {folder} now, such as image {changed[0]}: choose another folder, or delete "
         "the data set and run again"
     )
 
 
-def _other_pngs(index: Records, source: Source) -> list[int]:
+def _other_pngs(index: Records, source: Source, segments: SegmentFolder) -> list[int]:
     """Return the ids of images with a PNG of another length than the written one, in a panoptic source."""
-    if source.segments is None:
-        return []
-    names = dict(zip(source.images.ids.tolist(), source.segments.names, strict=True))
-    sizes = file_sizes(source.segments.folder, source.segments.names)
+    names = dict(zip(source.images.ids.tolist(), segments.names, strict=True))
+    sizes = file_sizes(segments.folder, segments.names)
     written = zip(index["image_id"].tolist(), index["text_length"].tolist(), strict=True)
     return [image_id for image_id, length in written if sizes.get(names.get(image_id, "")) != length]
 

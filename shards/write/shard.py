@@ -108,7 +108,8 @@ def write_shard(job: ShardJob, stage: Stage, done: Callable[[int], None]) -> Sha
                     defects += png.defects
                 read.append(image.crc32 if png is None else source_checksum(image.crc32, png.crc32))
                 sound = image.sound and (png is None or png.sound)
-                failed = failed or not (sound or job.quarantine)
+                rejected = not sound or (png is not None and any(defect.rejected for defect in png.defects))
+                failed = failed or (rejected and not job.quarantine)
                 if job.masks and sound:
                     _, _, width, height = sample.image
                     defects += outline_defects(sample.image.image_id, sample.annotations, height, width)

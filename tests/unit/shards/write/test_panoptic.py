@@ -16,6 +16,7 @@ from shards.dataset.manifest import Manifest, load_manifest
 from shards.dataset.verify import verify
 from shards.errors import ShardError
 from shards.panoptic.segment_png import write_png
+from shards.source.defects import SourceError
 from shards.write import shard, writer
 from shards.write.writer import write_panoptic
 from tests.support.panoptic_data import CAR, GRASS, PERSON, SKY, Panoptic, make_panoptic, maps
@@ -87,6 +88,24 @@ def test_other_pngs_make_another_data_set(source: Panoptic) -> None:
     assert source.write("b").digest != first.digest
     with pytest.raises(ShardError, match=r"an image is not as in .* such as image 12"):
         source.write("a")
+
+
+def test_the_folder_that_changed_is_named(source: Panoptic) -> None:
+    source.write()
+    source.png(12).write_bytes(write_png(maps()[7]))
+    with pytest.raises(ShardError, match=f"an image is not as in {source.segments} now, such as image 12"):
+        source.write()
+
+
+def test_a_segment_without_pixels_stops_the_writing_of_its_shard(
+    source: Panoptic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source.png(3).write_bytes(write_png(np.full((20, 30), 9)))  # image 3 is the first
+    added = mock.Mock()
+    monkeypatch.setattr(shard, "_add_panoptic", added)
+    with pytest.raises(SourceError, match="segment 300 of image 3: has no pixels"):
+        source.write()
+    added.assert_not_called()
 
 
 def test_a_png_that_was_left_out_and_is_sound_now_is_noticed(source: Panoptic) -> None:
