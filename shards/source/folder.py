@@ -14,7 +14,8 @@ def require(path: Path, kind: str) -> None:
         raise ShardError(f"{path}: no such {kind}; expected the path of an existing one: check it for a typo")
     if path.is_dir() != kind.startswith("folder"):
         found = "folder" if path.is_dir() else "file"
-        raise ShardError(f"{path}: is a {found}, expected a {kind}: check that --images and --annotations are right")
+        options = "--segments is right" if "segments" in kind else "--images and --annotations are right"
+        raise ShardError(f"{path}: is a {found}, expected a {kind}: check that {options}")
 
 
 def file_sizes(folder: str, names: Iterable[str]) -> dict[str, int]:
@@ -32,13 +33,13 @@ def file_sizes(folder: str, names: Iterable[str]) -> dict[str, int]:
     return found
 
 
-def file_finder(folder: str) -> Callable[[str], bool]:
+def file_finder(folder: str, kind: str = "folder of images") -> Callable[[str], bool]:
     """Return a function that tells if the folder has a file, from one listing instead of a request per image."""
     local = storage.local_path(folder)
     if local is None:
         remote = storage.listing(folder)
         if not remote:
-            raise ShardError(f"{folder}: holds no files; expected a folder of images: check it for a typo")
+            raise ShardError(f"{folder}: holds no files; expected a {kind}: check it for a typo")
         return remote.__contains__
     present = set(os.listdir(local))
     return lambda name: name in present or _is_file(local / name)

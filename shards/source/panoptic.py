@@ -77,15 +77,15 @@ def read_panoptic_source(
     those of `read_source`.
     """
     path = Path(annotations)
-    folders = []
-    for given, kind in ((images, "folder of images"), (segments, "folder of segments")):
+    folders, kinds = [], ("folder of images", "folder of segments")
+    for given, kind in zip((images, segments), kinds, strict=True):
         folder = storage.absolute(os.fspath(given))
         local = storage.local_path(folder)
         if local is not None:
             require(local, kind)
         folders.append(folder)
     content = open_json(path, PANOPTIC)
-    has_image, has_png = map(file_finder, folders)
+    has_image, has_png = map(file_finder, folders, kinds)
     with refuse_deep_nesting(path, PANOPTIC):
         return _parse(path, content, folders[0], has_image, folders[1], has_png, limit)
 

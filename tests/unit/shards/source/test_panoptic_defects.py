@@ -13,6 +13,7 @@ from shards.dataset.verify import verify
 from shards.errors import ShardError
 from shards.panoptic.segment_png import write_png
 from shards.source.defects import KINDS, SourceError
+from shards.source.panoptic import read_panoptic_source
 from shards.source.report import load_report
 from tests.support.panoptic_data import CAR, PERSON, SKY, Panoptic, make_panoptic, maps
 
@@ -218,3 +219,15 @@ def test_each_format_names_the_command_of_the_other(source: Panoptic) -> None:
     source.data["annotations"] = [{"id": 1, "image_id": 7, "category_id": PERSON, "bbox": [0, 0, 1, 1]}]
     with pytest.raises(ShardError, match=r"instances format; .* use `detr shard coco`"):
         source.write("other")
+
+
+def test_a_file_for_the_folder_of_segments_is_named_by_its_option(source: Panoptic) -> None:
+    source.write()
+    with pytest.raises(ShardError, match="is a file, expected a folder of segments: check that --segments is right"):
+        read_panoptic_source(source.images, source.annotations, source.annotations)
+
+
+def test_a_url_without_segments_is_no_folder_of_images(source: Panoptic) -> None:
+    source.write()
+    with pytest.raises(ShardError, match=r"memory://none: .* expected a folder of segments"):
+        read_panoptic_source(source.images, source.annotations, "memory://none")
