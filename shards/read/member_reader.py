@@ -29,6 +29,7 @@ class _Field(NamedTuple):
 
 _IMAGE = _Field("", "", "its bytes")
 _TEXT = _Field("text_", " of its segmentations", "its segmentations")
+_PNG = _Field("text_", " of its PNG of segments", "the bytes of its PNG of segments")
 
 
 class MemberReader:
@@ -40,6 +41,7 @@ class MemberReader:
 
     def __init__(self, manifest: Manifest, *, cached: bool = True, lenient: bool = False) -> None:
         self._images = manifest.index().images
+        self._text = _PNG if manifest.panoptic else _TEXT
         self._shards = [shard.name for shard in manifest.shards]
         self._sizes = [shard.bytes for shard in manifest.shards]
         self._urls = [storage.join(manifest.url, name) for name in self._shards]
@@ -62,13 +64,13 @@ class MemberReader:
         """Return the JSON of a row's segmentations, empty if it has none; raise as `image`."""
         if not self._images[row]["text_length"]:
             return b""
-        return self._read(row, _TEXT)[0]
+        return self._read(row, self._text)[0]
 
     def image_and_segmentations(self, row: int) -> tuple[bytes, bytes]:
         """Return image and segmentations of a row with one request, as they are adjacent; raise as `image`."""
         if not self._images[row]["text_length"]:
             return self.image(row), b""
-        image, text = self._read(row, _IMAGE, _TEXT)
+        image, text = self._read(row, _IMAGE, self._text)
         return image, text
 
     def name(self, row: int) -> str:

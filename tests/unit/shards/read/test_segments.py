@@ -75,3 +75,12 @@ def test_a_png_of_another_size_names_the_image(manifest: Manifest, monkeypatch: 
 def test_a_data_set_of_boxes_has_no_segments(coco) -> None:
     with pytest.raises(ShardError, match="expected a panoptic one"):
         SampleReader(coco.write()).segments(0)
+
+
+def test_a_changed_png_is_named(manifest: Manifest) -> None:
+    path = Path(manifest.url) / "shard-000000.tar"
+    content = bytearray(path.read_bytes())
+    content[int(manifest.index().images[0]["text_offset"]) + 60] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BadSampleError, match="image 3 in shard-000000.tar: the bytes of its PNG of segments changed"):
+        SampleReader(manifest, masks=True).read(0)
