@@ -82,5 +82,5 @@ def test_a_changed_png_is_named(manifest: Manifest) -> None:
     content = bytearray(path.read_bytes())
     content[int(manifest.index().images[0]["text_offset"]) + 60] ^= 1
     path.write_bytes(content)
-    with pytest.raises(BadSampleError, match="image 3 in shard-000000.tar: the bytes of its PNG of segments changed"):
+    with pytest.raises(BadSampleError, match=r"image 3 in shard-000000.tar: the bytes of its PNG of segments changed"):
         SampleReader(manifest, masks=True).read(0)
