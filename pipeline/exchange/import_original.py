@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -36,6 +36,7 @@ from shards.errors import one_line
 from shards.panoptic.coco_categories import coco_categories
 
 _COCO_CLASSES = 91  # the largest category id of COCO's things plus 1
+_Level = Annotated[int, msgspec.Meta(ge=0, le=255)]
 _Value = TypeVar("_Value", bool, int, float)
 
 
@@ -67,8 +68,8 @@ def import_file(
     """Register the model of one of the original's files as a version of `name`, and point `alias` at it.
 
     `heads` and `dilation` are not shown by the tensors; they are refused if the file itself has other values.
-    `categories` is a JSON file with COCO's `categories`. The version is evaluated as in the paper: DC5 models one image
-    at a time, others two. Raise `ExchangeError`, `ConfigError` or `TrackingError` with a one-line message.
+    `categories` is a JSON file with COCO's `categories`. The version is evaluated as in the paper: DC5 and panoptic
+    models one image at a time, others two. Raise `ExchangeError`, `ConfigError` or `TrackingError` with a one-line message.
     """
     check_names(name, alias)
     try:
@@ -116,7 +117,8 @@ def _card(model: DETR, categories: tuple[Category, ...], epochs: int, source: st
         model=model.config,
         transform=TransformConfig(),
         categories=categories,
-        evaluate_batch_size=1 if model.config.dilation else 2,
+        # One image has no padding, which moves the masks of things and stuff.
+        evaluate_batch_size=1 if model.config.dilation or (model.config.masks and is_panoptic(categories)) else 2,
         evaluate_batching="padded",
         recipe="",
         run_id="",
@@ -220,8 +222,8 @@ def _description(config: ModelConfig, classes: int, file: StateFile) -> str:
 class _Named(msgspec.Struct):
     id: int
     name: str
-    isthing: int | None = None
-    color: tuple[int, int, int] | None = None
+    isthing: Literal[0, 1] | bool | None = None
+    color: tuple[_Level, _Level, _Level] | None = None
 
 
 class _Annotations(msgspec.Struct):
@@ -274,6 +276,10 @@ def _categories_from(path: Path, classes: int) -> dict[int, Category]:
         wrong = f"has category id {outside[0]}" if outside else "has an id twice"
         raise ExchangeError(
             f"--categories {path}: {wrong}; expected ids from 0 to {classes - 1}, which are the model's labels"
+        )
+    if len({category.isthing is None for category in named}) > 1:
+        raise ExchangeError(
+            f"--categories {path}: only some categories have `isthing`; expected it in all of a panoptic model, else in none"
         )
     kinds = {category.id: None if category.isthing is None else bool(category.isthing) for category in named}
     return {category.id: Category(category.id, category.name, kinds[category.id], category.color) for category in named}

@@ -204,6 +204,21 @@ def test_other_classes_are_named_by_a_file(tmp_path: Path, form: str) -> None:
     assert [(label.id, label.name) for label in labels] == [(0, "N/A"), (1, "bus"), (2, "N/A"), (3, "cat"), (4, "N/A")]
 
 
+def test_things_are_true_or_1_in_a_file(tmp_path: Path) -> None:
+    kinds = (True, 1, False, 0)
+    listed = [{"id": number, "name": f"{number}", "isthing": kind} for number, kind in enumerate(kinds)]
+    (tmp_path / "c.json").write_text(json.dumps(listed))
+    labels, _ = original_importer._categories(4, tmp_path / "c.json")
+    assert [label.isthing for label in labels] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(("masks", "kind", "batch"), [(True, False, 1), (True, None, 2), (False, False, 2)])
+def test_an_imported_panoptic_model_is_evaluated_without_padding(masks: bool, kind: bool | None, batch: int) -> None:
+    model = build_model(replace(ModelConfig(**(QUICK | {"backbone": "resnet18"})), masks=masks), 1)
+    card = original_importer._card(model, (Category(0, "sky", kind),), 0, "w.pth")
+    assert card.evaluate_batch_size == batch
+
+
 def test_other_classes_are_named_by_number_without_a_file() -> None:
     labels, source = original_importer._categories(3, None)
     assert labels == (Category(0, "0"), Category(1, "1"), Category(2, "2"))
@@ -216,6 +231,9 @@ def test_other_classes_are_named_by_number_without_a_file() -> None:
         ([{"id": 3, "name": "cat"}], "has category id 3; expected ids from 0 to 2"),
         ([{"id": -1, "name": "cat"}], "has category id -1"),
         ([{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}], "has an id twice"),
+        ([{"id": 1, "name": "cat", "isthing": 2}], "isthing"),
+        ([{"id": 1, "name": "cat", "color": [0, 0, 256]}], "color"),
+        ([{"id": 1, "name": "cat", "isthing": 1}, {"id": 2, "name": "sky"}], "only some categories have `isthing`"),
         ({"images": []}, "expected JSON with COCO's `categories`"),
         ("text", "expected JSON with COCO's `categories`"),
     ],
