@@ -38,6 +38,7 @@ PROPOSALS_BESIDE = (
     "corrections.json beside this page proposes a correction for each; set apply to true for those that are right and "
     "pass the file to detr shard coco --corrections."
 )
+_PANOPTIC_REMEDY = "To correct them, change the PNG and the JSON, and write the data set again."
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1360px; padding: 0 1.5rem; color: #1a1a1a }
 h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem }
@@ -92,7 +93,10 @@ def report_page(
             list(worst_pictures(manifest, detections, diagnosis)),
             list(suspect_pictures(manifest, diagnosis.suspects)),
         )
-        sections += [_worst(drawn.worst, diagnosis), _suspects(drawn.suspects, manifest, diagnosis, remedy)]
+        sections += [
+            _worst(drawn.worst, diagnosis),
+            _suspects(drawn.suspects, manifest, diagnosis, _PANOPTIC_REMEDY if manifest.panoptic else remedy),
+        ]
     sections += after
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(sections) + "\n</body></html>\n"

@@ -64,6 +64,17 @@ def test_only_errors_of_things_have_names_in_the_worst_images_of_panoptic_data(
     assert [boxes.names for boxes in drawn] == [[], ["", "person", "car"], ["person"], ["", "", "car"]]
 
 
+def test_the_page_of_panoptic_data_proposes_no_corrections(tmp_path: Path) -> None:
+    manifest = make_panoptic(tmp_path).write()
+    boxes = np.array([[2, 3, 8, 6]], np.float64)
+    found = Detections(np.array([12]), np.array([0]), np.full(1, 0.9, np.float32), boxes)
+    diagnosis = diagnose(manifest, found)
+    page = report_page("a", {}, manifest, score_detections(manifest, found), found, diagnosis)
+    assert diagnosis.suspects
+    assert "correct them, change the PNG and the JSON" in page
+    assert "corrections" not in page
+
+
 def text_pixels(picture: Image.Image) -> int:
     """Return the number of black pixels below the captions, which only the names of boxes have."""
     return int((np.asarray(picture)[22:] == 0).all(axis=2).sum())
