@@ -65,14 +65,11 @@ class RunView:
                 self._print_position(phase == "training")
             else:
                 self._print_epochs(fresh, total, epochs, metrics)
-        if evaluated > self._evaluated and "val/AP" in metrics:
+        # Data of stuff alone has a PQ and no AP.
+        if evaluated > self._evaluated and ("val/AP" in metrics or "val/PQ" in metrics):
             self._evaluated = evaluated
-            scores = f"AP {metrics['val/AP']:.3f}  AP50 {metrics.get('val/AP50', -1):.3f}"
-            scores += f"  AP75 {metrics.get('val/AP75', -1):.3f}"
-            if "val/mask_AP" in metrics:
-                scores += f"  mask AP {metrics['val/mask_AP']:.3f}"
-            if "val/PQ" in metrics:
-                scores += f"  PQ {metrics['val/PQ']:.3f}"
+            names = [name for name in ("AP", "AP50", "AP75", "mask_AP", "PQ") if f"val/{name}" in metrics]
+            scores = "  ".join(f"{name.replace('_', ' ')} {metrics[f'val/{name}']:.3f}" for name in names)
             self._line(f"          evaluated at epoch {evaluated:g}:  {scores}")
 
     def _print_epochs(self, progress: RunProgress, total: int, epochs: float, metrics: dict[str, float]) -> None:

@@ -164,3 +164,9 @@ def test_an_outage_of_mlflow_is_told_on_the_line_and_in_the_bar_and_so_is_its_en
         assert len(re.findall(rf"{told}\n", shown)) == 1
         assert len(re.findall(r"MLflow answers again after \d+ s\n", shown)) == 1
     assert re.search(rf"\| {told}", shown)  # beside the bar as well
+
+
+def test_an_evaluation_of_stuff_alone_is_printed() -> None:
+    measured = {"val/PQ": 0.42, "evaluation/epoch": 1.0}
+    printed = lines(state(200, 0.8), state(250, 1.0, "", measured))
+    assert printed[-1].strip() == "evaluated at epoch 1:  PQ 0.420"
