@@ -60,8 +60,13 @@ def test_detections(case: Case, outputs: SigmoidOutputs) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_losses_gradients_and_steps(case: Case, dtype: torch.dtype) -> None:
-    """Three AdamW steps with the project's own optimizer: its groups, rates and clipping."""
-    assert_trains_alike(case, dtype, OptimConfig())
+    """Three AdamW steps with the project's own optimizer: its groups, rates and clipping.
+
+    After one step `dc5` is so near a saturated attention that fp32 rounding decides: with noise of 1e-7 on the weights its
+    second gradient norm is 610 to 612, and a thousand times that in one of seven draws. Its later steps count in fp64.
+    """
+    rounding_decides = dtype == torch.float32 and case.name.endswith("/dc5")
+    assert_trains_alike(case, dtype, OptimConfig(), steps=1 if rounding_decides else 3)
 
 
 def test_names_and_shapes_are_the_originals_both_ways() -> None:
