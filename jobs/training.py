@@ -68,21 +68,38 @@ def recipe_named(name: str) -> RunConfig:
     return RECIPES[name]
 
 
-def fitted(config: RunConfig, argv: Sequence[str], say: Callable[[str], None]) -> RunConfig:
+def fitted(
+    config: RunConfig, argv: Sequence[str], say: Callable[[str], None], known: RunConfig | None = None
+) -> RunConfig:
     """Return the configuration that `argv`, a recipe and its flags, means with its data, and `say` what the data chose.
 
-    Only the recipe `small` chooses anything. Raise `ShardError` if its training data cannot be read.
+    Only the recipe `small` chooses anything, and only for a new run: `known` is the configuration of the run that the
+    command continues, which keeps what the flags do not give. Raise `ShardError` if the training data cannot be read.
     """
     if argv[0] != SMALL.recipe:
         return config
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in argv[1:] if word.startswith("--")}
+    given |= {name.replace(".no_", ".") for name in given}
+    if known is not None:
+        from pipeline.driver.changes import kept
+
+        return kept(known, config, given)
     from pipeline.data.small import fit_small
     from shards.dataset.manifest import load_manifest
 
-    given = {word[2:].partition("=")[0].replace("-", "_") for word in argv[1:] if word.startswith("--")}
     fit = fit_small(config, load_manifest(config.data.train), given)
     for reason in fit.reasons:
         say(reason)
     return fit.config
+
+
+def known_config(config: RunConfig, run: str) -> RunConfig | None:
+    """Return the configuration of the run that a command with `--run` continues, if `fitted` asks for it; else None."""
+    if config.recipe != SMALL.recipe or not run:
+        return None
+    from pipeline.train import known_config as find
+
+    return find(config, run)
 
 
 def smoke(config: RunConfig) -> RunConfig:

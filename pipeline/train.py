@@ -22,25 +22,38 @@ from pipeline.driver.sole_driver import sole_driver
 from pipeline.errors import Interrupted, Postponed, TrackingAway, TrainingError
 from shards.store.retry import may_pass
 
-__all__ = ["Launch", "Outcome", "resume", "train"]
+__all__ = ["Launch", "Outcome", "known_config", "resume", "train"]
+
+Fit = Callable[[RunConfig | None], RunConfig]
 
 
-def train(config: RunConfig, launch: Launch | None = None, *, run: str = "", accept_change: bool = False) -> Outcome:
+def train(
+    config: RunConfig,
+    launch: Launch | None = None,
+    *,
+    run: str = "",
+    accept_change: bool = False,
+    fit: Fit | None = None,
+) -> Outcome:
     """Train a run to its end and register it: a new one, or with the name `run` the one that has it already.
 
     A finished run returns its outcome at once. Raise `RunConfigError` for a run that was started with other options than
     `config`, unless they are not part of what is trained or `accept_change` allows them, `BusyError` while another
     driver works on it, and its old error if it has failed for good and no option has changed.
+
+    fit: returns the configuration that is trained in place of `config`, chosen by the data of a new run, or for a known
+    run by the configuration that its command gave, which is then its argument. Storage and name are those of `config`.
     """
     launch = launch or Launch()
-    if run:
-        config = replace(config, track=replace(config.track, run_name=run))
+    config = _named(config, run)
     check_name(config.run_name)
     name = run or f"{config.run_name}-{secrets.token_hex(4)}"
     folder = _absolute(location(config.storage)) / name
     record: RunRecord | None = None
     with _postponing(lambda: record):
         record = _read(folder) if run else None
+        if fit:
+            config = _named(fit(record.asked_config if record else None), run)
         if record and record.run_id:
             outcome = _ended(record, config, accept_change, folder, launch)
             if outcome:
@@ -56,8 +69,20 @@ def train(config: RunConfig, launch: Launch | None = None, *, run: str = "", acc
             record = _read(folder) if run else None  # another driver may have written it since
             if record is None or not record.run_id:
                 return create(config, name, accept_change, folder, launch, lease, record)
+            if fit:
+                config = _named(fit(record.asked_config), run)
             wanted = agreed(record, config, accept_change, launch.say)
             return go_on(record, config, wanted, accept_change, folder, launch, lease)
+
+
+def known_config(config: RunConfig, run: str) -> RunConfig | None:
+    """Return the configuration that the command of the run `run` in the storage of `config` gave; None without a run."""
+    record = _read(_absolute(location(config.storage)) / run) if run else None
+    return record.asked_config if record else None
+
+
+def _named(config: RunConfig, run: str) -> RunConfig:
+    return replace(config, track=replace(config.track, run_name=run)) if run else config
 
 
 def _ended(

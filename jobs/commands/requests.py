@@ -10,7 +10,7 @@ from jobs.commands import exchange, models, runs, shard, sweep
 from jobs.nearest import nearest
 from jobs.parsing import UsageError, parse
 from jobs.plan import Request
-from jobs.refusals import check_words, with_storage
+from jobs.refusals import check_words, seen_fitted, with_storage
 from jobs.refusals import read_request as read_training
 
 _OPTIONS: dict[str, type[Any]] = {
@@ -42,7 +42,7 @@ def read_request(cluster: Cluster, argv: Sequence[str]) -> Request:
     if name == "train":
         return read_training(cluster, argv)
     if name == "sweep":
-        return _sweep(with_storage(cluster, argv))
+        return _sweep(cluster, with_storage(cluster, argv))
     kind = _OPTIONS.get(name)
     prog = f"detr {name}"
     if name == "shard":
@@ -63,12 +63,13 @@ def read_request(cluster: Cluster, argv: Sequence[str]) -> Request:
     return Request(tuple(argv), model=model, known_run=str(getattr(options, "run", "") or ""), reads=tuple(reads))
 
 
-def _sweep(argv: Sequence[str]) -> Request:
+def _sweep(cluster: Cluster, argv: Sequence[str]) -> Request:
     """Return the parsed sweep; its trials are checked where it runs, and here the first of them."""
     own, words = sweep.divided(argv[1:])
     options = parse(sweep.Sweep, own, "detr sweep")
     recipe, trials = sweep.trials_of(options.name, options.recipe, words)
-    config = sweep.config_of(recipe, trials[0])
+    first = trials[0]
+    config = seen_fitted(cluster, sweep.config_of(recipe, first), (recipe, *first.options), first.name)
     reads = [options.recipe] if options.recipe.endswith(".toml") else []
     model = config.initial if config.initial.startswith("models:/") else ""
     return Request(tuple(argv), config, reads=tuple(reads), model=model)

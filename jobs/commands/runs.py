@@ -10,7 +10,7 @@ import tyro
 
 from jobs.commands.models import show_version
 from jobs.parsing import Flag, parse
-from jobs.training import Start, fitted, parse_train, recipe_help, recipe_named, smoke
+from jobs.training import Start, fitted, known_config, parse_train, recipe_help, recipe_named, smoke
 from pipeline.config import ClusterConfig, ComputeConfig, RunConfig, to_json
 from pipeline.recipes import NOTES
 
@@ -25,19 +25,25 @@ def train(argv: list[str]) -> None:
     options = parse_train(argv, "detr train")
     if options is None:
         return
-    config, run = fitted(options.config, argv, print), options.run or ""
+    config, run = options.config, options.run or ""
     if options.smoke:
         print("smoke: two steps of two images on one worker, random backbone weights, evaluation on two images")
         config, run = smoke(config), f"{run}-smoke" if run else ""
+
+    def fit(known: RunConfig | None) -> RunConfig:
+        config = fitted(options.config, argv, print, known)
+        return smoke(config) if options.smoke else config
+
     if options.dry_run:
         from jobs.forecast import forecast_here
 
+        config = fit(known_config(config, run))
         print(forecast_here(config, run, _warn, anywhere=bool(options.start.address)))
         return
     from pipeline.train import train as start_training
 
     launch = _launch(options.start)
-    _print_outcome(start_training(config, launch, run=run, accept_change=options.accept_change))
+    _print_outcome(start_training(config, launch, run=run, accept_change=options.accept_change, fit=fit))
 
 
 def _warn(text: str) -> None:

@@ -10,7 +10,7 @@ import tyro
 
 from jobs.nearest import nearest
 from jobs.parsing import Flag, UsageError, parse
-from jobs.training import fitted, parse_train, recipe_named
+from jobs.training import fitted, known_config, parse_train, recipe_named
 from pipeline.config import RunConfig
 from pipeline.recipes import RECIPES
 from pipeline.sweep.trials import Trial, combinations
@@ -61,7 +61,7 @@ def sweep(argv: list[str]) -> None:
     own, words = divided(argv)
     options = parse(Sweep, own, "detr sweep")
     recipe, trials = trials_of(options.name, options.recipe, words)
-    configs = [fitted(config_of(recipe, trial), (recipe, *trial.options), lambda reason: None) for trial in trials]
+    configs = [_fitted(recipe, trial) for trial in trials]
     _check(options, configs)
     import os
 
@@ -122,6 +122,11 @@ def config_of(recipe: str, trial: Trial) -> RunConfig:
     if options is None or options.dry_run or options.smoke:
         raise UsageError(f"got an option that starts no training; {_USAGE}")
     return options.config
+
+
+def _fitted(recipe: str, trial: Trial) -> RunConfig:
+    config = config_of(recipe, trial)
+    return fitted(config, (recipe, *trial.options), lambda reason: None, known_config(config, trial.name))
 
 
 def _check(options: Sweep, configs: Sequence[RunConfig]) -> None:

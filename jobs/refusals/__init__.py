@@ -12,7 +12,15 @@ from jobs.clusters.entries import Cluster
 from jobs.plan import Request
 from jobs.refusals.places import check_places
 from jobs.refusals.tracking import check_names, check_tracking
-from jobs.refusals.words import at_address, check_file, check_words, read_request, warnings_of, with_storage
+from jobs.refusals.words import (
+    at_address,
+    check_file,
+    check_words,
+    read_request,
+    seen_fitted,
+    warnings_of,
+    with_storage,
+)
 from jobs.refusals.workers import check_now, check_workers
 
 __all__ = [
@@ -22,6 +30,7 @@ __all__ = [
     "check_now",
     "check_words",
     "read_request",
+    "seen_fitted",
     "warnings_of",
     "with_storage",
 ]

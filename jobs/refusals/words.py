@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import msgspec
 
@@ -14,8 +15,11 @@ from jobs.clusters.secret import is_sensitive
 from jobs.errors import JobError
 from jobs.nearest import nearest
 from jobs.plan import SUBMITTABLE, Request
-from jobs.training import parse_train, smoke
+from jobs.training import fitted, known_config, parse_train, smoke
+from pipeline.config import RunConfig
+from pipeline.errors import Postponed
 from pipeline.tracking.server.address import tracking_uri
+from shards.errors import ShardError
 from shards.store.storage import refuse_secret
 
 _LOCAL_ONLY = (
@@ -69,9 +73,24 @@ def read_request(cluster: Cluster, argv: Sequence[str]) -> Request:
     words = with_storage(cluster, argv[1:])
     options = parse_train(words, "detr train")
     assert options is not None  # it would have asked for help
-    config = smoke(options.config) if options.smoke else options.config
+    config = seen_fitted(cluster, options.config, words, options.run or "")
+    config = smoke(config) if options.smoke else config
     model = config.initial if config.initial.startswith("models:/") else ""
     return Request(("train", *words), config, options.run or "", options.smoke, model=model)
+
+
+def seen_fitted(cluster: Cluster, config: RunConfig, argv: Sequence[str], run: str) -> RunConfig:
+    """Return the configuration that the data chooses, as `train` does where the job runs, if this machine sees the data.
+
+    What cannot be read here is left to the checks of places, which name the way out.
+    """
+    known = None
+    with suppress(Postponed, ShardError, OSError):
+        if not cluster.sees_alone(config.storage):
+            known = known_config(config, run)
+        if known or not cluster.sees_alone(config.data.train):
+            return fitted(config, argv, lambda reason: None, known)
+    return config
 
 
 def with_storage(cluster: Cluster, words: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -126,14 +126,13 @@ def continued(record: RunRecord, now: RunConfig, differing: Differences) -> RunC
     }
     if "data.cache" in wanted:
         wanted["data.cache"] = absolute_cache(now.data.cache)
-    sections: dict[str, dict[str, Any]] = {}
-    whole: dict[str, Any] = {}
-    for name, value in wanted.items():
-        section, _, option = name.rpartition(".")
-        (sections.setdefault(section, {}) if section else whole)[option] = value
-    return replace(
-        config, **whole, **{name: replace(getattr(config, name), **options) for name, options in sections.items()}
-    )
+    return _with(config, wanted)
+
+
+def kept(before: RunConfig, now: RunConfig, given: Collection[str]) -> RunConfig:
+    """Return the configuration `before` of a run with the options of `now` that a command gave, by their paths."""
+    own = ("recipe", *_NOT_COMPARED, *given)
+    return _with(before, {name: _option(now, name) for name in flatten(now) if name in own})
 
 
 def agreed(record: RunRecord, now: RunConfig, accept: bool, say: Callable[[str], None]) -> RunConfig:
@@ -151,6 +150,18 @@ def agreed(record: RunRecord, now: RunConfig, accept: bool, say: Callable[[str],
 def absolute_cache(folder: str) -> str:
     """Return the folder of the cache as an absolute path, except for `~`, which is expanded on each node."""
     return folder if folder in ("", "off") or folder.startswith("~") else str(Path(folder).absolute())
+
+
+def _with(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration with options changed, by their paths."""
+    sections: dict[str, dict[str, Any]] = {}
+    whole: dict[str, Any] = {}
+    for name, value in values.items():
+        section, _, option = name.rpartition(".")
+        (sections.setdefault(section, {}) if section else whole)[option] = value
+    return replace(
+        config, **whole, **{name: replace(getattr(config, name), **options) for name, options in sections.items()}
+    )
 
 
 def _option(config: RunConfig, name: str) -> Any:
