@@ -10,7 +10,7 @@ import torch
 from msgspec.structs import replace
 from torch import nn
 
-from detr.compute import uncompiled
+from detr.compute import arithmetic, uncompiled
 from detr.variant import DETR
 from pipeline.checkpoint import catalog, history
 from pipeline.checkpoint import state as checkpoint_state
@@ -103,11 +103,12 @@ def evaluate_checkpoint(
     checkpoint_state.load_weights(path, model, averaged=meta.ema)
     last = meta.step >= meta.total_steps  # before the last step, the phase of the run is that of its training
     ranks = Ranks(device=device)
-    evaluation = _score(config, model, train, val, ranks, _phase_reporter(tracker if last else None))
-    _report(config, path, val, evaluation, tracker, meta.step, meta.epoch, start)
-    if tracker and evaluation is not None:
-        run = ReportedRun(config, train, val, path.parent.parent, meta.code_commit, lambda _: meta.epoch)
-        explain(tracker, val, evaluation, meta.step, config.evaluate.explain, run, model)
+    with arithmetic(config.compute.tf32, deterministic=config.compute.deterministic):
+        evaluation = _score(config, model, train, val, ranks, _phase_reporter(tracker if last else None))
+        _report(config, path, val, evaluation, tracker, meta.step, meta.epoch, start)
+        if tracker and evaluation is not None:
+            run = ReportedRun(config, train, val, path.parent.parent, meta.code_commit, lambda _: meta.epoch)
+            explain(tracker, val, evaluation, meta.step, config.evaluate.explain, run, model)
     _record(path, Evaluated(meta.step, meta.epoch, {}), evaluation, ranks, keep_unsent)
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.errors import Postponed, TrainingError
 from pipeline.tracking.pages.pictures import CURVES
+from pipeline.training import validation
 from pipeline.training.loop import run
 from pipeline.training.validation import evaluate_checkpoint
 from shards.store.retry import StoreError
@@ -42,7 +44,17 @@ def steps(paths: list[Location]) -> list[int]:
     return [read_meta(path).step for path in paths]
 
 
-def test_background_evaluation_gives_the_metrics_of_the_loops_own(config: RunConfig, tmp_path: Path) -> None:
+def test_background_evaluation_gives_the_metrics_of_the_loops_own(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, compute=replace(config.compute, tf32="no"))
+    rounding, score = [], validation.evaluate_model
+
+    def observed(*given: Any, **named: Any) -> Any:
+        rounding.append(torch.backends.cudnn.allow_tf32)
+        return score(*given, **named)
+
+    monkeypatch.setattr(validation, "evaluate_model", observed)
     inside = replace(config, evaluate=replace(config.evaluate, asynchronous=False))
     trackers: list[MemoryTracker] = []
     for name, chosen in (("beside", config), ("inside", inside)):
@@ -56,6 +68,7 @@ def test_background_evaluation_gives_the_metrics_of_the_loops_own(config: RunCon
         evaluate_checkpoint(config, path, torch.device("cpu"), tracker)
         prune(catalog.Shelf(home).look(), 1)
     assert catalog.pending_evaluation(home) == []
+    assert rounding == [False] * 4  # as the run asks, in both processes
     expected = {(name, step): value for name, value, step in trackers[1].points if name.startswith("val/")}
     assert {(name, step): value for name, value, step in tracker.points if name.startswith("val/")} == expected
     assert len(expected) == 16  # of the 24 figures those whose objects exist
