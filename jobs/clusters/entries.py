@@ -29,6 +29,9 @@ __all__ = [
     "fields_of",
 ]
 
+_LEAST_GRACE_S = 120
+"""Seconds in which a run surely saves and its nodes end."""
+
 
 class Ray(Cluster, frozen=True, kw_only=True, tag_field="launcher", tag="ray"):
     """A running Ray cluster with a job server."""
@@ -113,8 +116,8 @@ class KubeRay(Cluster, frozen=True, kw_only=True, tag_field="launcher", tag="kub
         super().__post_init__()
         if self.nodes is None or not self.nodes.cpus or not self.nodes.memory_gib:
             raise EntryError("nodes needs cpus and memory_gib with kuberay; expected what each pod of a worker may use")
-        if self.grace_s < 120:
-            raise EntryError(f"grace_s is {self.grace_s}; expected at least 120, in which a run saves")
+        if self.grace_s < _LEAST_GRACE_S:
+            raise EntryError(f"grace_s is {self.grace_s}; expected at least {_LEAST_GRACE_S}, in which a run saves")
         if self.fs_group < 0:
             raise EntryError(f"fs_group is {self.fs_group}; expected the number of a group, or 0")
         if self.queue and not self.scheduler:
@@ -161,6 +164,11 @@ class Slurm(Cluster, frozen=True, kw_only=True, tag_field="launcher", tag="slurm
                 )
         if any("\n" in option or not option.startswith("-") for option in self.options):
             raise EntryError('options must begin with -; expected options of sbatch, such as ["--constraint=h100"]')
+        if self.signal_s < _LEAST_GRACE_S:
+            raise EntryError(
+                f"signal_s is {self.signal_s}; expected at least {_LEAST_GRACE_S}: a run saves, its nodes end, and the job "
+                "queues again in that time"
+            )
         if self.time_limit and self.time_limit_s <= self.signal_s:
             raise EntryError(f"time_limit is {self.time_limit}; expected more than signal_s, {self.signal_s} s")
 

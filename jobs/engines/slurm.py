@@ -62,10 +62,12 @@ nodes=$!
 _END = """
 kill "$nodes" 2>/dev/null || true
 wait "$nodes" || true
-# After an error Ray's own logs stay on the nodes.
-if [ "$status" = 0 ] || [ "$status" = {later} ]; then
+# After an error Ray's own logs stay on the nodes. Before the time limit nothing may delay the queueing: the limit would end
+# the job first, and the same job finds its folders again.
+if [ "$status" = 0 ] ||
+  {{ [ "$status" = {later} ] && {{ [ "$warned" = 0 ] || [ -e "$folder/stopped" ]; }}; }}; then
   timeout 30 srun --ntasks-per-node=1 rm -rf "$DETR_NODE_FOLDER" || true
-else
+elif [ "$status" != {later} ]; then
   echo "Ray's logs are in $DETR_NODE_FOLDER on each node" >&2
 fi
 """

@@ -88,6 +88,7 @@ MISTAKES = [
     (SLURM.replace("count = 2, ", ""), "nodes has neither count nor max"),
     (SLURM.replace("count = 2", "count = 2.5"), "nodes.count: expected `int`, got `float`"),
     (SLURM + 'time_limit = "5m"\n', "time_limit is 5m; expected more than signal_s, 300 s"),
+    (SLURM + "signal_s = 60\n", "signal_s is 60; expected at least 120"),
     (SLURM + 'partition = "gpu queue"\n', "partition is 'gpu queue'; expected no blanks"),
     (KUBERAY.replace(", memory_gib = 8", ""), "nodes needs cpus and memory_gib with kuberay"),
     (KUBERAY + "grace_s = 30\n", "grace_s is 30; expected at least 120"),

@@ -212,6 +212,25 @@ def test_queue_and_priority_are_the_schedulers_labels(folder: Path) -> None:
     assert yaml.safe_load(render(volcano))["metadata"]["labels"]["volcano.sh/queue-name"] == "team"
 
 
+@pytest.mark.parametrize(
+    ("status", "warned", "stopped", "cleaned", "queued"),
+    [(0, 0, False, True, False), (75, 0, False, True, True), (75, 1, False, False, True), (75, 1, True, True, False)],
+)
+def test_a_slurm_job_at_its_time_limit_queues_again_before_anything_else(
+    status: int, warned: int, stopped: bool, cleaned: bool, queued: bool, folder: Path
+) -> None:
+    script = render(plan(folder, "slurm"))
+    end = script[script.index("# After an error Ray") : script.rindex("exit ")]
+    if stopped:
+        (folder / "stopped").touch()
+    given = f"folder={folder} status={status} warned={warned} DETR_NODE_FOLDER={folder}/node SLURM_JOB_ID=7"
+    stand_ins = "timeout() { echo cleaned; }; scontrol() { echo queued; }"
+    done = subprocess.run(
+        ["bash", "-euc", f"{given}; {stand_ins}; {end}"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert ("cleaned" in done, "queued" in done) == (cleaned, queued)
+
+
 @pytest.mark.parametrize("nodes", SIZES)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_script_for_slurm_passes_shellcheck(folder: Path, recipe: str, nodes: str) -> None:
