@@ -11,10 +11,12 @@ from pipeline.training.graphs.capture import Replay, Work
 class RepeatedWork:
     """Stand-in for `CudaCapture` on a device without graphs; `log` holds what was done, in order."""
 
-    def __init__(self, *_: object, shortage_after: int = -1, bytes_each: float = 0.0, free: float = 1e12) -> None:
+    def __init__(
+        self, *_: object, shortage_after: int = -1, bytes_each: float = 0.0, free: float = 1e12, total: float = 0.0
+    ) -> None:
         self.log: list[str] = []
         self._records, self._shortage_after = 0, shortage_after
-        self._bytes_each, self._free = bytes_each, free
+        self._bytes_each, self._free, self._total = bytes_each, free, total
 
     def warm(self, work: Callable[[], object]) -> None:
         self.log.append("warm")
@@ -38,3 +40,6 @@ class RepeatedWork:
 
     def free_bytes(self) -> float:
         return self._free
+
+    def total_bytes(self) -> float:
+        return self._total

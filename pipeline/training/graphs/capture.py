@@ -25,6 +25,9 @@ class Capture(Protocol):
     def free_bytes(self) -> float:
         """Return the memory that is left."""
 
+    def total_bytes(self) -> float:
+        """Return the memory of the device."""
+
 
 class CudaCapture:
     """Recorder of CUDA graphs that share their memory."""
@@ -53,3 +56,6 @@ class CudaCapture:
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         return float(torch.cuda.mem_get_info(self._device)[0])
+
+    def total_bytes(self) -> float:
+        return float(torch.cuda.mem_get_info(self._device)[1])

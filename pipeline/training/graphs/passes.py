@@ -33,6 +33,7 @@ from pipeline.training.graphs.capture import Capture
 from pipeline.training.model import predict
 
 LOG = logging.getLogger(__name__)
+_KEPT = 0.1  # share of the device's memory for what has no graph, such as evaluations and a second model
 _WARM_UPS = 2  # passes in which libraries choose their kernels and allocate what they keep
 
 
@@ -177,10 +178,14 @@ class Graphs:
             self._bytes_per_pixel = max(before - self._recorder.free_bytes(), 0.0) / canvas.pixels
 
     def _fits(self, canvas: Canvas) -> bool:
-        """Return True if memory is left for a graph and beside it for the largest pass without one."""
+        """Return True if memory is left for a graph and beside it for an evaluation or the largest pass without a graph.
+
+        Neither can use the memory of graphs.
+        """
         captured = max((known.pixels for known in self._graphs), default=0)
-        more = max(canvas.pixels - captured, 0) + self._chosen.largest_left
-        return self._bytes_per_pixel * more <= self._recorder.free_bytes()
+        graph, largest = max(canvas.pixels - captured, 0), self._chosen.largest_left
+        kept = max(self._bytes_per_pixel * largest, _KEPT * self._recorder.total_bytes())
+        return self._bytes_per_pixel * graph + kept <= self._recorder.free_bytes()
 
     def _fill(self, batch: Batch) -> Batch:
         """Copy a batch into the buffers that graphs read; return the batch that lies there."""

@@ -193,6 +193,15 @@ def test_memory_is_kept_for_the_largest_pass_without_a_graph(free: float, captur
     assert len(graphed.replayed()) == 2 * captured
 
 
+@pytest.mark.parametrize(("free", "captured"), [(24e3, 1), (26e3, 2)])
+def test_memory_is_kept_for_an_evaluation_if_all_canvases_have_graphs(free: float, captured: int) -> None:
+    """The wide canvas would take 5,000 bytes more than the 10,000 of the small one; a tenth of 100,000 is kept."""
+    graphed = Trained(CONFIG, SMALL, WIDE, recorder=RepeatedWork(bytes_each=5e3, free=free, total=1e5))
+    for canvas in (SMALL, WIDE):
+        graphed.step(batch_on(canvas))
+    assert len(graphed.replayed()) == 2 * captured
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "head alone"])
