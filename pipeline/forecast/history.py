@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pipeline.config import RunConfig
-from pipeline.forecast.prices import Measured, Prices, costly_options, prices
+from pipeline.forecast.prices import PRICED, Measured, Prices, costly_options, prices
 from pipeline.tracking.mlflow_runs import runs_where
 from pipeline.tracking.tags import TAG_TIMES, TAG_TRAIN_DIGEST
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-_NEWEST = 5
+_COMPARED = 5
+"""Runs whose differences are the span of a forecast; the newest of them are its price."""
 _LOOKED_AT = 200
 
 
@@ -47,9 +48,11 @@ def past_prices(
     if not found:
         return None
     same_data = [entry for entry in found if entry[0].data.tags.get(TAG_TRAIN_DIGEST) == digest]
-    chosen = [entry for entry in same_data or found if entry[1].device == (same_data or found)[0][1].device][:_NEWEST]
+    chosen = [entry for entry in same_data or found if entry[1].device == (same_data or found)[0][1].device][:_COMPARED]
     names = ", ".join(dict.fromkeys(str(run.info.run_name) for run, _ in chosen))
     what = f"{len(chosen)} of your runs" if len(chosen) > 1 else "your run"
+    if len(chosen) > PRICED:
+        what = f"the median of the newest {PRICED} of {what}"
     other = "" if same_data or not digest else ", on other data"
     return prices([times for _, times in chosen], images, f"{what} of this recipe in MLflow ({names}){other}")
 

@@ -25,7 +25,7 @@ _COSTLY = (
     *("evaluate.scorer", "evaluate.asynchronous", "cluster.strategy", "cluster.workers", "cluster.cpus_per_worker"),
 )
 _FREE = ("model.backbone_weights",)
-_NEWEST = 3
+PRICED = 3
 """Runs whose median is the price: a machine changes, so the newest tell most."""
 _STEADY = 2  # intervals that a run must have after its first, which starts threads and fills buffers
 
@@ -54,12 +54,14 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """Mean seconds that training paused for an evaluation."""
     images: int
     """Images of an evaluation."""
-    start_s: float
+    start_s: float = 0.0
     """From the command to the first step, and what the first steps took more than the others."""
-    end_s: float
+    end_s: float = 0.0
     """From the last step to the end, without the last evaluation."""
-    saves_s: float
+    saves_s: float = 0.0
     """Everything else between the first step and the last: pauses for checkpoints."""
+    other_s: float = 0.0
+    """All but steps and evaluations, in tags of a release that did not divide it into the three above."""
     options: str
     """Digest of the options that the time of a step or an evaluation depends on."""
     gpu: bool
@@ -151,7 +153,7 @@ def _mean_per_step(ordered: Sequence[Point], begin: int) -> float:
 def prices(runs: Sequence[Measured], images: int, source: str) -> Prices:
     """Return the median prices of the newest of runs on one device; evaluations are scaled to so many images."""
     each = tuple(_prices(run, images) for run in runs)
-    newest = each[:_NEWEST]
+    newest = each[:PRICED]
     evaluations = [price.evaluation_s for price in newest if price.evaluation_s is not None] or [
         price.evaluation_s for price in each if price.evaluation_s is not None
     ]
@@ -176,7 +178,7 @@ def _prices(run: Measured, images: int) -> Prices:
         step_s=run.step_s,
         cpu_s=run.cpu_s or None,
         evaluation_s=run.evaluation_s / run.images * images if run.evaluations and run.images else None,
-        start_s=run.start_s,
+        start_s=run.start_s + run.other_s,
         end_s=run.end_s,
         saves_s=run.saves_s / max(run.steps, 1),
     )

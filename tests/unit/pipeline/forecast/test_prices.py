@@ -52,6 +52,13 @@ def test_prices_are_medians_of_the_newest_and_evaluations_follow_the_number_of_i
     assert prices([times(evaluations=0, evaluation_s=0.0)], 40, "it").evaluation_s is None
 
 
+def test_times_of_the_release_before_are_still_prices() -> None:
+    tag = b"""{"wall_s": 100, "steps": 10, "step_s": 6, "evaluations": 1, "evaluation_s": 5, "images": 10, "other_s": 35,
+        "options": "o", "gpu": true, "device": "X"}"""
+    price = prices([msgspec.json.decode(tag, type=Measured)], 10, "it")
+    assert (price.step_s, price.start_s, price.end_s, price.saves_s) == (6.0, 35.0, 0.0, 0.0)
+
+
 def test_options_that_change_no_time_do_not_tell_runs_apart() -> None:
     config = RunConfig()
     assert costly_options(config) == costly_options(replace(config, seed=7, optim=OptimConfig(lr=1.0, epochs=3)))

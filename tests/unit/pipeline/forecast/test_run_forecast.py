@@ -82,6 +82,18 @@ def test_times_of_another_release_are_passed_over(tiny_config: RunConfig, runs: 
 
 
 @pytest.mark.parametrize(
+    ("count", "begins"), [(2, "2 of your runs of"), (5, "the median of the newest 3 of 5 of your")]
+)
+def test_the_source_tells_a_median_from_the_runs_beside_it(
+    count: int, begins: str, tiny_config: RunConfig, runs: list[Any]
+) -> None:
+    runs += [past_run(f"run-{number}", tiny_config) for number in range(6)][:count]
+    found = past_prices(SimpleNamespace(), tiny_config, 50)  # type: ignore[arg-type]
+    assert found is not None
+    assert found.source.startswith(begins)
+
+
+@pytest.mark.parametrize(
     ("wanted", "name", "fits"),
     [
         ("H100", "NVIDIA H100 80GB HBM3", True),
