@@ -122,7 +122,7 @@ def test_the_entrypoint_of_a_rayjob_is_the_same_run_on_a_cluster_of_every_retry(
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
     variables = {variable["name"]: variable["value"] for variable in head["env"] if "value" in variable}
     recording = Recording(tmp_path / "steps")
-    recording.pace(0.1)
+    recording.pace(0.5)  # so that the run does not end while this process waits
     (tmp_path / "token").write_text("a-token-of-this-test-alone-0123456789abcdef")
     environment = work.env | recording.environment | variables
     environment |= {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"), "RAY_AUTH_MODE": "token"}

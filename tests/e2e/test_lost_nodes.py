@@ -140,10 +140,10 @@ def test_a_node_that_is_taken_away_with_notice_costs_no_failure(
         *("--checkpoint.every-steps", "0", "--address", cluster.address, "--track.run-name", "drained"),
     )
     until(lambda: recording.last() >= (6, 2) or driver.poll() is not None, "6 steps with 2 workers")
+    recording.pace(2)  # so that the run does not end before its node has gone
     cluster.drain(deadline_s=90)  # of which a busy machine takes ten to tell the workers
     told_at = recording.last()[0]
     detr.wait_for_checkpoint("drained", told_at, timeout_s=75)
-    recording.pace(2)  # so that the run does not end before its node has gone
     until(lambda: recording.last()[1] == 1 or driver.poll() is not None, "a step with 1 worker")
     leaving.kill()
     recording.pace(0)
