@@ -131,7 +131,7 @@ def _fewest_cells(config: RunConfig, sides: Ints) -> int:
 def _batch(config: RunConfig, facts: _Facts) -> _Choice:
     few = facts.images < 1000
     reason = f"{facts.images:,} images; small batches make more steps of {'few' if few else 'some thousand'} images"
-    return _Choice({"optim.batch_size": max(8 if few else 16, config.cluster.workers)}, reason)
+    return _Choice({"optim.batch_size": 8 if few else 16}, reason)
 
 
 def _rates(config: RunConfig, facts: _Facts) -> _Choice:

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.config import RunConfig
 from pipeline.data.small import fit_small
+from pipeline.errors import RunConfigError
 from pipeline.recipes import RECIPES, uses_built_in
 from shards.dataset.index import ANNOTATION_DTYPE, IMAGE_DTYPE, Index
 from shards.dataset.manifest import Manifest
@@ -82,6 +83,14 @@ def test_options_of_the_user_stay_and_the_others_follow_them() -> None:
     assert (found.config.optim.lr, found.config.optim.decay_epoch) == (5e-4, 10)
     assert found.config.transform.train_scales == (80, 88, 96, 104)
     assert not [line for line in found.reasons if "batch-size" in line or "epochs" in line.split(":")[0].split()]
+
+
+def test_the_number_of_workers_which_may_change_chooses_nothing() -> None:
+    optim, cluster = replace(SMALL.optim, batch_size=12), replace(SMALL.cluster, workers=12)
+    config = replace(SMALL, optim=optim, cluster=cluster)
+    with pytest.raises(RunConfigError, match=r"workers is 12 but optim\.batch_size, which is global, is 8"):
+        fit(data(200, 3), config)
+    assert fit(data(200, 3), config, ("optim.batch_size",)).optim.batch_size == 12
 
 
 def test_each_reason_begins_with_the_flags_that_it_stands_for() -> None:
