@@ -378,5 +378,9 @@ RECIPES: dict[str, RunConfig] = {
 
 def uses_built_in(config: RunConfig) -> bool:
     """Return True if a run uses what is made where it is absent: the demo's data, or its backbone."""
-    from_demo = config.model.backbone_weights == DEMO.model.backbone_weights and not config.initial
-    return config.data.built_in or from_demo
+    return config.data.built_in or (uses_demo_backbone(config) and config.model.backbone == DEMO.model.backbone)
+
+
+def uses_demo_backbone(config: RunConfig) -> bool:
+    """Return True if a run starts from the weights of the demo's backbone, which no other backbone takes."""
+    return config.model.backbone_weights == DEMO.model.backbone_weights and not config.initial

@@ -18,7 +18,7 @@ from pipeline.config import RunConfig
 from pipeline.data.datasets import check_cache_limit, open_data
 from pipeline.driver.changes import absolute_cache
 from pipeline.errors import RunConfigError
-from pipeline.recipes import uses_built_in
+from pipeline.recipes import DEMO, uses_built_in, uses_demo_backbone
 from pipeline.schedule import Schedule
 from pipeline.tracking.pages.data import DataSet, data_set
 from shards.dataset.categories import identities
@@ -163,6 +163,11 @@ def _check_initial(config: RunConfig) -> None:
     if config.recipe == "finetune" and not config.initial:
         raise RunConfigError(
             "finetune has no weights to start from; finetune needs --initial models:/NAME@ALIAS or FILE"
+        )
+    if uses_demo_backbone(config) and config.model.backbone != DEMO.model.backbone:
+        raise RunConfigError(
+            f"model.backbone is {config.model.backbone!r} and model.backbone_weights are those of the demo's backbone; "
+            "expected weights of this one: add --model.backbone-weights imagenet"
         )
     if config.optim.train == "mask_head" and not config.initial:
         raise RunConfigError(

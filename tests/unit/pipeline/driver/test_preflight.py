@@ -10,6 +10,7 @@ from pipeline.config import RunConfig
 from pipeline.driver import initial_weights
 from pipeline.driver.preflight import check, prepare
 from pipeline.errors import RunConfigError
+from pipeline.recipes import RECIPES, uses_built_in
 from shards.config import WriteConfig
 from shards.dataset.manifest import load_manifest
 from shards.errors import ShardError
@@ -31,6 +32,16 @@ def test_a_prepared_run_reports_its_initial_weights(tiny_config: RunConfig) -> N
     assert ready.train == load_manifest(tiny_config.data.train)
     assert ready.schedule.total_steps == 6
     assert lines == ["the backbone starts from random weights, as asked"] == list(ready.notes)
+
+
+def test_a_backbone_other_than_the_demo_s_needs_its_own_weights(tiny_config: RunConfig) -> None:
+    small = replace(RECIPES["small"], data=tiny_config.data)
+    other = replace(small, model=replace(small.model, backbone="resnet18"))
+    assert (uses_built_in(small), uses_built_in(other)) == (True, False)
+    check(small)
+    with pytest.raises(RunConfigError, match=r"'resnet18' and .* add --model\.backbone-weights imagenet"):
+        check(other)
+    check(replace(other, model=replace(other.model, backbone_weights="imagenet")))
 
 
 @pytest.mark.parametrize(("tail", "steps"), [("straddle", 8), ("short", 9)])
