@@ -78,10 +78,10 @@ class RunConfig:
                 "count every image twice; expected the same model as without it: recompute the encoder only, or use "
                 "frozen_batch or group"
             )
-        if self.compute.deterministic and self.model.variant == "deformable":
+        if self.compute.deterministic and self.model.variant == "deformable" and self.cluster.gpu != "no":
             raise RunConfigError(
                 "compute.deterministic is set with model.variant 'deformable', whose sampling has no deterministic gradient "
-                "on a GPU; expected another variant, or --compute.no-deterministic"
+                "on a GPU; expected another variant, --cluster.gpu no, or --compute.no-deterministic"
             )
         if self.compute.graphs:
             self._check_graphs()

@@ -228,6 +228,14 @@ def test_options_that_cannot_be_captured_are_refused(changes: dict[str, Any], me
         RunConfig(**{"compute": ComputeConfig(graphs=True), **changes})
 
 
+def test_a_deformable_model_repeats_its_sums_on_processors_alone() -> None:
+    small = RECIPES["small"]
+    compute = replace(small.compute, deterministic=True)
+    with pytest.raises(RunConfigError, match=r"expected another variant, --cluster\.gpu no"):
+        replace(small, compute=compute, cluster=replace(small.cluster, gpu="auto"))
+    assert replace(small, compute=compute, cluster=replace(small.cluster, gpu="no")).compute.deterministic
+
+
 def test_a_record_from_before_an_option_existed_takes_its_default() -> None:
     raw = msgspec.json.decode(to_json(RECIPES["detr-r50"]))
     for name in ("graphs", "max_graphs", "tf32", "deterministic"):
