@@ -52,8 +52,28 @@ class UnsentObject:
         self._stored: set[str] = set()
         """Names of files that are in the folder, as far as this process knows."""
 
-    def read(self) -> Unsent | None:
-        """Return what was kept, or None; a damaged object is reported and removed."""
+    def kept_by(self) -> str:
+        """Return the id of the spool that was kept, empty if there is none; its files are not read."""
+        found = self._open()
+        return found[0].id if found else ""
+
+    def read(self, known: SpoolFolder | None = None) -> Unsent | None:
+        """Return what was kept, or None; a damaged object is reported and removed.
+
+        known: spool of this node. If it has all that was kept, no file is read.
+        """
+        found = self._open()
+        if found is None:
+            return None
+        spool, lines, pictures = found
+        if known is None or spool.id != known.id or spool.end > known.size:
+            pictures |= self._read_files(spool.files)
+        elif spool.files:
+            self._stored |= set(spool.files.values()) & set(storage.listing(self._files))
+        return Unsent(spool.id, spool.end, lines, pictures)
+
+    def _open(self) -> tuple[_Position, bytes, dict[str, bytes]] | None:
+        """Return position, events and pictures of the object itself, or None."""
         try:
             content = storage.read(self.url)
         except FileNotFoundError:
@@ -63,8 +83,7 @@ class UnsentObject:
                 spool = msgspec.json.decode(archive.read(_SPOOL), type=_Position)
                 # Earlier releases have the files in the object.
                 pictures = {name: archive.read(name) for name in archive.namelist() if _is_picture(name)}
-                pictures |= self._read_files(spool.files)
-                return Unsent(spool.id, spool.end, archive.read(_EVENTS), pictures)
+                return spool, archive.read(_EVENTS), pictures
         except (zipfile.BadZipFile, KeyError, msgspec.DecodeError) as error:
             LOG.warning("%s is damaged and removed; the events in it are lost (%s)", self.url, one_line(error))
             self.remove()
@@ -157,8 +176,7 @@ class Keeper:
 
     def superseded(self) -> bool:
         """Return whether another node has taken over what was kept."""
-        unsent = self._target.read()
-        return unsent is not None and unsent.spool != self._spool.id
+        return self._target.kept_by() not in ("", self._spool.id)
 
     def _files(self, lines: bytes) -> dict[str, Path]:
         """Return the paths of the files of events by their names."""
@@ -173,7 +191,7 @@ def open_spool(spool: SpoolFolder, target: UnsentObject) -> Keeper:
 
     The spool of this node is newer than its own object, unless a power loss took lines, and older than another's.
     """
-    unsent = target.read()
+    unsent = target.read(spool)
     take_over = unsent is not None and (unsent.spool != spool.id or unsent.end > spool.size)
     if unsent is not None and take_over:
         spool.replace(unsent.lines, unsent.pictures)

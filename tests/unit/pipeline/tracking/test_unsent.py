@@ -80,6 +80,33 @@ def test_another_node_starts_from_what_was_kept(a_run: Run) -> None:
     assert not a_run.object.exists()
 
 
+def test_files_are_read_and_written_once_unless_another_node_takes_over(
+    a_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[tuple[str, str]] = []
+    for name in ("read", "write"):
+        call = getattr(storage, name)
+
+        def counted(url: str, *given: object, name: str = name, call: object = call) -> object:
+            requests.append((name, Path(url).suffix))
+            return call(url, *given)  # type: ignore[operator]
+
+        monkeypatch.setattr(storage, name, counted)
+
+    def keep(node: str) -> list[str]:
+        tracker = a_run.start(node, Server(up=False))
+        report(tracker, range(1))
+        tracker.picture(f"detections/{node}", Image.new("RGB", (4, 4), "red"), 2)
+        tracker.close()
+        a_run.object = UnsentObject(a_run.object.url)  # as in a new process
+        return [name for name, suffix in requests if suffix == ".png"]
+
+    assert keep("a") == ["write"]
+    assert keep("a") == ["write"]
+    assert keep("b").count("read") == 1
+    assert a_run.object.kept_by() == SpoolFolder(a_run.folder / "b").id
+
+
 def test_on_the_same_node_the_spool_itself_continues(a_run: Run) -> None:
     tracker = a_run.start("a", Server(up=False))
     report(tracker, range(3))
