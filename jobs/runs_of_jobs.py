@@ -78,12 +78,22 @@ def run_lines(cluster: Cluster, job: Job) -> list[tuple[str, str]]:
 
 
 def command_of_run(cluster: Cluster, job: Job) -> list[str]:
-    """Return the words of the command that continues the run of a job; empty if it has none."""
+    """Return the words of the command that continues the run of a job; empty if it has none.
+
+    A run that is known by its name alone, which others may have given theirs, must lie in the storage of the entry.
+    """
     from pipeline.tracking.mlflow_client import translated_errors
     from pipeline.tracking.tags import TAG_FOLDER
 
     with translated_errors():
-        run = run_of(client_of(cluster), job.id, job.run)
+        client = client_of(cluster)
+        run = run_of(client, job.id)
+        if run is None and cluster.storage:
+            run = run_of(client, job.id, job.run)
+            own = run is not None and str(run.data.tags.get(TAG_FOLDER, "")).startswith(
+                f"{cluster.storage.rstrip('/')}/"
+            )
+            run = run if own else None
     tags = {} if run is None else run.data.tags
     if TAG_FOLDER not in tags or _PARENT in tags:  # a trial: its job is a sweep, whose command the trial does not know
         return []

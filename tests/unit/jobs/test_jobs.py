@@ -9,6 +9,7 @@ import pytest
 import jobs.engines
 import jobs.runs_of_jobs
 import jobs.submit
+from jobs.clusters import Ray
 from jobs.commands.jobs import jobs_table
 from jobs.engines import Job
 from jobs.errors import JobError
@@ -147,12 +148,25 @@ def test_a_job_whose_launcher_keeps_no_command_continues_its_run(
     sent: list[Sequence[str]] = []
     monkeypatch.setattr(jobs.submit, "submit", lambda cluster, argv, say: sent.append(argv) or "new-7a8b")
     launcher.jobs = tuple(Job(name, "FAILED") for name in ("it-1a2b", "trial-9c0d", "evaluation-1"))
+    launcher.jobs += (Job("another-2", "FAILED", run="theirs"),)
     tags = {TAG_FOLDER: "s3://bucket/runs/it-1a2b"}
     runs[f"tags.`{TAG_JOB}` = 'it-1a2b'"] = SimpleNamespace(data=SimpleNamespace(tags=tags))
     trial = SimpleNamespace(data=SimpleNamespace(tags=tags | {"mlflow.parentRunId": "0123"}))
     runs[f"tags.`{TAG_JOB}` = 'trial-9c0d'"] = trial
     assert "submitted   new-7a8b" in detr("jobs", "resume", "it-1a2b").out
     assert sent == [["resume", "s3://bucket/runs/it-1a2b"]]
-    for job in ("trial-9c0d", "evaluation-1"):
+    runs["attributes.run_name = 'theirs'"] = runs[f"tags.`{TAG_JOB}` = 'it-1a2b'"]
+    for job in ("trial-9c0d", "evaluation-1", "another-2"):
         assert f"does not know the command of job {job}" in detr("jobs", "resume", job).line
     assert len(sent) == 1
+
+
+@pytest.mark.parametrize(("storage", "found"), [("s3://bucket/runs/", True), ("s3://bucket/run", False), ("", False)])
+def test_a_run_that_is_found_by_its_name_must_be_in_the_storage_of_the_entry(
+    storage: str, found: bool, runs: dict[str, Any]
+) -> None:
+    tags = {TAG_FOLDER: "s3://bucket/runs/it"}
+    runs["attributes.run_name = 'it'"] = SimpleNamespace(data=SimpleNamespace(tags=tags))
+    lab = Ray(name="lab", address="http://head:8265", storage=storage)
+    words = jobs.runs_of_jobs.command_of_run(lab, Job("job-1", "FAILED", run="it"))
+    assert words == (["detr", "resume", "s3://bucket/runs/it"] if found else [])
