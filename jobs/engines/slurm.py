@@ -109,9 +109,18 @@ class SlurmEngine:
         return "\n".join(lines) + "\n" + _RAY + f'\nset -- "$python" {words}\n' + end
 
     def by_hand(self, plan: Plan, file: str) -> list[str]:
-        """Write the folder of the job, without which Slurm has nowhere to put its log, and return the command."""
-        _write_folder(plan)
-        return [shlex.join(["sbatch", file])]
+        """Write the folder of the job, without which Slurm has nowhere to put its log, and return the command.
+
+        Where only the cluster sees `job_folder`, making it there is the first command.
+        """
+        submit, folder = shlex.join(["sbatch", file]), _folder(_slurm(plan), plan.job)
+        try:
+            _write_folder(plan)
+        except JobError:
+            made = shlex.join(["mkdir", "-p", str(folder)])
+            copied = f", then copy this checkout to {folder}/code" if plan.cluster.code == "snapshot" else ""
+            return [f"{made}  # on the cluster{copied}", submit]
+        return [submit]
 
     def submit(self, plan: Plan, say: Say) -> str:
         """Write script and snapshot into a folder of the job, which every node sees, and queue the script."""

@@ -162,6 +162,17 @@ def test_a_written_file_is_complete_and_its_commands_are_those_of_submit(tmp_pat
     assert engine_of(made.cluster).by_hand(made, "it.yaml")[-1].endswith("--secret RAY_AUTH_TOKEN it.yaml")
 
 
+def test_a_folder_that_only_the_cluster_sees_is_made_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jobs").write_text("no folder can be made here")
+    made = plan(tmp_path, "slurm")
+    folder = tmp_path / "jobs" / made.job
+    assert engine_of(made.cluster).by_hand(made, "job.sh") == [
+        f"mkdir -p {folder}  # on the cluster, then copy this checkout to {folder}/code",
+        "sbatch job.sh",
+    ]
+
+
 def test_state_and_log_of_a_slurm_job(tmp_path: Path, program: Program) -> None:
     cluster = plan(tmp_path, "slurm").cluster
     for name in ("a-1", "b-2", "c-3", "other"):
