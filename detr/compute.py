@@ -17,6 +17,7 @@ from detr.model import DETR
 Precision = Literal["fp32", "bf16"]
 Tf32 = Literal["auto", "yes", "no"]
 Recompute = Literal["none", "encoder", "backbone", "both"]
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _CANVAS_SHAPES = 256  # maximum number of compiled canvas shapes; others run uncompiled
 
 
@@ -36,11 +37,12 @@ def arithmetic(tf32: Tf32, *, deterministic: bool) -> Iterator[None]:
     before = cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
     memory: Any = torch.utils.deterministic
     ordered, filling = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    warns, workspace = torch.is_deterministic_algorithms_warn_only_enabled(), os.environ.get(_WORKSPACE)
     try:
         if tf32 != "auto":
             cuda.allow_tf32 = cudnn.allow_tf32 = tf32 == "yes"
         if deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product on the GPU
+            os.environ.setdefault(_WORKSPACE, ":4096:8")  # read at the first product on the GPU
             cudnn.benchmark = False
             memory.fill_uninitialized_memory = False  # it only shows what reads memory that nothing wrote
             torch.use_deterministic_algorithms(True)
@@ -48,7 +50,9 @@ def arithmetic(tf32: Tf32, *, deterministic: bool) -> Iterator[None]:
     finally:
         cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
         memory.fill_uninitialized_memory = filling
-        torch.use_deterministic_algorithms(ordered)
+        torch.use_deterministic_algorithms(ordered, warn_only=warns)
+        if workspace is None:
+            os.environ.pop(_WORKSPACE, None)
 
 
 def set_channels_last(model: DETR) -> None:

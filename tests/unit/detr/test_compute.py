@@ -162,6 +162,14 @@ def test_fp32_means_what_the_options_say_and_only_in_the_block(monkeypatch: pyte
     assert loss == step(model())[0]
     with arithmetic("auto", deterministic=False):
         assert now() == before
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with arithmetic("auto", deterministic=True):
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_frozen_stages_keep_no_activations() -> None:
