@@ -164,7 +164,8 @@ class ComputeConfig:
     graphs: bool = False
     """Replay the network's forward and backward pass as CUDA graphs, one launch each instead of thousands.
     The most frequent canvases are captured; set `canvas_multiple` to 64, so that there are few. Needs GPUs and memory
-    for a second pass. With ddp, gradients are averaged after the backward pass, not beside it."""
+    for a second pass. With ddp, gradients are averaged after the backward pass, not beside it.
+    If memory runs short, a resumed run may capture other canvases, so with `deterministic` it repeats only up to rounding."""
     max_graphs: int = 64
     """Maximum number of canvases that are captured with `graphs`; passes over others run as without it."""
 
