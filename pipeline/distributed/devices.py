@@ -27,10 +27,13 @@ if TYPE_CHECKING:
 
 
 def use_device(device: torch.device) -> None:
-    """Make a worker's device the current one of this thread; call it in each thread before that touches CUDA."""
+    """Make a worker's device the current one of this thread; call it in each thread before that touches CUDA.
+
+    A device without a number is the current one already.
+    """
     import torch
 
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
 
 
