@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 # Before torch is imported: the tests run on few cores, several at a time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # before a test imports MLflow without `connect`
 
 import pytest
 
