@@ -73,9 +73,10 @@ def segments_section(manifest: Manifest, score: PanopticScore) -> str:
     )
 
 
-def detections_section(sheet: Image.Image) -> str:
-    """Return the section with a sheet of detections beside the truth."""
-    caption = "The same images at each evaluation; detections with scores from 0.5."
+def detections_section(sheet: Image.Image, panoptic: bool) -> str:
+    """Return the section with a sheet of detections, or of segments, beside the truth."""
+    shown = "segments of queries with scores above 0.85" if panoptic else "detections with scores from 0.5"
+    caption = f"The same images at each evaluation; {shown}."
     return f"<h2>Detections</h2>{html_picture(sheet, 'WEBP', caption)}"
 
 

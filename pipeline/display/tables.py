@@ -94,11 +94,14 @@ def _score(value: float) -> str:
 
 
 def runs_table(runs: Sequence[Run]) -> str:
-    """Return a table of runs in the given order: id, name, status, progress, best figures, start and predicted end.
+    """Return a table of runs in the given order: id, name, status, progress, figures, start and predicted end.
+
+    PQ has a column if a run has it.
 
     MLflow has one status for runs that were stopped and for those that were killed; the phase tells them apart.
     """
     rows = []
+    panoptic = any("val/PQ" in run.data.metrics for run in runs)
     for run in runs:
         metrics = run.data.metrics
         phase = run.data.tags.get(TAG_PHASE, "")
@@ -113,11 +116,14 @@ def runs_table(runs: Sequence[Run]) -> str:
                 f"{metrics['epoch']:g}" if "epoch" in metrics else "-",
                 f"{metrics['val/AP']:.3f}" if "val/AP" in metrics else "-",
                 f"{metrics['val/AP50']:.3f}" if "val/AP50" in metrics else "-",
+                *([f"{metrics['val/PQ']:.3f}" if "val/PQ" in metrics else "-"] if panoptic else []),
                 started,
                 _end(progress) if running else "-",
             )
         )
-    return table(("run", "name", "status", "epoch", "AP", "AP50", "started", "ends"), rows)
+    return table(
+        ("run", "name", "status", "epoch", "AP", "AP50", *(["PQ"] if panoptic else []), "started", "ends"), rows
+    )
 
 
 def _end(progress: RunProgress | None) -> str:

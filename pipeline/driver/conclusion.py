@@ -13,6 +13,7 @@ from pipeline.driver.position import Position
 from pipeline.driver.record import Outcome
 from pipeline.driver.recorded import RecordedRun
 from pipeline.errors import Postponed, RunConfigError, TrainingError
+from pipeline.figures import DECIDING, deciding_name
 from pipeline.tracking.mlflow_client import tracking_uri, translated_errors
 from pipeline.tracking.mlflow_runs import set_final_status
 from pipeline.tracking.pages.checkpoints import drop_deleted
@@ -87,7 +88,8 @@ class ConcludedRun(RecordedRun):
         if registered.note:
             say(registered.note)
         if not registered.alias_moved:
-            say(f"models:/{config.model_name}@best stays on another version, whose AP is higher")
+            figure = DECIDING[deciding_name(metrics)]
+            say(f"models:/{config.model_name}@best stays on another version, whose {figure} is higher")
         return Outcome(
             run_id,
             self.folder,

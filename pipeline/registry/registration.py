@@ -40,7 +40,7 @@ def register(
     """Publish the checkpoint at `path` as a version of `name` and point `alias` at it.
 
     A step of a run is published once; publishing it again finds that version. With `only_if_better`, the alias stays on a
-    version with a higher AP on the same validation data. Raise `TrackingError` if MLflow refuses.
+    version with a higher AP, or PQ, on the same validation data. Raise `TrackingError` if MLflow refuses.
     """
     check_names(name, alias)
     meta = read_meta(path)

@@ -62,7 +62,8 @@ class ReportedRun:
         if evaluation.panoptic:
             before.append(segments_section(self.val, evaluation.panoptic))
         if config.evaluate.pictures:
-            before.append(detections_section(evaluation_sheet(self.val, evaluation, config.evaluate.pictures)))
+            sheet = evaluation_sheet(self.val, evaluation, config.evaluate.pictures)
+            before.append(detections_section(sheet, self.val.panoptic))
         return report_page(
             f"{config.run_name}: {deciding_text(evaluation.score.metrics)} at epoch {epoch}",
             facts,

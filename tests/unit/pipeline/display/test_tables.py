@@ -41,3 +41,15 @@ def test_only_running_runs_have_a_predicted_end() -> None:
     ).splitlines()
     assert lines[0].split()[-1] == "ends"
     assert [line.split()[-1] for line in lines[2:]] == [clock_time(end).split()[-1], "-", "-", "-"]
+
+
+def test_pq_has_a_column_if_a_run_has_it() -> None:
+    def run(metrics: dict[str, float]) -> Any:
+        info = SimpleNamespace(run_id="0123456789", run_name="one", status="FINISHED", start_time=0)
+        return SimpleNamespace(info=info, data=SimpleNamespace(tags={}, metrics=metrics))
+
+    boxes, segments = {"epoch": 2, "val/AP": 0.5, "val/AP50": 0.75}, {"val/AP": 0.25, "val/AP50": 0.5, "val/PQ": 0.375}
+    assert "PQ" not in runs_table([run(boxes)])
+    head, _, *lines = runs_table([run(boxes), run(segments)]).splitlines()
+    assert head.split()[5] == "AP50"
+    assert [line.split()[4:7] for line in lines] == [["0.500", "0.750", "-"], ["0.250", "0.500", "0.375"]]
