@@ -80,6 +80,7 @@ def test_a_run_continues_with_the_nodes_that_are_left(
         *("--track.run-name", "elastic"),
     )
     until(lambda: recording.last() >= (12, 3) or driver.poll() is not None, "12 steps with 3 workers")
+    assert driver.poll() is None, driver.communicate()[0]
     detr.wait_for_checkpoint("elastic", 1)  # so that steps of 3 workers are kept
     lost.kill()
     recording.pace(2)  # so that the run does not end before the node comes
