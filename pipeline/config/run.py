@@ -15,17 +15,11 @@ from typing import Any
 import msgspec
 
 from detr.config import LossConfig, ModelConfig, TransformConfig
-from pipeline.config.sections import (
-    CheckpointConfig,
-    ClusterConfig,
-    ComputeConfig,
-    DataConfig,
-    EvaluateConfig,
-    GuardConfig,
-    OptimConfig,
-    TrackConfig,
-    require,
-)
+from pipeline.config.checks import require
+from pipeline.config.data import DataConfig
+from pipeline.config.execution import ClusterConfig, ComputeConfig
+from pipeline.config.optim import GuardConfig, OptimConfig
+from pipeline.config.results import CheckpointConfig, EvaluateConfig, TrackConfig
 from pipeline.errors import RunConfigError
 
 
