@@ -113,6 +113,7 @@ def _probe(argv: list[str]) -> None:
     from pipeline.driver.launch import say
     from shards.store import storage
 
+    # The options that `small` chooses by its data change nothing that is looked at here.
     config = replace(options.config, storage=storage.absolute(options.config.storage))
     start = options.start
     with (

@@ -54,7 +54,8 @@ class RunConfig:
         if self.cluster.workers > self.optim.batch_size:
             raise RunConfigError(
                 f"cluster.workers is {self.cluster.workers} but optim.batch_size, which is global, is "
-                f"{self.optim.batch_size}; expected at least one image per worker: raise the batch or lower the workers"
+                f"{self.optim.batch_size}; expected at least one image per worker: add --optim.batch-size "
+                f"{self.cluster.workers} or a larger one, or lower the workers"
             )
         if self.optim.train == "mask_head" and not self.model.masks:
             raise RunConfigError(
