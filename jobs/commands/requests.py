@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs.clusters.entries import Cluster
-from jobs.commands import exchange, models, runs, shard, sweep
+from jobs.commands import exchange, models, runs, shard, stored, sweep
 from jobs.nearest import nearest
 from jobs.parsing import UsageError, parse
 from jobs.plan import Request
@@ -28,8 +28,8 @@ _SHARD: dict[str, type[Any]] = {
     "voc": shard.ShardVoc,
     "yolo": shard.ShardYolo,
     "index": shard.ShardIndex,
-    "verify": shard.Verification,
-    "info": shard.Information,
+    "verify": stored.Verification,
+    "info": stored.Information,
 }
 _READ = ("images", "annotations", "segments", "corrections", "root", "data", "file", "categories", "folder", "url")
 """Options that name folders, files or URLs to read."""
