@@ -13,9 +13,10 @@ from jobs.parsing import Flag, parse
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare two models on the same images: changes of AP with 95% intervals, and those of each class.
+    """Compare two models on the same images: changes of AP or PQ with 95% intervals, and those of each class.
 
     An interval holds the change on other images of the same kind, by 1,000 draws of the images (paired bootstrap).
+    PQ decides on panoptic data if segments of both sides are kept, otherwise AP of boxes; a line says so.
     A side may be several runs, with commas between them or as a pattern 'NAME-*': their means are compared.
     """
 
@@ -48,7 +49,8 @@ def compare(argv: list[str]) -> None:
     difference = found.difference
     for side, names in (("before", found.before), ("after", found.after)):
         print(f"{side.ljust(6)}  {', '.join(names)}")
-    print(f"on      {found.data}, {difference.images:,} images, digest {found.digest[:12]}\n")
+    print(f"on      {found.data}, {difference.images:,} images, digest {found.digest[:12]}")
+    print(f"by      {found.decided_by}\n")
     print(difference_tables(difference))
     if options.picture:
         title = f"{' + '.join(found.before)}  →  {' + '.join(found.after)}  on {found.data}"
@@ -59,9 +61,9 @@ def compare(argv: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Promote:
-    """Move an alias to a version, only if the 95% interval of the change in AP excludes a loss.
+    """Move an alias to a version, only if the 95% interval of the change in AP (PQ of segments) excludes a loss.
 
-    It is compared with the version that has the alias. Tags of the version say against what, on what, when and by whom.
+    It is compared with the version that has the alias, as by `detr compare`. Tags of the version say against what, on what, when and by whom.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -88,4 +90,6 @@ def promote(argv: list[str]) -> None:
     print(f"@{found.alias} is {found.uri} now; before: {found.against or 'no version'}")
     if found.comparison:
         difference = found.comparison.difference
-        print(f"{interval_text(difference.ap)} on {difference.images:,} images of {found.comparison.data}")
+        print(f"{interval_text(difference.deciding)} on {difference.images:,} images of {found.comparison.data}")
+        if found.comparison.decided_by != difference.deciding.name:
+            print(f"decided by {found.comparison.decided_by}")

@@ -32,6 +32,8 @@ class Comparison:
     """Name of the data set."""
     url: str
     digest: str
+    decided_by: str
+    """Figure that decides, and the reason if it is not the one by which `@best` is chosen."""
     difference: Difference
 
 
@@ -61,15 +63,26 @@ def compare_models(
         _kept_on(client, model, of_model, manifest, evaluated=data, progress=progress)
         for model, of_model in zip(models, known, strict=True)
     ]
-    first, second = kept[: len(before)], kept[len(before) :]
+    difference = difference_of(manifest, kept[: len(before)], kept[len(before) :])
     return Comparison(
         before=tuple(model.name for model in before),
         after=tuple(model.name for model in after),
         data=manifest.name,
         url=manifest.url,
         digest=manifest.digest,
-        difference=difference_of(manifest, first, second),
+        decided_by=_decided_by(difference.deciding.name, manifest, models, kept),
+        difference=difference,
     )
+
+
+def _decided_by(figure: str, manifest: Manifest, models: Sequence[Model], kept: Sequence[Kept]) -> str:
+    if figure == "AP" and manifest.panoptic:
+        names = [model.name for model, found in zip(models, kept, strict=True) if found.segments is None]
+        reason = f"AP of boxes of things, since no segments of {', '.join(names)} are kept"
+        return reason if all(found.figure for found in kept) else f"{reason}: --data URL evaluates it again"
+    if figure == "AP" and any(found.figure == "mask_AP" for found in kept):
+        return "AP of boxes, since masks are not kept; @best goes by AP of masks"
+    return figure
 
 
 def _common_data(models: Sequence[Model], known: Sequence[KeptOfModel]) -> Manifest:
@@ -122,7 +135,7 @@ def _kept_on(
 ) -> Kept:
     """Return the detections of a model on a data set, from a forward pass over `evaluated` if they were not kept."""
     kept = known.on(manifest.digest)
-    if kept is not None and (evaluated is None or len(kept.image_ids) == manifest.images):
+    if kept is not None and (evaluated is None or _is_whole(kept, manifest)):
         return kept
     if not (model.uri and evaluated):
         raise _not_kept(model, manifest.url)
@@ -131,6 +144,11 @@ def _kept_on(
     kept = keep(manifest, evaluate(model.uri, evaluated, progress=progress))
     store(client, model.run_id, model.step, kept)
     return kept
+
+
+def _is_whole(kept: Kept, manifest: Manifest) -> bool:
+    """Return whether all images were kept, and segments if there were some, which earlier releases did not keep."""
+    return len(kept.image_ids) == manifest.images and not (manifest.panoptic and not kept.figure)
 
 
 def _not_kept(model: Model, data: str) -> RegistryError:

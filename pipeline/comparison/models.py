@@ -13,6 +13,7 @@ from pipeline.checkpoint.metadata import read_meta
 from pipeline.config import from_json
 from pipeline.errors import CheckpointError, RegistryError
 from pipeline.evaluation.kept import Kept, read_beside
+from pipeline.figures import deciding_name
 from pipeline.registry.kept_detections import fetch, short_digest, stored
 from pipeline.registry.versions import find_version
 from pipeline.tracking.mlflow_runs import find_run, find_runs, read_config
@@ -82,7 +83,8 @@ def _of_run(client: MlflowClient, run: Any) -> Model:
             f"run {name} has no evaluated checkpoint that can be seen from here, and no registered version; expected one "
             "of them: wait for its first evaluation, or go where its storage is mounted"
         )
-    version = max(versions, key=lambda found: float(found.tags.get("AP", "-1")))
+    deciding = deciding_name(*(version.tags for version in versions))
+    version = max(versions, key=lambda found: float(found.tags.get(deciding, "-1")))
     return replace(model_of_version(version), name=name)
 
 

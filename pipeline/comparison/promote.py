@@ -1,4 +1,4 @@
-"""Promotion: an alias moves to a version only if that loses no AP, and the version's tags say why it moved."""
+"""Promotion: an alias moves to a version only if that loses no AP (PQ), and the version's tags say why it moved."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ class Promotion:
 
 
 def promote(uri: str, alias: str, data: str | None = None, *, force: bool = False, progress: bool = False) -> Promotion:
-    """Move `alias` to a version if the 95% interval of the change in AP excludes a loss against the version that has it.
+    """Move `alias` to a version if the 95% interval of its change excludes a loss against the version that has it.
+
+    The change is that of PQ if segments of both are kept, else of AP of boxes.
 
     The tags `promoted.ALIAS.*` of the version say against what, on what data, with what interval, when and by whom. The
     first version of an alias has nothing to lose against. Raise `RegistryError` if a loss is not excluded and not `force`.
@@ -74,8 +76,8 @@ def promote(uri: str, alias: str, data: str | None = None, *, force: bool = Fals
 
 
 def refuse_loss(comparison: Comparison) -> None:
-    """Raise `RegistryError` unless the interval of the change in AP excludes a loss, on enough images."""
-    change, images = comparison.difference.ap, comparison.difference.images
+    """Raise `RegistryError` unless the interval of the change excludes a loss, on enough images."""
+    change, images = comparison.difference.deciding, comparison.difference.images
     before, after = comparison.before[0], comparison.after[0]
     if images < LEAST_IMAGES:
         raise RegistryError(
@@ -89,16 +91,16 @@ def refuse_loss(comparison: Comparison) -> None:
         )
     if change.low < 0:
         raise RegistryError(
-            f"{after} may lose against {before}: AP {change.difference:+.4f}, 95% interval {change.low:+.4f} to "
+            f"{after} may lose against {before}: {change.name} {change.difference:+.4f}, 95% interval {change.low:+.4f} to "
             f"{change.high:+.4f} on {images:,} images of {comparison.data}; expected an interval that excludes a loss: "
             "train further, give --data with more images, or --force"
         )
 
 
 def _facts(comparison: Comparison) -> dict[str, str]:
-    change = comparison.difference.ap
+    change = comparison.difference.deciding
     return {
-        "AP": f"{change.before:.6f} to {change.after:.6f}, change {change.difference:+.6f}",
+        change.name: f"{change.before:.6f} to {change.after:.6f}, change {change.difference:+.6f}",
         "interval": f"{change.low:+.6f} to {change.high:+.6f} (95%, {comparison.difference.draws} draws)",
         "data": f"{comparison.data}, {comparison.difference.images} images, digest {comparison.digest}",
     }

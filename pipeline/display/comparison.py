@@ -29,7 +29,7 @@ def verdict(change: Change) -> str:
 
 
 def interval_text(change: Change) -> str:
-    """Return a change in AP with its interval, in a few words."""
+    """Return a change with its interval, in a few words."""
     return f"{change.name} {change.difference:+.4f}, 95% interval {change.low:+.4f} to {change.high:+.4f}"
 
 
@@ -65,18 +65,19 @@ def _largest(classes: Sequence[Change], count: int) -> tuple[list[Change], int]:
 
 
 def _runs(found: Difference) -> str:
+    name = found.deciding.name
     sides = {"before": found.before_runs, "after": found.after_runs}
     if max(map(len, sides.values())) < 2:
         return ""
     lines = [
-        f"{side.ljust(6)}  AP of {len(runs)} run{'s' * (len(runs) > 1)}: {', '.join(f'{ap:.4f}' for ap in runs)}; "
+        f"{side.ljust(6)}  {name} of {len(runs)} run{'s' * (len(runs) > 1)}: {', '.join(f'{value:.4f}' for value in runs)}; "
         f"mean {sum(runs) / len(runs):.4f}" + (f", deviation {spread(runs):.4f}" if len(runs) > 1 else "")
         for side, runs in sides.items()
     ]
     interval = interval_of_recipes(found.before_runs, found.after_runs)
     if interval is not None:
         low, high = interval
-        lines.append(f"other runs of both, on these images: AP changes by {low:+.4f} to {high:+.4f} (95%, Welch)")
+        lines.append(f"other runs of both, on these images: {name} changes by {low:+.4f} to {high:+.4f} (95%, Welch)")
     lines.append("the intervals in the tables are of these runs, on other images")
     return "\n".join(lines)
 
@@ -91,8 +92,9 @@ def difference_picture(found: Difference, title: str) -> Image.Image:
     figure = Figure(figsize=(13, 1.9 + 0.26 * rows), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
     _draw(left, figures[::-1], rows, f"{found.images:,} images")
-    of_all = f"AP by class, the {len(classes)} largest changes of {len(classes) + left_out}"
-    _draw(right, classes, rows, of_all if left_out else "AP by class")
+    name = found.deciding.name
+    of_all = f"{name} by class, the {len(classes)} largest changes of {len(classes) + left_out}"
+    _draw(right, classes, rows, of_all if left_out else f"{name} by class")
     figure.suptitle(f"{title}\nblue better, orange worse, grey within chance", fontsize=11)
     return figure_picture(figure)
 

@@ -23,7 +23,15 @@ from shards.arrays import Ints
 from shards.dataset.manifest import Manifest
 from shards.panoptic.segment_png import write_png
 from shards.read.sample import SampleReader
-from shards.score.panoptic_quality import GroupQuality, ImageCounts, PanopticQuality, count, quality
+from shards.score.panoptic_quality import (
+    GroupQuality,
+    ImageCounts,
+    PanopticQuality,
+    SegmentCounts,
+    count,
+    in_columns,
+    quality_of,
+)
 
 
 class FoundSegments(NamedTuple):
@@ -36,10 +44,13 @@ class FoundSegments(NamedTuple):
 
 @dataclass(frozen=True)
 class PanopticScore:
-    """Panoptic quality of an evaluation, and the segments of the images to draw by image id."""
+    """Panoptic quality of an evaluation."""
 
     quality: PanopticQuality
     drawn: dict[int, FoundSegments]
+    """Segments of the images to draw, by image id."""
+    counts: SegmentCounts
+    """Counts of all images, in the order of their ids."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -103,7 +114,8 @@ class PanopticCounter(AbstractContextManager["PanopticCounter"]):
         if not (ranks.first and counts):
             return None
         drawn = {number: found for _, of_rank in gathered for number, found in of_rank.items()}
-        return PanopticScore(quality([counted for _, counted in counts], self._things), drawn)
+        columns = in_columns([counted for _, counted in counts])
+        return PanopticScore(quality_of(columns, self._things), drawn, columns)
 
 
 def known_segments(result: PanopticResult, labels: Ints) -> tuple[npt.NDArray[np.int32], list[int]]:

@@ -1,4 +1,4 @@
-"""Change in AP of a version against the one that has an alias, and whether it is more than chance."""
+"""Change of a version against the one that has an alias in the figure that decides, and whether it is more than chance."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def holder_if_known(client: MlflowClient, name: str, alias: str) -> Any:
 
 
 def note_change(client: MlflowClient, before: Any, name: str, number: str, alias: str) -> str:
-    """Record as a tag of a version how its AP differs from that of the version that had the alias, and return the text.
+    """Record as a tag of a version how its AP or PQ differs from that of the one that had the alias, and return the text.
 
     Return an empty text without such a version, or if the detections of both on the same validation data are not kept. It
     is a remark: if it cannot be made, that is only logged.
@@ -53,9 +53,9 @@ def note_change(client: MlflowClient, before: Any, name: str, number: str, alias
             return ""
         first, second = (found for found in kept if found is not None)
         found = difference_of(load_manifest(second.data), [first], [second], sizes=False)
-        change = found.ap
+        change = found.deciding
         text = (
-            f"AP {change.difference:+.4f} against version {before.version}, 95% interval {change.low:+.4f} to "
+            f"{change.name} {change.difference:+.4f} against version {before.version}, 95% interval {change.low:+.4f} to "
             f"{change.high:+.4f} on {found.images:,} images: {'within' if change.is_chance else 'more than'} chance"
         )
         client.set_model_version_tag(name, number, f"change.{alias}", text)

@@ -49,6 +49,32 @@ class ImageCounts:
         return len(self.labels)
 
 
+@dataclass(frozen=True, eq=False)
+class SegmentCounts:
+    """Outcomes of many images in columns, a row per segment.
+
+    images: int64 [S], position of the segment's image. labels, outcomes, overlaps: as those of `ImageCounts`.
+    """
+
+    images: Ints
+    labels: Ints
+    outcomes: npt.NDArray[np.int8]
+    overlaps: Floats
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def in_columns(counts: Sequence[ImageCounts]) -> SegmentCounts:
+    """Return the outcomes of images, whose positions are those in `counts`."""
+    return SegmentCounts(
+        np.repeat(np.arange(len(counts)), [len(counted) for counted in counts]),
+        np.concatenate([np.zeros(0, np.int64), *(counted.labels for counted in counts)]),
+        np.concatenate([np.zeros(0, np.int8), *(counted.outcomes for counted in counts)]),
+        np.concatenate([np.zeros(0), *(counted.overlaps for counted in counts)]),
+    )
+
+
 def count(truth: TrueSegments, indices: npt.NDArray[np.integer], labels: _Labels) -> ImageCounts:
     """Return the outcomes of a prediction for one image.
 

@@ -13,9 +13,12 @@ import numpy as np
 
 from shards.arrays import Mask
 from shards.errors import ShardError
-from shards.score.panoptic_counts import ImageCounts, Outcome, count
+from shards.score.panoptic_counts import ImageCounts, Outcome, SegmentCounts, count, in_columns
 
-__all__ = ["ClassQuality", "ErrorGains", "GroupQuality", "ImageCounts", "PanopticQuality", "count", "quality"]
+__all__ = [
+    "ClassQuality", "ErrorGains", "GroupQuality", "ImageCounts", "PanopticQuality", "SegmentCounts", "count", "in_columns",
+    "quality", "quality_of",
+]  # fmt: skip
 
 LOW_OVERLAP = 0.1
 """IoU from which a missed and a false segment of the same class are a true one found with low quality."""
@@ -102,10 +105,12 @@ def quality(counts: Iterable[ImageCounts], things: Sequence[bool]) -> PanopticQu
 
     Raise `ShardError` for a label beyond `things`.
     """
-    of_images = list(counts)
-    labels = np.concatenate([np.zeros(0, np.int64), *(counted.labels for counted in of_images)])
-    outcomes = np.concatenate([np.zeros(0, np.int8), *(counted.outcomes for counted in of_images)])
-    overlaps = np.concatenate([np.zeros(0), *(counted.overlaps for counted in of_images)])
+    return quality_of(in_columns(list(counts)), things)
+
+
+def quality_of(counts: SegmentCounts, things: Sequence[bool]) -> PanopticQuality:
+    """Do the same as `quality` for columns."""
+    labels, outcomes, overlaps = counts.labels, counts.outcomes, counts.overlaps
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(things):
         raise ShardError(
             f"got segments of label {labels.max()}, expected labels below {len(things)}, those of the data set"

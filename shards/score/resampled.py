@@ -1,7 +1,8 @@
-"""AP on images drawn again with replacement, from matches that are made once.
+"""AP and PQ on images drawn again with replacement, from matches that are made once.
 
 AP is no mean over images, so each draw needs its own curves. A draw is a weight per image, the number of times that it
-was drawn, and the curves are sums of weights in the order of the scores: no draw is sorted or matched again.
+was drawn, and the curves are sums of weights in the order of the scores: no draw is sorted or matched again. PQ is made
+of sums per class, so those of all draws are one product of matrices.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from scipy.sparse import csr_array
 
 from shards.arrays import Floats
 from shards.score.matches import Matches
+from shards.score.panoptic_counts import Outcome, SegmentCounts
 
 Weights = npt.NDArray[np.float32]
 _RECALLS = np.linspace(0, 1, 101)
@@ -46,6 +48,29 @@ def mean_ap(precisions: Floats) -> Floats:
     counts = defined.sum(axis=(0, 1))
     sums = np.where(defined, precisions, 0).sum(axis=(0, 1))
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def panoptic_qualities(counts: SegmentCounts, classes: int, weights: Weights) -> tuple[Floats, Floats, Floats]:
+    """Return PQ, SQ and RQ by class and draw, float64 [K, draws] each; NaN where a draw has no segment of the class."""
+    paired = counts.outcomes == Outcome.MATCHED
+
+    def sums(chosen: npt.NDArray[np.bool_], values: Floats) -> Floats:
+        cells = (values[chosen], (counts.labels[chosen], counts.images[chosen]))
+        return np.asarray(csr_array(cells, shape=(classes, len(weights))) @ weights, np.float64)
+
+    ones = np.ones(len(counts))
+    matched, overlaps = sums(paired, ones), sums(paired, counts.overlaps)
+    total = matched + sums(~paired, ones) / 2
+    found = total > 0
+    least = np.maximum(total, 0.5)
+    values = (overlaps / least, overlaps / np.maximum(matched, 1), matched / least)
+    pq, sq, rq = (np.where(found, value, np.nan) for value in values)
+    return pq, sq, rq
+
+
+def mean_quality(qualities: Floats) -> Floats:
+    """Return the mean over the classes that occur in each draw; NaN if none does."""
+    return mean_ap(qualities[None])
 
 
 def _class_precisions(

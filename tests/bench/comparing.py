@@ -63,7 +63,7 @@ def promotion(device: str, rounds: int) -> list[Row]:
             before = simulated_model(manifest, 3 * trial, 3 * trial + 1)
             after = simulated_model(manifest, 3 * trial, 3 * trial + 2, noise)
             found = difference(manifest, [before], [after], sizes=False, seed=trial)
-            changes.append(found.ap)
+            changes.append(found.deciding)
             try:
                 refuse_loss(Comparison(("before",), ("after",), "simulated", "", "", found))
                 promoted += 1

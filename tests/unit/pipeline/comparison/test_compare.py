@@ -17,7 +17,7 @@ def test_versions_are_compared_without_running_them(registry: Registry) -> None:
     before, after = registry.version("m", good), registry.version("m", worse)
     found = compare(before, after)
     assert (found.before, found.after, found.digest) == ((before,), (after,), registry.data.digest)
-    change = found.difference.ap
+    change = found.difference.deciding
     assert (change.before, change.after) == (
         coco_metrics(registry.data, good)["AP"],
         coco_metrics(registry.data, worse)["AP"],
@@ -28,14 +28,14 @@ def test_versions_are_compared_without_running_them(registry: Registry) -> None:
 def test_an_alias_names_a_version(registry: Registry) -> None:
     uri = registry.version("m", perfect(registry.data))
     registry.client.set_registered_model_alias("m", "best", "1")
-    assert compare("models:/m@best", uri).difference.ap.difference == 0
+    assert compare("models:/m@best", uri).difference.deciding.difference == 0
 
 
 def test_a_run_is_its_best_version_where_its_checkpoints_cannot_be_seen(registry: Registry, monkeypatch) -> None:
     uri = registry.version("m", perfect(registry.data))
     monkeypatch.setattr("pipeline.comparison.models._best_checkpoint", lambda client, run: None)
     found = compare("m-1", uri)
-    assert (found.before, found.difference.ap.difference) == (("m-1",), 0)
+    assert (found.before, found.difference.deciding.difference) == (("m-1",), 0)
 
 
 def test_several_runs_of_a_side_are_a_mean_with_a_deviation(registry: Registry, monkeypatch) -> None:
@@ -99,7 +99,7 @@ def test_a_version_without_kept_detections_is_evaluated_once(registry: Registry,
 
     monkeypatch.setattr("pipeline.inference.evaluate.evaluate", evaluate)
     for _ in range(2):
-        assert compare(before, after, "data").difference.ap.difference == 0
+        assert compare(before, after, "data").difference.deciding.difference == 0
     assert evaluated == [after]
 
 

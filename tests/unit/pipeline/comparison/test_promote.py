@@ -35,7 +35,7 @@ def test_a_better_version_is_promoted_and_says_why(registry: Registry, held: str
     found = promote(uri, "production")
     assert (found.moved, found.against, registry.holder("m")) == (True, held, "2")
     assert found.comparison is not None
-    change, tags = found.comparison.difference.ap, registry.tags(uri)
+    change, tags = found.comparison.difference.deciding, registry.tags(uri)
     assert tags["against"] == held
     assert tags["AP"] == f"{change.before:.6f} to {change.after:.6f}, change {change.difference:+.6f}"
     assert tags["interval"].startswith(f"{change.low:+.6f} to {change.high:+.6f} (95%")
@@ -100,8 +100,8 @@ def test_few_images_prove_nothing(registry: Registry, held: str, monkeypatch) ->
 
 def test_images_without_objects_prove_nothing() -> None:
     nothing = Change("AP", -1.0, -1.0, 0.0, 0.0)
-    difference: Any = SimpleNamespace(ap=nothing, images=500)
-    comparison = Comparison(("models:/m/1",), ("models:/m/2",), "empty", "/data/empty", "d", difference)
+    difference: Any = SimpleNamespace(deciding=nothing, images=500)
+    comparison = Comparison(("models:/m/1",), ("models:/m/2",), "empty", "/data/empty", "d", "AP", difference)
     with pytest.raises(PipelineError, match=r"empty has no objects .* models:/m/2 loses against models:/m/1"):
         refuse_loss(comparison)
 

@@ -13,7 +13,7 @@ from pipeline.evaluation.panoptic import FoundSegments, PanopticScore
 from shards.dataset.categories import Category
 from shards.panoptic.segment_png import write_png
 from shards.read.sample import SampleReader
-from shards.score.panoptic_quality import count, quality
+from shards.score.panoptic_quality import count, in_columns, quality_of
 from tests.support.panoptic_data import make_panoptic
 
 CATEGORIES = (Category(18, "dog", True, (200, 100, 0)), Category(200, "sky", False, (0, 0, 250)))
@@ -68,7 +68,8 @@ def test_tables_and_chart_say_what_pq_is_made_of(tmp_path: Path) -> None:
     )
     indices = np.zeros(truth.ids.shape, np.int32)
     indices[:2] = 1
-    score = quality([count(truth, indices, [sky, car])], [bool(entry.isthing) for entry in manifest.categories])
+    counts = in_columns([count(truth, indices, [sky, car])])
+    score = quality_of(counts, [bool(entry.isthing) for entry in manifest.categories])
     tables = quality_tables(score, manifest.categories)
     classes = tables["per_class_pq.json"]
     assert classes["name"] == ["car", "sky"]
@@ -78,5 +79,5 @@ def test_tables_and_chart_say_what_pq_is_made_of(tmp_path: Path) -> None:
     gained = dict(zip(*tables["panoptic_errors.json"].values(), strict=True))
     assert gained["false: nothing is there"] == 0.5
     assert gains_picture(score).size == (640, 280)
-    section = segments_section(manifest, PanopticScore(score, {}))
+    section = segments_section(manifest, PanopticScore(score, {}, counts))
     assert "<td>things<td class=number>0.000" in section.replace("</td>", "")

@@ -58,25 +58,25 @@ def test_a_model_against_itself_differs_by_nothing(data):
     found = learned_by_heart(data)
     result = difference(data, [found], [found], draws=50)
     assert all((change.difference, change.low, change.high) == (0, 0, 0) for change in result.figures + result.classes)
-    assert result.ap.is_chance
+    assert result.deciding.is_chance
 
 
 def test_a_model_that_misses_objects_is_really_worse(data):
     found = learned_by_heart(data)
     result = difference(data, [found], [worse(found, 0.2)], draws=100)
-    assert result.ap.low < result.ap.difference < result.ap.high < 0
-    assert not result.ap.is_chance
+    assert result.deciding.low < result.deciding.difference < result.deciding.high < 0
+    assert not result.deciding.is_chance
 
 
 def test_the_order_of_the_sides_gives_the_sign(data):
     found = learned_by_heart(data)
-    assert difference(data, [worse(found, 0.2)], [found], draws=100).ap.low > 0
+    assert difference(data, [worse(found, 0.2)], [found], draws=100).deciding.low > 0
 
 
 def test_sides_that_differ_by_noise_differ_by_chance_in_most_trials(data):
     found = learned_by_heart(data)
     pairs = [(noisy(found, 2 * trial), noisy(found, 2 * trial + 1)) for trial in range(20)]
-    decided = [not difference(data, [one], [other], draws=60).ap.is_chance for one, other in pairs]
+    decided = [not difference(data, [one], [other], draws=60).deciding.is_chance for one, other in pairs]
     assert sum(decided) <= 4
 
 
@@ -89,7 +89,7 @@ def test_the_same_seed_gives_the_same_interval(data):
 def test_draws_in_several_groups_are_the_same_draws(data, monkeypatch):
     found = learned_by_heart(data)
     at_once = difference(data, [found], [worse(found, 0.1)], draws=30)
-    monkeypatch.setattr("shards.score.difference._BYTES", 4 * data.images * 7)
+    monkeypatch.setattr("shards.score.difference.boxes._BYTES", 4 * data.images * 7)
     assert difference(data, [found], [worse(found, 0.1)], draws=30) == at_once
 
 
@@ -98,7 +98,7 @@ def test_only_the_images_asked_for_are_compared(data):
     rows = np.arange(10)
     kept = found.take(np.isin(found.image_ids, data.index().images["image_id"][rows]))
     result = difference(data, [kept], [Detections.empty()], rows=rows, draws=10)
-    assert (result.images, result.ap.after) == (10, 0)
+    assert (result.images, result.deciding.after) == (10, 0)
 
 
 def test_several_runs_of_a_side_are_compared_by_their_mean(data):
@@ -107,11 +107,11 @@ def test_several_runs_of_a_side_are_compared_by_their_mean(data):
     result = difference(data, runs, [worse(found, 0.3)], draws=50)
     aps = [coco_metrics(data, run)["AP"] for run in runs]
     assert result.before_runs == tuple(aps)
-    assert result.ap.before == pytest.approx(np.mean(aps))
+    assert result.deciding.before == pytest.approx(np.mean(aps))
     assert spread(result.before_runs) == pytest.approx(np.std(aps, ddof=1))
     assert spread(result.after_runs) == 0
-    alone = [difference(data, [run], [worse(found, 0.3)], draws=50).ap for run in runs]
-    assert result.ap.low >= min(change.low for change in alone)
+    alone = [difference(data, [run], [worse(found, 0.3)], draws=50).deciding for run in runs]
+    assert result.deciding.low >= min(change.low for change in alone)
 
 
 def test_figures_without_truth_have_no_difference(data):
