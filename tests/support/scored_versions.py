@@ -65,10 +65,15 @@ class Registry:
 
     def keep(self, uri: str, detections: Detections, data: Manifest) -> None:
         """Keep the detections of a version on a data set."""
+        self.keep_evaluation(
+            uri, Evaluation(score_detections(data, detections), detections, np.arange(data.images)), data
+        )
+
+    def keep_evaluation(self, uri: str, evaluation: Evaluation, data: Manifest) -> None:
+        """Keep what is kept of an evaluation of a version."""
         name, _, number = uri.removeprefix("models:/").rpartition("/")
         run_id = self.client.get_model_version(name, number).run_id
-        scored = Evaluation(score_detections(data, detections), detections, np.arange(data.images))
-        store(self.client, run_id, 7, keep(data, scored))
+        store(self.client, run_id, 7, keep(data, evaluation))
 
     def tags(self, uri: str, alias: str = "production") -> dict[str, str]:
         """Return what a version says of its promotion."""

@@ -1,5 +1,7 @@
 """Comparison of models by their kept detections."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -117,3 +119,13 @@ def test_a_run_that_is_not_registered_cannot_be_evaluated(registry: Registry, mo
 def test_a_side_without_a_model_is_refused(registry: Registry, text: str, message: str) -> None:
     with pytest.raises(PipelineError, match=message):
         compare(text, "models:/m/1")
+
+
+def test_of_a_model_with_masks_a_line_names_the_figure_that_decides(registry: Registry) -> None:
+    good = perfect(registry.data)
+    scored = Evaluation(score_detections(registry.data, good), good, np.arange(registry.data.images))
+    with_masks = replace(scored.score, metrics=scored.score.metrics | {"mask_AP": 0.5})
+    boxes, masks = registry.version("m", good), registry.version("m", None)
+    registry.keep_evaluation(masks, replace(scored, score=with_masks), registry.data)
+    assert compare(boxes, masks).decided_by == "AP of boxes, since masks are not kept; @best goes by AP of masks"
+    assert compare(boxes, boxes).decided_by == "AP"

@@ -12,7 +12,9 @@ from pipeline.evaluation.evaluate_model import Evaluation
 from pipeline.evaluation.kept import KEPT_NAME, from_bytes, keep, keep_beside, read_beside, to_bytes
 from shards.score.coco_eval import score_detections
 from shards.score.detections import Detections
+from shards.score.panoptic_quality import quality_of
 from tests.support.labelled import labelled, learned_by_heart
+from tests.support.panoptic_counts import THINGS, drawn_counts, panoptic_grid, scored
 
 COLUMNS = ("image_ids", "labels", "scores", "boxes_xywh")
 
@@ -44,6 +46,26 @@ def test_what_is_read_is_what_was_found_to_the_last_bit(data, change):
     assert (kept.digest, kept.data) == (data.digest, data.url)
     assert kept.image_ids.tolist() == sorted(data.index().images["image_id"].tolist())
     assert score_detections(data, kept.detections).metrics == score_detections(data, found).metrics
+
+
+@pytest.mark.parametrize("found", [0.8, 0.0])
+def test_outcomes_of_segments_are_kept_to_the_last_bit(found):
+    data, images = panoptic_grid(30), drawn_counts(30, found, 1)
+    images[0] = type(images[0])(*(column[:0] for column in vars(images[0]).values()))  # without any
+    evaluated = scored(data, learned_by_heart(data), images)
+    kept = from_bytes(to_bytes(keep(data, evaluated)), "file")
+    assert kept.figure == "PQ"
+    for name, column in vars(evaluated.panoptic.counts).items():
+        read = getattr(kept.segments, name)
+        assert np.array_equal(read, column), name
+        assert read.dtype == column.dtype, name
+    assert quality_of(kept.segments, THINGS) == evaluated.panoptic.quality
+
+
+def test_a_file_of_an_earlier_release_has_no_segments(data):
+    columns = load(to_bytes(keep(data, evaluation(data, learned_by_heart(data)))))
+    kept = from_bytes(save(columns, {"format": "1", "digest": "d", "data": "u"}), "file")
+    assert (kept.segments, kept.figure) == (None, "")
 
 
 def test_images_without_a_detection_are_kept(data):
@@ -78,6 +100,14 @@ def test_columns_that_disagree_are_refused(data):
     columns = load(content)
     columns["counts"] = columns["counts"] + 1
     with pytest.raises(RegistryError, match="cannot be used"):
+        from_bytes(save(columns, {"format": "1", "digest": "d", "data": "u"}), "x.safetensors")
+
+
+def test_segments_of_more_images_than_there_are_are_refused():
+    data = panoptic_grid(3)
+    columns = load(to_bytes(keep(data, scored(data, learned_by_heart(data), drawn_counts(3, 0.8, 1)))))
+    columns["segment_counts"] = columns["segment_counts"] + 1
+    with pytest.raises(RegistryError, match="columns of segments of different lengths"):
         from_bytes(save(columns, {"format": "1", "digest": "d", "data": "u"}), "x.safetensors")
 
 

@@ -1,0 +1,93 @@
+"""Comparison and promotion of panoptic versions: PQ decides, and a line says so where it cannot."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.comparison import compare as module
+from pipeline.comparison.compare import compare
+from pipeline.comparison.promote import promote
+from pipeline.errors import PipelineError
+from pipeline.evaluation.kept import Kept
+from pipeline.registry.against_holder import note_change
+from shards.dataset.manifest import Manifest
+from tests.support.panoptic_counts import drawn_counts, panoptic_grid, scored
+from tests.support.scored_versions import Registry, missing, perfect
+
+IMAGES = 120
+
+
+@pytest.fixture
+def data() -> Manifest:
+    return panoptic_grid(IMAGES)
+
+
+@pytest.fixture
+def kept(registry: Registry, data: Manifest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """Return two versions: the second finds fewer objects, and more segments."""
+    for name in ("pipeline.comparison.compare", "pipeline.registry.against_holder"):
+        monkeypatch.setattr(f"{name}.load_manifest", lambda url: data)
+    uris = []
+    for detections, found in ((perfect(data), 0.6), (missing(perfect(data), 0.3), 0.9)):
+        uris.append(registry.version("p", None, data))
+        registry.keep_evaluation(uris[-1], scored(data, detections, drawn_counts(IMAGES, found, 1)), data)
+    return uris[0], uris[1]
+
+
+def test_pq_decides_and_ap_of_things_is_told_besides(kept: tuple[str, str]) -> None:
+    found = compare(*kept)
+    assert (found.decided_by, found.difference.deciding.name) == ("PQ", "PQ")
+    assert found.difference.deciding.low > 0
+    by_name = {change.name: change for change in found.difference.figures}
+    assert by_name["AP"].high < 0
+
+
+def test_a_version_of_higher_pq_is_promoted_though_its_ap_is_lower(registry: Registry, kept: tuple[str, str]) -> None:
+    promote(kept[0], "production")
+    promote(kept[1], "production")
+    tags = registry.tags(kept[1])
+    assert registry.holder("p") == "2"
+    assert "AP" not in tags
+    assert tags["PQ"].startswith("0.")
+    with pytest.raises(PipelineError, match=r"may lose against models:/p/2: PQ -0\."):
+        promote(kept[0], "production")
+
+
+def test_the_remark_about_the_holder_is_of_pq(registry: Registry, kept: tuple[str, str]) -> None:
+    before = registry.client.get_model_version("p", "1")
+    assert note_change(registry.client, before, "p", "2", "best").startswith("PQ +0.")
+
+
+def test_a_model_without_masks_is_compared_by_ap_of_things(
+    registry: Registry, data: Manifest, kept: tuple[str, str]
+) -> None:
+    boxes = registry.version("p", perfect(data), data)
+    found = compare(kept[1], boxes)
+    assert found.decided_by == "AP of boxes of things, since no segments of models:/p/3 are kept"
+    assert found.difference.deciding.name == "AP"
+    assert found.difference.deciding.low > 0
+
+
+def test_segments_that_an_earlier_release_did_not_keep_are_evaluated(
+    registry: Registry, data: Manifest, kept: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, stripped = module.KeptOfModel.on, list[str]()
+
+    def of_an_earlier_release(self: module.KeptOfModel, digest: str) -> Kept | None:
+        found = read(self, digest)
+        if found is None or self._model.name != kept[0] or stripped:
+            return found
+        return Kept(found.digest, found.data, found.image_ids, found.detections)
+
+    monkeypatch.setattr(module.KeptOfModel, "on", of_an_earlier_release)
+    assert compare(*kept).decided_by.endswith(f"no segments of {kept[0]} are kept: --data URL evaluates it again")
+
+    def evaluate(uri: str, data_url: str, *, progress: bool) -> object:
+        stripped.append(uri)
+        return scored(data, perfect(data), drawn_counts(IMAGES, 0.6, 1))
+
+    monkeypatch.setattr("pipeline.inference.evaluate.evaluate", evaluate)
+    assert compare(*kept, "data").decided_by == "PQ"
+    assert stripped == [kept[0]]
+    assert compare(*kept, "data").decided_by == "PQ"
+    assert stripped == [kept[0]]
