@@ -16,7 +16,7 @@ from detr.deformable.criterion import sigmoid_losses
 from detr.geometry import Size
 from detr.kept import constant
 from detr.losses.masks import mask_losses
-from detr.losses.matched import box_losses, class_error, zero_with_gradient
+from detr.losses.matched import box_losses, class_error, count_error, named, zero_with_gradient
 from detr.matcher import Assignment, PackedTargets, match_layers, pack
 from detr.variant import Outputs, SigmoidOutputs
 
@@ -90,10 +90,7 @@ def compute_losses(
         predictions = [*logits, boxes] if outputs.masks is None else [*logits, boxes, outputs.masks]
         weighted.append(zero_with_gradient(predictions))
     total = torch.stack(weighted).sum() if len(weighted) > 1 else weighted[0]
-    for name, values in per_layer.items():
-        for index, value in enumerate(values.detach().unbind()):
-            terms[name if index == 0 else f"{name}_{index - 1}"] = value
-    return Losses(total, terms)
+    return Losses(total, terms | named(per_layer))
 
 
 def ce_weight_sum(targets: Sequence[Target], num_queries: int, config: LossConfig) -> float:
@@ -160,6 +157,4 @@ class _CrossEntropy(torch.autograd.Function):
 def _cardinality_error(log_probabilities: Tensor, targets: PackedTargets) -> Tensor:
     """Return [L], the mean over images of |queries whose best class is an object - number of objects|."""
     # `>=`, since argmax takes the first of equal values and "no object" is the last class.
-    predicted = (log_probabilities[..., :-1].amax(-1) >= log_probabilities[..., -1]).sum(-1)
-    counts = torch.tensor(targets.counts, dtype=torch.int64).to(predicted.device, non_blocking=True)
-    return (predicted - counts).abs().sum(-1) / max(len(targets.counts), 1)
+    return count_error((log_probabilities[..., :-1].amax(-1) >= log_probabilities[..., -1]).sum(-1), targets)

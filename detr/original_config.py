@@ -41,20 +41,27 @@ def infer_config(
         raise ValueError(f"class_embed.weight has {classes + 1} rows, expected a class and 'no object' at least")
     shown = heads_of_mask_head(state_dict)
     config = ModelConfig(
-        backbone=backbone_of(detector),
+        **common_fields(detector),
         dilation=dilation,
-        position="learned" if "backbone.1.row_embed.weight" in detector else "sine",
         hidden_dim=hidden_dim,
         heads=heads or shown or PAPERS_HEADS,
-        encoder_layers=count_of(detector, "transformer.encoder.layers."),
-        decoder_layers=count_of(detector, "transformer.decoder.layers."),
-        feedforward_dim=shape_of(detector, "transformer.decoder.layers.0.linear1.weight", 2)[0],
         num_queries=queries,
         pre_norm="transformer.encoder.norm.weight" in detector,
         masks=masks,
         **chosen,
     )
     return config, classes
+
+
+def common_fields(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the fields of the configuration that tensors of the same names show in every variant."""
+    return {
+        "backbone": backbone_of(state_dict),
+        "position": "learned" if "backbone.1.row_embed.weight" in state_dict else "sine",
+        "encoder_layers": count_of(state_dict, "transformer.encoder.layers."),
+        "decoder_layers": count_of(state_dict, "transformer.decoder.layers."),
+        "feedforward_dim": shape_of(state_dict, "transformer.decoder.layers.0.linear1.weight", 2)[0],
+    }
 
 
 def heads_of_mask_head(state_dict: Mapping[str, Tensor]) -> int | None:

@@ -105,6 +105,14 @@ def inverse_sigmoid(fraction: Tensor) -> Tensor:
     return torch.log(fraction.clamp(min=_SMALLEST) / (1 - fraction).clamp(min=_SMALLEST))
 
 
+def moved_boxes(reference: Tensor, change: Tensor) -> Tensor:
+    """Return the boxes [..., 4] of references of 2 numbers, the centre, or 4, changed before their sigmoid."""
+    start = inverse_sigmoid(reference)
+    if start.shape[-1] == 4:
+        return (change + start).sigmoid()
+    return torch.cat([change[..., :2] + start, change[..., 2:]], -1).sigmoid()
+
+
 def at_least_fp32(tensor: Tensor) -> Tensor:
     """Return the tensor in fp32 if its type is narrower, else unchanged."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -259,3 +259,10 @@ class BoxHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         first, second, last = self.layers
         return last(F.relu(second(F.relu(first(x)))))  # type: ignore[no-any-return]
+
+    def start_at_zero(self) -> nn.Linear:
+        """Set the last layer to 0, so that the boxes of a variant start at their references; return the layer."""
+        last: nn.Linear = self.layers[-1]  # type: ignore[assignment]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        return last

@@ -1,6 +1,6 @@
 """Interface of the variants of the model: their predictions, and the class that all of them extend."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -37,6 +37,12 @@ class SigmoidOutputs(NamedTuple):
     masks: Tensor | None = None
     encoder: "SigmoidOutputs | None" = None
     one_to_many: "SigmoidOutputs | None" = None
+
+
+def nested(layers: Sequence[SigmoidOutputs]) -> SigmoidOutputs:
+    """Return the predictions of the last layer, with those of the others as its auxiliary ones."""
+    *auxiliary, last = layers
+    return SigmoidOutputs(last.logits, last.boxes, tuple(auxiliary))
 
 
 def tensors_of(outputs: Outputs | SigmoidOutputs) -> list[Tensor]:

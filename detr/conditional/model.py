@@ -1,15 +1,14 @@
 """Conditional DETR: DETR with focal loss, reference points, and a decoder that compares positions by themselves."""
 
-import torch
 from torch import Tensor, nn
 
 from detr.backbone import Backbone
 from detr.conditional.transformer import Transformer
 from detr.config import ModelConfig
 from detr.losses.focal import FIRST_LOGIT
-from detr.position import at_least_fp32, build_position, inverse_sigmoid
+from detr.position import at_least_fp32, build_position, moved_boxes
 from detr.transformer import BoxHead
-from detr.variant import DETR, SigmoidOutputs
+from detr.variant import DETR, SigmoidOutputs, nested
 
 
 class ConditionalDETR(DETR):
@@ -24,9 +23,7 @@ class ConditionalDETR(DETR):
         self.class_embed = nn.Linear(channels, num_classes)
         nn.init.constant_(self.class_embed.bias, FIRST_LOGIT)
         self.bbox_embed = BoxHead(channels)
-        last: nn.Linear = self.bbox_embed.layers[-1]  # type: ignore[assignment]
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        self.bbox_embed.start_at_zero()
         self.query_embed = nn.Embedding(config.num_queries, channels)
         backbone = Backbone(config)
         self.input_proj = nn.Conv2d(backbone.body.channels, channels, 1)
@@ -45,8 +42,6 @@ class ConditionalDETR(DETR):
         vectors, reference = self.transformer(cells, positions, self.query_embed.weight, padding)
         if not self.config.auxiliary:
             vectors = vectors[-1:]
-        change = at_least_fp32(self.bbox_embed(vectors))
-        boxes = torch.cat([change[..., :2] + inverse_sigmoid(reference), change[..., 2:]], -1).sigmoid()
+        boxes = moved_boxes(reference, at_least_fp32(self.bbox_embed(vectors)))
         logits = self.class_embed(vectors)
-        *auxiliary, last = map(SigmoidOutputs, logits.unbind(), boxes.unbind())
-        return SigmoidOutputs(last.logits, last.boxes, tuple(auxiliary))
+        return nested(list(map(SigmoidOutputs, logits.unbind(), boxes.unbind())))

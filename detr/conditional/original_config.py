@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from detr.config import ModelConfig
-from detr.original_config import PAPERS_HEADS, backbone_of, count_of, shape_of
+from detr.original_config import PAPERS_HEADS, common_fields, shape_of
 
 
 def is_conditional(state_dict: Mapping[str, Tensor]) -> bool:
@@ -29,14 +29,10 @@ def infer_conditional(
     queries, hidden_dim = shape_of(state_dict, "query_embed.weight", 2)
     config = ModelConfig(
         variant="conditional",
-        backbone=backbone_of(state_dict),
+        **common_fields(state_dict),
         dilation=dilation,
-        position="learned" if "backbone.1.row_embed.weight" in state_dict else "sine",
         hidden_dim=hidden_dim,
         heads=heads or PAPERS_HEADS,
-        encoder_layers=count_of(state_dict, "transformer.encoder.layers."),
-        decoder_layers=count_of(state_dict, "transformer.decoder.layers."),
-        feedforward_dim=shape_of(state_dict, "transformer.decoder.layers.0.linear1.weight", 2)[0],
         num_queries=queries,
         **chosen,
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from detr.batch import Target
 from detr.config import LossConfig
 from detr.losses.focal import focal_loss
-from detr.losses.matched import box_losses, class_error, zero_with_gradient
+from detr.losses.matched import box_losses, class_error, count_error, named, zero_with_gradient
 from detr.matcher import PackedTargets, focal_cost, match_layers, pack
 from detr.position import at_least_fp32
 from detr.variant import SigmoidOutputs, tensors_of
@@ -66,7 +66,7 @@ def sigmoid_losses(
         if found.trained:
             # Losses of weight 0 are left out, since 0 times NaN is NaN.
             weighted += [weight * per_layer[name].sum() for name, weight in weights.items() if weight]
-        terms |= _named(per_layer, found.suffix)
+        terms |= named(per_layer, found.suffix)
     return torch.stack(weighted).sum(), terms
 
 
@@ -85,23 +85,10 @@ def _losses(found: _Set, config: LossConfig) -> dict[str, Tensor]:
         **box_losses(boxes, found.targets, matched),
     }
     terms = {name: value / found.divisor for name, value in sums.items()}
-    terms["cardinality_error"] = _cardinality_error(logits.detach(), found.targets)
+    # As in the original, queries whose best class is the last count as no object, which means nothing here.
+    terms["cardinality_error"] = count_error(
+        (logits.detach().argmax(-1) != logits.shape[-1] - 1).sum(-1), found.targets
+    )
     if found.suffix != "_enc":
         terms["class_error"] = class_error(logits.detach(), labels, matched)[None]
     return terms if found.factor == 1 else {name: found.factor * value for name, value in terms.items()}
-
-
-def _named(per_layer: dict[str, Tensor], suffix: str) -> dict[str, Tensor]:
-    """Return each layer's values by the original's names: the last layer's first, then `_0`, `_1`, ..."""
-    return {
-        (name if index == 0 else f"{name}_{index - 1}") + suffix: value
-        for name, values in per_layer.items()
-        for index, value in enumerate(values.detach().unbind())
-    }
-
-
-def _cardinality_error(logits: Tensor, targets: PackedTargets) -> Tensor:
-    """Return [L]; as in the original, queries whose best class is the last count as no object, which means nothing."""
-    predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)
-    counts = torch.tensor(targets.counts, dtype=torch.int64).to(predicted.device, non_blocking=True)
-    return (predicted - counts).abs().sum(-1) / max(len(targets.counts), 1)

@@ -16,7 +16,7 @@ from detr.deformable.transformer import DecodedLayer, Transformer
 from detr.losses.focal import FIRST_LOGIT
 from detr.position import build_position
 from detr.transformer import BoxHead
-from detr.variant import DETR, SigmoidOutputs
+from detr.variant import DETR, SigmoidOutputs, nested
 
 _SIDE_BEFORE_SIGMOID = -2.0  # of the first layer's boxes: width and height of 0.12
 
@@ -101,9 +101,9 @@ class DeformableDETR(DETR):
         ]
         own, many = self.config.num_queries, None
         if predicted[0].boxes.shape[1] > own:
-            many = _nested([SigmoidOutputs(layer.logits[:, own:], layer.boxes[:, own:]) for layer in predicted])
+            many = nested([SigmoidOutputs(layer.logits[:, own:], layer.boxes[:, own:]) for layer in predicted])
         one_to_one = [SigmoidOutputs(layer.logits[:, :own], layer.boxes[:, :own]) for layer in predicted]
-        last = _nested(one_to_one)
+        last = nested(one_to_one)
         return SigmoidOutputs(last.logits, last.boxes, last.auxiliary, None, encoder, many)
 
     @torch.no_grad()
@@ -114,14 +114,6 @@ class DeformableDETR(DETR):
             nn.init.constant_(linear.bias, FIRST_LOGIT)  # type: ignore[arg-type]
         for number, head in enumerate(self.bbox_embed):
             head.load_state_dict(self.bbox_embed[0].state_dict())
-            last: nn.Linear = head.layers[-1]  # type: ignore[index, assignment]
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+            last = head.start_at_zero()  # type: ignore[operator]
             if number == 0 and not self.config.deformable.two_stage:
                 last.bias[2:] = _SIDE_BEFORE_SIGMOID
-
-
-def _nested(layers: list[SigmoidOutputs]) -> SigmoidOutputs:
-    """Return the last layer with the others as its auxiliary ones."""
-    *auxiliary, last = layers
-    return SigmoidOutputs(last.logits, last.boxes, tuple(auxiliary))

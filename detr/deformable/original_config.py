@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from detr.config import DeformableConfig, ModelConfig
-from detr.original_config import PAPERS_HEADS, backbone_of, count_of, shape_of
+from detr.original_config import PAPERS_HEADS, common_fields, shape_of
 
 _ENCODER, _DECODER = "transformer.encoder.layers.", "transformer.decoder.layers."
 _PAPERS_QUERIES = 300
@@ -47,14 +47,10 @@ def infer_deformable(
     refine = any(key.startswith("transformer.decoder.bbox_embed.") for key in state_dict)
     config = ModelConfig(
         variant="deformable",
-        backbone=backbone_of(state_dict),
+        **common_fields(state_dict),
         dilation=dilation,
-        position="learned" if "backbone.1.row_embed.weight" in state_dict else "sine",
         hidden_dim=hidden_dim,
         heads=heads,
-        encoder_layers=count_of(state_dict, _ENCODER),
-        decoder_layers=count_of(state_dict, _DECODER),
-        feedforward_dim=shape_of(state_dict, f"{_DECODER}0.linear1.weight", 2)[0],
         num_queries=queries,
         deformable=DeformableConfig(
             levels=levels,

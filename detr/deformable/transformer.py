@@ -11,7 +11,7 @@ from detr.deformable.attention import DeformableAttention, Shapes
 from detr.deformable.levels import Geometry
 from detr.deformable.proposals import best_cells, box_vectors, cell_boxes
 from detr.kept import run_layer
-from detr.position import at_least_fp32, inverse_sigmoid
+from detr.position import at_least_fp32, moved_boxes
 from detr.transformer import Layer
 from detr.variant import SigmoidOutputs
 
@@ -114,19 +114,11 @@ class Decoder(nn.Module):
             points = reference[:, :, None] * ratios[:, None]
             x = layer(x, position, points, memory, geometry.padding, geometry.shapes, mask)
             change = at_least_fp32(head(x))
-            decoded.append(DecodedLayer(x, _moved(kept, change)))
+            decoded.append(DecodedLayer(x, moved_boxes(kept, change)))
             if self.refine:
-                kept = _moved(reference, change) if self.look_forward_twice else decoded[-1].boxes.detach()
+                kept = moved_boxes(reference, change) if self.look_forward_twice else decoded[-1].boxes.detach()
                 reference = decoded[-1].boxes.detach()
         return decoded
-
-
-def _moved(reference: Tensor, change: Tensor) -> Tensor:
-    """Return the boxes [B, Q, 4] of a reference of 2 or 4 numbers, which are changed before their sigmoid."""
-    start = inverse_sigmoid(reference)
-    if start.shape[-1] == 4:
-        return (change + start).sigmoid()
-    return torch.cat([change[..., :2] + start, change[..., 2:]], -1).sigmoid()
 
 
 class Transformer(nn.Module):

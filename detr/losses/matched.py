@@ -1,6 +1,6 @@
 """Losses and errors of matched pairs that the variants share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,21 @@ def class_error(scores: Tensor, labels: Tensor, found: Assignment) -> Tensor:
         return torch.full((), 100.0, device=labels.device)
     best = scores[0, found.image[:matched], found.query[:matched]].argmax(-1)
     return 100 * (best != labels[:matched]).float().mean()
+
+
+def count_error(objects: Tensor, targets: PackedTargets) -> Tensor:
+    """Return [L], the mean over images of |predicted objects - true ones|, for the predicted [L, B]."""
+    counts = torch.tensor(targets.counts, dtype=torch.int64).to(objects.device, non_blocking=True)
+    return (objects - counts).abs().sum(-1) / max(len(targets.counts), 1)
+
+
+def named(per_layer: Mapping[str, Tensor], suffix: str = "") -> dict[str, Tensor]:
+    """Return each layer's values [L] without gradient, by the original's names: the last layer's, then `_0`, `_1`, ..."""
+    return {
+        (name if index == 0 else f"{name}_{index - 1}") + suffix: value
+        for name, values in per_layer.items()
+        for index, value in enumerate(values.detach().unbind())
+    }
 
 
 def zero_with_gradient(predictions: Sequence[Tensor]) -> Tensor:
