@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline.checkpoint import catalog
+from pipeline.comparison.compare import compare
 from pipeline.config import RunConfig
 from pipeline.distributed.ranks import Ranks
 from pipeline.driver.preflight import prepare
@@ -25,11 +27,13 @@ from pipeline.training.loop import run
 from pipeline.training.state import RunInfo
 from shards.config import WriteConfig
 from shards.dataset.manifest import load_manifest
+from shards.masks.rle import decode_masks
 from shards.panoptic.built_in import PanopticSplit, write_synthetic_panoptic
 from shards.panoptic.segment_png import read_ids
 from shards.score.panoptic_folders import score_folders
 from shards.write.writer import write_panoptic
 from tests.support.ranks import run_ranks
+from tests.support.serving import serving
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,15 @@ def test_a_registered_version_has_the_quality_that_its_run_measured(learned: Seg
     assert find_version(client, "models:/panoptic@best").tags["PQ"] == f"{best[1]['PQ']:.6f}"
 
 
+def test_versions_are_compared_by_the_segments_that_their_evaluations_kept(learned: Segmented) -> None:
+    best = catalog.best(learned.folder)
+    assert best is not None
+    found = compare("models:/panoptic@best", "models:/panoptic@best")
+    assert (found.decided_by, found.difference.deciding.before) == ("PQ", best[1]["PQ"])
+    boxes = compare("models:/boxes@best", "models:/panoptic@best")
+    assert boxes.decided_by.startswith("AP of boxes of things, since no segments of models:/boxes/1 are kept")
+
+
 def test_predicted_pngs_score_the_same_by_coco_s_rules(learned: Segmented, tmp_path: Path) -> None:
     pictures = sorted(learned.truth.images.glob("*.jpg"))  # numbered from 1, as the data set is
     predict("models:/panoptic@best", pictures, tmp_path)
@@ -116,3 +129,23 @@ def test_predicted_pngs_score_the_same_by_coco_s_rules(learned: Segmented, tmp_p
             assert info["bbox"][:2] == [columns.min(), rows.min()]
     with Image.open(tmp_path / f"0001-{pictures[0].stem}.png") as drawn:
         assert drawn.size == (320, 320)
+
+
+def test_a_served_version_answers_with_the_segments_that_are_predicted(learned: Segmented, tmp_path: Path) -> None:
+    pictures = sorted(learned.truth.images.glob("*.jpg"))
+    predict("models:/panoptic@best", pictures, tmp_path)
+    with serving("models:/panoptic@best", tmp_path) as server:
+        status, answer = server.ask([base64.b64encode(picture.read_bytes()).decode() for picture in pictures])
+    assert status == 200, answer
+    entries = json.loads((tmp_path / "panoptic.json").read_text())["annotations"]
+    assert sum(len(entry["segments_info"]) for entry in entries) > len(pictures)
+    for found, entry in zip(answer["predictions"], entries, strict=True):
+        assert set(found) == {"width", "height", "detections", "segments", "panoptic_png"}
+        png = (tmp_path / "panoptic" / entry["file_name"]).read_bytes()
+        assert base64.b64decode(found["panoptic_png"]) == png
+        masks = decode_masks([segment.pop("segmentation") for segment in found["segments"]], 64, 64)
+        names = [segment.pop("category") for segment in found["segments"]]
+        assert found["segments"] == entry["segments_info"]
+        assert set(names) <= {category.name for category in load_manifest(learned.config.data.val).categories}
+        for segment, mask in zip(found["segments"], masks, strict=True):
+            assert np.array_equal(mask, read_ids(png) == segment["id"])
