@@ -80,8 +80,9 @@ class DETR(nn.Module):
         """Return `Outputs` or `SigmoidOutputs` for normalised float images [B, 3, H, W]; B may be 0.
 
         padding: bool [B, H, W], true where there is no image; None if no image is padded.
+        Every variant has its own; this class, which only names what they share, raises `NotImplementedError`.
         """
-        raise NotImplementedError  # each variant has its own; this class only names what they share
+        raise NotImplementedError
 
     def aliases(self) -> Mapping[str, str]:
         """Return the original's further names of parameters: name -> the name in this model."""

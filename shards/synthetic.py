@@ -10,7 +10,6 @@ import colorsys
 import functools
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from shards.arrays import Mask
-from shards.errors import ShardError
 from shards.hashing import hashes
+from shards.splits import SplitToWrite, write_splits
 from shards.store import storage
 from shards.workers import Progress
 
@@ -67,31 +66,7 @@ def write_synthetic(
 
     Raise `ShardError` when `size` or a number of images is too small, or the folder cannot be written.
     """
-    check_numbers(size, train, val)
-    folder = Path(out_dir)
-    splits = []
-    try:
-        for number, (name, count) in enumerate((("train", train), ("val", val))):
-            split = Split(folder / name, folder / "annotations" / f"instances_{name}.json")
-            before = number * train
-
-            def done(images: int, before: int = before) -> None:
-                if progress is not None:
-                    progress(before + images, train + val)
-
-            _write_split(split, count, size, (seed, number), first_id=before + 1, done=done)
-            splits.append(split)
-    except OSError as error:
-        raise ShardError(f"{folder}: cannot be written: {error}; free space or choose another folder") from error
-    return Synthetic(*splits)
-
-
-def check_numbers(size: int, train: int, val: int) -> None:
-    """Raise `ShardError` when `size` or a number of images is too small."""
-    if size < 64 or train < 1 or val < 1:
-        raise ShardError(
-            f"got size {size}, train {train}, val {val}, expected a size from 64 and at least 1 image each"
-        )
+    return Synthetic(*write_splits(out_dir, train, val, size, progress, functools.partial(_write_split, seed=seed)))
 
 
 class Draws:
@@ -118,26 +93,26 @@ class Draws:
         return np.multiply(numbers, np.float32(1 / 65536)).reshape(shape)
 
 
-def _write_split(
-    split: Split, count: int, size: int, key: tuple[int, int], first_id: int, done: Callable[[int], None]
-) -> None:
+def _write_split(wanted: SplitToWrite, seed: int) -> Split:
+    split = Split(wanted.folder / wanted.name, wanted.folder / "annotations" / f"instances_{wanted.name}.json")
     split.images.mkdir(parents=True, exist_ok=True)
     split.annotations.parent.mkdir(parents=True, exist_ok=True)
-    images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
-    for number in range(count):
-        image_id = first_id + number
-        pixels, objects = _picture(Draws(*key, number), size)
+    size, images, annotations = wanted.size, list[dict[str, Any]](), list[dict[str, Any]]()
+    for number in range(wanted.count):
+        image_id = wanted.first_id + number
+        pixels, objects = _picture(Draws(seed, wanted.number, number), size)
         name = f"{image_id:012d}.jpg"
         Image.fromarray(pixels).save(split.images / name, quality=JPEG_QUALITY)
         images.append({"id": image_id, "file_name": name, "width": size, "height": size})
         for label, visible in objects:
             annotation = {"id": len(annotations) + 1, "image_id": image_id, "category_id": label + 1}
             annotations.append(annotation | _describe(visible))
-        done(number + 1)
+        wanted.done(number + 1)
     categories = [{"id": label + 1, "name": name, "supercategory": "shape"} for label, name in enumerate(CATEGORIES)]
     info = {"description": "Synthetic shapes for trying out object detection", "version": "1"}
     content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
     storage.write_atomic(split.annotations, msgspec.json.encode(content))
+    return split
 
 
 def _picture(draws: Draws, size: int) -> tuple[npt.NDArray[np.uint8], list[tuple[int, Mask]]]:

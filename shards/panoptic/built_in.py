@@ -5,9 +5,9 @@ along a border and a dull corner are VOID. Files are in COCO's panoptic format. 
 arguments give equal bytes with the same Pillow.
 """
 
+import functools
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from shards.arrays import Ints, Mask
-from shards.errors import ShardError
 from shards.panoptic.segment_png import VOID, SegmentIds, write_png
 from shards.panoptic.segments import find_regions
+from shards.splits import SplitToWrite, write_splits
 from shards.store import storage
-from shards.synthetic import CATEGORIES, JPEG_QUALITY, Draws, Floats, check_numbers, draw_shapes
+from shards.synthetic import CATEGORIES, JPEG_QUALITY, Draws, Floats, draw_shapes
 from shards.workers import Progress
 
 STUFF = ("sky", "grass", "water")
@@ -62,45 +62,30 @@ def write_synthetic_panoptic(
 
     Arguments and errors are those of `write_synthetic`.
     """
-    check_numbers(size, train, val)
-    folder = Path(out_dir)
-    splits = []
-    try:
-        for number, (name, count) in enumerate((("train", train), ("val", val))):
-            document = folder / "annotations" / f"panoptic_{name}.json"
-            split = PanopticSplit(folder / name, document, folder / f"panoptic_{name}")
-            before = number * train
-
-            def done(images: int, before: int = before) -> None:
-                if progress is not None:
-                    progress(before + images, train + val)
-
-            _write_split(split, count, size, (seed, number), first_id=before + 1, done=done)
-            splits.append(split)
-    except OSError as error:
-        raise ShardError(f"{folder}: cannot be written: {error}; free space or choose another folder") from error
-    return SyntheticPanoptic(*splits)
+    write = functools.partial(_write_split, seed=seed)
+    return SyntheticPanoptic(*write_splits(out_dir, train, val, size, progress, write))
 
 
-def _write_split(
-    split: PanopticSplit, count: int, size: int, key: tuple[int, int], first_id: int, done: Callable[[int], None]
-) -> None:
+def _write_split(wanted: SplitToWrite, seed: int) -> PanopticSplit:
+    document = wanted.folder / "annotations" / f"panoptic_{wanted.name}.json"
+    split = PanopticSplit(wanted.folder / wanted.name, document, wanted.folder / f"panoptic_{wanted.name}")
     for folder in (split.images, split.segments, split.annotations.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
-    for number in range(count):
-        image_id = first_id + number
+    size, images, annotations = wanted.size, list[dict[str, Any]](), list[dict[str, Any]]()
+    for number in range(wanted.count):
+        image_id = wanted.first_id + number
         name = f"{image_id:012d}"
-        pixels, ids, category_ids = _picture(Draws(*key, number), size)
+        pixels, ids, category_ids = _picture(Draws(seed, wanted.number, number), size)
         Image.fromarray(pixels).save(split.images / f"{name}.jpg", quality=JPEG_QUALITY)
         (split.segments / f"{name}.png").write_bytes(write_png(ids))
         images.append({"id": image_id, "file_name": f"{name}.jpg", "width": size, "height": size})
         segments = _segments_info(ids, category_ids)
         annotations.append({"image_id": image_id, "file_name": f"{name}.png", "segments_info": segments})
-        done(number + 1)
+        wanted.done(number + 1)
     info = {"description": "Synthetic shapes on stuff for trying out panoptic segmentation", "version": "1"}
     content = {"info": info, "images": images, "annotations": annotations, "categories": _categories()}
     storage.write_atomic(split.annotations, msgspec.json.encode(content))
+    return split
 
 
 def _categories() -> list[dict[str, Any]]:

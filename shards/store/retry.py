@@ -27,7 +27,8 @@ _hurried: ContextVar[bool] = ContextVar("hurried", default=False)
 
 # Error numbers of requests that are wrong in themselves (s3fs translates a store's responses to them).
 _REFUSED = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG}
-# Mistakes in the calling code, and lack of memory: not errors of the store.
+# Mistakes in the calling code, lack of memory, and what fsspec's file system of a store cannot do at all, which it answers
+# with NotImplementedError: not errors of the store, and the same at each attempt.
 _NOT_OURS = (TypeError, ValueError, AttributeError, LookupError, AssertionError, NotImplementedError, MemoryError)
 
 

@@ -113,12 +113,16 @@ def size(url: str) -> int:
 
 
 def age_s(url: str) -> float:
-    """Return the seconds since a remote file was written, by the clocks of store and machine; infinite if unknown."""
+    """Return the seconds since a remote file was written, by the clocks of store and machine; infinite if unknown.
+
+    Unknown is the age of a file that has been deleted meanwhile, and of any file in a store whose fsspec file system keeps
+    no times, which it answers with `NotImplementedError`.
+    """
     filesystem, name = _remote(url)
     try:
         return time.time() - float(with_retries(lambda: filesystem.modified(name), url).timestamp())
     except (FileNotFoundError, NotImplementedError):
-        return math.inf  # deleted meanwhile, or not supported by fsspec's file system
+        return math.inf
 
 
 def read(url: str) -> bytes:
