@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from detr.config import DeformableConfig, ModelConfig, TransformConfig
-from detr.model import build_model
+from detr.model import Outputs, build_model
+from detr.panoptic import panoptic
 from pipeline.errors import ExchangeError
 from pipeline.exchange import export_onnx as onnx_exporter
 from pipeline.exchange.export_onnx import Sides, difference_in_onnxruntime, export_onnx
@@ -90,15 +91,60 @@ def test_the_file_holds_its_labels_and_transform(exported: tuple[Path, tuple[str
     assert json.loads(metadata["detr.transform"])["mean"] == [0.485, 0.456, 0.406]
 
 
-def test_a_model_with_masks_is_exported(tmp_path: Path) -> None:
-    """Sizes in which one stage is exactly twice the next, as 320 px gives, and sizes in which none is."""
+KINDS = (True, True, True, False)
+"""Kinds of the classes of a panoptic model: things, and stuff."""
+
+
+@pytest.fixture(scope="module")
+def with_masks(tmp_path_factory: pytest.TempPathFactory) -> tuple[onnx_exporter._Flat, Path]:
+    """A panoptic model and its file; its masks differ much between queries, so that rounding does not choose segments."""
     torch.manual_seed(0)
     config = replace(CONFIG, backbone="resnet18", norm="frozen_batch", hidden_dim=128, heads=8, masks=True)
-    model, path = onnx_exporter._Flat(build_model(replace(config, auxiliary=False), 2).eval()), tmp_path / "m.onnx"
-    card = Card(**{field: getattr(CARD, field) for field in CARD.__struct_fields__} | {"model": config})
-    onnx_exporter._write(model, path, card, Sides())
+    model, path = (
+        build_model(replace(config, auxiliary=False), len(KINDS)).eval(),
+        tmp_path_factory.mktemp("m") / "m.onnx",
+    )
+    model.class_embed.bias.data[-1] = -9.0  # every query is of a class
+    model.bbox_attention.q_linear.weight.data *= 5
+    model.mask_head.lay1.weight.data[:, 128:] *= 1000  # the input from attention
+    categories = tuple(Category(10 * label, f"class {label}", thing) for label, thing in enumerate(KINDS))
+    flat = onnx_exporter._Flat(model)
+    onnx_exporter._write(flat, path, make_card(config, TransformConfig(), categories), Sides())
+    return flat, path
+
+
+def test_a_model_with_masks_is_exported(with_masks: tuple[onnx_exporter._Flat, Path]) -> None:
+    """Sizes in which one stage is exactly twice the next, as 320 px gives, and sizes in which none is."""
     for side in (320, 200):
-        assert difference_in_onnxruntime(model, path, TransformConfig(eval_size=side, max_size=400)) < 1e-3
+        assert difference_in_onnxruntime(*with_masks, TransformConfig(eval_size=side, max_size=400)) < 1e-3
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_panoptic_model_s_file_gives_the_segments_of_pytorch(
+    with_masks: tuple[onnx_exporter._Flat, Path], batch: int
+) -> None:
+    import onnxruntime
+
+    model, path = with_masks
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    categories = json.loads(session.get_modelmeta().custom_metadata_map["detr.categories"])
+    stuff = [not category["isthing"] for category in categories]
+    assert stuff == [not thing for thing in KINDS]
+    sizes = [(200, 266), (150, 266)][:batch]
+    images, padding = torch.randn(batch, 3, 200, 266), torch.zeros(batch, 200, 266, dtype=torch.bool)
+    for row, (height, _) in enumerate(sizes):
+        padding[row, height:] = True
+    with torch.inference_mode():
+        expected = model(images, padding)
+    given = map(torch.from_numpy, session.run(None, {"images": images.numpy(), "padding": padding.numpy()}))
+    results = [
+        panoptic(Outputs(logits, boxes, masks=masks), sizes, sizes, (200, 266), stuff, 0.0)
+        for logits, boxes, masks in (expected, given)
+    ]
+    for found, wanted in zip(*results, strict=True):
+        assert {stuff[segment.label] for segment in found.segments} == {True, False}
+        assert [segment.label for segment in found.segments] == [segment.label for segment in wanted.segments]
+        assert (found.indices == wanted.indices).float().mean() > 0.999
 
 
 def test_no_canvas_is_larger_than_the_file_takes() -> None:
