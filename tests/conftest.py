@@ -17,9 +17,10 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # before a test import
 
 import pytest
 
-from detr.config import ModelConfig, TransformConfig
+from detr.config import TransformConfig
 from tests.support.made_once import made_once
 from tests.support.tiny_data import TinyData
+from tests.support.tiny_model import TINY_MODEL
 
 if TYPE_CHECKING:  # the tests of `detr` also run where only torch, torchvision and scipy are
     from pipeline.config import RunConfig
@@ -126,20 +127,6 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     for name, split in (("train", made.train), ("val", made.val)):
         write_coco(split.images, split.annotations, root / name, WriteConfig(samples_per_shard=5))
     return TinyData(root, str(root / "train"), str(root / "val"))
-
-
-TINY_MODEL = ModelConfig(
-    backbone="tiny",
-    backbone_weights="random",
-    norm="group",
-    hidden_dim=16,
-    heads=2,
-    encoder_layers=1,
-    decoder_layers=2,
-    feedforward_dim=32,
-    dropout=0.1,
-    num_queries=8,
-)
 
 
 @pytest.fixture(scope="session")

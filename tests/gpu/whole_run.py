@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from detr.config import DeformableConfig, ModelConfig, TransformConfig
+from detr.config import DeformableConfig, TransformConfig
 from detr.model import build_model
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint import state as checkpoint_state
@@ -32,21 +32,11 @@ from shards.synthetic import write_synthetic
 from shards.write.writer import write_coco
 from tests.gpu.results import Results
 from tests.gpu.work import Setting, relative
+from tests.support.tiny_model import TINY_MODEL
 from tests.support.tracker import MemoryTracker
 
 _CLASSES = 4
 _REHEARSED = ("masks, bf16", "deformable", "conditional")
-_MODEL = ModelConfig(
-    backbone="tiny",
-    backbone_weights="random",
-    norm="group",
-    hidden_dim=16,
-    heads=2,
-    encoder_layers=1,
-    decoder_layers=2,
-    feedforward_dim=32,
-    num_queries=8,
-)
 
 
 def run(results: Results, setting: Setting) -> None:
@@ -75,7 +65,7 @@ def tiny_run(root: Path) -> RunConfig:
     return RunConfig(
         recipe="tiny",
         storage=str(root / "runs"),
-        model=replace(_MODEL, dropout=0.0),
+        model=replace(TINY_MODEL, dropout=0.0),
         transform=TransformConfig(train_scales=(48, 64), max_size=64, eval_size=64, crop=False),
         data=DataConfig(train=str(root / "train"), val=str(root / "val"), reader_threads=2),
         optim=OptimConfig(batch_size=4, epochs=2, lr=1e-3, lr_backbone=1e-4, decay_epoch=1, ema=0.9),
@@ -89,7 +79,7 @@ def _options(base: RunConfig) -> dict[str, RunConfig]:
     def compute(**changes: object) -> RunConfig:
         return replace(base, compute=replace(ComputeConfig(), **changes))  # type: ignore[arg-type]
 
-    masks = replace(_MODEL, masks=True, hidden_dim=128, heads=8)
+    masks = replace(TINY_MODEL, masks=True, hidden_dim=128, heads=8)
     return {
         "bf16": compute(precision="bf16"),
         "micro-batches of 1": compute(max_microbatch=1),
@@ -99,11 +89,11 @@ def _options(base: RunConfig) -> dict[str, RunConfig]:
         "losses per rank": replace(base, optim=replace(base.optim, normalise="per_rank")),
         "masks": replace(base, model=masks),
         "masks, bf16": replace(compute(precision="bf16"), model=masks),
-        "learned positions": replace(base, model=replace(_MODEL, position="learned")),
+        "learned positions": replace(base, model=replace(TINY_MODEL, position="learned")),
         "deformable": replace(
-            base, model=replace(_MODEL, variant="deformable", hidden_dim=32, deformable=DeformableConfig(levels=3))
+            base, model=replace(TINY_MODEL, variant="deformable", hidden_dim=32, deformable=DeformableConfig(levels=3))
         ),
-        "conditional": replace(base, model=replace(_MODEL, variant="conditional", hidden_dim=32)),
+        "conditional": replace(base, model=replace(TINY_MODEL, variant="conditional", hidden_dim=32)),
     }
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +13,23 @@ from shards.config import WriteConfig
 from shards.dataset.manifest import Manifest
 from shards.panoptic.segment_png import write_png
 from shards.write.writer import write_panoptic
+from tests.support.source_files import SourceFiles
 
 PERSON, CAR, GRASS, SKY = 1, 3, 92, 200
 
 
-@dataclass
-class Panoptic:
+class Panoptic(SourceFiles):
     """Images 7, 3 and 12 of 30x20 pixels, and their PNGs; the JSON is written by `write`.
 
     Image 7: sky 5, person 70000 in two pieces, a car 2**24 - 1 of one pixel, VOID. Image 3: grass 9, a crowd of persons
     300, a column 301 of a car. Image 12: sky 5 everywhere.
     """
 
-    root: Path
-    data: dict[str, Any]
-
-    @property
-    def images(self) -> Path:
-        return self.root / "images"
+    JSON = "panoptic.json"
 
     @property
     def segments(self) -> Path:
         return self.root / "segments"
-
-    @property
-    def annotations(self) -> Path:
-        return self.root / "panoptic.json"
 
     def annotation(self, image_id: int) -> dict[str, Any]:
         """Return the entry of an image in the JSON, to be changed."""
@@ -54,8 +43,7 @@ class Panoptic:
         return self.segments / f"{image_id}.png"
 
     def write(self, out: str = "out", **config: Any) -> Manifest:
-        self.annotations.write_text(json.dumps(self.data))
-        return write_panoptic(self.images, self.annotations, self.segments, self.root / out, WriteConfig(**config))
+        return write_panoptic(self.images, self.save(), self.segments, self.root / out, WriteConfig(**config))
 
 
 def maps() -> dict[int, NDArray[np.int64]]:

@@ -1,25 +1,16 @@
 """Samples and a tiny configuration for tests of one step on several ranks."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from detr.batch import Target
-from detr.config import ModelConfig, TransformConfig
+from detr.config import TransformConfig
 from pipeline.config import OptimConfig, RunConfig
+from tests.support.tiny_model import TINY_MODEL
 
-MODEL = ModelConfig(
-    backbone="tiny",
-    backbone_weights="random",
-    norm="group",
-    frozen_stages=0,
-    hidden_dim=16,
-    heads=2,
-    encoder_layers=1,
-    decoder_layers=2,
-    feedforward_dim=32,
-    dropout=0.0,
-    num_queries=6,
-)
+MODEL = replace(TINY_MODEL, frozen_stages=0, dropout=0.0, num_queries=6)
 # A clip norm so large that the gradient is left as it is.
 CONFIG = RunConfig(model=MODEL, optim=OptimConfig(batch_size=8, clip_norm=1e9), transform=TransformConfig(crop=False))
 UNEVEN = (0, 5, 1, 0, 9, 0, 0, 2)  # one image has more boxes than there are queries

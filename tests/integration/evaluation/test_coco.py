@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from detr.config import ModelConfig, TransformConfig
+from detr.config import TransformConfig
 from detr.model import DETR, build_model
 from pipeline.checkpoint import catalog
 from pipeline.checkpoint import state as checkpoint_state
@@ -22,22 +22,13 @@ from shards.config import WriteConfig
 from shards.dataset.manifest import Manifest
 from shards.write.writer import write_coco
 from tests.support.real_data import COCO_TINY
+from tests.support.tiny_model import TINY_MODEL
 
 pytestmark = pytest.mark.skipif(
     not COCO_TINY.is_dir(), reason=f"no COCO images at {COCO_TINY}; set DETR_COCO_TINY to a folder of them"
 )
 SMALL = TransformConfig(eval_size=96, max_size=160)
-MODEL = ModelConfig(
-    backbone="tiny",
-    backbone_weights="random",
-    norm="group",
-    hidden_dim=32,
-    heads=2,
-    encoder_layers=2,
-    decoder_layers=2,
-    feedforward_dim=64,
-    num_queries=12,
-)
+MODEL = replace(TINY_MODEL, hidden_dim=32, encoder_layers=2, feedforward_dim=64, num_queries=12)
 
 
 @pytest.fixture(scope="module")

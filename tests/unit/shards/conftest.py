@@ -1,9 +1,7 @@
 """Fixtures: a small COCO data set with all features of the real one, a store of files, and foreign tars."""
 
 import hashlib
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +15,14 @@ from shards.store import storage
 from shards.store.download import Item
 from shards.write.writer import write_coco
 from tests.support.foreign_tars import picture, tar, thing
+from tests.support.source_files import SourceFiles
 
 
-@dataclass
-class Coco:
-    root: Path
-    data: dict[str, Any]
-
-    @property
-    def images(self) -> Path:
-        return self.root / "images"
-
-    @property
-    def annotations(self) -> Path:
-        return self.root / "instances.json"
+class Coco(SourceFiles):
+    JSON = "instances.json"
 
     def write(self, out: str = "out", **config: Any) -> Manifest:
-        self.annotations.write_text(json.dumps(self.data))
-        return write_coco(self.images, self.annotations, self.root / out, WriteConfig(**config))
+        return write_coco(self.images, self.save(), self.root / out, WriteConfig(**config))
 
 
 def annotation(number: int, image: int, category: int, box: list[float], **more: Any) -> dict[str, Any]:
