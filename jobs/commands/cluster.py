@@ -31,7 +31,7 @@ class Submit:
     """Print the plan and, for a training, a forecast of its time and cost; send nothing."""
     write: str | None = None
     """Write the file that describes the job to the launcher, such as a manifest or a script, print the commands that
-    submit it, and send nothing. `-` prints only the file."""
+    submit it, and send nothing. `-` prints only the file, and with --dry-run nothing is written beside it."""
     address: str | None = None
     """URL of another job server than the entry's, http(s)://HOST:8265; only for Ray clusters without a token."""
     follow: Flag = False
@@ -64,7 +64,7 @@ def submit(argv: list[str]) -> None:
     plan = prepare(cluster, command, _warn, read_request, ask=sends)
     if options.write:
         text = engine_of(cluster).render(plan)
-        print(text, end="") if options.write == "-" else _write(plan, options.write, text)
+        print(text, end="") if options.write == "-" else _write(plan, options.write, text, dry=options.dry_run)
     if options.dry_run:
         out = sys.stderr if options.write == "-" else sys.stdout
         print(describe(plan), file=out)
@@ -88,11 +88,14 @@ def submit(argv: list[str]) -> None:
         engine_of(cluster).logs(cluster, job, sys.stdout, follow=True)
 
 
-def _write(plan: Plan, file: str, text: str) -> None:
-    """Write the launcher's file, and print the commands that submit it."""
+def _write(plan: Plan, file: str, text: str, *, dry: bool) -> None:
+    """Write the launcher's file, and print the commands that submit it; with `dry` write nothing beside it."""
     from jobs.engines import engine_of
 
     Path(file).write_text(text)
+    if dry:
+        print(f"written     {file}; without --dry-run also what it needs beside it, and the commands that submit it\n")
+        return
     lines = engine_of(plan.cluster).by_hand(plan, file)
     for line in lines:
         print(f"submit it   {line}")

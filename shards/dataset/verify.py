@@ -79,16 +79,16 @@ def _check_size(url: str, shard: Shard) -> None:
 
 
 def _check_shard(manifest: Manifest, shard: Shard, records: Records | None) -> list[str]:
-    url = storage.join(manifest.url, shard.name)
+    url, text = storage.join(manifest.url, shard.name), "panoptic PNGs" if manifest.panoptic else "segmentations"
     try:
         length = storage.size(url)
         path = storage.local_path(url)
         if path is not None:
             with storage.error_context(url):
-                return _check_tar(url, path, length, shard, records)
+                return _check_tar(url, path, length, shard, records, text)
         with tempfile.NamedTemporaryFile() as copy:
             storage.download(url, Path(copy.name))
-            return _check_tar(url, Path(copy.name), length, shard, records)
+            return _check_tar(url, Path(copy.name), length, shard, records, text)
     except FileNotFoundError:
         return [f"{url}: no such file; the manifest lists it with {shard.samples} images: copy it back"]
     except StoreError:
@@ -97,7 +97,7 @@ def _check_shard(manifest: Manifest, shard: Shard, records: Records | None) -> l
         return [str(error)]
 
 
-def _check_tar(url: str, path: Path, length: int, shard: Shard, records: Records | None) -> list[str]:
+def _check_tar(url: str, path: Path, length: int, shard: Shard, records: Records | None, text: str) -> list[str]:
     if length != shard.bytes:
         kind = "truncated" if length < shard.bytes else "too long"
         lost = 0 if records is None else int((records["offset"] + records["length"] > length).sum())
@@ -108,14 +108,14 @@ def _check_tar(url: str, path: Path, length: int, shard: Shard, records: Records
         members = scan_tar(path)
     except ShardError:
         members = []  # the hash differs as well
-    problem = _difference(members, shard, records)
+    problem = _difference(members, shard, records, text)
     if changed:
         problem = problem or "its images are unchanged, but other bytes of it differ"
         return [f"{url}: its sha256 is not the manifest's: {problem}: copy it again"]
     return [f"{url}: {problem}: write the data set again"] if problem else []
 
 
-def _difference(members: list[TarMember], shard: Shard, records: Records | None) -> str | None:
+def _difference(members: list[TarMember], shard: Shard, records: Records | None, text: str) -> str | None:
     """Return how a tar's samples differ from the manifest's count and the index's records, or None."""
     images = image_members(members)
     if len(images) < shard.samples:  # foreign samples may have more, such as masks
@@ -124,7 +124,7 @@ def _difference(members: list[TarMember], shard: Shard, records: Records | None)
         return None
     no_member = TarMember("", 0, 0, 0)  # a sample may have no segmentations
     return _wrong_samples("images", images, records, "") or _wrong_samples(
-        "segmentations", [no_member, *text_members(members).values()], records, "text_"
+        text, [no_member, *text_members(members).values()], records, "text_"
     )
 
 

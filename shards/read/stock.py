@@ -137,7 +137,8 @@ def _is_image_or_json(name: str) -> bool:
 
 
 def _check_shard(manifest: Manifest, index: Index, number: int, url: str) -> list[str]:
-    wrong: dict[str, list[int]] = {"images": [], "segmentations": [], "annotations": []}
+    texts = "panoptic PNGs" if manifest.panoptic else "segmentations"
+    wrong: dict[str, list[int]] = {"images": [], texts: [], "annotations": []}
     rows: defaultdict[tuple[int, int], list[int]] = defaultdict(list)  # of samples not yet seen, by length and crc32
     shard_rows = np.flatnonzero(index.images["shard"] == number)
     for row in shard_rows[::-1].tolist():
@@ -152,7 +153,7 @@ def _check_shard(manifest: Manifest, index: Index, number: int, url: str) -> lis
             record = index.images[row]
             text = sample.get(_SEGMENTS if manifest.panoptic else _SEGMENTATIONS, b"")
             if (len(text), zlib.crc32(text)) != (int(record["text_length"]), int(record["text_crc32"])):
-                wrong["segmentations"].append(row)
+                wrong[texts].append(row)
             expected = index.annotations_of(row)["annotation_id"].tolist()
             found = _annotation_ids(sample)
             if found is None or len(found) != len(expected) or (found != expected and not numbered):

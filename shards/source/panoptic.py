@@ -124,6 +124,9 @@ def _parse(
     )
     images = images.take(rows).take(paired)
     segment_rows, owners, most = check_segments(annotations.segments, selected, images, categories)
+    if len(images) and not len(segment_rows):
+        nothing = Defect("it lists no segment that can be used; expected some: is it the JSON of these images?")
+        raise SourceError(path, [nothing, *(defect for defect in (*defects, *found, *more, *most) if defect.rejected)])
     count = np.bincount(owners, minlength=len(images)).astype(np.int64)
     digest = hashlib.sha256(content).hexdigest()
     return Source(

@@ -1,6 +1,7 @@
 """Checks of a panoptic JSON on whole columns: images paired with their PNGs, and segments; a defect for each problem."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -105,3 +106,20 @@ def check_segments(
     )
     rows = np.flatnonzero(valid)
     return rows, owners[rows], defects
+
+
+def drop_notes_without_pixels(defects: Sequence[Defect]) -> list[Defect]:
+    """Return the defects without notes about stuff of segments that the PNG lacks, and of what they alone repeated."""
+    absent = {(each.image_id, each.annotation_id) for each in defects if each.kind == "segment-without-pixels"}
+    notes = [each for each in defects if each.kind in ("repeated-stuff", "stuff-crowd")]
+    kept = [each for each in notes if (each.image_id, each.annotation_id) not in absent]
+    # Notes of the same category in an image have the same text after the segment's name.
+    repeated = Counter(map(_repeated, kept))
+    dropped = {id(each) for each in notes} - {
+        id(each) for each in kept if each.kind == "stuff-crowd" or repeated[_repeated(each)] > 1
+    }
+    return [each for each in defects if id(each) not in dropped]
+
+
+def _repeated(defect: Defect) -> tuple[int | None, str]:
+    return defect.image_id, defect.text.partition(": ")[2]

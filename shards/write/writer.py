@@ -38,6 +38,7 @@ from shards.source.coco import Source, read_source
 from shards.source.corrections import read_corrections
 from shards.source.defects import Defect, SourceError, Unconvertible, printable
 from shards.source.panoptic import read_panoptic_source
+from shards.source.panoptic_checks import drop_notes_without_pixels
 from shards.source.report import REPORT_NAME, drop_mismeasured, make_report
 from shards.store import storage
 from shards.workers import Progress, process_map
@@ -110,6 +111,7 @@ def _write(
         with staging(out, _key(source, config, name)) as stage:
             written = list(_write_shards(source, stage, config, progress, map))
             defects = drop_mismeasured([*source.defects, *(defect for result in written for defect in result.defects)])
+            defects = drop_notes_without_pixels(defects)
             if not any(result.members for result in written) or (
                 config.on_defect == "fail" and any(defect.rejected for defect in defects)
             ):

@@ -265,3 +265,11 @@ for words in {[words.format(data=site.data, file=site.folder / "file").split() f
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=site.folder
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_dry_run_writes_the_file_and_no_folder(detr: Detr, site: SimpleNamespace) -> None:
+    before = set(site.folder.rglob("*"))
+    written = detr("submit", "small", "--dry-run", "--write", "it.sh", "--", "demo")
+    assert (written.status, written.out.split(";")[0]) == (0, "written     it.sh"), written.err
+    made = {path.name for path in set(site.folder.rglob("*")) - before if "mlflow" not in path.name}
+    assert made == {"it.sh"}

@@ -173,4 +173,4 @@ def test_pngs_of_segments_are_delivered_and_verified(tmp_path):
     content[int(manifest.index().images["text_offset"][0]) + 60] ^= 1
     path.write_bytes(content)
     (problem,) = verify_stock(manifest.url).problems
-    assert "segmentations of 1 of its 3 samples" in problem
+    assert "panoptic PNGs of 1 of its 3 samples" in problem

@@ -231,3 +231,33 @@ def test_a_url_without_segments_is_no_folder_of_images(source: Panoptic) -> None
     source.write()
     with pytest.raises(ShardError, match=r"memory://none: .* expected a folder of segments"):
         read_panoptic_source(source.images, source.annotations, "memory://none")
+
+
+def test_stuff_is_not_repeated_by_a_segment_without_pixels(source: Panoptic) -> None:
+    segments = source.annotation(7)["segments_info"]
+    segments.append(source.segment(7, 5) | {"id": 50})
+    report = load_report(source.write(on_defect="quarantine"))
+    assert [defect.kind for defect in report.defects] == ["segment-without-pixels"]
+
+
+def test_stuff_that_two_segments_with_pixels_repeat_is_noted_beside_one_without(source: Panoptic) -> None:
+    with_pixels(source, 7, lambda ids: ids.__setitem__((0, slice(0, 6)), 44))
+    sky = source.segment(7, 5)
+    source.annotation(7)["segments_info"] += [sky | {"id": 44, "area": 6, "bbox": [0, 0, 6, 1]}, sky | {"id": 50}]
+    sky["area"], sky["bbox"] = 234, [0, 0, 30, 8]
+    named = load_report(source.write(on_defect="quarantine")).defects
+    repeated = [defect.annotation_id for defect in named if defect.kind == "repeated-stuff"]
+    assert repeated == [5, 44]
+
+
+@pytest.mark.parametrize("policy", ["fail", "quarantine"])
+def test_a_source_without_a_segment_that_can_be_used_is_refused(source: Panoptic, policy: str) -> None:
+    for entry in source.data["annotations"]:
+        entry["segments_info"] = []
+    with pytest.raises(SourceError, match="it lists no segment that can be used; expected some"):
+        source.write(on_defect=policy)
+
+
+def test_an_image_without_a_segment_is_taken(source: Panoptic) -> None:
+    source.annotation(12)["segments_info"] = []
+    assert source.write().images == 3

@@ -164,7 +164,7 @@ def test_a_changed_png_is_found_in_the_shard(source: Panoptic) -> None:
     content[int(record["text_offset"]) + 60] ^= 1
     path.write_bytes(content)
     (problem,) = verify(manifest.url).problems
-    assert f"segmentations of 1 samples differ from the index, such as image {int(record['image_id'])}" in problem
+    assert f"panoptic PNGs of 1 samples differ from the index, such as image {int(record['image_id'])}" in problem
 
 
 def test_a_manifest_with_things_among_plain_categories_is_refused(source: Panoptic) -> None:
