@@ -16,6 +16,13 @@ def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
+@lru_cache(maxsize=64)
+def number(value: float, dtype: torch.dtype) -> Tensor:
+    """Return a number as a tensor on the host, which torch would otherwise make in each operation that takes it."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device="cpu")
+
+
 def autocast_type(tensor: Tensor) -> torch.dtype:
     """Return the type that autocast computes products of this tensor in; without autocast, its own."""
     kind = tensor.device.type

@@ -7,6 +7,7 @@ compares both branches.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from detr.config import ModelConfig
-from detr.kept import autocast_type, run_layer
+from detr.kept import autocast_type, number, run_layer
 
 _MANY_SCORES = 1 << 20  # 4 MiB; fewer are not worth computing twice
 _LEVELS = 1 << 16
@@ -112,14 +113,36 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return F.dropout(x, self.probability)
-        # Not a product with the mask: torch multiplies by booleans five times slower than it chooses by them.
-        return torch.where(keep_mask(x.shape, self.probability), x, 0.0).mul_(1 / keep_probability(self.probability))
+        kept: Tensor = _Dropped.apply(x, keep_mask(x.shape, self.probability), 1 / keep_probability(self.probability))
+        return kept
+
+
+class _Dropped(torch.autograd.Function):
+    """Kept elements times a factor; autograd's own gradient and plain numbers take eleven operations instead of six."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor, factor: float) -> Tensor:
+        ctx.save_for_backward(keep)
+        ctx.factor = factor
+        return _scaled(x, keep, factor)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _scaled(gradient, *ctx.saved_tensors, ctx.factor), None, None
+
+
+def _scaled(x: Tensor, keep: Tensor, factor: float) -> Tensor:
+    # Not a product with the mask: torch multiplies by booleans five times slower than it chooses by them.
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32  # bf16 would round the factor
+    return torch.where(keep, x, number(0.0, x.dtype)).mul_(number(factor, wide))
 
 
 def keep_mask(shape: torch.Size, probability: float) -> Tensor:
     """Return a bool mask on the host, true to keep, from torch's generator."""
     words = torch.empty((shape.numel() + 3) // 4, dtype=torch.int64).random_(-(1 << 63), None)
-    return (words.view(torch.int16)[: shape.numel()] >= _dropped(probability) - _LEVELS // 2).view(shape)
+    least = number(_dropped(probability) - _LEVELS // 2, torch.int16)
+    return (words.view(torch.int16)[: shape.numel()] >= least).view(shape)
 
 
 def keep_probability(probability: float) -> float:

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from detr.config import ModelConfig
-from detr.transformer import Attention, Dropout, Transformer, _attend_plainly, keep_mask
+from detr.transformer import Attention, Dropout, Transformer, _attend_plainly, keep_mask, keep_probability
 
 SMALL: dict[str, Any] = {"hidden_dim": 32, "heads": 4, "feedforward_dim": 64, "dropout": 0.0}
 
@@ -147,3 +147,22 @@ def test_dropout_and_attention_of_a_cpu_equal_torchs() -> None:
         assert dropped.mean().item() == pytest.approx(1.0, abs=0.005)
         assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.005)
         assert dropped.max().item() == pytest.approx(1 / 0.9, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_dropout_of_a_cpu_gives_values_and_gradients_of_autograd_to_the_last_bit(dtype: torch.dtype) -> None:
+    gradient = torch.randn(3, 50).to(dtype)
+    results = []
+    for own in (True, False):
+        x = torch.linspace(-2, 2, 150, dtype=dtype).view(3, 50).requires_grad_()
+        torch.manual_seed(0)
+        kept = (
+            Dropout(0.3).train()(x)
+            if own
+            else torch.where(keep_mask(x.shape, 0.3), x, 0.0) * (1 / keep_probability(0.3))
+        )
+        results.append((kept, *torch.autograd.grad(kept, x, gradient)))
+    for own, plain in zip(*results, strict=True):
+        assert own.dtype == dtype
+        assert torch.equal(own, plain)
+    assert 0 < (results[0][1] == 0).sum() < 100
