@@ -133,19 +133,16 @@ def parse_source(
         annotations = corrected(corrections, annotations, listed.ids.tolist(), category_ids.tolist())
         counts = counts[0], counts[1] + len(annotations) - before
         digest = hashlib.sha256(f"{digest} {corrections.digest}".encode()).hexdigest()
-    selected = np.ones(len(annotations), np.bool_)
     limited = 0 < limit < len(listed)
+    listed, defects, last = lowest_ids(listed, limit, defects)
+    selected = annotations.image_ids <= last
     if limited:
-        last = int(np.partition(listed.ids, limit - 1)[limit - 1])
-        listed = listed.take(np.flatnonzero(listed.ids <= last))
-        defects = [defect for defect in defects if defect.image_id is None or defect.image_id <= last]
-        selected = annotations.image_ids <= last
         counts = len(listed), int(selected.sum())
     rows, found = check_images(listed, has_file)
     images = listed.take(rows)
     known = np.concatenate([listed.ids, malformed])
     rows, owners, more = check_annotations(annotations, selected, images, known, category_ids)
-    count = np.bincount(owners, minlength=len(images)).astype(np.int64)
+    rows, first, count = by_image(rows, owners, len(images))
     return Source(
         path=path,
         folder=folder,
@@ -154,8 +151,8 @@ def parse_source(
         categories=categories,
         images=images,
         annotations=annotations,
-        rows=rows[np.argsort(owners, kind="stable")],
-        first=np.cumsum(count) - count,
+        rows=rows,
+        first=first,
         count=count,
         rest=without_entries(top),
         listed=counts,
@@ -163,6 +160,24 @@ def parse_source(
         limited=limited,
         corrections=corrections,
     )
+
+
+def lowest_ids(images: ImageColumns, limit: int, defects: list[Defect]) -> tuple[ImageColumns, list[Defect], int]:
+    """Return the `limit` images of the lowest ids, the defects of those and of no image, and the highest of the ids.
+
+    A limit of 0 or of as many images as there are takes all of them; the highest id is then the largest integer.
+    """
+    if not 0 < limit < len(images):
+        return images, defects, np.iinfo(np.int64).max
+    last = int(np.partition(images.ids, limit - 1)[limit - 1])
+    kept = [defect for defect in defects if defect.image_id is None or defect.image_id <= last]
+    return images.take(np.flatnonzero(images.ids <= last)), kept, last
+
+
+def by_image(rows: Ints, owners: Ints, images: int) -> tuple[Ints, Ints, Ints]:
+    """Return `rows` in the order of the images that own them, and the first position and the number of each image's."""
+    count = np.bincount(owners, minlength=images).astype(np.int64)
+    return rows[np.argsort(owners, kind="stable")], np.cumsum(count) - count, count
 
 
 def read_categories(path: Path, raws: Texts, fields: type[CategoryFields]) -> tuple[Category, ...]:

@@ -17,7 +17,7 @@ import numpy as np
 from shards.arrays import Ints
 from shards.errors import ShardError
 from shards.source.checks import check_images
-from shards.source.coco import CategoryFields, SegmentFolder, Source, read_categories
+from shards.source.coco import CategoryFields, SegmentFolder, Source, by_image, lowest_ids, read_categories
 from shards.source.columns import AnnotationColumns, Int64, Texts, id_in, image_columns
 from shards.source.defects import Defect, SourceError
 from shards.source.folder import file_finder, require
@@ -111,10 +111,7 @@ def _parse(
     malformed = {defect.image_id for defect in defects if defect.image_id is not None}
     annotations = _annotations(lists["annotations"], defects)
     limited = 0 < limit < len(images)
-    last = int(np.partition(images.ids, limit - 1)[limit - 1]) if limited else np.iinfo(np.int64).max
-    if limited:
-        images = images.take(np.flatnonzero(images.ids <= last))
-        defects = [defect for defect in defects if defect.image_id is None or defect.image_id <= last]
+    images, defects, last = lowest_ids(images, limit, defects)
     selected = annotations.segments.image_ids <= last
     listed_images = len(images) if limited else len(lists["images"])
     known = np.array([*images.ids.tolist(), *malformed], np.int64)
@@ -127,7 +124,7 @@ def _parse(
     if len(images) and not len(segment_rows):
         nothing = Defect("it lists no segment that can be used; expected some: is it the JSON of these images?")
         raise SourceError(path, [nothing, *(defect for defect in (*defects, *found, *more, *most) if defect.rejected)])
-    count = np.bincount(owners, minlength=len(images)).astype(np.int64)
+    segment_rows, first_segments, count = by_image(segment_rows, owners, len(images))
     digest = hashlib.sha256(content).hexdigest()
     return Source(
         path=path,
@@ -137,8 +134,8 @@ def _parse(
         categories=categories,
         images=images,
         annotations=annotations.segments,
-        rows=segment_rows[np.argsort(owners, kind="stable")],
-        first=np.cumsum(count) - count,
+        rows=segment_rows,
+        first=first_segments,
         count=count,
         rest=without_entries(top),
         listed=(listed_images, int(selected.sum() + (annotations.lost <= last).sum())),
