@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.comparison import compare as module
 from pipeline.comparison.compare import compare
+from pipeline.comparison.models import find_models
 from pipeline.comparison.promote import promote
 from pipeline.errors import PipelineError
 from pipeline.evaluation.kept import Kept
@@ -91,3 +92,18 @@ def test_segments_that_an_earlier_release_did_not_keep_are_evaluated(
     assert stripped == [kept[0]]
     assert compare(*kept, "data").decided_by == "PQ"
     assert stripped == [kept[0]]
+
+
+def test_of_a_run_the_version_of_the_highest_pq_is_compared(
+    registry: Registry, kept: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = registry.client
+    run_id = client.get_model_version("p", "1").run_id
+    for number, tags in (("1", {"AP": "0.9", "PQ": "0.1"}), ("3", {"AP": "0.2", "PQ": "0.4"})):
+        if number == "3":
+            client.create_model_version("p", source="nowhere", run_id=run_id, tags={"step": "7"})
+        for key, value in tags.items():
+            client.set_model_version_tag("p", number, key, value)
+    monkeypatch.setattr("pipeline.comparison.models._best_checkpoint", lambda client, run: None)
+    (found,) = find_models(client, "p-1")
+    assert found.uri == "models:/p/3"
