@@ -51,6 +51,19 @@ def test_the_size_of_a_checkpoint_is_that_on_disk(tiny_config: RunConfig, uninte
     assert on_disk * 0.8 < predicted < on_disk
 
 
+def test_the_size_of_a_checkpoint_needs_no_random_values(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On torch's device `meta`, drawing one imports torch's compiler, which takes seconds at the start of each run."""
+
+    def draw(*_: object, **__: object) -> None:
+        raise AssertionError("a random value is drawn")
+
+    monkeypatch.setattr("torch._refs.normal", draw)
+    monkeypatch.setattr("torch._refs.uniform", draw, raising=False)
+    assert checkpoint_bytes(tiny_config, 2)
+
+
 def test_the_sum_is_steps_evaluations_and_the_rest(tiny_config: RunConfig) -> None:
     config = replace(tiny_config, optim=OptimConfig(), cluster=ClusterConfig(workers=8))
     ahead = forecast(config, WORK, 10 << 20, PRICES, gpu=True)
