@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import TypeVar
 
+from detr.compute import arithmetic
 from pipeline.data.datasets import check_fits_cache
 from pipeline.display.terminal import progress_bar
 from pipeline.distributed.ranks import Ranks, default_device
@@ -40,7 +41,10 @@ def _score(evaluator: Callable[..., _Scored | None], uri: str, data: str, progre
         check_segmentations(manifest)
     device = default_device()
     options = EvaluateOptions(card.transform, card.evaluate_batch_size, card.evaluate_batching, pictures=_PICTURES)
-    with progress_bar("evaluating") if progress else nullcontext() as advance:
+    with (
+        arithmetic(card.tf32, deterministic=card.deterministic),  # as in the run
+        progress_bar("evaluating") if progress else nullcontext() as advance,
+    ):
         scored = evaluator(
             model.to(device), manifest, card.categories, options, ranks=Ranks(device=device), progress=advance
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 from safetensors.torch import load_file, save_file
 
-from detr.compute import set_channels_last
+from detr.compute import Tf32, set_channels_last
 from detr.config import ModelConfig, TransformConfig
 from detr.model import DETR, build_model
 from detr.original import load_original_state_dict, to_original_state_dict
@@ -40,6 +40,10 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """Rule for evaluation batches. Cards of older versions lack it; those models were evaluated `padded`."""
     channels_last: bool = False
     """Memory layout of the evaluation; another one changes results by rounding."""
+    tf32: Tf32 = "auto"
+    """Rounding of fp32 products on a GPU (`compute.tf32`), in which the run was evaluated."""
+    deterministic: bool = False
+    """True if the run summed in one order (`compute.deterministic`)."""
     ema: float = 0.0
     """Decay of the moving average that the weights are (`optim.ema`); 0: they are no average."""
     recipe: str

@@ -54,6 +54,8 @@ def register(
         evaluate_batch_size=config.evaluate.batch_size,
         evaluate_batching=config.evaluate.batching,
         channels_last=config.compute.channels_last,
+        tf32=config.compute.tf32,
+        deterministic=config.compute.deterministic,
         ema=config.optim.ema,
         recipe=config.recipe,
         run_id=run_id,
