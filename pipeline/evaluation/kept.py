@@ -181,5 +181,5 @@ def difference_of(
     of_segments = [[kept.segments for kept in side if kept.segments is not None] for side in (before, after)]
     if list(map(len, of_segments)) != [len(before), len(after)]:
         return found
-    in_segments = segment_difference(manifest, *of_segments, len(first.image_ids))
+    in_segments = segment_difference(manifest, of_segments[0], of_segments[1], len(first.image_ids))
     return replace(in_segments, figures=in_segments.figures + found.figures)
