@@ -160,6 +160,17 @@ def relative(got: Any, expected: Any, floor: float = 1e-12) -> float:
     return float(np.abs(got - expected).max() / max(np.abs(expected).max(), floor)) if got.size else 0.0
 
 
+def pairs(found: Any) -> set[tuple[int, int]]:
+    """Return an assignment as pairs of query and target."""
+    return {(int(query), int(target)) for query, target in zip(*found, strict=True)}
+
+
+def clearly_ranked(scores: Any) -> Any:
+    """Return True for each score that rounding cannot exchange with a neighbour."""
+    gaps = np.abs(np.diff(scores)) > 1e-5
+    return np.concatenate([[True], gaps]) & np.concatenate([gaps, [False]])
+
+
 def assert_trains_alike(case: Case, dtype: torch.dtype, optim: OptimConfig, steps: int = 3) -> None:
     """Check losses, gradients and the first steps with the project's own optimizer: its groups, rates and clipping."""
     exact = dtype == torch.float64
