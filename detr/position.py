@@ -77,10 +77,20 @@ def _learned(vectors: Tensor, cells: int) -> Tensor:
 
 def sine_vectors(rows: Tensor, columns: Tensor, channels: int, temperature: float) -> Tensor:
     """Return [..., channels] for rows and columns [...] given as fractions of the image, 0 to 1."""
-    exponents = torch.arange(0, channels // 2, 2, dtype=torch.float32, device=rows.device) / (channels // 2)
-    frequencies = 2 * math.pi / temperature**exponents
-    angles = torch.stack([rows, columns], dim=-1)[..., None] * frequencies
+    frequencies = _frequencies if torch.compiler.is_compiling() else _kept_frequencies
+    angles = torch.stack([rows, columns], dim=-1)[..., None] * frequencies(channels, temperature, rows.device)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-3)
+
+
+def _frequencies(channels: int, temperature: float, device: torch.device) -> Tensor:
+    exponents = torch.arange(0, channels // 2, 2, dtype=torch.float32, device=device) / (channels // 2)
+    return 2 * math.pi / temperature**exponents
+
+
+@lru_cache(maxsize=16)
+def _kept_frequencies(channels: int, temperature: float, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _frequencies(channels, temperature, device)
 
 
 def _sine_grid(height: int, width: int, channels: int, temperature: float, back: float, device: torch.device) -> Tensor:
@@ -115,4 +125,4 @@ def moved_boxes(reference: Tensor, change: Tensor) -> Tensor:
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
     """Return the tensor in fp32 if its type is narrower, else unchanged."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

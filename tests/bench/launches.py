@@ -2,7 +2,8 @@
 
 Two counts of ATen operations, without views and allocations; an operation can launch several kernels. On the pretended GPU
 of the tests the code takes the paths of CUDA, and attention counts as one operation each way. On the host torch's profiler
-counts the operations that call no other, with those that take lists of tensors, of which CUDA makes one launch, as one.
+counts the operations that call no other, with those that take lists of tensors, of which CUDA makes one launch, as one. Its
+second table leaves out what launches no kernel on any device: numbers made into tensors, and changes of sizes and strides.
 """
 
 import argparse
@@ -31,7 +32,8 @@ from tests.gpu.work import Setting, batch_of
 from tests.support.pretended_gpu import PretendedGpu, pretended_gpu
 
 _CLASSES = 91
-_SIZE = (64, 96)  # the number of launches does not depend on it
+_SIZE = (64, 96)  # on the host, a larger one takes other convolutions of the library, before and after
+_NO_KERNEL = ("_nnpack_available", "resize_as_", "as_strided_", "scalar_tensor", "promote_types")
 _ONE_LAUNCH = ("aten::_foreach", "aten::_fused", "aten::_amp_foreach")
 _VIEWS = (
     "view", "_unsafe_view", "_reshape_alias", "as_strided", "expand", "transpose", "t", "permute", "select", "slice",
@@ -154,13 +156,14 @@ def _counted(gpu: PretendedGpu, name: str, work: Callable[[], Any]) -> Any:
 
 
 def on_host(config: RunConfig) -> dict[str, dict[str, int]]:
-    """Return the operations of the third step that call no other, by phase and by operation, from torch's profiler."""
+    """Return the operations of the third step that call no other, and those with a kernel, from torch's profiler."""
     steps = Steps(config, torch.device("cpu"))
     for _ in range(2):
         steps(lambda _: None)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         steps(lambda _: None)
     operations: Counter[str] = Counter()
+    kernels: Counter[str] = Counter()
     listed: set[int] = set()
     for event in profiler.events():
         parent = event.cpu_parent
@@ -169,10 +172,13 @@ def on_host(config: RunConfig) -> dict[str, dict[str, int]]:
             continue
         if event.name.startswith(_ONE_LAUNCH):
             listed.add(id(event))
-            operations[event.name] += 1
-        elif event.name.startswith("aten::") and event.name[6:] not in _VIEWS and not _calls_another(event):
-            operations[event.name] += 1
-    return {"by operation": operations}
+        elif not event.name.startswith("aten::") or event.name[6:] in _VIEWS or _calls_another(event):
+            continue
+        operations[event.name] += 1
+        of_a_number = event.name == "aten::copy_" and not event.input_shapes[0]
+        if event.name[6:] not in _NO_KERNEL and not of_a_number:
+            kernels[event.name] += 1
+    return {"by operation": operations, "kernels alone, by operation": kernels}
 
 
 def _calls_another(event: Any) -> bool:

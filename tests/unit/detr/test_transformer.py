@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from detr.config import ModelConfig
-from detr.transformer import Attention, Dropout, Transformer, _attend_plainly, keep_mask, keep_probability
+from detr.transformer import Attention, Dropout, Transformer, _attend_plainly, attend, keep_mask, keep_probability
 
 SMALL: dict[str, Any] = {"hidden_dim": 32, "heads": 4, "feedforward_dim": 64, "dropout": 0.0}
 
@@ -147,6 +148,23 @@ def test_dropout_and_attention_of_a_cpu_equal_torchs() -> None:
         assert dropped.mean().item() == pytest.approx(1.0, abs=0.005)
         assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.005)
         assert dropped.max().item() == pytest.approx(1 / 0.9, rel=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_to_few_is_torchs_to_the_last_bit(dtype: torch.dtype, masked: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, length, 4, 8).transpose(1, 2).to(dtype).requires_grad_() for length in (5, 9, 9))
+    mask = torch.arange(9).expand(2, 1, 1, 9) < torch.tensor([9, 6]).view(2, 1, 1, 1) if masked else None
+    results = []
+    for attention in (attend, F.scaled_dot_product_attention):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            attended = attention(q, k, v, mask, 0.1)
+        results.append((attended, *torch.autograd.grad(attended.float().square().sum(), (q, k, v))))
+    for own, torchs in zip(*results, strict=True):
+        assert own.dtype == dtype
+        assert torch.equal(own, torchs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
