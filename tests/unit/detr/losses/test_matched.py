@@ -1,10 +1,10 @@
-"""Losses of matched boxes have autograd's values and gradients."""
+"""Losses of matched boxes have autograd's values and gradients; reports of counts."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from detr.losses.matched import box_losses
+from detr.losses.matched import box_losses, count_error
 from detr.matcher import Assignment, PackedTargets, generalized_iou
 
 LAYERS, PAIRS = 3, 40
@@ -50,3 +50,8 @@ def test_box_losses_have_autograds_gradient(case: str) -> None:
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+def test_too_many_objects_in_an_image_do_not_make_up_for_too_few_in_another() -> None:
+    targets = PackedTargets(torch.zeros(5), torch.zeros(5, 4), torch.zeros(5), (3, 2), (1, 2))
+    assert count_error(torch.tensor([[3, 2], [5, 0]]), targets).tolist() == [0.0, 2.0]
