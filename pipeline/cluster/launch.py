@@ -67,7 +67,7 @@ class ConnectedCluster:
         notes = Notes.of_run(run_id, RayNotes())
         cancel_dead_claims(notes.store, jobs_alive, cancel_resource_request)
         job = WorkerJob(config, run_id, folder, uri_for_workers(), code_commit(), accept_change, notes, began)
-        fit = _trainer(job, gpu).fit
+        fit = _trainer(job, gpu, alone=self._local.started).fit
         evaluator = evaluator_on_ray(job, gpu, say) if config.evaluate.asynchronous else None
         if evaluator:
             fit = evaluator.around(fit)
@@ -149,6 +149,9 @@ def _set_environment(cluster: ClusterConfig, address: str | None, verbose: bool)
         authenticate()
     else:
         lock_local_ray()
+        # Nobody takes this machine away with notice. The controller's looks at its workers delay the end of the run.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     if not verbose:
         # Less output of Ray itself: the run is followed on stderr anyway.
         os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
@@ -168,16 +171,17 @@ def _describe_workers(cluster: ClusterConfig, gpu: bool, joined: bool) -> str:
     return f"{count} {workers} on {'GPUs, NCCL' if gpu else 'CPUs, gloo'}{choice}"
 
 
-def _trainer(job: WorkerJob, gpu: bool) -> TorchTrainer:
-    """Return Ray's trainer, whose `fit` runs the workers with `job`."""
+def _trainer(job: WorkerJob, gpu: bool, alone: bool) -> TorchTrainer:
+    """Return Ray's trainer, whose `fit` runs the workers with `job`, `alone` if their Ray is of this run only."""
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     from pipeline.cluster.controller import GroupEndCallback
+    from pipeline.cluster.ray_internals import trainer_class
 
     cluster = job.config.cluster
-    return TorchTrainer(
+    return trainer_class(alone=alone)(
         partial(train_in_ray, job),
         scaling_config=ScalingConfig(
             num_workers=(cluster.fewest, cluster.workers) if cluster.fewest < cluster.workers else cluster.workers,

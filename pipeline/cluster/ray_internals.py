@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import ray
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray._common.network_utils import build_address
-from ray._private import client_mode_hook, services, state
+from ray._private import client_mode_hook, node, services, state, utils
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.utils import get_runtime_env_info
 from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
@@ -28,6 +28,10 @@ from ray.train.v2._internal.constants import (
 )
 from ray.train.v2._internal.execution import context
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
 
 __all__ = [
     "TESTED_RAY",
@@ -35,11 +39,13 @@ __all__ = [
     "RayNotes",
     "WorkerGroupCallback",
     "cancel_resource_request",
+    "fewest_servers",
     "jobs_alive",
     "preemption_context",
     "scaling_limits",
     "servers_in_own_groups",
     "start_processes",
+    "trainer_class",
 ]
 
 TESTED_RAY = "2.60"
@@ -193,8 +199,73 @@ def servers_in_own_groups(started: list[subprocess.Popen[bytes]]) -> Iterator[No
             super().__init__(*args, **options, process_group=0)
             started.append(self)
 
-    services.ConsolePopen = GroupLeader
+    with _replaced(services, "ConsolePopen", GroupLeader):
+        yield
+
+
+@contextmanager
+def fewest_servers(*, output: bool) -> Iterator[None]:
+    """Start inside the block only those of Ray's servers that a run needs, and with `output` the one that passes output on.
+
+    Ray starts its API server before all others and waits until it answers, also without a dashboard. That one, the
+    autoscaler's monitor and the reporter of each node serve clusters that people look at; each imports Ray for itself.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(node.Node, "start_api_server", _start_no_api_server))
+        stack.enter_context(_replaced(node.Node, "start_monitor", lambda self: None))
+        if not output:
+            stack.enter_context(_replaced(node.Node, "start_log_monitor", lambda self: None))
+        # As where Ray is installed without its dashboard: the agent of a node then has neither server nor reporter.
+        stack.enter_context(_replaced(utils, "get_dashboard_dependency_error", lambda: ImportError("not asked for")))
+        yield
+
+
+def _start_no_api_server(self: Any, **_: Any) -> None:
+    self._webui_url = ""
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        services.ConsolePopen = original
+        setattr(owner, name, original)
+
+
+class _OwnResources(FixedScalingPolicy):  # type: ignore[misc]
+    """Number of workers of a Ray that has this run alone and no autoscaler, so that nobody is asked for resources."""
+
+    def _send_resource_request(self) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+    def _cancel_resource_request(self) -> None:
+        pass
+
+
+def trainer_class(*, alone: bool) -> type[TorchTrainer]:
+    """Return Ray's `TorchTrainer` without the actors that no run of ours uses; each is a process that imports Ray Train.
+
+    These are the manager of Ray's data sets, and the one that removes the placement group of a controller which has died:
+    the driver ends then, and Ray removes what its job has. A run that is `alone` on its Ray needs no coordinator of
+    requests for resources either, unless it is elastic.
+    """
+    from ray.train.v2._internal.callbacks import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+    class RunTrainer(TorchTrainer):  # type: ignore[misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+            return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+
+        def _initialize_and_run_controller(self, **options: Any) -> Any:
+            if alone and type(options["scaling_policy"]) is FixedScalingPolicy:
+                options["scaling_policy"] = _OwnResources(self.scaling_config)
+            return super()._initialize_and_run_controller(**options)
+
+    return RunTrainer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import secrets
 import socket
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from pipeline.cluster.worker_start import import_all
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError, Postponed, TrainingError
 from shards.errors import one_line
@@ -58,6 +58,11 @@ class LocalRay:
             self.kill()
             raise
 
+    @property
+    def started(self) -> bool:
+        """True if Ray was started here, for this run alone."""
+        return bool(self._servers)
+
     def kill(self) -> None:
         """End the servers at once."""
         for server in self._servers:
@@ -83,7 +88,7 @@ class Connection:
         self._waits: list[str] = []
         self._made, self._over = threading.Event(), threading.Event()
         # Two threads that import at a time can see each other's modules half done, so all of Ray is imported here.
-        importlib.import_module("pipeline.cluster.ray_internals")
+        import_all(["pipeline.cluster.ray_internals"])
         threading.Thread(target=self._hold, name="ray", daemon=True).start()
 
     def _hold(self) -> None:
@@ -238,15 +243,18 @@ def start_local_ray(config: RunConfig, verbose: bool, setup: Callable[[], None] 
     # The workers and the controller start together. Ray would start as many processes at a time as there are cores.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(config.cluster.workers + 1))
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # in another environment, so nothing would use them
+    from pipeline.cluster.ray_internals import fewest_servers
+
     try:
-        _init(
-            verbose,
-            setup,
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, needed),
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",  # a laptop keeps it when it changes networks
-        )
+        with fewest_servers(output=verbose):
+            _init(
+                verbose,
+                setup,
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, needed),
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",  # a laptop keeps it when it changes networks
+            )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise TrainingError(
             f"Ray does not start on this machine ({one_line(error)}); expected its servers to: --verbose shows their "

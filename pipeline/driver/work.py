@@ -12,6 +12,7 @@ from pipeline.checkpoint import catalog
 from pipeline.checkpoint.location import Location
 from pipeline.cluster.launch import connected, connecting
 from pipeline.cluster.ray_session import Connection
+from pipeline.cluster.worker_start import import_all
 from pipeline.config import RunConfig, to_json
 from pipeline.driver.changes import agreed
 from pipeline.driver.conclusion import ConcludedRun
@@ -237,6 +238,7 @@ def create(
     """
     asked = config
     with connecting(config, address=launch.address, verbose=launch.verbose) as connection:
+        import_all(["mlflow", "pipeline.driver.initial_weights"])
         client = connect()
         with translated_errors():
             made = known if known and run_with_key(client, known.run_config, known.key) else None

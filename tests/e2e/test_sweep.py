@@ -10,7 +10,7 @@ from pipeline.driver.record import read_record
 from tests.support.command import TINY, Command, newest_weights, train_alone
 from tests.support.recording import Recording
 
-TRIALS = [f"lr={lr}-seed={seed}" for lr in ("1e-3", "1e-9") for seed in (1, 2, 3)]
+TRIALS = [f"lr={lr}-seed={seed}" for lr in ("1e-3", "1e-9") for seed in (1, 2)]
 SWEEP = [
     "sweep",
     "it",
@@ -18,7 +18,7 @@ SWEEP = [
     "--optim.lr",
     "1e-3,1e-9",
     "--seed",
-    "1,2,3",
+    "1,2",
     "--metric",
     "train/loss",
     "--mode",

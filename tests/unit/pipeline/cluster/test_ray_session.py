@@ -1,5 +1,6 @@
 """The connection to Ray: process groups of its servers, its thread, and the processes that it starts early."""
 
+import gc
 import os
 import signal
 import socket
@@ -191,3 +192,18 @@ def test_a_process_prepares_itself_for_what_it_will_do(monkeypatch: pytest.Monke
     monkeypatch.delenv("DETR_PROCESS")
     hook()
     assert prepared == ["worker", "controller"]
+
+
+def test_modules_are_imported_without_a_look_for_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    enabled: list[bool] = []
+
+    def import_module(name: str) -> None:
+        enabled.append(gc.isenabled())
+        if name == "missing":
+            raise ImportError(name)
+
+    monkeypatch.setattr(worker_start.importlib, "import_module", import_module)
+    monkeypatch.setattr(gc, "freeze", lambda: None)  # this process has other objects, too
+    worker_start.import_all(["missing", "present"])
+    assert enabled == [False, False]
+    assert gc.isenabled()
