@@ -11,8 +11,13 @@ from contextlib import suppress
 from pipeline.timeline import mark
 
 _CONTROLLER = ("ray.train.torch", "pipeline.cluster.controller")
-_WORKER = (*_CONTROLLER, "pipeline.training.loop", "pipeline.tracking.mlflow_sender", "pipeline.cluster.hang_watch")
-_WORKER += ("torch._dynamo",)  # which DDP and torch's optimizers import when they are made
+_WORKER = (
+    *_CONTROLLER,
+    "pipeline.training.loop",
+    "pipeline.tracking.mlflow_sender",
+    "pipeline.cluster.hang_watch",
+    "torch._dynamo",  # which DDP and torch's optimizers import when they are made
+)
 _FIRST = "first-process"
 
 
