@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 _ANSWER_S = 8.0
+_INSTALL_S = 3600
 _UPLOAD_S = 120.0
 _NO_AGENT = "No available agent"
 _TRIES, _AGAIN_S = 30, 2.0
@@ -116,6 +117,7 @@ def request_of(plan: Plan) -> dict[str, Any]:
     runtime: dict[str, Any] = {"env_vars": {**plan.environment, **_STOP}}
     if cluster.requirements == "lock" and cluster.code == "snapshot":
         runtime["pip"] = {"packages": _locked(plan.code.root), "pip_check": False}
+        runtime["config"] = {"setup_timeout_seconds": _INSTALL_S}  # Ray's 10 minutes can be too few for all of them
     request: dict[str, Any] = {
         "entrypoint": "; ".join([*secret_lines(plan.secrets), plan.shell]),
         "submission_id": plan.job,

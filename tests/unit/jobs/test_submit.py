@@ -104,6 +104,7 @@ def test_a_snapshot_of_the_tracked_files_travels_with_its_commit(server: JobServ
     assert len(variables["DETR_COMMIT"].removesuffix("-dirty")) == 40
     assert server.job["metadata"]["commit"] == variables["DETR_COMMIT"]
     assert any(line.startswith("torch==") for line in server.job["runtime_env"]["pip"]["packages"])
+    assert server.job["runtime_env"]["config"]["setup_timeout_seconds"] == 3600
     assert server.job["entrypoint_label_selector"] == {"kind": "stays"}
     assert any(f"commit {variables['DETR_COMMIT']}" in line for line in lines)
 
