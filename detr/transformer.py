@@ -141,7 +141,8 @@ class _Dropped(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _scaled(gradient, *ctx.saved_tensors, ctx.factor), None, None
+        (keep,) = ctx.saved_tensors
+        return _scaled(gradient, keep, ctx.factor), None, None
 
 
 def _scaled(x: Tensor, keep: Tensor, factor: float) -> Tensor:
