@@ -16,9 +16,15 @@ def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-@lru_cache(maxsize=64)
 def number(value: float, dtype: torch.dtype) -> Tensor:
     """Return a number as a tensor on the host, which torch would otherwise make in each operation that takes it."""
+    if torch.compiler.is_compiling():  # a constant of the compiled code
+        return torch.tensor(value, dtype=dtype, device="cpu")
+    return _kept_number(value, dtype)
+
+
+@lru_cache(maxsize=64)
+def _kept_number(value: float, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=dtype, device="cpu")
 

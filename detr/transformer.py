@@ -85,7 +85,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
 
 
 def _attend_to_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Return what torch's plain kernel does, bit for bit, in fewer operations: it looks for rows without any key."""
+    """Return what torch's plain kernel does, bit for bit, in fewer operations: it looks for rows without any key.
+
+    A row whose keys are all masked is NaN here and 0 there; an image has at least a cell that is not padding.
+    """
     kind = autocast_type(q)
     with torch.autocast("cpu", enabled=False):
         q, k, v = (at_least_fp32(each.to(kind)) for each in (q, k, v))
@@ -136,19 +139,14 @@ class _Dropped(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, keep: Tensor, factor: float) -> Tensor:
         ctx.save_for_backward(keep)
         ctx.factor = factor
-        return _scaled(x, keep, factor)
+        # Not a product with the mask: torch multiplies by booleans five times slower than it chooses by them.
+        wide = x.dtype if x.dtype == torch.float64 else torch.float32  # bf16 would round the factor
+        return torch.where(keep, x, number(0.0, x.dtype)).mul_(number(factor, wide))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (keep,) = ctx.saved_tensors
-        return _scaled(gradient, keep, ctx.factor), None, None
-
-
-def _scaled(x: Tensor, keep: Tensor, factor: float) -> Tensor:
-    # Not a product with the mask: torch multiplies by booleans five times slower than it chooses by them.
-    wide = x.dtype if x.dtype == torch.float64 else torch.float32  # bf16 would round the factor
-    return torch.where(keep, x, number(0.0, x.dtype)).mul_(number(factor, wide))
+        return _Dropped.apply(gradient, keep, ctx.factor), None, None
 
 
 def keep_mask(shape: torch.Size, probability: float) -> Tensor:

@@ -7,7 +7,7 @@ enters the same loop, which continues from the newest complete checkpoint.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 
 
 _RESIZE_S = 30.0  # interval of Ray's check for another possible number of workers
+_ON_THIS_MACHINE = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away with notice
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the controller's looks at its workers delay the end of the run
+}
 
 
 class ConnectedCluster:
@@ -99,11 +103,12 @@ def connecting(config: RunConfig, *, address: str | None, verbose: bool) -> Iter
     if address:
         refuse_uri_with_secret()
     _set_environment(config.cluster, address, verbose)  # Ray reads the variables when it is imported
-    connection = Connection(config, address, verbose)
-    try:
-        yield connection
-    finally:
-        connection.close()
+    with _unless_set({} if address else _ON_THIS_MACHINE):
+        connection = Connection(config, address, verbose)
+        try:
+            yield connection
+        finally:
+            connection.close()
 
 
 @contextmanager
@@ -149,9 +154,6 @@ def _set_environment(cluster: ClusterConfig, address: str | None, verbose: bool)
         authenticate()
     else:
         lock_local_ray()
-        # Nobody takes this machine away with notice. The controller's looks at its workers delay the end of the run.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     if not verbose:
         # Less output of Ray itself: the run is followed on stderr anyway.
         os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
@@ -159,6 +161,18 @@ def _set_environment(cluster: ClusterConfig, address: str | None, verbose: bool)
     if cluster.fewest < cluster.workers:
         # Ray notices up to 20 s late that a node has gone, and waits this long for workers that cannot start there.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+
+
+@contextmanager
+def _unless_set(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set the variables that the environment lacks, inside the block: a later run of this process may join a cluster."""
+    lacking = variables.keys() - os.environ.keys()
+    os.environ.update({name: variables[name] for name in lacking})
+    try:
+        yield
+    finally:
+        for name in lacking:
+            os.environ.pop(name, None)
 
 
 def _describe_workers(cluster: ClusterConfig, gpu: bool, joined: bool) -> str:

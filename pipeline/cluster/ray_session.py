@@ -89,6 +89,8 @@ class Connection:
         self._made, self._over = threading.Event(), threading.Event()
         # Two threads that import at a time can see each other's modules half done, so all of Ray is imported here.
         import_all(["pipeline.cluster.ray_internals"])
+        import pipeline.cluster.ray_internals  # noqa: F401  # a Ray that lacks what this needs is an error at once
+
         threading.Thread(target=self._hold, name="ray", daemon=True).start()
 
     def _hold(self) -> None:

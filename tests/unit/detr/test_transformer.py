@@ -184,3 +184,11 @@ def test_dropout_of_a_cpu_gives_values_and_gradients_of_autograd_to_the_last_bit
         assert own.dtype == dtype
         assert torch.equal(own, plain)
     assert 0 < (results[0][1] == 0).sum() < 100
+
+
+def test_dropout_of_a_cpu_can_be_differentiated_twice() -> None:
+    x = torch.linspace(1, 2, 50, dtype=torch.float64, requires_grad=True)
+    kept = Dropout(0.3).train()(x)
+    (first,) = torch.autograd.grad(kept.square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(second, kept.ne(0).double() * 2 / keep_probability(0.3) ** 2)
