@@ -35,6 +35,7 @@ class Batch:
 
     images: uint8 0 to 255 (or already normalised float) [B, 3, H, W] in any memory layout, 0 where padded.
     padding: bool [B, H, W], true where there is no image; None if no image is padded, which avoids all masking.
+        Each image has at least its top left pixel: attention to an image without any is NaN on a CPU.
     targets: one per image, on the host. The criterion packs them and moves them with one copy.
     sizes: (height, width) in pixels of each image on the canvas, without its padding.
     """

@@ -31,7 +31,8 @@ class Submit:
     """Print the plan and, for a training, a forecast of its time and cost; send nothing."""
     write: str | None = None
     """Write the file that describes the job to the launcher, such as a manifest or a script, print the commands that
-    submit it, and send nothing. `-` prints only the file, and with --dry-run nothing is written beside it."""
+    submit it, and send nothing. With --dry-run only the file is written, and nothing beside it. `-` prints the file
+    instead, and nothing else."""
     address: str | None = None
     """URL of another job server than the entry's, http(s)://HOST:8265; only for Ray clusters without a token."""
     follow: Flag = False

@@ -25,6 +25,7 @@ from shards.errors import ShardError, one_line
 from shards.store import storage
 
 _ANSWER_S = 60.0  # for a node to start a process and answer; a busy one takes ten seconds
+_INSTALL_S = 3600  # for a node to install the libraries of the job before that, where the job brings its own
 _MEET_S = 20.0  # for the all-reduce
 _SHOWN = 3  # nodes in a line
 
@@ -41,8 +42,11 @@ def probe(config: RunConfig, folder: Location, nodes: Sequence[Node], gpu: bool,
     nodes = [node for node in nodes if workers_that_fit([node], each)]
     token = f".detr-{secrets.token_hex(8)}"
     storages = _storages(config, folder)
+    installs = _installs()
+    if installs:
+        say("nodes without the libraries of this job install them first, for an hour at most")
     manifests = tuple(storage.join(url, MANIFEST_NAME) for url in (config.data.train, config.data.val))
-    with _written(storages, token, nodes), _node_checks(nodes) as checks:
+    with _written(storages, token, nodes), _node_checks(nodes, installs) as checks:
         here = file_digests(manifests)
         # Data that is made on this machine later is compared by the workers.
         data = tuple(url for url in manifests if not here[url].startswith("cannot"))
@@ -55,7 +59,7 @@ def probe(config: RunConfig, folder: Location, nodes: Sequence[Node], gpu: bool,
         if len(nodes) > 1:
             for check in checks:
                 check.prepare.remote()
-        reports = answers(asked, nodes)
+        reports = answers(asked, nodes, _ANSWER_S + _INSTALL_S if installs else _ANSWER_S)
         problems = problems_of(reports, nodes, questions, here)
         problems += _unseen_answers(storages, token, reports, nodes)
         if not problems and len(nodes) > 1:
@@ -85,8 +89,16 @@ def _written(storages: Sequence[str], token: str, nodes: Sequence[Node]) -> Iter
                     storage.remove(storage.join(url, name))
 
 
+def _installs() -> bool:
+    """Return whether a node installs libraries for this job before the first process of the job starts there."""
+    import ray
+
+    runtime_env = ray.get_runtime_context().runtime_env
+    return any(runtime_env.get(installer) for installer in ("pip", "uv", "conda"))
+
+
 @contextmanager
-def _node_checks(nodes: Sequence[Node]) -> Iterator[list[Any]]:
+def _node_checks(nodes: Sequence[Node], installs: bool) -> Iterator[list[Any]]:
     """Start a process on each node that can be asked, and end them after the block."""
     import ray
     from ray import cloudpickle
@@ -94,11 +106,14 @@ def _node_checks(nodes: Sequence[Node]) -> Iterator[list[Any]]:
 
     cloudpickle.register_pickle_by_value(node_check)  # a node without this package must be able to report that
     checks: list[Any] = []
+    runtime_env: dict[str, Any] = {"env_vars": BARE}
+    if installs:  # an actor inherits the job's libraries, but not the limit of their installation
+        runtime_env["config"] = {"setup_timeout_seconds": _INSTALL_S}
     try:
         actor = ray.remote(NodeCheck)
         for node in nodes:
             there = NodeAffinitySchedulingStrategy(node_id=node.id, soft=False)
-            options = {"num_cpus": 0, "scheduling_strategy": there, "runtime_env": {"env_vars": BARE}}
+            options = {"num_cpus": 0, "scheduling_strategy": there, "runtime_env": runtime_env}
             checks.append(actor.options(**options).remote(node.address))
         yield checks
     finally:

@@ -7,14 +7,17 @@ import sys
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from pipeline.checkpoint.location import location
 from pipeline.cluster.capacity import Node
 from pipeline.cluster.node_check import NodeCheck, Question, code_digest, tracking_problem, versions
-from pipeline.cluster.probe import answers, problems_of, raise_problems
+from pipeline.cluster.probe import answers, probe, problems_of, raise_problems
 from pipeline.errors import Postponed, RunConfigError
+from pipeline.recipes import RECIPES
 from shards.store import storage
 from shards.store.retry import StoreError
 from tests.support.http_server import answering
@@ -87,6 +90,43 @@ def test_a_check_that_raises_on_a_node_is_reported_with_its_cause(monkeypatch: p
     monkeypatch.setattr(ray, "get", get)
     with pytest.raises(RunConfigError, match=r"^node 10\.0\.0\.2: .*\(ModuleNotFoundError: No module named 'psutil'\)"):
         answers([object()], [NODE])
+
+
+@pytest.mark.parametrize("runtime_env", [{}, {"pip": {"packages": ["torch==2.12.0"]}}], ids=["installed", "pip"])
+def test_nodes_that_install_the_libraries_of_the_job_have_an_hour_for_it(
+    runtime_env: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    limits: list[float] = []
+    options: list[Any] = []
+    printed: list[str] = []
+
+    class Actor:
+        """A node's process that answers at once, as `NodeCheck` does here."""
+
+        def __init__(self, address: str = "") -> None:
+            self.report = SimpleNamespace(remote=lambda question: NodeCheck(address).report(question))
+
+        def options(self, **found: Any) -> Any:
+            options.append(found)
+            return SimpleNamespace(remote=Actor)
+
+    def get(reference: Any, timeout: float) -> Any:
+        limits.append(timeout)
+        return reference
+
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(runtime_env=runtime_env))
+    monkeypatch.setattr(ray, "remote", lambda checked: Actor())
+    monkeypatch.setattr(ray, "kill", lambda actor: None)
+    monkeypatch.setattr(ray, "get", get)
+    url = storage.join(str(tmp_path), "data")
+    config = replace(RECIPES["demo"], data=replace(RECIPES["demo"].data, train=url, val=url))
+    probe(config, location(str(tmp_path)) / "run", [Node("127.0.0.1", {"CPU": 8}, "0" * 56)], False, printed.append)
+    (limit,), (chosen,) = limits, options
+    assert (limit > 3600) == bool(runtime_env)
+    assert (chosen["runtime_env"].get("config") == {"setup_timeout_seconds": 3600}) == bool(runtime_env)
+    assert len(printed) == len(runtime_env)
 
 
 def test_data_that_is_absent_or_another_is_named(question: Question, tmp_path: Path) -> None:
