@@ -63,7 +63,8 @@ def compare(argv: list[str]) -> None:
 class Promote:
     """Move an alias to a version, only if the 95% interval of the change in AP (PQ of segments) excludes a loss.
 
-    It is compared with the version that has the alias, as by `detr compare`. Tags of the version say against what, on what, when and by whom.
+    It is compared with the version that has the alias, as by `detr compare`. Tags of the version say against what, on
+    what, when and by whom.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]

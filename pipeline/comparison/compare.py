@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pipeline.comparison.models import KeptOfModel, Model, find_models, model_of_version
 from pipeline.errors import RegistryError
 from pipeline.evaluation.evaluate_model import Evaluation
-from pipeline.evaluation.kept import Kept, difference_of, keep
+from pipeline.evaluation.kept import Kept, decided_by, difference_of, keep
 from pipeline.registry.kept_detections import store
 from pipeline.registry.versions import find_version
 from pipeline.tracking.mlflow_client import connect, translated_errors
@@ -70,19 +70,9 @@ def compare_models(
         data=manifest.name,
         url=manifest.url,
         digest=manifest.digest,
-        decided_by=_decided_by(difference.deciding.name, manifest, models, kept),
+        decided_by=decided_by(difference.deciding.name, manifest, [model.name for model in models], kept),
         difference=difference,
     )
-
-
-def _decided_by(figure: str, manifest: Manifest, models: Sequence[Model], kept: Sequence[Kept]) -> str:
-    if figure == "AP" and manifest.panoptic:
-        names = [model.name for model, found in zip(models, kept, strict=True) if found.segments is None]
-        reason = f"AP of boxes of things, since no segments of {', '.join(names)} are kept"
-        return reason if all(found.figure for found in kept) else f"{reason}: --data URL evaluates it again"
-    if figure == "AP" and any(found.figure == "mask_AP" for found in kept):
-        return "AP of boxes, since masks are not kept; @best goes by AP of masks"
-    return figure
 
 
 def _common_data(models: Sequence[Model], known: Sequence[KeptOfModel]) -> Manifest:
@@ -135,20 +125,16 @@ def _kept_on(
 ) -> Kept:
     """Return the detections of a model on a data set, from a forward pass over `evaluated` if they were not kept."""
     kept = known.on(manifest.digest)
-    if kept is not None and (evaluated is None or _is_whole(kept, manifest)):
+    if kept is not None and (evaluated is None or len(kept.image_ids) == manifest.images):
         return kept
     if not (model.uri and evaluated):
-        raise _not_kept(model, manifest.url)
+        of_images = "" if kept is None else f"all {manifest.images:,} images of "
+        raise _not_kept(model, of_images + manifest.url)
     from pipeline.inference.evaluate import evaluate
 
     kept = keep(manifest, evaluate(model.uri, evaluated, progress=progress))
     store(client, model.run_id, model.step, kept)
     return kept
-
-
-def _is_whole(kept: Kept, manifest: Manifest) -> bool:
-    """Return whether all images were kept, and segments if there were some, which earlier releases did not keep."""
-    return len(kept.image_ids) == manifest.images and not (manifest.panoptic and not kept.figure)
 
 
 def _not_kept(model: Model, data: str) -> RegistryError:

@@ -121,8 +121,12 @@ class KeptOfModel:
         return [*beside, *(digest for digest in self._files if digest not in beside)]
 
     def on(self, digest: str) -> Kept | None:
-        """Return the detections on the data set of this digest or these first digits of it."""
+        """Return the detections on the data set of this digest or these first digits of it.
+
+        MLflow's file comes before the one beside the checkpoint: a later evaluation of the version, perhaps on more
+        images than the run's, is in MLflow only.
+        """
         short = short_digest(digest)
-        if self._beside is not None and short_digest(self._beside.digest) == short:
-            return self._beside
-        return fetch(self._client, self._model.run_id, self._files[short]) if short in self._files else None
+        if short in self._files:
+            return fetch(self._client, self._model.run_id, self._files[short])
+        return self._beside if self._beside is not None and short_digest(self._beside.digest) == short else None

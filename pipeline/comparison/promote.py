@@ -90,16 +90,18 @@ def refuse_loss(comparison: Comparison) -> None:
             "expected annotated images: give --data with some, or --force"
         )
     if change.low < 0:
+        reason = "" if comparison.decided_by == change.name else f", decided by {comparison.decided_by}"
         raise RegistryError(
             f"{after} may lose against {before}: {change.name} {change.difference:+.4f}, 95% interval {change.low:+.4f} to "
-            f"{change.high:+.4f} on {images:,} images of {comparison.data}; expected an interval that excludes a loss: "
-            "train further, give --data with more images, or --force"
+            f"{change.high:+.4f} on {images:,} images of {comparison.data}{reason}; expected an interval that excludes a "
+            "loss: train further, give --data with more images, or --force"
         )
 
 
 def _facts(comparison: Comparison) -> dict[str, str]:
     change = comparison.difference.deciding
-    return {
+    reason = {} if comparison.decided_by == change.name else {"decided_by": comparison.decided_by}
+    return reason | {
         change.name: f"{change.before:.6f} to {change.after:.6f}, change {change.difference:+.6f}",
         "interval": f"{change.low:+.6f} to {change.high:+.6f} (95%, {comparison.difference.draws} draws)",
         "data": f"{comparison.data}, {comparison.difference.images} images, digest {comparison.digest}",

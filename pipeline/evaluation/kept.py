@@ -183,3 +183,13 @@ def difference_of(
         return found
     in_segments = segment_difference(manifest, of_segments[0], of_segments[1], len(first.image_ids))
     return replace(in_segments, figures=in_segments.figures + found.figures)
+
+
+def decided_by(figure: str, manifest: Manifest, names: Sequence[str], kept: Sequence[Kept]) -> str:
+    """Return the figure that decides between models, and the reason if it is not the one by which `@best` is chosen."""
+    if figure == "AP" and manifest.panoptic:
+        without = dict.fromkeys(name for name, found in zip(names, kept, strict=True) if found.segments is None)
+        return f"AP of boxes of things, since no segments of {', '.join(without)} are kept"
+    if figure == "AP" and any(found.figure == "mask_AP" for found in kept):
+        return "AP of boxes, since masks are not kept; @best goes by AP of masks"
+    return figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from pipeline.evaluation.kept import Kept, difference_of
+from pipeline.evaluation.kept import Kept, decided_by, difference_of
 from pipeline.registry.kept_detections import fetch, short_digest, stored
 from shards.dataset.manifest import load_manifest
 from shards.errors import one_line
@@ -52,11 +52,15 @@ def note_change(client: MlflowClient, before: Any, name: str, number: str, alias
         if None in kept:
             return ""
         first, second = (found for found in kept if found is not None)
-        found = difference_of(load_manifest(second.data), [first], [second], sizes=False)
+        manifest = load_manifest(second.data)
+        found = difference_of(manifest, [first], [second], sizes=False)
         change = found.deciding
+        names = [f"version {which.version}" for which in (before, version)]
+        decided = decided_by(change.name, manifest, names, [first, second])
+        reason = "" if decided == change.name else f" (decided by {decided})"
         text = (
             f"{change.name} {change.difference:+.4f} against version {before.version}, 95% interval {change.low:+.4f} to "
-            f"{change.high:+.4f} on {found.images:,} images: {'within' if change.is_chance else 'more than'} chance"
+            f"{change.high:+.4f} on {found.images:,} images: {'within' if change.is_chance else 'more than'} chance{reason}"
         )
         client.set_model_version_tag(name, number, f"change.{alias}", text)
         return text

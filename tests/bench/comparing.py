@@ -65,7 +65,7 @@ def promotion(device: str, rounds: int) -> list[Row]:
             found = difference(manifest, [before], [after], sizes=False, seed=trial)
             changes.append(found.deciding)
             try:
-                refuse_loss(Comparison(("before",), ("after",), "simulated", "", "", found))
+                refuse_loss(Comparison(("before",), ("after",), "simulated", "", "", found.deciding.name, found))
                 promoted += 1
             except RegistryError:
                 pass

@@ -9,6 +9,7 @@ from pipeline.comparison import compare as module
 from pipeline.comparison.compare import compare
 from pipeline.errors import PipelineError
 from pipeline.evaluation.evaluate_model import Evaluation
+from pipeline.evaluation.kept import KEPT_NAME, keep, to_bytes
 from shards.score.coco_eval import coco_metrics, score_detections
 from tests.support.scored_versions import Registry, grid_data, missing, perfect, shaken
 
@@ -103,6 +104,31 @@ def test_a_version_without_kept_detections_is_evaluated_once(registry: Registry,
     for _ in range(2):
         assert compare(before, after, "data").difference.deciding.difference == 0
     assert evaluated == [after]
+
+
+def test_a_run_evaluated_on_fewer_images_is_evaluated_on_all_once(registry: Registry, monkeypatch, tmp_path) -> None:
+    good, fewer = perfect(registry.data), registry.data.index().images["image_id"][:10].astype(np.int64)
+    whole = Evaluation(score_detections(registry.data, good), good, np.arange(registry.data.images))
+    of_run = replace(whole, detections=good.take(np.isin(good.image_ids, fewer)), rows=np.arange(10))
+    (tmp_path / KEPT_NAME).write_bytes(to_bytes(keep(registry.data, of_run)))
+    other = registry.version("m", good)
+    uri = registry.version("n", None)
+    monkeypatch.setattr("pipeline.comparison.models._best_checkpoint", lambda client, run: (tmp_path, 7))
+    evaluated: list[str] = []
+
+    def evaluate(uri: str, data: str, *, progress: bool) -> Evaluation:
+        evaluated.append(uri)
+        return whole
+
+    monkeypatch.setattr("pipeline.inference.evaluate.evaluate", evaluate)
+    with pytest.raises(PipelineError, match=r"120 and on 10 images .* give --data URL"):
+        compare(other, "n-1")
+    for url in ("data", "data", None):
+        assert compare(other, "n-1", url).difference.images == 120
+    assert evaluated == [uri]
+    registry.client.create_run(registry.experiment, run_name="alone", tags={"detr.folder": "/nowhere"})
+    with pytest.raises(PipelineError, match=r"detections of alone on all 120 images of .*`detr register alone"):
+        compare(other, "alone", "data")
 
 
 def test_a_run_that_is_not_registered_cannot_be_evaluated(registry: Registry, monkeypatch, tmp_path) -> None:

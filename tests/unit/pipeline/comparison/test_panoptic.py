@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.comparison import compare as module
 from pipeline.comparison.compare import compare
 from pipeline.comparison.models import find_models
 from pipeline.comparison.promote import promote
 from pipeline.errors import PipelineError
-from pipeline.evaluation.kept import Kept
 from pipeline.registry.against_holder import note_change
 from shards.dataset.manifest import Manifest
 from tests.support.panoptic_counts import drawn_counts, panoptic_grid, scored
@@ -50,6 +48,7 @@ def test_a_version_of_higher_pq_is_promoted_though_its_ap_is_lower(registry: Reg
     assert registry.holder("p") == "2"
     assert "AP" not in tags
     assert tags["PQ"].startswith("0.")
+    assert "decided_by" not in tags
     with pytest.raises(PipelineError, match=r"may lose against models:/p/2: PQ -0\."):
         promote(kept[0], "production")
 
@@ -57,6 +56,7 @@ def test_a_version_of_higher_pq_is_promoted_though_its_ap_is_lower(registry: Reg
 def test_the_remark_about_the_holder_is_of_pq(registry: Registry, kept: tuple[str, str]) -> None:
     before = registry.client.get_model_version("p", "1")
     assert note_change(registry.client, before, "p", "2", "best").startswith("PQ +0.")
+    assert "decided by" not in note_change(registry.client, before, "p", "2", "best")
 
 
 def test_a_model_without_masks_is_compared_by_ap_of_things(
@@ -69,29 +69,27 @@ def test_a_model_without_masks_is_compared_by_ap_of_things(
     assert found.difference.deciding.low > 0
 
 
-def test_segments_that_an_earlier_release_did_not_keep_are_evaluated(
-    registry: Registry, data: Manifest, kept: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def boxes(registry: Registry, data: Manifest, kept: tuple[str, str]) -> str:
+    """A version without masks, which finds fewer things than the first."""
+    return registry.version("p", missing(perfect(data), 0.5), data)
+
+
+def test_a_promotion_that_is_refused_by_ap_says_that_pq_was_not_compared(
+    registry: Registry, kept: tuple[str, str], boxes: str
 ) -> None:
-    read, stripped = module.KeptOfModel.on, list[str]()
+    promote(kept[0], "production")
+    reason = f"AP of boxes of things, since no segments of {boxes} are kept"
+    with pytest.raises(PipelineError, match=f"may lose against .*: AP -.*, decided by {reason}; expected"):
+        promote(boxes, "production")
+    promote(boxes, "production", force=True)
+    assert registry.tags(boxes)["decided_by"] == reason
 
-    def of_an_earlier_release(self: module.KeptOfModel, digest: str) -> Kept | None:
-        found = read(self, digest)
-        if found is None or self._model.name != kept[0] or stripped:
-            return found
-        return Kept(found.digest, found.data, found.image_ids, found.detections)
 
-    monkeypatch.setattr(module.KeptOfModel, "on", of_an_earlier_release)
-    assert compare(*kept).decided_by.endswith(f"no segments of {kept[0]} are kept: --data URL evaluates it again")
-
-    def evaluate(uri: str, data_url: str, *, progress: bool) -> object:
-        stripped.append(uri)
-        return scored(data, perfect(data), drawn_counts(IMAGES, 0.6, 1))
-
-    monkeypatch.setattr("pipeline.inference.evaluate.evaluate", evaluate)
-    assert compare(*kept, "data").decided_by == "PQ"
-    assert stripped == [kept[0]]
-    assert compare(*kept, "data").decided_by == "PQ"
-    assert stripped == [kept[0]]
+def test_the_remark_about_a_holder_without_masks_says_that_pq_was_not_compared(registry: Registry, boxes: str) -> None:
+    before = registry.client.get_model_version("p", "3")
+    remark = note_change(registry.client, before, "p", "2", "best")
+    assert remark.endswith("chance (decided by AP of boxes of things, since no segments of version 3 are kept)")
 
 
 def test_of_a_run_the_version_of_the_highest_pq_is_compared(
