@@ -121,7 +121,7 @@ def _parse(
     )
     images = images.take(rows).take(paired)
     segment_rows, owners, most = check_segments(annotations.segments, selected, images, categories)
-    if len(images) and not len(segment_rows):
+    if len(images) and not len(segment_rows) and not limited:
         nothing = Defect("it lists no segment that can be used; expected some: is it the JSON of these images?")
         raise SourceError(path, [nothing, *(defect for defect in (*defects, *found, *more, *most) if defect.rejected)])
     segment_rows, first_segments, count = by_image(segment_rows, owners, len(images))

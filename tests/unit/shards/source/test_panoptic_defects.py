@@ -258,6 +258,11 @@ def test_a_source_without_a_segment_that_can_be_used_is_refused(source: Panoptic
         source.write(on_defect=policy)
 
 
+def test_the_first_images_may_be_without_a_segment(source: Panoptic) -> None:
+    source.annotation(7)["segments_info"] = []
+    assert source.write(limit=1).images == 1
+
+
 def test_an_image_without_a_segment_is_taken(source: Panoptic) -> None:
     source.annotation(12)["segments_info"] = []
     assert source.write().images == 3
