@@ -247,6 +247,20 @@ class _OwnResources(FixedScalingPolicy):  # type: ignore[misc]
         pass
 
 
+class _ByValue:
+    """A function for the controller and the workers, sent with their calls; what Ray Train wraps is read by `get`.
+
+    Ray Train puts it into the object store. A driver whose node's servers end first, as where a scheduler signals all
+    processes, would be ended by Ray while it tries to save that object, within 0.1 s and without a word.
+    """
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function = function
+
+    def get(self) -> Callable[[], Any]:
+        return self._function
+
+
 def trainer_class(*, alone: bool) -> type[TorchTrainer]:
     """Return Ray's `TorchTrainer` without the actors that no run of ours uses; each is a process that imports Ray Train.
 
@@ -256,9 +270,14 @@ def trainer_class(*, alone: bool) -> type[TorchTrainer]:
     """
     from ray.train.v2._internal.callbacks import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2.api import data_parallel_trainer
     from ray.train.v2.torch.torch_trainer import TorchTrainer
 
     class RunTrainer(TorchTrainer):  # type: ignore[misc]
+        def fit(self) -> Any:
+            with _replaced(data_parallel_trainer, "ObjectRefWrapper", _ByValue):
+                return super().fit()
+
         def _create_default_callbacks(self) -> list[Any]:
             unused = (DatasetsCallback, PlacementGroupCleanerCallback)
             return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]

@@ -78,6 +78,7 @@ def test_outages_at_the_start_in_the_middle_and_at_the_end_cost_no_point(
     output.until(lambda: bool(re.search(AWAY, output.text)), "the line about the outage")
     server.start()
     output.until(lambda: bool(detr.points("outages", "train/loss")), "points after an outage")
+    output.until(lambda: output.text.count("answers again") == 1, "the end of the outage")
     server.stop()
     trained(recording, output, recording.last()[0] + 6)
     output.until(lambda: len(re.findall(AWAY, output.text)) == 2, "the line about the second outage")

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 
 import psutil
@@ -56,8 +57,10 @@ def test_a_signal_to_the_group_or_to_every_process_ends_in_a_stop(detr: Command)
     driver = start(detr, "resume", "stopped")
     detr.wait_for_checkpoint("stopped", saved + 20)
     below = psutil.Process(driver.pid).children(recursive=True)
-    for process in (psutil.Process(driver.pid), *below):
+    # The node's server first, so that the driver hears of the node's end, which is the worst order.
+    for process in (psutil.Process(driver.pid), *sorted(below, key=lambda process: process.name() != "raylet")):
         with suppress(psutil.NoSuchProcess):  # some end with those that were signalled before
             process.send_signal(signal.SIGTERM)
+            time.sleep(0.2 if process.name() == "raylet" else 0)
     assert "training failed" not in stopped(driver, below)
     assert detr.runs_named("stopped") == ["KILLED"]

@@ -152,16 +152,12 @@ class Worker:
 def started_workers(count: int) -> tuple[dict[int, Any], list[int]]:
     """Return actors by rank and their process ids.
 
-    On a busy machine Ray may cancel an actor before it has run ("all references to the actor were removed") although
-    its handle is held, so that a group is created anew until all of it answers.
+    They are detached: Ray may cancel others before they have run ("all references to the actor were removed") although
+    their handles are held.
     """
-    for _ in range(5):
-        workers = {rank: ray.remote(num_cpus=0)(Worker).remote() for rank in range(count)}
-        try:
-            return workers, ray.get([worker.pid.remote() for worker in workers.values()], timeout=120)
-        except ray.exceptions.RayActorError as error:
-            print(f"created anew: {error}")
-    raise AssertionError("no group of actors has started in five tries")
+    actor = ray.remote(num_cpus=0)(Worker)
+    workers = {rank: actor.options(name=f"worker-{rank}", lifetime="detached").remote() for rank in range(count)}
+    return workers, ray.get([worker.pid.remote() for worker in workers.values()], timeout=120)
 
 
 def test_dead_workers_are_found_by_asking(address: str) -> None:
@@ -172,6 +168,7 @@ def test_dead_workers_are_found_by_asking(address: str) -> None:
     assert list(dead) == [1]
     assert reason_of_death(dead[1])
     assert find_dead({}) == {}
+    ray.kill(workers[0])
 
 
 def test_a_head_that_does_not_answer_is_no_news_for_a_while(address: str) -> None:

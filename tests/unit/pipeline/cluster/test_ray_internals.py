@@ -102,7 +102,7 @@ def test_a_run_has_no_actor_of_ray_train_that_it_does_not_use(
         "send_resource_request",
         send,
     )
-    monkeypatch.setattr("ray.train.v2.api.data_parallel_trainer.ObjectRefWrapper", lambda value: value)
+    monkeypatch.setattr(ray, "put", lambda *_: pytest.fail("put into the object store"))
     trainer = trainer_class(alone=alone)(lambda: None, scaling_config=ScalingConfig(num_workers=workers))
     trainer.fit()
     ours, rays = ({type(callback).__name__ for callback in given["callbacks"]}, TorchTrainer._create_default_callbacks)
@@ -110,5 +110,6 @@ def test_a_run_has_no_actor_of_ray_train_that_it_does_not_use(
         "DatasetsCallback",
         "PlacementGroupCleanerCallback",
     }
+    assert callable(given["train_fn_ref"].get())
     given["scaling_policy"].after_controller_start(type("Context", (), {"run_id": "id"}))
     assert bool(requests) is asks
