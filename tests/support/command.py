@@ -108,7 +108,7 @@ class Command:
         """Run it to the end; its output. Fails unless it exits with `status`."""
         process = self.start(*words)
         output, _ = process.communicate(timeout=900)
-        assert process.returncode == status, output
+        assert process.returncode == status, f"status {process.returncode}, expected {status}: {output}"
         return output
 
     def wait_for_checkpoint(self, run: str, step: int, home: Path | None = None, timeout_s: float = 600) -> None:
