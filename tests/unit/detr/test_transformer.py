@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from detr.config import ModelConfig
-from detr.transformer import Attention, Dropout, Transformer, _attend_plainly, attend, keep_mask, keep_probability
+from detr.dropout import Dropout, keep_mask, keep_probability
+from detr.transformer import Attention, Transformer, _attend_plainly, attend
 
 SMALL: dict[str, Any] = {"hidden_dim": 32, "heads": 4, "feedforward_dim": 64, "dropout": 0.0}
 
